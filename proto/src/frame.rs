@@ -1,0 +1,513 @@
+//! Frames: one chunk's non-zero pages, compressed.
+//!
+//! A frame is what lies in a pack and what travels: nobody between the client that pushed it and the
+//! client that maps it codes it again. Its layout, integers little-endian:
+//!
+//! ```text
+//! offset  size
+//!      0     1  codec: 0 raw, 1 zstd, 2 zstd with a dictionary (kept for later, refused here)
+//!      1     1  kind: 0 a chunk's frame (1 is kept for working sets, refused here)
+//!      2     2  number of page runs: 1 to 256
+//!      4     4  chunk length: plain bytes of the chunk, zeros included: 1 to 2 MiB
+//!      8     4  plain length: bytes of the pages held, a chunk's last page not padded
+//!     12     4  coded length: equal to plain length if raw, else less
+//!     16    4n  page runs: first page (2 bytes), number of pages (2 bytes); ascending, apart
+//!  16+4n        the coded pages, one after another
+//! ```
+//!
+//! Pages that no run names are zero. A page that is zero is not held, so that a chunk of given bytes
+//! and a codec have one frame, and a chunk of nothing but zeros none.
+
+use crate::digest::Digest;
+use crate::page::{ChunkSize, MAX_PAGES_PER_CHUNK, PAGE_BYTES, PageRun, is_zero};
+
+const HEADER_BYTES: usize = 16;
+const RUN_BYTES: usize = 4;
+/// Runs are at least one page apart, so a chunk of 512 pages has at most 256.
+const MAX_RUNS: usize = MAX_PAGES_PER_CHUNK / 2;
+
+/// The longest frame: header, runs and a chunk as it is.
+pub const MAX_FRAME_BYTES: usize = HEADER_BYTES + RUN_BYTES * MAX_RUNS + ChunkSize::MAX.bytes();
+
+/// Bytes that are no frame of a chunk, or not the frame of the chunk that was expected.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FrameError {
+    /// It ends before its header does, or is not as long as its header says.
+    #[error("the frame has {actual} bytes, its header says {expected}")]
+    Length {
+        /// Bytes there are.
+        actual: usize,
+        /// Bytes there must be.
+        expected: usize,
+    },
+    /// A codec that this version does not know.
+    #[error("codec {0} is not known")]
+    Codec(u8),
+    /// A kind that this version does not know, or that has no place here.
+    #[error("kind {0} is not a chunk's frame")]
+    Kind(u8),
+    /// A header field out of its range.
+    #[error("{field} is {value}, which is not in its range")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What it says.
+        value: u32,
+    },
+    /// Page runs that overlap, touch, or lie outside of the chunk.
+    #[error("page run {index} (page {first}, {count} pages) is not ascending, apart and in the chunk")]
+    Run {
+        /// Which run.
+        index: usize,
+        /// Its first page.
+        first: u16,
+        /// Its number of pages.
+        count: u16,
+    },
+    /// The coded bytes do not decode to what the header promises.
+    #[error("the coded pages do not decode: {0}")]
+    Decode(String),
+    /// A page that is held is zero.
+    #[error("page {0} is held and zero")]
+    ZeroPage(usize),
+    /// It is the frame of a chunk of another length.
+    #[error("the frame is of a chunk of {actual} bytes, the manifest says {expected}")]
+    ChunkLength {
+        /// What the frame says.
+        actual: usize,
+        /// What was expected.
+        expected: usize,
+    },
+    /// It decodes to something else than was expected.
+    #[error("the frame decodes to a chunk with digest {actual}, the manifest says {expected}")]
+    Digest {
+        /// Digest of what it decodes to.
+        actual: Digest,
+        /// What was expected.
+        expected: Digest,
+    },
+}
+
+/// How a frame's pages are coded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Codec {
+    Raw = 0,
+    Zstd = 1,
+}
+
+/// A frame whose header has been checked; its coded bytes have not been looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkFrame<'a> {
+    codec: Codec,
+    chunk_bytes: usize,
+    plain_bytes: usize,
+    runs: &'a [[u8; RUN_BYTES]],
+    coded: &'a [u8],
+}
+
+fn page_run(bytes: [u8; RUN_BYTES]) -> PageRun {
+    let [a, b, c, d] = bytes;
+    PageRun { first: u16::from_le_bytes([a, b]), count: u16::from_le_bytes([c, d]) }
+}
+
+impl<'a> ChunkFrame<'a> {
+    /// Checks the header of the frame that `bytes` are.
+    ///
+    /// # Errors
+    /// What is wrong with the header, or [`FrameError::Length`] if anything follows the frame.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, FrameError> {
+        let (frame, rest) = Self::parse_first(bytes)?;
+        if rest.is_empty() {
+            return Ok(frame);
+        }
+        Err(FrameError::Length { actual: bytes.len(), expected: bytes.len() - rest.len() })
+    }
+
+    /// Checks the header of the frame that `bytes` begin with; gives what follows it, too.
+    ///
+    /// # Errors
+    /// What is wrong with the header.
+    pub fn parse_first(bytes: &'a [u8]) -> Result<(Self, &'a [u8]), FrameError> {
+        let too_short = |expected| FrameError::Length { actual: bytes.len(), expected };
+        let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>().ok_or(too_short(HEADER_BYTES))?;
+        let word = |i: usize| u32::from_le_bytes([header[i], header[i + 1], header[i + 2], header[i + 3]]);
+
+        let codec = match header[0] {
+            0 => Codec::Raw,
+            1 => Codec::Zstd,
+            other => return Err(FrameError::Codec(other)),
+        };
+        if header[1] != 0 {
+            return Err(FrameError::Kind(header[1]));
+        }
+        let run_count = usize::from(u16::from_le_bytes([header[2], header[3]]));
+        let in_range = |field, value: u32, max: usize| match value as usize {
+            n if (1..=max).contains(&n) => Ok(n),
+            _ => Err(FrameError::Field { field, value }),
+        };
+        let chunk_bytes = in_range("chunk length", word(4), ChunkSize::MAX.bytes())?;
+        let plain_bytes = in_range("plain length", word(8), chunk_bytes)?;
+        let coded_bytes = in_range("coded length", word(12), plain_bytes)?;
+        if (codec == Codec::Raw) != (coded_bytes == plain_bytes) {
+            return Err(FrameError::Field { field: "coded length", value: word(12) });
+        }
+        in_range("number of page runs", u32::from(u16::from_le_bytes([header[2], header[3]])), MAX_RUNS)?;
+
+        let (runs, rest) = rest
+            .split_at_checked(run_count * RUN_BYTES)
+            .ok_or(too_short(HEADER_BYTES + run_count * RUN_BYTES))?;
+        let runs = runs.as_chunks::<RUN_BYTES>().0;
+        let (coded, rest) = rest
+            .split_at_checked(coded_bytes)
+            .ok_or(too_short(HEADER_BYTES + run_count * RUN_BYTES + coded_bytes))?;
+
+        let frame = Self { codec, chunk_bytes, plain_bytes, runs, coded };
+        frame.check_runs(word(8))?;
+        Ok((frame, rest))
+    }
+
+    fn check_runs(&self, plain_length: u32) -> Result<(), FrameError> {
+        let pages = self.chunk_bytes.div_ceil(PAGE_BYTES);
+        let mut first_allowed = 0;
+        let mut held = 0;
+        for (index, run) in self.runs().enumerate() {
+            if run.count == 0 || usize::from(run.first) < first_allowed || run.end_page() > pages {
+                return Err(FrameError::Run { index, first: run.first, count: run.count });
+            }
+            held += run.end_byte().min(self.chunk_bytes) - run.start_byte();
+            first_allowed = run.end_page() + 1;
+        }
+        if held != self.plain_bytes {
+            return Err(FrameError::Field { field: "plain length", value: plain_length });
+        }
+        Ok(())
+    }
+
+    /// Length of the chunk in bytes, zeros included: 1 to 2 MiB.
+    #[must_use]
+    pub fn chunk_bytes(&self) -> usize {
+        self.chunk_bytes
+    }
+
+    /// The pages that the frame holds, ascending; all others of the chunk are zero.
+    pub fn runs(&self) -> impl ExactSizeIterator<Item = PageRun> + use<'a> {
+        self.runs.iter().map(|bytes| page_run(*bytes))
+    }
+}
+
+/// Decodes frames; keeps the decompressor's state and memory between them.
+#[derive(Default)]
+pub struct FrameDecoder {
+    zstd: zstd::bulk::Decompressor<'static>,
+    held: Vec<u8>,
+}
+
+impl std::fmt::Debug for FrameDecoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FrameDecoder").finish_non_exhaustive()
+    }
+}
+
+impl FrameDecoder {
+    /// Writes the chunk's plain bytes, zeros included, to `chunk`.
+    ///
+    /// `chunk` is left in an unspecified state on an error. What was decoded has not been verified:
+    /// see [`FrameDecoder::decode_verified`].
+    ///
+    /// # Errors
+    /// [`FrameError::ChunkLength`] if `chunk` is not as long as the frame's chunk,
+    /// [`FrameError::Decode`] if the coded bytes are damaged.
+    pub fn decode(&mut self, frame: &ChunkFrame<'_>, chunk: &mut [u8]) -> Result<(), FrameError> {
+        if chunk.len() != frame.chunk_bytes {
+            return Err(FrameError::ChunkLength { actual: frame.chunk_bytes, expected: chunk.len() });
+        }
+        if frame.plain_bytes == frame.chunk_bytes {
+            return self.decode_held(frame, chunk);
+        }
+        let mut held = std::mem::take(&mut self.held);
+        held.resize(frame.plain_bytes, 0);
+        let outcome = self.decode_held(frame, &mut held);
+        if outcome.is_ok() {
+            scatter(frame, &held, chunk);
+        }
+        self.held = held;
+        outcome
+    }
+
+    fn decode_held(&mut self, frame: &ChunkFrame<'_>, held: &mut [u8]) -> Result<(), FrameError> {
+        match frame.codec {
+            Codec::Raw => held.copy_from_slice(frame.coded),
+            Codec::Zstd => {
+                let decoded = self.zstd.decompress_to_buffer(frame.coded, held);
+                let decoded = decoded.map_err(|e| FrameError::Decode(e.to_string()))?;
+                if decoded != held.len() {
+                    let reason = format!("{decoded} bytes and not {}", held.len());
+                    return Err(FrameError::Decode(reason));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`FrameDecoder::decode`], and then the bytes are those that `digest` stands for.
+    ///
+    /// # Errors
+    /// As there; [`FrameError::Digest`] if the chunk is another one.
+    pub fn decode_verified(
+        &mut self,
+        frame: &ChunkFrame<'_>,
+        digest: &Digest,
+        chunk: &mut [u8],
+    ) -> Result<(), FrameError> {
+        self.decode(frame, chunk)?;
+        let actual = Digest::of(chunk);
+        if actual == *digest { Ok(()) } else { Err(FrameError::Digest { actual, expected: *digest }) }
+    }
+
+    /// As [`FrameDecoder::decode_verified`], into memory of its own, and no page is held that is zero:
+    /// what a store checks before it keeps a frame.
+    ///
+    /// # Errors
+    /// As there; [`FrameError::ZeroPage`].
+    pub fn check(
+        &mut self,
+        frame: &ChunkFrame<'_>,
+        digest: &Digest,
+        scratch: &mut Vec<u8>,
+    ) -> Result<(), FrameError> {
+        scratch.resize(frame.chunk_bytes, 0);
+        self.decode_verified(frame, digest, scratch)?;
+        for run in frame.runs() {
+            for page in usize::from(run.first)..run.end_page() {
+                let end = ((page + 1) * PAGE_BYTES).min(scratch.len());
+                if is_zero(&scratch[page * PAGE_BYTES..end]) {
+                    return Err(FrameError::ZeroPage(page));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lays the held pages where they belong in the chunk, and zeros between them.
+fn scatter(frame: &ChunkFrame<'_>, held: &[u8], chunk: &mut [u8]) {
+    let (mut taken, mut written) = (0, 0);
+    for run in frame.runs() {
+        let (start, end) = (run.start_byte(), run.end_byte().min(chunk.len()));
+        chunk[written..start].fill(0);
+        chunk[start..end].copy_from_slice(&held[taken..taken + end - start]);
+        taken += end - start;
+        written = end;
+    }
+    chunk[written..].fill(0);
+}
+
+/// Makes frames; keeps the compressor's state and memory between them.
+pub struct FrameEncoder {
+    zstd: zstd::bulk::Compressor<'static>,
+    held: Vec<u8>,
+}
+
+impl std::fmt::Debug for FrameEncoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FrameEncoder").finish_non_exhaustive()
+    }
+}
+
+/// The zstd levels that frames may be made with.
+pub const ZSTD_LEVELS: std::ops::RangeInclusive<i32> = 1..=19;
+
+impl FrameEncoder {
+    /// An encoder that compresses at zstd's `level`, taken into [`ZSTD_LEVELS`].
+    ///
+    /// # Panics
+    /// If zstd cannot get memory.
+    #[must_use]
+    pub fn new(level: i32) -> Self {
+        let level = level.clamp(*ZSTD_LEVELS.start(), *ZSTD_LEVELS.end());
+        let zstd = zstd::bulk::Compressor::new(level).expect("zstd takes levels 1 to 19");
+        Self { zstd, held: Vec::new() }
+    }
+
+    /// Appends the frame of the chunk with these plain bytes to `out`; false, and nothing appended, if they
+    /// are all zero.
+    ///
+    /// # Panics
+    /// If `chunk` is empty or longer than the largest chunk.
+    pub fn encode(&mut self, chunk: &[u8], out: &mut Vec<u8>) -> bool {
+        assert!((1..=ChunkSize::MAX.bytes()).contains(&chunk.len()), "a chunk has 1 byte to 2 MiB");
+        let runs = non_zero_runs(chunk);
+        if runs.is_empty() {
+            return false;
+        }
+        let mut held = std::mem::take(&mut self.held);
+        held.clear();
+        let whole = runs.len() == 1 && runs[0].first == 0 && runs[0].end_byte() >= chunk.len();
+        if !whole {
+            for run in &runs {
+                held.extend_from_slice(&chunk[run.start_byte()..run.end_byte().min(chunk.len())]);
+            }
+        }
+        self.encode_held(chunk.len(), &runs, if whole { chunk } else { &held }, out);
+        self.held = held;
+        true
+    }
+
+    fn encode_held(&mut self, chunk_len: usize, runs: &[PageRun], held: &[u8], out: &mut Vec<u8>) {
+        let start = out.len();
+        out.resize(start + HEADER_BYTES, 0);
+        for run in runs {
+            out.extend_from_slice(&run.first.to_le_bytes());
+            out.extend_from_slice(&run.count.to_le_bytes());
+        }
+        let coded_start = out.len();
+        // One byte less than the plain pages: what does not shrink is stored raw.
+        out.resize(coded_start + held.len() - 1, 0);
+        let codec = match self.zstd.compress_to_buffer(held, &mut out[coded_start..]) {
+            Ok(coded) => {
+                out.truncate(coded_start + coded);
+                Codec::Zstd
+            }
+            Err(_) => {
+                out.truncate(coded_start);
+                out.extend_from_slice(held);
+                Codec::Raw
+            }
+        };
+        let coded_len = out.len() - coded_start;
+        let header = &mut out[start..start + HEADER_BYTES];
+        header[0] = codec as u8;
+        header[2..4].copy_from_slice(&le32(runs.len())[..2]);
+        header[4..8].copy_from_slice(&le32(chunk_len));
+        header[8..12].copy_from_slice(&le32(held.len()));
+        header[12..16].copy_from_slice(&le32(coded_len));
+    }
+}
+
+fn le32(n: usize) -> [u8; 4] {
+    u32::try_from(n).expect("a chunk has at most 2 MiB").to_le_bytes()
+}
+
+fn non_zero_runs(chunk: &[u8]) -> Vec<PageRun> {
+    let mut runs: Vec<PageRun> = Vec::new();
+    for (page, bytes) in (0u16..).zip(chunk.chunks(PAGE_BYTES)) {
+        if is_zero(bytes) {
+            continue;
+        }
+        match runs.last_mut() {
+            Some(run) if run.end_page() == usize::from(page) => run.count += 1,
+            _ => runs.push(PageRun { first: page, count: 1 }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frame_of(chunk: &[u8]) -> Option<Vec<u8>> {
+        let mut out = Vec::new();
+        FrameEncoder::new(3).encode(chunk, &mut out).then_some(out)
+    }
+
+    /// Chunks as they occur: pages of zeros, of text and of noise, the last one cut.
+    pub(crate) fn any_chunk() -> impl Strategy<Value = Vec<u8>> {
+        let page = prop_oneof![
+            Just(vec![0; PAGE_BYTES]),
+            any::<u8>().prop_map(|b| vec![b; PAGE_BYTES]),
+            proptest::collection::vec(any::<u8>(), PAGE_BYTES),
+        ];
+        (proptest::collection::vec(page, 1..20), 0..PAGE_BYTES).prop_map(|(pages, cut)| {
+            let mut chunk = pages.concat();
+            chunk.truncate(chunk.len() - cut);
+            chunk
+        })
+    }
+
+    #[test]
+    fn zeros_have_no_frame() {
+        assert_eq!(frame_of(&vec![0; 65536]), None);
+        assert_eq!(frame_of(&[0]), None);
+    }
+
+    #[test]
+    fn noise_is_stored_raw_and_text_shrinks() {
+        let mut noise = vec![0; 65536];
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        assert_eq!(frame_of(&noise).unwrap().len(), 65536 + 20);
+        assert!(frame_of(&b"text ".repeat(13107)).unwrap().len() < 200);
+    }
+
+    #[test]
+    fn a_huge_claim_is_refused_before_memory_is_taken() {
+        let mut frame = frame_of(&[1; 4096]).unwrap();
+        frame[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        let error = ChunkFrame::parse(&frame).unwrap_err();
+        assert_eq!(error, FrameError::Field { field: "chunk length", value: u32::MAX });
+        // A bomb: the header promises a page, the zstd frame holds 1 MiB.
+        let bomb = zstd::bulk::compress(&vec![7; 1 << 20], 3).unwrap();
+        let mut frame = frame_of(&[1; 4096]).unwrap();
+        frame.truncate(20);
+        frame[12..16].copy_from_slice(&le32(bomb.len()));
+        frame.extend_from_slice(&bomb);
+        let frame = ChunkFrame::parse(&frame).unwrap();
+        let error = FrameDecoder::default().decode(&frame, &mut [0; 4096]).unwrap_err();
+        assert!(matches!(error, FrameError::Decode(_)), "{error}");
+    }
+
+    #[test]
+    fn a_held_zero_page_is_refused() {
+        let mut chunk = vec![0; 8192];
+        chunk[0] = 1;
+        let mut frame = frame_of(&chunk).unwrap();
+        // A raw frame that holds both pages.
+        frame.truncate(20);
+        frame[0] = 0;
+        frame[8..12].copy_from_slice(&le32(8192));
+        frame[12..16].copy_from_slice(&le32(8192));
+        frame[18..20].copy_from_slice(&[2, 0]);
+        frame.extend_from_slice(&chunk);
+        let frame = ChunkFrame::parse(&frame).unwrap();
+        let error = FrameDecoder::default().check(&frame, &Digest::of(&chunk), &mut Vec::new());
+        assert_eq!(error, Err(FrameError::ZeroPage(1)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn every_chunk_comes_back(chunk in any_chunk()) {
+            let Some(frame) = frame_of(&chunk) else {
+                prop_assert!(is_zero(&chunk));
+                return Ok(());
+            };
+            let frame = ChunkFrame::parse(&frame).unwrap();
+            let mut out = vec![0xAA; chunk.len()];
+            FrameDecoder::default().decode_verified(&frame, &Digest::of(&chunk), &mut out).unwrap();
+            prop_assert_eq!(&out, &chunk);
+            FrameDecoder::default().check(&frame, &Digest::of(&chunk), &mut Vec::new()).unwrap();
+        }
+
+        #[test]
+        fn a_flipped_bit_is_an_error_or_changes_nothing(chunk in any_chunk(), at in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let Some(mut frame) = frame_of(&chunk) else { return Ok(()) };
+            let at = at.index(frame.len());
+            frame[at] ^= 1 << bit;
+            let Ok(frame) = ChunkFrame::parse(&frame) else { return Ok(()) };
+            let mut out = vec![0; chunk.len()];
+            if FrameDecoder::default().decode_verified(&frame, &Digest::of(&chunk), &mut out).is_ok() {
+                prop_assert_eq!(out, chunk);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_a_frame_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(frame) = ChunkFrame::parse(&bytes) {
+                let mut out = vec![0; frame.chunk_bytes()];
+                let _ = FrameDecoder::default().decode(&frame, &mut out);
+            }
+        }
+    }
+}

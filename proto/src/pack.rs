@@ -1,0 +1,376 @@
+//! Packs: immutable objects of many frames, with an index in the trailer.
+//!
+//! ```text
+//! "postcopy"  8 bytes
+//! version     u32 = 1       kind  u32: 0 chunks, 1 a working set (kept for later, refused here)
+//! frames, one after another
+//! index, see below
+//! trailer, 64 bytes:
+//!     BLAKE3 of the index    32 bytes
+//!     index offset           u64
+//!     number of entries      u32
+//!     version                u32 = 1
+//!     "postcopy pack 1\n"    16 bytes
+//! ```
+//!
+//! The index has an entry for each chunk, in strictly ascending order of digest:
+//!
+//! ```text
+//! chunk's digest   32 bytes
+//! frames           u8: 1 to 3
+//! base             u8: 0 none, 1 a digest follows (a layer: kept for later, refused here)
+//! zero             2 bytes
+//! base's digest    32 bytes, if there is one
+//! for each frame:  offset from the pack's beginning u32, length u32
+//! ```
+//!
+//! All integers are little-endian. A pack's name is the BLAKE3 digest of all of its bytes; the index has a
+//! digest of its own, so that opening a pack needs only its end.
+
+use crate::digest::{DIGEST_BYTES, Digest};
+use crate::frame::{ChunkFrame, FrameDecoder, FrameError};
+use std::ops::Range;
+
+/// The longest pack: 64 MiB.
+pub const MAX_PACK_BYTES: usize = 64 << 20;
+
+const HEADER: [u8; HEADER_BYTES] = *b"postcopy\x01\0\0\0\0\0\0\0";
+const HEADER_BYTES: usize = 16;
+const TRAILER_BYTES: usize = 64;
+const TRAILER_MAGIC: &[u8; 16] = b"postcopy pack 1\n";
+const VERSION: u32 = 1;
+const ENTRY_BYTES: usize = DIGEST_BYTES + 4 + 8;
+
+/// Bytes that are no pack.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PackError {
+    /// Shorter than a header and a trailer, or longer than 64 MiB.
+    #[error("a pack has 80 bytes to 64 MiB, this one has {0} bytes")]
+    Length(usize),
+    /// The first bytes are not a pack's.
+    #[error("it does not begin as a pack does")]
+    Header,
+    /// The last bytes are not a pack's: often a truncated file.
+    #[error("it does not end as a pack does: truncated?")]
+    Trailer,
+    /// Made by a version that this one does not know.
+    #[error("pack format {0} is not known")]
+    Version(u32),
+    /// A kind of pack that this version does not know.
+    #[error("pack kind {0} is not known")]
+    Kind(u32),
+    /// The index lies outside of the pack or has another length than its entries.
+    #[error("the index (offset {offset}, {entries} entries) does not fit into the pack")]
+    IndexBounds {
+        /// What the trailer says.
+        offset: u64,
+        /// What the trailer says.
+        entries: u32,
+    },
+    /// The index is damaged.
+    #[error("the index is damaged: it does not fit its digest")]
+    IndexDigest,
+    /// An entry that cannot be.
+    #[error("entry {index}: {reason}")]
+    Entry {
+        /// Which one.
+        index: usize,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A frame is damaged, or is not the chunk's that the index says.
+    #[error("the frame of chunk {chunk}: {error}")]
+    Frame {
+        /// The chunk, as the index has it.
+        chunk: Digest,
+        /// What is wrong.
+        error: FrameError,
+    },
+}
+
+/// Where a chunk's frame lies in its pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackEntry {
+    /// The chunk.
+    pub chunk: Digest,
+    /// First byte, from the pack's beginning.
+    pub offset: u32,
+    /// Length of the frame in bytes.
+    pub length: u32,
+}
+
+impl PackEntry {
+    /// The frame's bytes in the pack.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.offset as usize..self.offset as usize + self.length as usize
+    }
+}
+
+/// A pack's index, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackIndex {
+    entries: Vec<PackEntry>,
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+impl PackIndex {
+    /// Reads the index of a pack; of its bytes, it looks at the header, the index and the trailer.
+    ///
+    /// # Errors
+    /// Whatever is wrong with these. The frames are not looked at.
+    pub fn parse(pack: &[u8]) -> Result<Self, PackError> {
+        if !(HEADER_BYTES + TRAILER_BYTES..=MAX_PACK_BYTES).contains(&pack.len()) {
+            return Err(PackError::Length(pack.len()));
+        }
+        let (header, trailer_at) = (&pack[..HEADER_BYTES], pack.len() - TRAILER_BYTES);
+        let trailer = &pack[trailer_at..];
+        if header[..8] != HEADER[..8] {
+            return Err(PackError::Header);
+        }
+        if trailer[48..] != TRAILER_MAGIC[..] {
+            return Err(PackError::Trailer);
+        }
+        for version in [u32_at(header, 8), u32_at(trailer, 44)] {
+            if version != VERSION {
+                return Err(PackError::Version(version));
+            }
+        }
+        if u32_at(header, 12) != 0 {
+            return Err(PackError::Kind(u32_at(header, 12)));
+        }
+        let offset = u64::from_le_bytes(trailer[32..40].try_into().expect("eight bytes"));
+        let entries = u32_at(trailer, 40);
+        let start = usize::try_from(offset).ok().filter(|start| (HEADER_BYTES..=trailer_at).contains(start));
+        let start = start.ok_or(PackError::IndexBounds { offset, entries })?;
+        let index = &pack[start..trailer_at];
+        if Digest::of(index).as_bytes()[..] != trailer[..32] {
+            return Err(PackError::IndexDigest);
+        }
+        if index.len() != entries as usize * ENTRY_BYTES {
+            return Err(PackError::IndexBounds { offset, entries });
+        }
+        Self::parse_entries(index, start)
+    }
+
+    fn parse_entries(index: &[u8], frames_end: usize) -> Result<Self, PackError> {
+        let mut entries: Vec<PackEntry> = Vec::with_capacity(index.len() / ENTRY_BYTES);
+        for (i, bytes) in index.as_chunks::<ENTRY_BYTES>().0.iter().enumerate() {
+            let wrong = |reason| Err(PackError::Entry { index: i, reason });
+            let chunk = Digest::try_from(&bytes[..DIGEST_BYTES]).expect("32 bytes");
+            if bytes[32..36] != [1, 0, 0, 0] {
+                return wrong("a chunk has one frame and no base in this version");
+            }
+            let entry = PackEntry { chunk, offset: u32_at(bytes, 36), length: u32_at(bytes, 40) };
+            if entries.last().is_some_and(|last| last.chunk >= chunk) {
+                return wrong("not in ascending order of digest");
+            }
+            if (entry.offset as usize) < HEADER_BYTES || entry.range().end > frames_end || entry.length == 0 {
+                return wrong("its frame lies outside of the pack's frames");
+            }
+            entries.push(entry);
+        }
+        Ok(Self { entries })
+    }
+
+    /// The chunks of the pack, in ascending order of digest.
+    #[must_use]
+    pub fn entries(&self) -> &[PackEntry] {
+        &self.entries
+    }
+
+    /// Decodes every frame of the pack that this is the index of, and compares it with its digest.
+    ///
+    /// # Errors
+    /// The first [`PackError::Frame`].
+    ///
+    /// # Blocking
+    /// Takes about a second a GiB of plain bytes.
+    pub fn check_frames(&self, pack: &[u8]) -> Result<(), PackError> {
+        let (mut decoder, mut scratch) = (FrameDecoder::default(), Vec::new());
+        for entry in &self.entries {
+            check_frame(entry, pack, &mut decoder, &mut scratch)?;
+        }
+        Ok(())
+    }
+}
+
+/// Decodes the frame of `entry` and compares it with its digest.
+///
+/// # Errors
+/// [`PackError::Frame`].
+pub fn check_frame(
+    entry: &PackEntry,
+    pack: &[u8],
+    decoder: &mut FrameDecoder,
+    scratch: &mut Vec<u8>,
+) -> Result<(), PackError> {
+    ChunkFrame::parse(&pack[entry.range()])
+        .and_then(|frame| decoder.check(&frame, &entry.chunk, scratch))
+        .map_err(|error| PackError::Frame { chunk: entry.chunk, error })
+}
+
+/// Puts frames together into a pack.
+#[derive(Debug)]
+pub struct PackBuilder {
+    bytes: Vec<u8>,
+    entries: Vec<PackEntry>,
+}
+
+impl Default for PackBuilder {
+    fn default() -> Self {
+        Self { bytes: HEADER.to_vec(), entries: Vec::new() }
+    }
+}
+
+impl PackBuilder {
+    /// Whether a frame of `frame_bytes` still fits into `pack_bytes`, which is taken to be at most 64 MiB.
+    #[must_use]
+    pub fn fits(&self, frame_bytes: usize, pack_bytes: usize) -> bool {
+        let index = (self.entries.len() + 1) * ENTRY_BYTES;
+        self.bytes.len() + frame_bytes + index + TRAILER_BYTES <= pack_bytes.min(MAX_PACK_BYTES)
+    }
+
+    /// Adds the frame of a chunk. The caller adds no chunk twice.
+    ///
+    /// # Panics
+    /// If the pack would become longer than 64 MiB.
+    pub fn push(&mut self, chunk: Digest, frame: &[u8]) {
+        assert!(self.fits(frame.len(), MAX_PACK_BYTES), "the caller asked whether it fits");
+        let at = |n: usize| u32::try_from(n).expect("a pack has at most 64 MiB");
+        self.entries.push(PackEntry { chunk, offset: at(self.bytes.len()), length: at(frame.len()) });
+        self.bytes.extend_from_slice(frame);
+    }
+
+    /// Whether it has no frame yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The pack's bytes.
+    ///
+    /// # Panics
+    /// If a chunk was added twice.
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u8> {
+        self.entries.sort_unstable_by_key(|entry| entry.chunk);
+        assert!(self.entries.windows(2).all(|w| w[0].chunk != w[1].chunk), "no chunk is added twice");
+        let index_at = self.bytes.len();
+        for entry in &self.entries {
+            self.bytes.extend_from_slice(entry.chunk.as_bytes());
+            self.bytes.extend_from_slice(&[1, 0, 0, 0]);
+            self.bytes.extend_from_slice(&entry.offset.to_le_bytes());
+            self.bytes.extend_from_slice(&entry.length.to_le_bytes());
+        }
+        let digest = Digest::of(&self.bytes[index_at..]);
+        let count = u32::try_from(self.entries.len()).expect("fewer entries than bytes");
+        self.bytes.extend_from_slice(digest.as_bytes());
+        self.bytes.extend_from_slice(&(index_at as u64).to_le_bytes());
+        self.bytes.extend_from_slice(&count.to_le_bytes());
+        self.bytes.extend_from_slice(&VERSION.to_le_bytes());
+        self.bytes.extend_from_slice(TRAILER_MAGIC);
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::FrameEncoder;
+    use proptest::prelude::*;
+
+    fn pack_of(chunks: &[Vec<u8>]) -> Vec<u8> {
+        let (mut builder, mut encoder) = (PackBuilder::default(), FrameEncoder::new(1));
+        for chunk in chunks {
+            let mut frame = Vec::new();
+            assert!(encoder.encode(chunk, &mut frame));
+            builder.push(Digest::of(chunk), &frame);
+        }
+        builder.finish()
+    }
+
+    fn chunks(n: u8) -> Vec<Vec<u8>> {
+        (1..=n).map(|i| vec![i; 4096 * usize::from(i)]).collect()
+    }
+
+    #[test]
+    fn every_chunk_is_found_in_ascending_order() {
+        let chunks = chunks(9);
+        let pack = pack_of(&chunks);
+        let index = PackIndex::parse(&pack).unwrap();
+        index.check_frames(&pack).unwrap();
+        let mut digests: Vec<_> = chunks.iter().map(|c| Digest::of(c)).collect();
+        digests.sort();
+        assert_eq!(index.entries().iter().map(|e| e.chunk).collect::<Vec<_>>(), digests);
+        assert!(PackIndex::parse(&pack_of(&[])).unwrap().entries().is_empty());
+    }
+
+    #[test]
+    fn a_frame_under_a_wrong_digest_is_named() {
+        let mut builder = PackBuilder::default();
+        let mut frame = Vec::new();
+        FrameEncoder::new(1).encode(&[1; 4096], &mut frame);
+        builder.push(Digest::of(b"another"), &frame);
+        let pack = builder.finish();
+        let error = PackIndex::parse(&pack).unwrap().check_frames(&pack).unwrap_err();
+        assert!(error.to_string().contains(&Digest::of(b"another").to_string()), "{error}");
+    }
+
+    #[test]
+    fn newer_versions_and_kinds_are_refused_by_name() {
+        let pack = pack_of(&chunks(1));
+        let with = |at: usize, byte: u8| {
+            let mut pack = pack.clone();
+            pack[at] = byte;
+            PackIndex::parse(&pack)
+        };
+        assert_eq!(with(8, 2), Err(PackError::Version(2)));
+        assert_eq!(with(12, 1), Err(PackError::Kind(1)));
+        assert_eq!(with(0, b'P'), Err(PackError::Header));
+        assert_eq!(with(pack.len() - 1, 0), Err(PackError::Trailer));
+    }
+
+    proptest! {
+        #[test]
+        fn a_truncated_pack_is_an_error(cut in 1usize..5000) {
+            let pack = pack_of(&chunks(3));
+            let cut = cut.min(pack.len());
+            prop_assert!(PackIndex::parse(&pack[..pack.len() - cut]).is_err());
+        }
+
+        #[test]
+        fn a_flipped_bit_is_found(at in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let mut pack = pack_of(&chunks(4));
+            let at = at.index(pack.len());
+            pack[at] ^= 1 << bit;
+            // A pad byte of a zstd frame may not matter to its content: then the pack's own digest tells.
+            if let Ok(index) = PackIndex::parse(&pack) {
+                let in_frames = at < pack.len() - TRAILER_BYTES - 4 * ENTRY_BYTES;
+                prop_assert!(in_frames, "byte {} of index or trailer", at);
+                let _ = index.check_frames(&pack);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_a_pack_or_an_error(mut bytes in proptest::collection::vec(any::<u8>(), 0..400), dress in any::<bool>()) {
+            if dress && bytes.len() >= 80 {
+                let end = bytes.len();
+                bytes[..16].copy_from_slice(&HEADER);
+                let digest = Digest::of(&bytes[16..end - 64]);
+                bytes[end - 64..end - 32].copy_from_slice(digest.as_bytes());
+                bytes[end - 32..end - 24].copy_from_slice(&16u64.to_le_bytes());
+                let entries = u32::try_from((end - 80) / ENTRY_BYTES).unwrap();
+                bytes[end - 24..end - 20].copy_from_slice(&entries.to_le_bytes());
+                bytes[end - 20..end - 16].copy_from_slice(&VERSION.to_le_bytes());
+                bytes[end - 16..].copy_from_slice(TRAILER_MAGIC);
+            }
+            if let Ok(index) = PackIndex::parse(&bytes) {
+                let _ = index.check_frames(&bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Proofs: why a page belongs to a chunk, without the rest of the chunk.
+//!
+//! A chunk's digest is the root of BLAKE3's own tree over its bytes, in which each page of 4 KiB is a
+//! subtree. A proof for some pages holds the chaining values of the largest subtrees that have none of
+//! these pages, from left to right. With the pages themselves that is enough to compute the root again:
+//! at most 32 bytes for each halving of the chunk, so 128 bytes for one page of 64 KiB, and less a page
+//! where neighbours share them.
+//!
+//! See section 2.1 of the BLAKE3 paper, and [`blake3::hazmat`].
+
+use crate::digest::{DIGEST_BYTES, Digest};
+use crate::page::{PAGE_BYTES, PageRun};
+use blake3::hazmat::{
+    ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root,
+};
+
+/// A proof that does not hold.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ProofError {
+    /// The runs are empty, not ascending, or not in the chunk.
+    #[error("page run {0} is not ascending and in the chunk")]
+    Run(usize),
+    /// The pages' bytes are not as many as the runs say.
+    #[error("the pages have {actual} bytes, their runs say {expected}")]
+    PageBytes {
+        /// Bytes there are.
+        actual: usize,
+        /// Bytes there must be.
+        expected: usize,
+    },
+    /// The proof is no list of chaining values, too short or too long.
+    #[error("the proof has {0} bytes, which is not what these pages need")]
+    ProofBytes(usize),
+    /// The pages are not those of the chunk.
+    #[error("the pages do not belong to chunk {0}")]
+    Mismatch(Digest),
+}
+
+/// The proof for the pages of `runs` in `chunk`: chaining values of 32 bytes, put together.
+///
+/// # Errors
+/// [`ProofError::Run`].
+pub fn prove(chunk: &[u8], runs: &[PageRun]) -> Result<Vec<u8>, ProofError> {
+    check_runs(chunk.len(), runs)?;
+    let mut proof = Vec::new();
+    collect(chunk, Span { start: 0, len: chunk.len() }, runs, &mut proof);
+    Ok(proof)
+}
+
+/// Checks that `pages` (the runs' bytes, one after another, zero pages included, the chunk's last page not
+/// padded) are those of the chunk of `chunk_bytes` bytes with that digest. The length comes from the manifest:
+/// a proof without the chunk's last page does not show it.
+///
+/// # Errors
+/// Why they cannot be, or [`ProofError::Mismatch`] when they are not.
+pub fn verify(
+    chunk: &Digest,
+    chunk_bytes: usize,
+    runs: &[PageRun],
+    pages: &[u8],
+    proof: &[u8],
+) -> Result<(), ProofError> {
+    check_runs(chunk_bytes, runs)?;
+    let expected = runs.iter().map(|run| run.end_byte().min(chunk_bytes) - run.start_byte()).sum();
+    if pages.len() != expected {
+        return Err(ProofError::PageBytes { actual: pages.len(), expected });
+    }
+    let (values, []) = proof.as_chunks::<DIGEST_BYTES>() else {
+        return Err(ProofError::ProofBytes(proof.len()));
+    };
+    let mut walk = Walk { runs, pages, values: values.iter() };
+    let root = walk.root(chunk_bytes).ok_or(ProofError::ProofBytes(proof.len()))?;
+    if walk.values.len() != 0 {
+        return Err(ProofError::ProofBytes(proof.len()));
+    }
+    if root == *chunk { Ok(()) } else { Err(ProofError::Mismatch(*chunk)) }
+}
+
+fn check_runs(chunk_bytes: usize, runs: &[PageRun]) -> Result<(), ProofError> {
+    let pages = chunk_bytes.div_ceil(PAGE_BYTES);
+    let mut next = 0;
+    for (index, run) in runs.iter().enumerate() {
+        if run.count == 0 || usize::from(run.first) < next || run.end_page() > pages {
+            return Err(ProofError::Run(index));
+        }
+        next = run.end_page();
+    }
+    if runs.is_empty() { Err(ProofError::Run(0)) } else { Ok(()) }
+}
+
+/// A subtree: bytes of the chunk. Either whole pages, a power of two of them, or up to the chunk's end.
+#[derive(Clone, Copy)]
+struct Span {
+    start: usize,
+    len: usize,
+}
+
+impl Span {
+    fn halves(self) -> (Self, Self) {
+        let left = crate::page::to_usize(left_subtree_len(self.len as u64));
+        (Self { start: self.start, len: left }, Self { start: self.start + left, len: self.len - left })
+    }
+
+    fn is_page(self) -> bool {
+        self.len <= PAGE_BYTES
+    }
+
+    fn touches(self, runs: &[PageRun]) -> bool {
+        runs.iter().any(|run| run.start_byte() < self.start + self.len && run.end_byte() > self.start)
+    }
+
+    fn chaining_value(self, bytes: &[u8]) -> ChainingValue {
+        blake3::Hasher::new().set_input_offset(self.start as u64).update(bytes).finalize_non_root()
+    }
+}
+
+fn collect(chunk: &[u8], span: Span, runs: &[PageRun], proof: &mut Vec<u8>) {
+    if !span.touches(runs) {
+        proof.extend_from_slice(&span.chaining_value(&chunk[span.start..span.start + span.len]));
+    } else if !span.is_page() {
+        let (left, right) = span.halves();
+        collect(chunk, left, runs, proof);
+        collect(chunk, right, runs, proof);
+    }
+}
+
+struct Walk<'a> {
+    runs: &'a [PageRun],
+    pages: &'a [u8],
+    values: std::slice::Iter<'a, [u8; DIGEST_BYTES]>,
+}
+
+impl Walk<'_> {
+    fn root(&mut self, chunk_bytes: usize) -> Option<Digest> {
+        let span = Span { start: 0, len: chunk_bytes };
+        if span.is_page() {
+            return Some(Digest::of(self.take(chunk_bytes)));
+        }
+        let (left, right) = span.halves();
+        let (left, right) = (self.value(left)?, self.value(right)?);
+        Some(merge_subtrees_root(&left, &right, Mode::Hash).into())
+    }
+
+    fn value(&mut self, span: Span) -> Option<ChainingValue> {
+        if !span.touches(self.runs) {
+            return self.values.next().copied();
+        }
+        if span.is_page() {
+            return Some(span.chaining_value(self.take(span.len)));
+        }
+        let (left, right) = span.halves();
+        let (left, right) = (self.value(left)?, self.value(right)?);
+        Some(merge_subtrees_non_root(&left, &right, Mode::Hash))
+    }
+
+    fn take(&mut self, len: usize) -> &[u8] {
+        let (bytes, rest) = self.pages.split_at(len);
+        self.pages = rest;
+        bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    fn pages_of(chunk: &[u8], runs: &[PageRun]) -> Vec<u8> {
+        let bytes = |run: &PageRun| chunk[run.start_byte()..run.end_byte().min(chunk.len())].to_vec();
+        runs.iter().flat_map(bytes).collect()
+    }
+
+    #[test]
+    fn one_page_of_64_kib_needs_128_bytes() {
+        let proof = prove(&noise(65536), &[PageRun { first: 5, count: 1 }]).unwrap();
+        assert_eq!(proof.len(), 128);
+        assert!(prove(&noise(65536), &[PageRun { first: 0, count: 16 }]).unwrap().is_empty());
+    }
+
+    fn any_case() -> impl Strategy<Value = (usize, Vec<PageRun>)> {
+        (1usize..40 * PAGE_BYTES, proptest::collection::vec(any::<bool>(), 40)).prop_map(|(len, held)| {
+            let pages = u16::try_from(len.div_ceil(PAGE_BYTES)).unwrap();
+            let mut runs: Vec<PageRun> = (0..pages)
+                .filter(|&p| held[usize::from(p)])
+                .map(|first| PageRun { first, count: 1 })
+                .collect();
+            if runs.is_empty() {
+                runs.push(PageRun { first: pages - 1, count: 1 });
+            }
+            (len, runs)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn proofs_hold_and_only_for_their_bytes((len, runs) in any_case(), at in any::<prop::sample::Index>()) {
+            let chunk = noise(len);
+            let digest = Digest::of(&chunk);
+            let proof = prove(&chunk, &runs).unwrap();
+            let mut pages = pages_of(&chunk, &runs);
+            verify(&digest, len, &runs, &pages, &proof).unwrap();
+
+            let at_page = at.index(pages.len());
+            pages[at_page] ^= 1;
+            prop_assert_eq!(verify(&digest, len, &runs, &pages, &proof), Err(ProofError::Mismatch(digest)));
+            pages[at_page] ^= 1;
+            if !proof.is_empty() {
+                let mut other = proof.clone();
+                other[at.index(proof.len())] ^= 1;
+                prop_assert_eq!(verify(&digest, len, &runs, &pages, &other), Err(ProofError::Mismatch(digest)));
+                let short = &proof[..proof.len() - 32];
+                prop_assert_eq!(verify(&digest, len, &runs, &pages, short), Err(ProofError::ProofBytes(short.len())));
+            }
+            let mut long = proof.clone();
+            long.extend([0; 32]);
+            prop_assert_eq!(verify(&digest, len, &runs, &pages, &long), Err(ProofError::ProofBytes(long.len())));
+        }
+
+        #[test]
+        fn any_proof_is_an_error_and_no_panic(len in 0usize..1 << 21, first: u16, count: u16,
+            pages in proptest::collection::vec(any::<u8>(), 0..9000), proof in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let runs = [PageRun { first, count }];
+            prop_assert!(verify(&Digest::of(b""), len, &runs, &pages, &proof).is_err());
+        }
+    }
+}
