@@ -24,6 +24,7 @@ pub mod reference;
 
 /// The messages and services of `postcopy.v1`; `tests/bootstrap.rs` makes this code again.
 #[path = "generated/postcopy.v1.rs"]
+#[rustfmt::skip]
 #[allow(
     clippy::all,
     clippy::pedantic,
