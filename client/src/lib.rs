@@ -1,1 +1,36 @@
-//! Placeholder.
+//! Post-copy restore: memory that fills on touch, from page images that a server holds.
+//!
+//! ```no_run
+//! use postcopy::{Options, Session};
+//!
+//! let server = "http://127.0.0.1:7070".parse()?;
+//! let session = Session::open(&server, &"app:v1".parse()?, Options::default())?;
+//! let memory = session.map("mem")?;
+//! println!("{}", memory[12_345]); // this page comes over the network now
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The way of a page: a touch is a message of the userfaultfd ([`uffd`]), read by the pager ([`pager`]),
+//! asked for over the demand lane ([`lane`]), verified against the image's manifest ([`image`]) and installed
+//! ([`install`]) into its region ([`region`]). The background fill ([`fill`]) brings the rest. [`push`] and
+//! [`pull`] move whole images.
+#![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
+
+mod fill;
+mod gate;
+mod image;
+mod install;
+mod lane;
+mod page_state;
+mod pager;
+mod region;
+mod remote;
+mod session;
+pub mod uffd;
+
+pub use image::{Content, Image};
+pub use region::Region;
+pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};
+pub use session::{LossError, LossPolicy, Options, Progress, Session, SessionError};
+
+pub use postcopy_proto as proto;

@@ -526,8 +526,9 @@ pub mod page_service_client {
         }
         /// The demand lane: answers come as they are ready, the first chunk of a request first.
         /// What is wrong with one request stands in its answer; a status ends the stream:
-        /// INVALID_ARGUMENT for a request that is not well-formed (the first one names no image, no run,
-        /// an empty run, more than 1,024 chunks), NOT_FOUND for an image that is not there,
+        /// INVALID_ARGUMENT for a request that is not well-formed (the first one names no image, a later
+        /// one another, a run is empty, the chunks are more than 1,024; a request without runs is well-formed:
+        /// so a stream can be bound to its image before anything is needed), NOT_FOUND for an image that is not there,
         /// UNAVAILABLE when the server shuts down: ask another one, or again later.
         ///
         /// grpcurl -plaintext -d '{"id": 1, "class": "REQUEST_CLASS_DEMAND", "image": "<base64>",
@@ -665,8 +666,9 @@ pub mod page_service_server {
             + 'static;
         /// The demand lane: answers come as they are ready, the first chunk of a request first.
         /// What is wrong with one request stands in its answer; a status ends the stream:
-        /// INVALID_ARGUMENT for a request that is not well-formed (the first one names no image, no run,
-        /// an empty run, more than 1,024 chunks), NOT_FOUND for an image that is not there,
+        /// INVALID_ARGUMENT for a request that is not well-formed (the first one names no image, a later
+        /// one another, a run is empty, the chunks are more than 1,024; a request without runs is well-formed:
+        /// so a stream can be bound to its image before anything is needed), NOT_FOUND for an image that is not there,
         /// UNAVAILABLE when the server shuts down: ask another one, or again later.
         ///
         /// grpcurl -plaintext -d '{"id": 1, "class": "REQUEST_CLASS_DEMAND", "image": "<base64>",

@@ -1,0 +1,357 @@
+//! The background fill: everything that is still absent, over the bulk lane.
+//!
+//! One thread with a runtime of its own asks for runs of chunks, within a window of plain bytes; as many installer
+//! threads as there are cores take the answers from a queue, decompress, verify and install them. Only this side
+//! knows what is resident, so that it asks for nothing that is there. What goes wrong is tried again in another
+//! pass; after three passes without getting further it is reported.
+
+use crate::image::Content;
+use crate::install::{self, ChunkPages, Installed};
+use crate::lane::{BulkLane, runs_of};
+use crate::page_state::PageState;
+use crate::pager::decode;
+use crate::region::RegionState;
+use crate::remote::{Remote, RemoteError};
+use crate::session::{MAX_ATTEMPTS, Shared, add};
+use postcopy_proto::frame::FrameDecoder;
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
+use postcopy_proto::v1::{self, chunk_answer};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+/// The most plain bytes asked for and not yet installed: bounds memory, and hides some 60 ms at 1 Gbit/s.
+const WINDOW_BYTES: usize = 16 << 20;
+/// The most plain bytes of one request.
+const REQUEST_BYTES: usize = 1 << 20;
+/// Jobs that may wait for an installer; the window bounds their bytes.
+const JOBS: usize = 256;
+/// How soon an install is tried again that the kernel put off.
+const RETRY: Duration = Duration::from_micros(200);
+/// How long to wait before a server that was lost is tried again.
+const RECONNECT: Duration = Duration::from_millis(200);
+
+/// What an installer does next. The permit is given back when that is done.
+struct Job {
+    region: Arc<RegionState>,
+    work: Work,
+    permit: OwnedSemaphorePermit,
+}
+
+enum Work {
+    Frames(Vec<v1::ChunkAnswer>),
+    Zeros(std::ops::Range<u64>),
+}
+
+/// Requests that have not been answered: chunks to come, and the room that they take.
+type Asked = VecDeque<(u64, OwnedSemaphorePermit)>;
+
+/// Starts the fill's threads; they end with the session.
+///
+/// # Errors
+/// If a thread or a runtime cannot be had.
+pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (jobs, queue) = mpsc::channel(JOBS);
+    let queue = Arc::new(Mutex::new(queue));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    for _ in 0..cores {
+        let (shared, queue) = (Arc::clone(shared), Arc::clone(&queue));
+        let installer = std::thread::Builder::new().name("postcopy-install".into());
+        installer.spawn(move || Installer::new(shared).run(&queue))?;
+    }
+    let fill = Fill {
+        shared: Arc::clone(shared),
+        jobs,
+        window: Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES)),
+    };
+    std::thread::Builder::new().name("postcopy-fill".into()).spawn(move || runtime.block_on(fill.run()))?;
+    Ok(())
+}
+
+struct Fill {
+    shared: Arc<Shared>,
+    jobs: mpsc::Sender<Job>,
+    /// One permit a page.
+    window: Arc<Semaphore>,
+}
+
+impl Fill {
+    async fn run(self) {
+        let mut passes_without_progress = 0;
+        while !self.shared.has_ended() {
+            let regions = self.shared.regions();
+            let before = unresolved_pages(&regions);
+            if before == 0 {
+                self.shared.fill_work.notified().await;
+                continue;
+            }
+            let outcome = self.pass(&regions, passes_without_progress).await;
+            // All permits are back: nothing is in flight.
+            let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
+            drop(self.window.acquire_many(all).await);
+            passes_without_progress =
+                if unresolved_pages(&regions) < before { 0 } else { passes_without_progress + 1 };
+            if passes_without_progress >= MAX_ATTEMPTS {
+                let server = &self.shared.address;
+                let reason =
+                    outcome.err().map_or_else(|| "pages are still absent".to_owned(), |e| e.to_string());
+                self.shared
+                    .report(&format!("the background fill from {server} does not get further: {reason}"));
+                // Faults go on being served, by the demand lane, and by its deadlines.
+                self.shared.fill_work.notified().await;
+                passes_without_progress = 0;
+            } else if outcome.is_err() {
+                tokio::time::sleep(RECONNECT).await;
+            }
+        }
+    }
+
+    /// Goes once over everything that is unresolved.
+    async fn pass(&self, regions: &[Arc<RegionState>], attempt: u32) -> Result<(), RemoteError> {
+        let image = self.shared.image.digest();
+        self.bring_segments(regions).await?;
+        let mut lane = BulkLane::open(&self.shared.address, &image).await?;
+        for region in regions {
+            self.fill_region(&mut lane, region, attempt).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the segments of the regions' files come, those that are not here yet.
+    async fn bring_segments(&self, regions: &[Arc<RegionState>]) -> Result<(), RemoteError> {
+        let image = &self.shared.image;
+        let missing = |region: &&Arc<RegionState>| {
+            image.root().segments_of(&region.file).any(|index| image.segment(index).is_none())
+        };
+        let files = regions.iter().filter(missing).map(|region| region.file.first_chunk);
+        let files: Vec<_> = files.collect();
+        let paths: Vec<_> = image
+            .root()
+            .files()
+            .filter(|(_, file)| files.contains(&file.first_chunk) && file.size_bytes > 0)
+            .collect();
+        if paths.is_empty() {
+            return Ok(());
+        }
+        let remote = Remote::connect(self.shared.address.clone()).await?;
+        let paths: Vec<_> = paths.iter().map(|(path, _)| path.as_bytes()).collect();
+        let name = "image".parse().expect("a name");
+        let reference = postcopy_proto::reference::Reference::Digest { name, image: image.digest() };
+        let (_, mut segments) = remote.open(&reference, &paths, false).await?;
+        while segments.next_into(image).await?.is_some() {}
+        Ok(())
+    }
+
+    async fn fill_region(
+        &self,
+        lane: &mut BulkLane,
+        region: &Arc<RegionState>,
+        attempt: u32,
+    ) -> Result<(), RemoteError> {
+        let mut next = 0;
+        let mut asked: Asked = Asked::new();
+        let mut id = 0;
+        while !self.shared.has_ended() && region.is_alive() {
+            let plan = if next < region.chunks() { self.plan(region, &mut next) } else { Plan::Nothing };
+            match plan {
+                Plan::Nothing if asked.is_empty() => return Ok(()),
+                Plan::Nothing => self.receive(lane, region, &mut asked).await?,
+                Plan::Zeros { chunks, pages } => {
+                    let permit =
+                        self.permit(lane, region, &mut asked, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
+                    self.job(Job { region: Arc::clone(region), work: Work::Zeros(chunks), permit }).await;
+                }
+                Plan::Ask { chunks, pages } => {
+                    let permit = self.permit(lane, region, &mut asked, pages).await?;
+                    id += 1;
+                    asked.push_back((chunks.len() as u64, permit));
+                    let runs = runs_of(chunks);
+                    let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
+                    // A closed queue is a lost lane: receiving says why.
+                    let _ = lane.requests.send(request).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for room in the window, receiving meanwhile.
+    async fn permit(
+        &self,
+        lane: &mut BulkLane,
+        region: &Arc<RegionState>,
+        asked: &mut Asked,
+        pages: usize,
+    ) -> Result<OwnedSemaphorePermit, RemoteError> {
+        let pages = u32::try_from(pages).expect("at most the window");
+        loop {
+            if let Ok(permit) = Arc::clone(&self.window).try_acquire_many_owned(pages) {
+                return Ok(permit);
+            }
+            if asked.is_empty() {
+                let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
+                return Ok(permit.expect("the window is never closed"));
+            }
+            self.receive(lane, region, asked).await?;
+        }
+    }
+
+    /// Takes the next message and hands its frames to the installers.
+    async fn receive(
+        &self,
+        lane: &mut BulkLane,
+        region: &Arc<RegionState>,
+        asked: &mut Asked,
+    ) -> Result<(), RemoteError> {
+        let server = &self.shared.address;
+        let message = lane.answers.message().await.map_err(server.status("the bulk lane"))?;
+        let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
+        let (rest, permit) =
+            asked.front_mut().ok_or_else(|| server.wrong("bulk answer", "nothing was asked"))?;
+        let count = message.chunks.len() as u64;
+        let part = *rest > count;
+        *rest = rest.saturating_sub(count);
+        let held = permit.num_permits();
+        let permit = if part {
+            // Permits go back with the frames, in proportion.
+            let pages = usize::try_from(held as u64 * count / (*rest + count)).unwrap_or(held);
+            permit.split(pages)
+        } else {
+            asked.pop_front().map(|(_, permit)| permit)
+        };
+        let permit = permit.expect("a part of what is held");
+        self.job(Job { region: Arc::clone(region), work: Work::Frames(message.chunks), permit }).await;
+        Ok(())
+    }
+
+    async fn job(&self, job: Job) {
+        // Installers end with the session; then nothing is to be installed.
+        let _ = self.jobs.send(job).await;
+    }
+
+    /// What to do from chunk `next` of the region on; `next` goes past it.
+    fn plan(&self, region: &RegionState, next: &mut u64) -> Plan {
+        let image = &self.shared.image;
+        let first_chunk = region.file.first_chunk.0;
+        let most = REQUEST_BYTES.max(image.root().chunk_size().bytes()) / PAGE_BYTES;
+        let (mut chunks, mut pages) = (Vec::new(), 0);
+        let mut zeros: Option<std::ops::Range<u64>> = None;
+        while *next < region.chunks() {
+            let chunk = ChunkIndex(first_chunk + *next);
+            let here = region.pages_of(chunk).expect("a chunk of the region");
+            let unresolved = [PageState::Absent, PageState::Poisoned];
+            let wanted = region.states.next_run(here.clone(), &unresolved).is_some();
+            match image.content(chunk) {
+                Content::Zero if wanted => {
+                    if !chunks.is_empty() || pages >= most {
+                        break;
+                    }
+                    pages += here.len();
+                    zeros = Some(zeros.map_or(chunk.0..chunk.0 + 1, |z| z.start..chunk.0 + 1));
+                }
+                Content::Data(_) if wanted => {
+                    if zeros.is_some() || (!chunks.is_empty() && pages + here.len() > most) {
+                        break;
+                    }
+                    pages += here.len();
+                    chunks.push(chunk.0);
+                }
+                // Resident: runs of zeros go over it, runs of data just skip it.
+                _ => {}
+            }
+            *next += 1;
+        }
+        match zeros {
+            Some(chunks) => Plan::Zeros { chunks, pages },
+            None if chunks.is_empty() => Plan::Nothing,
+            None => Plan::Ask { chunks, pages },
+        }
+    }
+}
+
+enum Plan {
+    Nothing,
+    Zeros { chunks: std::ops::Range<u64>, pages: usize },
+    Ask { chunks: Vec<u64>, pages: usize },
+}
+
+fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
+    let unresolved = |region: &Arc<RegionState>| {
+        let counts = region.states.counts();
+        region.states.pages() - counts.resident - counts.removed
+    };
+    regions.iter().filter(|region| region.is_alive()).map(unresolved).sum()
+}
+
+/// A thread that decompresses, verifies and installs.
+struct Installer {
+    shared: Arc<Shared>,
+    decoder: FrameDecoder,
+    pages: ChunkPages,
+}
+
+impl Installer {
+    fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, decoder: FrameDecoder::default(), pages: ChunkPages::default() }
+    }
+
+    fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
+        loop {
+            // Held while waiting, by one of the installers: whoever has the lock takes the next job.
+            let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let Some(job) = job else { return };
+            match job.work {
+                Work::Frames(answers) => {
+                    for answer in &answers {
+                        self.frame(&job.region, answer);
+                    }
+                }
+                Work::Zeros(chunks) => {
+                    for chunk in chunks {
+                        self.zeros(&job.region, ChunkIndex(chunk));
+                    }
+                }
+            }
+            self.shared.pages_changed();
+            drop(job.permit);
+        }
+    }
+
+    /// Installs a chunk. What is wrong with it leaves it absent; the next pass asks again.
+    fn frame(&mut self, region: &RegionState, answer: &v1::ChunkAnswer) {
+        let chunk = ChunkIndex(answer.chunk);
+        let shared = Arc::clone(&self.shared);
+        let image = &shared.image;
+        let (Some(pages), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
+            return;
+        };
+        let Some(chunk_answer::Result::Frame(frame)) = &answer.result else { return };
+        add(&shared.counters.bulk_chunks, 1);
+        add(&shared.counters.frame_bytes, frame.len());
+        if decode(image, region, chunk, &digest, frame, &mut self.decoder, &mut self.pages).is_ok() {
+            self.install(region, pages.start);
+        }
+    }
+
+    fn zeros(&mut self, region: &RegionState, chunk: ChunkIndex) {
+        let zero = self.shared.image.content(chunk) == Content::Zero;
+        if let Some(pages) = region.pages_of(chunk).filter(|_| zero) {
+            self.pages.prepare_zeros(pages.len() * PAGE_BYTES);
+            self.install(region, pages.start);
+        }
+    }
+
+    fn install(&self, region: &RegionState, start: usize) {
+        let shared = &self.shared;
+        loop {
+            match install::install(&shared.uffd, Some(&shared.gate), region, start, &self.pages, None) {
+                Installed::All | Installed::Ended => return,
+                // The pager reads the event, or somebody frees memory.
+                Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
+            }
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! An image as a client knows it: the root, and the segments that have come so far.
+
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::manifest::{ChunkContent, FileEntry, ManifestError, Root, Segment};
+use postcopy_proto::page::ChunkIndex;
+use std::sync::OnceLock;
+
+/// An image's manifest, filled in as segments arrive; each is checked against the root before it is kept.
+#[derive(Debug)]
+pub struct Image {
+    root: Root,
+    segments: Box<[OnceLock<Segment>]>,
+}
+
+impl Image {
+    /// The image of which `root` is the root; no segments yet.
+    #[must_use]
+    pub fn new(root: Root) -> Self {
+        let segments = root.segment_digests().iter().map(|_| OnceLock::new()).collect();
+        Self { root, segments }
+    }
+
+    /// The image's digest.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.root.image()
+    }
+
+    /// The root of the manifest.
+    #[must_use]
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// The regular file at `path`.
+    #[must_use]
+    pub fn file(&self, path: &[u8]) -> Option<FileEntry> {
+        self.root.files().find(|(p, _)| p.as_bytes() == path).map(|(_, file)| *file)
+    }
+
+    /// Takes segment `index` in, after checking it.
+    ///
+    /// # Errors
+    /// [`ManifestError`] if the bytes are not that segment's; nothing is kept then.
+    pub fn add_segment(&self, index: u32, bytes: &Bytes) -> Result<(), ManifestError> {
+        let segment = self.root.check_segment(index, bytes)?;
+        // If it was there already, it was the same: its digest is the root's.
+        let _ = self.segments[index as usize].set(segment);
+        Ok(())
+    }
+
+    /// Segment `index`, once it has come.
+    #[must_use]
+    pub fn segment(&self, index: u32) -> Option<&Segment> {
+        self.segments.get(index as usize)?.get()
+    }
+
+    /// What a chunk holds.
+    #[must_use]
+    pub fn content(&self, chunk: ChunkIndex) -> Content {
+        let (index, place) = Root::segment_of(chunk);
+        let Ok(index) = u32::try_from(index) else { return Content::OutOfRange };
+        match self.segments.get(index as usize).map(OnceLock::get) {
+            None => Content::OutOfRange,
+            Some(None) => Content::SegmentMissing(index),
+            Some(Some(segment)) => match segment.chunk(place) {
+                None => Content::OutOfRange,
+                Some(ChunkContent::Zero) => Content::Zero,
+                Some(ChunkContent::Data(digest)) => Content::Data(digest),
+            },
+        }
+    }
+}
+
+/// What is known of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing but zeros.
+    Zero,
+    /// The bytes with this digest.
+    Data(Digest),
+    /// Its segment has not come yet.
+    SegmentMissing(u32),
+    /// The image has no such chunk.
+    OutOfRange,
+}

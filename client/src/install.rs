@@ -1,0 +1,202 @@
+//! From a chunk's plain bytes to its pages in memory.
+//!
+//! Knows nothing of where the bytes came from; they have been verified. Only pages that are absent or poisoned are
+//! touched, at most 64 KiB in one ioctl, so that nobody waits long behind it.
+
+use crate::gate::Gate;
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::uffd::{Outcome, Uffd};
+use postcopy_proto::page::{MAX_PAGES_PER_CHUNK, PAGE_BYTES, PageRun};
+use std::ops::Range;
+
+/// The most pages in one ioctl: 64 KiB, some 28 us.
+const PIECE_PAGES: usize = 16;
+
+static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
+
+const UNRESOLVED: [PageState; 2] = [PageState::Absent, PageState::Poisoned];
+
+/// How installing a chunk went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Installed {
+    /// Nothing of it is left to do: its pages are resident, removed or gone.
+    All,
+    /// An event waits to be read first; then try again.
+    Deferred,
+    /// The kernel has no memory at the moment; try again.
+    NoMemory,
+    /// The memory's owner has exited, or the session has ended.
+    Ended,
+}
+
+/// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero.
+#[derive(Debug)]
+pub(crate) struct ChunkPages {
+    bytes: Vec<u8>,
+    held: [u64; MAX_PAGES_PER_CHUNK / 64],
+}
+
+impl Default for ChunkPages {
+    fn default() -> Self {
+        Self { bytes: Vec::new(), held: [0; MAX_PAGES_PER_CHUNK / 64] }
+    }
+}
+
+impl ChunkPages {
+    /// Makes room for a chunk of `chunk_bytes`, to be written by the caller; `runs` are its non-zero pages.
+    pub(crate) fn prepare(&mut self, chunk_bytes: usize, runs: impl Iterator<Item = PageRun>) -> &mut [u8] {
+        self.held.fill(0);
+        for run in runs {
+            for page in usize::from(run.first)..run.end_page() {
+                self.held[page / 64] |= 1 << (page % 64);
+            }
+        }
+        self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
+        let (chunk, padding) = self.bytes.split_at_mut(chunk_bytes);
+        padding.fill(0);
+        chunk
+    }
+
+    /// Makes it a chunk of `chunk_bytes` zeros.
+    pub(crate) fn prepare_zeros(&mut self, chunk_bytes: usize) {
+        self.held.fill(0);
+        self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
+    }
+
+    fn is_held(&self, page: usize) -> bool {
+        self.held[page / 64] >> (page % 64) & 1 == 1
+    }
+
+    /// The first pages of `pages`, at most 64 KiB, that are all held or all zero.
+    fn piece(&self, pages: Range<usize>) -> (Range<usize>, bool) {
+        let held = self.is_held(pages.start);
+        let limit = pages.end.min(pages.start + PIECE_PAGES);
+        let end = (pages.start..limit).find(|&page| self.is_held(page) != held).unwrap_or(limit);
+        (pages.start..end, held)
+    }
+}
+
+/// Installs the pages of a chunk that `region` has and that are unresolved, the piece with region page `first`
+/// before the others, and wakes who waits for them.
+///
+/// # Blocking
+/// With a `gate` it passes it as an installer for each piece; without one it must be the pager.
+pub(crate) fn install(
+    uffd: &Uffd,
+    gate: Option<&Gate>,
+    region: &RegionState,
+    chunk_start: usize,
+    chunk: &ChunkPages,
+    first: Option<usize>,
+) -> Installed {
+    let end = (chunk_start + chunk.bytes.len() / PAGE_BYTES).min(region.states.pages());
+    let middle = first.map_or(chunk_start, |page| page - (page - chunk_start) % PIECE_PAGES);
+    for part in [middle..end, chunk_start..middle] {
+        let mut next = part.start;
+        while next < part.end {
+            let pass = match gate.map(Gate::enter) {
+                Some(None) => return Installed::Ended,
+                Some(Some(pass)) => Some(pass),
+                None => None,
+            };
+            if !region.is_alive() {
+                return Installed::All;
+            }
+            let Some(run) = region.states.next_run(next..part.end, &UNRESOLVED) else { break };
+            let in_chunk = run.start - chunk_start..run.end - chunk_start;
+            let (piece, held) = chunk.piece(in_chunk);
+            let pages = piece.start + chunk_start..piece.end + chunk_start;
+            let bytes = held.then(|| &chunk.bytes[piece.start * PAGE_BYTES..piece.end * PAGE_BYTES]);
+            match install_piece(uffd, region, pages.clone(), bytes) {
+                Step::Next(page) => next = page,
+                Step::Stop(why) => return why,
+            }
+            drop(pass);
+        }
+    }
+    Installed::All
+}
+
+enum Step {
+    /// Go on with this page.
+    Next(usize),
+    Stop(Installed),
+}
+
+fn install_piece(uffd: &Uffd, region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>) -> Step {
+    let (address, len) = (region.address(pages.start), pages.len() * PAGE_BYTES);
+    // UFFDIO_ZEROPAGE takes poison for a page that is there; a copy goes over it.
+    let poisoned = region.states.next_run(pages.clone(), &[PageState::Poisoned]).is_some();
+    let outcome = match bytes {
+        Some(bytes) => uffd.copy(address, bytes),
+        None if poisoned => uffd.copy(address, &ZEROS[..len]),
+        None => uffd.zero(address, len),
+    };
+    match outcome {
+        Outcome::Done => {
+            region.states.set_resident(pages.clone());
+            Step::Next(pages.end)
+        }
+        Outcome::Partial { bytes } => {
+            let done = pages.start + bytes / PAGE_BYTES;
+            region.states.set_resident(pages.start..done);
+            Step::Next(done)
+        }
+        Outcome::AlreadyPresent => {
+            // Private memory of our own: what is there was installed by the other lane, or written after a
+            // removal whose event is still to be read.
+            region.states.set_resident(pages.start..pages.start + 1);
+            uffd.wake(address, PAGE_BYTES);
+            Step::Next(pages.start + 1)
+        }
+        Outcome::Deferred => Step::Stop(Installed::Deferred),
+        Outcome::NoMemory => Step::Stop(Installed::NoMemory),
+        Outcome::Gone => Step::Next(pages.end),
+        Outcome::OwnerGone => Step::Stop(Installed::Ended),
+    }
+}
+
+/// Makes every unresolved page of `pages` SIGBUS, and wakes who waits for it.
+///
+/// `read_events` is called when an event must be read first.
+pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut read_events: impl FnMut()) {
+    let mut next = pages.start;
+    while let Some(run) = region.states.next_run(next..pages.end, &[PageState::Absent]) {
+        let (address, len) = (region.address(run.start), run.len() * PAGE_BYTES);
+        if !uffd.can_poison() {
+            // Before Linux 6.6: no access at all to these pages, which is SIGSEGV.
+            let forbidden = crate::uffd::memory::forbid(address, len);
+            forbidden.expect("protection of mapped memory of our own can be taken away");
+            region.states.set_poisoned(run.clone());
+            uffd.wake(address, len);
+            next = run.end;
+            continue;
+        }
+        next = match uffd.poison(address, len) {
+            Outcome::Done => {
+                region.states.set_poisoned(run.clone());
+                uffd.wake(address, len);
+                run.end
+            }
+            Outcome::Partial { bytes } => {
+                let done = run.start + bytes / PAGE_BYTES;
+                region.states.set_poisoned(run.start..done);
+                uffd.wake(address, bytes);
+                done
+            }
+            // An installer was faster.
+            Outcome::AlreadyPresent => {
+                region.states.set_resident(run.start..run.start + 1);
+                uffd.wake(address, PAGE_BYTES);
+                run.start + 1
+            }
+            Outcome::Deferred => {
+                read_events();
+                run.start
+            }
+            Outcome::NoMemory => run.start,
+            Outcome::Gone | Outcome::OwnerGone => run.end,
+        };
+    }
+}

@@ -1,0 +1,79 @@
+//! The lanes that pages come over: one bidirectional stream each, on a connection of its own.
+
+use crate::remote::{Lane, RemoteError, ServerAddress, page_client};
+use postcopy_proto::digest::Digest;
+use postcopy_proto::v1;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Requests that may wait to be sent; more wait with who makes them.
+const QUEUE: usize = 64;
+
+/// The demand lane: requests for chunks and segments that faults wait for.
+#[derive(Debug)]
+pub(crate) struct DemandLane {
+    pub(crate) requests: mpsc::Sender<v1::FetchChunksRequest>,
+    pub(crate) answers: tonic::Streaming<v1::FetchChunksResponse>,
+}
+
+impl DemandLane {
+    /// Connects and binds the stream to `image`, in the current runtime.
+    ///
+    /// # Errors
+    /// [`RemoteError`] if the server cannot be reached or does not have the image.
+    pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
+        let channel = address.connect(Lane::Demand).await?;
+        let (requests, queue) = mpsc::channel(QUEUE);
+        let bind = v1::FetchChunksRequest { image: (*image).into(), ..Default::default() };
+        requests.try_send(bind).expect("the queue is new");
+        let answers = page_client(channel).fetch_chunks(ReceiverStream::new(queue)).await;
+        let answers = answers.map_err(address.status(format!("the demand lane of {image}")))?.into_inner();
+        Ok(Self { requests, answers })
+    }
+}
+
+/// The bulk lane: runs of chunks that nobody waits for.
+#[derive(Debug)]
+pub(crate) struct BulkLane {
+    pub(crate) requests: mpsc::Sender<v1::StreamChunksRequest>,
+    pub(crate) answers: tonic::Streaming<v1::StreamChunksResponse>,
+}
+
+impl BulkLane {
+    /// Connects and binds the stream to `image`, in the current runtime.
+    ///
+    /// # Errors
+    /// As [`DemandLane::open`].
+    pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
+        let channel = address.connect(Lane::Bulk).await?;
+        let (requests, queue) = mpsc::channel(QUEUE);
+        let bind = v1::StreamChunksRequest { image: (*image).into(), ..Default::default() };
+        requests.try_send(bind).expect("the queue is new");
+        let answers = page_client(channel).stream_chunks(ReceiverStream::new(queue)).await;
+        let answers = answers.map_err(address.status(format!("the bulk lane of {image}")))?.into_inner();
+        Ok(Self { requests, answers })
+    }
+}
+
+/// Puts ascending chunk numbers together into runs.
+pub(crate) fn runs_of(chunks: impl IntoIterator<Item = u64>) -> Vec<v1::ChunkRun> {
+    let mut runs: Vec<v1::ChunkRun> = Vec::new();
+    for chunk in chunks {
+        match runs.last_mut() {
+            Some(run) if run.first + u64::from(run.count) == chunk => run.count += 1,
+            _ => runs.push(v1::ChunkRun { first: chunk, count: 1 }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_become_runs() {
+        let run = |first, count| v1::ChunkRun { first, count };
+        assert_eq!(runs_of([3, 4, 5, 9, 8]), [run(3, 3), run(9, 1), run(8, 1)]);
+    }
+}

@@ -1,0 +1,703 @@
+//! The pager: the one thread that answers a session's faults.
+//!
+//! It runs a current-thread runtime that owns the userfaultfd, the demand stream and its connection, so that from
+//! reading a fault to UFFDIO_COPY nothing crosses a thread. The way of a page:
+//!
+//! 1. [`Pager::drain`] reads all messages: events change page states at once, faults are collected;
+//! 2. [`Pager::fault`] looks at each faulting page's state; an absent one's chunk is asked for ([`Pager::ask`]), once;
+//! 3. [`Pager::answer`] takes the server's answer, verifies the chunk to the image's digest, and
+//! 4. [`Pager::install`] puts its pages into every region that has them, which wakes the threads.
+//!
+//! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
+//! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS.
+
+use crate::image::{Content, Image};
+use crate::install::{self, ChunkPages, Installed};
+use crate::lane::{DemandLane, runs_of};
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::remote::{Remote, RemoteError, ServerAddress, take_segment};
+use crate::session::{Command, LossPolicy, OWN_PROCESS_FEATURES, Options, SessionError, Shared, add};
+use crate::uffd::{AsyncUffd, Event, Outcome, Uffd};
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
+use postcopy_proto::reference::Reference;
+use postcopy_proto::v1::{self, chunk_answer, fetch_chunks_response::Answer};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// How often a chunk is asked for before a wrong or missing answer is final. From the second time on the server
+/// checks its copy itself.
+pub(crate) const MAX_ATTEMPTS: u32 = 3;
+
+/// How often deadlines are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// How soon an install is tried again that the kernel put off.
+const RETRY: Duration = Duration::from_millis(1);
+/// How often a lost chunk is asked for again under [`LossPolicy::Wait`].
+const LOST_RETRY: Duration = Duration::from_secs(1);
+/// Pauses between attempts to reach a server that was lost.
+const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_secs(1);
+
+/// A chunk that was asked for and has not been installed.
+#[derive(Debug)]
+struct InFlight {
+    digest: Digest,
+    /// A page of it that somebody waits for, with its region; installed first.
+    region: Arc<RegionState>,
+    page: usize,
+    attempt: u32,
+    /// Answers that were wrong or errors.
+    refusals: u32,
+    deadline: Instant,
+    /// The frame came, and the kernel put the install off.
+    frame: Option<Bytes>,
+    /// Given up: ask again at this time, under [`LossPolicy::Wait`].
+    again_at: Option<Instant>,
+}
+
+/// A segment that faults wait for, and the pages they are for.
+#[derive(Debug)]
+struct AwaitedSegment {
+    pages: Vec<(Arc<RegionState>, usize)>,
+    refusals: u32,
+    deadline: Instant,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Pager {
+    way_out: WayOut,
+    uffd: AsyncUffd,
+    lane: Result<DemandLane, oneshot::Receiver<DemandLane>>,
+    in_flight: HashMap<ChunkIndex, InFlight>,
+    segments: BTreeMap<u32, AwaitedSegment>,
+    /// Chunks to be asked for with the next message, by attempt.
+    to_ask: Vec<(u32, ChunkIndex)>,
+    segments_to_ask: Vec<u32>,
+    /// Faults on removed pages, and installs, that must wait until an event has been read.
+    put_off: Vec<(Arc<RegionState>, usize)>,
+    put_off_chunks: bool,
+    events: Vec<Event>,
+    decoder: FrameDecoder,
+    pages: ChunkPages,
+    next_id: u64,
+    // Dropped last: memory that waits in it to be unmapped must have been unregistered.
+    commands: mpsc::Receiver<Command>,
+}
+
+/// Makes every way out of the pager (return, error, panic) a safe one when it is dropped: what is unresolved is
+/// poisoned, and only then are the regions let go of.
+#[derive(Debug)]
+struct WayOut(Arc<Shared>);
+
+impl Drop for WayOut {
+    fn drop(&mut self) {
+        let shared = &self.0;
+        shared.gate.close();
+        let mut ignored = Vec::new();
+        let mut read_events = || {
+            ignored.clear();
+            let _ = shared.uffd.read_events(&mut ignored);
+        };
+        for region in shared.regions().iter() {
+            install::poison(&shared.uffd, region, 0..region.states.pages(), &mut read_events);
+            // Poison stays. Without this an munmap would wait for somebody to read its event.
+            let _ = shared.uffd.unregister(region.address(0), region.len());
+        }
+        read_events();
+        shared.end();
+    }
+}
+
+impl Pager {
+    /// Starts a session's pager: connects, opens the image, opens the userfaultfd, in this order, so that
+    /// nothing is registered before there is somebody to ask.
+    ///
+    /// # Errors
+    /// Whatever of that failed.
+    ///
+    /// # Blocking
+    /// Until all of it is done.
+    pub(crate) fn start(
+        address: ServerAddress,
+        reference: Reference,
+        options: Options,
+        commands: mpsc::Receiver<Command>,
+    ) -> Result<Arc<Shared>, SessionError> {
+        let system = |what| move |source| SessionError::System { what, source };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_name("postcopy-pager-helper")
+            .build()
+            .map_err(system("a runtime"))?;
+        let (reply, opened) = std::sync::mpsc::sync_channel(1);
+        let thread = move || {
+            runtime.block_on(async move {
+                match Self::open(address, &reference, options, commands).await {
+                    Err(error) => drop(reply.send(Err(error))),
+                    Ok(pager) => {
+                        let shared = Arc::clone(&pager.way_out.0);
+                        drop(reply.send(Ok(shared)));
+                        pager.run().await;
+                    }
+                }
+            });
+        };
+        let thread = std::thread::Builder::new().name("postcopy-pager".into()).spawn(thread);
+        thread.map_err(system("a thread"))?;
+        opened.recv().map_err(|_| SessionError::Ended)?
+    }
+
+    async fn open(
+        address: ServerAddress,
+        reference: &Reference,
+        options: Options,
+        commands: mpsc::Receiver<Command>,
+    ) -> Result<Self, SessionError> {
+        let image = open_image(&address, reference).await?;
+        let lane = DemandLane::open(&address, &image.digest()).await?;
+        let uffd = Arc::new(Uffd::open(OWN_PROCESS_FEATURES)?);
+        let watched = AsyncUffd::new(Arc::clone(&uffd));
+        let watched = watched.map_err(|source| SessionError::System { what: "epoll", source })?;
+        let shared = Arc::new(Shared::new(address, image, uffd, options));
+        Ok(Self {
+            way_out: WayOut(shared),
+            uffd: watched,
+            lane: Ok(lane),
+            in_flight: HashMap::new(),
+            segments: BTreeMap::new(),
+            to_ask: Vec::new(),
+            segments_to_ask: Vec::new(),
+            put_off: Vec::new(),
+            put_off_chunks: false,
+            events: Vec::new(),
+            decoder: FrameDecoder::default(),
+            pages: ChunkPages::default(),
+            next_id: 0,
+            commands,
+        })
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.way_out.0
+    }
+
+    /// Serves until all who can ask for something are gone, or the kernel's side fails.
+    async fn run(mut self) {
+        let shared = Arc::clone(&self.way_out.0);
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.send();
+            let waits = !self.in_flight.is_empty() || !self.segments.is_empty();
+            let put_off = self.put_off_chunks || !self.put_off.is_empty();
+            tokio::select! {
+                biased;
+                readable = self.uffd.readable() => match readable {
+                    Err(error) => return shared.report(&format!("the userfaultfd cannot be watched: {error}")),
+                    Ok(readable) => {
+                        let Some(pass) = shared.gate.try_enter_alone() else {
+                            drop(readable);
+                            shared.gate.installers_left().await;
+                            continue;
+                        };
+                        if let Err(error) = shared.uffd.read_events(&mut self.events) {
+                            return shared.report(&format!("the userfaultfd cannot be read: {error}"));
+                        }
+                        readable.drained();
+                        if let Err(reason) = self.drain() {
+                            drop(pass);
+                            return shared.report(&reason);
+                        }
+                        drop(pass);
+                        self.faults();
+                    }
+                },
+                lane = next_answer(&mut self.lane) => self.lane_answers(lane),
+                command = self.commands.recv() => match command {
+                    None => return,
+                    Some(command) => self.command(command),
+                },
+                () = tokio::time::sleep(RETRY), if put_off => self.retry_put_off(),
+                _ = tick.tick(), if waits => self.check_deadlines(),
+            }
+        }
+    }
+
+    /// Changes states by the events that were read, and leaves the faults in `events`. The gate is passed alone.
+    fn drain(&mut self) -> Result<(), String> {
+        let regions = self.shared().regions();
+        let mut moved = None;
+        self.events.retain(|event| {
+            match *event {
+                Event::Fault { .. } => return true,
+                // The range is gone, or about to go: nothing may be installed there any more.
+                Event::Remove { start, end } | Event::Unmap { start, end } => {
+                    for region in regions.iter() {
+                        region.states.set_removed(region.pages_in(start, end));
+                    }
+                }
+                Event::Remap { from, .. } => moved = Some(format!("memory at {from:#x} was moved by mremap")),
+                Event::Unknown { event } => {
+                    moved = Some(format!("the kernel sent event {event:#x}, not asked for"))
+                }
+            }
+            false
+        });
+        self.shared().pages_changed();
+        moved.map_or(Ok(()), Err)
+    }
+
+    fn faults(&mut self) {
+        let regions = self.shared().regions();
+        let mut events = std::mem::take(&mut self.events);
+        for event in events.drain(..) {
+            let Event::Fault { address } = event else { continue };
+            add(&self.shared().counters.faults, 1);
+            let found = regions.iter().find_map(|region| Some((region, region.page_at(address)?)));
+            // None: a fault on memory that was unmapped since.
+            if let Some((region, page)) = found {
+                self.fault(region, page);
+            }
+        }
+        self.events = events;
+    }
+
+    /// Sees to it that a touched page comes.
+    fn fault(&mut self, region: &Arc<RegionState>, page: usize) {
+        match region.states.get(page) {
+            PageState::Absent => self.ask(region, page),
+            PageState::Removed => self.zero_removed(region, page),
+            // Another thread's fault on the same page was answered since, or it is SIGBUS now: try again.
+            PageState::Resident | PageState::Poisoned => {
+                self.shared().uffd.wake(region.address(page), PAGE_BYTES);
+            }
+        }
+    }
+
+    fn zero_removed(&mut self, region: &Arc<RegionState>, page: usize) {
+        let uffd = &self.shared().uffd;
+        let address = region.address(page);
+        match uffd.zero(address, PAGE_BYTES) {
+            Outcome::Done | Outcome::Partial { .. } | Outcome::Gone | Outcome::OwnerGone => {}
+            Outcome::AlreadyPresent => uffd.wake(address, PAGE_BYTES),
+            Outcome::Deferred | Outcome::NoMemory => self.put_off.push((Arc::clone(region), page)),
+        }
+    }
+
+    /// Asks for the chunk of an absent page, unless that has been done.
+    fn ask(&mut self, region: &Arc<RegionState>, page: usize) {
+        let chunk = region.chunk_of(page);
+        if self.in_flight.contains_key(&chunk) {
+            return;
+        }
+        let deadline = Instant::now() + self.shared().options.fault_deadline;
+        match self.shared().image.content(chunk) {
+            Content::Data(digest) => {
+                let region = Arc::clone(region);
+                let wanted = InFlight {
+                    digest,
+                    region,
+                    page,
+                    attempt: 0,
+                    refusals: 0,
+                    deadline,
+                    frame: None,
+                    again_at: None,
+                };
+                self.in_flight.insert(chunk, wanted);
+                self.to_ask.push((0, chunk));
+            }
+            Content::Zero => self.install_zeros(region, chunk, page),
+            Content::SegmentMissing(index) => {
+                let awaited = self.segments.entry(index).or_insert_with(|| {
+                    self.segments_to_ask.push(index);
+                    AwaitedSegment { pages: Vec::new(), refusals: 0, deadline }
+                });
+                awaited.pages.push((Arc::clone(region), page));
+            }
+            Content::OutOfRange => unreachable!("regions are made from the image's own files"),
+        }
+    }
+
+    /// Sends what is to be asked for, as far as the lane takes it.
+    fn send(&mut self) {
+        if self.to_ask.is_empty() && self.segments_to_ask.is_empty() {
+            return;
+        }
+        let Ok(lane) = &self.lane else { return };
+        while !self.to_ask.is_empty() || !self.segments_to_ask.is_empty() {
+            // Full: it goes on after the next answer. Closed: next_answer says so.
+            let Ok(slot) = lane.requests.try_reserve() else { return };
+            self.next_id += 1;
+            let attempt = self.to_ask.first().map_or(0, |(attempt, _)| *attempt);
+            let most = postcopy_proto::MAX_DEMAND_CHUNKS;
+            let count = (0..most).zip(&self.to_ask).take_while(|(_, (a, _))| *a == attempt).count();
+            let chunks = self.to_ask.drain(..count).map(|(_, chunk)| chunk.0);
+            slot.send(v1::FetchChunksRequest {
+                id: self.next_id,
+                attempt,
+                class: v1::RequestClass::Demand.into(),
+                image: Bytes::new(),
+                runs: runs_of(chunks),
+                segment: self.segments_to_ask.pop(),
+            });
+        }
+    }
+
+    fn lane_answers(&mut self, next: NextAnswer) {
+        match next {
+            NextAnswer::Connected(lane) => {
+                self.lane = Ok(lane);
+                self.ask_all_again();
+            }
+            NextAnswer::Lost => self.reconnect(),
+            NextAnswer::Answer(answer) => match answer.answer {
+                Some(Answer::Chunk(chunk)) => self.answer(chunk),
+                Some(Answer::Segment(segment)) => self.segment_answer(&segment),
+                None => {}
+            },
+        }
+    }
+
+    /// Gets another lane, in the background; the faults' deadlines go on.
+    fn reconnect(&mut self) {
+        let (sender, receiver) = oneshot::channel();
+        let (address, image) = (self.shared().address.clone(), self.shared().image.digest());
+        self.lane = Err(receiver);
+        tokio::spawn(async move {
+            let mut pause = RECONNECT.start;
+            // Ends with the runtime, or as soon as nobody waits for the lane.
+            while !sender.is_closed() {
+                match DemandLane::open(&address, &image).await {
+                    Ok(lane) => return drop(sender.send(lane)),
+                    Err(_) => tokio::time::sleep(pause).await,
+                }
+                pause = (pause * 2).min(RECONNECT.end);
+            }
+        });
+    }
+
+    fn ask_all_again(&mut self) {
+        self.to_ask.clear();
+        for (chunk, wanted) in &mut self.in_flight {
+            if wanted.frame.is_none() && wanted.again_at.is_none() {
+                wanted.attempt += 1;
+                self.to_ask.push((wanted.attempt, *chunk));
+            }
+        }
+        self.to_ask.sort_unstable();
+        self.segments_to_ask = self.segments.keys().copied().collect();
+    }
+
+    /// Takes the answer for a chunk.
+    fn answer(&mut self, answer: v1::ChunkAnswer) {
+        let chunk = ChunkIndex(answer.chunk);
+        let Some(wanted) = self.in_flight.get(&chunk) else { return };
+        let frame = match answer.result {
+            Some(chunk_answer::Result::Frame(frame)) => frame,
+            Some(chunk_answer::Result::Zero(_)) => {
+                let reason = format!("the server says it is zero, the manifest that it is {}", wanted.digest);
+                return self.refuse(chunk, &reason);
+            }
+            Some(chunk_answer::Result::Error(error)) => return self.refuse(chunk, &error.message),
+            None => return self.refuse(chunk, "the answer is empty"),
+        };
+        let counters = &self.shared().counters;
+        add(&counters.demand_chunks, 1);
+        add(&counters.frame_bytes, frame.len());
+        self.install(chunk, frame);
+    }
+
+    /// Verifies a chunk's frame and installs its pages.
+    fn install(&mut self, chunk: ChunkIndex, frame: Bytes) {
+        let Some(wanted) = self.in_flight.get_mut(&chunk) else { return };
+        let shared = &self.way_out.0;
+        let digest = wanted.digest;
+        if let Err(reason) =
+            decode(&shared.image, &wanted.region, chunk, &digest, &frame, &mut self.decoder, &mut self.pages)
+        {
+            return self.refuse(chunk, &reason);
+        }
+        let mut outcome = Installed::All;
+        for region in shared.regions().iter() {
+            let Some(pages) = region.pages_of(chunk) else { continue };
+            let first = Arc::ptr_eq(region, &wanted.region).then_some(wanted.page);
+            let installed = install::install(&shared.uffd, None, region, pages.start, &self.pages, first);
+            if installed != Installed::All {
+                outcome = installed;
+            }
+        }
+        match outcome {
+            Installed::All | Installed::Ended => drop(self.in_flight.remove(&chunk)),
+            Installed::Deferred | Installed::NoMemory => {
+                wanted.frame = Some(frame);
+                self.put_off_chunks = true;
+            }
+        }
+        self.shared().pages_changed();
+    }
+
+    fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
+        let Some(pages) = region.pages_of(chunk) else { return };
+        self.pages.prepare_zeros(pages.len() * PAGE_BYTES);
+        let uffd = &self.way_out.0.uffd;
+        match install::install(uffd, None, region, pages.start, &self.pages, Some(page)) {
+            Installed::All | Installed::Ended => {}
+            Installed::Deferred | Installed::NoMemory => self.put_off.push((Arc::clone(region), page)),
+        }
+        self.shared().pages_changed();
+    }
+
+    fn retry_put_off(&mut self) {
+        for (region, page) in std::mem::take(&mut self.put_off) {
+            if region.is_alive() {
+                self.fault(&region, page);
+            }
+        }
+        if std::mem::take(&mut self.put_off_chunks) {
+            let frames: Vec<_> =
+                self.in_flight.iter_mut().filter_map(|(chunk, w)| Some((*chunk, w.frame.take()?))).collect();
+            for (chunk, frame) in frames {
+                self.install(chunk, frame);
+            }
+        }
+    }
+
+    /// An answer was wrong or an error: ask again, or give up.
+    fn refuse(&mut self, chunk: ChunkIndex, reason: &str) {
+        let Some(wanted) = self.in_flight.get_mut(&chunk) else { return };
+        wanted.refusals += 1;
+        wanted.attempt += 1;
+        if wanted.refusals < MAX_ATTEMPTS {
+            self.to_ask.push((wanted.attempt, chunk));
+        } else {
+            self.lose(chunk, reason);
+        }
+    }
+
+    fn segment_answer(&mut self, answer: &v1::SegmentAnswer) {
+        let taken = take_segment(&self.shared().image, answer);
+        let Some(awaited) = self.segments.get_mut(&answer.index) else { return };
+        let pages = match taken {
+            Ok(()) => self.segments.remove(&answer.index).map(|awaited| awaited.pages),
+            Err(reason) => {
+                awaited.refusals += 1;
+                if awaited.refusals < MAX_ATTEMPTS {
+                    return self.segments_to_ask.push(answer.index);
+                }
+                return self.lose_segment(answer.index, &reason.to_string());
+            }
+        };
+        for (region, page) in pages.into_iter().flatten() {
+            self.fault(&region, page);
+        }
+    }
+
+    /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.
+    fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
+        let shared = Arc::clone(&self.way_out.0);
+        let image = shared.image.digest();
+        shared.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
+        match shared.options.on_loss {
+            LossPolicy::Poison => {
+                self.in_flight.remove(&chunk);
+                for region in shared.regions().iter() {
+                    if let Some(pages) = region.pages_of(chunk) {
+                        self.poison(region, pages);
+                    }
+                }
+            }
+            LossPolicy::Wait => {
+                if let Some(wanted) = self.in_flight.get_mut(&chunk) {
+                    wanted.again_at = Some(Instant::now() + LOST_RETRY);
+                    wanted.refusals = 0;
+                }
+            }
+        }
+        shared.pages_changed();
+    }
+
+    fn lose_segment(&mut self, index: u32, reason: &str) {
+        let shared = Arc::clone(&self.way_out.0);
+        let image = shared.image.digest();
+        shared.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
+        match shared.options.on_loss {
+            LossPolicy::Poison => {
+                for (region, page) in self.segments.remove(&index).into_iter().flat_map(|s| s.pages) {
+                    self.poison(&region, page..page + 1);
+                }
+            }
+            LossPolicy::Wait => {
+                if let Some(awaited) = self.segments.get_mut(&index) {
+                    awaited.refusals = 0;
+                    awaited.deadline = Instant::now() + LOST_RETRY;
+                }
+            }
+        }
+        shared.pages_changed();
+    }
+
+    fn poison(&mut self, region: &Arc<RegionState>, pages: std::ops::Range<usize>) {
+        let shared = Arc::clone(&self.way_out.0);
+        let mut events = std::mem::take(&mut self.events);
+        install::poison(&shared.uffd, region, pages, || {
+            // An error shows at the next read in `run`.
+            let _ = shared.uffd.read_events(&mut events);
+        });
+        self.events = events;
+        if !self.events.is_empty() {
+            let outcome = self.drain();
+            self.faults();
+            if let Err(reason) = outcome {
+                shared.report(&reason);
+            }
+        }
+    }
+
+    fn check_deadlines(&mut self) {
+        let now = Instant::now();
+        let mut late = Vec::new();
+        let mut again = Vec::new();
+        for (chunk, wanted) in &mut self.in_flight {
+            match wanted.again_at {
+                Some(at) if at <= now => again.push(*chunk),
+                None if wanted.deadline <= now => late.push(*chunk),
+                _ => {}
+            }
+        }
+        for chunk in again {
+            if let Some(wanted) = self.in_flight.get_mut(&chunk) {
+                wanted.again_at = None;
+                wanted.attempt += 1;
+                wanted.deadline = now + self.way_out.0.options.fault_deadline;
+                self.to_ask.push((wanted.attempt, chunk));
+            }
+        }
+        let reason = self.late_reason();
+        for chunk in late {
+            self.lose(chunk, &reason);
+        }
+        let late: Vec<_> = self.segments.iter().filter(|(_, s)| s.deadline <= now).map(|(i, _)| *i).collect();
+        for index in late {
+            self.lose_segment(index, &reason);
+            if self.segments.contains_key(&index) {
+                self.segments_to_ask.push(index);
+            }
+        }
+    }
+
+    fn late_reason(&self) -> String {
+        let deadline = self.shared().options.fault_deadline;
+        let state = if self.lane.is_ok() { "connected" } else { "not reachable" };
+        format!("no answer within {deadline:?}; the server is {state}")
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Map { region, reply } => {
+                let registered = self.shared().uffd.register(region.address(0), region.len());
+                if registered.is_ok() {
+                    let regions = self.shared().regions().iter().cloned().chain([region]).collect();
+                    self.shared().set_regions(regions);
+                }
+                // The program waits for it, in `Session::map`.
+                let _ = reply.try_send(registered);
+            }
+            Command::Unmap { region, memory } => self.unmap(&region, memory),
+            Command::Bring { region, pages } => {
+                let mut next = pages.start;
+                while let Some(run) = region.states.next_run(next..pages.end, &[PageState::Absent]) {
+                    self.ask(&region, run.start);
+                    // One page of each chunk will do.
+                    let chunk = region.pages_of(region.chunk_of(run.start));
+                    next = chunk.map_or(run.end, |pages| pages.end);
+                }
+            }
+        }
+    }
+
+    /// Lets go of a region. Its memory is never unmapped while it is registered: that would wait for this thread.
+    fn unmap(&mut self, region: &Arc<RegionState>, memory: crate::uffd::memory::Memory) {
+        let shared = Arc::clone(&self.way_out.0);
+        // Whoever still touches it by a stray pointer is stopped, and never sees zeros.
+        let forbidden = crate::uffd::memory::forbid(memory.start(), memory.len());
+        region.end();
+        let unregistered = shared.uffd.unregister(memory.start(), memory.len());
+        let rest = shared.regions().iter().filter(|r| !Arc::ptr_eq(r, region)).cloned().collect();
+        shared.set_regions(rest);
+        self.in_flight.retain(|_, wanted| !Arc::ptr_eq(&wanted.region, region));
+        for awaited in self.segments.values_mut() {
+            awaited.pages.retain(|(r, _)| !Arc::ptr_eq(r, region));
+        }
+        if forbidden.is_ok() && unregistered.is_ok() {
+            // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.
+            tokio::task::spawn_blocking(move || {
+                shared.gate.pass_through();
+                drop(memory);
+            });
+        } else {
+            std::mem::forget(memory);
+            self.shared().report("a region could not be unregistered; its address space is not given back");
+        }
+    }
+}
+
+/// What the lane, or the attempt to get one, gives next.
+enum NextAnswer {
+    Answer(v1::FetchChunksResponse),
+    Lost,
+    Connected(DemandLane),
+}
+
+async fn next_answer(lane: &mut Result<DemandLane, oneshot::Receiver<DemandLane>>) -> NextAnswer {
+    match lane {
+        Ok(lane) => match lane.answers.message().await {
+            Ok(Some(answer)) => NextAnswer::Answer(answer),
+            Ok(None) | Err(_) => NextAnswer::Lost,
+        },
+        Err(coming) => match coming.await {
+            Ok(lane) => NextAnswer::Connected(lane),
+            Err(_) => NextAnswer::Lost,
+        },
+    }
+}
+
+async fn open_image(address: &ServerAddress, reference: &Reference) -> Result<Arc<Image>, RemoteError> {
+    let remote = Remote::connect(address.clone()).await?;
+    let (image, segments) = remote.open(reference, &[], false).await?;
+    segments.all_into(&image).await?;
+    Ok(image)
+}
+
+/// Writes a chunk's verified bytes to `pages`.
+///
+/// # Errors
+/// Why they are not the chunk's.
+pub(crate) fn decode(
+    image: &Image,
+    region: &RegionState,
+    chunk: ChunkIndex,
+    digest: &Digest,
+    frame: &[u8],
+    decoder: &mut FrameDecoder,
+    pages: &mut ChunkPages,
+) -> Result<(), String> {
+    let chunk_size = image.root().chunk_size();
+    let expected = postcopy_proto::manifest::chunk_len(chunk_size, &region.file, chunk).unwrap_or(0);
+    let frame = ChunkFrame::parse(frame).map_err(|e| e.to_string())?;
+    if frame.chunk_bytes() != expected {
+        return Err(format!(
+            "the frame is of a chunk of {} bytes, the manifest says {expected}",
+            frame.chunk_bytes()
+        ));
+    }
+    let bytes = pages.prepare(expected, frame.runs());
+    decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
+}

@@ -1,0 +1,181 @@
+//! Regions: spans of address space that an image's file appears in as it is touched.
+
+use crate::page_state::{PageState, PageStates};
+use crate::session::{Command, LossError, Shared};
+use crate::uffd::memory::Memory;
+use postcopy_proto::manifest::FileEntry;
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::sync::mpsc;
+
+/// What the pager and the installers know of a region.
+#[derive(Debug)]
+pub(crate) struct RegionState {
+    start: usize,
+    pub(crate) file: FileEntry,
+    pub(crate) states: PageStates,
+    chunk_pages: usize,
+    alive: AtomicBool,
+}
+
+impl RegionState {
+    pub(crate) fn new(start: usize, file: FileEntry, chunk_bytes: usize) -> Self {
+        let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
+        let chunk_pages = chunk_bytes / PAGE_BYTES;
+        Self { start, file, states: PageStates::new(pages), chunk_pages, alive: AtomicBool::new(true) }
+    }
+
+    /// The address of a page.
+    pub(crate) fn address(&self, page: usize) -> usize {
+        self.start + page * PAGE_BYTES
+    }
+
+    /// Length in bytes, a multiple of the page size.
+    pub(crate) fn len(&self) -> usize {
+        self.states.pages() * PAGE_BYTES
+    }
+
+    /// The page at an address.
+    pub(crate) fn page_at(&self, address: usize) -> Option<usize> {
+        let offset = address.checked_sub(self.start)?;
+        (offset < self.len()).then_some(offset / PAGE_BYTES)
+    }
+
+    /// The pages that lie in the address range from `start` to `end`.
+    pub(crate) fn pages_in(&self, start: usize, end: usize) -> Range<usize> {
+        let page =
+            |address: usize| (address.saturating_sub(self.start) / PAGE_BYTES).min(self.states.pages());
+        page(start)..page(end.next_multiple_of(PAGE_BYTES)).max(page(start))
+    }
+
+    /// The chunk that a page belongs to.
+    pub(crate) fn chunk_of(&self, page: usize) -> ChunkIndex {
+        ChunkIndex(self.file.first_chunk.0 + (page / self.chunk_pages) as u64)
+    }
+
+    /// How many chunks the region has pages of.
+    pub(crate) fn chunks(&self) -> u64 {
+        self.states.pages().div_ceil(self.chunk_pages) as u64
+    }
+
+    /// The region's pages of a chunk; None if the chunk is not of the region's file.
+    pub(crate) fn pages_of(&self, chunk: ChunkIndex) -> Option<Range<usize>> {
+        let index = chunk.0.checked_sub(self.file.first_chunk.0).filter(|index| *index < self.chunks())?;
+        let start = to_usize(index) * self.chunk_pages;
+        Some(start..(start + self.chunk_pages).min(self.states.pages()))
+    }
+
+    /// Whether the memory is still there. Does not change while an installer or the pager is in the gate.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Acquire)
+    }
+
+    /// The memory is about to be unmapped.
+    pub(crate) fn end(&self) {
+        self.alive.store(false, Ordering::Release);
+    }
+}
+
+/// A file of an image as memory: private to this process, filled as it is touched, written to at will.
+///
+/// Dereferences to the file's bytes. The first touch of a page waits until the page has come; a touch of a page that
+/// cannot be had is SIGBUS (see [`crate::LossPolicy`]); [`Region::read_at`] gives an error instead. Children of
+/// a fork do not have the region. It must not be moved by mremap(2).
+///
+/// # Blocking
+/// Touching it waits for the network. Do not do that while holding a lock that the thread serving you needs, and
+/// not on an async worker.
+#[derive(Debug)]
+pub struct Region {
+    // None for an empty file, which has no memory, and once it is dropped.
+    memory: Option<Memory>,
+    state: Arc<RegionState>,
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Region {
+    pub(crate) fn new(
+        memory: Option<Memory>,
+        state: Arc<RegionState>,
+        shared: Arc<Shared>,
+        commands: mpsc::Sender<Command>,
+    ) -> Self {
+        Self { memory, state, shared, commands }
+    }
+
+    /// Length of the file in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        to_usize(self.state.file.size_bytes)
+    }
+
+    /// Whether the file is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many of its pages are resident.
+    #[must_use]
+    pub fn resident_pages(&self) -> usize {
+        self.state.states.counts().resident
+    }
+
+    /// Whether the page at `offset` bytes is resident. Does not touch it.
+    #[must_use]
+    pub fn is_resident(&self, offset: usize) -> bool {
+        offset < self.len() && self.state.states.get(offset / PAGE_BYTES) == PageState::Resident
+    }
+
+    /// Copies `buffer.len()` bytes from `offset` on, and gives an error where touching them would be SIGBUS.
+    ///
+    /// # Errors
+    /// [`LossError::Lost`] if a page cannot be had, [`LossError::OutOfRange`] beyond the file's end.
+    ///
+    /// # Blocking
+    /// Until the pages have come, or are given up (after the fault deadline).
+    pub fn read_at(&self, offset: usize, buffer: &mut [u8]) -> Result<(), LossError> {
+        let end = offset.checked_add(buffer.len()).filter(|end| *end <= self.len());
+        let end = end.ok_or(LossError::OutOfRange { offset, len: buffer.len(), file_bytes: self.len() })?;
+        if offset < end {
+            let pages = offset / PAGE_BYTES..end.div_ceil(PAGE_BYTES);
+            self.shared.bring(&self.commands, &self.state, pages)?;
+            buffer.copy_from_slice(&self[offset..end]);
+        }
+        Ok(())
+    }
+}
+
+impl Deref for Region {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.memory.as_ref().map_or(&[], |memory| memory.slice(self.len()))
+    }
+}
+
+impl DerefMut for Region {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let len = self.len();
+        self.memory.as_mut().map_or(&mut [], |memory| memory.slice_mut(len))
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        let Some(memory) = self.memory.take() else { return };
+        let command = Command::Unmap { region: Arc::clone(&self.state), memory };
+        // A full queue is a pager that is busy with what other threads asked for; it takes some time then.
+        let command = match self.commands.try_send(command) {
+            Ok(()) => return,
+            Err(mpsc::error::TrySendError::Full(command) | mpsc::error::TrySendError::Closed(command)) => {
+                command
+            }
+        };
+        // Closed: the pager has ended and unregistered the memory, which `command` gives back when dropped.
+        self.shared.unmap_later(&self.commands, command);
+    }
+}

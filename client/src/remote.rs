@@ -1,0 +1,334 @@
+//! A server: its address, connections to it, and what is asked of it once: manifests and images.
+//!
+//! Knows nothing of memory. The lanes that pages come over are in [`crate::lane`].
+
+use crate::image::Image;
+use bytes::BytesMut;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::manifest::{MAX_ROOT_BYTES, ManifestError, Root};
+use postcopy_proto::v1::image_service_client::ImageServiceClient;
+use postcopy_proto::v1::open_image_response::Part;
+use postcopy_proto::v1::page_service_client::PageServiceClient;
+use postcopy_proto::v1::{self, segment_answer};
+use postcopy_proto::{MAX_MESSAGE_BYTES, page};
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::transport::{Channel, Endpoint};
+
+/// The server that is taken when none is named.
+pub const DEFAULT_SERVER: &str = "http://127.0.0.1:7070";
+
+/// HTTP/2 windows on purpose: the default of 64 KiB costs a round trip on one raw chunk.
+const DEMAND_WINDOW_BYTES: u32 = 8 << 20;
+const BULK_WINDOW_BYTES: u32 = 16 << 20;
+
+/// Where a server listens: `http://host:port` or `unix:/path`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerAddress(String);
+
+/// Why something could not be had from a server.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// The text is no address.
+    #[error("server address {0:?}: neither `http://host:port` nor `unix:/path`")]
+    Address(String),
+    /// Nobody answers there.
+    #[error("server {server} cannot be reached: {reason}")]
+    Connect {
+        /// Its address.
+        server: String,
+        /// Why.
+        reason: String,
+    },
+    /// It answered with an error, or the connection was lost.
+    #[error("server {server}: {what}: {} ({})", status.message(), status.code())]
+    Status {
+        /// Its address.
+        server: String,
+        /// What was asked.
+        what: String,
+        /// Its answer.
+        status: Box<tonic::Status>,
+    },
+    /// It sent something that cannot be, or that does not fit its digest.
+    #[error("server {server} sent a wrong {what}: {reason}")]
+    Wrong {
+        /// Its address.
+        server: String,
+        /// What was asked for.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl RemoteError {
+    /// Whether the server said that it does not have what was asked for.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Status { status, .. } if status.code() == tonic::Code::NotFound)
+    }
+}
+
+impl FromStr for ServerAddress {
+    type Err = RemoteError;
+
+    fn from_str(text: &str) -> Result<Self, RemoteError> {
+        let wrong = || RemoteError::Address(text.to_owned());
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.starts_with('/') { Ok(Self(text.to_owned())) } else { Err(wrong()) };
+        }
+        let host = text.strip_prefix("http://").ok_or_else(wrong)?.trim_end_matches('/');
+        let (name, port) = host.rsplit_once(':').ok_or_else(wrong)?;
+        if name.is_empty() || port.parse::<u16>().is_err() || host.contains('/') {
+            return Err(wrong());
+        }
+        Endpoint::from_shared(text.to_owned()).map_err(|_| wrong())?;
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a connection is for: each lane has its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    Demand,
+    Bulk,
+}
+
+impl ServerAddress {
+    /// Connects, in the current runtime.
+    ///
+    /// # Errors
+    /// [`RemoteError::Connect`], after at most 5 s.
+    pub(crate) async fn connect(&self, lane: Lane) -> Result<Channel, RemoteError> {
+        let window = match lane {
+            Lane::Demand => DEMAND_WINDOW_BYTES,
+            Lane::Bulk => BULK_WINDOW_BYTES,
+        };
+        let endpoint =
+            Endpoint::from_shared(self.0.clone()).map_err(|_| RemoteError::Address(self.0.clone()))?;
+        let endpoint = endpoint
+            .connect_timeout(Duration::from_secs(5))
+            .tcp_nodelay(true)
+            .initial_stream_window_size(window)
+            .initial_connection_window_size(window)
+            // A server that vanished without a word is noticed before the fault deadline of 30 s.
+            .http2_keep_alive_interval(Duration::from_secs(5))
+            .keep_alive_timeout(Duration::from_secs(5))
+            .keep_alive_while_idle(true);
+        endpoint
+            .connect()
+            .await
+            .map_err(|error| RemoteError::Connect { server: self.0.clone(), reason: innermost(&error) })
+    }
+
+    pub(crate) fn status(&self, what: impl Into<String>) -> impl FnOnce(tonic::Status) -> RemoteError {
+        let (server, what) = (self.0.clone(), what.into());
+        move |status| RemoteError::Status { server, what, status: Box::new(status) }
+    }
+
+    pub(crate) fn wrong(&self, what: impl Into<String>, reason: impl fmt::Display) -> RemoteError {
+        RemoteError::Wrong { server: self.0.clone(), what: what.into(), reason: reason.to_string() }
+    }
+}
+
+/// The reason at the end of the chain, which is what a person needs ("Connection refused").
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+/// A connection to a server, for manifests and images.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    address: ServerAddress,
+    channel: Channel,
+}
+
+impl Remote {
+    /// Connects to a server, in the current runtime.
+    ///
+    /// # Errors
+    /// [`RemoteError::Connect`], after at most 5 s.
+    pub async fn connect(address: ServerAddress) -> Result<Self, RemoteError> {
+        let channel = address.connect(Lane::Bulk).await?;
+        Ok(Self { address, channel })
+    }
+
+    /// Where the server listens.
+    #[must_use]
+    pub fn address(&self) -> &ServerAddress {
+        &self.address
+    }
+
+    /// The server's image service, as generated.
+    #[must_use]
+    pub fn images(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// The server's page service, as generated.
+    #[must_use]
+    pub fn pages(&self) -> PageServiceClient<Channel> {
+        page_client(self.channel.clone())
+    }
+
+    /// Opens what `reference` stands for: gives the image as soon as its root is here, and the stream that
+    /// its segments come from, those of `first_paths` first, then all others if `all_segments`.
+    ///
+    /// # Errors
+    /// [`RemoteError`]; [`RemoteError::Wrong`] if the root does not fit the digest that the reference names, or that
+    /// the server says it stands for.
+    pub async fn open(
+        &self,
+        reference: &postcopy_proto::reference::Reference,
+        first_paths: &[&[u8]],
+        all_segments: bool,
+    ) -> Result<(Arc<Image>, Segments), RemoteError> {
+        let request = v1::OpenImageRequest {
+            reference: reference.to_string(),
+            first_paths: first_paths.iter().map(|path| path.to_vec().into()).collect(),
+            all_segments,
+        };
+        let what = format!("opening {reference}");
+        let stream = self.pages().open_image(request).await.map_err(self.address.status(&what))?.into_inner();
+        let mut segments = Segments { address: self.address.clone(), what, stream };
+
+        let opened = match segments.next_part().await? {
+            Some(Part::Opened(opened)) => opened,
+            _ => return Err(self.address.wrong("answer", "its first part is not `opened`")),
+        };
+        let image = Digest::try_from(&opened.image[..]).map_err(|e| self.address.wrong("image digest", e))?;
+        if let postcopy_proto::reference::Reference::Digest { image: wanted, .. } = reference
+            && image != *wanted
+        {
+            return Err(self.address.wrong("image", format!("it is {image}, asked for was {wanted}")));
+        }
+        let root = segments.root(opened.root_bytes).await?;
+        let root =
+            Root::parse(&root, &image).map_err(|e| self.address.wrong(format!("root of {image}"), e))?;
+        Ok((Arc::new(Image::new(root)), segments))
+    }
+}
+
+/// The page service over `channel`, taking messages of up to 4 MiB.
+pub(crate) fn page_client(channel: Channel) -> PageServiceClient<Channel> {
+    PageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+/// An image's segments, as they come.
+#[derive(Debug)]
+pub struct Segments {
+    address: ServerAddress,
+    what: String,
+    stream: tonic::Streaming<v1::OpenImageResponse>,
+}
+
+impl Segments {
+    async fn next_part(&mut self) -> Result<Option<Part>, RemoteError> {
+        match self.stream.message().await.map_err(self.address.status(&self.what))? {
+            None => Ok(None),
+            Some(v1::OpenImageResponse { part: Some(part) }) => Ok(Some(part)),
+            Some(v1::OpenImageResponse { part: None }) => Err(self.address.wrong("answer", "an empty part")),
+        }
+    }
+
+    async fn root(&mut self, root_bytes: u64) -> Result<BytesMut, RemoteError> {
+        if root_bytes > MAX_ROOT_BYTES as u64 {
+            return Err(self
+                .address
+                .wrong("root", format!("{root_bytes} bytes are more than {MAX_ROOT_BYTES}")));
+        }
+        let expected = page::to_usize(root_bytes);
+        let mut root = BytesMut::new();
+        while root.len() < expected {
+            match self.next_part().await? {
+                Some(Part::RootPart(part)) if root.len() + part.len() <= expected => {
+                    root.extend_from_slice(&part)
+                }
+                _ => return Err(self.address.wrong("root", format!("not the announced {expected} bytes"))),
+            }
+        }
+        Ok(root)
+    }
+
+    /// Waits for the next segment and adds it to `image`; its number, or None after the last one.
+    ///
+    /// # Errors
+    /// [`RemoteError::Wrong`] if the segment does not fit the root: it is not added.
+    pub async fn next_into(&mut self, image: &Image) -> Result<Option<u32>, RemoteError> {
+        let answer = match self.next_part().await? {
+            None => return Ok(None),
+            Some(Part::Segment(answer)) => answer,
+            Some(_) => return Err(self.address.wrong("answer", "a part that is no segment")),
+        };
+        take_segment(image, &answer).map_err(|reason| {
+            self.address.wrong(format!("segment {} of {}", answer.index, image.digest()), reason)
+        })?;
+        Ok(Some(answer.index))
+    }
+
+    /// Waits for all segments that were asked for.
+    ///
+    /// # Errors
+    /// As [`Segments::next_into`].
+    pub async fn all_into(mut self, image: &Image) -> Result<(), RemoteError> {
+        while self.next_into(image).await?.is_some() {}
+        Ok(())
+    }
+}
+
+/// Why a segment was not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SegmentRefused {
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    #[error("{0}")]
+    Server(String),
+    #[error("the answer is empty")]
+    Empty,
+}
+
+/// Adds the segment that a server answered with to `image`, if it is the right one.
+pub(crate) fn take_segment(image: &Image, answer: &v1::SegmentAnswer) -> Result<(), SegmentRefused> {
+    match &answer.result {
+        Some(segment_answer::Result::Segment(bytes)) => Ok(image.add_segment(answer.index, bytes)?),
+        Some(segment_answer::Result::Error(error)) => Err(SegmentRefused::Server(error.message.clone())),
+        None => Err(SegmentRefused::Empty),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_http_or_unix() {
+        for good in ["http://127.0.0.1:7070", "http://[::1]:80", "http://host:1/", "unix:/run/p.sock"] {
+            assert!(good.parse::<ServerAddress>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "127.0.0.1:7070",
+            "https://h:1",
+            "http://h",
+            "http://:1",
+            "http://h:x",
+            "unix:p",
+            "http://h:1/x",
+        ] {
+            assert!(bad.parse::<ServerAddress>().is_err(), "{bad}");
+        }
+    }
+}

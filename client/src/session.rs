@@ -1,0 +1,450 @@
+//! Sessions: memory of this process that is filled from one image.
+//!
+//! [`Session::open`] starts the pager, a thread with a runtime, a connection and the userfaultfd of its own
+//! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
+//! ([`crate::fill`]). They share what stands here in [`Shared`].
+
+use crate::fill;
+use crate::gate::Gate;
+use crate::image::Image;
+use crate::page_state::PageState;
+use crate::pager::{self, Pager};
+use crate::region::{Region, RegionState};
+use crate::remote::{RemoteError, ServerAddress};
+use crate::uffd::memory::Memory;
+use crate::uffd::{OpenError, Uffd};
+use postcopy_proto::page::{PAGE_BYTES, to_usize};
+use postcopy_proto::reference::Reference;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, mpsc};
+
+/// Commands that may wait for the pager.
+const COMMANDS: usize = 256;
+
+/// What happens to a fault that cannot be served within its deadline, or at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LossPolicy {
+    /// Its page is poisoned: this and every later touch is SIGBUS.
+    #[default]
+    Poison,
+    /// It stays pending, is reported by [`Session::error`], and is tried again every second.
+    Wait,
+}
+
+/// How a session behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How long a fault may take before the loss policy decides. 30 s by default.
+    pub fault_deadline: Duration,
+    /// What happens to a fault that is lost.
+    pub on_loss: LossPolicy,
+    /// Bring everything in the background, from the beginning on. Off by default; see also [`Session::fill`].
+    pub fill: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { fault_deadline: Duration::from_secs(30), on_loss: LossPolicy::default(), fill: false }
+    }
+}
+
+/// Why a session could not be opened, or memory not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The server, or what it sent.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// The kernel.
+    #[error(transparent)]
+    Uffd(#[from] OpenError),
+    /// The image has no regular file of that path.
+    #[error("image {image} has no file {path:?}")]
+    NoSuchFile {
+        /// The image.
+        image: postcopy_proto::digest::Digest,
+        /// The path.
+        path: String,
+    },
+    /// Address space, threads or descriptors could not be had.
+    #[error("{what} cannot be had")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The session has ended before.
+    #[error("the session has ended")]
+    Ended,
+}
+
+/// Why pages were lost.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LossError {
+    /// A page could not be had; later touches of it are SIGBUS, or wait, by the loss policy.
+    #[error("{0}")]
+    Lost(Arc<str>),
+    /// Beyond the file's end.
+    #[error("bytes {offset} to {offset} + {len} are beyond the file's {file_bytes} bytes")]
+    OutOfRange {
+        /// The first byte asked for.
+        offset: usize,
+        /// How many.
+        len: usize,
+        /// The file's length.
+        file_bytes: usize,
+    },
+    /// It took longer than the caller wanted to wait.
+    #[error("not all was resident within {0:?}")]
+    TimedOut(Duration),
+}
+
+/// How far a session is. All counts are since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages of all regions.
+    pub total_pages: u64,
+    /// Pages that are there.
+    pub resident_pages: u64,
+    /// Pages that were lost: a touch is SIGBUS.
+    pub poisoned_pages: u64,
+    /// Pages whose content the program gave back: a touch gives zeros.
+    pub removed_pages: u64,
+    /// Messages about touches of absent pages; several threads at one page are several.
+    pub faults: u64,
+    /// Chunks that came over the demand lane.
+    pub demand_chunks: u64,
+    /// Chunks that came over the bulk lane.
+    pub bulk_chunks: u64,
+    /// Bytes of the frames that came over both.
+    pub frame_bytes: u64,
+}
+
+/// What is counted, in the order of [`Progress`].
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) faults: AtomicU64,
+    pub(crate) demand_chunks: AtomicU64,
+    pub(crate) bulk_chunks: AtomicU64,
+    pub(crate) frame_bytes: AtomicU64,
+}
+
+pub(crate) fn add(counter: &AtomicU64, n: usize) {
+    counter.fetch_add(n as u64, Ordering::Relaxed);
+}
+
+/// What the program asks of the pager.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Serve this region from now on; answers when it is registered.
+    Map { region: Arc<RegionState>, reply: std::sync::mpsc::SyncSender<io::Result<()>> },
+    /// Let go of this region and give its memory back.
+    Unmap { region: Arc<RegionState>, memory: Memory },
+    /// Bring these pages as if they had been touched.
+    Bring { region: Arc<RegionState>, pages: Range<usize> },
+}
+
+/// What the pager, the installers and the program's threads have in common.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) address: ServerAddress,
+    pub(crate) image: Arc<Image>,
+    pub(crate) uffd: Arc<Uffd>,
+    pub(crate) options: Options,
+    pub(crate) gate: Gate,
+    pub(crate) counters: Counters,
+    /// Changed by the pager alone. Held for a copy of the Arc, never over a touch of a region.
+    regions: Mutex<Arc<[Arc<RegionState>]>>,
+    /// The first loss, and whether the pager has ended. Held for reading and writing these alone.
+    outcome: Mutex<OutcomeSoFar>,
+    /// Something in `outcome` or in the page states has changed.
+    changed: Condvar,
+    waiters: AtomicU64,
+    fill_started: AtomicBool,
+    /// There is new work for the fill.
+    pub(crate) fill_work: Notify,
+}
+
+#[derive(Debug, Default)]
+struct OutcomeSoFar {
+    error: Option<Arc<str>>,
+    ended: bool,
+}
+
+impl Shared {
+    pub(crate) fn new(address: ServerAddress, image: Arc<Image>, uffd: Arc<Uffd>, options: Options) -> Self {
+        Self {
+            address,
+            image,
+            uffd,
+            options,
+            gate: Gate::default(),
+            counters: Counters::default(),
+            regions: Mutex::new(Arc::new([])),
+            outcome: Mutex::default(),
+            changed: Condvar::new(),
+            waiters: AtomicU64::new(0),
+            fill_started: AtomicBool::new(false),
+            fill_work: Notify::new(),
+        }
+    }
+
+    pub(crate) fn regions(&self) -> Arc<[Arc<RegionState>]> {
+        Arc::clone(&self.regions.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// For the pager alone.
+    pub(crate) fn set_regions(&self, regions: Arc<[Arc<RegionState>]>) {
+        *self.regions.lock().unwrap_or_else(PoisonError::into_inner) = regions;
+        self.fill_work.notify_one();
+    }
+
+    fn outcome(&self) -> MutexGuard<'_, OutcomeSoFar> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells those who wait for pages that states have changed.
+    pub(crate) fn pages_changed(&self) {
+        if self.waiters.load(Ordering::SeqCst) > 0 {
+            // The lock orders this after a waiter's look at the states.
+            drop(self.outcome());
+            self.changed.notify_all();
+        }
+    }
+
+    /// Notes why pages are lost; the first reason is kept.
+    pub(crate) fn report(&self, reason: &str) {
+        self.outcome().error.get_or_insert_with(|| reason.into());
+        self.changed.notify_all();
+    }
+
+    /// The pager has ended.
+    pub(crate) fn end(&self) {
+        self.outcome().ended = true;
+        self.changed.notify_all();
+        self.fill_work.notify_one();
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.outcome().ended
+    }
+
+    fn error(&self) -> Option<Arc<str>> {
+        self.outcome().error.clone()
+    }
+
+    /// Waits until `done` gives something.
+    fn wait<T>(
+        &self,
+        deadline: Option<Instant>,
+        mut done: impl FnMut(&OutcomeSoFar) -> Option<T>,
+    ) -> Option<T> {
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let mut outcome = self.outcome();
+        let result = loop {
+            if let Some(result) = done(&outcome) {
+                break Some(result);
+            }
+            // States change without the lock and only then look for waiters: a second look now and then costs
+            // little and needs no proof.
+            let pause = Duration::from_millis(100);
+            let pause = deadline.map_or(pause, |at| pause.min(at.saturating_duration_since(Instant::now())));
+            if pause.is_zero() {
+                break None;
+            }
+            outcome = self.changed.wait_timeout(outcome, pause).unwrap_or_else(PoisonError::into_inner).0;
+        };
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+        result
+    }
+
+    /// Brings pages of a region; an error if one of them is lost.
+    pub(crate) fn bring(
+        &self,
+        commands: &mpsc::Sender<Command>,
+        region: &Arc<RegionState>,
+        pages: Range<usize>,
+    ) -> Result<(), LossError> {
+        let absent = |pages: &Range<usize>| region.states.next_run(pages.clone(), &[PageState::Absent]);
+        if absent(&pages).is_some() {
+            let command = Command::Bring { region: Arc::clone(region), pages: pages.clone() };
+            // An ended pager has poisoned what was absent, which is seen below.
+            let _ = commands.blocking_send(command);
+        }
+        self.wait(None, |outcome| {
+            let waiting = self.options.on_loss == LossPolicy::Wait && outcome.error.is_some();
+            (absent(&pages).is_none() || waiting || outcome.ended).then_some(())
+        });
+        let lost = [PageState::Absent, PageState::Poisoned];
+        match region.states.next_run(pages, &lost) {
+            None => Ok(()),
+            Some(_) => Err(LossError::Lost(self.error().unwrap_or_else(|| "the session has ended".into()))),
+        }
+    }
+
+    /// Sends `command` when there is room for it; drops it if the pager has ended.
+    pub(crate) fn unmap_later(&self, commands: &mpsc::Sender<Command>, command: Command) {
+        if commands.is_closed() {
+            return drop(command);
+        }
+        let commands = commands.clone();
+        let sender = std::thread::Builder::new().name("postcopy-unmap".into());
+        // Without a thread, address space leaks: better than a range that is unmapped while registered.
+        let _ = sender.spawn(move || drop(commands.blocking_send(command)));
+    }
+
+    fn progress(&self) -> Progress {
+        let mut progress = Progress {
+            faults: self.counters.faults.load(Ordering::Relaxed),
+            demand_chunks: self.counters.demand_chunks.load(Ordering::Relaxed),
+            bulk_chunks: self.counters.bulk_chunks.load(Ordering::Relaxed),
+            frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),
+            ..Progress::default()
+        };
+        for region in self.regions().iter() {
+            let counts = region.states.counts();
+            progress.total_pages += region.states.pages() as u64;
+            progress.resident_pages += counts.resident as u64;
+            progress.poisoned_pages += counts.poisoned as u64;
+            progress.removed_pages += counts.removed as u64;
+        }
+        progress
+    }
+}
+
+/// Memory that is being filled from one image. Lives until it and its regions are dropped.
+#[derive(Debug)]
+pub struct Session {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Session {
+    /// Opens an image on a server: connects, fetches and checks its root, starts the pager.
+    ///
+    /// # Errors
+    /// [`SessionError`]; nothing is mapped then.
+    ///
+    /// # Blocking
+    /// For some round trips, at most 30 s. Must not be called on an async worker.
+    pub fn open(
+        address: &ServerAddress,
+        reference: &Reference,
+        options: Options,
+    ) -> Result<Self, SessionError> {
+        let (commands, queue) = mpsc::channel(COMMANDS);
+        let shared = Pager::start(address.clone(), reference.clone(), options, queue)?;
+        let session = Self { shared, commands };
+        if options.fill {
+            session.fill()?;
+        }
+        Ok(session)
+    }
+
+    /// The image that memory is filled from.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        &self.shared.image
+    }
+
+    /// Whether read(2) and the like may be used on absent memory. Where privileges allow user-mode faults only,
+    /// they fail with EFAULT.
+    #[must_use]
+    pub fn serves_kernel_faults(&self) -> bool {
+        self.shared.uffd.serves_kernel_faults()
+    }
+
+    /// Maps the whole file at `path` of the image.
+    ///
+    /// # Errors
+    /// [`SessionError::NoSuchFile`], [`SessionError::System`], [`SessionError::Ended`].
+    ///
+    /// # Blocking
+    /// Until the pager has registered the memory; no round trip.
+    pub fn map(&self, path: impl AsRef<[u8]>) -> Result<Region, SessionError> {
+        let path = path.as_ref();
+        let image = &self.shared.image;
+        let file = image.file(path).ok_or_else(|| SessionError::NoSuchFile {
+            image: image.digest(),
+            path: String::from_utf8_lossy(path).into_owned(),
+        })?;
+        let system = |what| move |source| SessionError::System { what, source };
+        let len = to_usize(file.size_bytes).next_multiple_of(PAGE_BYTES);
+        let memory =
+            if len == 0 { None } else { Some(Memory::reserve(len).map_err(system("address space"))?) };
+        let start = memory.as_ref().map_or(0, Memory::start);
+        let chunk_bytes = image.root().chunk_size().bytes();
+        let state = Arc::new(RegionState::new(start, file, chunk_bytes));
+        if memory.is_some() {
+            let (reply, registered) = std::sync::mpsc::sync_channel(1);
+            let command = Command::Map { region: Arc::clone(&state), reply };
+            self.commands.blocking_send(command).map_err(|_| SessionError::Ended)?;
+            let registered = registered.recv().map_err(|_| SessionError::Ended)?;
+            registered.map_err(system("a userfaultfd registration"))?;
+        }
+        Ok(Region::new(memory, state, Arc::clone(&self.shared), self.commands.clone()))
+    }
+
+    /// Brings everything in the background, over the bulk lane, from now on.
+    ///
+    /// # Errors
+    /// [`SessionError::System`] if there is no thread to be had. What goes wrong later is told by
+    /// [`Session::wait_resident`] and [`Session::error`].
+    pub fn fill(&self) -> Result<(), SessionError> {
+        if self.shared.fill_started.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let started = fill::start(&self.shared);
+        started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.shared.progress()
+    }
+
+    /// Why pages were lost, if any were: the first reason.
+    #[must_use]
+    pub fn error(&self) -> Option<Arc<str>> {
+        self.shared.error()
+    }
+
+    /// Waits until a page is lost; the reason, or None after `timeout`.
+    #[must_use]
+    pub fn wait_error(&self, timeout: Duration) -> Option<Arc<str>> {
+        self.shared.wait(Some(Instant::now() + timeout), |outcome| outcome.error.clone())
+    }
+
+    /// Waits until every page of every region is resident or was given back. Without [`Session::fill`] that
+    /// comes true only when all has been touched.
+    ///
+    /// # Errors
+    /// [`LossError::Lost`] as soon as a page is lost, [`LossError::TimedOut`].
+    ///
+    /// # Blocking
+    /// At most for `timeout`.
+    pub fn wait_resident(&self, timeout: Duration) -> Result<(), LossError> {
+        let outcome = self.shared.wait(Some(Instant::now() + timeout), |outcome| {
+            let progress = self.shared.progress();
+            if progress.resident_pages + progress.removed_pages == progress.total_pages {
+                return Some(Ok(()));
+            }
+            let ended = outcome.ended.then(|| "the session has ended".into());
+            outcome.error.clone().or(ended).map(|reason| Err(LossError::Lost(reason)))
+        });
+        outcome.unwrap_or(Err(LossError::TimedOut(timeout)))
+    }
+}
+
+/// What the pager needs of the kernel in the process's own memory. EVENT_FORK is not among it: a fork of this
+/// process would wait for the pager, which may wait for a lock that the forking thread holds.
+pub(crate) const OWN_PROCESS_FEATURES: u64 =
+    crate::uffd::EVENT_REMOVE | crate::uffd::EVENT_REMAP | crate::uffd::EVENT_UNMAP;
+
+pub(crate) use pager::MAX_ATTEMPTS;

@@ -1,0 +1,396 @@
+//! The kernel's side: userfaultfds and the memory that they watch.
+//!
+//! All that is `unsafe` for the kernel's sake stands here, in three parts: [`abi`] has the numbers,
+//! [`memory`] the mappings, and this file the calls. What the kernel is expected to answer to them is
+//! an outcome ([`Outcome`], [`Event`]) and not an error.
+//!
+//! The `userfaultfd` crate registers, unregisters and wakes. It does not open, read and copy here: its
+//! builder fails for ordinary users and hides the kernel's features, its events cannot be read into a
+//! buffer of ours, and its copy loses how far an interrupted copy got.
+
+#![expect(unsafe_code, reason = "ioctls on userfaultfds, and mappings")]
+
+mod abi;
+pub(crate) mod memory;
+
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater};
+use std::io;
+use std::os::fd::FromRawFd;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// One thing that a kernel may offer, by its name in ioctl_userfaultfd(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// As in the man page, without `UFFD_FEATURE_`.
+    pub name: &'static str,
+    /// Its bit in `uffdio_api.features`.
+    pub bit: u64,
+    /// The first Linux that has it.
+    pub since: &'static str,
+    /// What postcopy does with it.
+    pub used_for: &'static str,
+}
+
+macro_rules! features {
+    ($($constant:ident = $bit:literal, $since:literal, $used_for:literal;)*) => {
+        $(pub(crate) const $constant: u64 = 1 << $bit;)*
+        /// All features that Linux 6.8 knows, in the order of their bits.
+        pub const FEATURES: &[Feature] = &[
+            $(Feature { name: stringify!($constant), bit: $constant, since: $since, used_for: $used_for },)*
+        ];
+    };
+}
+
+features! {
+    PAGEFAULT_FLAG_WP = 0, "5.7", "tracking writes";
+    EVENT_FORK = 1, "4.11", "children of restored processes";
+    EVENT_REMAP = 2, "4.11", "mremap of restored memory";
+    EVENT_REMOVE = 3, "4.11", "madvise and balloons: memory given back stays given back";
+    MISSING_HUGETLBFS = 4, "4.11", "2 MiB huge pages";
+    MISSING_SHMEM = 5, "4.11", "shared memory and memfd";
+    EVENT_UNMAP = 6, "4.11", "munmap of restored memory";
+    SIGBUS = 7, "4.14", "not used";
+    THREAD_ID = 8, "4.14", "not used";
+    MINOR_HUGETLBFS = 9, "5.13", "not used";
+    MINOR_SHMEM = 10, "5.14", "not used";
+    EXACT_ADDRESS = 11, "5.18", "not used";
+    WP_HUGETLBFS_SHMEM = 12, "5.19", "tracking writes to shared memory";
+    WP_UNPOPULATED = 13, "6.4", "not used";
+    POISON = 14, "6.6", "a page that cannot be had is SIGBUS, never a silent zero";
+    WP_ASYNC = 15, "6.7", "tracking writes without a fault each";
+    MOVE = 16, "6.8", "not used";
+}
+
+/// How a userfaultfd was had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// By userfaultfd(2), with the right to serve the kernel's own faults.
+    Syscall,
+    /// From /dev/userfaultfd, with that right.
+    Device,
+    /// By userfaultfd(2) without it: read(2) and the like on absent memory fail with EFAULT.
+    UserModeOnly,
+}
+
+/// Why there is no userfaultfd.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The kernel has none, or a sandbox forbids it.
+    #[error("userfaultfd(2) is not to be had here: `postcopy doctor` says why")]
+    Unavailable(#[source] io::Error),
+    /// The kernel lacks what is needed.
+    #[error("this kernel's userfaultfd lacks {0}: `postcopy doctor` says more")]
+    Features(String),
+    /// UFFDIO_API or watching the fd failed.
+    #[error("the userfaultfd cannot be set up")]
+    Setup(#[source] io::Error),
+}
+
+/// What an ioctl did to a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// All of it is done.
+    Done,
+    /// Its first so many bytes are done; then something was in the way. Try the rest.
+    Partial { bytes: usize },
+    /// Its first page is there already. Nobody was woken.
+    AlreadyPresent,
+    /// An event waits to be read first (EAGAIN without progress).
+    Deferred,
+    /// The range is no longer registered, or no longer mapped.
+    Gone,
+    /// The owner of the memory has exited.
+    OwnerGone,
+    /// The kernel has no memory for it at the moment.
+    NoMemory,
+}
+
+/// One message of a userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A thread touched an absent page at this address, and sleeps.
+    Fault { address: usize },
+    /// This range is about to lose its content (madvise).
+    Remove { start: usize, end: usize },
+    /// This range is about to be unmapped.
+    Unmap { start: usize, end: usize },
+    /// A range has been moved (mremap).
+    Remap { from: usize, to: usize, len: usize },
+    /// Something that was not asked for.
+    Unknown { event: u8 },
+}
+
+/// A userfaultfd: non-blocking, close-on-exec, its API handshake done.
+#[derive(Debug)]
+pub(crate) struct Uffd {
+    registrar: userfaultfd::Uffd,
+    access: Access,
+    features: u64,
+}
+
+// SAFETY: the fd is only used through system calls, which are safe from any thread; the crate's own
+// buffer for events is never used here.
+unsafe impl Send for Uffd {}
+// SAFETY: as above.
+unsafe impl Sync for Uffd {}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: `registrar` owns the fd, and lives as long as the borrow.
+        unsafe { BorrowedFd::borrow_raw(self.registrar.as_raw_fd()) }
+    }
+}
+
+impl AsRawFd for Uffd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.registrar.as_raw_fd()
+    }
+}
+
+fn update<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: &mut T) -> Result<(), Errno> {
+    // SAFETY: each opcode of `abi` is paired by its callers with the struct that it was made from.
+    let updater = unsafe { Updater::<OPCODE, T>::new(argument) };
+    // SAFETY: as above; the kernel reads and writes that struct, and memory of regions only at addresses
+    // that are registered, which nobody takes to be immutable.
+    unsafe { rustix::ioctl::ioctl(fd, updater) }
+}
+
+/// Opens a userfaultfd by the way with the most rights, without the API handshake.
+fn open_any() -> Result<(OwnedFd, Access), OpenError> {
+    let refused = match open_by_syscall(0) {
+        Ok(fd) => return Ok((fd, Access::Syscall)),
+        Err(error) => error,
+    };
+    if let Ok(fd) = open_by_device() {
+        return Ok((fd, Access::Device));
+    }
+    match open_by_syscall(abi::USER_MODE_ONLY) {
+        Ok(fd) => Ok((fd, Access::UserModeOnly)),
+        Err(_) => Err(OpenError::Unavailable(refused.into())),
+    }
+}
+
+fn open_by_syscall(flags: u32) -> Result<OwnedFd, Errno> {
+    use rustix::mm::UserfaultfdFlags as Flags;
+    let flags = Flags::CLOEXEC | Flags::NONBLOCK | Flags::from_bits_retain(flags);
+    // SAFETY: a userfaultfd alone changes no memory; it does once ranges are registered.
+    unsafe { rustix::mm::userfaultfd(flags) }
+}
+
+struct NewFromDevice;
+
+// SAFETY: USERFAULTFD_IOC_NEW takes open flags by value and gives a new fd, or -1.
+unsafe impl rustix::ioctl::Ioctl for NewFromDevice {
+    type Output = OwnedFd;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        abi::IOC_NEW
+    }
+
+    fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+        let flags = rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
+        std::ptr::without_provenance_mut(flags.bits() as usize)
+    }
+
+    unsafe fn output_from_ptr(
+        output: rustix::ioctl::IoctlOutput,
+        _argument: *mut std::ffi::c_void,
+    ) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: the ioctl succeeded, so this is a new fd that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(output) })
+    }
+}
+
+fn open_by_device() -> io::Result<OwnedFd> {
+    let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")?;
+    // SAFETY: see NewFromDevice.
+    Ok(unsafe { rustix::ioctl::ioctl(&device, NewFromDevice) }?)
+}
+
+fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Errno> {
+    let mut api = abi::Api { api: abi::UFFD_API, features, ioctls: 0 };
+    update::<{ abi::IOC_API }, _>(fd.as_fd(), &mut api)?;
+    Ok(api.features)
+}
+
+/// What this kernel and these privileges offer: how a userfaultfd is had, and the features' bits.
+///
+/// # Errors
+/// [`OpenError::Unavailable`] or [`OpenError::Setup`].
+pub fn probe() -> Result<(Access, u64), OpenError> {
+    let (fd, access) = open_any()?;
+    let features = handshake(&fd, 0).map_err(|e| OpenError::Setup(e.into()))?;
+    Ok((access, features))
+}
+
+impl Uffd {
+    /// Opens a userfaultfd for memory of this process, with these features and no others.
+    ///
+    /// # Errors
+    /// [`OpenError`]; [`OpenError::Features`] names those that the kernel lacks.
+    pub(crate) fn open(wanted: u64) -> Result<Self, OpenError> {
+        let (access, available) = probe()?;
+        let missing: Vec<_> =
+            FEATURES.iter().filter(|f| wanted & !available & f.bit != 0).map(|f| f.name).collect();
+        if !missing.is_empty() {
+            return Err(OpenError::Features(missing.join(", ")));
+        }
+        // Without CAP_SYS_PTRACE the handshake's answer still names EVENT_FORK; nobody here asks for it.
+        let (fd, _) = open_any()?;
+        handshake(&fd, wanted).map_err(|e| OpenError::Setup(e.into()))?;
+        // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
+        let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Ok(Self { registrar, access, features: available })
+    }
+
+    /// Whether the kernel's own accesses to absent memory are served, too.
+    pub(crate) fn serves_kernel_faults(&self) -> bool {
+        self.access != Access::UserModeOnly
+    }
+
+    /// Whether pages can be poisoned.
+    pub(crate) fn can_poison(&self) -> bool {
+        self.features & POISON != 0
+    }
+
+    /// Has the first touch of each absent page of the range reported here.
+    pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
+        let start = std::ptr::without_provenance_mut(start);
+        self.registrar.register(start, len).map(drop).map_err(io::Error::other)
+    }
+
+    /// Ends that. Whoever sleeps on an absent page of the range goes on, and sees zeros.
+    pub(crate) fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
+        let start = std::ptr::without_provenance_mut(start);
+        self.registrar.unregister(start, len).map_err(io::Error::other)
+    }
+
+    /// Lets those who sleep on pages of the range try again.
+    pub(crate) fn wake(&self, start: usize, len: usize) {
+        // Fails only for a range that is not page-aligned or empty, which no caller has.
+        let _ = self.registrar.wake(std::ptr::without_provenance_mut(start), len);
+    }
+
+    /// Installs `source` at `address`, page by page, each at once, and wakes who waits for them.
+    pub(crate) fn copy(&self, address: usize, source: &[u8]) -> Outcome {
+        let mut copy = abi::Copy {
+            dst: address as u64,
+            src: source.as_ptr().addr() as u64,
+            len: source.len() as u64,
+            ..Default::default()
+        };
+        let result = update::<{ abi::IOC_COPY }, _>(self.as_fd(), &mut copy);
+        outcome(result, copy.copy, source.len())
+    }
+
+    /// Installs zeros. A poisoned page counts as present; use [`Uffd::copy`] for it.
+    pub(crate) fn zero(&self, address: usize, len: usize) -> Outcome {
+        let range = abi::Range { start: address as u64, len: len as u64 };
+        let mut zero = abi::ZeroPage { range, ..Default::default() };
+        let result = update::<{ abi::IOC_ZEROPAGE }, _>(self.as_fd(), &mut zero);
+        outcome(result, zero.zeropage, len)
+    }
+
+    /// Makes every later touch of the range's absent pages SIGBUS, also after this fd is closed, and wakes
+    /// who waits for them. Stops at the first page that is there.
+    pub(crate) fn poison(&self, address: usize, len: usize) -> Outcome {
+        let range = abi::Range { start: address as u64, len: len as u64 };
+        let mut poison = abi::Poison { range, ..Default::default() };
+        let result = update::<{ abi::IOC_POISON }, _>(self.as_fd(), &mut poison);
+        outcome(result, poison.updated, len)
+    }
+
+    /// Reads messages until there are none, into `events`. Reading an event lets its causer go on.
+    ///
+    /// # Errors
+    /// Whatever read(2) answers but EAGAIN.
+    pub(crate) fn read_events(&self, events: &mut Vec<Event>) -> io::Result<()> {
+        const MESSAGES: usize = 32;
+        let mut buffer = [0u8; MESSAGES * size_of::<abi::Msg>()];
+        loop {
+            let bytes = match rustix::io::read(self, &mut buffer) {
+                Ok(bytes) => bytes,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            for message in buffer[..bytes].as_chunks::<{ size_of::<abi::Msg>() }>().0 {
+                events.push(event_of(*message));
+            }
+            if bytes < buffer.len() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outcome {
+    let done = usize::try_from(done).unwrap_or(0);
+    match result {
+        Ok(()) if done == len => Outcome::Done,
+        Ok(()) | Err(Errno::AGAIN) if done > 0 => Outcome::Partial { bytes: done },
+        Err(_) if done > 0 => Outcome::Partial { bytes: done },
+        Ok(()) | Err(Errno::AGAIN) => Outcome::Deferred,
+        Err(Errno::EXIST) => Outcome::AlreadyPresent,
+        Err(Errno::NOMEM) => Outcome::NoMemory,
+        Err(Errno::SRCH) => Outcome::OwnerGone,
+        // ENOENT: not registered. EFAULT and EINVAL: unmapped, or mapped anew, in between.
+        Err(_) => Outcome::Gone,
+    }
+}
+
+fn event_of(bytes: [u8; size_of::<abi::Msg>()]) -> Event {
+    let word = |i: usize| {
+        let bytes = bytes[i..i + 8].try_into().expect("eight bytes");
+        postcopy_proto::page::to_usize(u64::from_ne_bytes(bytes))
+    };
+    let (a, b, c) = (word(8), word(16), word(24));
+    match bytes[0] {
+        // Without UFFD_FEATURE_EXACT_ADDRESS the address is the page's.
+        abi::EVENT_PAGEFAULT => Event::Fault { address: b },
+        abi::EVENT_REMOVE => Event::Remove { start: a, end: b },
+        abi::EVENT_UNMAP => Event::Unmap { start: a, end: b },
+        abi::EVENT_REMAP => Event::Remap { from: a, to: b, len: c },
+        abi::EVENT_FORK => Event::Unknown { event: abi::EVENT_FORK },
+        event => Event::Unknown { event },
+    }
+}
+
+/// A userfaultfd that the current tokio runtime watches.
+#[derive(Debug)]
+pub(crate) struct AsyncUffd(AsyncFd<std::sync::Arc<Uffd>>);
+
+impl AsyncUffd {
+    /// Must be called in a runtime.
+    ///
+    /// # Errors
+    /// Whatever epoll answers.
+    pub(crate) fn new(uffd: std::sync::Arc<Uffd>) -> io::Result<Self> {
+        // SAFETY: the Arc keeps the one fd open for as long as the AsyncFd lives.
+        let watched = unsafe { AsyncFd::register_with_interest(uffd, Interest::READABLE) };
+        Ok(Self(watched?))
+    }
+
+    /// Waits until there may be messages.
+    ///
+    /// # Errors
+    /// If the runtime is shutting down.
+    pub(crate) async fn readable(&self) -> io::Result<Readable<'_>> {
+        Ok(Readable(self.0.readable().await?))
+    }
+}
+
+/// There may be messages. Dropped without [`Readable::drained`] it says so again.
+#[derive(Debug)]
+pub(crate) struct Readable<'a>(tokio::io::unix::AsyncFdReadyGuard<'a, std::sync::Arc<Uffd>>);
+
+impl Readable<'_> {
+    /// All messages have been read: wait for new ones.
+    pub(crate) fn drained(mut self) {
+        self.0.clear_ready();
+    }
+}

@@ -1,0 +1,90 @@
+//! Numbers and layouts of linux/userfaultfd.h up to Linux 6.8; Debian 12's header ends at 6.1.
+
+use rustix::ioctl::{Opcode, opcode};
+
+const UFFDIO: u8 = 0xAA;
+
+/// The only API version there is.
+pub(super) const UFFD_API: u64 = 0xAA;
+
+/// `UFFD_USER_MODE_ONLY`, a flag of userfaultfd(2) since Linux 5.11.
+pub(super) const USER_MODE_ONLY: u32 = 1;
+
+pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
+pub(super) const EVENT_FORK: u8 = 0x13;
+pub(super) const EVENT_REMAP: u8 = 0x14;
+pub(super) const EVENT_REMOVE: u8 = 0x15;
+pub(super) const EVENT_UNMAP: u8 = 0x16;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Api {
+    pub(super) api: u64,
+    pub(super) features: u64,
+    pub(super) ioctls: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Range {
+    pub(super) start: u64,
+    pub(super) len: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Copy {
+    pub(super) dst: u64,
+    pub(super) src: u64,
+    pub(super) len: u64,
+    pub(super) mode: u64,
+    /// Bytes done, or a negative errno.
+    pub(super) copy: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ZeroPage {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+    /// Bytes done, or a negative errno.
+    pub(super) zeropage: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Poison {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+    /// Bytes done, or a negative errno.
+    pub(super) updated: i64,
+}
+
+/// `struct uffd_msg`: the meaning of `arg` depends on `event`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Msg {
+    pub(super) event: u8,
+    pub(super) reserved1: u8,
+    pub(super) reserved2: u16,
+    pub(super) reserved3: u32,
+    pub(super) arg: [u64; 3],
+}
+
+const _: () = assert!(size_of::<Api>() == 24);
+const _: () = assert!(size_of::<Copy>() == 40);
+const _: () = assert!(size_of::<ZeroPage>() == 32);
+const _: () = assert!(size_of::<Poison>() == 32);
+const _: () = assert!(size_of::<Msg>() == 32);
+
+pub(super) const IOC_API: Opcode = opcode::read_write::<Api>(UFFDIO, 0x3F);
+pub(super) const IOC_COPY: Opcode = opcode::read_write::<Copy>(UFFDIO, 0x03);
+pub(super) const IOC_ZEROPAGE: Opcode = opcode::read_write::<ZeroPage>(UFFDIO, 0x04);
+pub(super) const IOC_POISON: Opcode = opcode::read_write::<Poison>(UFFDIO, 0x08);
+/// `USERFAULTFD_IOC_NEW` of /dev/userfaultfd, since Linux 6.1.
+pub(super) const IOC_NEW: Opcode = opcode::none(UFFDIO, 0x00);
+
+const _: () = assert!(IOC_API == 0xC018_AA3F);
+const _: () = assert!(IOC_COPY == 0xC028_AA03);
+const _: () = assert!(IOC_POISON == 0xC020_AA08);
+const _: () = assert!(IOC_NEW == 0xAA00);
