@@ -5,15 +5,14 @@
 //! knows what is resident, so that it asks for nothing that is there. What goes wrong is tried again in another
 //! pass; after three passes without getting further it is reported.
 
+use crate::chunk::ChunkPages;
 use crate::image::Content;
-use crate::install::{self, ChunkPages, Installed};
+use crate::install::{self, Installed};
 use crate::lane::{BulkLane, runs_of};
 use crate::page_state::PageState;
-use crate::pager::decode;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError};
 use crate::session::{MAX_ATTEMPTS, Shared, add};
-use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::v1::{self, chunk_answer};
 use std::collections::VecDeque;
@@ -289,13 +288,12 @@ fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
 /// A thread that decompresses, verifies and installs.
 struct Installer {
     shared: Arc<Shared>,
-    decoder: FrameDecoder,
     pages: ChunkPages,
 }
 
 impl Installer {
     fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, decoder: FrameDecoder::default(), pages: ChunkPages::default() }
+        Self { shared, pages: ChunkPages::default() }
     }
 
     fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
@@ -331,7 +329,7 @@ impl Installer {
         let Some(chunk_answer::Result::Frame(frame)) = &answer.result else { return };
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
-        if decode(image, region, chunk, &digest, frame, &mut self.decoder, &mut self.pages).is_ok() {
+        if self.pages.decode(image, &region.file, chunk, &digest, frame).is_ok() {
             self.install(region, pages.start);
         }
     }
@@ -339,7 +337,7 @@ impl Installer {
     fn zeros(&mut self, region: &RegionState, chunk: ChunkIndex) {
         let zero = self.shared.image.content(chunk) == Content::Zero;
         if let Some(pages) = region.pages_of(chunk).filter(|_| zero) {
-            self.pages.prepare_zeros(pages.len() * PAGE_BYTES);
+            self.pages.set_zeros(pages.len() * PAGE_BYTES);
             self.install(region, pages.start);
         }
     }

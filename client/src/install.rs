@@ -3,15 +3,13 @@
 //! Knows nothing of where the bytes came from; they have been verified. Only pages that are absent or poisoned are
 //! touched, at most 64 KiB in one ioctl, so that nobody waits long behind it.
 
+use crate::chunk::{ChunkPages, PIECE_PAGES};
 use crate::gate::Gate;
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::uffd::{Outcome, Uffd};
-use postcopy_proto::page::{MAX_PAGES_PER_CHUNK, PAGE_BYTES, PageRun};
+use postcopy_proto::page::PAGE_BYTES;
 use std::ops::Range;
-
-/// The most pages in one ioctl: 64 KiB, some 28 us.
-const PIECE_PAGES: usize = 16;
 
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
@@ -30,53 +28,6 @@ pub(crate) enum Installed {
     Ended,
 }
 
-/// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero.
-#[derive(Debug)]
-pub(crate) struct ChunkPages {
-    bytes: Vec<u8>,
-    held: [u64; MAX_PAGES_PER_CHUNK / 64],
-}
-
-impl Default for ChunkPages {
-    fn default() -> Self {
-        Self { bytes: Vec::new(), held: [0; MAX_PAGES_PER_CHUNK / 64] }
-    }
-}
-
-impl ChunkPages {
-    /// Makes room for a chunk of `chunk_bytes`, to be written by the caller; `runs` are its non-zero pages.
-    pub(crate) fn prepare(&mut self, chunk_bytes: usize, runs: impl Iterator<Item = PageRun>) -> &mut [u8] {
-        self.held.fill(0);
-        for run in runs {
-            for page in usize::from(run.first)..run.end_page() {
-                self.held[page / 64] |= 1 << (page % 64);
-            }
-        }
-        self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
-        let (chunk, padding) = self.bytes.split_at_mut(chunk_bytes);
-        padding.fill(0);
-        chunk
-    }
-
-    /// Makes it a chunk of `chunk_bytes` zeros.
-    pub(crate) fn prepare_zeros(&mut self, chunk_bytes: usize) {
-        self.held.fill(0);
-        self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
-    }
-
-    fn is_held(&self, page: usize) -> bool {
-        self.held[page / 64] >> (page % 64) & 1 == 1
-    }
-
-    /// The first pages of `pages`, at most 64 KiB, that are all held or all zero.
-    fn piece(&self, pages: Range<usize>) -> (Range<usize>, bool) {
-        let held = self.is_held(pages.start);
-        let limit = pages.end.min(pages.start + PIECE_PAGES);
-        let end = (pages.start..limit).find(|&page| self.is_held(page) != held).unwrap_or(limit);
-        (pages.start..end, held)
-    }
-}
-
 /// Installs the pages of a chunk that `region` has and that are unresolved, the piece with region page `first`
 /// before the others, and wakes who waits for them.
 ///
@@ -90,7 +41,7 @@ pub(crate) fn install(
     chunk: &ChunkPages,
     first: Option<usize>,
 ) -> Installed {
-    let end = (chunk_start + chunk.bytes.len() / PAGE_BYTES).min(region.states.pages());
+    let end = (chunk_start + chunk.pages()).min(region.states.pages());
     let middle = first.map_or(chunk_start, |page| page - (page - chunk_start) % PIECE_PAGES);
     for part in [middle..end, chunk_start..middle] {
         let mut next = part.start;
@@ -107,7 +58,7 @@ pub(crate) fn install(
             let in_chunk = run.start - chunk_start..run.end - chunk_start;
             let (piece, held) = chunk.piece(in_chunk);
             let pages = piece.start + chunk_start..piece.end + chunk_start;
-            let bytes = held.then(|| &chunk.bytes[piece.start * PAGE_BYTES..piece.end * PAGE_BYTES]);
+            let bytes = held.then(|| chunk.bytes_of(piece));
             match install_piece(uffd, region, pages.clone(), bytes) {
                 Step::Next(page) => next = page,
                 Step::Stop(why) => return why,

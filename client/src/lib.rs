@@ -16,6 +16,8 @@
 //! [`pull`] move whole images.
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
+mod chunk;
+mod fetch;
 mod fill;
 mod gate;
 mod image;
@@ -23,6 +25,8 @@ mod install;
 mod lane;
 mod page_state;
 mod pager;
+pub mod pull;
+pub mod push;
 mod region;
 mod remote;
 mod session;

@@ -11,8 +11,9 @@
 //! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
 //! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS.
 
+use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
-use crate::install::{self, ChunkPages, Installed};
+use crate::install::{self, Installed};
 use crate::lane::{DemandLane, runs_of};
 use crate::page_state::PageState;
 use crate::region::RegionState;
@@ -21,7 +22,6 @@ use crate::session::{Command, LossPolicy, OWN_PROCESS_FEATURES, Options, Session
 use crate::uffd::{AsyncUffd, Event, Outcome, Uffd};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, chunk_answer, fetch_chunks_response::Answer};
@@ -41,7 +41,7 @@ const TICK: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_millis(1);
 /// How often a lost chunk is asked for again under [`LossPolicy::Wait`].
 const LOST_RETRY: Duration = Duration::from_secs(1);
-/// Pauses between attempts to reach a server that was lost.
+/// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
 const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_secs(1);
 
 /// A chunk that was asked for and has not been installed.
@@ -75,6 +75,8 @@ pub(crate) struct Pager {
     way_out: WayOut,
     uffd: AsyncUffd,
     lane: Result<DemandLane, oneshot::Receiver<DemandLane>>,
+    /// Before the next attempt to reach a server that was lost.
+    reconnect_pause: Duration,
     in_flight: HashMap<ChunkIndex, InFlight>,
     segments: BTreeMap<u32, AwaitedSegment>,
     /// Chunks to be asked for with the next message, by attempt.
@@ -84,7 +86,6 @@ pub(crate) struct Pager {
     put_off: Vec<(Arc<RegionState>, usize)>,
     put_off_chunks: bool,
     events: Vec<Event>,
-    decoder: FrameDecoder,
     pages: ChunkPages,
     next_id: u64,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
@@ -170,6 +171,7 @@ impl Pager {
             way_out: WayOut(shared),
             uffd: watched,
             lane: Ok(lane),
+            reconnect_pause: RECONNECT.start,
             in_flight: HashMap::new(),
             segments: BTreeMap::new(),
             to_ask: Vec::new(),
@@ -177,7 +179,6 @@ impl Pager {
             put_off: Vec::new(),
             put_off_chunks: false,
             events: Vec::new(),
-            decoder: FrameDecoder::default(),
             pages: ChunkPages::default(),
             next_id: 0,
             commands,
@@ -358,11 +359,14 @@ impl Pager {
                 self.ask_all_again();
             }
             NextAnswer::Lost => self.reconnect(),
-            NextAnswer::Answer(answer) => match answer.answer {
-                Some(Answer::Chunk(chunk)) => self.answer(chunk),
-                Some(Answer::Segment(segment)) => self.segment_answer(&segment),
-                None => {}
-            },
+            NextAnswer::Answer(answer) => {
+                self.reconnect_pause = RECONNECT.start;
+                match answer.answer {
+                    Some(Answer::Chunk(chunk)) => self.answer(chunk),
+                    Some(Answer::Segment(segment)) => self.segment_answer(&segment),
+                    None => {}
+                }
+            }
         }
     }
 
@@ -370,16 +374,14 @@ impl Pager {
     fn reconnect(&mut self) {
         let (sender, receiver) = oneshot::channel();
         let (address, image) = (self.shared().address.clone(), self.shared().image.digest());
+        let pause = self.reconnect_pause;
+        self.reconnect_pause = (pause * 2).min(RECONNECT.end);
         self.lane = Err(receiver);
+        // Ends with the runtime at the latest. Dropping the sender makes the pager try again.
         tokio::spawn(async move {
-            let mut pause = RECONNECT.start;
-            // Ends with the runtime, or as soon as nobody waits for the lane.
-            while !sender.is_closed() {
-                match DemandLane::open(&address, &image).await {
-                    Ok(lane) => return drop(sender.send(lane)),
-                    Err(_) => tokio::time::sleep(pause).await,
-                }
-                pause = (pause * 2).min(RECONNECT.end);
+            tokio::time::sleep(pause).await;
+            if let Ok(lane) = DemandLane::open(&address, &image).await {
+                let _ = sender.send(lane);
             }
         });
     }
@@ -420,9 +422,7 @@ impl Pager {
         let Some(wanted) = self.in_flight.get_mut(&chunk) else { return };
         let shared = &self.way_out.0;
         let digest = wanted.digest;
-        if let Err(reason) =
-            decode(&shared.image, &wanted.region, chunk, &digest, &frame, &mut self.decoder, &mut self.pages)
-        {
+        if let Err(reason) = self.pages.decode(&shared.image, &wanted.region.file, chunk, &digest, &frame) {
             return self.refuse(chunk, &reason);
         }
         let mut outcome = Installed::All;
@@ -446,7 +446,7 @@ impl Pager {
 
     fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
         let Some(pages) = region.pages_of(chunk) else { return };
-        self.pages.prepare_zeros(pages.len() * PAGE_BYTES);
+        self.pages.set_zeros(pages.len() * PAGE_BYTES);
         let uffd = &self.way_out.0.uffd;
         match install::install(uffd, None, region, pages.start, &self.pages, Some(page)) {
             Installed::All | Installed::Ended => {}
@@ -674,30 +674,4 @@ async fn open_image(address: &ServerAddress, reference: &Reference) -> Result<Ar
     let (image, segments) = remote.open(reference, &[], false).await?;
     segments.all_into(&image).await?;
     Ok(image)
-}
-
-/// Writes a chunk's verified bytes to `pages`.
-///
-/// # Errors
-/// Why they are not the chunk's.
-pub(crate) fn decode(
-    image: &Image,
-    region: &RegionState,
-    chunk: ChunkIndex,
-    digest: &Digest,
-    frame: &[u8],
-    decoder: &mut FrameDecoder,
-    pages: &mut ChunkPages,
-) -> Result<(), String> {
-    let chunk_size = image.root().chunk_size();
-    let expected = postcopy_proto::manifest::chunk_len(chunk_size, &region.file, chunk).unwrap_or(0);
-    let frame = ChunkFrame::parse(frame).map_err(|e| e.to_string())?;
-    if frame.chunk_bytes() != expected {
-        return Err(format!(
-            "the frame is of a chunk of {} bytes, the manifest says {expected}",
-            frame.chunk_bytes()
-        ));
-    }
-    let bytes = pages.prepare(expected, frame.runs());
-    decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
 }

@@ -394,3 +394,12 @@ impl Readable<'_> {
         self.0.clear_ready();
     }
 }
+
+/// Whether PAGEMAP_SCAN (Linux 6.7) works on this process's memory.
+#[must_use]
+pub fn pagemap_scan_works() -> bool {
+    let Ok(pagemap) = std::fs::File::open("/proc/self/pagemap") else { return false };
+    // An empty range: nothing is looked at, and old kernels answer ENOTTY.
+    let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
+    update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.as_fd(), &mut scan).is_ok()
+}

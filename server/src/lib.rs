@@ -1,1 +1,11 @@
-//! Placeholder.
+//! postcopyd as a library: keeps page images and serves their pages over gRPC.
+//!
+//! [`serve::serve`] answers requests ([`service`]) from a [`store`] until it is told to end ([`shutdown`]).
+
+#[cfg(test)]
+mod fixtures;
+pub mod listen;
+pub mod serve;
+pub mod service;
+pub mod shutdown;
+pub mod store;

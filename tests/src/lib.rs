@@ -1,1 +1,51 @@
-//! Placeholder.
+//! What the end-to-end tests have in common: real servers, the real command line, and files to push.
+//!
+//! [`server`] starts `postcopyd` on a store of its own; [`cli`] runs `postcopy`; [`fixtures`] makes files whose bytes
+//! follow from a seed. Everything that is started ends with the value that started it.
+
+pub mod cli;
+pub mod fixtures;
+pub mod server;
+
+use std::path::PathBuf;
+
+/// The workspace's binary of that name, beside the test's own. `make` builds it first: cargo does not, across
+/// packages.
+///
+/// # Panics
+/// If it was not built.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    let directory = test.parent().and_then(|deps| deps.parent()).expect("target/PROFILE/deps/TEST");
+    let path = directory.join(name);
+    assert!(path.exists(), "{} is not there: run `cargo build --workspace --bins` first", path.display());
+    path
+}
+
+/// Says loudly that a test cannot run here, and why. In CI (`CI=true`) that is a failure.
+///
+/// # Panics
+/// In CI.
+pub fn skip(test: &str, why: &str) {
+    eprintln!("SKIPPED {test}: {why}");
+    assert!(std::env::var_os("CI").is_none(), "{test} must not be skipped in CI: {why}");
+}
+
+/// Whether this process runs as root.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Waits until `done` says so; looks every few milliseconds.
+///
+/// # Panics
+/// After a minute, naming `what`.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let started = std::time::Instant::now();
+    while !done() {
+        assert!(started.elapsed().as_secs() < 60, "{what} did not happen within a minute");
+        std::thread::park_timeout(std::time::Duration::from_millis(3));
+    }
+}

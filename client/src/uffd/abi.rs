@@ -88,3 +88,25 @@ const _: () = assert!(IOC_API == 0xC018_AA3F);
 const _: () = assert!(IOC_COPY == 0xC028_AA03);
 const _: () = assert!(IOC_POISON == 0xC020_AA08);
 const _: () = assert!(IOC_NEW == 0xAA00);
+
+/// `struct pm_scan_arg` of linux/fs.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PagemapScan {
+    pub(super) size: u64,
+    pub(super) flags: u64,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) walk_end: u64,
+    pub(super) vec: u64,
+    pub(super) vec_len: u64,
+    pub(super) max_pages: u64,
+    pub(super) category_inverted: u64,
+    pub(super) category_mask: u64,
+    pub(super) category_anyof_mask: u64,
+    pub(super) return_mask: u64,
+}
+
+const _: () = assert!(size_of::<PagemapScan>() == 96);
+
+pub(super) const IOC_PAGEMAP_SCAN: Opcode = opcode::read_write::<PagemapScan>(b'f', 16);

@@ -1,0 +1,96 @@
+//! A chunk on its way from a frame to memory or a file.
+
+use crate::image::Image;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
+use postcopy_proto::manifest::{FileEntry, chunk_len};
+use postcopy_proto::page::{ChunkIndex, MAX_PAGES_PER_CHUNK, PAGE_BYTES};
+use std::ops::Range;
+
+/// The most pages that are installed by one ioctl: 64 KiB, some 28 us.
+pub(crate) const PIECE_PAGES: usize = 16;
+
+/// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero. Its memory and the
+/// decoder's are kept from one chunk to the next.
+#[derive(Debug, Default)]
+pub(crate) struct ChunkPages {
+    decoder: FrameDecoder,
+    bytes: Vec<u8>,
+    chunk_bytes: usize,
+    held: [u64; MAX_PAGES_PER_CHUNK / 64],
+}
+
+impl ChunkPages {
+    /// Makes it the chunk that `frame` is of, after checking it against the image: `file` is the image's file that
+    /// the chunk belongs to, `digest` what the manifest says of it.
+    ///
+    /// # Errors
+    /// Why the frame is not the chunk's; the content is unspecified then, and must not be used.
+    pub(crate) fn decode(
+        &mut self,
+        image: &Image,
+        file: &FileEntry,
+        chunk: ChunkIndex,
+        digest: &Digest,
+        frame: &[u8],
+    ) -> Result<(), String> {
+        let expected =
+            chunk_len(image.root().chunk_size(), file, chunk).ok_or("the file has no such chunk")?;
+        let frame = ChunkFrame::parse(frame).map_err(|e| e.to_string())?;
+        self.set_zeros(expected);
+        for run in frame.runs() {
+            for page in usize::from(run.first)..run.end_page() {
+                self.held[page / 64] |= 1 << (page % 64);
+            }
+        }
+        self.bytes[expected..].fill(0);
+        let bytes = &mut self.bytes[..expected];
+        self.decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
+    }
+
+    /// Makes it a chunk of `chunk_bytes` zeros. The bytes themselves are not cleared: none of them is held.
+    pub(crate) fn set_zeros(&mut self, chunk_bytes: usize) {
+        self.held.fill(0);
+        self.chunk_bytes = chunk_bytes;
+        self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
+    }
+
+    /// How many pages it has.
+    pub(crate) fn pages(&self) -> usize {
+        self.bytes.len() / PAGE_BYTES
+    }
+
+    /// The padded bytes of pages that are held.
+    pub(crate) fn bytes_of(&self, pages: Range<usize>) -> &[u8] {
+        &self.bytes[pages.start * PAGE_BYTES..pages.end * PAGE_BYTES]
+    }
+
+    fn is_held(&self, page: usize) -> bool {
+        self.held[page / 64] >> (page % 64) & 1 == 1
+    }
+
+    /// The first pages of `pages`, at most 64 KiB, that are all held or all zero, and which of both.
+    pub(crate) fn piece(&self, pages: Range<usize>) -> (Range<usize>, bool) {
+        let held = self.is_held(pages.start);
+        let limit = pages.end.min(pages.start + PIECE_PAGES);
+        let end = (pages.start..limit).find(|&page| self.is_held(page) != held).unwrap_or(limit);
+        (pages.start..end, held)
+    }
+
+    /// The pieces that are not zero: offset in the chunk, and the bytes without padding.
+    pub(crate) fn held_bytes(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            while next < self.pages() {
+                let (piece, held) = self.piece(next..self.pages());
+                next = piece.end;
+                if held {
+                    let start = piece.start * PAGE_BYTES;
+                    let end = (piece.end * PAGE_BYTES).min(self.chunk_bytes);
+                    return Some((start, &self.bytes[start..end]));
+                }
+            }
+            None
+        })
+    }
+}

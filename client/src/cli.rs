@@ -1,0 +1,143 @@
+//! The command line: what there is to say is here, what it does in `cli/*.rs` and in the library.
+
+mod bench;
+mod doctor;
+mod images;
+mod output;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+use output::Output;
+use postcopy::proto::page::ChunkSize;
+use postcopy::proto::reference::{Reference, TagReference};
+use postcopy::{DEFAULT_SERVER, ServerAddress};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Memory that arrives as it is touched: push, look at, pull and try page images.
+#[derive(Debug, Parser)]
+#[command(name = "postcopy", version, max_term_width = 100)]
+#[command(
+    after_help = "Example:\n  postcopyd serve &\n  postcopy push ./model.bin model:v1\n  postcopy bench model:v1 model.bin"
+)]
+struct Cli {
+    /// The server: http://host:port or unix:/path
+    #[arg(long, global = true, env = "POSTCOPY_SERVER", default_value = DEFAULT_SERVER)]
+    server: ServerAddress,
+    /// Print one JSON object instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Store a file or a directory tree as an image
+    #[command(after_help = "Example:\n  postcopy push ./snapshot vm/web:v1 --chunk-size 65536")]
+    Push {
+        /// The file or directory
+        path: PathBuf,
+        /// name or name:tag
+        reference: TagReference,
+        /// Bytes in a chunk: a power of two from 4096 to 2097152
+        #[arg(long, default_value = "65536", value_parser = chunk_size)]
+        chunk_size: ChunkSize,
+        /// zstd's level
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+        level: i32,
+    },
+    /// Write an image's files to a new directory
+    #[command(after_help = "Example:\n  postcopy pull vm/web:v1 ./snapshot")]
+    Pull {
+        /// name, name:tag or name@blake3:…
+        reference: Reference,
+        /// The directory: does not exist, or is empty
+        directory: PathBuf,
+    },
+    /// List the references of the server
+    #[command(after_help = "Example:\n  postcopy ls --json")]
+    Ls,
+    /// Show what an image holds
+    #[command(after_help = "Example:\n  postcopy inspect vm/web:v1")]
+    Inspect {
+        /// name, name:tag or name@blake3:…
+        reference: Reference,
+    },
+    /// Fetch every chunk of an image and check it against the manifest
+    #[command(after_help = "Example:\n  postcopy verify vm/web:v1")]
+    Verify {
+        /// name, name:tag or name@blake3:…
+        reference: Reference,
+    },
+    /// Remove a reference (`postcopyd gc` gives its space back)
+    #[command(after_help = "Example:\n  postcopy rm vm/web:v1")]
+    Rm {
+        /// name or name:tag
+        reference: TagReference,
+    },
+    /// Let another reference point to an image
+    #[command(after_help = "Example:\n  postcopy tag vm/web:v1 vm/web:stable")]
+    Tag {
+        /// name, name:tag or name@blake3:…
+        source: Reference,
+        /// name or name:tag
+        target: TagReference,
+    },
+    /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
+    #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]
+    Bench(bench::BenchArgs),
+    /// Say what this kernel and these privileges allow
+    #[command(after_help = "Example:\n  postcopy doctor")]
+    Doctor,
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  postcopy completions bash > /etc/bash_completion.d/postcopy")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn chunk_size(text: &str) -> Result<ChunkSize, String> {
+    let bytes = text.parse().map_err(|_| format!("{text:?} is no number of bytes"))?;
+    ChunkSize::new(bytes).map_err(|e| e.to_string())
+}
+
+/// Does what the command line says; the exit status is 0 only if all of it was done and every byte was right.
+pub(crate) fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("POSTCOPY_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    let cli = Cli::parse();
+    let output = Output { json: cli.json };
+    match run(cli, output) {
+        Ok(code) => code,
+        Err(error) => {
+            output.error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli, output: Output) -> Result<ExitCode> {
+    let server = cli.server;
+    match cli.command {
+        Command::Push { path, reference, chunk_size, level } => {
+            let options = postcopy::push::PushOptions { chunk_size, level };
+            images::push(server, &path, &reference, options, output)
+        }
+        Command::Pull { reference, directory } => images::pull(server, &reference, &directory, output),
+        Command::Ls => images::list(server, output),
+        Command::Inspect { reference } => images::inspect(server, &reference, output),
+        Command::Verify { reference } => images::verify(server, &reference, output),
+        Command::Rm { reference } => images::remove(server, &reference, output),
+        Command::Tag { source, target } => images::tag(server, &source, &target, output),
+        Command::Bench(args) => bench::bench(server, args, output),
+        Command::Doctor => doctor::doctor(output),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "postcopy", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

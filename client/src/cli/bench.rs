@@ -1,0 +1,262 @@
+//! `postcopy bench`: a file as lazy memory, measured and checked.
+
+use super::output::{Output, bytes, time};
+use anyhow::{Context, Result, bail};
+use postcopy::proto::manifest::{ChunkContent, FileEntry};
+use postcopy::proto::page::{PAGE_BYTES, is_zero, to_usize};
+use postcopy::proto::reference::Reference;
+use postcopy::{Content, Image, LossPolicy, Options, Progress, Region, Remote, ServerAddress, Session};
+use serde::Serialize;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How to bench.
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    /// name, name:tag or name@blake3:…
+    reference: Reference,
+    /// The file's path in the image
+    file: String,
+    /// Threads that touch, each its share of the pages
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
+    /// Seed of the order; printed in any case
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Fill in the background meanwhile
+    #[arg(long)]
+    fill: bool,
+    /// Leave out the eager read that the lazy one is compared with
+    #[arg(long)]
+    no_eager: bool,
+}
+
+/// What was measured. A touch is the first access to a page that was absent at that moment.
+#[derive(Debug, Serialize)]
+struct Report {
+    reference: String,
+    image: String,
+    file: String,
+    size_bytes: u64,
+    seed: u64,
+    threads: u16,
+    pages: u64,
+    checked_bytes: u64,
+    touches: usize,
+    touch_p50_us: f64,
+    touch_p90_us: f64,
+    touch_p99_us: f64,
+    faults: u64,
+    demand_chunks: u64,
+    bulk_chunks: u64,
+    frame_bytes: u64,
+    first_byte_ms: f64,
+    all_touched_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eager_ms: Option<f64>,
+    /// Time of the eager read of all for each unit of time to the first byte.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eager_to_first_byte: Option<f64>,
+}
+
+struct Lazy {
+    first_byte: Duration,
+    all: Duration,
+    touches: Vec<Duration>,
+    progress: Progress,
+    checked_bytes: u64,
+}
+
+pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> Result<ExitCode> {
+    let (image, file) = manifest(&server, &args.reference, &args.file)?;
+    // The same image for every part, whatever the tag points to meanwhile.
+    let name = "image".parse().expect("a name");
+    let fixed = Reference::Digest { name, image: image.digest() };
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
+    let mut lazy = lazily(&server, &fixed, &args, seed, &image, file)?;
+    let eager = if args.no_eager { None } else { Some(eagerly(&server, &fixed, &args.file)?) };
+
+    lazy.touches.sort_unstable();
+    let percentile = |p: usize| match lazy.touches.len() {
+        0 => Duration::ZERO,
+        n => lazy.touches[(n - 1) * p / 100],
+    };
+    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+    let report = Report {
+        reference: args.reference.to_string(),
+        image: image.digest().to_string(),
+        file: args.file,
+        size_bytes: file.size_bytes,
+        seed,
+        threads: args.threads,
+        pages: lazy.progress.total_pages,
+        checked_bytes: lazy.checked_bytes,
+        touches: lazy.touches.len(),
+        touch_p50_us: ms(percentile(50)) * 1e3,
+        touch_p90_us: ms(percentile(90)) * 1e3,
+        touch_p99_us: ms(percentile(99)) * 1e3,
+        faults: lazy.progress.faults,
+        demand_chunks: lazy.progress.demand_chunks,
+        bulk_chunks: lazy.progress.bulk_chunks,
+        frame_bytes: lazy.progress.frame_bytes,
+        first_byte_ms: ms(lazy.first_byte),
+        all_touched_ms: ms(lazy.all),
+        eager_ms: eager.map(ms),
+        eager_to_first_byte: eager.map(|eager| eager.as_secs_f64() / lazy.first_byte.as_secs_f64()),
+    };
+    output.show(&report, || text(&report, &lazy, eager, percentile))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(usize) -> Duration) -> String {
+    let mut text = format!(
+        "{} of {}: {}, every byte right\n\
+         \x20 first byte     {} after the start: connect, open, map, touch\n\
+         \x20 touch          p50 {}  p90 {}  p99 {}  ({} touches of absent pages, {} threads, seed {})\n\
+         \x20 faults         {}, answered with {} chunks on demand, {} in the background\n\
+         \x20 on the wire    {} of frames for {} of memory\n\
+         \x20 all touched    {}, in random order\n",
+        r.file,
+        r.reference,
+        bytes(r.size_bytes),
+        time(lazy.first_byte),
+        time(percentile(50)),
+        time(percentile(90)),
+        time(percentile(99)),
+        r.touches,
+        r.threads,
+        r.seed,
+        r.faults,
+        r.demand_chunks,
+        r.bulk_chunks,
+        bytes(r.frame_bytes),
+        bytes(r.pages * PAGE_BYTES as u64),
+        time(lazy.all),
+    );
+    if let (Some(eager), Some(ratio)) = (eager, r.eager_to_first_byte) {
+        text += &format!(
+            "  eager read     {} for all of it: {ratio:.1} x the time to the first byte\n",
+            time(eager)
+        );
+    }
+    text
+}
+
+/// The image, with the file's segments: what memory is compared with in the end.
+fn manifest(server: &ServerAddress, reference: &Reference, path: &str) -> Result<(Arc<Image>, FileEntry)> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+    runtime.block_on(async {
+        let remote = Remote::connect(server.clone()).await?;
+        let (image, segments) = remote.open(reference, &[path.as_bytes()], false).await?;
+        segments.all_into(&image).await?;
+        let file = image.file(path.as_bytes()).with_context(|| format!("{path} is no regular file"))?;
+        Ok((image, file))
+    })
+}
+
+fn lazily(
+    server: &ServerAddress,
+    reference: &Reference,
+    args: &BenchArgs,
+    seed: u64,
+    image: &Image,
+    file: FileEntry,
+) -> Result<Lazy> {
+    let started = Instant::now();
+    // A page that cannot be had is an error of this command, and not its death by SIGBUS.
+    let options = Options { on_loss: LossPolicy::Wait, fill: args.fill, ..Options::default() };
+    let session = Session::open(server, reference, options)?;
+    let region = session.map(&args.file)?;
+    let mut order: Vec<usize> = (0..region.len().div_ceil(PAGE_BYTES)).collect();
+    fastrand::Rng::with_seed(seed).shuffle(&mut order);
+
+    let threads = usize::from(args.threads);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let toucher = scope.spawn(|| {
+            let result = touch_all(&region, &order, threads, started);
+            let checked = check(&region, image, file);
+            done.store(true, Ordering::Release);
+            (result, checked)
+        });
+        while !done.load(Ordering::Acquire) && !toucher.is_finished() {
+            if let Some(reason) = session.wait_error(Duration::from_millis(20)) {
+                // The touching threads sleep in the kernel: only the end of the process takes them away.
+                let error = anyhow::anyhow!("a page could not be had: {reason}");
+                Output { json: false }.error(&error);
+                std::process::exit(1);
+            }
+        }
+        let Ok(((first_byte, all, touches), checked)) = toucher.join() else { bail!("a thread panicked") };
+        Ok(Lazy { first_byte, all, touches, progress: session.progress(), checked_bytes: checked? })
+    })
+}
+
+/// Touches pages in that order; the time until the first was there, until all were, and of each that was absent.
+fn touch_all(
+    region: &Region,
+    order: &[usize],
+    threads: usize,
+    started: Instant,
+) -> (Duration, Duration, Vec<Duration>) {
+    let Some((&first, rest)) = order.split_first() else {
+        return (started.elapsed(), started.elapsed(), Vec::new());
+    };
+    let mut touches: Vec<Duration> = touch(region, first).into_iter().collect();
+    let first_byte = started.elapsed();
+    std::thread::scope(|scope| {
+        let shares = rest.chunks(rest.len().div_ceil(threads).max(1));
+        let threads: Vec<_> = shares
+            .map(|share| {
+                scope.spawn(move || share.iter().filter_map(|&page| touch(region, page)).collect::<Vec<_>>())
+            })
+            .collect();
+        for thread in threads {
+            touches.extend(thread.join().unwrap_or_default());
+        }
+    });
+    (first_byte, started.elapsed(), touches)
+}
+
+fn touch(region: &Region, page: usize) -> Option<Duration> {
+    let offset = page * PAGE_BYTES;
+    let absent = !region.is_resident(offset);
+    let before = Instant::now();
+    std::hint::black_box(region[offset]);
+    absent.then(|| before.elapsed())
+}
+
+/// Compares every byte of the region with the manifest; the number of bytes.
+fn check(region: &Region, image: &Image, file: FileEntry) -> Result<u64> {
+    let chunk_bytes = image.root().chunk_size().bytes();
+    for (index, bytes) in (0u64..).zip(region.chunks(chunk_bytes)) {
+        let chunk = postcopy::proto::page::ChunkIndex(file.first_chunk.0 + index);
+        let expected = match image.content(chunk) {
+            Content::Zero => ChunkContent::Zero,
+            Content::Data(digest) => ChunkContent::Data(digest),
+            Content::SegmentMissing(_) | Content::OutOfRange => bail!("chunk {chunk} is not in the manifest"),
+        };
+        let right = match expected {
+            ChunkContent::Zero => is_zero(bytes),
+            ChunkContent::Data(digest) => postcopy::proto::digest::Digest::of(bytes) == digest,
+        };
+        if !right {
+            bail!(
+                "chunk {chunk} (from byte {}) is in memory with wrong bytes",
+                to_usize(index) * chunk_bytes
+            );
+        }
+    }
+    Ok(region.len() as u64)
+}
+
+/// How long it takes until all of the file is in memory, everything included.
+fn eagerly(server: &ServerAddress, reference: &Reference, path: &str) -> Result<Duration> {
+    let started = Instant::now();
+    let session = Session::open(server, reference, Options { fill: true, ..Options::default() })?;
+    let _region = session.map(path)?;
+    session.wait_resident(Duration::from_secs(3600))?;
+    Ok(started.elapsed())
+}

@@ -1,0 +1,210 @@
+//! `postcopy doctor`: what this kernel and these privileges allow, what that means, and how to get what is missing.
+
+use super::output::Output;
+use anyhow::Result;
+use postcopy::uffd::{self, Access, FEATURES};
+use serde::Serialize;
+use std::fmt::Write;
+use std::process::ExitCode;
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: &'static str,
+    ok: bool,
+    /// What was seen.
+    found: String,
+    /// What it means where it is missing, and how to get it; empty where there is nothing to say.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    advice: String,
+}
+
+#[derive(Debug, Serialize)]
+struct FeatureFound {
+    name: &'static str,
+    available: bool,
+    since: &'static str,
+    used_for: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    kernel: String,
+    /// Whether files of images can be mapped in a program of one's own.
+    can_map: bool,
+    findings: Vec<Finding>,
+    features: Vec<FeatureFound>,
+}
+
+pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
+    let report = examine();
+    output.show(&report, || text(&report))?;
+    Ok(if report.can_map { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn read(path: &str) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
+fn examine() -> Report {
+    let kernel = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".to_owned());
+    let probed = uffd::probe();
+    let features = probed.as_ref().map_or(0, |(_, features)| *features);
+    let access = probed.as_ref().ok().map(|(access, _)| *access);
+    let error = probed.as_ref().err().map(|error| format!("{:#}", anyhow::Error::msg(error.to_string())));
+    let has = |bit: u64| features & bit != 0;
+    let named = |name: &str| FEATURES.iter().find(|f| f.name == name).is_some_and(|f| has(f.bit));
+    let needed = ["EVENT_REMOVE", "EVENT_REMAP", "EVENT_UNMAP"];
+    let can_map = access.is_some() && needed.iter().all(|name| named(name));
+
+    let findings = vec![
+        userfaultfd(access, error),
+        kernel_faults(access),
+        Finding {
+            what: "lazy files in one's own program",
+            ok: can_map,
+            found: if can_map { "possible".into() } else { "not possible".into() },
+            advice: if can_map {
+                String::new()
+            } else {
+                format!("needs userfaultfd with {}", needed.join(", "))
+            },
+        },
+        Finding {
+            what: "poison",
+            ok: named("POISON"),
+            found: if named("POISON") { "a lost page is SIGBUS".into() } else { "not in this kernel".into() },
+            advice: if named("POISON") {
+                String::new()
+            } else {
+                "since Linux 6.6; without it lost pages of one's own program become inaccessible (SIGSEGV)"
+                    .into()
+            },
+        },
+        write_tracking(named("WP_ASYNC")),
+        Finding {
+            what: "children of restored processes",
+            ok: named("EVENT_FORK") && access != Some(Access::UserModeOnly) && is_capable(),
+            found: if is_capable() { "CAP_SYS_PTRACE".into() } else { "no CAP_SYS_PTRACE".into() },
+            advice: if is_capable() {
+                String::new()
+            } else {
+                "UFFD_FEATURE_EVENT_FORK needs CAP_SYS_PTRACE: run as root or give the program that capability".into()
+            },
+        },
+        huge_pages(named("MISSING_HUGETLBFS")),
+        transparent_huge_pages(),
+    ];
+    let features = FEATURES
+        .iter()
+        .map(|f| FeatureFound { name: f.name, available: has(f.bit), since: f.since, used_for: f.used_for })
+        .collect();
+    Report { kernel, can_map, findings, features }
+}
+
+fn userfaultfd(access: Option<Access>, error: Option<String>) -> Finding {
+    let found = match access {
+        Some(Access::Syscall) => "by userfaultfd(2)".to_owned(),
+        Some(Access::Device) => "from /dev/userfaultfd".to_owned(),
+        Some(Access::UserModeOnly) => "by userfaultfd(2), user-mode faults only".to_owned(),
+        None => error.unwrap_or_default(),
+    };
+    let advice = match access {
+        Some(_) => String::new(),
+        None => {
+            "the kernel needs CONFIG_USERFAULTFD; a container's seccomp profile must allow userfaultfd(2) \
+                 (Docker's default does not) or give it the device /dev/userfaultfd"
+                .to_owned()
+        }
+    };
+    Finding { what: "userfaultfd", ok: access.is_some(), found, advice }
+}
+
+fn kernel_faults(access: Option<Access>) -> Finding {
+    let sysctl = read("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_else(|| "absent".to_owned());
+    let ok = matches!(access, Some(Access::Syscall | Access::Device));
+    let advice = if ok {
+        String::new()
+    } else {
+        "read(2) and the like on absent memory fail with EFAULT: touch it first. To serve them, too: run as root, \
+         or allow the user to open /dev/userfaultfd (Linux 6.1), or set the sysctl vm.unprivileged_userfaultfd=1"
+            .to_owned()
+    };
+    let found = if ok { "served".to_owned() } else { "not served".to_owned() };
+    Finding {
+        what: "faults of the kernel on a program's behalf",
+        ok,
+        found: format!("{found} (vm.unprivileged_userfaultfd is {sysctl})"),
+        advice,
+    }
+}
+
+fn write_tracking(wp_async: bool) -> Finding {
+    let scan = uffd::pagemap_scan_works();
+    let ok = wp_async && scan;
+    Finding {
+        what: "write tracking",
+        ok,
+        found: format!(
+            "WP_ASYNC {}, PAGEMAP_SCAN {}",
+            if wp_async { "yes" } else { "no" },
+            if scan { "yes" } else { "no" }
+        ),
+        advice: if ok {
+            String::new()
+        } else {
+            "both since Linux 6.7; what changed cannot be told without".into()
+        },
+    }
+}
+
+fn huge_pages(feature: bool) -> Finding {
+    let meminfo = read("/proc/meminfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = meminfo.lines().find(|line| line.starts_with(name))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let (total, free) = (field("HugePages_Total:").unwrap_or(0), field("HugePages_Free:").unwrap_or(0));
+    let advice = match (feature, total) {
+        (false, _) => "MISSING_HUGETLBFS needs Linux 4.11 with CONFIG_HUGETLBFS",
+        (true, 0) => {
+            "none are reserved; sysctl vm.nr_hugepages=N reserves N of 2 MiB (only guests on huge pages need them)"
+        }
+        _ => "",
+    };
+    Finding {
+        what: "hugetlb pages of 2 MiB",
+        ok: feature && total > 0,
+        found: format!("{free} of {total} free"),
+        advice: advice.to_owned(),
+    }
+}
+
+fn transparent_huge_pages() -> Finding {
+    let setting = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_else(|| "absent".to_owned());
+    Finding { what: "transparent huge pages", ok: true, found: setting, advice: String::new() }
+}
+
+fn is_capable() -> bool {
+    const CAP_SYS_PTRACE: u32 = 19;
+    let status = read("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    bits >> CAP_SYS_PTRACE & 1 == 1
+}
+
+fn text(report: &Report) -> String {
+    let mut text = format!("Linux {}\n", report.kernel);
+    for finding in &report.findings {
+        let mark = if finding.ok { "ok " } else { "-- " };
+        let _ = writeln!(text, "{mark} {:<43} {}", finding.what, finding.found);
+        if !finding.advice.is_empty() {
+            let _ = writeln!(text, "      {}", finding.advice);
+        }
+    }
+    text += "Features of userfaultfd:\n";
+    for feature in &report.features {
+        let mark = if feature.available { "ok " } else { "-- " };
+        let _ = writeln!(text, "{mark} {:<20} since {:<5} {}", feature.name, feature.since, feature.used_for);
+    }
+    text
+}

@@ -1,0 +1,306 @@
+//! What is done with whole images.
+
+use super::output::{Output, bytes, time};
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use postcopy::proto::digest::Digest;
+use postcopy::proto::manifest::EntryKind;
+use postcopy::proto::reference::{Reference, TagReference};
+use postcopy::proto::v1;
+use postcopy::pull::{self, PullReport};
+use postcopy::push::{self, PushOptions};
+use postcopy::{Remote, ServerAddress};
+use serde::Serialize;
+use std::fmt::Write;
+use std::future::Future;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Connects, and runs `work` on all cores.
+fn with_remote<T, W: Future<Output = Result<T>>>(
+    server: ServerAddress,
+    work: impl FnOnce(Remote) -> W,
+) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("a runtime")?;
+    runtime.block_on(async { work(Remote::connect(server).await?).await })
+}
+
+fn digest(bytes: &[u8]) -> String {
+    Digest::try_from(bytes).map_or_else(|e| e.to_string(), |digest| digest.to_string())
+}
+
+pub(crate) fn push(
+    server: ServerAddress,
+    path: &Path,
+    reference: &TagReference,
+    options: PushOptions,
+    output: Output,
+) -> Result<ExitCode> {
+    // Not drawn where stderr is no terminal.
+    let bar = if output.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+    bar.set_style(ProgressStyle::with_template(style).expect("a valid template"));
+    let on_progress = {
+        let bar = bar.clone();
+        Arc::new(move |done, all| {
+            bar.set_length(all);
+            bar.set_position(done);
+        })
+    };
+    let pushed = with_remote(server, |remote| async move {
+        Ok(push::push(&remote, path, reference, options, on_progress).await?)
+    });
+    bar.finish_and_clear();
+    let report = pushed?;
+
+    #[derive(Serialize)]
+    struct Pushed {
+        reference: String,
+        image: String,
+        size_bytes: u64,
+        zero_bytes: u64,
+        deduplicated_bytes: u64,
+        sent_bytes: u64,
+        pack_bytes: u64,
+        ratio: f64,
+        seconds: f64,
+    }
+    let pushed = Pushed {
+        reference: reference.to_string(),
+        image: report.image.to_string(),
+        size_bytes: report.size_bytes,
+        zero_bytes: report.zero_bytes,
+        deduplicated_bytes: report.deduplicated_bytes,
+        sent_bytes: report.sent_bytes,
+        pack_bytes: report.pack_bytes,
+        ratio: report.ratio(),
+        seconds: report.elapsed.as_secs_f64(),
+    };
+    output.show(&pushed, || {
+        format!(
+            "{reference} is {}\n  size         {}\n  zero         {}\n  deduplicated {}\n  sent         {} as {} ({:.2} : 1)\n  time         {}",
+            report.image,
+            bytes(report.size_bytes),
+            bytes(report.zero_bytes),
+            bytes(report.deduplicated_bytes),
+            bytes(report.sent_bytes),
+            bytes(report.pack_bytes),
+            report.ratio(),
+            time(report.elapsed),
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_pulled(output: Output, what: &str, report: &PullReport) -> Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Pulled {
+        image: String,
+        entries: usize,
+        size_bytes: u64,
+        chunks: u64,
+    }
+    let pulled = Pulled {
+        image: report.image.to_string(),
+        entries: report.entries,
+        size_bytes: report.size_bytes,
+        chunks: report.chunks,
+    };
+    output.show(&pulled, || {
+        let PullReport { image, entries, size_bytes, chunks } = report;
+        format!("{what}: {image}, {entries} entries, {}, {chunks} chunks verified", bytes(*size_bytes))
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn pull(
+    server: ServerAddress,
+    reference: &Reference,
+    directory: &Path,
+    output: Output,
+) -> Result<ExitCode> {
+    let pulled =
+        with_remote(server, |remote| async move { Ok(pull::pull(&remote, reference, directory).await?) });
+    show_pulled(output, &format!("{reference} -> {}", directory.display()), &pulled?)
+}
+
+pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
+    let verified = with_remote(server, |remote| async move { Ok(pull::verify(&remote, reference).await?) });
+    if let Err(error) = &verified
+        && let Some(pull::PullError::Damaged(damaged)) = error.downcast_ref()
+    {
+        for damage in damaged {
+            eprintln!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason);
+        }
+    }
+    show_pulled(output, &format!("{reference} is sound"), &verified?)
+}
+
+#[derive(Serialize)]
+struct Summary {
+    reference: String,
+    image: String,
+    size_bytes: u64,
+    files: u32,
+    chunk_size_bytes: u32,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    damage: String,
+}
+
+impl From<v1::ImageSummary> for Summary {
+    fn from(image: v1::ImageSummary) -> Self {
+        Self {
+            reference: image.reference,
+            image: digest(&image.image),
+            size_bytes: image.size_bytes,
+            files: image.files,
+            chunk_size_bytes: image.chunk_size_bytes,
+            damage: image.damage,
+        }
+    }
+}
+
+pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
+    let images: Vec<Summary> = with_remote(server, |remote| async move {
+        let mut images = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = v1::ListImagesRequest { page_size: 0, page_token };
+            let page = remote.images().list_images(request).await.context("list images")?.into_inner();
+            images.extend(page.images.into_iter().map(Summary::from));
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return Ok(images);
+            }
+        }
+    })?;
+    let damaged = images.iter().any(|image| !image.damage.is_empty());
+    output.show(&images, || {
+        let width = images.iter().map(|image| image.reference.len()).max().unwrap_or(0).max(9);
+        let mut text =
+            format!("{:width$}  {:>12}  {:>6}  {:>7}  IMAGE\n", "REFERENCE", "SIZE", "FILES", "CHUNK");
+        for image in &images {
+            let (size, chunk) = (bytes(image.size_bytes), bytes(u64::from(image.chunk_size_bytes)));
+            let rest = if image.damage.is_empty() { &image.image } else { &image.damage };
+            let _ = writeln!(
+                text,
+                "{:width$}  {size:>12}  {:>6}  {chunk:>7}  {rest}",
+                image.reference, image.files
+            );
+        }
+        text
+    })?;
+    Ok(if damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
+    let (answer, image) = with_remote(server, |remote| async move {
+        let request = v1::GetImageRequest { reference: reference.to_string() };
+        let answer = remote.images().get_image(request).await.with_context(|| reference.to_string())?;
+        let answer = answer.into_inner();
+        let (image, _) = remote.open(reference, &[], false).await?;
+        Ok((answer, image))
+    })?;
+
+    #[derive(Serialize)]
+    struct Entry {
+        path: String,
+        kind: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        size_bytes: Option<u64>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        target: Option<String>,
+    }
+    #[derive(Serialize)]
+    struct Inspected {
+        #[serde(flatten)]
+        summary: Summary,
+        chunks: u64,
+        zero_chunks: u64,
+        distinct_chunks: u64,
+        stored_bytes: u64,
+        entries: Vec<Entry>,
+    }
+    let entry = |entry: &postcopy::proto::manifest::Entry| {
+        let path = entry.path.to_string();
+        match &entry.kind {
+            EntryKind::File(file) if file.executable => {
+                Entry { path, kind: "executable", size_bytes: Some(file.size_bytes), target: None }
+            }
+            EntryKind::File(file) => {
+                Entry { path, kind: "file", size_bytes: Some(file.size_bytes), target: None }
+            }
+            EntryKind::SymbolicLink(target) => {
+                let target = Some(String::from_utf8_lossy(target).into_owned());
+                Entry { path, kind: "symbolic link", size_bytes: None, target }
+            }
+            EntryKind::EmptyDirectory => {
+                Entry { path, kind: "empty directory", size_bytes: None, target: None }
+            }
+        }
+    };
+    let inspected = Inspected {
+        summary: answer.image.unwrap_or_default().into(),
+        chunks: answer.chunks,
+        zero_chunks: answer.zero_chunks,
+        distinct_chunks: answer.distinct_chunks,
+        stored_bytes: answer.stored_bytes,
+        entries: image.root().entries().iter().map(entry).collect(),
+    };
+    output.show(&inspected, || {
+        let summary = &inspected.summary;
+        let mut text = format!(
+            "{} is {}\n  size    {} in {} files\n  chunks  {} of {}, {} distinct, {} zero\n  stored  {}\n",
+            summary.reference,
+            summary.image,
+            bytes(summary.size_bytes),
+            summary.files,
+            inspected.chunks + inspected.zero_chunks,
+            bytes(u64::from(summary.chunk_size_bytes)),
+            inspected.distinct_chunks,
+            inspected.zero_chunks,
+            bytes(inspected.stored_bytes),
+        );
+        for entry in &inspected.entries {
+            let size = entry.size_bytes.map_or_else(|| "-".to_owned(), bytes);
+            let target = entry.target.as_ref().map_or_else(String::new, |target| format!(" -> {target}"));
+            let _ = writeln!(text, "  {size:>12}  {}{target}", entry.path);
+        }
+        text
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Pointed {
+    reference: String,
+    image: Option<String>,
+}
+
+pub(crate) fn remove(server: ServerAddress, reference: &TagReference, output: Output) -> Result<ExitCode> {
+    with_remote(server, |remote| async move {
+        let request = v1::DeleteImageRequest { reference: reference.to_string() };
+        remote.images().delete_image(request).await.with_context(|| reference.to_string())?;
+        Ok(())
+    })?;
+    let removed = Pointed { reference: reference.to_string(), image: None };
+    output.show(&removed, || format!("{reference} is removed"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn tag(
+    server: ServerAddress,
+    source: &Reference,
+    target: &TagReference,
+    output: Output,
+) -> Result<ExitCode> {
+    let image = with_remote(server, |remote| async move {
+        let request = v1::TagImageRequest { source: source.to_string(), target: target.to_string() };
+        let answer = remote.images().tag_image(request).await.with_context(|| source.to_string())?;
+        Ok(digest(&answer.into_inner().image))
+    })?;
+    let tagged = Pointed { reference: target.to_string(), image: Some(image.clone()) };
+    output.show(&tagged, || format!("{target} is {image}"))?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,63 @@
+//! How results are shown: text for people, JSON for programs.
+
+use serde::Serialize;
+use std::io::Write;
+
+/// Where results go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    pub(crate) json: bool,
+}
+
+impl Output {
+    /// Prints `value` as JSON, or `text` as it is.
+    pub(crate) fn show(self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+        let shown = if self.json { serde_json::to_string_pretty(value)? } else { text() };
+        // A reader that has gone, like `head`, is no error of ours, and no reason to panic.
+        match writeln!(std::io::stdout(), "{}", shown.trim_end()) {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Prints an error with its causes and, where there is one, what to do next.
+    pub(crate) fn error(self, error: &anyhow::Error) {
+        let chain = format!("{error:#}");
+        if self.json {
+            println!("{}", serde_json::json!({ "error": chain }));
+        }
+        eprintln!("postcopy: {chain}");
+        if let Some(next) = next_step(&chain) {
+            eprintln!("  {next}");
+        }
+    }
+}
+
+fn next_step(error: &str) -> Option<&'static str> {
+    if error.contains("cannot be reached") {
+        Some(
+            "Is it running? Start one with `postcopyd serve`, or name another with --server or POSTCOPY_SERVER.",
+        )
+    } else if error.contains("userfaultfd") {
+        Some("`postcopy doctor` says what this machine allows, and how to get what is missing.")
+    } else if error.contains("entity was not found") || error.contains("no such reference") {
+        Some("`postcopy ls` lists what the server has.")
+    } else {
+        None
+    }
+}
+
+/// Bytes for people: `1.50 MiB`.
+pub(crate) fn bytes(n: u64) -> String {
+    indicatif::HumanBytes(n).to_string()
+}
+
+/// A time for people: `12.3 ms`.
+pub(crate) fn time(duration: std::time::Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    match seconds {
+        s if s < 1e-3 => format!("{:.1} us", s * 1e6),
+        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
+        s => format!("{s:.2} s"),
+    }
+}

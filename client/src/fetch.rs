@@ -1,0 +1,155 @@
+//! Fetching chunks of an image for a file or a check, and not for memory.
+
+use crate::chunk::ChunkPages;
+use crate::image::{Content, Image};
+use crate::lane::{BulkLane, runs_of};
+use crate::remote::{RemoteError, ServerAddress};
+use postcopy_proto::manifest::{FileEntry, chunk_offset};
+use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::path::ImagePath;
+use postcopy_proto::v1::{self, chunk_answer};
+use std::collections::HashSet;
+use std::sync::Arc;
+use tokio::task::JoinSet;
+
+/// The most chunks of one request, and so the most that are in flight beside those being decoded: 32 MiB at 64 KiB.
+const REQUEST_CHUNKS: usize = 512;
+/// Messages that are decoded at a time.
+const DECODING: usize = 8;
+
+/// What is done with a chunk: its file, the byte of the file at which it begins, its verified content. Called from
+/// several threads.
+pub(crate) type Sink = dyn Fn(&ImagePath, u64, &ChunkPages) -> Result<(), String> + Send + Sync;
+
+/// A chunk that could not be fetched, and why.
+#[derive(Clone, Debug)]
+pub struct Damage {
+    /// The file that it belongs to.
+    pub path: ImagePath,
+    /// Its number.
+    pub chunk: ChunkIndex,
+    /// What is wrong.
+    pub reason: String,
+}
+
+/// The chunks of an image that are not zero, each digest once if `distinct`. All segments must have come.
+pub(crate) fn data_chunks(image: &Image, distinct: bool) -> Vec<u64> {
+    let mut seen = HashSet::new();
+    let wanted = |chunk: &u64| match image.content(ChunkIndex(*chunk)) {
+        Content::Data(digest) => !distinct || seen.insert(digest),
+        _ => false,
+    };
+    (0..image.root().chunks()).filter(wanted).collect()
+}
+
+/// Fetches these chunks, verifies each against the manifest and gives it to `sink`. What was wrong is asked for once
+/// more, and then named.
+///
+/// # Errors
+/// [`RemoteError`] if the connection was lost; then some chunks have not been looked at.
+pub(crate) async fn fetch(
+    address: &ServerAddress,
+    image: &Arc<Image>,
+    chunks: Vec<u64>,
+    sink: Arc<Sink>,
+) -> Result<Vec<Damage>, RemoteError> {
+    let files = image.root().files().filter(|(_, file)| file.size_bytes > 0);
+    let files: Arc<[_]> = files.map(|(path, file)| (path.clone(), *file)).collect();
+    let fetch = Fetch { image: Arc::clone(image), files, sink };
+    let damaged = fetch.pass(address, &chunks, 0).await?;
+    if damaged.is_empty() {
+        return Ok(damaged);
+    }
+    let again: Vec<u64> = damaged.iter().map(|damage| damage.chunk.0).collect();
+    fetch.pass(address, &again, 1).await
+}
+
+#[derive(Clone)]
+struct Fetch {
+    image: Arc<Image>,
+    files: Arc<[(ImagePath, FileEntry)]>,
+    sink: Arc<Sink>,
+}
+
+impl Fetch {
+    async fn pass(
+        &self,
+        address: &ServerAddress,
+        chunks: &[u64],
+        attempt: u32,
+    ) -> Result<Vec<Damage>, RemoteError> {
+        if chunks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut lane = BulkLane::open(address, &self.image.digest()).await?;
+        let mut damaged = Vec::new();
+        let mut decoding = JoinSet::new();
+        let mut parts = chunks.chunks(REQUEST_CHUNKS);
+        let (mut missing, mut id) = (0, 0);
+        loop {
+            // The next request is on its way before the last one is answered.
+            while missing < REQUEST_CHUNKS {
+                let Some(part) = parts.next() else { break };
+                missing += part.len();
+                id += 1;
+                let runs = runs_of(part.iter().copied());
+                let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
+                // A closed queue is a lost lane: the next message says why.
+                let _ = lane.requests.send(request).await;
+            }
+            if missing == 0 {
+                break;
+            }
+            let message = lane.answers.message().await.map_err(address.status("the bulk lane"))?;
+            let message = message.ok_or_else(|| address.wrong("bulk answer", "the stream has ended"))?;
+            missing = missing.saturating_sub(message.chunks.len());
+            if decoding.len() >= DECODING {
+                damaged.extend(decoding.join_next().await.and_then(Result::ok).unwrap_or_default());
+            }
+            let this = self.clone();
+            decoding.spawn_blocking(move || this.take(&message.chunks));
+        }
+        // A panic in a sink would be a bug; it must not look like a success.
+        damaged.extend(decoding.join_all().await.into_iter().flatten());
+        Ok(damaged)
+    }
+
+    fn take(&self, answers: &[v1::ChunkAnswer]) -> Vec<Damage> {
+        let mut pages = ChunkPages::default();
+        let damaged = answers.iter().filter_map(|answer| {
+            let chunk = ChunkIndex(answer.chunk);
+            let (path, file) = self.file_of(chunk)?;
+            let reason = self.take_one(path, file, answer, &mut pages).err()?;
+            Some(Damage { path: path.clone(), chunk, reason })
+        });
+        damaged.collect()
+    }
+
+    fn file_of(&self, chunk: ChunkIndex) -> Option<&(ImagePath, FileEntry)> {
+        let after = self.files.partition_point(|(_, file)| file.first_chunk <= chunk);
+        self.files[..after].last()
+    }
+
+    fn take_one(
+        &self,
+        path: &ImagePath,
+        file: &FileEntry,
+        answer: &v1::ChunkAnswer,
+        pages: &mut ChunkPages,
+    ) -> Result<(), String> {
+        let chunk = ChunkIndex(answer.chunk);
+        let Content::Data(digest) = self.image.content(chunk) else {
+            return Err("it was not asked for".into());
+        };
+        match &answer.result {
+            Some(chunk_answer::Result::Frame(frame)) => {
+                pages.decode(&self.image, file, chunk, &digest, frame)?;
+                let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
+                (self.sink)(path, offset as u64, pages)
+            }
+            Some(chunk_answer::Result::Zero(_)) => Err("the server says it is zero, the manifest not".into()),
+            Some(chunk_answer::Result::Error(error)) => Err(error.message.clone()),
+            None => Err("the answer is empty".into()),
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! `postcopy`: push, look at, pull and try images.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,0 +1,526 @@
+//! From files to a server.
+//!
+//! The files' chunks go through four steps, batch by batch, so that all cores and the connection are busy at once:
+//! read and hash (all cores); ask the server which are missing; compress these (all cores); upload packs. Then
+//! the manifest is committed. Only missing chunks are compressed and sent.
+
+use crate::remote::{Remote, RemoteError};
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::FrameEncoder;
+use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder, ManifestError};
+use postcopy_proto::pack::PackBuilder;
+use postcopy_proto::page::{ChunkSize, is_zero};
+use postcopy_proto::path::{ImagePath, PathError};
+use postcopy_proto::reference::TagReference;
+use postcopy_proto::v1::commit_response::Outcome;
+use postcopy_proto::v1::{self, commit_request, upload_pack_request};
+use postcopy_proto::{MAX_FIND_MISSING, MAX_PART_BYTES};
+use rayon::prelude::*;
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::task::JoinSet;
+
+/// Plain bytes that are read, hashed and compressed together; two such batches are in memory at a time.
+const BATCH_BYTES: usize = 32 << 20;
+/// Packs are closed at this length: large enough for few files, small enough for a server's memory.
+const PACK_BYTES: usize = 32 << 20;
+/// Packs that are being uploaded at a time.
+const UPLOADS: usize = 3;
+/// How often a commit is tried whose chunks were collected as garbage meanwhile.
+const COMMITS: usize = 4;
+
+/// How to push.
+#[derive(Clone, Copy, Debug)]
+pub struct PushOptions {
+    /// The image's chunk size.
+    pub chunk_size: ChunkSize,
+    /// zstd's level, 1 to 19.
+    pub level: i32,
+}
+
+impl Default for PushOptions {
+    fn default() -> Self {
+        Self { chunk_size: ChunkSize::DEFAULT, level: 3 }
+    }
+}
+
+/// What a push did. Bytes are plain ones unless said otherwise; `size = zero + deduplicated + sent`.
+#[derive(Clone, Copy, Debug)]
+pub struct PushReport {
+    /// The image.
+    pub image: Digest,
+    /// Bytes of all files.
+    pub size_bytes: u64,
+    /// Bytes of chunks that are nothing but zeros.
+    pub zero_bytes: u64,
+    /// Bytes of chunks that the server had, or that came more than once.
+    pub deduplicated_bytes: u64,
+    /// Bytes of chunks that were sent.
+    pub sent_bytes: u64,
+    /// Bytes that the sent chunks' packs have, compressed.
+    pub pack_bytes: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+impl PushReport {
+    /// Plain bytes for each compressed one, of what was sent.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+    pub fn ratio(&self) -> f64 {
+        if self.pack_bytes == 0 { 1.0 } else { self.sent_bytes as f64 / self.pack_bytes as f64 }
+    }
+}
+
+/// Why something could not be pushed.
+#[derive(Debug, thiserror::Error)]
+pub enum PushError {
+    /// The server.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// A file could not be read.
+    #[error("{path}: {source}")]
+    File {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file became shorter while it was read.
+    #[error("{0} changed while it was read")]
+    Changed(PathBuf),
+    /// Something that is no file, directory or symbolic link.
+    #[error("{0} is no file, directory or symbolic link")]
+    Kind(PathBuf),
+    /// A name that images cannot have.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// An image that cannot be.
+    #[error("the image cannot be made: {0}")]
+    Manifest(#[from] ManifestError),
+    /// The server went on losing chunks.
+    #[error(
+        "the server lost chunks again and again while they were pushed; is its garbage collected with a grace time of zero?"
+    )]
+    Lost,
+    /// A worker panicked.
+    #[error("a worker stopped: {0}")]
+    Worker(String),
+}
+
+/// Called with the bytes that are done and all bytes.
+pub type OnProgress = Arc<dyn Fn(u64, u64) + Send + Sync>;
+
+/// Pushes the file or the directory tree at `path` as `reference`.
+///
+/// Symbolic links and empty directories are kept, the executable bit, too; owners and times are not. A single file is
+/// stored under its own name.
+///
+/// # Errors
+/// [`PushError`]; the reference is as it was then.
+pub async fn push(
+    remote: &Remote,
+    path: &Path,
+    reference: &TagReference,
+    options: PushOptions,
+    on_progress: OnProgress,
+) -> Result<PushReport, PushError> {
+    let started = Instant::now();
+    for _ in 0..COMMITS {
+        let entries = collect(path)?;
+        let mut push = Push::new(remote.clone(), options, &entries, Arc::clone(&on_progress));
+        let manifest = push.entries(entries).await?;
+        if let Some(image) = commit(remote, reference, &manifest).await? {
+            return Ok(PushReport { image, elapsed: started.elapsed(), ..push.report });
+        }
+    }
+    Err(PushError::Lost)
+}
+
+/// What stands at a path that is to be pushed.
+struct Source {
+    path: ImagePath,
+    from: PathBuf,
+    kind: SourceKind,
+}
+
+enum SourceKind {
+    File { size_bytes: u64, executable: bool },
+    SymbolicLink,
+    EmptyDirectory,
+}
+
+/// What is to be pushed, in bytewise order of path.
+fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
+    let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
+    let metadata = root.metadata().map_err(|e| file_error(root, e))?;
+    if metadata.is_file() {
+        let root = root.canonicalize().map_err(|e| file_error(root, e))?;
+        let name = root.file_name().map(OsStrExt::as_bytes).unwrap_or_default();
+        let kind = SourceKind::File { size_bytes: metadata.len(), executable: metadata.mode() & 0o100 != 0 };
+        return Ok(vec![Source { path: ImagePath::try_from(name)?, from: root, kind }]);
+    }
+    if !metadata.is_dir() {
+        return Err(PushError::Kind(root.to_owned()));
+    }
+    let mut sources = Vec::new();
+    for entry in walkdir::WalkDir::new(root).min_depth(1).follow_root_links(true) {
+        let entry = entry.map_err(|e| file_error(&e.path().unwrap_or(root).to_owned(), e.into()))?;
+        let from = entry.path().to_owned();
+        let metadata = entry.metadata().map_err(|e| file_error(&from, e.into()))?;
+        let kind = if metadata.is_file() {
+            SourceKind::File { size_bytes: metadata.len(), executable: metadata.mode() & 0o100 != 0 }
+        } else if metadata.is_symlink() {
+            SourceKind::SymbolicLink
+        } else if !metadata.is_dir() {
+            return Err(PushError::Kind(from));
+        } else if from.read_dir().map_err(|e| file_error(&from, e))?.next().is_none() {
+            SourceKind::EmptyDirectory
+        } else {
+            continue;
+        };
+        let relative = from.strip_prefix(root).expect("walkdir stays below its root");
+        sources.push(Source { path: ImagePath::try_from(relative.as_os_str().as_bytes())?, from, kind });
+    }
+    sources.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(sources)
+}
+
+/// A chunk that has been read.
+struct Chunk {
+    content: ChunkContent,
+    /// Its plain bytes; empty for a zero chunk.
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+/// Where a chunk is read from.
+struct Place {
+    file: Arc<(File, PathBuf)>,
+    offset: u64,
+    len: usize,
+    /// It lies in a hole of the file: zeros, without reading.
+    hole: bool,
+}
+
+struct Push {
+    remote: Remote,
+    options: PushOptions,
+    report: PushReport,
+    total_bytes: u64,
+    on_progress: OnProgress,
+    builder: ManifestBuilder,
+    seen: HashSet<Digest>,
+    pack: PackBuilder,
+    pack_plain_bytes: u64,
+    uploads: JoinSet<Result<u64, RemoteError>>,
+}
+
+impl Push {
+    fn new(remote: Remote, options: PushOptions, sources: &[Source], on_progress: OnProgress) -> Self {
+        let size = |source: &Source| match source.kind {
+            SourceKind::File { size_bytes, .. } => size_bytes,
+            SourceKind::SymbolicLink | SourceKind::EmptyDirectory => 0,
+        };
+        Self {
+            remote,
+            options,
+            report: PushReport {
+                image: Digest::of(&[]),
+                size_bytes: 0,
+                zero_bytes: 0,
+                deduplicated_bytes: 0,
+                sent_bytes: 0,
+                pack_bytes: 0,
+                elapsed: Duration::ZERO,
+            },
+            total_bytes: sources.iter().map(size).sum(),
+            on_progress,
+            builder: ManifestBuilder::new(options.chunk_size),
+            seen: HashSet::new(),
+            pack: PackBuilder::default(),
+            pack_plain_bytes: 0,
+            uploads: JoinSet::new(),
+        }
+    }
+
+    /// Sends what is missing of the entries' chunks, and makes the manifest.
+    async fn entries(&mut self, sources: Vec<Source>) -> Result<Manifest, PushError> {
+        let mut places =
+            Places { chunk_size: self.options.chunk_size, sources: sources.into_iter(), current: None };
+        let mut reading = spawn_read(places.batch(&mut self.builder)?);
+        loop {
+            let chunks = reading.await.map_err(|e| PushError::Worker(e.to_string()))??;
+            if chunks.is_empty() {
+                break;
+            }
+            for chunk in &chunks {
+                self.builder.chunk(chunk.content);
+            }
+            let next = places.batch(&mut self.builder)?;
+            reading = spawn_read(next);
+            self.batch(chunks).await?;
+        }
+        self.close_pack().await?;
+        while let Some(upload) = self.uploads.join_next().await {
+            self.uploaded(upload)?;
+        }
+        let builder = std::mem::replace(&mut self.builder, ManifestBuilder::new(self.options.chunk_size));
+        Ok(builder.finish()?)
+    }
+
+    /// Sends what is missing of a batch.
+    async fn batch(&mut self, chunks: Vec<Chunk>) -> Result<(), PushError> {
+        let bytes: u64 = chunks.iter().map(|chunk| chunk.len as u64).sum();
+        let mut new = Vec::new();
+        for chunk in chunks {
+            match chunk.content {
+                ChunkContent::Zero => self.report.zero_bytes += chunk.len as u64,
+                ChunkContent::Data(digest) if self.seen.insert(digest) => new.push((digest, chunk.bytes)),
+                ChunkContent::Data(_) => self.report.deduplicated_bytes += chunk.len as u64,
+            }
+        }
+        let digests: Vec<_> = new.iter().map(|(digest, _)| *digest).collect();
+        let missing = find_missing(&self.remote, &digests).await?;
+        let (new, known): (Vec<_>, Vec<_>) =
+            new.into_iter().partition(|(digest, _)| missing.contains(digest));
+        self.report.deduplicated_bytes += known.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
+        drop(known);
+
+        let level = self.options.level;
+        let encode = tokio::task::spawn_blocking(move || encode(new, level));
+        for (digest, plain_bytes, frame) in encode.await.map_err(|e| PushError::Worker(e.to_string()))? {
+            if !self.pack.fits(frame.len(), PACK_BYTES) {
+                self.close_pack().await?;
+            }
+            self.pack.push(digest, &frame);
+            self.pack_plain_bytes += plain_bytes;
+        }
+        self.report.size_bytes += bytes;
+        (self.on_progress)(self.report.size_bytes, self.total_bytes);
+        Ok(())
+    }
+
+    async fn close_pack(&mut self) -> Result<(), PushError> {
+        if self.pack.is_empty() {
+            return Ok(());
+        }
+        while self.uploads.len() >= UPLOADS {
+            if let Some(upload) = self.uploads.join_next().await {
+                self.uploaded(upload)?;
+            }
+        }
+        let pack = std::mem::take(&mut self.pack);
+        self.report.sent_bytes += std::mem::take(&mut self.pack_plain_bytes);
+        self.uploads.spawn(upload(self.remote.clone(), pack));
+        Ok(())
+    }
+
+    fn uploaded(
+        &mut self,
+        upload: Result<Result<u64, RemoteError>, tokio::task::JoinError>,
+    ) -> Result<(), PushError> {
+        self.report.pack_bytes += upload.map_err(|e| PushError::Worker(e.to_string()))??;
+        Ok(())
+    }
+}
+
+/// The places of the chunks of all files, in order.
+struct Places {
+    chunk_size: ChunkSize,
+    sources: std::vec::IntoIter<Source>,
+    current: Option<OpenFile>,
+}
+
+struct OpenFile {
+    file: Arc<(File, PathBuf)>,
+    size_bytes: u64,
+    next: u64,
+    /// Data begins here at the latest known place, and ends there.
+    data: std::ops::Range<u64>,
+}
+
+impl Places {
+    /// The next chunks, at most a batch; names the entries that they belong to.
+    fn batch(&mut self, builder: &mut ManifestBuilder) -> Result<Vec<Place>, PushError> {
+        let (mut places, mut data_bytes) = (Vec::new(), 0);
+        // Holes cost no reading; their number is bounded all the same.
+        while data_bytes < BATCH_BYTES && places.len() < MAX_FIND_MISSING {
+            let Some(file) = &mut self.current else {
+                let Some(source) = self.sources.next() else { break };
+                self.current = open(&source, builder)?;
+                continue;
+            };
+            let Some(place) = file.next_place(self.chunk_size) else {
+                self.current = None;
+                continue;
+            };
+            data_bytes += if place.hole { 0 } else { place.len };
+            places.push(place);
+        }
+        Ok(places)
+    }
+}
+
+fn open(source: &Source, builder: &mut ManifestBuilder) -> Result<Option<OpenFile>, PushError> {
+    let error = |e| PushError::File { path: source.from.clone(), source: e };
+    match source.kind {
+        SourceKind::EmptyDirectory => builder.empty_directory(&source.path),
+        SourceKind::SymbolicLink => {
+            let target = std::fs::read_link(&source.from).map_err(error)?;
+            builder.symbolic_link(&source.path, target.as_os_str().as_bytes());
+        }
+        SourceKind::File { size_bytes, executable } => {
+            builder.file(&source.path, size_bytes, executable);
+            let file = File::open(&source.from).map_err(error)?;
+            let file = Arc::new((file, source.from.clone()));
+            return Ok(Some(OpenFile { file, size_bytes, next: 0, data: 0..0 }));
+        }
+    }
+    Ok(None)
+}
+
+impl OpenFile {
+    fn next_place(&mut self, chunk_size: ChunkSize) -> Option<Place> {
+        let offset = self.next;
+        if offset >= self.size_bytes {
+            return None;
+        }
+        let len = chunk_size.chunk_len(self.size_bytes, offset / chunk_size.bytes() as u64);
+        self.next += len as u64;
+        if self.data.end <= offset {
+            self.data = self.data_after(offset);
+        }
+        let hole = self.data.start >= self.next;
+        Some(Place { file: Arc::clone(&self.file), offset, len, hole })
+    }
+
+    /// The next extent of data; where the file system cannot tell, all of the rest.
+    fn data_after(&self, offset: u64) -> std::ops::Range<u64> {
+        use rustix::fs::{SeekFrom, seek};
+        match seek(&self.file.0, SeekFrom::Data(offset)) {
+            Ok(start) => start..seek(&self.file.0, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1),
+            // ENXIO: no data up to the end. It may have been cut, though: the last byte is read to see it.
+            Err(rustix::io::Errno::NXIO) => self.size_bytes - 1..u64::MAX,
+            Err(_) => offset..u64::MAX,
+        }
+    }
+}
+
+fn spawn_read(places: Vec<Place>) -> tokio::task::JoinHandle<Result<Vec<Chunk>, PushError>> {
+    tokio::task::spawn_blocking(move || places.par_iter().map(read).collect())
+}
+
+fn read(place: &Place) -> Result<Chunk, PushError> {
+    let zero = Chunk { content: ChunkContent::Zero, bytes: Vec::new(), len: place.len };
+    if place.hole {
+        return Ok(zero);
+    }
+    let mut bytes = vec![0; place.len];
+    let (file, path) = &*place.file;
+    file.read_exact_at(&mut bytes, place.offset).map_err(|source| match source.kind() {
+        io::ErrorKind::UnexpectedEof => PushError::Changed(path.clone()),
+        _ => PushError::File { path: path.clone(), source },
+    })?;
+    if is_zero(&bytes) {
+        return Ok(zero);
+    }
+    Ok(Chunk { content: ChunkContent::Data(Digest::of(&bytes)), bytes, len: place.len })
+}
+
+/// The chunks' frames: digest, plain length, frame.
+fn encode(chunks: Vec<(Digest, Vec<u8>)>, level: i32) -> Vec<(Digest, u64, Vec<u8>)> {
+    let encoder = || FrameEncoder::new(level);
+    let frame = |encoder: &mut FrameEncoder, (digest, bytes): (Digest, Vec<u8>)| {
+        let mut frame = Vec::with_capacity(bytes.len() / 2);
+        encoder.encode(&bytes, &mut frame);
+        (digest, bytes.len() as u64, frame)
+    };
+    chunks.into_par_iter().map_init(encoder, frame).collect()
+}
+
+async fn find_missing(remote: &Remote, digests: &[Digest]) -> Result<HashSet<Digest>, PushError> {
+    let mut missing = HashSet::new();
+    for part in digests.chunks(MAX_FIND_MISSING) {
+        let request = v1::FindMissingRequest { chunk_digests: Digest::concat(part) };
+        let response = remote.images().find_missing(request).await;
+        let response = response.map_err(remote.address().status("find missing chunks"))?.into_inner();
+        let digests = Digest::list(&response.missing_chunk_digests);
+        missing.extend(digests.map_err(|e| remote.address().wrong("list of missing chunks", e))?);
+    }
+    Ok(missing)
+}
+
+async fn upload(remote: Remote, pack: PackBuilder) -> Result<u64, RemoteError> {
+    let finished = tokio::task::spawn_blocking(move || {
+        let bytes: Bytes = pack.finish().into();
+        (Digest::of(&bytes), bytes)
+    });
+    let (digest, mut bytes) = finished.await.expect("finishing a pack does not panic");
+    let size_bytes = bytes.len() as u64;
+    let begin = v1::UploadPackBegin { digest: digest.into(), size_bytes };
+    let mut parts = vec![upload_pack_request::Part::Begin(begin)];
+    while !bytes.is_empty() {
+        let part = bytes.split_to(bytes.len().min(MAX_PART_BYTES));
+        parts.push(upload_pack_request::Part::Data(part));
+    }
+    let parts = parts.into_iter().map(|part| v1::UploadPackRequest { part: Some(part) });
+    let sent = remote.images().upload_pack(tokio_stream::iter(parts)).await;
+    sent.map_err(remote.address().status(format!("upload of pack {digest}")))?;
+    Ok(size_bytes)
+}
+
+/// Commits the manifest, sending the segments that the server lacks; None if it lacks chunks.
+async fn commit(
+    remote: &Remote,
+    reference: &TagReference,
+    manifest: &Manifest,
+) -> Result<Option<Digest>, PushError> {
+    let address = remote.address();
+    for _ in 0..COMMITS {
+        let begin = v1::CommitBegin {
+            reference: reference.to_string(),
+            root_bytes: manifest.root_bytes.len() as u64,
+        };
+        let mut parts = vec![commit_request::Part::Begin(begin)];
+        let mut root = manifest.root_bytes.clone();
+        while !root.is_empty() {
+            let part = root.split_to(root.len().min(MAX_PART_BYTES));
+            parts.push(commit_request::Part::RootPart(part));
+        }
+        let parts = parts.into_iter().map(|part| v1::CommitRequest { part: Some(part) });
+        let response = remote.images().commit(tokio_stream::iter(parts)).await;
+        let response = response.map_err(address.status(format!("commit of {reference}")))?.into_inner();
+        let missing = match response.outcome {
+            Some(Outcome::Committed(v1::Committed { image })) => {
+                let image = Digest::try_from(&image[..]).map_err(|e| address.wrong("image digest", e))?;
+                if image != manifest.root.image() {
+                    let reason = format!("it is {image}, pushed was {}", manifest.root.image());
+                    return Err(address.wrong("committed image", reason).into());
+                }
+                return Ok(Some(image));
+            }
+            Some(Outcome::Missing(missing)) => missing,
+            None => return Err(address.wrong("answer to the commit", "it is empty").into()),
+        };
+        let missing =
+            Digest::list(&missing.segment_digests).map_err(|e| address.wrong("list of segments", e))?;
+        let missing: HashSet<_> = missing.collect();
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        for bytes in manifest.segments.iter().filter(|bytes| missing.contains(&Digest::of(bytes))) {
+            let request = v1::UploadSegmentRequest { segment: bytes.clone() };
+            let sent = remote.images().upload_segment(request).await;
+            sent.map_err(address.status("upload of a segment"))?;
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,213 @@
+//! What postcopyd can be told on its command line.
+
+use anyhow::Context;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use postcopy_server::listen::{Address, Listener};
+use postcopy_server::serve::serve;
+use postcopy_server::store::{Collected, Collector, Damage, Domain, Store, StoreError, Verified, verify};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Keeps page images and serves their pages over gRPC.
+#[derive(Debug, Parser)]
+#[command(name = "postcopyd", version, after_help = "Example:\n  postcopyd serve")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a store until SIGTERM or SIGINT; prints its address when it is ready
+    #[command(
+        after_help = "Example:\n  postcopyd serve --store /srv/postcopy --listen unix:/run/postcopy.sock"
+    )]
+    Serve(Serve),
+    /// Delete what no reference needs; safe beside servers and pushes that go on
+    ///
+    /// Condemns what no reference needs, waits for the grace time, and deletes what is still not needed by then.
+    #[command(
+        after_help = "Examples:\n  postcopyd gc --grace 10m\n  postcopyd gc --no-wait     # from cron, once a day"
+    )]
+    Gc(Gc),
+    /// Check every byte of a store; exit status 1 if anything is damaged
+    #[command(after_help = "Example:\n  postcopyd verify --store /srv/postcopy")]
+    Verify(Verify),
+    /// Print completions for a shell
+    #[command(after_help = "Example:\n  postcopyd completions bash > /etc/bash_completion.d/postcopyd")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which store.
+#[derive(Debug, Args)]
+struct StoreArgs {
+    /// The store's directory [default: $XDG_DATA_HOME/postcopy or ~/.local/share/postcopy]
+    #[arg(long, value_name = "DIR", env = "POSTCOPY_STORE")]
+    store: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Where to listen: host:port (port 0: any free one) or unix:/path
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
+    listen: String,
+    /// Listen at an address that other machines can reach, without encryption or authentication
+    #[arg(long)]
+    insecure: bool,
+}
+
+#[derive(Debug, Args)]
+struct Gc {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// How long an object stays condemned before it is deleted: longer than a push takes (s, m, h, d)
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    grace: Duration,
+    /// Do not wait: delete only what was condemned long enough ago, by an earlier run
+    #[arg(long)]
+    no_wait: bool,
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Verify {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Reads `90s`, `10m`, `1h`, `7d`; a bare number is seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h', 'd']) {
+        Some(number) => (number, text.as_bytes()[number.len()]),
+        None => (text, b's'),
+    };
+    let seconds = match unit {
+        b'm' => 60,
+        b'h' => 3600,
+        b'd' => 86_400,
+        _ => 1,
+    };
+    let number: u64 = number.parse().map_err(|_| "not a time such as 90s, 10m, 1h or 7d")?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())
+}
+
+impl Cli {
+    /// Does what was asked for.
+    pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Serve(options) => options.run().await,
+            Command::Gc(options) => options.run().await,
+            Command::Verify(options) => options.run(),
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Self::command(), "postcopyd", &mut io::stdout());
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    }
+}
+
+impl StoreArgs {
+    fn dir(&self) -> anyhow::Result<PathBuf> {
+        if let Some(dir) = &self.store {
+            return Ok(dir.clone());
+        }
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let data = variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(".local/share")));
+        let data = data.context("neither HOME nor XDG_DATA_HOME is set: name the store with --store DIR")?;
+        Ok(data.join("postcopy"))
+    }
+}
+
+impl Serve {
+    async fn run(self) -> anyhow::Result<ExitCode> {
+        let address: Address = self.listen.parse()?;
+        let dir = self.store.dir()?;
+        // Both before the store is opened, so that a signal during a long opening ends the process in order.
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+        let listener = Listener::bind(&address, self.insecure)?;
+        let url = listener.url().context("the listener's own address")?;
+        let opened = dir.clone();
+        let open = tokio::task::spawn_blocking(move || Store::open_or_create(&opened, Domain::DEFAULT));
+        let store = Arc::new(open.await??);
+        tracing::info!(store = %dir.display(), %url, "serving");
+        // The line is for whoever started this; nobody may be listening any more.
+        let _ = writeln!(io::stdout(), "postcopyd listening on {url}");
+        let signal = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        serve(store, listener, signal).await?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Gc {
+    async fn run(self) -> anyhow::Result<ExitCode> {
+        let collector = Collector::open(&self.store.dir()?, Domain::DEFAULT)?;
+        let collected = self.collect(&collector).await.map_err(|error| match error {
+            StoreError::Damaged { .. } => anyhow::Error::from(error)
+                .context("nothing was deleted, because something cannot be read (see `postcopyd verify`)"),
+            other => other.into(),
+        })?;
+        if self.json {
+            return print_json(&collected).map(|()| ExitCode::SUCCESS);
+        }
+        let Collected { packs, manifests, left_overs, bytes, waiting } = collected;
+        let deleted = format!("{packs} packs, {manifests} manifests, {left_overs} left-overs");
+        say(format_args!("deleted {deleted}: {bytes} bytes; {waiting} objects condemned and waiting"))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn collect(&self, collector: &Collector) -> Result<Collected, StoreError> {
+        let latest = collector.condemn()?;
+        if let Some(latest) = latest.filter(|_| !self.no_wait) {
+            tokio::time::sleep(self.grace.saturating_sub(latest.elapsed().unwrap_or_default())).await;
+        }
+        collector.sweep(self.grace)
+    }
+}
+
+impl Verify {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let verified = verify(&self.store.dir()?, Domain::DEFAULT)?;
+        let is_sound = verified.damage.is_empty();
+        if self.json {
+            print_json(&verified)?;
+        } else {
+            for Damage { object, reason } in &verified.damage {
+                say(format_args!("damaged: {object}: {reason}"))?;
+            }
+            let Verified { packs, pack_bytes, chunks, manifests, references, .. } = verified;
+            say(format_args!(
+                "sound: {packs} packs ({pack_bytes} bytes, {chunks} chunks), {manifests} manifests, {references} references"
+            ))?;
+        }
+        Ok(if is_sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+fn print_json(report: &impl serde::Serialize) -> anyhow::Result<()> {
+    say(format_args!("{}", serde_json::to_string(report)?))
+}
+
+/// Prints a line; an error where `println!` would panic, as when nobody reads any more.
+fn say(line: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
+    writeln!(io::stdout(), "{line}").context("standard output")
+}

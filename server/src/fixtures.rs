@@ -1,0 +1,105 @@
+//! What the tests share: a store in a temporary directory, and small images.
+
+use crate::store::{CommitOutcome, Domain, Store};
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::FrameEncoder;
+use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder};
+use postcopy_proto::pack::{PackBuilder, PackIndex};
+use postcopy_proto::page::{ChunkSize, PAGE_BYTES};
+use postcopy_proto::path::ImagePath;
+
+/// A new store.
+pub(crate) fn store() -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path(), Domain::DEFAULT).unwrap();
+    (dir, store)
+}
+
+/// An image of one file, `mem`, in chunks of 4 KiB: data, zeros, and a last one that is shorter.
+#[derive(Clone, Debug)]
+pub(crate) struct Image {
+    pub(crate) plain: Vec<u8>,
+    pub(crate) manifest: Manifest,
+    pub(crate) pack: Bytes,
+}
+
+/// Bytes that do not compress, from a seed.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+impl Image {
+    /// 12 chunks of data, 4 of zeros, and 100 bytes; another seed gives other data.
+    pub(crate) fn of_seed(seed: u64) -> Self {
+        let mut plain = noise(seed, 12 * PAGE_BYTES);
+        plain[PAGE_BYTES + 10..2 * PAGE_BYTES].fill(7);
+        plain.extend(vec![0; 4 * PAGE_BYTES]);
+        plain.extend(noise(seed + (1 << 32), 100));
+        Self::of(plain)
+    }
+
+    /// The chunks of [`Image::of_seed`], and others, in another pack.
+    pub(crate) fn with_more_chunks(seed: u64) -> Self {
+        Self::of([noise(seed + (1 << 33), 8 * PAGE_BYTES), Self::of_seed(seed).plain].concat())
+    }
+
+    fn of(plain: Vec<u8>) -> Self {
+        let mut manifest = ManifestBuilder::new(ChunkSize::MIN);
+        manifest.file(&ImagePath::try_from(&b"mem"[..]).unwrap(), plain.len() as u64, false);
+        let (mut pack, mut encoder) = (PackBuilder::default(), FrameEncoder::new(1));
+        for chunk in plain.chunks(PAGE_BYTES) {
+            let mut frame = Vec::new();
+            if encoder.encode(chunk, &mut frame) {
+                pack.push(Digest::of(chunk), &frame);
+                manifest.chunk(ChunkContent::Data(Digest::of(chunk)));
+            } else {
+                manifest.chunk(ChunkContent::Zero);
+            }
+        }
+        Self { plain, manifest: manifest.finish().unwrap(), pack: pack.finish().into() }
+    }
+
+    pub(crate) fn digest(&self) -> Digest {
+        self.manifest.root.image()
+    }
+
+    pub(crate) fn pack_digest(&self) -> Digest {
+        Digest::of(&self.pack)
+    }
+
+    /// The chunks that are not zero, in the file's order.
+    pub(crate) fn data_chunks(&self) -> Vec<Digest> {
+        let chunks = self.plain.chunks(PAGE_BYTES).filter(|chunk| chunk.iter().any(|byte| *byte != 0));
+        chunks.map(Digest::of).collect()
+    }
+
+    /// The same chunks in the order of their frames.
+    pub(crate) fn data_chunks_in_pack_order(&self) -> Vec<Digest> {
+        let mut entries = PackIndex::parse(&self.pack).unwrap().entries().to_vec();
+        entries.sort_by_key(|entry| entry.offset);
+        entries.iter().map(|entry| entry.chunk).collect()
+    }
+
+    fn try_push(&self, store: &Store, reference: &str) -> CommitOutcome {
+        if !store.find_missing(self.data_chunks().into_iter()).unwrap().is_empty() {
+            store.put_pack(self.pack_digest(), self.pack.clone()).unwrap();
+        }
+        for segment in &self.manifest.segments {
+            store.put_segment(segment.clone()).unwrap();
+        }
+        store.commit(&reference.parse().unwrap(), self.manifest.root_bytes.clone()).unwrap()
+    }
+
+    /// Stores the image under a reference.
+    pub(crate) fn push(&self, store: &Store, reference: &str) {
+        assert_eq!(self.try_push(store, reference), CommitOutcome::Committed(self.digest()));
+    }
+
+    /// As [`Image::push`], again and again while a collector is quicker.
+    pub(crate) fn push_until_committed(&self, store: &Store, reference: &str) {
+        while self.try_push(store, reference) != CommitOutcome::Committed(self.digest()) {}
+    }
+}

@@ -1,0 +1,189 @@
+//! Where a server listens: a TCP address or a Unix socket.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener, ToSocketAddrs};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use tokio::net::{TcpListener, UnixListener};
+
+/// An address to listen at, as it is written: `host:port` or `unix:/path`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// What the host's name stands for, and the port; port 0 is any free one.
+    Tcp(Vec<SocketAddr>),
+    /// A socket in the file system.
+    Unix(PathBuf),
+}
+
+/// Why an address cannot be listened at.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Not written as an address is.
+    #[error("{0:?} is no address: use host:port or unix:/path")]
+    Syntax(String),
+    /// Others than this machine's users could connect.
+    #[error(
+        "{0} can be reached from other machines, and anyone there could read and change all images: \
+         there is neither encryption nor authentication. Use a loopback address or unix:/path, or \
+         say --insecure if the network is trusted"
+    )]
+    Insecure(SocketAddr),
+    /// Another server is listening at the socket.
+    #[error("unix:{}: another server is listening there", .0.display())]
+    InUse(PathBuf),
+    /// The operating system says no.
+    #[error("{address}")]
+    Io {
+        /// The address.
+        address: String,
+        /// What it says.
+        source: io::Error,
+    },
+}
+
+impl std::str::FromStr for Address {
+    type Err = ListenError;
+
+    fn from_str(text: &str) -> Result<Self, ListenError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let is_path = path.starts_with('/');
+            return if is_path { Ok(Self::Unix(path.into())) } else { Err(ListenError::Syntax(text.into())) };
+        }
+        match text.to_socket_addrs().map(Iterator::collect::<Vec<_>>) {
+            Ok(addresses) if !addresses.is_empty() => Ok(Self::Tcp(addresses)),
+            _ => Err(ListenError::Syntax(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(addresses) => addresses.first().map_or(Ok(()), |address| address.fmt(f)),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// A socket that connections come to.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket, and the file to remove at the end.
+    Unix(UnixListener, SocketFile),
+}
+
+impl Listener {
+    /// Listens at an address. Within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`ListenError::Insecure`]: the address is beyond loopback and `insecure` is not set.
+    /// [`ListenError::InUse`], [`ListenError::Io`].
+    ///
+    /// # Blocking
+    /// Connects to a Unix socket that is there already, to see whether somebody answers.
+    pub fn bind(address: &Address, insecure: bool) -> Result<Self, ListenError> {
+        match address {
+            Address::Tcp(addresses) => bind_tcp(addresses, insecure),
+            Address::Unix(path) => bind_unix(path),
+        }
+    }
+
+    /// The real address, as clients take it: `http://127.0.0.1:7070` or `unix:/path`.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn url(&self) -> io::Result<String> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map(|address| format!("http://{address}")),
+            Self::Unix(_, file) => Ok(format!("unix:{}", file.path.display())),
+        }
+    }
+}
+
+fn bind_tcp(addresses: &[SocketAddr], insecure: bool) -> Result<Listener, ListenError> {
+    if let Some(open) = addresses.iter().find(|address| !insecure && !address.ip().is_loopback()) {
+        return Err(ListenError::Insecure(*open));
+    }
+    let error = |source| ListenError::Io { address: Address::Tcp(addresses.into()).to_string(), source };
+    let listener = StdTcpListener::bind(addresses).map_err(error)?;
+    listener.set_nonblocking(true).map_err(error)?;
+    TcpListener::from_std(listener).map(Listener::Tcp).map_err(error)
+}
+
+fn bind_unix(path: &Path) -> Result<Listener, ListenError> {
+    let error = |source| ListenError::Io { address: format!("unix:{}", path.display()), source };
+    match StdUnixStream::connect(path) {
+        Ok(_) => return Err(ListenError::InUse(path.to_owned())),
+        // Its server was killed. Nothing but a socket refuses a connection, so no file is lost.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
+            std::fs::remove_file(path).map_err(error)?;
+        }
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(error)?;
+    let inode = std::fs::metadata(path).map_err(error)?.ino();
+    Ok(Listener::Unix(listener, SocketFile { path: path.to_owned(), inode }))
+}
+
+fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    path.symlink_metadata().is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// A socket's file; removed by the drop, unless another server has put its own in its place.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
+            // What remains is a stale socket, which the next server replaces.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_host_and_port_or_a_path() {
+        assert_eq!("unix:/a".parse::<Address>().unwrap(), Address::Unix("/a".into()));
+        assert_eq!("127.0.0.1:0".parse::<Address>().unwrap().to_string(), "127.0.0.1:0");
+        for bad in ["", "unix:", "unix:a", "127.0.0.1", "127.0.0.1:x", "http://127.0.0.1:1"] {
+            assert!(matches!(bad.parse::<Address>(), Err(ListenError::Syntax(_))), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn beyond_loopback_only_if_told() {
+        let everywhere: Address = "0.0.0.0:0".parse().unwrap();
+        assert!(matches!(Listener::bind(&everywhere, false), Err(ListenError::Insecure(_))));
+        assert!(Listener::bind(&everywhere, true).is_ok());
+        assert!(Listener::bind(&"[::1]:0".parse().unwrap(), false).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "stale");
+        let address = Address::Unix(path.clone());
+        let live = Listener::bind(&address, false).unwrap();
+        assert!(matches!(Listener::bind(&address, false), Err(ListenError::InUse(_))));
+        drop(live);
+        assert!(!path.exists(), "removed at the end");
+        std::fs::write(&path, "a file").unwrap();
+        assert!(matches!(Listener::bind(&address, false), Err(ListenError::Io { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"a file");
+    }
+}

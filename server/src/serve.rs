@@ -1,0 +1,165 @@
+//! A server from its first connection to its end.
+
+use crate::listen::Listener;
+use crate::service::{ImageServer, PageServer};
+use crate::shutdown::Drain;
+use crate::store::Store;
+use async_stream::stream;
+use futures_util::{Stream, StreamExt};
+use postcopy_proto::v1::image_service_server::ImageServiceServer;
+use postcopy_proto::v1::page_service_server::PageServiceServer;
+use postcopy_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES};
+use std::fmt::Display;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::server::NamedService;
+use tonic::transport::server::{Router, TcpIncoming};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+/// HTTP/2 windows of what clients send: two of them keep a 10 Gbit/s link of 10 ms busy, and uploads are bounded
+/// by their own memory. What the server sends is bounded by the clients' windows.
+const WINDOW_BYTES: u32 = 8 << 20;
+
+/// The largest HTTP/2 frame that a client may send.
+const MAX_FRAME_BYTES: u32 = 1 << 20;
+
+/// A client that is gone without a word is noticed after these two together.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long what is in flight may take to finish.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long accepting pauses after an error: usually no file descriptors are left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why a server ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Its descriptors for reflection are damaged: a mistake of the build's.
+    #[error("reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// HTTP/2 could not go on.
+    #[error("transport")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Serves `store` to whoever connects to `listener`, until `signal`. Then health turns NOT_SERVING, the listener is
+/// closed, new requests are refused, and what is in flight finishes within 10 s.
+///
+/// # Errors
+/// [`ServeError`].
+pub async fn serve(
+    store: Arc<Store>,
+    listener: Listener,
+    signal: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let drain = Drain::default();
+    let health = HealthReporter::new();
+    health.set_serving::<PageServiceServer<PageServer>>().await;
+    health.set_serving::<ImageServiceServer<ImageServer>>().await;
+    let router = router(store, &drain, &health)?;
+    let stop = stop(signal, drain.clone(), health);
+    let too_late = async {
+        drain.begun().await;
+        tokio::time::sleep(DRAIN_TIMEOUT).await;
+    };
+    let served = async {
+        match listener {
+            Listener::Tcp(listener) => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                router.serve_with_incoming_shutdown(accept(incoming, drain.clone()), stop).await
+            }
+            Listener::Unix(listener, file) => {
+                let incoming = accept(UnixListenerStream::new(listener), drain.clone());
+                let served = router.serve_with_incoming_shutdown(incoming, stop).await;
+                drop(file);
+                served
+            }
+        }
+    };
+    tokio::select! {
+        served = served => served?,
+        () = too_late => tracing::warn!("ending with requests in flight after {DRAIN_TIMEOUT:?}"),
+    }
+    Ok(())
+}
+
+fn router(store: Arc<Store>, drain: &Drain, health: &HealthReporter) -> Result<Router, ServeError> {
+    let pages = PageServiceServer::new(PageServer::new(store.clone(), drain.clone()))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let images = ImageServiceServer::new(ImageServer::new(store, drain.clone()))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let health = tonic_health::server::HealthService::from_health_reporter(health.clone());
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let mut server = tonic::transport::Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .http2_adaptive_window(Some(false))
+        .max_frame_size(MAX_FRAME_BYTES)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT));
+    Ok(server
+        .add_service(pages)
+        .add_service(images)
+        .add_service(tonic_health::pb::health_server::HealthServer::new(health))
+        .add_service(reflection().build_v1()?)
+        // Python's grpcio-reflection asks for the older one.
+        .add_service(reflection().build_v1alpha()?))
+}
+
+/// The names that health is reported for: the server as a whole, and each service.
+fn health_names() -> [&'static str; 3] {
+    ["", PageServiceServer::<PageServer>::NAME, ImageServiceServer::<ImageServer>::NAME]
+}
+
+/// Ends what the server does in order; done when connections may be told to close.
+async fn stop(signal: impl Future<Output = ()>, drain: Drain, mut health: HealthReporter) {
+    signal.await;
+    tracing::info!("shutting down");
+    for name in health_names() {
+        health.set_service_status(name, ServingStatus::NotServing).await;
+    }
+    drain.begin();
+    drain.idle().await;
+    // Health's own streams have no end; they have told NOT_SERVING, and end with what they watch.
+    for name in health_names() {
+        health.clear_service_status(name).await;
+    }
+}
+
+/// Connections until `drain` begins. Then the listener is closed; the stream stays pending, because
+/// tonic closes all connections at its end, and new requests on them are to be refused first.
+fn accept<S, C, E>(incoming: S, drain: Drain) -> impl Stream<Item = Result<C, E>>
+where
+    S: Stream<Item = Result<C, E>> + Unpin,
+    E: Display,
+{
+    stream! {
+        let mut incoming = incoming;
+        let mut begun = pin!(drain.begun());
+        loop {
+            let connection = tokio::select! {
+                Some(connection) = incoming.next() => connection,
+                () = begun.as_mut() => break,
+            };
+            if let Err(error) = &connection {
+                tracing::warn!("accepting a connection: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            yield connection;
+        }
+        drop(incoming);
+        std::future::pending::<()>().await;
+    }
+}

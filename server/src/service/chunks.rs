@@ -1,0 +1,141 @@
+//! The chunks of the one image that a stream serves.
+
+use crate::service::{blocking, digest, error_of};
+use crate::store::{Store, StoreError};
+use postcopy_proto::manifest::{ChunkContent, Root, Segment};
+use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::v1::{self, chunk_answer::Result as Answer};
+use std::sync::Arc;
+use tonic::Status;
+
+/// An image that chunks are asked of.
+#[derive(Clone, Debug)]
+pub(super) struct Chunks {
+    store: Arc<Store>,
+    root: Arc<Root>,
+    /// The segment that was needed last: neighbouring chunks stand in the same one.
+    last: Option<(u32, Arc<Segment>)>,
+}
+
+impl Chunks {
+    /// The image that a stream's first message names.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT, NOT_FOUND, DATA_LOSS.
+    pub(super) async fn bind(store: &Arc<Store>, image: &[u8]) -> Result<Self, Status> {
+        if image.is_empty() {
+            return Err(Status::invalid_argument("image: a stream's first message names it"));
+        }
+        let image = digest("image", image)?;
+        let root = match store.cached_root(&image) {
+            Some(root) => root,
+            None => {
+                let store = store.clone();
+                blocking(move || store.root(&image)).await?
+            }
+        };
+        Ok(Self { store: store.clone(), root, last: None })
+    }
+
+    /// Sees that a later message names the same image, or none.
+    pub(super) fn check_image(&self, image: &[u8]) -> Result<(), Status> {
+        match image.is_empty() || image == self.root.image().as_bytes() {
+            true => Ok(()),
+            false => Err(Status::invalid_argument("image: a stream serves one image, this is another")),
+        }
+    }
+
+    /// The answer for a chunk, if it needs no disk.
+    pub(super) fn answer_now(&mut self, chunk: u64) -> Option<Answer> {
+        if chunk >= self.root.chunks() {
+            return Some(self.out_of_range(chunk));
+        }
+        let (segment, place) = Root::segment_of(ChunkIndex(chunk));
+        let segment = u32::try_from(segment).expect("bounded by the root");
+        if self.last.as_ref().is_none_or(|(last, _)| *last != segment) {
+            self.last = Some((segment, self.store.cached_segment(&self.root, segment)?));
+        }
+        let (_, segment) = self.last.as_ref()?;
+        match segment.chunk(place) {
+            Some(ChunkContent::Data(digest)) => self.store.resident_frame(&digest).map(Answer::Frame),
+            Some(ChunkContent::Zero) => Some(Answer::Zero(v1::ZeroChunk {})),
+            None => Some(self.out_of_range(chunk)),
+        }
+    }
+
+    /// The answer for a chunk, if it needs no disk besides the segment that it stands in. A segment serves
+    /// thousands of chunks, so that the answers wait for it rather than fall out of their order.
+    pub(super) async fn answer_soon(&mut self, chunk: u64) -> Option<Answer> {
+        let now = self.answer_now(chunk);
+        let (segment, _) = Root::segment_of(ChunkIndex(chunk));
+        let segment = u32::try_from(segment).ok()?;
+        if now.is_some() || self.last.as_ref().is_some_and(|(last, _)| *last == segment) {
+            return now;
+        }
+        let (store, root) = (self.store.clone(), self.root.clone());
+        self.last = Some((segment, blocking(move || store.segment(&root, segment)).await.ok()?));
+        self.answer_now(chunk)
+    }
+
+    /// The answer for a chunk, whatever it takes; with `check` its frame has been decoded and verified.
+    ///
+    /// # Blocking
+    /// Waits for the disk.
+    pub(super) fn load(&self, chunk: u64, check: bool) -> Answer {
+        let load = || -> Result<Answer, StoreError> {
+            match self.store.chunk(&self.root, ChunkIndex(chunk))? {
+                Some(ChunkContent::Data(digest)) => self.store.load_frame(&digest, check).map(Answer::Frame),
+                Some(ChunkContent::Zero) => Ok(Answer::Zero(v1::ZeroChunk {})),
+                None => Ok(self.out_of_range(chunk)),
+            }
+        };
+        load().unwrap_or_else(|error| {
+            let mut error = error_of(&error);
+            error.message = format!("chunk {chunk}: {}", error.message);
+            Answer::Error(error)
+        })
+    }
+
+    fn out_of_range(&self, chunk: u64) -> Answer {
+        let message = format!("chunk {chunk}: the image has {} chunks", self.root.chunks());
+        Answer::Error(v1::Error { code: v1::ErrorCode::OutOfRange.into(), message })
+    }
+
+    /// The answer for a segment.
+    ///
+    /// # Blocking
+    /// Reads a file.
+    pub(super) fn load_segment(&self, index: u32) -> v1::SegmentAnswer {
+        use v1::segment_answer::Result as Answer;
+        let segments = self.root.segment_digests().len();
+        let result = if index as usize >= segments {
+            let message = format!("segment {index}: the image has {segments} segments");
+            Answer::Error(v1::Error { code: v1::ErrorCode::OutOfRange.into(), message })
+        } else {
+            match self.store.read_segment(&self.root, index) {
+                Ok(bytes) => Answer::Segment(bytes),
+                Err(error) => Answer::Error(error_of(&error)),
+            }
+        };
+        v1::SegmentAnswer { index, result: Some(result) }
+    }
+}
+
+/// Sees that no run is empty and that they are together at most `max` chunks. There may be none: so a stream is
+/// bound to its image before anything is needed.
+pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> {
+    if runs.iter().any(|run| run.count == 0) {
+        return Err(Status::invalid_argument("runs: one has a count of 0"));
+    }
+    // A message has room for less than 2^32 runs, so the sum fits.
+    let chunks: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
+    match chunks <= max {
+        true => Ok(()),
+        false => Err(Status::invalid_argument(format!("runs: {chunks} chunks are more than {max}"))),
+    }
+}
+
+/// The numbers of the chunks of checked runs, in order; those beyond 2^64 as its last, which no image has.
+pub(super) fn numbers(runs: Vec<v1::ChunkRun>) -> impl Iterator<Item = u64> + Send + 'static {
+    runs.into_iter().flat_map(|run| (0..u64::from(run.count)).map(move |n| run.first.saturating_add(n)))
+}

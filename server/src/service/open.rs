@@ -1,0 +1,84 @@
+//! OpenImage: the manifest of an image.
+
+use crate::service::{blocking, reference};
+use crate::shutdown::InFlight;
+use crate::store::{Store, StoreError};
+use async_stream::try_stream;
+use bytes::Bytes;
+use futures_util::Stream;
+use postcopy_proto::MAX_PART_BYTES;
+use postcopy_proto::manifest::{EntryKind, Root};
+use postcopy_proto::reference::Reference;
+use postcopy_proto::v1::{self, open_image_response::Part};
+use std::sync::Arc;
+use tonic::Status;
+
+/// Resolves the reference, and sees that the paths are the image's, before anything is sent.
+pub(super) async fn open_image(
+    store: Arc<Store>,
+    request: v1::OpenImageRequest,
+    in_flight: InFlight,
+) -> Result<impl Stream<Item = Result<v1::OpenImageResponse, Status>>, Status> {
+    let reference: Reference = reference(&request.reference)?;
+    let reader = store.clone();
+    let (root, bytes) = blocking(move || reader.read_root(&reader.resolve(&reference)?)).await?;
+    let order = segment_order(&root, &request)?;
+    Ok(parts(store, root, bytes, order, in_flight))
+}
+
+/// The numbers of the segments to send: those of the first paths, then, if asked for, all others.
+fn segment_order(root: &Root, request: &v1::OpenImageRequest) -> Result<Vec<u32>, Status> {
+    let all = u32::try_from(root.segment_digests().len()).expect("a root of 64 MiB has fewer");
+    let mut is_listed = vec![false; root.segment_digests().len()];
+    let mut order = Vec::new();
+    let mut list = |segments: std::ops::Range<u32>| {
+        for segment in segments {
+            if !std::mem::replace(&mut is_listed[segment as usize], true) {
+                order.push(segment);
+            }
+        }
+    };
+    for path in &request.first_paths {
+        match root.entry(path).map(|entry| &entry.kind) {
+            None => return Err(no_such_path(path)),
+            Some(EntryKind::File(file)) => list(root.segments_of(file)),
+            Some(EntryKind::SymbolicLink(_) | EntryKind::EmptyDirectory) => {}
+        }
+    }
+    if request.all_segments {
+        list(0..all);
+    }
+    Ok(order)
+}
+
+/// The answer where an image has no such path.
+pub(super) fn no_such_path(path: &[u8]) -> Status {
+    let path = String::from_utf8_lossy(&path[..path.len().min(80)]).into_owned();
+    Status::not_found(format!("path {path:?} is not in the image"))
+}
+
+fn parts(
+    store: Arc<Store>,
+    root: Arc<Root>,
+    mut bytes: Bytes,
+    order: Vec<u32>,
+    in_flight: InFlight,
+) -> impl Stream<Item = Result<v1::OpenImageResponse, Status>> {
+    try_stream! {
+        let _in_flight = in_flight;
+        let image = root.image().into();
+        let opened = v1::ImageOpened { image, root_bytes: bytes.len() as u64 };
+        yield v1::OpenImageResponse { part: Some(Part::Opened(opened)) };
+        while !bytes.is_empty() {
+            let part = bytes.split_to(bytes.len().min(MAX_PART_BYTES));
+            yield v1::OpenImageResponse { part: Some(Part::RootPart(part)) };
+        }
+        for index in order {
+            let (store, root) = (store.clone(), root.clone());
+            let segment = blocking(move || -> Result<_, StoreError> { store.read_segment(&root, index) }).await?;
+            let result = Some(v1::segment_answer::Result::Segment(segment));
+            let segment = v1::SegmentAnswer { index, result };
+            yield v1::OpenImageResponse { part: Some(Part::Segment(segment)) };
+        }
+    }
+}

@@ -1,0 +1,477 @@
+//! The services as a client sees them, over a Unix socket.
+
+use crate::fixtures::Image;
+use crate::listen::{Address, Listener};
+use crate::serve::{ServeError, serve};
+use crate::store::{Domain, Store};
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
+use postcopy_proto::manifest::Root;
+use postcopy_proto::page::PAGE_BYTES;
+use postcopy_proto::v1::image_service_client::ImageServiceClient;
+use postcopy_proto::v1::page_service_client::PageServiceClient;
+use postcopy_proto::v1::{
+    self, chunk_answer, fetch_chunks_response, open_image_response, upload_pack_request,
+};
+use std::path::Path;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+struct Server {
+    dir: tempfile::TempDir,
+    store: Arc<Store>,
+    channel: Channel,
+    stop: oneshot::Sender<()>,
+    served: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Server {
+    async fn start() -> Self {
+        let (dir, store) = crate::fixtures::store();
+        let store = Arc::new(store);
+        let socket = dir.path().join("default/socket");
+        let listener = Listener::bind(&Address::Unix(socket.clone()), false).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let signal = async { stopped.await.unwrap_or(()) };
+        let served = tokio::spawn(serve(store.clone(), listener, signal));
+        let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        Self { dir, store, channel, stop, served }
+    }
+
+    fn pages(&self) -> PageServiceClient<Channel> {
+        PageServiceClient::new(self.channel.clone())
+    }
+
+    fn images(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone())
+    }
+
+    fn path(&self, relative: impl AsRef<Path>) -> std::path::PathBuf {
+        self.dir.path().join("default").join(relative)
+    }
+
+    fn pack_path(&self, image: &Image) -> std::path::PathBuf {
+        let hex = image.pack_digest().hex();
+        self.path("packs").join(&hex[..2]).join(hex)
+    }
+}
+
+fn fetch(image: Option<&Image>, runs: &[(u64, u32)]) -> v1::FetchChunksRequest {
+    v1::FetchChunksRequest {
+        id: 7,
+        image: image.map(|image| image.digest().into()).unwrap_or_default(),
+        runs: runs.iter().map(|&(first, count)| v1::ChunkRun { first, count }).collect(),
+        ..Default::default()
+    }
+}
+
+async fn answers_of(
+    server: &Server,
+    requests: Vec<v1::FetchChunksRequest>,
+) -> Result<Vec<fetch_chunks_response::Answer>, Status> {
+    let mut answers = server.pages().fetch_chunks(tokio_stream::iter(requests)).await?.into_inner();
+    let mut all = Vec::new();
+    while let Some(answer) = answers.message().await? {
+        assert_eq!(answer.id, 7);
+        all.push(answer.answer.unwrap());
+    }
+    Ok(all)
+}
+
+async fn chunk_of(server: &Server, request: v1::FetchChunksRequest) -> v1::ChunkAnswer {
+    match answers_of(server, vec![request]).await.unwrap().pop().unwrap() {
+        fetch_chunks_response::Answer::Chunk(chunk) => chunk,
+        fetch_chunks_response::Answer::Segment(_) => panic!("no segment was asked for"),
+    }
+}
+
+fn error_of(answer: v1::ChunkAnswer) -> v1::Error {
+    match answer.result.unwrap() {
+        chunk_answer::Result::Error(error) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Writes an answer's plain bytes where they belong.
+fn install(image: &Image, answer: &v1::ChunkAnswer, plain: &mut [u8]) {
+    let chunk = plain.chunks_mut(PAGE_BYTES).nth(usize::try_from(answer.chunk).unwrap()).unwrap();
+    match answer.result.as_ref().unwrap() {
+        chunk_answer::Result::Frame(frame) => {
+            let expected =
+                image.plain.chunks(PAGE_BYTES).nth(usize::try_from(answer.chunk).unwrap()).unwrap();
+            let frame = ChunkFrame::parse(frame).unwrap();
+            FrameDecoder::default().decode_verified(&frame, &Digest::of(expected), chunk).unwrap();
+        }
+        chunk_answer::Result::Zero(_) => chunk.fill(0),
+        chunk_answer::Result::Error(error) => panic!("{error:?}"),
+    }
+}
+
+async fn pushed(server: &Server, image: &Image, reference: &str) {
+    let (store, pushed, reference) = (server.store.clone(), image.clone(), reference.to_owned());
+    tokio::task::spawn_blocking(move || pushed.push(&store, &reference)).await.unwrap();
+}
+
+#[tokio::test]
+async fn both_lanes_and_read_file_give_every_byte() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    let requests = vec![fetch(Some(&image), &[(16, 1), (0, 4)]), fetch(None, &[(4, 12)])];
+    let answers = answers_of(&server, requests).await.unwrap();
+    let mut plain = vec![1; image.plain.len()];
+    let mut order = Vec::new();
+    for answer in &answers {
+        let fetch_chunks_response::Answer::Chunk(chunk) = answer else { panic!("{answer:?}") };
+        order.push(chunk.chunk);
+        install(&image, chunk, &mut plain);
+    }
+    assert_eq!(plain, image.plain);
+    assert_eq!(order[0], 16, "the first chunk of a request first");
+
+    let runs = vec![v1::ChunkRun { first: 0, count: 17 }];
+    let request = v1::StreamChunksRequest { id: 3, image: image.digest().into(), runs, attempt: 1 };
+    let mut messages =
+        server.pages().stream_chunks(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let mut plain = vec![1; image.plain.len()];
+    let mut next = 0;
+    while let Some(message) = messages.message().await.unwrap() {
+        assert_eq!((message.id, message.attempt), (3, 1));
+        for chunk in &message.chunks {
+            assert_eq!(chunk.chunk, next, "in the order of the request");
+            next += 1;
+            install(&image, chunk, &mut plain);
+        }
+    }
+    assert_eq!(plain, image.plain);
+
+    for (offset, length) in
+        [(0, None), (4095, Some(2)), (image.plain.len() as u64, None), (70_000 - 100, Some(0))]
+    {
+        let read = read_file(&server, "a:1", b"mem", offset, length).await;
+        let end = length.map_or(image.plain.len(), |length| usize::try_from(offset + length).unwrap());
+        let start = usize::try_from(offset).unwrap();
+        match read {
+            Ok(read) => assert_eq!(read, image.plain[start..end]),
+            Err(status) => assert!(end > image.plain.len() && status.code() == Code::OutOfRange, "{status}"),
+        }
+    }
+}
+
+async fn read_file(
+    server: &Server,
+    reference: &str,
+    path: &'static [u8],
+    offset_bytes: u64,
+    length_bytes: Option<u64>,
+) -> Result<Vec<u8>, Status> {
+    let request = v1::ReadFileRequest {
+        reference: reference.into(),
+        path: Bytes::from_static(path),
+        offset_bytes,
+        length_bytes,
+    };
+    let mut parts = server.pages().read_file(request).await?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(part) = parts.message().await? {
+        bytes.extend_from_slice(&part.data);
+    }
+    Ok(bytes)
+}
+
+#[tokio::test]
+async fn a_bulk_message_holds_about_256_kib() {
+    let (server, image) = (Server::start().await, Image::with_more_chunks(5));
+    pushed(&server, &image, "a").await;
+    let runs = vec![v1::ChunkRun { first: 0, count: 20 }; 20];
+    let request = v1::StreamChunksRequest { id: 1, image: image.digest().into(), runs, attempt: 0 };
+    let mut messages =
+        server.pages().stream_chunks(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let (mut sizes, mut chunks) = (Vec::new(), 0);
+    while let Some(message) = messages.message().await.unwrap() {
+        chunks += message.chunks.len();
+        let frames = message.chunks.iter().map(|chunk| match chunk.result.as_ref().unwrap() {
+            chunk_answer::Result::Frame(frame) => frame.len(),
+            _ => 0,
+        });
+        sizes.push(frames.sum::<usize>());
+    }
+    assert_eq!(chunks, 400);
+    assert!(sizes.iter().all(|size| *size <= 256 << 10), "{sizes:?}");
+    assert!(sizes[..sizes.len() - 1].iter().all(|size| *size > 240 << 10), "{sizes:?}");
+}
+
+#[tokio::test]
+async fn mistakes_of_one_request_stand_in_its_answer() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    let mut segment = fetch(None, &[]);
+    segment.segment = Some(5);
+    let requests =
+        vec![fetch(Some(&image), &[(17, 1), (u64::MAX, 1024 - 1)]), segment, fetch(Some(&image), &[(0, 1)])];
+    let answers = answers_of(&server, requests).await.unwrap();
+    assert_eq!(answers.len(), 1024 + 2);
+    let (mut out_of_range, mut frames) = (0, 0);
+    for answer in answers {
+        let code = match answer {
+            fetch_chunks_response::Answer::Segment(segment) => match segment.result.unwrap() {
+                v1::segment_answer::Result::Error(error) => error.code,
+                v1::segment_answer::Result::Segment(_) => panic!("there is none"),
+            },
+            fetch_chunks_response::Answer::Chunk(chunk) if chunk.chunk == 0 => {
+                frames += 1;
+                continue;
+            }
+            fetch_chunks_response::Answer::Chunk(chunk) => error_of(chunk).code,
+        };
+        assert_eq!(code, i32::from(v1::ErrorCode::OutOfRange));
+        out_of_range += 1;
+    }
+    assert_eq!((out_of_range, frames), (1025, 1), "the stream went on");
+}
+
+#[tokio::test]
+async fn malformed_requests_end_the_stream() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    let other = fetch(Some(&Image::of_seed(2)), &[(0, 1)]);
+    let mut short = fetch(None, &[(0, 1)]);
+    short.image = Bytes::from_static(&[1; 31]);
+    let good = fetch(Some(&image), &[(0, 1)]);
+    let cases = [
+        (vec![fetch(None, &[(0, 1)])], Code::InvalidArgument),
+        (vec![short], Code::InvalidArgument),
+        (vec![fetch(Some(&image), &[])], Code::InvalidArgument),
+        (vec![fetch(Some(&image), &[(0, 0)])], Code::InvalidArgument),
+        (vec![fetch(Some(&image), &[(0, 1025)])], Code::InvalidArgument),
+        (vec![fetch(Some(&image), &[(0, u32::MAX), (0, u32::MAX)])], Code::InvalidArgument),
+        (vec![other.clone()], Code::NotFound),
+        (vec![good, other], Code::InvalidArgument),
+    ];
+    for (requests, code) in cases {
+        let asked = format!("{requests:?}");
+        let outcome = answers_of(&server, requests).await.map_err(|status| status.code());
+        assert_eq!(outcome, Err(code), "{asked}");
+    }
+    for reference in ["", "../x", "a\0", "A:b", &"a".repeat(10_000)] {
+        let status = read_file(&server, reference, b"mem", 0, None).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    }
+    let read = |path, offset, length| read_file(&server, "a:1", path, offset, length);
+    assert_eq!(read(b"nope", 0, None).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(read(b"mem", u64::MAX, Some(2)).await.unwrap_err().code(), Code::OutOfRange);
+    assert_eq!(read(b"mem", 0, Some(1 << 40)).await.unwrap_err().code(), Code::OutOfRange);
+}
+
+#[tokio::test]
+async fn a_damaged_frame_is_found_at_the_second_attempt() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    let path = server.pack_path(&image);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[16 + 24] ^= 0xff;
+    std::fs::write(&path, bytes).unwrap();
+    let mut request = fetch(Some(&image), &[(0, 1)]);
+    let first = chunk_of(&server, request.clone()).await;
+    assert!(matches!(first.result, Some(chunk_answer::Result::Frame(_))), "as it lies in the pack");
+    request.attempt = 1;
+    let error = error_of(chunk_of(&server, request.clone()).await);
+    assert_eq!(error.code, i32::from(v1::ErrorCode::DataLoss));
+    assert!(error.message.contains(&image.pack_digest().to_string()), "{}", error.message);
+    assert!(error.message.contains(&image.data_chunks()[0].to_string()), "{}", error.message);
+    let read = read_file(&server, "a:1", b"mem", 0, None).await.unwrap_err();
+    assert_eq!(read.code(), Code::DataLoss);
+    pushed(&server, &Image::with_more_chunks(1), "b").await;
+    let mut plain = image.plain.clone();
+    install(&image, &chunk_of(&server, request).await, &mut plain);
+    assert_eq!(read_file(&server, "a:1", b"mem", 0, None).await.unwrap(), image.plain);
+}
+
+#[tokio::test]
+async fn a_truncated_pack_is_a_data_loss_and_the_server_goes_on() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    std::fs::File::options().write(true).open(server.pack_path(&image)).unwrap().set_len(4096).unwrap();
+    let error = error_of(chunk_of(&server, fetch(Some(&image), &[(11, 1)])).await);
+    assert_eq!(error.code, i32::from(v1::ErrorCode::DataLoss), "{}", error.message);
+    let zero = chunk_of(&server, fetch(Some(&image), &[(13, 1)])).await;
+    assert!(matches!(zero.result, Some(chunk_answer::Result::Zero(_))));
+}
+
+async fn opened(server: &Server, reference: &str) -> Result<(Root, usize), Status> {
+    let request = v1::OpenImageRequest {
+        reference: reference.into(),
+        first_paths: vec![Bytes::from_static(b"mem")],
+        all_segments: true,
+    };
+    let mut parts = server.pages().open_image(request).await?.into_inner();
+    let (mut image, mut root, mut segments) = (None, Vec::new(), Vec::new());
+    while let Some(part) = parts.message().await? {
+        match part.part.unwrap() {
+            open_image_response::Part::Opened(opened) => image = Some(opened),
+            open_image_response::Part::RootPart(part) => root.extend_from_slice(&part),
+            open_image_response::Part::Segment(segment) => segments.push(segment),
+        }
+    }
+    let image = image.unwrap();
+    assert_eq!(image.root_bytes, root.len() as u64);
+    let root = Root::parse(&root, &Digest::try_from(&image.image[..]).unwrap()).unwrap();
+    for segment in &segments {
+        let Some(v1::segment_answer::Result::Segment(bytes)) = &segment.result else { panic!("{segment:?}") };
+        root.check_segment(segment.index, bytes).unwrap();
+    }
+    Ok((root, segments.len()))
+}
+
+#[tokio::test]
+async fn damaged_manifests_are_named_and_others_served() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    pushed(&server, &Image::of_seed(2), "b:1").await;
+    let (root, segments) = opened(&server, "a:1").await.unwrap();
+    assert_eq!((root.image(), segments), (image.digest(), 1));
+    // A store that has not parsed them yet.
+    let manifests = [image.digest(), image.manifest.root.segment_digests()[0]];
+    for manifest in manifests {
+        let path = server.path("manifests").join(manifest.hex());
+        let good = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &good[..good.len() - 1]).unwrap();
+        let status = opened(&server, "a:1").await.unwrap_err();
+        assert_eq!(status.code(), Code::DataLoss);
+        assert!(status.message().contains(&manifest.to_string()), "{status}");
+        assert!(opened(&server, "b:1").await.is_ok());
+        std::fs::write(&path, good).unwrap();
+    }
+    assert!(opened(&server, "a:1").await.is_ok());
+    let fresh = Store::open(server.dir.path(), Domain::DEFAULT).unwrap();
+    std::fs::write(server.path("manifests").join(image.digest().hex()), b"").unwrap();
+    let list = super::images::list(&fresh, None, 10).unwrap().images;
+    assert!(list[0].reference == "a:1" && list[0].damage.contains("damaged") && list[0].size_bytes == 0);
+    assert!(list[1].reference == "b:1" && list[1].damage.is_empty() && list[1].size_bytes > 0);
+}
+
+fn upload(digest: Digest, size_bytes: u64, parts: &[&[u8]]) -> Vec<v1::UploadPackRequest> {
+    let begin = v1::UploadPackBegin { digest: digest.into(), size_bytes };
+    let data = parts.iter().map(|part| upload_pack_request::Part::Data(Bytes::copy_from_slice(part)));
+    let parts = [upload_pack_request::Part::Begin(begin)].into_iter().chain(data);
+    parts.map(|part| v1::UploadPackRequest { part: Some(part) }).collect()
+}
+
+#[tokio::test]
+async fn uploads_are_checked_before_they_are_stored() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    let (pack, digest) = (&image.pack[..], image.pack_digest());
+    let size = pack.len() as u64;
+    let send = async |requests: Vec<v1::UploadPackRequest>| {
+        server.images().upload_pack(tokio_stream::iter(requests)).await.map_err(|status| status.code())
+    };
+    let refused = Err(Code::InvalidArgument);
+    let outcome = async |requests| send(requests).await.map(|_| ());
+    assert_eq!(outcome(Vec::new()).await, refused);
+    assert_eq!(outcome(upload(digest, size, &[pack]).split_off(1)).await, refused);
+    assert_eq!(outcome(upload(Digest::of(b"x"), size, &[pack])).await, refused);
+    assert_eq!(outcome(upload(digest, size - 1, &[pack])).await, refused);
+    assert_eq!(outcome(upload(digest, size + 1, &[pack])).await, refused);
+    assert_eq!(outcome(upload(digest, u64::MAX, &[pack])).await, refused);
+    assert_eq!(outcome(upload(Digest::of(b""), 0, &[])).await, refused);
+    assert!(!server.pack_path(&image).exists());
+    let (first, second) = pack.split_at(pack.len() / 2);
+    let (one, two) =
+        tokio::join!(outcome(upload(digest, size, &[first, second])), outcome(upload(digest, size, &[pack])));
+    assert_eq!((one, two), (Ok(()), Ok(())));
+    assert_eq!(outcome(upload(digest, size, &[pack])).await, Ok(()), "it is there already");
+    assert_eq!(std::fs::read(server.pack_path(&image)).unwrap(), pack);
+}
+
+#[tokio::test]
+async fn references_are_listed_in_pages_tagged_and_removed() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    for reference in ["b:2", "a/b:1", "b:1"] {
+        pushed(&server, &image, reference).await;
+    }
+    let mut images = server.images();
+    let (source, target) = (format!("b@{}", image.digest()), "c:new".to_owned());
+    images.tag_image(v1::TagImageRequest { source, target }).await.unwrap();
+    let mut listed = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = v1::ListImagesRequest { page_size: 3, page_token };
+        let page = images.list_images(request).await.unwrap().into_inner();
+        listed.extend(page.images.iter().map(|image| image.reference.clone()));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(listed, ["a/b:1", "b:1", "b:2", "c:new"]);
+    let request = v1::ListImagesRequest { page_size: 0, page_token: "//".into() };
+    assert_eq!(images.list_images(request).await.unwrap_err().code(), Code::InvalidArgument);
+
+    let described =
+        images.get_image(v1::GetImageRequest { reference: "b:1".into() }).await.unwrap().into_inner();
+    assert_eq!((described.chunks, described.zero_chunks, described.distinct_chunks), (13, 4, 13));
+    assert!(described.stored_bytes > 11 * 4096 && described.stored_bytes < image.pack.len() as u64);
+    let summary = described.image.unwrap();
+    assert_eq!((summary.size_bytes, summary.files), (image.plain.len() as u64, 1));
+    assert_eq!((summary.chunk_size_bytes, &summary.image[..]), (4096, &image.digest().as_bytes()[..]));
+
+    let delete = |reference: &str| v1::DeleteImageRequest { reference: reference.into() };
+    images.delete_image(delete("b:1")).await.unwrap();
+    assert_eq!(images.delete_image(delete("b:1")).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(images.delete_image(delete("b@x")).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+async fn health(server: &Server) -> Streaming<tonic_health::pb::HealthCheckResponse> {
+    let request = tonic_health::pb::HealthCheckRequest { service: "postcopy.v1.PageService".into() };
+    HealthClient::new(server.channel.clone()).watch(request).await.unwrap().into_inner()
+}
+
+#[tokio::test]
+async fn a_shutdown_finishes_what_is_in_flight_and_refuses_what_is_new() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    let mut health = health(&server).await;
+    let mut status = async || health.message().await.unwrap().map(|response| response.status);
+    assert_eq!(status().await, Some(ServingStatus::Serving.into()));
+
+    let (requests, received) = mpsc::channel(4);
+    requests.send(fetch(Some(&image), &[(0, 1)])).await.unwrap();
+    let answers = server.pages().fetch_chunks(ReceiverStream::new(received)).await.unwrap();
+    let mut answers = answers.into_inner();
+    assert!(answers.message().await.unwrap().is_some());
+    // An upload that is half received keeps the server.
+    let (upload_parts, received) = mpsc::channel(4);
+    let (digest, size) = (Image::of_seed(2).pack_digest(), Image::of_seed(2).pack.len() as u64);
+    let mut parts = upload(digest, size, &[&Image::of_seed(2).pack]);
+    let last = parts.pop().unwrap();
+    upload_parts.send(parts.pop().unwrap()).await.unwrap();
+    let mut images = server.images();
+    let uploading = tokio::spawn(async move { images.upload_pack(ReceiverStream::new(received)).await });
+    // The channel's capacity comes back when the connection has taken the message.
+    while upload_parts.capacity() < 4 {
+        tokio::task::yield_now().await;
+    }
+    answers_of(&server, vec![fetch(Some(&image), &[(0, 1)])]).await.unwrap();
+
+    server.stop.send(()).unwrap();
+    assert_eq!(status().await, Some(ServingStatus::NotServing.into()));
+    let ended = answers.message().await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unavailable, "{ended}");
+    let refused = PageServiceClient::new(server.channel.clone())
+        .read_file(v1::ReadFileRequest { reference: "a:1".into(), ..Default::default() })
+        .await;
+    assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
+    upload_parts.send(last).await.unwrap();
+    drop(upload_parts);
+    uploading.await.unwrap().unwrap();
+    assert_eq!(status().await, None);
+    server.served.await.unwrap().unwrap();
+    assert!(!server.dir.path().join("default/socket").exists());
+}

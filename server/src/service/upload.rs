@@ -1,0 +1,139 @@
+//! Receiving packs and roots: streams of parts that were announced with their length.
+
+use crate::service::{blocking, digest, reference};
+use crate::store::{CommitOutcome, Store};
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::manifest::MAX_ROOT_BYTES;
+use postcopy_proto::pack::MAX_PACK_BYTES;
+use postcopy_proto::page::to_usize;
+use postcopy_proto::reference::TagReference;
+use postcopy_proto::v1::{self, commit_request, upload_pack_request};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::{Status, Streaming};
+
+/// Bytes of uploads that are in memory at a time: four packs of the largest size.
+const MAX_UPLOAD_BYTES: usize = 256 << 20;
+
+/// An upload of which nothing comes for this long ends, so that it does not keep others from that memory.
+const MAX_SILENCE: Duration = Duration::from_secs(30);
+
+/// Receives uploads within bounds.
+#[derive(Debug)]
+pub(super) struct Uploads {
+    store: Arc<Store>,
+    /// A permit a byte of what is announced, taken before it is received.
+    memory: Arc<Semaphore>,
+}
+
+impl Uploads {
+    pub(super) fn new(store: Arc<Store>) -> Self {
+        Self { store, memory: Arc::new(Semaphore::new(MAX_UPLOAD_BYTES)) }
+    }
+
+    pub(super) async fn pack(&self, mut parts: Streaming<v1::UploadPackRequest>) -> Result<(), Status> {
+        let begin = match next(&mut parts).await?.and_then(|request| request.part) {
+            Some(upload_pack_request::Part::Begin(begin)) => begin,
+            _ => return Err(Status::invalid_argument("the first message of an upload is `begin`")),
+        };
+        let announced = digest("begin.digest", &begin.digest)?;
+        let size = bounded_size("begin.size_bytes", begin.size_bytes, MAX_PACK_BYTES)?;
+        let data = |request: v1::UploadPackRequest| match request.part {
+            Some(upload_pack_request::Part::Data(data)) => Some(data),
+            _ => None,
+        };
+        let store = self.store.clone();
+        if blocking(move || store.keep_pack(&announced)).await? {
+            return receive(&mut parts, size, data, |_| {}).await;
+        }
+        let memory = self.reserve(size).await?;
+        let mut bytes = Vec::with_capacity(size);
+        receive(&mut parts, size, data, |part| bytes.extend_from_slice(&part)).await?;
+        self.store_pack(announced, bytes.into(), memory).await
+    }
+
+    async fn store_pack(
+        &self,
+        announced: Digest,
+        bytes: Bytes,
+        memory: OwnedSemaphorePermit,
+    ) -> Result<(), Status> {
+        let store = self.store.clone();
+        blocking(move || {
+            // Held until the bytes are gone, even if the client hangs up.
+            let _memory = memory;
+            store.put_pack(announced, bytes)
+        })
+        .await
+    }
+
+    pub(super) async fn commit(
+        &self,
+        mut parts: Streaming<v1::CommitRequest>,
+    ) -> Result<CommitOutcome, Status> {
+        let begin = match next(&mut parts).await?.and_then(|request| request.part) {
+            Some(commit_request::Part::Begin(begin)) => begin,
+            _ => return Err(Status::invalid_argument("the first message of a commit is `begin`")),
+        };
+        let target: TagReference = reference(&begin.reference)?;
+        let size = bounded_size("begin.root_bytes", begin.root_bytes, MAX_ROOT_BYTES)?;
+        let root_part = |request: v1::CommitRequest| match request.part {
+            Some(commit_request::Part::RootPart(part)) => Some(part),
+            _ => None,
+        };
+        let memory = self.reserve(size).await?;
+        let mut root = Vec::with_capacity(size);
+        receive(&mut parts, size, root_part, |part| root.extend_from_slice(&part)).await?;
+        let store = self.store.clone();
+        blocking(move || {
+            let _memory = memory;
+            store.commit(&target, root.into())
+        })
+        .await
+    }
+
+    async fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Status> {
+        let bytes = u32::try_from(bytes).expect("bounded to 64 MiB");
+        let reserved = self.memory.clone().acquire_many_owned(bytes).await;
+        Ok(reserved.expect("the semaphore is never closed"))
+    }
+}
+
+fn bounded_size(field: &str, bytes: u64, max: usize) -> Result<usize, Status> {
+    match bytes <= max as u64 {
+        true => Ok(to_usize(bytes)),
+        false => Err(Status::invalid_argument(format!("{field}: {bytes} bytes are more than {max}"))),
+    }
+}
+
+/// The next message of an upload; None after the last.
+async fn next<T>(parts: &mut Streaming<T>) -> Result<Option<T>, Status> {
+    let message = tokio::time::timeout(MAX_SILENCE, parts.message()).await;
+    message.map_err(|_| Status::deadline_exceeded("no bytes came for 30 s"))?
+}
+
+/// Receives exactly the announced bytes.
+async fn receive<T>(
+    parts: &mut Streaming<T>,
+    announced: usize,
+    data: impl Fn(T) -> Option<Bytes>,
+    mut keep: impl FnMut(Bytes),
+) -> Result<(), Status> {
+    let mut received = 0;
+    while let Some(message) = next(parts).await? {
+        let Some(part) = data(message) else {
+            return Err(Status::invalid_argument("after `begin` there come only bytes"));
+        };
+        received += part.len();
+        if received > announced {
+            return Err(Status::invalid_argument(format!("more than the announced {announced} bytes came")));
+        }
+        keep(part);
+    }
+    match received == announced {
+        true => Ok(()),
+        false => Err(Status::invalid_argument(format!("{received} bytes came, {announced} were announced"))),
+    }
+}

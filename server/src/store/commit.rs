@@ -1,0 +1,165 @@
+//! How an image becomes one of the store: what it refers to is there, then its root, then its reference.
+
+use crate::store::error::{StoreError, damaged};
+use crate::store::layout::sync_dir;
+use crate::store::lock::StoreLock;
+use crate::store::{Store, condemned, references};
+use bytes::Bytes;
+use postcopy_proto::MAX_FIND_MISSING;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::manifest::{ManifestError, Root};
+use postcopy_proto::reference::{Reference, TagReference};
+use std::collections::{BTreeSet, HashSet};
+
+/// How a commit went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CommitOutcome {
+    /// The reference points to this image.
+    Committed(Digest),
+    /// Nothing was changed; this is missing.
+    Missing(Missing),
+}
+
+/// What an image lacks. If segments are missing, their chunks are not known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Segments, at most 65,536.
+    pub segments: Vec<Digest>,
+    /// Chunks, at most 65,536.
+    pub chunks: Vec<Digest>,
+}
+
+impl Missing {
+    fn is_empty(&self) -> bool {
+        self.segments.is_empty() && self.chunks.is_empty()
+    }
+}
+
+impl Store {
+    /// Which of these chunks no pack holds, in the same order. The others are kept for at least gc's grace time.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Looks at each pack concerned, and waits for a collector's deletes.
+    pub fn find_missing(&self, chunks: impl Iterator<Item = Digest>) -> Result<Vec<Digest>, StoreError> {
+        let _keep = StoreLock::keep_objects(&self.layout)?;
+        let mut presence = self.packs.presence();
+        let mut missing = Vec::new();
+        for chunk in chunks {
+            if !presence.has(&chunk)? {
+                missing.push(chunk);
+            }
+        }
+        self.pardon_all(presence.relied_on().iter())?;
+        Ok(missing)
+    }
+
+    /// Stores a root and lets the reference point to it, if all that it refers to is there.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`]: it is no root, or a segment does not fit it. [`StoreError::Damaged`]: a stored
+    /// segment is damaged.
+    ///
+    /// # Blocking
+    /// Reads the image's segments, waits for the disk and for a collector's deletes.
+    pub fn commit(&self, reference: &TagReference, root: Bytes) -> Result<CommitOutcome, StoreError> {
+        let parsed = Root::parse_any(&root)
+            .map_err(|e| StoreError::Invalid { object: "root".into(), reason: e.to_string() })?;
+        let image = parsed.image();
+        let _keep = StoreLock::keep_objects(&self.layout)?;
+        let missing = self.rely_on(&parsed)?;
+        if !missing.is_empty() {
+            return Ok(CommitOutcome::Missing(missing));
+        }
+        self.objects.put(&self.layout.manifest(&image), root)?;
+        references::write(&self.layout, &self.objects, reference, &image)?;
+        Ok(CommitOutcome::Committed(image))
+    }
+
+    /// Lets `target` point to what `source` stands for.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]: there is no such source, or a part of its image is gone.
+    ///
+    /// # Blocking
+    /// As [`Store::commit`].
+    pub fn tag(&self, source: &Reference, target: &TagReference) -> Result<Digest, StoreError> {
+        let _keep = StoreLock::keep_objects(&self.layout)?;
+        let image = self.resolve(source)?;
+        // What a tag points to is safe from gc. What only its digest names may be about to be deleted.
+        if matches!(source, Reference::Digest { .. }) {
+            let root = self.manifests.root(&image)?;
+            if !self.rely_on(&root)?.is_empty() {
+                return Err(StoreError::NotFound(format!("a part of image {image}")));
+            }
+        }
+        references::write(&self.layout, &self.objects, target, &image)?;
+        Ok(image)
+    }
+
+    /// Sees that everything that the image refers to is there and lasts, and pardons it.
+    fn rely_on(&self, root: &Root) -> Result<Missing, StoreError> {
+        let segments = root.segment_digests();
+        let lacking = segments.iter().filter(|digest| !self.manifests.is_stored(digest));
+        let missing: Vec<_> = lacking.copied().take(MAX_FIND_MISSING).collect();
+        if !missing.is_empty() {
+            return Ok(Missing { segments: missing, chunks: Vec::new() });
+        }
+        let mut presence = self.packs.presence();
+        let mut lacking = HashSet::new();
+        let mut missing = Missing::default();
+        for index in 0..segments.len() {
+            for chunk in self.stored_segment_digests(root, index)? {
+                if !presence.has(&chunk)? && lacking.insert(chunk) {
+                    missing.chunks.push(chunk);
+                }
+                if missing.chunks.len() == MAX_FIND_MISSING {
+                    return Ok(missing);
+                }
+            }
+        }
+        if !missing.is_empty() {
+            return Ok(missing);
+        }
+        let packs = presence.relied_on();
+        self.make_entries_last(&packs)?;
+        self.pardon_all(packs.iter().chain(segments).chain([&root.image()]))?;
+        Ok(missing)
+    }
+
+    /// The chunks of a segment that lies in the store, whoever put it there.
+    fn stored_segment_digests(&self, root: &Root, index: usize) -> Result<Vec<Digest>, StoreError> {
+        let index = u32::try_from(index).expect("a root of 64 MiB has fewer");
+        let digest = &root.segment_digests()[index as usize];
+        let bytes = self.manifests.segment_bytes(digest)?;
+        let segment = root.check_segment(index, &bytes).map_err(|error| {
+            let object = format!("segment {index} ({digest}) of image {}", root.image());
+            match error {
+                ManifestError::Digest { .. } => damaged(object, error),
+                _ => StoreError::Invalid { object, reason: error.to_string() },
+            }
+        })?;
+        Ok(segment.digests().collect())
+    }
+
+    /// Syncs the directories of objects that another process may have renamed and not synced yet.
+    fn make_entries_last(&self, packs: &HashSet<Digest>) -> Result<(), StoreError> {
+        let paths = packs.iter().map(|pack| self.layout.pack(pack));
+        let mut dirs: BTreeSet<_> = paths.filter_map(|p| p.parent().map(ToOwned::to_owned)).collect();
+        dirs.insert(self.layout.packs());
+        dirs.insert(self.layout.manifests());
+        dirs.iter().try_for_each(|dir| sync_dir(dir))
+    }
+
+    fn pardon_all<'a>(&self, objects: impl Iterator<Item = &'a Digest>) -> Result<(), StoreError> {
+        // Without a collector there are no entries, and a look is cheaper than an unlink for each object.
+        let condemned: HashSet<_> = condemned::list(&self.layout)?.into_iter().map(|(d, _)| d).collect();
+        if condemned.is_empty() {
+            return Ok(());
+        }
+        let mut objects = objects.filter(|object| condemned.contains(object));
+        objects.try_for_each(|object| condemned::pardon(&self.layout, object))
+    }
+}

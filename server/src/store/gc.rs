@@ -1,0 +1,363 @@
+//! Deleting what no reference needs, beside servers and pushes that go on.
+//!
+//! 1. Mark: from the references to roots, segments and chunks. What is not marked is condemned, by an empty file.
+//! 2. Wait for the grace time. A push that finds a condemned object there pardons it ([`super::commit`]).
+//! 3. Under the exclusive lock, mark again, and delete what is still condemned and still not marked.
+//!
+//! What cannot be read could have needed anything, so it stops the collection.
+
+use crate::store::error::{OpenError, StoreError, io_error};
+use crate::store::layout::{Domain, Layout};
+use crate::store::lock::StoreLock;
+use crate::store::manifests::Manifests;
+use crate::store::packs::Pack;
+use crate::store::{condemned, objects, open_layout, references, walk};
+use postcopy_proto::digest::Digest;
+use postcopy_proto::reference::TagReference;
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+/// A staged file this old is a left-over even if somebody is writing another: writing one takes seconds.
+const STAGED_MAX_AGE: Duration = Duration::from_secs(3600);
+
+/// What a collection did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Collected {
+    /// Packs deleted.
+    pub packs: u64,
+    /// Roots and segments deleted.
+    pub manifests: u64,
+    /// Files deleted that interrupted writes had left.
+    pub left_overs: u64,
+    /// Bytes of all these.
+    pub bytes: u64,
+    /// Objects condemned whose grace time is not over.
+    pub waiting: u64,
+}
+
+/// Collects the garbage of one domain of a store.
+#[derive(Debug)]
+pub struct Collector {
+    layout: Layout,
+    manifests: Manifests,
+}
+
+/// What references need.
+#[derive(Debug, Default)]
+struct Marked {
+    manifests: HashSet<Digest>,
+    chunks: HashSet<Digest>,
+}
+
+impl Collector {
+    /// For the store in `dir`.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
+        let layout = open_layout(dir, domain)?;
+        let manifests = Manifests::new(&layout);
+        Ok(Self { layout, manifests })
+    }
+
+    /// Condemns what no reference needs. Gives the time of the latest condemning; None if nothing is condemned.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`]: a reference or manifest cannot be read; nothing was changed.
+    ///
+    /// # Blocking
+    /// Reads all manifests and the index of every pack.
+    pub fn condemn(&self) -> Result<Option<SystemTime>, StoreError> {
+        let marked = self.mark()?;
+        for (digest, _) in walk::manifests(&self.layout)? {
+            if !marked.manifests.contains(&digest) {
+                condemned::condemn(&self.layout, &digest)?;
+            }
+        }
+        for (digest, path) in walk::packs(&self.layout)? {
+            if !is_needed(&marked, digest, &path) {
+                condemned::condemn(&self.layout, &digest)?;
+            }
+        }
+        Ok(condemned::list(&self.layout)?.into_iter().map(|(_, since)| since).max())
+    }
+
+    /// Deletes what was condemned at least `grace` ago and is still not needed, and what interrupted writes left.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`]: a reference or manifest cannot be read; nothing was deleted.
+    ///
+    /// # Blocking
+    /// Holds commits up while it reads all manifests and deletes.
+    pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
+        let mut collected = Collected::default();
+        let deleting = StoreLock::delete_objects(&self.layout)?;
+        let marked = self.mark()?;
+        let (mut manifests, mut packs) = (Vec::new(), Vec::new());
+        for (digest, since) in condemned::list(&self.layout)? {
+            let (manifest, pack) = (self.layout.manifest(&digest), self.layout.pack(&digest));
+            let is_manifest = manifest.exists() && !marked.manifests.contains(&digest);
+            let is_pack = pack.exists() && !is_needed(&marked, digest, &pack);
+            if !is_manifest && !is_pack {
+                condemned::pardon(&self.layout, &digest)?;
+            } else if since.elapsed().unwrap_or_default() < grace {
+                collected.waiting += 1;
+            } else if is_manifest {
+                manifests.push((digest, manifest));
+            } else {
+                packs.push((digest, pack));
+            }
+        }
+        // Roots lie among the manifests: an image whose packs are gone cannot be asked for by its digest.
+        for (digest, path) in &manifests {
+            collected.manifests += 1;
+            collected.bytes += self.delete(digest, path)?;
+        }
+        for (digest, path) in &packs {
+            collected.packs += 1;
+            collected.bytes += self.delete(digest, path)?;
+        }
+        drop(deleting);
+        self.delete_left_overs(grace, &mut collected)?;
+        Ok(collected)
+    }
+
+    fn delete(&self, digest: &Digest, path: &Path) -> Result<u64, StoreError> {
+        let bytes = fs::metadata(path).map_err(io_error(path))?.len();
+        objects::remove(path)?;
+        condemned::pardon(&self.layout, digest)?;
+        Ok(bytes)
+    }
+
+    fn mark(&self) -> Result<Marked, StoreError> {
+        let mut marked = Marked::default();
+        for reference in references::list(&self.layout)? {
+            // None: it was removed after it was listed.
+            if let Some(image) = references::read(&self.layout, &reference)? {
+                self.mark_image(&image, &mut marked).map_err(|error| needed_by(&reference, error))?;
+            }
+        }
+        Ok(marked)
+    }
+
+    fn mark_image(&self, image: &Digest, marked: &mut Marked) -> Result<(), StoreError> {
+        if !marked.manifests.insert(*image) {
+            return Ok(());
+        }
+        let (root, _) = self.manifests.read_root(image)?;
+        for (index, digest) in (0..).zip(root.segment_digests()) {
+            if marked.manifests.insert(*digest) {
+                let (segment, _) = self.manifests.read_segment(&root, index)?;
+                marked.chunks.extend(segment.digests());
+            }
+        }
+        Ok(())
+    }
+
+    fn delete_left_overs(&self, grace: Duration, collected: &mut Collected) -> Result<(), StoreError> {
+        let nobody_writes = StoreLock::try_delete_staged(&self.layout)?;
+        let mut staged = Vec::new();
+        walk::staged(self.layout.domain(), &mut staged)?;
+        for path in staged {
+            let Ok(metadata) = fs::metadata(&path) else { continue };
+            let age = metadata.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
+            if (nobody_writes.is_some() || age > STAGED_MAX_AGE.max(grace)) && objects::remove(&path)? {
+                collected.left_overs += 1;
+                collected.bytes += metadata.len();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a reference needs a chunk of the pack; true where that cannot be told.
+fn is_needed(marked: &Marked, digest: Digest, path: &Path) -> bool {
+    match Pack::open(path, digest) {
+        Ok((_, index)) => index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk)),
+        Err(error) => {
+            tracing::warn!(pack = %digest, "kept, though it may be garbage: {}", crate::store::chain(&error));
+            true
+        }
+    }
+}
+
+/// Says whose image cannot be read.
+fn needed_by(reference: &TagReference, error: StoreError) -> StoreError {
+    let (object, reason) = match error {
+        StoreError::Damaged { object, reason } => (object, reason),
+        StoreError::NotFound(object) => (object, "it is gone".to_owned()),
+        other => return other,
+    };
+    StoreError::Damaged { object: format!("reference {reference}: {object}"), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{Image, store};
+    use crate::store::{CommitOutcome, Store, verify};
+
+    fn collector(dir: &Path) -> Collector {
+        Collector::open(dir, Domain::DEFAULT).unwrap()
+    }
+
+    fn collect(dir: &Path) -> Collected {
+        collector(dir).condemn().unwrap();
+        collector(dir).sweep(Duration::ZERO).unwrap()
+    }
+
+    #[test]
+    fn what_no_reference_needs_is_deleted_and_the_rest_is_not() {
+        let (dir, store) = store();
+        let (kept, removed) = (Image::of_seed(1), Image::of_seed(2));
+        kept.push(&store, "a/b:kept");
+        removed.push(&store, "a:removed");
+        assert_eq!(collect(dir.path()), Collected::default());
+        store.remove_reference(&"a:removed".parse().unwrap()).unwrap();
+        let collected = collect(dir.path());
+        assert_eq!((collected.packs, collected.manifests, collected.waiting), (1, 2, 0));
+        assert!(collected.bytes > removed.pack.len() as u64);
+        assert_eq!(collect(dir.path()), Collected::default());
+        let verified = verify(dir.path(), Domain::DEFAULT).unwrap();
+        assert_eq!((verified.packs, verified.manifests, verified.references), (1, 2, 1));
+        assert_eq!(verified.damage, []);
+    }
+
+    #[test]
+    fn a_server_that_runs_on_notices() {
+        let (dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a:1");
+        let chunk = image.data_chunks()[0];
+        store.remove_reference(&"a:1".parse().unwrap()).unwrap();
+        collect(dir.path());
+        assert_eq!(store.find_missing([chunk].into_iter()).unwrap(), [chunk]);
+        let outcome = store.commit(&"a:1".parse().unwrap(), image.manifest.root_bytes.clone()).unwrap();
+        assert!(matches!(outcome, CommitOutcome::Missing(missing) if !missing.segments.is_empty()));
+        assert!(store.load_frame(&chunk, true).is_ok(), "who has it mapped still gets it");
+        image.push(&store, "a:1");
+        assert_eq!(verify(dir.path(), Domain::DEFAULT).unwrap().damage, []);
+    }
+
+    #[test]
+    fn grace_time_is_waited_for() {
+        let (dir, store) = store();
+        store.put_pack(Image::of_seed(1).pack_digest(), Image::of_seed(1).pack).unwrap();
+        collector(dir.path()).condemn().unwrap();
+        let collected = collector(dir.path()).sweep(Duration::from_secs(3600)).unwrap();
+        assert_eq!(collected, Collected { waiting: 1, ..Collected::default() });
+        assert_eq!(collector(dir.path()).sweep(Duration::ZERO).unwrap().packs, 1);
+    }
+
+    #[test]
+    fn what_a_push_finds_is_pardoned() {
+        let (dir, store) = store();
+        let image = Image::of_seed(1);
+        let pack = image.pack_digest();
+        store.put_pack(pack, image.pack.clone()).unwrap();
+        let pardons: [&dyn Fn(); 3] = [
+            &|| assert_eq!(store.find_missing(image.data_chunks().into_iter()).unwrap(), []),
+            &|| assert!(store.keep_pack(&pack).unwrap()),
+            &|| image.push(&store, "a:1"),
+        ];
+        for pardon in pardons {
+            collector(dir.path()).condemn().unwrap();
+            pardon();
+            assert_eq!(collector(dir.path()).sweep(Duration::ZERO).unwrap().packs, 0);
+            assert!(store.layout.pack(&pack).exists());
+        }
+    }
+
+    #[test]
+    fn nothing_is_deleted_when_something_cannot_be_read() {
+        let (dir, store) = store();
+        let (image, garbage) = (Image::of_seed(1), Image::of_seed(2));
+        image.push(&store, "a:1");
+        store.put_pack(garbage.pack_digest(), garbage.pack.clone()).unwrap();
+        collector(dir.path()).condemn().unwrap();
+        let layout = &store.layout;
+        let objects = [
+            layout.manifest(&image.digest()),
+            layout.manifest(&image.manifest.root.segment_digests()[0]),
+            layout.reference(&"a:1".parse().unwrap()),
+        ];
+        for path in objects {
+            let good = fs::read(&path).unwrap();
+            fs::write(&path, &good[1..]).unwrap();
+            for outcome in [
+                collector(dir.path()).condemn().map(|_| ()),
+                collector(dir.path()).sweep(Duration::ZERO).map(|_| ()),
+            ] {
+                let error = outcome.unwrap_err().to_string();
+                assert!(error.contains("reference a:1"), "{error}");
+            }
+            fs::write(&path, good).unwrap();
+            assert!(layout.pack(&garbage.pack_digest()).exists());
+        }
+        assert_eq!(collector(dir.path()).sweep(Duration::ZERO).unwrap().packs, 1);
+    }
+
+    #[test]
+    fn a_pack_that_does_not_parse_is_kept() {
+        let (dir, store) = store();
+        let pack = Image::of_seed(1).pack_digest();
+        store.put_pack(pack, Image::of_seed(1).pack).unwrap();
+        fs::write(store.layout.pack(&pack), b"damaged").unwrap();
+        assert_eq!(collect(dir.path()), Collected::default());
+    }
+
+    #[test]
+    fn left_overs_are_deleted_unless_somebody_is_writing() {
+        let (dir, store) = store();
+        let layout = &store.layout;
+        let pack = layout.pack(&Digest::of(b"x"));
+        fs::create_dir_all(pack.parent().unwrap()).unwrap();
+        let staged =
+            [pack.with_extension("#1"), layout.manifests().join("y#12"), layout.references().join("z#1")];
+        staged.iter().for_each(|path| fs::write(path, "left over").unwrap());
+        let writing = StoreLock::write_staged(layout).unwrap();
+        assert_eq!(collect(dir.path()).left_overs, 0);
+        drop(writing);
+        let collected = collect(dir.path());
+        assert_eq!((collected.left_overs, collected.bytes), (3, 27));
+        assert!(staged.iter().all(|path| !path.exists()));
+    }
+
+    /// Whoever relies on an object keeps the collector from deleting it until the reference is there.
+    #[test]
+    fn commits_beside_collections_lose_nothing() {
+        let (dir, store) = store();
+        let pushes = |seed: u64| {
+            let store = Store::open(dir.path(), Domain::DEFAULT).unwrap();
+            for round in 0..20 {
+                let image = Image::of_seed(seed * 100 + round % 4);
+                let reference = format!("push{seed}:{round}");
+                image.push_until_committed(&store, &reference);
+                if round % 2 == 0 {
+                    store.remove_reference(&reference.parse().unwrap()).unwrap();
+                }
+            }
+        };
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let deleted = std::thread::scope(|scope| {
+            let collecting = scope.spawn(|| {
+                let mut deleted = 0;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    deleted += collect(dir.path()).packs;
+                }
+                deleted
+            });
+            let pushing = [1, 2, 3].map(|seed| scope.spawn(move || pushes(seed)));
+            let outcomes = pushing.map(|pushing| pushing.join());
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            outcomes.into_iter().for_each(|outcome| outcome.unwrap());
+            collecting.join().unwrap()
+        });
+        let verified = verify(dir.path(), Domain::DEFAULT).unwrap();
+        assert_eq!((verified.references, verified.damage), (30, vec![]));
+        assert!(deleted > 0, "the collector had something to delete");
+        drop(store);
+    }
+}

@@ -1,0 +1,152 @@
+//! Where things lie in a store's directory.
+//!
+//! ```text
+//! format                             version of the layout
+//! <domain>/packs/<ab>/<digest>
+//! <domain>/manifests/<digest>        roots and segments
+//! <domain>/refs/<name>/_tags/<tag>   holds a digest
+//! <domain>/condemned/<digest>        empty; its time is when gc condemned the object
+//! <domain>/lock                      see `lock.rs`
+//! ```
+
+use crate::store::error::{OpenError, StoreError, io_error};
+use postcopy_proto::digest::Digest;
+use postcopy_proto::reference::TagReference;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// What the file `format` holds.
+pub(crate) const FORMAT: &str = "postcopy store 1\n";
+
+/// What shares chunks: nothing is found or deduplicated across domains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Domain(&'static str);
+
+impl Domain {
+    /// The one domain of a server that does not authenticate.
+    pub const DEFAULT: Self = Self("default");
+}
+
+/// The paths of one domain of a store.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    root: PathBuf,
+    domain: PathBuf,
+}
+
+impl Layout {
+    pub(crate) fn new(root: &Path, domain: Domain) -> Self {
+        Self { root: root.to_owned(), domain: root.join(domain.0) }
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(crate) fn format(&self) -> PathBuf {
+        self.root.join("format")
+    }
+
+    pub(crate) fn domain(&self) -> &Path {
+        &self.domain
+    }
+
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.domain.join("lock")
+    }
+
+    pub(crate) fn packs(&self) -> PathBuf {
+        self.domain.join("packs")
+    }
+
+    pub(crate) fn pack(&self, pack: &Digest) -> PathBuf {
+        let hex = pack.hex();
+        self.packs().join(&hex[..2]).join(hex)
+    }
+
+    pub(crate) fn manifests(&self) -> PathBuf {
+        self.domain.join("manifests")
+    }
+
+    /// A root or a segment.
+    pub(crate) fn manifest(&self, digest: &Digest) -> PathBuf {
+        self.manifests().join(digest.hex())
+    }
+
+    pub(crate) fn references(&self) -> PathBuf {
+        self.domain.join("refs")
+    }
+
+    pub(crate) fn reference(&self, reference: &TagReference) -> PathBuf {
+        let name = self.references().join(reference.name.as_str());
+        name.join("_tags").join(reference.tag.as_str())
+    }
+
+    pub(crate) fn condemned_dir(&self) -> PathBuf {
+        self.domain.join("condemned")
+    }
+
+    pub(crate) fn condemned(&self, object: &Digest) -> PathBuf {
+        self.condemned_dir().join(object.hex())
+    }
+
+    /// Whether the directory is a store of the version that this code knows; false if there is nothing yet.
+    pub(crate) fn check_format(&self) -> Result<bool, OpenError> {
+        let path = self.format();
+        let mut found = Vec::new();
+        let read = File::open(&path).and_then(|file| file.take(80).read_to_end(&mut found));
+        match read {
+            Ok(_) if found == FORMAT.as_bytes() => Ok(true),
+            Ok(_) => {
+                let found = String::from_utf8_lossy(&found).trim_end().to_owned();
+                Err(OpenError::Format { path, found, known: FORMAT.trim_end() })
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => self.check_empty().map(|()| false),
+            Err(e) => Err(io_error(&path)(e).into()),
+        }
+    }
+
+    /// A home directory must not become a store by a slip of the keyboard.
+    fn check_empty(&self) -> Result<(), OpenError> {
+        let entries = match fs::read_dir(&self.root) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(io_error(&self.root))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(io_error(&self.root))?;
+            // Another process may be about to write `format`, or was killed when it did.
+            if !entry.file_name().as_encoded_bytes().starts_with(b"format#") {
+                return Err(OpenError::NotAStore(self.root.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates the directories that are not there, and makes them last.
+    pub(crate) fn create_directories(&self) -> Result<(), StoreError> {
+        for dir in [self.packs(), self.manifests(), self.references(), self.condemned_dir()] {
+            fs::create_dir_all(&dir).map_err(io_error(&dir))?;
+        }
+        let lock = self.lock();
+        File::options().create(true).append(true).open(&lock).map_err(io_error(&lock))?;
+        sync_dir(&self.domain)?;
+        sync_dir(&self.root)
+    }
+}
+
+/// Makes the entries of a directory last.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
+}
+
+/// The digest that a file in `packs/`, `manifests/` or `condemned/` is named by.
+pub(crate) fn digest_of_name(name: &std::ffi::OsStr) -> Option<Digest> {
+    Digest::from_hex(name.to_str()?).ok()
+}
+
+/// Whether a name is one of object_store's staged files, `name#1`.
+pub(crate) fn is_staged(name: &std::ffi::OsStr) -> bool {
+    let Some((_, number)) = name.to_str().and_then(|name| name.rsplit_once('#')) else { return false };
+    !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())
+}

@@ -1,0 +1,84 @@
+//! Reading and writing whole objects. An object that can be seen is whole and synced: it is written to
+//! a staged file, synced, renamed, and its directory is synced, by object_store's LocalFileSystem.
+
+use crate::store::error::{StoreError, io_error};
+use crate::store::layout::Layout;
+use crate::store::lock::StoreLock;
+use bytes::Bytes;
+use futures_util::FutureExt;
+use object_store::ObjectStoreExt;
+use object_store::local::LocalFileSystem;
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+/// Writes objects.
+#[derive(Debug)]
+pub(crate) struct Objects {
+    files: LocalFileSystem,
+    layout: Layout,
+}
+
+impl Objects {
+    /// For a store whose directory exists.
+    pub(crate) fn new(layout: &Layout) -> Result<Self, StoreError> {
+        let files = LocalFileSystem::new_with_prefix(layout.root());
+        let files = files.map_err(|e| store_error(layout.root(), e))?;
+        Ok(Self { files: files.with_fsync(true), layout: layout.clone() })
+    }
+
+    /// Writes an object of the domain, replacing one that is there. It is durable on return.
+    ///
+    /// # Blocking
+    /// Waits for the disk.
+    pub(crate) fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        let _writing = StoreLock::write_staged(&self.layout)?;
+        self.put_unlocked(path, bytes)
+    }
+
+    /// As [`Objects::put`], where there is no domain to lock yet.
+    pub(crate) fn put_unlocked(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        let relative = path.strip_prefix(self.layout.root()).expect("paths come from this store's layout");
+        let relative = relative.to_str().expect("the layout's names are ASCII");
+        let location = object_store::path::Path::from(relative);
+        // Within a runtime object_store hands its file work to another blocking thread, and threads that wait
+        // for one another's could use up the pool. A thread outside of any runtime does it by itself, at once.
+        let put = || self.files.put(&location, bytes.into()).now_or_never();
+        let done = std::thread::scope(|scope| scope.spawn(put).join());
+        let done = done.expect("object_store does not panic").expect("without a runtime it is done at once");
+        done.map(|_| ()).map_err(|e| store_error(path, e))
+    }
+}
+
+/// Finds the I/O error that object_store's errors wrap.
+fn store_error(path: &Path, error: object_store::Error) -> StoreError {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
+    while let Some(inner) = cause {
+        if let Some(io) = inner.downcast_ref::<io::Error>() {
+            return io_error(path)(io::Error::new(io.kind(), error.to_string()));
+        }
+        cause = inner.source();
+    }
+    io_error(path)(io::Error::other(error))
+}
+
+/// The bytes of a file, at most `max` and one more; None if there is no such file.
+pub(crate) fn read_bounded(path: &Path, max: usize) -> Result<Option<Vec<u8>>, StoreError> {
+    let file = match File::open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(io_error(path))?,
+    };
+    let mut bytes = Vec::new();
+    file.take(max as u64 + 1).read_to_end(&mut bytes).map_err(io_error(path))?;
+    Ok(Some(bytes))
+}
+
+/// Removes a file; false if it was not there.
+pub(crate) fn remove(path: &Path) -> Result<bool, StoreError> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(io_error(path)(e)),
+    }
+}

@@ -1,0 +1,385 @@
+//! Which frame lies where: an index over the trailers of all packs, and the packs as memory.
+//!
+//! The index is never a truth of its own. It is made from the directory at open, extended by uploads, and
+//! the directory is read again when a chunk is not found: another process may have stored it.
+
+use crate::store::error::{StoreError, damaged, io_error, pack_name};
+use crate::store::layout::{Layout, digest_of_name};
+use crate::store::map;
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
+use postcopy_proto::pack::PackIndex;
+use rayon::prelude::*;
+use std::collections::{HashMap, HashSet, hash_map};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+/// A directory that changed this short a time before it was read may change again within the same tick of
+/// its file system's clock (at most 10 ms on Linux; 2 s on FAT), so that its time alone would not tell.
+const RACY_MTIME: Duration = Duration::from_secs(2);
+
+/// The end of a pack that is read before it is parsed: more than the index of 16,384 raw 4 KiB chunks.
+const INDEX_READ_AHEAD: usize = 1 << 20;
+
+/// A pack as memory.
+#[derive(Debug)]
+pub(crate) struct Pack {
+    pub(crate) digest: Digest,
+    bytes: Bytes,
+    /// The file that is mapped; another one may take its place, when it was damaged and is sent again.
+    inode: u64,
+    damage_is_logged: AtomicBool,
+}
+
+impl Pack {
+    /// Maps a pack and reads its index.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] naming it; [`StoreError::Io`].
+    pub(crate) fn open(path: &Path, digest: Digest) -> Result<(Self, PackIndex), StoreError> {
+        let file = File::open(path).map_err(io_error(path))?;
+        let inode = file.metadata().map_err(io_error(path))?.ino();
+        let bytes = map::map(&file).map_err(io_error(path))?;
+        let read_ahead = bytes.len().saturating_sub(INDEX_READ_AHEAD);
+        map::populate(&bytes[read_ahead..]).map_err(|e| damaged(pack_name(&digest), e))?;
+        let index = PackIndex::parse(&bytes).map_err(|e| damaged(pack_name(&digest), e))?;
+        Ok((Self { digest, bytes, inode, damage_is_logged: AtomicBool::new(false) }, index))
+    }
+
+    /// The whole pack, read from the disk.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`]: it was truncated, or cannot be read.
+    ///
+    /// # Blocking
+    /// Waits for the disk.
+    pub(crate) fn populated(&self) -> Result<&Bytes, StoreError> {
+        map::populate(&self.bytes).map_err(|e| damaged(pack_name(&self.digest), e))?;
+        Ok(&self.bytes)
+    }
+
+    fn frame(&self, place: Place) -> Bytes {
+        let start = place.offset as usize;
+        self.bytes.slice(start..start + place.length as usize)
+    }
+
+    /// The frame of a chunk, read from the disk, and decoded if `check` is set.
+    fn load(&self, place: Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
+        let frame = self.frame(place);
+        let object = || format!("chunk {chunk} in pack {}", self.digest);
+        map::populate(&frame).map_err(|e| damaged(object(), e))?;
+        if check {
+            let outcome = ChunkFrame::parse(&frame).and_then(|parsed| {
+                let mut plain = vec![0; parsed.chunk_bytes()];
+                FrameDecoder::default().decode_verified(&parsed, chunk, &mut plain)
+            });
+            outcome.map_err(|e| damaged(object(), e))?;
+        }
+        Ok(frame)
+    }
+
+    fn log_damage(&self, error: &StoreError) {
+        if !self.damage_is_logged.swap(true, Ordering::Relaxed) {
+            tracing::error!(pack = %self.digest, "{error}");
+        }
+    }
+
+    /// Whether the file is still there and as long as it was.
+    fn is_stored(&self, layout: &Layout) -> bool {
+        let metadata = fs::metadata(layout.pack(&self.digest));
+        metadata.is_ok_and(|metadata| metadata.len() == self.bytes.len() as u64)
+    }
+}
+
+/// Whether a file was deleted between being seen and being opened.
+fn is_gone(error: &StoreError) -> bool {
+    matches!(error, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+}
+
+/// A frame's place: which pack (its number in [`Index::packs`]), and its bytes there.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    pack: u32,
+    offset: u32,
+    length: u32,
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    packs: Vec<Arc<Pack>>,
+    numbers: HashMap<Digest, u32>,
+    places: HashMap<Digest, Place>,
+    /// Further places of chunks that lie in several packs: few.
+    more_places: HashMap<Digest, Vec<Place>>,
+}
+
+impl Index {
+    fn add(&mut self, pack: Pack, index: &PackIndex) {
+        if let Some(&number) = self.numbers.get(&pack.digest) {
+            // The same digest, so the same places.
+            self.packs[number as usize] = Arc::new(pack);
+            return;
+        }
+        let number = u32::try_from(self.packs.len()).expect("fewer packs than maps that Linux allows");
+        self.numbers.insert(pack.digest, number);
+        self.packs.push(Arc::new(pack));
+        self.places.reserve(index.entries().len());
+        for entry in index.entries() {
+            let place = Place { pack: number, offset: entry.offset, length: entry.length };
+            match self.places.entry(entry.chunk) {
+                hash_map::Entry::Vacant(vacant) => {
+                    vacant.insert(place);
+                }
+                hash_map::Entry::Occupied(_) => self.more_places.entry(entry.chunk).or_default().push(place),
+            }
+        }
+    }
+
+    fn places(&self, chunk: &Digest) -> impl Iterator<Item = Place> {
+        let first = self.places.get(chunk).copied();
+        let more = first.and_then(|_| self.more_places.get(chunk)).into_iter().flatten().copied();
+        first.into_iter().chain(more)
+    }
+}
+
+/// What the last reading of the directory saw.
+#[derive(Debug, Default)]
+struct Scan {
+    began: Option<Instant>,
+    /// Times of the subdirectories whose packs are all known.
+    seen: HashMap<PathBuf, SystemTime>,
+    /// Files that are no packs, so that each is reported once.
+    refused: HashSet<(Digest, u64)>,
+}
+
+/// The packs of a store.
+#[derive(Debug)]
+pub(crate) struct Packs {
+    layout: Layout,
+    /// Read on the way of every page, and never held across an await, a disk access or a frame's copying.
+    index: RwLock<Index>,
+    /// Held while the directory is read, so that a burst of misses becomes one reading. Taken before `index`.
+    scan: Mutex<Scan>,
+}
+
+impl Packs {
+    /// Reads the trailers of all packs. What does not parse is logged, and skipped.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]: the directory cannot be read.
+    pub(crate) fn open(layout: &Layout) -> Result<Self, StoreError> {
+        let packs = Self { layout: layout.clone(), index: RwLock::default(), scan: Mutex::default() };
+        packs.scan()?;
+        Ok(packs)
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&Index) -> T) -> T {
+        // A writer that panicked has at worst left out places of a pack, which are then read again.
+        read(&self.index.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn insert(&self, packs: Vec<(Pack, PackIndex)>) {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        packs.into_iter().for_each(|(pack, entries)| index.add(pack, &entries));
+    }
+
+    /// The frame of a chunk, if it is known and in memory: never waits for a disk.
+    pub(crate) fn resident_frame(&self, chunk: &Digest) -> Option<Bytes> {
+        let frame = self.read(|index| {
+            let place = *index.places.get(chunk)?;
+            Some(index.packs[place.pack as usize].frame(place))
+        })?;
+        map::is_resident(&frame).then_some(frame)
+    }
+
+    /// The frame of a chunk, from whichever pack has a good copy. With `check` it has been decoded and compared
+    /// with the chunk's digest; without, only its bytes could be read.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]: no pack holds it. [`StoreError::Damaged`]: none has a good copy; names the last.
+    ///
+    /// # Blocking
+    /// Waits for the disk, and reads the directory again if need be.
+    pub(crate) fn load_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
+        let first = self.load_known_frame(chunk, check);
+        if first.is_ok() || !self.scan()? {
+            return first;
+        }
+        self.load_known_frame(chunk, check)
+    }
+
+    fn load_known_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
+        let copies: Vec<_> = self.read(|index| {
+            index.places(chunk).map(|place| (index.packs[place.pack as usize].clone(), place)).collect()
+        });
+        let mut outcome = Err(StoreError::NotFound(format!("chunk {chunk}")));
+        for (pack, place) in copies {
+            outcome = pack.load(place, chunk, check);
+            match &outcome {
+                Ok(_) => break,
+                Err(error) => pack.log_damage(error),
+            }
+        }
+        outcome
+    }
+
+    /// Length in bytes of a chunk's frame, if a pack holds it.
+    pub(crate) fn frame_bytes(&self, chunk: &Digest) -> Option<u32> {
+        self.read(|index| index.places.get(chunk).map(|place| place.length))
+    }
+
+    /// Whether the pack is there: known, and by path.
+    pub(crate) fn is_stored(&self, pack: &Digest) -> bool {
+        let known = self.read(|index| index.numbers.get(pack).map(|n| index.packs[*n as usize].clone()));
+        known.is_some_and(|pack| pack.is_stored(&self.layout))
+    }
+
+    /// Takes a pack that was just written into the index; false if it is gone already.
+    ///
+    /// # Errors
+    /// As [`Pack::open`].
+    pub(crate) fn add(&self, digest: Digest) -> Result<bool, StoreError> {
+        match Pack::open(&self.layout.pack(&digest), digest) {
+            Ok(opened) => self.insert(vec![opened]),
+            Err(error) if is_gone(&error) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    /// Asks which chunks are there by path, until it is dropped.
+    pub(crate) fn presence(&self) -> Presence<'_> {
+        Presence { packs: self, stored: HashMap::new(), relied_on: HashSet::new(), has_scanned: false }
+    }
+
+    /// Reads the directory again where it changed. True if something was learned, by this call or by another
+    /// one that began after it.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Takes about 1 us for each of 256 subdirectories, and what reading new packs' indexes takes.
+    pub(crate) fn scan(&self) -> Result<bool, StoreError> {
+        let asked = Instant::now();
+        let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+        if scan.began.is_some_and(|began| began > asked) {
+            return Ok(true);
+        }
+        scan.began = Some(asked.max(Instant::now()));
+        let new = self.new_packs(&mut scan)?;
+        let opened: Vec<_> = new
+            .into_par_iter()
+            .map(|(path, digest, inode)| (digest, inode, Pack::open(&path, digest)))
+            .collect();
+        let mut packs = Vec::new();
+        for (digest, inode, outcome) in opened {
+            match outcome {
+                Ok(opened) => packs.push(opened),
+                Err(error) if is_gone(&error) => {}
+                Err(error) => {
+                    tracing::error!(pack = %digest, "not served: {}", crate::store::chain(&error));
+                    scan.refused.insert((digest, inode));
+                }
+            }
+        }
+        let learned = !packs.is_empty();
+        self.insert(packs);
+        Ok(learned)
+    }
+
+    /// The packs of changed subdirectories that are not known, or are another file than the known one.
+    fn new_packs(&self, scan: &mut Scan) -> Result<Vec<(PathBuf, Digest, u64)>, StoreError> {
+        let top = self.layout.packs();
+        let mut new = Vec::new();
+        for dir in fs::read_dir(&top).map_err(io_error(&top))? {
+            let dir = dir.map_err(io_error(&top))?;
+            let path = dir.path();
+            let metadata = dir.metadata().map_err(io_error(&path))?;
+            let changed = metadata.modified().map_err(io_error(&path))?;
+            if !metadata.is_dir() || scan.seen.get(&path) == Some(&changed) {
+                continue;
+            }
+            if changed.elapsed().is_ok_and(|age| age > RACY_MTIME) {
+                scan.seen.insert(path.clone(), changed);
+            }
+            self.new_packs_in(&path, scan, &mut new)?;
+        }
+        Ok(new)
+    }
+
+    fn new_packs_in(
+        &self,
+        dir: &Path,
+        scan: &Scan,
+        new: &mut Vec<(PathBuf, Digest, u64)>,
+    ) -> Result<(), StoreError> {
+        for entry in fs::read_dir(dir).map_err(io_error(dir))? {
+            let entry = entry.map_err(io_error(dir))?;
+            let Some(digest) = digest_of_name(&entry.file_name()) else { continue };
+            // One that vanished meanwhile was deleted by gc.
+            let Ok(metadata) = entry.metadata() else { continue };
+            let inode = metadata.ino();
+            let known = self.read(|i| i.numbers.get(&digest).map(|n| i.packs[*n as usize].inode));
+            if known != Some(inode) && !scan.refused.contains(&(digest, inode)) {
+                new.push((entry.path(), digest, inode));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which chunks are there by path, whatever the index says. Looks at each pack once, so the caller holds
+/// [`super::lock::StoreLock::keep_objects`] as long as it uses this.
+#[derive(Debug)]
+pub(crate) struct Presence<'a> {
+    packs: &'a Packs,
+    stored: HashMap<u32, bool>,
+    relied_on: HashSet<Digest>,
+    has_scanned: bool,
+}
+
+impl Presence<'_> {
+    /// Whether some pack that holds the chunk is there. That pack is relied on from then on.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] from reading the directory again.
+    pub(crate) fn has(&mut self, chunk: &Digest) -> Result<bool, StoreError> {
+        if self.is_known(chunk) {
+            return Ok(true);
+        }
+        if self.has_scanned {
+            return Ok(false);
+        }
+        self.has_scanned = true;
+        self.packs.scan()?;
+        // A pack that was gone by path may have been found again.
+        self.stored.clear();
+        Ok(self.is_known(chunk))
+    }
+
+    fn is_known(&mut self, chunk: &Digest) -> bool {
+        let Self { packs, stored, relied_on, .. } = self;
+        packs.read(|index| {
+            index.places(chunk).any(|place| {
+                let pack = &index.packs[place.pack as usize];
+                let is_stored = stored.entry(place.pack).or_insert_with(|| pack.is_stored(&packs.layout));
+                if *is_stored {
+                    relied_on.insert(pack.digest);
+                }
+                *is_stored
+            })
+        })
+    }
+
+    /// The packs that were relied on.
+    pub(crate) fn relied_on(self) -> HashSet<Digest> {
+        self.relied_on
+    }
+}

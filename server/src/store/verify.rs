@@ -1,0 +1,239 @@
+//! Checking every byte of a store.
+
+use crate::store::error::{OpenError, StoreError, damaged};
+use crate::store::layout::{Domain, Layout};
+use crate::store::lock::StoreLock;
+use crate::store::manifests::Manifests;
+use crate::store::objects::read_bounded;
+use crate::store::packs::Pack;
+use crate::store::{chain, check_pack, open_layout, references, walk};
+use postcopy_proto::digest::Digest;
+use postcopy_proto::manifest::{MAX_ROOT_BYTES, Root, Segment};
+use postcopy_proto::reference::TagReference;
+use rayon::prelude::*;
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+/// The most lost chunks that are named for one image; the others are counted.
+const MAX_NAMED_CHUNKS: usize = 10;
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Verified {
+    /// Sound packs.
+    pub packs: u64,
+    /// Bytes of these.
+    pub pack_bytes: u64,
+    /// Different chunks in these.
+    pub chunks: u64,
+    /// Sound roots and segments.
+    pub manifests: u64,
+    /// References whose images are whole.
+    pub references: u64,
+    /// What is damaged, with the reason.
+    pub damage: Vec<Damage>,
+}
+
+/// Something damaged.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Damage {
+    /// Its name.
+    pub object: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl From<StoreError> for Damage {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Damaged { object, reason } => Self { object, reason },
+            StoreError::NotFound(object) => Self { object, reason: "it is gone".to_owned() },
+            other => Self { object: "store".to_owned(), reason: chain(&other) },
+        }
+    }
+}
+
+/// Checks every digest of every pack, root and segment of the store in `dir`, that every reference resolves, and that
+/// every chunk that one needs lies in a sound pack.
+///
+/// # Errors
+/// [`OpenError`]: it could not be looked at. What is damaged is no error of this function.
+///
+/// # Blocking
+/// Reads everything, on all cores. Garbage collection waits for it; pushes go on.
+pub fn verify(dir: &Path, domain: Domain) -> Result<Verified, OpenError> {
+    let layout = open_layout(dir, domain)?;
+    let _keep = StoreLock::keep_objects(&layout)?;
+    let mut verified = Verified::default();
+    // Before the packs: what a push commits from here on may lie in packs that are not looked at.
+    let images = images(&layout, &mut verified);
+    let sound = verify_packs(&layout, &mut verified)?;
+    verified.chunks = sound.len() as u64;
+    verify_manifests(&layout, &mut verified)?;
+    let manifests = Manifests::new(&layout);
+    let mut outcomes: HashMap<Digest, Vec<Damage>> = HashMap::new();
+    for (reference, image) in images {
+        let damage = outcomes.entry(image).or_insert_with(|| verify_image(&manifests, &image, &sound));
+        verified.references += u64::from(damage.is_empty());
+        verified.damage.extend(damage.iter().map(|damage| Damage {
+            object: format!("reference {reference}: {}", damage.object),
+            reason: damage.reason.clone(),
+        }));
+    }
+    Ok(verified)
+}
+
+fn images(layout: &Layout, verified: &mut Verified) -> Vec<(TagReference, Digest)> {
+    let mut images = Vec::new();
+    match references::list(layout) {
+        Err(error) => verified.damage.push(error.into()),
+        Ok(references) => {
+            for reference in references {
+                match references::read(layout, &reference) {
+                    Ok(Some(image)) => images.push((reference, image)),
+                    Ok(None) => {}
+                    Err(error) => verified.damage.push(error.into()),
+                }
+            }
+        }
+    }
+    images
+}
+
+/// Gives the chunks of all sound packs.
+fn verify_packs(layout: &Layout, verified: &mut Verified) -> Result<HashSet<Digest>, StoreError> {
+    let outcomes: Vec<_> =
+        walk::packs(layout)?.into_par_iter().map(|(digest, path)| verify_pack(digest, &path)).collect();
+    let mut sound = HashSet::new();
+    for outcome in outcomes {
+        match outcome {
+            Ok((bytes, chunks)) => {
+                verified.packs += 1;
+                verified.pack_bytes += bytes;
+                sound.extend(chunks);
+            }
+            Err(error) => verified.damage.push(error.into()),
+        }
+    }
+    Ok(sound)
+}
+
+fn verify_pack(digest: Digest, path: &Path) -> Result<(u64, Vec<Digest>), StoreError> {
+    let wrong = |reason: String| damaged(format!("pack {digest}"), reason);
+    let (pack, _) = Pack::open(path, digest).map_err(|error| match error {
+        StoreError::Damaged { .. } => error,
+        other => wrong(chain(&other)),
+    })?;
+    let bytes = pack.populated()?;
+    // The frames first: they say which chunk is damaged.
+    let index = check_pack(bytes).map_err(|e| wrong(e.to_string()))?;
+    let actual = Digest::of(bytes);
+    if actual != digest {
+        return Err(wrong(format!("its bytes have digest {actual}")));
+    }
+    Ok((bytes.len() as u64, index.entries().iter().map(|entry| entry.chunk).collect()))
+}
+
+fn verify_manifests(layout: &Layout, verified: &mut Verified) -> Result<(), StoreError> {
+    let outcomes: Vec<_> = walk::manifests(layout)?
+        .into_par_iter()
+        .map(|(digest, path)| verify_manifest(&digest, &path))
+        .collect();
+    for outcome in outcomes {
+        match outcome {
+            Ok(()) => verified.manifests += 1,
+            Err(error) => verified.damage.push(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn verify_manifest(digest: &Digest, path: &Path) -> Result<(), StoreError> {
+    let object = || format!("manifest {digest}");
+    let bytes = read_bounded(path, MAX_ROOT_BYTES).map_err(|e| damaged(object(), chain(&e)))?;
+    let bytes = bytes.ok_or_else(|| StoreError::NotFound(object()))?;
+    let actual = Digest::of(&bytes);
+    if actual != *digest {
+        return Err(damaged(object(), format!("its bytes have digest {actual}")));
+    }
+    let as_segment = Segment::parse(&bytes);
+    match (Root::parse(&bytes, digest), as_segment) {
+        (Err(as_root), Err(as_segment)) => {
+            Err(damaged(object(), format!("no root ({as_root}), and no segment ({as_segment})")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What of an image is damaged or lost.
+fn verify_image(manifests: &Manifests, image: &Digest, sound: &HashSet<Digest>) -> Vec<Damage> {
+    let root = match manifests.read_root(image) {
+        Ok((root, _)) => root,
+        Err(error) => return vec![error.into()],
+    };
+    let mut damage = Vec::new();
+    let mut lost = HashSet::new();
+    for index in (0..).take(root.segment_digests().len()) {
+        match manifests.read_segment(&root, index) {
+            Ok((segment, _)) => lost.extend(segment.digests().filter(|chunk| !sound.contains(chunk))),
+            Err(error) => damage.push(error.into()),
+        }
+    }
+    let mut named: Vec<_> = lost.iter().collect();
+    named.sort_unstable();
+    named.truncate(MAX_NAMED_CHUNKS);
+    let reason = || "no sound pack holds it".to_owned();
+    damage.extend(named.iter().map(|chunk| Damage { object: format!("chunk {chunk}"), reason: reason() }));
+    if lost.len() > named.len() {
+        let object = format!("{} more chunks", lost.len() - named.len());
+        damage.push(Damage { object, reason: reason() });
+    }
+    damage
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{Image, store};
+    use std::fs;
+
+    #[test]
+    fn every_kind_of_damage_is_named() {
+        let (dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a:1");
+        let (layout, pack) = (&store.layout, image.pack_digest());
+        let segment = image.manifest.root.segment_digests()[0];
+        let check = || verify(dir.path(), Domain::DEFAULT).unwrap();
+        assert_eq!(check().damage, []);
+        let flip = |at: usize| move |bytes: &mut Vec<u8>| bytes[at] ^= 1;
+        type Harm<'a> = &'a dyn Fn(&mut Vec<u8>);
+        let harms: [(_, Harm, String); 7] = [
+            (layout.pack(&pack), &flip(200), format!("pack {pack}")),
+            (layout.pack(&pack), &flip(image.pack.len() - 70), format!("pack {pack}")),
+            (layout.pack(&pack), &|bytes| bytes.truncate(1000), format!("pack {pack}")),
+            (layout.pack(&pack), &|bytes| bytes.clear(), format!("pack {pack}")),
+            (layout.manifest(&segment), &flip(9), format!("manifest {segment}")),
+            (layout.manifest(&image.digest()), &|bytes| bytes.push(0), image.digest().to_string()),
+            (layout.reference(&"a:1".parse().unwrap()), &flip(3), "reference a:1".to_owned()),
+        ];
+        for (path, harm, name) in harms {
+            let good = fs::read(&path).unwrap();
+            let mut bad = good.clone();
+            harm(&mut bad);
+            fs::write(&path, bad).unwrap();
+            let found = check();
+            assert!(found.damage.iter().any(|damage| damage.object.contains(&name)), "{name}: {found:?}");
+            assert_eq!(found.references, 0, "its image is not whole: {name}");
+            fs::write(&path, good).unwrap();
+            assert_eq!(check().damage, []);
+        }
+        fs::remove_file(layout.pack(&pack)).unwrap();
+        let lost = check().damage;
+        let chunk = image.data_chunks()[0];
+        assert!(
+            lost.iter().any(|damage| damage.object == format!("reference a:1: chunk {chunk}")),
+            "{lost:?}"
+        );
+    }
+}

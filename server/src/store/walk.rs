@@ -1,0 +1,50 @@
+//! Every file of a domain, by walking its directories: object_store's `list` hides staged files.
+
+use crate::store::error::{StoreError, io_error};
+use crate::store::layout::{Layout, digest_of_name, is_staged};
+use postcopy_proto::digest::Digest;
+use std::fs::{self, DirEntry};
+use std::io;
+use std::path::{Path, PathBuf};
+
+fn entries(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
+    fs::read_dir(dir).and_then(Iterator::collect::<io::Result<_>>).map_err(io_error(dir))
+}
+
+fn is_dir(entry: &DirEntry) -> Result<bool, StoreError> {
+    // Not through symbolic links, which could go in circles.
+    entry.file_type().map(|kind| kind.is_dir()).map_err(io_error(&entry.path()))
+}
+
+fn objects_in(dir: &Path) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
+    let named = |entry: DirEntry| Some((digest_of_name(&entry.file_name())?, entry.path()));
+    Ok(entries(dir)?.into_iter().filter_map(named).collect())
+}
+
+/// All packs and where they lie.
+pub(crate) fn packs(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
+    let mut packs = Vec::new();
+    for dir in entries(&layout.packs())? {
+        if is_dir(&dir)? {
+            packs.extend(objects_in(&dir.path())?);
+        }
+    }
+    Ok(packs)
+}
+
+/// All roots and segments and where they lie.
+pub(crate) fn manifests(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
+    objects_in(&layout.manifests())
+}
+
+/// All staged files below a directory.
+pub(crate) fn staged(dir: &Path, found: &mut Vec<PathBuf>) -> Result<(), StoreError> {
+    for entry in entries(dir)? {
+        if is_dir(&entry)? {
+            staged(&entry.path(), found)?;
+        } else if is_staged(&entry.file_name()) {
+            found.push(entry.path());
+        }
+    }
+    Ok(())
+}

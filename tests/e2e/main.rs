@@ -1,0 +1,3 @@
+//! End to end: real server processes, the real command line, the real kernel.
+
+mod map;
