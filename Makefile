@@ -1,0 +1,48 @@
+# What a newcomer runs: `make demo`, `make test`. What CI runs: `make lint test`. Each does its own set-up.
+
+# Left alone by cargo where the environment says otherwise.
+export CARGO_TERM_PROGRESS_WHEN ?= never
+CARGO ?= cargo
+# Another file for the demo: make demo FILE=/path/to/model.bin
+FILE ?=
+
+.PHONY: help build demo test test-list lint bench clean
+
+help:
+	@echo "make demo    push a large file, serve it, use it lazily (FILE=... for one of yours)"
+	@echo "make test    all tests"
+	@echo "make lint    formatting and clippy"
+	@echo "make bench   the figures of docs/BENCHMARKS.md"
+	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
+
+build:
+	@tests/setup build
+	$(CARGO) build --workspace --bins
+
+demo: build
+	@tests/demo "$(FILE)"
+
+# The binaries first: the end-to-end tests start them, and cargo does not build them for another package.
+# Documentation tests before the others, whose summary comes last.
+test: build
+	@tests/setup test
+	$(CARGO) test --workspace --doc
+	@tests/run-all
+
+# After adding or removing tests.
+test-list:
+	@tests/run-all --list > tests/tests.txt
+
+lint:
+	@tests/setup build
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- --deny warnings
+
+bench:
+	@tests/setup build
+	$(CARGO) build --release --workspace --bins
+	$(CARGO) run --release --package postcopy-tests --bin postcopy-bench
+
+clean:
+	$(CARGO) clean
+	rm -rf .venv
