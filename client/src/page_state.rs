@@ -113,7 +113,7 @@ impl PageStates {
             if changed == 0 {
                 return;
             }
-            let new = old & !(changed * 0b11) | changed * to as u64;
+            let new = (old & !(changed * 0b11)) | (changed * to as u64);
             // A store would undo a REMOVE that comes in between.
             match word.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return self.count(old, changed, from, to),
@@ -200,7 +200,7 @@ mod tests {
         #[test]
         fn states_go_only_their_way(steps in proptest::collection::vec(any_step(), 0..20)) {
             let states = PageStates::new(130);
-            let mut model = vec![PageState::Absent; 130];
+            let mut model = [PageState::Absent; 130];
             for step in steps {
                 match step.clone() {
                     Step::Resident(pages) => states.set_resident(pages),

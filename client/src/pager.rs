@@ -204,7 +204,6 @@ impl Pager {
                     Err(error) => return shared.report(&format!("the userfaultfd cannot be watched: {error}")),
                     Ok(readable) => {
                         let Some(pass) = shared.gate.try_enter_alone() else {
-                            drop(readable);
                             shared.gate.installers_left().await;
                             continue;
                         };

@@ -172,7 +172,10 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
     }
     let mut sources = Vec::new();
     for entry in walkdir::WalkDir::new(root).min_depth(1).follow_root_links(true) {
-        let entry = entry.map_err(|e| file_error(&e.path().unwrap_or(root).to_owned(), e.into()))?;
+        let entry = entry.map_err(|e| {
+            let path = e.path().unwrap_or(root).to_owned();
+            file_error(&path, e.into())
+        })?;
         let from = entry.path().to_owned();
         let metadata = entry.metadata().map_err(|e| file_error(&from, e.into()))?;
         let kind = if metadata.is_file() {

@@ -73,13 +73,3 @@ pub(crate) fn forbid(start: usize, len: usize) -> io::Result<()> {
     unsafe { rustix::mm::mprotect(start, len, MprotectFlags::empty()) }?;
     Ok(())
 }
-
-/// Gives back the content of a range of this process's own memory (MADV_DONTNEED), as programs do.
-#[cfg(test)]
-pub(crate) fn give_back(memory: &mut Memory, offset: usize, len: usize) -> io::Result<()> {
-    assert!(offset + len <= memory.len, "within the mapping");
-    let start = memory.start.wrapping_byte_add(offset);
-    // SAFETY: borrowed exclusively, so nobody holds a slice whose bytes change.
-    unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontNeed) }?;
-    Ok(())
-}

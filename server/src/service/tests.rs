@@ -248,7 +248,7 @@ async fn malformed_requests_end_the_stream() {
     let cases = [
         (vec![fetch(None, &[(0, 1)])], Code::InvalidArgument),
         (vec![short], Code::InvalidArgument),
-        (vec![fetch(Some(&image), &[])], Code::InvalidArgument),
+        (vec![fetch(None, &[])], Code::InvalidArgument),
         (vec![fetch(Some(&image), &[(0, 0)])], Code::InvalidArgument),
         (vec![fetch(Some(&image), &[(0, 1025)])], Code::InvalidArgument),
         (vec![fetch(Some(&image), &[(0, u32::MAX), (0, u32::MAX)])], Code::InvalidArgument),
@@ -260,6 +260,8 @@ async fn malformed_requests_end_the_stream() {
         let outcome = answers_of(&server, requests).await.map_err(|status| status.code());
         assert_eq!(outcome, Err(code), "{asked}");
     }
+    let bound_first = vec![fetch(Some(&image), &[]), fetch(None, &[(0, 1)])];
+    assert_eq!(answers_of(&server, bound_first).await.unwrap().len(), 1, "bound before anything is needed");
     for reference in ["", "../x", "a\0", "A:b", &"a".repeat(10_000)] {
         let status = read_file(&server, reference, b"mem", 0, None).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
@@ -337,12 +339,18 @@ async fn damaged_manifests_are_named_and_others_served() {
     pushed(&server, &Image::of_seed(2), "b:1").await;
     let (root, segments) = opened(&server, "a:1").await.unwrap();
     assert_eq!((root.image(), segments), (image.digest(), 1));
-    // A store that has not parsed them yet.
-    let manifests = [image.digest(), image.manifest.root.segment_digests()[0]];
-    for manifest in manifests {
+    let (root, segment) = (image.digest(), image.manifest.root.segment_digests()[0]);
+    let others = &Image::of_seed(2).manifest;
+    let harms: [(_, &[u8]); 4] = [
+        (root, &image.manifest.root_bytes[1..]),
+        (root, &others.root_bytes),
+        (segment, &image.manifest.segments[0][1..]),
+        (segment, &others.segments[0]),
+    ];
+    for (manifest, bad) in harms {
         let path = server.path("manifests").join(manifest.hex());
         let good = std::fs::read(&path).unwrap();
-        std::fs::write(&path, &good[..good.len() - 1]).unwrap();
+        std::fs::write(&path, bad).unwrap();
         let status = opened(&server, "a:1").await.unwrap_err();
         assert_eq!(status.code(), Code::DataLoss);
         assert!(status.message().contains(&manifest.to_string()), "{status}");
@@ -350,6 +358,7 @@ async fn damaged_manifests_are_named_and_others_served() {
         std::fs::write(&path, good).unwrap();
     }
     assert!(opened(&server, "a:1").await.is_ok());
+    // A store that has not parsed it yet.
     let fresh = Store::open(server.dir.path(), Domain::DEFAULT).unwrap();
     std::fs::write(server.path("manifests").join(image.digest().hex()), b"").unwrap();
     let list = super::images::list(&fresh, None, 10).unwrap().images;
@@ -388,6 +397,23 @@ async fn uploads_are_checked_before_they_are_stored() {
     assert_eq!((one, two), (Ok(()), Ok(())));
     assert_eq!(outcome(upload(digest, size, &[pack])).await, Ok(()), "it is there already");
     assert_eq!(std::fs::read(server.pack_path(&image)).unwrap(), pack);
+}
+
+#[tokio::test]
+async fn an_upload_ends_as_soon_as_it_is_longer_than_announced() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    let (parts, received) = mpsc::channel(1);
+    let [begin, data] = upload(image.pack_digest(), 1000, &[&[0; 600]]).try_into().unwrap();
+    let endless = async move {
+        let mut part = begin;
+        // Until the server does not want any more.
+        while parts.send(part).await.is_ok() {
+            part = data.clone();
+        }
+    };
+    let mut images = server.images();
+    let (outcome, ()) = tokio::join!(images.upload_pack(ReceiverStream::new(received)), endless);
+    assert_eq!(outcome.unwrap_err().code(), Code::InvalidArgument);
 }
 
 #[tokio::test]

@@ -1,0 +1,73 @@
+//! The figures of docs/BENCHMARKS.md, each beside a floor that is measured in the same run.
+//!
+//! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
+//! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
+//! all, or those named: touch, fill, push, memory. Prints a table in Markdown and, with `--json FILE`, the raw values.
+
+mod cpu;
+mod fill;
+mod floor;
+mod memory;
+mod push;
+mod touch;
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+/// One line of the table.
+struct Figure {
+    name: String,
+    value: String,
+    bar: String,
+    met: bool,
+    raw: serde_json::Value,
+}
+
+fn main() -> Result<()> {
+    let mut names: Vec<String> = std::env::args().skip(1).collect();
+    if names.first().is_some_and(|name| name == "floor-server") {
+        return floor::serve();
+    }
+    let json = match names.iter().position(|name| name == "--json") {
+        Some(at) if at + 1 < names.len() => names.drain(at..at + 2).nth(1),
+        Some(_) => bail!("--json needs a file"),
+        None => None,
+    };
+    let wanted = |name: &str| names.is_empty() || names.iter().any(|n| n == name);
+    let mut figures = Vec::new();
+    if wanted("touch") {
+        figures.extend(touch::measure()?);
+    }
+    if wanted("fill") {
+        figures.push(fill::measure()?);
+    }
+    if wanted("push") {
+        figures.push(push::measure()?);
+    }
+    if wanted("memory") {
+        figures.push(memory::measure()?);
+    }
+    println!("| figure | measured | bar | |\n|---|---|---|---|");
+    for Figure { name, value, bar, met, .. } in &figures {
+        println!("| {name} | {value} | {bar} | {} |", if *met { "met" } else { "missed" });
+    }
+    if let Some(path) = json {
+        let raw: Vec<_> =
+            figures.iter().map(|f| json!({ "name": f.name, "met": f.met, "raw": f.raw })).collect();
+        std::fs::write(path, serde_json::to_string_pretty(&raw)?)?;
+    }
+    Ok(())
+}
+
+/// The middle of the values, which are sorted by this.
+fn median(values: &mut [f64]) -> f64 {
+    percentile(values, 50)
+}
+
+fn percentile(values: &mut [f64], p: usize) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n => values[(n - 1) * p / 100],
+    }
+}
