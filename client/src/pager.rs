@@ -145,7 +145,9 @@ impl Pager {
                     Ok(pager) => {
                         let shared = Arc::clone(&pager.way_out.0);
                         drop(reply.send(Ok(shared)));
-                        pager.run().await;
+                        // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
+                        // A panic has poisoned what was unresolved by then, and nobody is left to be told.
+                        let _ = tokio::spawn(pager.run()).await;
                     }
                 }
             });
@@ -232,6 +234,9 @@ impl Pager {
 
     /// Changes states by the events that were read, and leaves the faults in `events`. The gate is passed alone.
     fn drain(&mut self) -> Result<(), String> {
+        if self.events.iter().all(|event| matches!(event, Event::Fault { .. })) {
+            return Ok(());
+        }
         let regions = self.shared().regions();
         let mut moved = None;
         self.events.retain(|event| {

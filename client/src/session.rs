@@ -162,9 +162,12 @@ pub(crate) struct Shared {
     regions: Mutex<Arc<[Arc<RegionState>]>>,
     /// The first loss, and whether the pager has ended. Held for reading and writing these alone.
     outcome: Mutex<OutcomeSoFar>,
-    /// Something in `outcome` or in the page states has changed.
+    /// Something in the page states or in `outcome` has changed.
     changed: Condvar,
+    /// Threads that wait for `changed` because of page states.
     waiters: AtomicU64,
+    /// Something in `outcome` has changed.
+    reported: Condvar,
     fill_started: AtomicBool,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
@@ -189,6 +192,7 @@ impl Shared {
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
+            reported: Condvar::new(),
             fill_started: AtomicBool::new(false),
             fill_work: Notify::new(),
         }
@@ -220,12 +224,14 @@ impl Shared {
     /// Notes why pages are lost; the first reason is kept.
     pub(crate) fn report(&self, reason: &str) {
         self.outcome().error.get_or_insert_with(|| reason.into());
+        self.reported.notify_all();
         self.changed.notify_all();
     }
 
     /// The pager has ended.
     pub(crate) fn end(&self) {
         self.outcome().ended = true;
+        self.reported.notify_all();
         self.changed.notify_all();
         self.fill_work.notify_one();
     }
@@ -415,10 +421,12 @@ impl Session {
         self.shared.error()
     }
 
-    /// Waits until a page is lost; the reason, or None after `timeout`.
+    /// Waits until a page is lost; the reason, or None after `timeout` or when the session has ended.
     #[must_use]
     pub fn wait_error(&self, timeout: Duration) -> Option<Arc<str>> {
-        self.shared.wait(Some(Instant::now() + timeout), |outcome| outcome.error.clone())
+        let none = |outcome: &mut OutcomeSoFar| outcome.error.is_none() && !outcome.ended;
+        let waited = self.shared.reported.wait_timeout_while(self.shared.outcome(), timeout, none);
+        waited.unwrap_or_else(PoisonError::into_inner).0.error.clone()
     }
 
     /// Waits until every page of every region is resident or was given back. Without [`Session::fill`] that
