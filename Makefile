@@ -17,7 +17,7 @@ help:
 
 build:
 	@tests/setup build
-	$(CARGO) build --workspace --bins
+	$(CARGO) build --workspace --bins --examples
 
 demo: build
 	@tests/demo "$(FILE)"

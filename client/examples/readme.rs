@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // The whole file as memory of this process. A page comes when it is touched.
     let memory = session.map("numbers.txt")?;
-    println!("the last line begins with {:?}", memory[memory.len() - 7] as char);
+    println!("the last line begins with {:?}", memory[memory.len() - 8] as char);
 
     // Bring the rest in the background, and wait for it.
     session.fill()?;

@@ -11,6 +11,9 @@ use crate::uffd::{Outcome, Uffd};
 use postcopy_proto::page::PAGE_BYTES;
 use std::ops::Range;
 
+/// Between attempts of the kernel's that were put off.
+const PAUSE: std::time::Duration = std::time::Duration::from_micros(200);
+
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
 const UNRESOLVED: [PageState; 2] = [PageState::Absent, PageState::Poisoned];
@@ -142,11 +145,16 @@ pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut
                 uffd.wake(address, PAGE_BYTES);
                 run.start + 1
             }
+            // Paced: both pass when somebody else gets a turn.
             Outcome::Deferred => {
                 read_events();
+                std::thread::park_timeout(PAUSE);
                 run.start
             }
-            Outcome::NoMemory => run.start,
+            Outcome::NoMemory => {
+                std::thread::park_timeout(PAUSE);
+                run.start
+            }
             Outcome::Gone | Outcome::OwnerGone => run.end,
         };
     }

@@ -636,7 +636,16 @@ impl Pager {
         let unregistered = shared.uffd.unregister(memory.start(), memory.len());
         let rest = shared.regions().iter().filter(|r| !Arc::ptr_eq(r, region)).cloned().collect();
         shared.set_regions(rest);
-        self.in_flight.retain(|_, wanted| !Arc::ptr_eq(&wanted.region, region));
+        // Another region of the same file may wait for the same chunk.
+        let rest = shared.regions();
+        self.in_flight.retain(|chunk, wanted| {
+            if Arc::ptr_eq(&wanted.region, region) {
+                let other = rest.iter().find_map(|region| Some((region, region.pages_of(*chunk)?.start)));
+                let Some((other, page)) = other else { return false };
+                (wanted.region, wanted.page) = (Arc::clone(other), page);
+            }
+            true
+        });
         for awaited in self.segments.values_mut() {
             awaited.pages.retain(|(r, _)| !Arc::ptr_eq(r, region));
         }

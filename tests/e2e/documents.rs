@@ -1,0 +1,146 @@
+//! README.md and the demo do what they say.
+
+use postcopy_tests::{binary, is_root, skip, wait_until};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// The fenced blocks of README.md in that language.
+fn blocks(language: &str) -> Vec<String> {
+    let readme = std::fs::read_to_string(workspace().join("README.md")).unwrap();
+    let fence = format!("```{language}\n");
+    readme.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
+}
+
+fn show(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!("{}\n{}\n{}", output.status, text(&output.stdout), text(&output.stderr))
+}
+
+/// A program that anybody may run: the checkout may lie where only its owner may go.
+fn copy_for_all(program: &Path, folder: &Path) -> PathBuf {
+    let target = folder.join(program.file_name().unwrap());
+    std::fs::copy(program, &target).unwrap();
+    std::fs::set_permissions(&target, PermissionsExt::from_mode(0o755)).unwrap();
+    target
+}
+
+fn as_nobody(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args([
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--inh-caps=-all",
+        "--bounding-set=-all",
+    ]);
+    command.arg(program);
+    command
+}
+
+#[test]
+fn the_readme_tour_and_its_rust_example_run() {
+    let bin = binary("postcopy").parent().unwrap().to_owned();
+    let example = std::fs::read_to_string(workspace().join("client/examples/readme.rs")).unwrap();
+    assert_eq!(blocks("rust"), [example], "README.md shows client/examples/readme.rs as it is");
+
+    let folder = tempfile::tempdir().unwrap();
+    let tour = blocks("sh");
+    assert!(tour.len() >= 5, "the tour has its steps");
+    // The example runs where the image is there, before `rm`; the server is told to end in any case.
+    let mut script = String::from("set -eu\ntrap 'kill $!; wait' EXIT\n");
+    for (i, step) in tour.iter().enumerate() {
+        script += step;
+        if i == 3 {
+            script += "readme\n";
+        }
+    }
+    let path =
+        format!("{}:{}:{}", bin.display(), bin.join("examples").display(), std::env::var("PATH").unwrap());
+    let output = Command::new("bash")
+        .args(["-c", &script])
+        .current_dir(folder.path())
+        .env("PATH", path)
+        .env_remove("POSTCOPY_SERVER")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let shown = show(&output);
+    assert!(output.status.success(), "{shown}");
+    for expected in
+        ["every byte right", "is sound", "demo:stable is blake3:", "the last line begins with '1'", "faults"]
+    {
+        assert!(shown.contains(expected), "{expected:?} is not in: {shown}");
+    }
+}
+
+#[test]
+fn the_demo_runs_for_an_ordinary_user() {
+    let name = "documents::the_demo_runs_for_an_ordinary_user";
+    if !is_root() {
+        return skip(name, "setpriv needs root");
+    }
+    let folder = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir().unwrap();
+    for file in [binary("postcopy"), binary("postcopyd"), workspace().join("tests/demo")] {
+        copy_for_all(&file, folder.path());
+    }
+    let memory = folder.path().join("mem");
+    std::fs::write(&memory, postcopy_tests::fixtures::memory_like(20 << 20, 9)).unwrap();
+    std::fs::set_permissions(&memory, PermissionsExt::from_mode(0o644)).unwrap();
+
+    let output = as_nobody(&folder.path().join("demo"))
+        .arg(&memory)
+        .env("POSTCOPY_BIN", folder.path())
+        .env("TMPDIR", "/tmp")
+        .env("HOME", folder.path())
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let shown = show(&output);
+    assert!(output.status.success(), "{shown}");
+    assert!(shown.contains("every byte right") && shown.contains("Summary"), "{shown}");
+}
+
+#[test]
+fn user_mode_faults_only_is_said_and_enough() {
+    let name = "documents::user_mode_faults_only_is_said_and_enough";
+    if !is_root() {
+        return skip(name, "setpriv needs root");
+    }
+    let folder = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir().unwrap();
+    let program = copy_for_all(&binary("postcopy"), folder.path());
+    let output = as_nobody(&program).args(["doctor", "--json"]).current_dir("/").output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let finding = |what: &str| {
+        let findings = report["findings"].as_array().unwrap();
+        findings.iter().find(|f| f["what"].as_str().unwrap().contains(what)).unwrap().clone()
+    };
+    assert_eq!(report["can_map"], true, "{report}");
+    let kernel_faults = finding("faults of the kernel");
+    let open =
+        std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|s| s.trim() == "1");
+    assert_eq!(kernel_faults["ok"], open, "{report}");
+    assert!(open || kernel_faults["advice"].as_str().unwrap().contains("EFAULT"), "{report}");
+}
+
+#[test]
+fn the_demo_ends_its_server_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let memory = folder.path().join("mem");
+    std::fs::write(&memory, postcopy_tests::fixtures::memory_like(1 << 20, 2)).unwrap();
+    let scratch = folder.path().join("tmp");
+    std::fs::create_dir(&scratch).unwrap();
+    let bin = binary("postcopy").parent().unwrap().to_owned();
+    let output = Command::new(workspace().join("tests/demo"))
+        .arg(&memory)
+        .env("POSTCOPY_BIN", bin)
+        .env("TMPDIR", &scratch)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", show(&output));
+    wait_until("the demo's scratch folder is gone", || std::fs::read_dir(&scratch).unwrap().next().is_none());
+}
