@@ -2,12 +2,12 @@
 
 use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
-use crate::lane::{BulkLane, runs_of};
+use crate::lane::{BulkLane, frame_of, runs_of};
 use crate::remote::{RemoteError, ServerAddress};
 use postcopy_proto::manifest::{FileEntry, chunk_offset};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::path::ImagePath;
-use postcopy_proto::v1::{self, chunk_answer};
+use postcopy_proto::v1;
 use std::collections::HashSet;
 use std::sync::Arc;
 use tokio::task::JoinSet;
@@ -141,15 +141,9 @@ impl Fetch {
         let Content::Data(digest) = self.image.content(chunk) else {
             return Err("it was not asked for".into());
         };
-        match &answer.result {
-            Some(chunk_answer::Result::Frame(frame)) => {
-                pages.decode(&self.image, file, chunk, &digest, frame)?;
-                let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
-                (self.sink)(path, offset as u64, pages)
-            }
-            Some(chunk_answer::Result::Zero(_)) => Err("the server says it is zero, the manifest not".into()),
-            Some(chunk_answer::Result::Error(error)) => Err(error.message.clone()),
-            None => Err("the answer is empty".into()),
-        }
+        let frame = frame_of(answer, &digest)?;
+        pages.decode(&self.image, file, chunk, &digest, frame)?;
+        let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
+        (self.sink)(path, offset as u64, pages)
     }
 }

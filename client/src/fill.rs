@@ -3,22 +3,22 @@
 //! One thread with a runtime of its own asks for runs of chunks, within a window of plain bytes; as many installer
 //! threads as there are cores take the answers from a queue, decompress, verify and install them. Only this side
 //! knows what is resident, so that it asks for nothing that is there. What goes wrong is tried again in another
-//! pass; after three passes without getting further it is reported.
+//! pass. It is reported after three passes that brought nothing, or when the server was lost for the fault deadline.
 
 use crate::chunk::ChunkPages;
 use crate::image::Content;
 use crate::install::{self, Installed};
-use crate::lane::{BulkLane, runs_of};
+use crate::lane::{BulkLane, frame_of, runs_of};
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError};
 use crate::session::{MAX_ATTEMPTS, Shared, add};
-use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
-use postcopy_proto::v1::{self, chunk_answer};
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
+use postcopy_proto::v1;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// The most plain bytes asked for and not yet installed: bounds memory, and hides some 60 ms at 1 Gbit/s.
@@ -29,8 +29,10 @@ const REQUEST_BYTES: usize = 1 << 20;
 const JOBS: usize = 256;
 /// How soon an install is tried again that the kernel put off.
 const RETRY: Duration = Duration::from_micros(200);
-/// How long to wait before a server that was lost is tried again.
-const RECONNECT: Duration = Duration::from_millis(200);
+/// How long to wait after a pass that brought nothing.
+const RETRY_PASS: Duration = Duration::from_millis(200);
+/// The same, once it has been reported that nothing comes.
+const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 
 /// What an installer does next. The permit is given back when that is done.
 struct Job {
@@ -44,8 +46,18 @@ enum Work {
     Zeros(std::ops::Range<u64>),
 }
 
-/// Requests that have not been answered: chunks to come, and the room that they take.
-type Asked = VecDeque<(u64, OwnedSemaphorePermit)>;
+/// Requests that have not been answered, in order.
+type Asked = VecDeque<AskedFor>;
+
+/// A request: the chunks that are still to come, and the room that they take.
+struct AskedFor {
+    id: u64,
+    chunks: u64,
+    permit: OwnedSemaphorePermit,
+}
+
+/// Why a chunk was refused most lately: said when the fill gives up.
+type Refused = Arc<Mutex<Option<String>>>;
 
 /// Starts the fill's threads; they end with the session.
 ///
@@ -55,16 +67,18 @@ pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (jobs, queue) = mpsc::channel(JOBS);
     let queue = Arc::new(Mutex::new(queue));
+    let refused = Refused::default();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     for _ in 0..cores {
-        let (shared, queue) = (Arc::clone(shared), Arc::clone(&queue));
+        let (shared, queue, refused) = (Arc::clone(shared), Arc::clone(&queue), Arc::clone(&refused));
         let installer = std::thread::Builder::new().name("postcopy-install".into());
-        installer.spawn(move || Installer::new(shared).run(&queue))?;
+        installer.spawn(move || Installer::new(shared, refused).run(&queue))?;
     }
     let fill = Fill {
         shared: Arc::clone(shared),
         jobs,
         window: Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES)),
+        refused,
     };
     std::thread::Builder::new().name("postcopy-fill".into()).spawn(move || runtime.block_on(fill.run()))?;
     Ok(())
@@ -75,37 +89,50 @@ struct Fill {
     jobs: mpsc::Sender<Job>,
     /// One permit a page.
     window: Arc<Semaphore>,
+    refused: Refused,
 }
 
 impl Fill {
     async fn run(self) {
-        let mut passes_without_progress = 0;
+        let mut progressed = Instant::now();
+        let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
             let regions = self.shared.regions();
             let before = unresolved_pages(&regions);
             if before == 0 {
                 self.shared.fill_work.notified().await;
+                progressed = Instant::now();
                 continue;
             }
-            let outcome = self.pass(&regions, passes_without_progress).await;
+            let outcome = self.pass(&regions, fruitless_passes).await;
             // All permits are back: nothing is in flight.
             let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
             drop(self.window.acquire_many(all).await);
-            passes_without_progress =
-                if unresolved_pages(&regions) < before { 0 } else { passes_without_progress + 1 };
-            if passes_without_progress >= MAX_ATTEMPTS {
-                let server = &self.shared.address;
-                let reason =
-                    outcome.err().map_or_else(|| "pages are still absent".to_owned(), |e| e.to_string());
-                self.shared
-                    .report(&format!("the background fill from {server} does not get further: {reason}"));
-                // Faults go on being served, by the demand lane, and by its deadlines.
-                self.shared.fill_work.notified().await;
-                passes_without_progress = 0;
-            } else if outcome.is_err() {
-                tokio::time::sleep(RECONNECT).await;
+            if unresolved_pages(&regions) < before {
+                (progressed, fruitless_passes) = (Instant::now(), 0);
+                continue;
             }
+            fruitless_passes += 1;
+            let given_up = match &outcome {
+                // It answers, and wrongly.
+                Ok(()) | Err(RemoteError::Wrong { .. }) => fruitless_passes >= MAX_ATTEMPTS,
+                Err(_) => progressed.elapsed() >= self.shared.options.fault_deadline,
+            };
+            let pause = if given_up { GIVEN_UP_RETRY } else { RETRY_PASS };
+            if given_up {
+                self.report(outcome.err());
+            }
+            // New regions are new work; else it is tried again: what was lost may come back.
+            let _ = tokio::time::timeout(pause, self.shared.fill_work.notified()).await;
         }
+    }
+
+    fn report(&self, error: Option<RemoteError>) {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reason = error.map(|error| error.to_string()).or(refused);
+        let reason = reason.unwrap_or_else(|| "pages are still absent".to_owned());
+        let server = &self.shared.address;
+        self.shared.report(&format!("the background fill from {server} does not get further: {reason}"));
     }
 
     /// Goes once over everything that is unresolved.
@@ -166,7 +193,7 @@ impl Fill {
                 Plan::Ask { chunks, pages } => {
                     let permit = self.permit(lane, region, &mut asked, pages).await?;
                     id += 1;
-                    asked.push_back((chunks.len() as u64, permit));
+                    asked.push_back(AskedFor { id, chunks: chunks.len() as u64, permit });
                     let runs = runs_of(chunks);
                     let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
                     // A closed queue is a lost lane: receiving says why.
@@ -206,20 +233,26 @@ impl Fill {
         asked: &mut Asked,
     ) -> Result<(), RemoteError> {
         let server = &self.shared.address;
-        let message = lane.answers.message().await.map_err(server.status("the bulk lane"))?;
+        let deadline = self.shared.options.fault_deadline;
+        let message = tokio::time::timeout(deadline, lane.answers.message()).await;
+        let message =
+            message.map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))?;
+        let message = message.map_err(server.status("the bulk lane"))?;
         let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
-        let (rest, permit) =
-            asked.front_mut().ok_or_else(|| server.wrong("bulk answer", "nothing was asked"))?;
+        // Requests are answered in order: of an earlier one nothing will come any more.
+        while asked.front().is_some_and(|front| front.id != message.id) {
+            asked.pop_front();
+        }
+        let front = asked.front_mut();
+        let front = front.ok_or_else(|| server.wrong("bulk answer", "nothing was asked under its id"))?;
         let count = message.chunks.len() as u64;
-        let part = *rest > count;
-        *rest = rest.saturating_sub(count);
-        let held = permit.num_permits();
-        let permit = if part {
-            // Permits go back with the frames, in proportion.
-            let pages = usize::try_from(held as u64 * count / (*rest + count)).unwrap_or(held);
-            permit.split(pages)
+        let permit = if count < front.chunks {
+            // Room goes back with the frames, in proportion.
+            let pages = front.permit.num_permits() as u64 * count / front.chunks;
+            front.chunks -= count;
+            front.permit.split(to_usize(pages))
         } else {
-            asked.pop_front().map(|(_, permit)| permit)
+            asked.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
         self.job(Job { region: Arc::clone(region), work: Work::Frames(message.chunks), permit }).await;
@@ -288,12 +321,13 @@ fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
 /// A thread that decompresses, verifies and installs.
 struct Installer {
     shared: Arc<Shared>,
+    refused: Refused,
     pages: ChunkPages,
 }
 
 impl Installer {
-    fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, pages: ChunkPages::default() }
+    fn new(shared: Arc<Shared>, refused: Refused) -> Self {
+        Self { shared, refused, pages: ChunkPages::default() }
     }
 
     fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
@@ -321,17 +355,30 @@ impl Installer {
     /// Installs a chunk. What is wrong with it leaves it absent; the next pass asks again.
     fn frame(&mut self, region: &RegionState, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
+        if let Err(reason) = self.verified_frame(region, chunk, answer) {
+            let image = self.shared.image.digest();
+            let reason = format!("chunk {chunk} of image {image}: {reason}");
+            *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        }
+    }
+
+    fn verified_frame(
+        &mut self,
+        region: &RegionState,
+        chunk: ChunkIndex,
+        answer: &v1::ChunkAnswer,
+    ) -> Result<(), String> {
         let shared = Arc::clone(&self.shared);
         let image = &shared.image;
         let (Some(pages), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
-            return;
+            return Err("it was not asked for".to_owned());
         };
-        let Some(chunk_answer::Result::Frame(frame)) = &answer.result else { return };
+        let frame = frame_of(answer, &digest)?;
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
-        if self.pages.decode(image, &region.file, chunk, &digest, frame).is_ok() {
-            self.install(region, pages.start);
-        }
+        self.pages.decode(image, &region.file, chunk, &digest, frame)?;
+        self.install(region, pages.start);
+        Ok(())
     }
 
     fn zeros(&mut self, region: &RegionState, chunk: ChunkIndex) {

@@ -1,8 +1,9 @@
 //! The lanes that pages come over: one bidirectional stream each, on a connection of its own.
 
 use crate::remote::{Lane, RemoteError, ServerAddress, page_client};
+use bytes::Bytes;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::v1;
+use postcopy_proto::v1::{self, chunk_answer};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -52,6 +53,21 @@ impl BulkLane {
         let answers = page_client(channel).stream_chunks(ReceiverStream::new(queue)).await;
         let answers = answers.map_err(address.status(format!("the bulk lane of {image}")))?.into_inner();
         Ok(Self { requests, answers })
+    }
+}
+
+/// The frame in an answer for a chunk that the manifest says has that digest.
+///
+/// # Errors
+/// Why there is none: a server's error, or an answer that cannot be.
+pub(crate) fn frame_of<'a>(answer: &'a v1::ChunkAnswer, digest: &Digest) -> Result<&'a Bytes, String> {
+    match &answer.result {
+        Some(chunk_answer::Result::Frame(frame)) => Ok(frame),
+        Some(chunk_answer::Result::Zero(_)) => {
+            Err(format!("the server says it is zero, the manifest that it is {digest}"))
+        }
+        Some(chunk_answer::Result::Error(error)) => Err(error.message.clone()),
+        None => Err("the answer is empty".to_owned()),
     }
 }
 

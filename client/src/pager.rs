@@ -14,7 +14,7 @@
 use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
-use crate::lane::{DemandLane, runs_of};
+use crate::lane::{DemandLane, frame_of, runs_of};
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, ServerAddress, take_segment};
@@ -24,7 +24,7 @@ use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
-use postcopy_proto::v1::{self, chunk_answer, fetch_chunks_response::Answer};
+use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -366,7 +366,7 @@ impl Pager {
             NextAnswer::Answer(answer) => {
                 self.reconnect_pause = RECONNECT.start;
                 match answer.answer {
-                    Some(Answer::Chunk(chunk)) => self.answer(chunk),
+                    Some(Answer::Chunk(chunk)) => self.answer(&chunk),
                     Some(Answer::Segment(segment)) => self.segment_answer(&segment),
                     None => {}
                 }
@@ -403,17 +403,12 @@ impl Pager {
     }
 
     /// Takes the answer for a chunk.
-    fn answer(&mut self, answer: v1::ChunkAnswer) {
+    fn answer(&mut self, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         let Some(wanted) = self.in_flight.get(&chunk) else { return };
-        let frame = match answer.result {
-            Some(chunk_answer::Result::Frame(frame)) => frame,
-            Some(chunk_answer::Result::Zero(_)) => {
-                let reason = format!("the server says it is zero, the manifest that it is {}", wanted.digest);
-                return self.refuse(chunk, &reason);
-            }
-            Some(chunk_answer::Result::Error(error)) => return self.refuse(chunk, &error.message),
-            None => return self.refuse(chunk, "the answer is empty"),
+        let frame = match frame_of(answer, &wanted.digest) {
+            Ok(frame) => frame.clone(),
+            Err(reason) => return self.refuse(chunk, &reason),
         };
         let counters = &self.shared().counters;
         add(&counters.demand_chunks, 1);
@@ -535,7 +530,10 @@ impl Pager {
         match shared.options.on_loss {
             LossPolicy::Poison => {
                 for (region, page) in self.segments.remove(&index).into_iter().flat_map(|s| s.pages) {
-                    self.poison(&region, page..page + 1);
+                    // The whole chunk, as when a chunk is lost: one page stands for all that were asked for.
+                    if let Some(pages) = region.pages_of(region.chunk_of(page)) {
+                        self.poison(&region, pages);
+                    }
                 }
             }
             LossPolicy::Wait => {

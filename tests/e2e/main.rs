@@ -1,3 +1,17 @@
 //! End to end: real server processes, the real command line, the real kernel.
+// Where clippy takes helpers for parts of tests, too.
+#![cfg(test)]
 
+mod cli;
+mod connection;
+mod damage;
+mod documents;
+mod durability;
+mod gc;
+mod lying;
 mod map;
+mod push;
+mod python;
+mod serve;
+mod session;
+mod threads;

@@ -3,9 +3,12 @@
 //! [`server`] starts `postcopyd` on a store of its own; [`cli`] runs `postcopy`; [`fixtures`] makes files whose bytes
 //! follow from a seed. Everything that is started ends with the value that started it.
 
+pub mod chaos;
 pub mod cli;
 pub mod fixtures;
+pub mod proxy;
 pub mod server;
+pub mod store;
 
 use std::path::PathBuf;
 
@@ -16,8 +19,10 @@ use std::path::PathBuf;
 /// If it was not built.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a test has a path");
-    let directory = test.parent().and_then(|deps| deps.parent()).expect("target/PROFILE/deps/TEST");
+    let this = std::env::current_exe().expect("a program has a path");
+    let directory = this.parent().expect("a program lies in a directory");
+    // A test lies in target/PROFILE/deps, a binary in target/PROFILE.
+    let directory = directory.parent().filter(|_| directory.ends_with("deps")).unwrap_or(directory);
     let path = directory.join(name);
     assert!(path.exists(), "{} is not there: run `cargo build --workspace --bins` first", path.display());
     path

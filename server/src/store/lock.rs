@@ -1,6 +1,8 @@
 //! The locks between the processes that use one store: flock(2), so that a process that dies
-//! holds none. Three files are locked, always in this order:
+//! holds none. Four files are locked, always in this order:
 //!
+//! - `<domain>/condemned`: the turnstile before `lock`, held only until that one is had. Without it a collector that
+//!   waits for `lock` would wait for ever while pushes go on: flock lets new shared holders pass it;
 //! - `<domain>/lock`: shared by whoever relies on an object staying there (FindMissing, Commit,
 //!   tagging), exclusive for gc from its second mark to its deletes;
 //! - `<domain>/refs`: exclusive for whoever changes a reference;
@@ -22,11 +24,13 @@ pub(crate) struct StoreLock {
 impl StoreLock {
     /// What is in the store now stays there until the drop. Waits for a collector's deletes.
     pub(crate) fn keep_objects(layout: &Layout) -> Result<Self, StoreError> {
+        let _turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
         Self::with(&layout.lock(), File::lock_shared)
     }
 
     /// Nobody relies on an unreferenced object until the drop. Waits for those who do.
     pub(crate) fn delete_objects(layout: &Layout) -> Result<Self, StoreError> {
+        let _turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
         Self::with(&layout.lock(), File::lock)
     }
 

@@ -1,0 +1,918 @@
+//! Stores that are damaged, and requests that mean harm: a clear error that names the thing, nothing wrong served,
+//! nothing stored that should not be, and the server goes on.
+
+use postcopy::proto::digest::Digest;
+use postcopy::proto::frame::{ChunkFrame, FrameDecoder, FrameEncoder};
+use postcopy::proto::pack::PackBuilder;
+use postcopy::proto::v1::{
+    self, chunk_answer, commit_request, fetch_chunks_response::Answer, upload_pack_request,
+};
+use postcopy::{Options, Region, Session};
+use postcopy_tests::cli::{fail, postcopy, run};
+use postcopy_tests::fixtures::{memory_like, noise};
+use postcopy_tests::server::Server;
+use postcopy_tests::store::{Rpc, StoreDir, digest, flip, shown};
+use prost::Message;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tempfile::TempDir;
+use tonic::{Code, Status};
+
+const CHUNK: usize = 64 << 10;
+
+/// A store of two images, `bad` (to be damaged) and `good` (never), that share nothing, and no server.
+struct Sick {
+    folder: TempDir,
+    store: StoreDir,
+    bytes: Vec<u8>,
+    good: Vec<u8>,
+    image: Digest,
+    /// The packs of `bad`: one.
+    pack: PathBuf,
+}
+
+impl Sick {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let store = StoreDir::new(&folder.path().join("store"));
+        let mut server = Server::on(store.root(), "127.0.0.1:0");
+        let (bytes, good) = (noise(12 * CHUNK + 77, 31), memory_like(5 * CHUNK, 32));
+        let path = folder.path().join("mem");
+        fs::write(&path, &bytes).expect("a file can be written");
+        let push = |reference: &str| {
+            run(server.address(), [OsStr::new("push"), path.as_os_str(), OsStr::new(reference)])
+        };
+        let image = digest(&push("bad")["image"]);
+        let pack = store.packs().pop_first().expect("a pack");
+        fs::write(&path, &good).expect("a file can be written");
+        let _ = push("good");
+        assert!(server.stop().success());
+        Self { folder, store, bytes, good, image, pack }
+    }
+
+    fn serve(&self) -> Server {
+        Server::on(self.store.root(), "127.0.0.1:0")
+    }
+
+    fn segment(&self) -> Digest {
+        self.store.root_of(&self.image).segment_digests()[0]
+    }
+
+    /// Reads `bad` in every way there is; each gives the right bytes or an error with one of these texts. How many
+    /// errors there were.
+    fn read_bad(&self, server: &Server, named: &[String]) -> usize {
+        let mut errors = 0;
+        let mut error = |how: &str, text: String| {
+            assert!(named.iter().any(|name| text.contains(name)), "{how} names none of {named:?}: {text}");
+            errors += 1;
+        };
+        match Rpc::connect(server.address()).read_file("bad", "mem") {
+            Ok(bytes) => assert!(bytes == self.bytes, "ReadFile gave wrong bytes"),
+            Err(status) => {
+                assert!(matches!(status.code(), Code::DataLoss | Code::NotFound), "{status:?}");
+                error("ReadFile", status.message().to_owned());
+            }
+        }
+        let target = self.folder.path().join("pulled");
+        let pull = [OsStr::new("pull"), OsStr::new("bad"), target.as_os_str()];
+        let output = postcopy(server.address(), pull).output().expect("it can be started");
+        if output.status.success() {
+            assert!(fs::read(target.join("mem")).expect("pulled") == self.bytes, "pull gave wrong bytes");
+            fs::remove_dir_all(&target).expect("it can be removed");
+        } else {
+            assert!(!target.exists(), "a failed pull leaves nothing");
+            error("pull", shown(&output));
+        }
+        let options = Options { fault_deadline: Duration::from_millis(300), ..Options::default() };
+        let opened = Session::open(server.address(), &"bad".parse().expect("a reference"), options)
+            .and_then(|session| Ok((session.map("mem")?, session)));
+        match opened {
+            Err(e) => error("Session", chain(&e)),
+            Ok((region, session)) => {
+                if let Some(why) = self.read_region(region, session) {
+                    error("Region", why);
+                }
+            }
+        }
+        errors
+    }
+
+    /// Reads all chunks of a region; why some could not be had. Nobody may wait for ever.
+    fn read_region(&self, region: Region, session: Session) -> Option<String> {
+        let bytes = self.bytes.clone();
+        let (done, finished) = std::sync::mpsc::sync_channel(1);
+        std::thread::spawn(move || {
+            let (mut lost, mut read) = (None, vec![0; CHUNK]);
+            for (at, right) in (0..).step_by(CHUNK).zip(bytes.chunks(CHUNK)) {
+                let read = &mut read[..right.len()];
+                match region.read_at(at, read) {
+                    Ok(()) if read == right => {}
+                    Ok(()) => return done.send(Err(format!("a region gave wrong bytes at {at}"))),
+                    Err(error) => lost = Some(chain(&error)),
+                }
+            }
+            drop(session);
+            done.send(Ok(lost))
+        });
+        let outcome = finished.recv_timeout(Duration::from_secs(20));
+        outcome.expect("read_at returns soon after the fault deadline of 300 ms").expect("right bytes")
+    }
+
+    fn assert_good_is_served(&self, server: &Server) {
+        let read = Rpc::connect(server.address()).read_file("good", "mem");
+        assert!(read.expect("the sound image is served") == self.good);
+        let _ = run(server.address(), ["verify", "good"]);
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+type Harm<'a> = &'a dyn Fn(&mut Vec<u8>);
+
+/// Each kind of damage, one after another, on a server that is started on the damage and on one that runs already.
+fn every_way(sick: &Sick, path: &Path, harms: &[(&str, Harm<'_>)], named: &[String], in_verify: &str) {
+    for (what, harm) in harms {
+        let good = fs::read(path).expect("the object");
+        let mut bad = good.clone();
+        harm(&mut bad);
+        assert!(bad != good, "{what} changes nothing");
+        let warm = sick.serve();
+        assert_eq!(sick.read_bad(&warm, named), 0, "before: {what}");
+        // In place, as a disk would.
+        fs::write(path, &bad).expect("the object can be written");
+        sick.read_bad(&warm, named);
+        sick.assert_good_is_served(&warm);
+        let cold = sick.serve();
+        assert!(sick.read_bad(&cold, named) > 0, "{what} goes unseen");
+        sick.assert_good_is_served(&cold);
+        let text = fail(cold.address(), ["verify", "bad"]);
+        assert!(
+            named.iter().any(|name| text.contains(name)),
+            "{what}: verify names none of {named:?}: {text}"
+        );
+        let damage = sick.store.damage();
+        assert!(damage.iter().any(|(object, _)| object.contains(in_verify)), "{what}: {damage:?}");
+        fs::write(path, &good).expect("the object can be written");
+        sick.store.assert_sound();
+    }
+}
+
+#[test]
+fn a_damaged_pack_is_named_and_nothing_of_it_is_served() {
+    let sick = Sick::new();
+    let len = fs::metadata(&sick.pack).unwrap().len();
+    let len = usize::try_from(len).unwrap();
+    let digest = sick.pack.file_name().unwrap().to_str().unwrap().to_owned();
+    let harms: [(&str, Harm<'_>); 8] = [
+        ("a flipped byte in a frame", &|bytes| bytes[len / 2] ^= 0xff),
+        ("a flipped byte in a frame's header", &|bytes| bytes[16 + 9] ^= 0x40),
+        ("a flipped byte in the index", &|bytes| bytes[len - 64 - 100] ^= 1),
+        ("a flipped byte in the trailer", &|bytes| bytes[len - 60] ^= 1),
+        ("a flipped byte in the header", &|bytes| bytes[3] ^= 1),
+        ("a pack cut in the middle", &|bytes| bytes.truncate(len / 2)),
+        ("a pack without its last byte", &|bytes| bytes.truncate(len - 1)),
+        ("an empty pack", &|bytes| bytes.clear()),
+    ];
+    let named: Vec<_> = sick.bytes.chunks(CHUNK).map(|chunk| Digest::of(chunk).hex()).collect();
+    every_way(&sick, &sick.pack, &harms, &named, &digest);
+}
+
+#[test]
+fn a_damaged_root_or_segment_is_named() {
+    let sick = Sick::new();
+    let segment = sick.segment();
+    for digest in [sick.image, segment] {
+        let harms: [(&str, Harm<'_>); 4] = [
+            ("a flipped byte", &|bytes| bytes[5] ^= 1),
+            ("a missing end", &|bytes| bytes.truncate(bytes.len() - 1)),
+            ("an empty manifest", &|bytes| bytes.clear()),
+            ("more than there was", &|bytes| bytes.extend_from_slice(&[0; 4096])),
+        ];
+        every_way(&sick, &sick.store.manifest(&digest), &harms, &[digest.hex()], &digest.hex());
+    }
+}
+
+#[test]
+fn a_damaged_reference_is_named() {
+    let sick = Sick::new();
+    let harms: [(&str, Harm<'_>); 5] = [
+        ("a flipped byte", &|bytes| bytes[9] ^= 0x80),
+        ("half a reference", &|bytes| bytes.truncate(30)),
+        ("an empty reference", &|bytes| bytes.clear()),
+        ("garbage", &|bytes| *bytes = noise(3000, 33)),
+        ("a digest in capitals", &|bytes| bytes.make_ascii_uppercase()),
+    ];
+    let path = sick.store.reference("bad", "latest");
+    every_way(&sick, &path, &harms, &["bad:latest".to_owned()], "bad:latest");
+    fs::write(&path, "").unwrap();
+    let server = sick.serve();
+    let output = postcopy(server.address(), ["ls", "--json"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+    let list: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let listed: Vec<_> = list.as_array().unwrap().iter().map(|i| i["reference"].as_str().unwrap()).collect();
+    assert_eq!(listed, ["bad:latest", "good:latest"], "a damaged reference hides no other");
+    assert!(list[0]["damage"].as_str().unwrap().contains("bad:latest"), "{list}");
+}
+
+#[test]
+fn what_is_gone_is_named() {
+    let sick = Sick::new();
+    let chunks: Vec<_> = sick.bytes.chunks(CHUNK).map(|chunk| Digest::of(chunk).hex()).collect();
+    let cases = [
+        (sick.pack.clone(), chunks),
+        (sick.store.manifest(&sick.image), vec![sick.image.hex()]),
+        (sick.store.manifest(&sick.segment()), vec![sick.segment().hex()]),
+    ];
+    for (path, named) in cases {
+        let good = fs::read(&path).unwrap();
+        let warm = sick.serve();
+        fs::remove_file(&path).unwrap();
+        sick.read_bad(&warm, &named);
+        let cold = sick.serve();
+        assert!(sick.read_bad(&cold, &named) > 0);
+        sick.assert_good_is_served(&cold);
+        let damage = sick.store.damage();
+        assert!(
+            damage.iter().any(|(object, _)| named.iter().any(|name| object.contains(name))),
+            "{damage:?}"
+        );
+        fs::write(&path, good).unwrap();
+        assert_eq!(sick.read_bad(&cold, &[]), 0, "the running server takes it back");
+    }
+}
+
+#[test]
+fn a_store_of_another_format_and_other_directories_are_refused() {
+    let sick = Sick::new();
+    let format = sick.store.root().join("format");
+    let refused = |named: &str| {
+        let text = Server::try_on(sick.store.root(), "127.0.0.1:0").expect_err("it must not start");
+        assert!(text.contains(named) && text.contains(sick.store.root().to_str().unwrap()), "{text}");
+        for command in ["verify", "gc"] {
+            let output = sick.store.postcopyd(command, &[]);
+            assert!(!output.status.success() && shown(&output).contains(named), "{}", shown(&output));
+        }
+    };
+    let before = sick.store.files("");
+    for (text, named) in [
+        ("postcopy store 2\n", "postcopy store 2"),
+        ("", "store format \"\""),
+        ("postcopy store 1", "format"),
+    ] {
+        fs::write(&format, text).unwrap();
+        refused(named);
+    }
+    fs::write(&format, noise(1 << 20, 34)).unwrap();
+    refused("format");
+    fs::remove_file(&format).unwrap();
+    let text = Server::try_on(sick.store.root(), "127.0.0.1:0").expect_err("it must not start");
+    assert!(text.contains("not a store"), "{text}");
+    fs::write(&format, "postcopy store 1\n").unwrap();
+    assert_eq!(sick.store.files(""), before, "nothing was touched");
+    sick.assert_good_is_served(&sick.serve());
+
+    let other = sick.folder.path().join("letters");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("letter.txt"), "dear").unwrap();
+    let text = Server::try_on(&other, "127.0.0.1:0").expect_err("it must not start");
+    assert!(text.contains("letters") && text.contains("not a store"), "{text}");
+    assert_eq!(fs::read_dir(&other).unwrap().count(), 1);
+    let file = other.join("letter.txt");
+    let text = Server::try_on(&file, "127.0.0.1:0").expect_err("it must not start");
+    assert!(text.contains("letter.txt"), "{text}");
+}
+
+/// The server maps packs; touching a page beyond a cut file's end would be SIGBUS.
+#[test]
+fn cutting_and_deleting_packs_under_a_server_that_reads_them_does_not_kill_it() {
+    let sick = Sick::new();
+    let mut server = sick.serve();
+    let good = fs::read(&sick.pack).unwrap();
+    let named: Vec<_> = sick.bytes.chunks(CHUNK).map(|chunk| Digest::of(chunk).hex()).collect();
+    let done = AtomicBool::new(false);
+    let reads = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    let rpc = Rpc::connect(server.address());
+                    let (mut right, mut errors) = (0, 0);
+                    while !done.load(Ordering::Relaxed) {
+                        match rpc.read_file("bad", "mem") {
+                            Ok(bytes) => {
+                                assert!(bytes == sick.bytes);
+                                right += 1;
+                            }
+                            Err(status) => {
+                                assert!(
+                                    matches!(status.code(), Code::DataLoss | Code::NotFound),
+                                    "{status:?}"
+                                );
+                                assert!(
+                                    named.iter().any(|name| status.message().contains(name)),
+                                    "{status:?}"
+                                );
+                                errors += 1;
+                            }
+                        }
+                    }
+                    (right, errors)
+                })
+            })
+            .collect();
+        for round in 0..150u64 {
+            if round % 3 == 2 {
+                fs::remove_file(&sick.pack).unwrap();
+            } else {
+                let file = fs::File::options().write(true).open(&sick.pack).unwrap();
+                file.set_len(if round % 3 == 0 { 0 } else { good.len() as u64 / 2 }).unwrap();
+            }
+            std::thread::yield_now();
+            fs::write(&sick.pack, &good).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        readers.into_iter().map(|reader| reader.join().unwrap()).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
+    });
+    eprintln!("{} reads were right, {} were errors", reads.0, reads.1);
+    assert!(reads.0 > 0 && reads.1 > 0, "both must have been seen: {reads:?}");
+    assert_eq!(sick.read_bad(&server, &[]), 0, "whole again, so served again");
+    sick.assert_good_is_served(&server);
+    assert_eq!(server.stop().code(), Some(0), "it lived to the end");
+}
+
+fn upload(rpc: &Rpc, parts: Vec<Option<upload_pack_request::Part>>) -> Result<(), Status> {
+    let parts = parts.into_iter().map(|part| v1::UploadPackRequest { part });
+    rpc.wait(rpc.images().upload_pack(tokio_stream::iter(parts))).map(|_| ())
+}
+
+fn begin(digest: impl Into<bytes::Bytes>, size_bytes: usize) -> Option<upload_pack_request::Part> {
+    let begin = v1::UploadPackBegin { digest: digest.into(), size_bytes: size_bytes as u64 };
+    Some(upload_pack_request::Part::Begin(begin))
+}
+
+fn data(bytes: impl Into<bytes::Bytes>) -> Option<upload_pack_request::Part> {
+    Some(upload_pack_request::Part::Data(bytes.into()))
+}
+
+fn upload_whole(rpc: &Rpc, pack: &[u8]) -> Result<(), Status> {
+    let parts = pack.chunks(1 << 20).map(|part| data(part.to_vec()));
+    upload(rpc, [begin(Digest::of(pack), pack.len())].into_iter().chain(parts).collect())
+}
+
+fn frame_of(chunk: &[u8]) -> Vec<u8> {
+    let mut frame = Vec::new();
+    assert!(FrameEncoder::new(1).encode(chunk, &mut frame), "the chunk is not zero");
+    frame
+}
+
+fn pack_of(frames: &[(Digest, Vec<u8>)]) -> Vec<u8> {
+    let mut builder = PackBuilder::default();
+    frames.iter().for_each(|(digest, frame)| builder.push(*digest, frame));
+    builder.finish()
+}
+
+#[test]
+fn a_damaged_copy_is_gone_around_where_another_pack_has_a_good_one() {
+    let sick = Sick::new();
+    let server = sick.serve();
+    let chunk = &sick.bytes[3 * CHUNK..4 * CHUNK];
+    let wanted = Digest::of(chunk);
+    // The second copy lies in a pack with another chunk, so that it is another pack.
+    let more = noise(CHUNK, 35);
+    let second = pack_of(&[(wanted, frame_of(chunk)), (Digest::of(&more), frame_of(&more))]);
+    upload_whole(&Rpc::connect(server.address()), &second).unwrap();
+    drop(server);
+
+    let copies: Vec<_> = sick.store.frames().into_iter().filter(|(_, entry)| entry.chunk == wanted).collect();
+    assert_eq!(copies.len(), 2);
+    let mut damaged_answers = 0;
+    for (pack, entry) in &copies {
+        let at = u64::from(entry.offset + entry.length / 2);
+        flip(pack, at);
+        let server = sick.serve();
+        let rpc = Rpc::connect(server.address());
+        for attempt in 0..3 {
+            let (answers, end) = rpc.fetch(vec![v1::FetchChunksRequest {
+                id: 9,
+                attempt,
+                image: sick.image.into(),
+                runs: vec![v1::ChunkRun { first: 3, count: 1 }],
+                ..Default::default()
+            }]);
+            end.unwrap();
+            assert_eq!((answers.len(), answers[0].id, answers[0].attempt), (1, 9, attempt));
+            let Some(Answer::Chunk(v1::ChunkAnswer {
+                chunk: 3,
+                result: Some(chunk_answer::Result::Frame(frame)),
+            })) = &answers[0].answer
+            else {
+                panic!("no frame: {answers:?}");
+            };
+            let mut plain = vec![0; CHUNK];
+            let frame = ChunkFrame::parse(frame).unwrap();
+            let outcome = FrameDecoder::default().decode_verified(&frame, &wanted, &mut plain);
+            assert!(attempt == 0 || outcome.is_ok(), "attempt {attempt}: {outcome:?}");
+            damaged_answers += usize::from(outcome.is_err());
+        }
+        assert_eq!(sick.read_bad(&server, &[]), 0, "every way of reading goes around it");
+        let damage = sick.store.damage();
+        let name = pack.file_name().unwrap().to_str().unwrap();
+        assert!(damage[0].0.contains(name) && damage[0].1.contains(&wanted.hex()), "{damage:?}");
+        let lost = |(object, _): &(String, String)| object.contains(&format!("chunk {wanted}"));
+        assert!(!damage.iter().any(lost), "another pack has it: {damage:?}");
+        flip(pack, at);
+    }
+    assert!(damaged_answers > 0, "the damaged copy was never the first one: this showed nothing");
+    sick.store.assert_sound();
+}
+
+#[test]
+fn every_damaged_object_is_named_at_once() {
+    let sick = Sick::new();
+    let entries: Vec<_> = sick.store.frames().into_iter().filter(|(pack, _)| *pack == sick.pack).collect();
+    flip(&sick.pack, u64::from(entries[0].1.offset) + 50);
+    let others: Vec<_> = sick.store.packs().into_iter().filter(|pack| *pack != sick.pack).collect();
+    flip(&others[0], 0);
+    flip(&sick.store.manifest(&sick.segment()), 3);
+    let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+    let named =
+        [name(&sick.pack), name(&others[0]), sick.segment().hex(), "good:latest".into(), "bad:latest".into()];
+    let damage = sick.store.damage();
+    for name in named {
+        assert!(damage.iter().any(|(object, _)| object.contains(&name)), "{name} is not named: {damage:?}");
+    }
+    let text = shown(&sick.store.postcopyd("verify", &[]));
+    assert!(text.contains(&sick.segment().hex()), "the text for people, too: {text}");
+}
+
+/// A server, a connection, an image of two chunks, and what the store holds.
+struct Target {
+    server: Server,
+    rpc: Rpc,
+    store: StoreDir,
+    image: Digest,
+    bytes: Vec<u8>,
+}
+
+impl Target {
+    fn new() -> Self {
+        let server = Server::start();
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let path = folder.path().join("mem");
+        let bytes = noise(2 * CHUNK, 36);
+        fs::write(&path, &bytes).expect("a file can be written");
+        let pushed = run(server.address(), [OsStr::new("push"), path.as_os_str(), OsStr::new("app")]);
+        let (rpc, store) = (Rpc::connect(server.address()), StoreDir::of(&server));
+        Self { server, rpc, store, image: digest(&pushed["image"]), bytes }
+    }
+
+    /// Runs `attack`, which must be refused with this code and a text that names the thing, and see that nothing came
+    /// of it.
+    fn refused<T: std::fmt::Debug>(
+        &self,
+        code: Code,
+        named: &str,
+        attack: impl FnOnce(&Rpc) -> Result<T, Status>,
+    ) {
+        let before = self.store.files("");
+        let status = attack(&self.rpc).expect_err("it must be refused");
+        assert_eq!(status.code(), code, "{named}: {status:?}");
+        assert!(status.message().contains(named), "{named:?} is not in {:?}", status.message());
+        assert!(status.message().len() < 500, "a short message: {}", status.message());
+        assert_eq!(self.store.files(""), before, "{named}: something was stored");
+    }
+
+    fn assert_goes_on(mut self) {
+        assert!(self.rpc.read_file("app", "mem").expect("it is served") == self.bytes);
+        self.store.assert_sound();
+        assert_eq!(self.server.stop().code(), Some(0));
+    }
+}
+
+fn long() -> String {
+    "a".repeat(10_000)
+}
+
+#[test]
+fn hostile_references_and_paths_are_refused_by_name() {
+    let target = Target::new();
+    let invalid = Code::InvalidArgument;
+    for bad in ["../x", "a\0b", "", "/etc/passwd", "a/../b", "_tags", "a:..", "a:", &long()] {
+        let reference = || bad.to_owned();
+        // Of `a:..` the tag is named.
+        let shown = if bad.len() > 100 { "aaaa" } else { &format!("{:?}", bad.trim_start_matches("a:")) };
+        target.refused(invalid, shown, |rpc| {
+            rpc.wait(rpc.images().get_image(v1::GetImageRequest { reference: reference() }))
+        });
+        target.refused(invalid, shown, |rpc| {
+            rpc.wait(rpc.images().delete_image(v1::DeleteImageRequest { reference: reference() }))
+        });
+        for (source, target_name) in [(reference(), "b".to_owned()), ("app".to_owned(), reference())] {
+            target.refused(invalid, shown, |rpc| {
+                let request = v1::TagImageRequest { source, target: target_name };
+                rpc.wait(rpc.images().tag_image(request))
+            });
+        }
+        target.refused(invalid, shown, |rpc| {
+            let request = v1::OpenImageRequest { reference: reference(), ..Default::default() };
+            rpc.wait(rpc.pages().open_image(request))
+        });
+        target.refused(invalid, shown, |rpc| rpc.read_file(bad, "mem"));
+        target.refused(invalid, shown, |rpc| commit(rpc, bad, &root(|_| {}).encode_to_vec()));
+        if !bad.is_empty() {
+            target.refused(invalid, "page_token", |rpc| {
+                let request = v1::ListImagesRequest { page_token: reference(), ..Default::default() };
+                rpc.wait(rpc.images().list_images(request))
+            });
+        }
+    }
+    let fixed = format!("app@{}", target.image);
+    target.refused(invalid, "tag", |rpc| {
+        rpc.wait(rpc.images().delete_image(v1::DeleteImageRequest { reference: fixed.clone() }))
+    });
+    target.refused(invalid, "app@blake3:00", |rpc| rpc.read_file("app@blake3:00", "mem"));
+    target.refused(Code::NotFound, "other:latest", |rpc| rpc.read_file("other", "mem"));
+
+    for bad in ["../x", "../../../../etc/passwd", "/etc/passwd", "me\0m", "", "mem/", "./mem", &long()] {
+        let shown = if bad.len() > 100 { "aaaa" } else { &format!("{bad:?}") };
+        target.refused(Code::NotFound, shown, |rpc| rpc.read_file("app", bad));
+        target.refused(Code::NotFound, shown, |rpc| {
+            let first_paths = vec![bad.as_bytes().to_vec().into()];
+            let request = v1::OpenImageRequest { reference: "app".into(), first_paths, all_segments: true };
+            rpc.wait(rpc.pages().open_image(request))
+        });
+    }
+    let size = target.bytes.len() as u64;
+    for (offset, length) in
+        [(size + 1, None), (0, Some(size + 1)), (size, Some(1)), (u64::MAX, Some(2)), (2, Some(u64::MAX))]
+    {
+        target.refused(Code::OutOfRange, &format!("{size} bytes"), |rpc| {
+            rpc.read_range("app", "mem", offset, length)
+        });
+    }
+    target.assert_goes_on();
+}
+
+#[test]
+fn hostile_chunk_requests_are_refused_by_name() {
+    let target = Target::new();
+    let image: bytes::Bytes = target.image.into();
+    let run = |first, count| vec![v1::ChunkRun { first, count }];
+    let request = |image: &bytes::Bytes, runs| v1::FetchChunksRequest {
+        image: image.clone(),
+        runs,
+        ..Default::default()
+    };
+    let fetch = |requests: Vec<v1::FetchChunksRequest>| {
+        move |rpc: &Rpc| {
+            let (answers, end) = rpc.fetch(requests);
+            end.map(|()| answers)
+        }
+    };
+    let invalid = Code::InvalidArgument;
+    let none = bytes::Bytes::new();
+    target.refused(invalid, "image", fetch(vec![v1::FetchChunksRequest::default()]));
+    target.refused(invalid, "image", fetch(vec![request(&none, run(0, 1))]));
+    for len in [1, 31, 33, 64] {
+        let wrong = bytes::Bytes::from(vec![1; len]);
+        target.refused(invalid, "image", fetch(vec![request(&wrong, run(0, 1))]));
+        target.refused(invalid, "image", fetch(vec![request(&image, vec![]), request(&wrong, run(0, 1))]));
+    }
+    let unknown: bytes::Bytes = Digest::of(b"no image").into();
+    target.refused(Code::NotFound, &Digest::of(b"no image").hex(), fetch(vec![request(&unknown, run(0, 1))]));
+    target.refused(invalid, "another", fetch(vec![request(&image, run(0, 1)), request(&unknown, run(0, 1))]));
+    for runs in [
+        run(0, 0),
+        run(0, 1025),
+        run(0, u32::MAX),
+        [run(0, 1024), run(0, 1)].concat(),
+        [run(0, u32::MAX), run(0, u32::MAX)].concat(),
+    ] {
+        target.refused(invalid, "run", fetch(vec![request(&image, runs.clone())]));
+        target.refused(invalid, "run", fetch(vec![request(&image, run(0, 1)), request(&image, runs)]));
+    }
+    let many = (0..100_000).map(|_| v1::ChunkRun { first: 0, count: 1 }).collect::<Vec<_>>();
+    target.refused(invalid, "run", fetch(vec![request(&image, many)]));
+
+    let (answers, end) = target.rpc.fetch(vec![request(&image, run(u64::MAX, 2))]);
+    end.unwrap();
+    for answer in &answers {
+        let Some(Answer::Chunk(v1::ChunkAnswer { result: Some(chunk_answer::Result::Error(error)), .. })) =
+            &answer.answer
+        else {
+            panic!("an overflowing run gave {answer:?}");
+        };
+        assert_eq!(error.code(), v1::ErrorCode::OutOfRange);
+    }
+    target.refused(invalid, "run", fetch(vec![request(&image, run(u64::MAX, u32::MAX))]));
+
+    // What is out of range is an error of its own answer, and the others are served.
+    let runs = [run(2, 1), run(1, 1), run(u64::MAX, 1), run(1 << 40, 1)].concat();
+    let (answers, end) = target.rpc.fetch(vec![request(&image, runs.clone())]);
+    end.unwrap();
+    let mut answers = answers
+        .into_iter()
+        .map(|answer| match answer.answer {
+            Some(Answer::Chunk(chunk)) => chunk,
+            other => panic!("no chunk: {other:?}"),
+        })
+        .collect::<Vec<_>>();
+    answers.sort_by_key(|answer| answer.chunk);
+    let numbers: Vec<_> = answers.iter().map(|answer| answer.chunk).collect();
+    assert_eq!(numbers, [1, 2, 1 << 40, u64::MAX]);
+    for answer in &answers[1..] {
+        let Some(chunk_answer::Result::Error(error)) = &answer.result else { panic!("{answer:?}") };
+        assert_eq!(error.code(), v1::ErrorCode::OutOfRange);
+        assert!(error.message.contains(&answer.chunk.to_string()), "{error:?}");
+    }
+    assert!(matches!(answers[0].result, Some(chunk_answer::Result::Frame(_))));
+    let segment = v1::FetchChunksRequest { segment: Some(u32::MAX), ..request(&image, vec![]) };
+    let (answers, end) = target.rpc.fetch(vec![segment]);
+    end.unwrap();
+    let Some(Answer::Segment(v1::SegmentAnswer {
+        index: u32::MAX,
+        result: Some(v1::segment_answer::Result::Error(error)),
+    })) = &answers[0].answer
+    else {
+        panic!("{answers:?}");
+    };
+    assert_eq!(error.code(), v1::ErrorCode::OutOfRange);
+
+    let stream = |requests: Vec<v1::StreamChunksRequest>| {
+        move |rpc: &Rpc| {
+            rpc.wait(async {
+                let mut stream = rpc.pages().stream_chunks(tokio_stream::iter(requests)).await?.into_inner();
+                let mut chunks = 0;
+                while let Some(message) = stream.message().await? {
+                    chunks += message.chunks.len();
+                }
+                Ok::<_, Status>(chunks)
+            })
+        }
+    };
+    let bulk = |image: &bytes::Bytes, runs| v1::StreamChunksRequest {
+        image: image.clone(),
+        runs,
+        ..Default::default()
+    };
+    target.refused(invalid, "image", stream(vec![v1::StreamChunksRequest::default()]));
+    target.refused(invalid, "another", stream(vec![bulk(&image, run(0, 1)), bulk(&unknown, run(0, 1))]));
+    for runs in [run(0, 0), run(0, 16_385), [run(0, 16_384), run(0, 1)].concat()] {
+        target.refused(invalid, "run", stream(vec![bulk(&image, runs)]));
+    }
+    assert_eq!(stream(vec![bulk(&image, [run(2, 1), run(0, 2)].concat())])(&target.rpc).unwrap(), 3);
+
+    for len in [1, 31, 33] {
+        target.refused(invalid, "chunk_digests", |rpc| {
+            let request = v1::FindMissingRequest { chunk_digests: vec![0; len].into() };
+            rpc.wait(rpc.images().find_missing(request))
+        });
+    }
+    target.refused(invalid, "65537", |rpc| {
+        let request = v1::FindMissingRequest { chunk_digests: vec![0; 32 * 65_537].into() };
+        rpc.wait(rpc.images().find_missing(request))
+    });
+    target.assert_goes_on();
+}
+
+#[test]
+fn hostile_packs_are_refused_by_name() {
+    let target = Target::new();
+    let invalid = Code::InvalidArgument;
+    let (one, two) = (noise(CHUNK, 37), memory_like(CHUNK, 38));
+    let good = pack_of(&[(Digest::of(&one), frame_of(&one)), (Digest::of(&two), frame_of(&two))]);
+    let wrong = Digest::of(b"another pack");
+    let (digest, len) = (Digest::of(&good), good.len());
+    target.refused(invalid, &digest.hex(), |rpc| upload(rpc, vec![begin(wrong, len), data(good.clone())]));
+    for size in [0, 1, len - 1] {
+        target.refused(invalid, "more than the announced", |rpc| {
+            upload(rpc, vec![begin(digest, size), data(good.clone())])
+        });
+    }
+    target.refused(invalid, "were announced", |rpc| {
+        upload(rpc, vec![begin(digest, len + 1), data(good.clone())])
+    });
+    target.refused(invalid, "size_bytes", |rpc| {
+        upload(rpc, vec![begin(digest, (64 << 20) + 1), data(good.clone())])
+    });
+    target.refused(invalid, "size_bytes", |rpc| {
+        upload(rpc, vec![begin(digest, usize::MAX), data(good.clone())])
+    });
+    for len in [0, 31, 33] {
+        target.refused(invalid, "digest", |rpc| {
+            upload(rpc, vec![begin(vec![1; len], 100), data(vec![1; 100])])
+        });
+    }
+    target.refused(invalid, "begin", |rpc| upload(rpc, vec![]));
+    target.refused(invalid, "begin", |rpc| upload(rpc, vec![None]));
+    target.refused(invalid, "begin", |rpc| upload(rpc, vec![data(good.clone())]));
+    target.refused(invalid, "begin", |rpc| {
+        upload(rpc, vec![begin(digest, len), begin(digest, len), data(good.clone())])
+    });
+    target.refused(invalid, "0 bytes came", |rpc| upload(rpc, vec![begin(digest, len)]));
+    target.refused(invalid, "begin", |rpc| upload(rpc, vec![begin(digest, len), None, data(good.clone())]));
+
+    for garbage in
+        [vec![], vec![0; 79], noise(5000, 39), good[..len - 1].to_vec(), [&good[..], &[0]].concat()]
+    {
+        target.refused(invalid, &Digest::of(&garbage).hex(), |rpc| upload_whole(rpc, &garbage));
+    }
+    let mut newer = good.clone();
+    newer[8] = 2;
+    target.refused(invalid, "format 2", |rpc| upload_whole(rpc, &newer));
+    let mut huge = frame_of(&one);
+    huge[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+    let mut bomb = frame_of(&[1; 4096]);
+    let coded = zstd::bulk::compress(&vec![7; 1 << 20], 19).unwrap();
+    bomb.truncate(20);
+    bomb[12..16].copy_from_slice(&u32::try_from(coded.len()).unwrap().to_le_bytes());
+    bomb.extend_from_slice(&coded);
+    let mut flipped = frame_of(&two);
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 0xff;
+    for frame in [huge, bomb, flipped, frame_of(&two), noise(200, 40), vec![0; 16]] {
+        let claimed = Digest::of(&one);
+        // A good frame beside it does not carry it in.
+        let pack = pack_of(&[(claimed, frame), (Digest::of(&two), frame_of(&two))]);
+        target.refused(invalid, &claimed.hex(), |rpc| upload_whole(rpc, &pack));
+    }
+    let held_zeros = {
+        let mut frame = frame_of(&[1; 4096]);
+        frame.truncate(20);
+        frame[0] = 0;
+        frame[12..16].copy_from_slice(&4096u32.to_le_bytes());
+        frame.extend_from_slice(&[0; 4096]);
+        frame
+    };
+    let zeros = Digest::of(&[0; 4096]);
+    target.refused(invalid, &zeros.hex(), |rpc| upload_whole(rpc, &pack_of(&[(zeros, held_zeros)])));
+    target.refused(Code::OutOfRange, "", |rpc| upload(rpc, vec![begin(digest, len), data(vec![0; 5 << 20])]));
+
+    upload_whole(&target.rpc, &good).unwrap();
+    assert!(target.store.packs().iter().any(|pack| pack.ends_with(digest.hex())), "the good one is taken");
+    upload_whole(&target.rpc, &good).unwrap();
+    target.assert_goes_on();
+}
+
+fn root(change: impl FnOnce(&mut v1::Root)) -> v1::Root {
+    let file = v1::File { size_bytes: 5000, executable: false };
+    let mut root = v1::Root {
+        format: 1,
+        chunk_size_bytes: 4096,
+        entries: vec![v1::Entry { path: "f".into(), kind: Some(v1::entry::Kind::File(file)) }],
+        segment_digests: Digest::of(b"no segment").into(),
+    };
+    change(&mut root);
+    root
+}
+
+fn commit(rpc: &Rpc, reference: &str, root: &[u8]) -> Result<v1::commit_response::Outcome, Status> {
+    commit_parts(rpc, reference, root.len(), vec![Some(commit_request::Part::RootPart(root.to_vec().into()))])
+}
+
+fn commit_parts(
+    rpc: &Rpc,
+    reference: &str,
+    root_bytes: usize,
+    parts: Vec<Option<commit_request::Part>>,
+) -> Result<v1::commit_response::Outcome, Status> {
+    let begin = v1::CommitBegin { reference: reference.to_owned(), root_bytes: root_bytes as u64 };
+    let parts = [Some(commit_request::Part::Begin(begin))].into_iter().chain(parts);
+    let requests: Vec<_> = parts.map(|part| v1::CommitRequest { part }).collect();
+    let response = rpc.wait(rpc.images().commit(tokio_stream::iter(requests)))?;
+    Ok(response.into_inner().outcome.expect("an outcome"))
+}
+
+#[test]
+fn hostile_commits_are_refused_by_name() {
+    use v1::commit_response::Outcome;
+    let target = Target::new();
+    let invalid = Code::InvalidArgument;
+    let long_path = "d/".repeat(3000) + "f";
+    for (path, named) in [
+        ("../x", "../x"),
+        ("a/../../x", "`..`"),
+        ("/etc/passwd", "/etc/passwd"),
+        ("a\0b", "NUL"),
+        ("", "empty"),
+        ("a//b", "empty part"),
+        (&long_path, "longer"),
+    ] {
+        let hostile = root(|root| root.entries[0].path = path.as_bytes().to_vec().into());
+        target.refused(invalid, named, |rpc| commit(rpc, "evil", &hostile.encode_to_vec()));
+    }
+    type Change = fn(&mut v1::Root);
+    let changes: [(Change, &str); 11] = [
+        (|r| r.format = 2, "format 2"),
+        (|r| r.chunk_size_bytes = 5000, "chunk size 5000"),
+        (|r| r.chunk_size_bytes = 0, "chunk size 0"),
+        (|r| r.segment_digests = bytes::Bytes::new(), "segments"),
+        (|r| r.segment_digests = vec![1; 31].into(), "31"),
+        (|r| r.segment_digests = vec![1; 64].into(), "segments"),
+        (|r| r.entries.push(r.entries[0].clone()), "ascending"),
+        (|r| r.entries[0].kind = None, "(f)"),
+        (
+            |r| {
+                r.entries[0].kind =
+                    Some(v1::entry::Kind::File(v1::File { size_bytes: u64::MAX, executable: false }))
+            },
+            "2^63",
+        ),
+        (
+            |r| {
+                r.entries[0].kind =
+                    Some(v1::entry::Kind::File(v1::File { size_bytes: 1 << 40, executable: false }))
+            },
+            "segments",
+        ),
+        (
+            |r| {
+                r.entries[0].kind =
+                    Some(v1::entry::Kind::SymbolicLink(v1::SymbolicLink { target: "a\0".into() }))
+            },
+            "(f)",
+        ),
+    ];
+    for (change, named) in changes {
+        target.refused(invalid, named, |rpc| commit(rpc, "evil", &root(change).encode_to_vec()));
+    }
+    let good = root(|_| {}).encode_to_vec();
+    target.refused(invalid, "canonical", |rpc| commit(rpc, "evil", &[&good[..], &[0x50, 1]].concat()));
+    target.refused(invalid, "root", |rpc| commit(rpc, "evil", &noise(300, 41)));
+    target.refused(invalid, "were announced", |rpc| {
+        commit_parts(
+            rpc,
+            "evil",
+            good.len() + 1,
+            vec![Some(commit_request::Part::RootPart(good.clone().into()))],
+        )
+    });
+    target.refused(invalid, "more than the announced", |rpc| {
+        commit_parts(rpc, "evil", 3, vec![Some(commit_request::Part::RootPart(good.clone().into()))])
+    });
+    target.refused(invalid, "root_bytes", |rpc| commit_parts(rpc, "evil", usize::MAX, vec![]));
+    target.refused(invalid, "begin", |rpc| commit_parts(rpc, "evil", good.len(), vec![None]));
+    target.refused(invalid, "begin", |rpc| rpc.wait(rpc.images().commit(tokio_stream::empty())));
+
+    let before = target.store.files("");
+    let Outcome::Missing(missing) = commit(&target.rpc, "evil", &good).unwrap() else { panic!("committed") };
+    assert_eq!(missing.segment_digests[..], Digest::of(b"no segment").as_bytes()[..]);
+    assert_eq!(target.store.files(""), before, "a commit that lacks something stores nothing");
+
+    // Segments that are stored but do not fit the root: too few chunks, and chunks that nobody has.
+    let store_segment = |digests: &[Digest]| -> Digest {
+        let kind = Some(v1::segment_run::Kind::ChunkDigests(Digest::concat(digests)));
+        let segment = v1::Segment { runs: vec![v1::SegmentRun { kind }] }.encode_to_vec();
+        let request = v1::UploadSegmentRequest { segment: segment.into() };
+        let answer = target.rpc.wait(target.rpc.images().upload_segment(request)).unwrap().into_inner();
+        Digest::try_from(&answer.digest[..]).unwrap()
+    };
+    let one = Digest::of(b"chunk one");
+    let short = store_segment(&[one]);
+    let unfit = root(|root| root.segment_digests = short.into()).encode_to_vec();
+    target.refused(invalid, &short.hex(), |rpc| commit(rpc, "evil", &unfit));
+    let two = store_segment(&[one, Digest::of(b"chunk two")]);
+    let lacking = root(|root| root.segment_digests = two.into()).encode_to_vec();
+    let Outcome::Missing(missing) = commit(&target.rpc, "evil", &lacking).unwrap() else {
+        panic!("committed")
+    };
+    assert_eq!(missing.chunk_digests.len(), 64, "both chunks are missing");
+    // Chunks of another length than the manifest says: the store has such a digest, and it must not be served short.
+    for segment in [vec![], vec![0; 5000], noise(700_000, 42)] {
+        target.refused(invalid, "segment", |rpc| {
+            let request = v1::UploadSegmentRequest { segment: segment.clone().into() };
+            rpc.wait(rpc.images().upload_segment(request))
+        });
+    }
+    assert!(!target.store.reference("evil", "latest").exists());
+    target.assert_goes_on();
+}
+
+/// A manifest may name a chunk that is there, but of another length than the manifest gives it.
+#[test]
+fn a_manifest_that_lies_about_a_chunk_s_length_gets_an_error_and_no_bytes() {
+    let target = Target::new();
+    let chunks = [Digest::of(&target.bytes[..CHUNK]), Digest::of(&target.bytes[CHUNK..])];
+    let kind = Some(v1::segment_run::Kind::ChunkDigests(Digest::concat(&chunks)));
+    let segment = v1::Segment { runs: vec![v1::SegmentRun { kind }] }.encode_to_vec();
+    let request = v1::UploadSegmentRequest { segment: segment.into() };
+    let answer = target.rpc.wait(target.rpc.images().upload_segment(request)).unwrap().into_inner();
+    let lying = root(|root| root.segment_digests = answer.digest.clone()).encode_to_vec();
+    match commit(&target.rpc, "evil", &lying) {
+        Err(status) => assert_eq!(status.code(), Code::InvalidArgument, "{status:?}"),
+        Ok(_) => {
+            let status = target.rpc.read_file("evil", "f").expect_err("no bytes fit that manifest");
+            assert!(status.message().contains(&chunks[0].hex()), "{status:?}");
+            let text = fail(target.server.address(), ["verify", "evil"]);
+            assert!(text.contains("65536") || text.contains(&chunks[0].hex()), "{text}");
+        }
+    }
+    assert!(target.rpc.read_file("app", "mem").unwrap() == target.bytes);
+}

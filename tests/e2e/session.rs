@@ -1,0 +1,476 @@
+//! What the library promises of sessions and regions.
+
+use crate::map::{push, random_pages};
+use postcopy::proto::v1::ChunkAnswer;
+use postcopy::{LossPolicy, Options, Region, Session};
+use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::fixtures::{memory_like, noise};
+use postcopy_tests::proxy::{Break, How, Proxy};
+use postcopy_tests::server::Server;
+use postcopy_tests::wait_until;
+use rustix::mm::Advice;
+use std::ops::Range;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tempfile::TempDir;
+
+const PAGE: usize = 4096;
+const CHUNK: usize = 64 << 10;
+const WATCHDOG: Duration = Duration::from_secs(110);
+const MINUTE: Duration = Duration::from_secs(60);
+/// Tells this program, started again by a test of it, where the server is whose page it is to touch.
+const CHILD: &str = "POSTCOPY_TESTS_CHILD";
+const FILLING: Options =
+    Options { fill: true, fault_deadline: Duration::from_secs(30), on_loss: LossPolicy::Poison };
+
+/// A server that has the image `app` of one file, `mem`.
+struct Source {
+    server: Server,
+    bytes: Vec<u8>,
+    _folder: TempDir,
+}
+
+impl Source {
+    fn start(bytes: Vec<u8>, chunk: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start();
+        let path = folder.path().join("mem");
+        std::fs::write(&path, &bytes).unwrap();
+        push(&server, &path, "app", chunk);
+        Self { server, bytes, _folder: folder }
+    }
+
+    fn open(&self, options: Options) -> Session {
+        Session::open(self.server.address(), &"app".parse().unwrap(), options).unwrap()
+    }
+}
+
+/// Gives the content of these bytes of a region back to the kernel, as programs do (MADV_DONTNEED).
+#[expect(unsafe_code, reason = "madvise on memory of our own")]
+fn give_back(region: &mut Region, range: Range<usize>) {
+    assert!(range.start.is_multiple_of(PAGE) && range.end <= region.len(), "whole pages of the region");
+    let start = region[range.clone()].as_mut_ptr();
+    // SAFETY: the region is borrowed exclusively, so nobody holds a slice whose bytes change.
+    unsafe { rustix::mm::madvise(start.cast(), range.len(), Advice::LinuxDontNeed) }.unwrap();
+}
+
+fn assert_zero(bytes: &[u8], what: &str) {
+    assert_eq!(bytes.iter().position(|byte| *byte != 0), None, "{what}: not zero");
+}
+
+fn assert_pages(region: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(region.len(), expected.len(), "{what}");
+    let pages = region.chunks(PAGE).zip(expected.chunks(PAGE));
+    let wrong: Vec<usize> = pages.enumerate().filter(|(_, (a, b))| a != b).map(|(page, _)| page).collect();
+    assert_eq!(wrong, Vec::<usize>::new(), "{what}: pages with wrong bytes");
+}
+
+#[test]
+fn progress_counts_pages_faults_and_chunks() {
+    within(WATCHDOG, || {
+        let source = Source::start(noise(32 * CHUNK + 1, 1), CHUNK);
+        let session = source.open(Options::default());
+        assert_eq!(session.progress(), postcopy::Progress::default());
+        let region = session.map("mem").unwrap();
+        let total = 32 * 16 + 1;
+        assert_eq!(session.progress().total_pages, total);
+        assert_eq!(session.progress().resident_pages, 0);
+
+        for chunk in [3, 7, 32] {
+            assert_eq!(region[chunk * CHUNK], source.bytes[chunk * CHUNK]);
+        }
+        wait_until("three chunks are there", || session.progress().resident_pages == 16 + 16 + 1);
+        let progress = session.progress();
+        assert_eq!((progress.faults, progress.demand_chunks, progress.bulk_chunks), (3, 3, 0));
+        assert!(progress.frame_bytes > 2 * CHUNK as u64, "{progress:?}");
+        assert!(region.is_resident(3 * CHUNK) && !region.is_resident(4 * CHUNK));
+
+        let second = session.map("mem").unwrap();
+        assert_eq!(session.progress().total_pages, 2 * total);
+        drop(second);
+        wait_until("a dropped region is not counted", || session.progress().total_pages == total);
+
+        let late = session.wait_resident(Duration::from_millis(20)).unwrap_err();
+        assert!(late.to_string().contains("20ms"), "{late}");
+        session.fill().unwrap();
+        session.fill().unwrap();
+        session.wait_resident(MINUTE).unwrap();
+        let progress = session.progress();
+        assert_eq!((progress.resident_pages, progress.poisoned_pages, progress.removed_pages), (total, 0, 0));
+        assert_eq!(
+            (progress.demand_chunks, progress.bulk_chunks),
+            (3, 30),
+            "what is there is not brought again"
+        );
+        assert!(*region == source.bytes[..]);
+    });
+}
+
+#[test]
+fn a_region_outlives_its_session() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(8 << 20, 2), CHUNK);
+        for options in [Options::default(), FILLING] {
+            let session = source.open(options);
+            let first = session.map("mem").unwrap();
+            let second = session.map("mem").unwrap();
+            drop(session);
+            assert_pages(&first, &source.bytes, "the first region");
+            drop(first);
+            let mut bytes = vec![0; source.bytes.len()];
+            second.read_at(0, &mut bytes).unwrap();
+            assert_pages(&bytes, &source.bytes, "the second region");
+        }
+    });
+}
+
+#[test]
+fn regions_that_come_and_go_at_reused_addresses_are_right() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(6 << 20, 3), CHUNK);
+        let small = tempfile::tempdir().unwrap();
+        let other = noise(source.bytes.len(), 4);
+        std::fs::write(small.path().join("other"), &other).unwrap();
+        std::fs::write(small.path().join("mem"), &source.bytes).unwrap();
+        push(&source.server, small.path(), "app", CHUNK);
+        let session = source.open(FILLING);
+        let stays = session.map("mem").unwrap();
+        let seed = fastrand::u64(..);
+        eprintln!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut addresses = std::collections::HashSet::new();
+        for round in 0..200 {
+            let (name, bytes) = if rng.bool() { ("mem", &source.bytes) } else { ("other", &other) };
+            let region = session.map(name).unwrap();
+            addresses.insert(region.as_ptr().addr());
+            for _ in 0..rng.usize(..6) {
+                let page = rng.usize(..bytes.len() / PAGE);
+                let at = page * PAGE..(page + 1) * PAGE;
+                assert!(region[at.clone()] == bytes[at.clone()], "round {round}, {name}, page {page}");
+                assert!(stays[at.clone()] == source.bytes[at], "round {round}, the region that stays");
+            }
+            drop(region);
+        }
+        assert!(addresses.len() < 190, "addresses are not reused: {}", addresses.len());
+        session.wait_resident(MINUTE).unwrap();
+        assert_pages(&stays, &source.bytes, "the region that stays");
+    });
+}
+
+/// Two regions wait for the same chunk; the one that asked first is dropped.
+#[test]
+fn dropping_a_region_does_not_lose_the_faults_of_another() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(8 * CHUNK, 5), CHUNK);
+        let held = Arc::new(AtomicBool::new(true));
+        let hold = Arc::clone(&held);
+        let lies = Lies::default().chunk(move |_, answer| {
+            if hold.load(Ordering::SeqCst) {
+                vec![ChunkAnswer { result: None, ..answer }]
+            } else {
+                vec![answer]
+            }
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let options = Options { on_loss: LossPolicy::Wait, ..Options::default() };
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
+        let first = session.map("mem").unwrap();
+        let second = Arc::new(session.map("mem").unwrap());
+        first.read_at(0, &mut [0; 10]).unwrap_err();
+
+        let toucher = Arc::clone(&second);
+        let toucher = std::thread::spawn(move || toucher[..CHUNK].to_vec());
+        wait_until("the second region's fault is known", || session.progress().faults == 1);
+        drop(first);
+        wait_until("the first region is gone", || session.progress().total_pages == 8 * 16);
+        held.store(false, Ordering::SeqCst);
+        wait_until("the second region's fault is served", || toucher.is_finished());
+        assert!(toucher.join().unwrap() == source.bytes[..CHUNK]);
+    });
+}
+
+#[test]
+fn what_was_given_back_reads_as_zeros() {
+    within(WATCHDOG, || {
+        let source = Source::start(noise(16 * CHUNK, 6), CHUNK);
+        let session = source.open(Options::default());
+        let mut region = session.map("mem").unwrap();
+        // Resident, absent, and across the border of both.
+        assert_eq!(region[0], source.bytes[0]);
+        let ranges = [PAGE..3 * PAGE, 4 * CHUNK..5 * CHUNK, CHUNK - PAGE..CHUNK + PAGE];
+        for range in &ranges {
+            give_back(&mut region, range.clone());
+        }
+        let mut expected = source.bytes.clone();
+        ranges.iter().for_each(|range| expected[range.clone()].fill(0));
+        assert_pages(&region, &expected, "after MADV_DONTNEED");
+        wait_until("removed pages are counted", || session.progress().removed_pages == 2 + 16 + 2);
+        session.fill().unwrap();
+        session.wait_resident(MINUTE).unwrap();
+        assert_pages(&region, &expected, "after the fill");
+        // Removed pages are ordinary memory.
+        region[4 * CHUNK..5 * CHUNK].copy_from_slice(&source.bytes[..CHUNK]);
+        expected[4 * CHUNK..5 * CHUNK].copy_from_slice(&source.bytes[..CHUNK]);
+        assert_pages(&region, &expected, "after it was written to");
+    });
+}
+
+#[test]
+fn what_is_given_back_while_the_fill_runs_stays_zero() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(24 << 20, 7), CHUNK);
+        let pages = source.bytes.len() / PAGE;
+        for _ in 0..5 {
+            let seed = fastrand::u64(..);
+            eprintln!("seed {seed}");
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let session = source.open(FILLING);
+            let mut region = session.map("mem").unwrap();
+            let mut expected = source.bytes.clone();
+            for _ in 0..150 {
+                let start = rng.usize(..pages);
+                let end = (start + rng.usize(1..40)).min(pages);
+                let range = start * PAGE..end * PAGE;
+                give_back(&mut region, range.clone());
+                expected[range.clone()].fill(0);
+                if rng.bool() {
+                    assert_zero(&region[range], "just given back");
+                }
+            }
+            session.wait_resident(MINUTE).unwrap();
+            assert_pages(&region, &expected, "after the fill");
+        }
+    });
+}
+
+#[test]
+fn what_is_written_while_the_fill_runs_is_never_overwritten() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(24 << 20, 8), CHUNK);
+        for _ in 0..3 {
+            let session = source.open(FILLING);
+            let mut region = session.map("mem").unwrap();
+            let mut expected = source.bytes.clone();
+            let share = source.bytes.len() / 4;
+            std::thread::scope(|scope| {
+                for (written, mirror) in region.chunks_mut(share).zip(expected.chunks_mut(share)) {
+                    let pages = random_pages(written.len());
+                    scope.spawn(move || {
+                        for page in pages.into_iter().step_by(2) {
+                            // One byte in the middle of a page; the others come from the image.
+                            let at = page * PAGE + page % PAGE;
+                            let value = !mirror[at];
+                            written[at] = value;
+                            mirror[at] = value;
+                            assert_eq!(written[at], value);
+                        }
+                    });
+                }
+            });
+            session.wait_resident(MINUTE).unwrap();
+            assert_pages(&region, &expected, "after the fill");
+        }
+    });
+}
+
+#[test]
+fn two_sessions_and_many_regions_side_by_side_are_right() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(4 << 20, 9), CHUNK);
+        let sessions = [source.open(Options::default()), source.open(FILLING)];
+        std::thread::scope(|scope| {
+            for session in &sessions {
+                for _ in 0..4 {
+                    let bytes = &source.bytes;
+                    scope.spawn(move || {
+                        let region = session.map("mem").unwrap();
+                        for page in random_pages(bytes.len()) {
+                            let at = page * PAGE..(page + 1) * PAGE;
+                            assert!(region[at.clone()] == bytes[at], "page {page}");
+                        }
+                    });
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn ranges_beyond_the_file_and_unknown_files_are_errors() {
+    let source = Source::start(noise(PAGE + 5, 10), CHUNK);
+    let session = source.open(Options::default());
+    let error = session.map("no/such").unwrap_err().to_string();
+    assert!(error.contains("no/such"), "{error}");
+    let region = session.map("mem").unwrap();
+    region.read_at(PAGE + 5, &mut []).unwrap();
+    for (offset, len) in [(PAGE + 5, 1), (PAGE, 6), (usize::MAX, 2)] {
+        let error = region.read_at(offset, &mut vec![0; len]).unwrap_err().to_string();
+        assert!(error.contains("beyond the file's 4101 bytes"), "{error}");
+    }
+    assert_eq!(region.resident_pages(), 0);
+}
+
+/// Starts this program again to run the test of that name, as a child that does what [`CHILD`] tells it.
+fn as_child(test: &str, told: &str) -> ExitStatus {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let status =
+        command.args([test, "--exact", "--nocapture"]).env(CHILD, told).stdout(Stdio::null()).status();
+    status.unwrap()
+}
+
+#[test]
+fn a_touch_of_a_lost_page_is_sigbus() {
+    if let Ok(server) = std::env::var(CHILD) {
+        let options = Options { fault_deadline: Duration::from_secs(1), ..Options::default() };
+        let session = Session::open(&server.parse().unwrap(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        region.read_at(5 * CHUNK, &mut [0; 1]).unwrap_err();
+        let byte = std::hint::black_box(region[5 * CHUNK]);
+        panic!("it was read as {byte}");
+    }
+    within(WATCHDOG, || {
+        let source = Source::start(noise(16 * CHUNK, 11), CHUNK);
+        let lies = || {
+            Lies::default().chunk(|_, answer| {
+                vec![if answer.chunk == 5 { ChunkAnswer { result: None, ..answer } } else { answer }]
+            })
+        };
+        let chaos = Chaos::start(source.server.address(), lies());
+        let status = as_child("session::a_touch_of_a_lost_page_is_sigbus", &chaos.address().to_string());
+        assert_eq!(status.signal(), Some(rustix::process::Signal::BUS.as_raw()), "{status}");
+    });
+}
+
+/// A touch that waits when its page is lost is SIGBUS, too, and not a hang or a zero.
+#[test]
+fn a_touch_that_waits_for_a_lost_page_is_sigbus() {
+    if let Ok(server) = std::env::var(CHILD) {
+        let options = Options { fault_deadline: Duration::from_secs(1), ..Options::default() };
+        let session = Session::open(&server.parse().unwrap(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        let byte = std::hint::black_box(region[5 * CHUNK + 77]);
+        panic!("it was read as {byte}");
+    }
+    within(WATCHDOG, || {
+        let source = Source::start(noise(16 * CHUNK, 12), CHUNK);
+        let chaos = Chaos::start(source.server.address(), Lies::default().chunk(|_, _| Vec::new()));
+        let test = "session::a_touch_that_waits_for_a_lost_page_is_sigbus";
+        let status = as_child(test, &chaos.address().to_string());
+        assert_eq!(status.signal(), Some(rustix::process::Signal::BUS.as_raw()), "{status}");
+    });
+}
+
+/// Runs true(1): by a real fork, and by the quicker way that shares memory until the exec.
+#[expect(unsafe_code, reason = "pre_exec, which makes the library fork")]
+fn fork_and_exec(really: bool) {
+    let mut command = Command::new("true");
+    if really {
+        // SAFETY: does nothing at all between fork and exec.
+        unsafe { command.pre_exec(|| Ok(())) };
+    }
+    assert!(command.status().unwrap().success());
+}
+
+#[test]
+fn a_fork_while_faults_are_outstanding_does_not_hang() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(16 * CHUNK, 13), CHUNK);
+        let proxy = Proxy::start(source.server.address(), Break::Never);
+        let session = Session::open(proxy.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let region = session.map("mem").unwrap();
+        assert_eq!(region[0], source.bytes[0]);
+        // No connection lives, and none can be made, until the forks are done.
+        proxy.set(Break::Each {
+            direction: postcopy_tests::proxy::Direction::ToServer,
+            bytes: 0,
+            how: How::Reset,
+        });
+        proxy.end_all(How::Reset);
+        std::thread::scope(|scope| {
+            let touchers: Vec<_> = (1..5)
+                .map(|chunk| {
+                    scope.spawn({
+                        let region = &region;
+                        move || region[chunk * CHUNK]
+                    })
+                })
+                .collect();
+            wait_until("faults are outstanding", || session.progress().faults == 5);
+            for really in [true, false, true] {
+                fork_and_exec(really);
+            }
+            assert!(touchers.iter().all(|toucher| !toucher.is_finished()));
+            proxy.set(Break::Never);
+            for (chunk, toucher) in (1..5).zip(touchers) {
+                assert_eq!(toucher.join().unwrap(), source.bytes[chunk * CHUNK]);
+            }
+        });
+    });
+}
+
+#[test]
+fn threads_that_fork_beside_threads_that_fault_do_not_hang() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(16 << 20, 14), PAGE);
+        let session = source.open(Options::default());
+        let region = session.map("mem").unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let forkers: Vec<_> = (0..64)
+                .map(|thread| scope.spawn(move || (0..4).for_each(|i| fork_and_exec((thread + i) % 2 == 0))))
+                .collect();
+            for _ in 0..4 {
+                let pages = random_pages(source.bytes.len());
+                let (region, bytes, done) = (&region, &source.bytes, &done);
+                scope.spawn(move || {
+                    for page in pages {
+                        let at = page * PAGE..(page + 1) * PAGE;
+                        assert!(region[at.clone()] == bytes[at], "page {page}");
+                        if done.load(Ordering::Relaxed) {
+                            return;
+                        }
+                    }
+                });
+            }
+            forkers.into_iter().for_each(|forker| forker.join().unwrap());
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!(session.progress().faults > 0);
+    });
+}
+
+/// Forks, asks in the child whether there is memory at that address, and runs true(1).
+#[expect(unsafe_code, reason = "pre_exec, and madvise on an address")]
+fn fork_and_look(address: usize) -> std::io::Result<ExitStatus> {
+    let mut command = Command::new("true");
+    let look = move || {
+        let page = std::ptr::with_exposed_provenance_mut(address);
+        // SAFETY: this advice changes nothing; where there is no memory, it is ENOMEM.
+        unsafe { rustix::mm::madvise(page, PAGE, Advice::Normal) }?;
+        Ok(())
+    };
+    // SAFETY: one system call between fork and exec; no lock, no memory.
+    unsafe { command.pre_exec(look) };
+    command.status()
+}
+
+/// Nobody would fill a region for a child of a fork: the child has no memory there, and a touch is SIGSEGV.
+#[test]
+fn a_child_of_a_fork_does_not_have_the_region() {
+    let source = Source::start(memory_like(16 * CHUNK, 15), CHUNK);
+    let session = source.open(Options::default());
+    let region = session.map("mem").unwrap();
+    assert_eq!(region[CHUNK], source.bytes[CHUNK]);
+    // Resident, absent.
+    for offset in [CHUNK, 5 * CHUNK] {
+        let error = fork_and_look(region[offset..].as_ptr().expose_provenance()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NOMEM.raw_os_error()), "{error}");
+    }
+    let other = vec![1_u8; 4 * PAGE];
+    let start = other.as_ptr().expose_provenance().next_multiple_of(PAGE);
+    assert!(fork_and_look(start).unwrap().success(), "other memory is inherited");
+    assert_eq!(region[5 * CHUNK], source.bytes[5 * CHUNK]);
+}
