@@ -46,12 +46,17 @@ enum Work {
     Zeros(std::ops::Range<u64>),
 }
 
-/// Requests that have not been answered, in order.
-type Asked = VecDeque<AskedFor>;
+/// The bulk lane, and the requests on it that have not been answered, in order.
+struct Stream {
+    lane: BulkLane,
+    asked: VecDeque<AskedFor>,
+    last_id: u64,
+}
 
-/// A request: the chunks that are still to come, and the room that they take.
+/// A request: the chunks of a region that are still to come, and the room that they take.
 struct AskedFor {
     id: u64,
+    region: Arc<RegionState>,
     chunks: u64,
     permit: OwnedSemaphorePermit,
 }
@@ -139,9 +144,13 @@ impl Fill {
     async fn pass(&self, regions: &[Arc<RegionState>], attempt: u32) -> Result<(), RemoteError> {
         let image = self.shared.image.digest();
         self.bring_segments(regions).await?;
-        let mut lane = BulkLane::open(&self.shared.address, &image).await?;
+        let lane = BulkLane::open(&self.shared.address, &image).await?;
+        let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0 };
         for region in regions {
-            self.fill_region(&mut lane, region, attempt).await?;
+            self.fill_region(&mut stream, region, attempt).await?;
+        }
+        while !stream.asked.is_empty() && !self.shared.has_ended() {
+            self.receive(&mut stream).await?;
         }
         Ok(())
     }
@@ -171,33 +180,30 @@ impl Fill {
         Ok(())
     }
 
+    /// Asks for all that a region lacks, as the window has room for it.
     async fn fill_region(
         &self,
-        lane: &mut BulkLane,
+        stream: &mut Stream,
         region: &Arc<RegionState>,
         attempt: u32,
     ) -> Result<(), RemoteError> {
         let mut next = 0;
-        let mut asked: Asked = Asked::new();
-        let mut id = 0;
-        while !self.shared.has_ended() && region.is_alive() {
-            let plan = if next < region.chunks() { self.plan(region, &mut next) } else { Plan::Nothing };
-            match plan {
-                Plan::Nothing if asked.is_empty() => return Ok(()),
-                Plan::Nothing => self.receive(lane, region, &mut asked).await?,
+        while next < region.chunks() && !self.shared.has_ended() && region.is_alive() {
+            match self.plan(region, &mut next) {
+                Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
-                    let permit =
-                        self.permit(lane, region, &mut asked, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
+                    let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
                     self.job(Job { region: Arc::clone(region), work: Work::Zeros(chunks), permit }).await;
                 }
                 Plan::Ask { chunks, pages } => {
-                    let permit = self.permit(lane, region, &mut asked, pages).await?;
-                    id += 1;
-                    asked.push_back(AskedFor { id, chunks: chunks.len() as u64, permit });
+                    let permit = self.permit(stream, pages).await?;
+                    stream.last_id += 1;
+                    let (id, region, count) = (stream.last_id, Arc::clone(region), chunks.len() as u64);
+                    stream.asked.push_back(AskedFor { id, region, chunks: count, permit });
                     let runs = runs_of(chunks);
                     let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
                     // A closed queue is a lost lane: receiving says why.
-                    let _ = lane.requests.send(request).await;
+                    let _ = stream.lane.requests.send(request).await;
                 }
             }
         }
@@ -205,57 +211,48 @@ impl Fill {
     }
 
     /// Waits for room in the window, receiving meanwhile.
-    async fn permit(
-        &self,
-        lane: &mut BulkLane,
-        region: &Arc<RegionState>,
-        asked: &mut Asked,
-        pages: usize,
-    ) -> Result<OwnedSemaphorePermit, RemoteError> {
+    async fn permit(&self, stream: &mut Stream, pages: usize) -> Result<OwnedSemaphorePermit, RemoteError> {
         let pages = u32::try_from(pages).expect("at most the window");
         loop {
             if let Ok(permit) = Arc::clone(&self.window).try_acquire_many_owned(pages) {
                 return Ok(permit);
             }
-            if asked.is_empty() {
+            if stream.asked.is_empty() {
                 let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
                 return Ok(permit.expect("the window is never closed"));
             }
-            self.receive(lane, region, asked).await?;
+            self.receive(stream).await?;
         }
     }
 
     /// Takes the next message and hands its frames to the installers.
-    async fn receive(
-        &self,
-        lane: &mut BulkLane,
-        region: &Arc<RegionState>,
-        asked: &mut Asked,
-    ) -> Result<(), RemoteError> {
+    async fn receive(&self, stream: &mut Stream) -> Result<(), RemoteError> {
         let server = &self.shared.address;
         let deadline = self.shared.options.fault_deadline;
-        let message = tokio::time::timeout(deadline, lane.answers.message()).await;
+        let message = tokio::time::timeout(deadline, stream.lane.answers.message()).await;
         let message =
             message.map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))?;
         let message = message.map_err(server.status("the bulk lane"))?;
         let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
         // Requests are answered in order: of an earlier one nothing will come any more.
-        while asked.front().is_some_and(|front| front.id != message.id) {
-            asked.pop_front();
+        while stream.asked.front().is_some_and(|front| front.id < message.id) {
+            stream.asked.pop_front();
         }
-        let front = asked.front_mut();
-        let front = front.ok_or_else(|| server.wrong("bulk answer", "nothing was asked under its id"))?;
-        let count = message.chunks.len() as u64;
+        let Some(front) = stream.asked.front_mut().filter(|front| front.id == message.id) else {
+            // Sent twice, or for nobody.
+            return Ok(());
+        };
+        let (region, count) = (Arc::clone(&front.region), message.chunks.len() as u64);
         let permit = if count < front.chunks {
             // Room goes back with the frames, in proportion.
             let pages = front.permit.num_permits() as u64 * count / front.chunks;
             front.chunks -= count;
             front.permit.split(to_usize(pages))
         } else {
-            asked.pop_front().map(|front| front.permit)
+            stream.asked.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
-        self.job(Job { region: Arc::clone(region), work: Work::Frames(message.chunks), permit }).await;
+        self.job(Job { region, work: Work::Frames(message.chunks), permit }).await;
         Ok(())
     }
 

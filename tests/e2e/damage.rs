@@ -12,11 +12,12 @@ use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, StoreDir, digest, flip, shown};
+use postcopy_tests::wait_until;
 use prost::Message;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
 use tonic::{Code, Status};
@@ -297,7 +298,7 @@ fn cutting_and_deleting_packs_under_a_server_that_reads_them_does_not_kill_it() 
     let mut server = sick.serve();
     let good = fs::read(&sick.pack).unwrap();
     let named: Vec<_> = sick.bytes.chunks(CHUNK).map(|chunk| Digest::of(chunk).hex()).collect();
-    let done = AtomicBool::new(false);
+    let (done, errors_seen) = (AtomicBool::new(false), AtomicU64::new(0));
     let reads = std::thread::scope(|scope| {
         let readers: Vec<_> = (0..3)
             .map(|_| {
@@ -320,6 +321,7 @@ fn cutting_and_deleting_packs_under_a_server_that_reads_them_does_not_kill_it() 
                                     "{status:?}"
                                 );
                                 errors += 1;
+                                errors_seen.fetch_add(1, Ordering::Relaxed);
                             }
                         }
                     }
@@ -334,7 +336,10 @@ fn cutting_and_deleting_packs_under_a_server_that_reads_them_does_not_kill_it() 
                 let file = fs::File::options().write(true).open(&sick.pack).unwrap();
                 file.set_len(if round % 3 == 0 { 0 } else { good.len() as u64 / 2 }).unwrap();
             }
-            std::thread::yield_now();
+            if round % 15 == 0 {
+                let before = errors_seen.load(Ordering::Relaxed);
+                wait_until("a reader sees the cut", || errors_seen.load(Ordering::Relaxed) > before);
+            }
             fs::write(&sick.pack, &good).unwrap();
         }
         done.store(true, Ordering::Relaxed);
