@@ -1,11 +1,12 @@
 //! From files to a server.
 //!
-//! The files' chunks go through four steps, batch by batch, so that all cores and the connection are busy at once:
-//! read and hash (all cores); ask the server which are missing; compress these (all cores); upload packs. Then
-//! the manifest is committed. Only missing chunks are compressed and sent.
+//! The files' chunks go through four steps, batch by batch: read and hash (all cores); ask the server which are
+//! missing; compress these (all cores); upload packs. While one batch is compressed, the server is asked about the
+//! next and the one after that is read, so that all cores and the connection are busy at once. Then the manifest is
+//! committed. Only missing chunks are compressed and sent.
 
 use crate::remote::{Remote, RemoteError};
-use bytes::Bytes;
+use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
 use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder, ManifestError};
@@ -20,17 +21,19 @@ use rayon::prelude::*;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
-/// Plain bytes that are read, hashed and compressed together; two such batches are in memory at a time.
+/// Plain bytes that are read, hashed and compressed together; three such batches are in memory at a time.
 const BATCH_BYTES: usize = 32 << 20;
-/// Packs are closed at this length: large enough for few files, small enough for a server's memory.
-const PACK_BYTES: usize = 32 << 20;
+/// Packs are closed at this length: large enough for few files, small enough for a server's memory, and so that
+/// not much is left to verify when the last one has been sent.
+const PACK_BYTES: usize = 16 << 20;
 /// Packs that are being uploaded at a time.
 const UPLOADS: usize = 3;
 /// How often a commit is tried whose chunks were collected as garbage meanwhile.
@@ -196,13 +199,24 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
     Ok(sources)
 }
 
+/// Chunks that have been read together.
+struct Batch {
+    chunks: Vec<Chunk>,
+    /// Their plain bytes but for the holes', one after another. The buffer goes from batch to batch: fresh memory
+    /// costs more than reading into it.
+    bytes: Vec<u8>,
+}
+
 /// A chunk that has been read.
 struct Chunk {
     content: ChunkContent,
-    /// Its plain bytes; empty for a zero chunk.
-    bytes: Vec<u8>,
     len: usize,
+    /// Where its bytes lie in the batch's; empty for a hole.
+    bytes: Range<usize>,
 }
+
+/// A chunk to be sent: its digest, and where its bytes lie in the batch's.
+type NewChunk = (Digest, Range<usize>);
 
 /// Where a chunk is read from.
 struct Place {
@@ -221,6 +235,12 @@ struct Push {
     on_progress: OnProgress,
     builder: ManifestBuilder,
     seen: HashSet<Digest>,
+    encoders: Arc<Encoders>,
+    /// The batch that is being compressed.
+    encoding: Option<JoinHandle<Encoded>>,
+    /// Buffers that batches are done with.
+    buffers: Vec<Vec<u8>>,
+    pack_buffers: Buffers,
     pack: PackBuilder,
     pack_plain_bytes: u64,
     uploads: JoinSet<Result<u64, RemoteError>>,
@@ -248,6 +268,10 @@ impl Push {
             on_progress,
             builder: ManifestBuilder::new(options.chunk_size),
             seen: HashSet::new(),
+            encoders: Arc::new(Encoders { level: options.level, idle: Mutex::default() }),
+            encoding: None,
+            buffers: Vec::new(),
+            pack_buffers: Buffers::new(UPLOADS + 1, PACK_BYTES),
             pack: PackBuilder::default(),
             pack_plain_bytes: 0,
             uploads: JoinSet::new(),
@@ -258,18 +282,26 @@ impl Push {
     async fn entries(&mut self, sources: Vec<Source>) -> Result<Manifest, PushError> {
         let mut places =
             Places { chunk_size: self.options.chunk_size, sources: sources.into_iter(), current: None };
-        let mut reading = spawn_read(places.batch(&mut self.builder)?);
+        let mut reading = spawn_read(places.batch(&mut self.builder)?, Vec::new());
         loop {
-            let chunks = reading.await.map_err(|e| PushError::Worker(e.to_string()))??;
-            if chunks.is_empty() {
+            let batch = reading.await.map_err(worker)??;
+            if batch.chunks.is_empty() {
                 break;
             }
-            for chunk in &chunks {
+            for chunk in &batch.chunks {
                 self.builder.chunk(chunk.content);
             }
-            let next = places.batch(&mut self.builder)?;
-            reading = spawn_read(next);
-            self.batch(chunks).await?;
+            let buffer = self.buffers.pop().unwrap_or_default();
+            reading = spawn_read(places.batch(&mut self.builder)?, buffer);
+            let new = self.missing_of(&batch.chunks).await?;
+            let encoders = Arc::clone(&self.encoders);
+            let encode = tokio::task::spawn_blocking(move || encode(batch, new, &encoders));
+            if let Some(last) = self.encoding.replace(encode) {
+                self.take_encoded(last.await.map_err(worker)?).await?;
+            }
+        }
+        if let Some(last) = self.encoding.take() {
+            self.take_encoded(last.await.map_err(worker)?).await?;
         }
         self.close_pack().await?;
         while let Some(upload) = self.uploads.join_next().await {
@@ -279,35 +311,41 @@ impl Push {
         Ok(builder.finish()?)
     }
 
-    /// Sends what is missing of a batch.
-    async fn batch(&mut self, chunks: Vec<Chunk>) -> Result<(), PushError> {
-        let bytes: u64 = chunks.iter().map(|chunk| chunk.len as u64).sum();
+    /// The chunks of a batch that have to be sent.
+    async fn missing_of(&mut self, chunks: &[Chunk]) -> Result<Vec<NewChunk>, PushError> {
         let mut new = Vec::new();
         for chunk in chunks {
             match chunk.content {
                 ChunkContent::Zero => self.report.zero_bytes += chunk.len as u64,
-                ChunkContent::Data(digest) if self.seen.insert(digest) => new.push((digest, chunk.bytes)),
+                ChunkContent::Data(digest) if self.seen.insert(digest) => {
+                    new.push((digest, chunk.bytes.clone()));
+                }
                 ChunkContent::Data(_) => self.report.deduplicated_bytes += chunk.len as u64,
             }
         }
         let digests: Vec<_> = new.iter().map(|(digest, _)| *digest).collect();
         let missing = find_missing(&self.remote, &digests).await?;
-        let (new, known): (Vec<_>, Vec<_>) =
-            new.into_iter().partition(|(digest, _)| missing.contains(digest));
-        self.report.deduplicated_bytes += known.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
-        drop(known);
+        new.retain(|(digest, range)| {
+            let is_missing = missing.contains(digest);
+            self.report.deduplicated_bytes += if is_missing { 0 } else { range.len() as u64 };
+            is_missing
+        });
+        Ok(new)
+    }
 
-        let level = self.options.level;
-        let encode = tokio::task::spawn_blocking(move || encode(new, level));
-        for (digest, plain_bytes, frame) in encode.await.map_err(|e| PushError::Worker(e.to_string()))? {
+    /// Puts a batch's frames into packs.
+    async fn take_encoded(&mut self, encoded: Encoded) -> Result<(), PushError> {
+        let Encoded { frames, batch } = encoded;
+        for (digest, plain_bytes, frame) in frames {
             if !self.pack.fits(frame.len(), PACK_BYTES) {
                 self.close_pack().await?;
             }
             self.pack.push(digest, &frame);
             self.pack_plain_bytes += plain_bytes;
         }
-        self.report.size_bytes += bytes;
+        self.report.size_bytes += batch.chunks.iter().map(|chunk| chunk.len as u64).sum::<u64>();
         (self.on_progress)(self.report.size_bytes, self.total_bytes);
+        self.buffers.push(batch.bytes);
         Ok(())
     }
 
@@ -320,9 +358,10 @@ impl Push {
                 self.uploaded(upload)?;
             }
         }
-        let pack = std::mem::take(&mut self.pack);
+        let next = PackBuilder::in_buffer(self.pack_buffers.take(PACK_BYTES));
+        let pack = std::mem::replace(&mut self.pack, next);
         self.report.sent_bytes += std::mem::take(&mut self.pack_plain_bytes);
-        self.uploads.spawn(upload(self.remote.clone(), pack));
+        self.uploads.spawn(upload(self.remote.clone(), pack, self.pack_buffers.clone()));
         Ok(())
     }
 
@@ -330,7 +369,7 @@ impl Push {
         &mut self,
         upload: Result<Result<u64, RemoteError>, tokio::task::JoinError>,
     ) -> Result<(), PushError> {
-        self.report.pack_bytes += upload.map_err(|e| PushError::Worker(e.to_string()))??;
+        self.report.pack_bytes += upload.map_err(worker)??;
         Ok(())
     }
 }
@@ -347,7 +386,7 @@ struct OpenFile {
     size_bytes: u64,
     next: u64,
     /// Data begins here at the latest known place, and ends there.
-    data: std::ops::Range<u64>,
+    data: Range<u64>,
 }
 
 impl Places {
@@ -406,7 +445,7 @@ impl OpenFile {
     }
 
     /// The next extent of data; where the file system cannot tell, all of the rest.
-    fn data_after(&self, offset: u64) -> std::ops::Range<u64> {
+    fn data_after(&self, offset: u64) -> Range<u64> {
         use rustix::fs::{SeekFrom, seek};
         match seek(&self.file.0, SeekFrom::Data(offset)) {
             Ok(start) => start..seek(&self.file.0, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1),
@@ -417,36 +456,91 @@ impl OpenFile {
     }
 }
 
-fn spawn_read(places: Vec<Place>) -> tokio::task::JoinHandle<Result<Vec<Chunk>, PushError>> {
-    tokio::task::spawn_blocking(move || places.par_iter().map(read).collect())
+fn worker(error: tokio::task::JoinError) -> PushError {
+    PushError::Worker(error.to_string())
 }
 
-fn read(place: &Place) -> Result<Chunk, PushError> {
-    let zero = Chunk { content: ChunkContent::Zero, bytes: Vec::new(), len: place.len };
-    if place.hole {
-        return Ok(zero);
+fn spawn_read(places: Vec<Place>, buffer: Vec<u8>) -> JoinHandle<Result<Batch, PushError>> {
+    tokio::task::spawn_blocking(move || read_batch(&places, buffer))
+}
+
+fn read_batch(places: &[Place], mut buffer: Vec<u8>) -> Result<Batch, PushError> {
+    let bytes_of = |place: &Place| if place.hole { 0 } else { place.len };
+    buffer.resize(places.iter().map(bytes_of).sum(), 0);
+    let (mut rest, mut end) = (&mut buffer[..], 0);
+    let mut parts = Vec::with_capacity(places.len());
+    for place in places {
+        let (part, after) = rest.split_at_mut(bytes_of(place));
+        rest = after;
+        let start = end;
+        end += part.len();
+        parts.push((place, part, start..end));
     }
-    let mut bytes = vec![0; place.len];
+    let read = |(place, part, bytes)| read(place, part, bytes);
+    let chunks = parts.into_par_iter().map(read).collect::<Result<_, _>>()?;
+    Ok(Batch { chunks, bytes: buffer })
+}
+
+/// Reads a chunk into `buffer`, which is `bytes` of the batch.
+fn read(place: &Place, buffer: &mut [u8], bytes: Range<usize>) -> Result<Chunk, PushError> {
     let (file, path) = &*place.file;
-    file.read_exact_at(&mut bytes, place.offset).map_err(|source| match source.kind() {
-        io::ErrorKind::UnexpectedEof => PushError::Changed(path.clone()),
-        _ => PushError::File { path: path.clone(), source },
-    })?;
-    if is_zero(&bytes) {
-        return Ok(zero);
+    if !place.hole {
+        file.read_exact_at(buffer, place.offset).map_err(|source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => PushError::Changed(path.clone()),
+            _ => PushError::File { path: path.clone(), source },
+        })?;
     }
-    Ok(Chunk { content: ChunkContent::Data(Digest::of(&bytes)), bytes, len: place.len })
+    let zero = place.hole || is_zero(buffer);
+    let content = if zero { ChunkContent::Zero } else { ChunkContent::Data(Digest::of(buffer)) };
+    Ok(Chunk { content, len: place.len, bytes })
 }
 
-/// The chunks' frames: digest, plain length, frame.
-fn encode(chunks: Vec<(Digest, Vec<u8>)>, level: i32) -> Vec<(Digest, u64, Vec<u8>)> {
-    let encoder = || FrameEncoder::new(level);
-    let frame = |encoder: &mut FrameEncoder, (digest, bytes): (Digest, Vec<u8>)| {
-        let mut frame = Vec::with_capacity(bytes.len() / 2);
-        encoder.encode(&bytes, &mut frame);
-        (digest, bytes.len() as u64, frame)
+/// Compressors between uses: their tables cost as much to make as several chunks to compress.
+struct Encoders {
+    level: i32,
+    /// Held to take one or to put one back.
+    idle: Mutex<Vec<FrameEncoder>>,
+}
+
+/// An encoder that goes back when it is dropped.
+struct Borrowed<'a>(&'a Encoders, Option<FrameEncoder>);
+
+impl Encoders {
+    fn borrow(&self) -> Borrowed<'_> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Borrowed(self, Some(idle.unwrap_or_else(|| FrameEncoder::new(self.level))))
+    }
+}
+
+impl Borrowed<'_> {
+    fn encode(&mut self, plain: &[u8]) -> Vec<u8> {
+        let mut frame = Vec::new();
+        if let Some(encoder) = &mut self.1 {
+            encoder.encode(plain, &mut frame);
+        }
+        frame
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        self.0.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(self.1.take());
+    }
+}
+
+/// A batch, and the frames of those of its chunks that are to be sent: digest, plain length, frame.
+struct Encoded {
+    frames: Vec<(Digest, u64, Vec<u8>)>,
+    batch: Batch,
+}
+
+fn encode(batch: Batch, chunks: Vec<NewChunk>, encoders: &Encoders) -> Encoded {
+    let frame = |encoder: &mut Borrowed<'_>, (digest, range): NewChunk| {
+        let plain_bytes = range.len() as u64;
+        (digest, plain_bytes, encoder.encode(&batch.bytes[range]))
     };
-    chunks.into_par_iter().map_init(encoder, frame).collect()
+    let frames = chunks.into_par_iter().map_init(|| encoders.borrow(), frame).collect();
+    Encoded { frames, batch }
 }
 
 async fn find_missing(remote: &Remote, digests: &[Digest]) -> Result<HashSet<Digest>, PushError> {
@@ -461,9 +555,9 @@ async fn find_missing(remote: &Remote, digests: &[Digest]) -> Result<HashSet<Dig
     Ok(missing)
 }
 
-async fn upload(remote: Remote, pack: PackBuilder) -> Result<u64, RemoteError> {
+async fn upload(remote: Remote, pack: PackBuilder, buffers: Buffers) -> Result<u64, RemoteError> {
     let finished = tokio::task::spawn_blocking(move || {
-        let bytes: Bytes = pack.finish().into();
+        let bytes = buffers.lend(pack.finish());
         (Digest::of(&bytes), bytes)
     });
     let (digest, mut bytes) = finished.await.expect("finishing a pack does not panic");

@@ -305,7 +305,10 @@ fn scatter(frame: &ChunkFrame<'_>, held: &[u8], chunk: &mut [u8]) {
 /// Makes frames; keeps the compressor's state and memory between them.
 pub struct FrameEncoder {
     zstd: zstd::bulk::Compressor<'static>,
+    /// Held pages of a chunk that has zero pages, one after another.
     held: Vec<u8>,
+    /// Where zstd writes to, so that a frame takes no more memory than it has bytes.
+    coded: Vec<u8>,
 }
 
 impl std::fmt::Debug for FrameEncoder {
@@ -326,7 +329,7 @@ impl FrameEncoder {
     pub fn new(level: i32) -> Self {
         let level = level.clamp(*ZSTD_LEVELS.start(), *ZSTD_LEVELS.end());
         let zstd = zstd::bulk::Compressor::new(level).expect("zstd takes levels 1 to 19");
-        Self { zstd, held: Vec::new() }
+        Self { zstd, held: Vec::new(), coded: Vec::new() }
     }
 
     /// Appends the frame of the chunk with these plain bytes to `out`; false, and nothing appended, if they
@@ -360,27 +363,22 @@ impl FrameEncoder {
             out.extend_from_slice(&run.first.to_le_bytes());
             out.extend_from_slice(&run.count.to_le_bytes());
         }
-        let coded_start = out.len();
         // One byte less than the plain pages: what does not shrink is stored raw.
-        out.resize(coded_start + held.len() - 1, 0);
-        let codec = match self.zstd.compress_to_buffer(held, &mut out[coded_start..]) {
-            Ok(coded) => {
-                out.truncate(coded_start + coded);
-                Codec::Zstd
-            }
-            Err(_) => {
-                out.truncate(coded_start);
-                out.extend_from_slice(held);
-                Codec::Raw
-            }
+        let most = held.len() - 1;
+        if self.coded.len() < most {
+            self.coded.resize(most, 0);
+        }
+        let (codec, coded) = match self.zstd.compress_to_buffer(held, &mut self.coded[..most]) {
+            Ok(coded) => (Codec::Zstd, &self.coded[..coded]),
+            Err(_) => (Codec::Raw, held),
         };
-        let coded_len = out.len() - coded_start;
+        out.extend_from_slice(coded);
         let header = &mut out[start..start + HEADER_BYTES];
         header[0] = codec as u8;
         header[2..4].copy_from_slice(&le32(runs.len())[..2]);
         header[4..8].copy_from_slice(&le32(chunk_len));
         header[8..12].copy_from_slice(&le32(held.len()));
-        header[12..16].copy_from_slice(&le32(coded_len));
+        header[12..16].copy_from_slice(&le32(coded.len()));
     }
 }
 

@@ -13,6 +13,7 @@
 //! Bytes from outside become one of these types once, on entry, or an error that names what is
 //! wrong with them; a value of such a type cannot be wrong.
 
+pub mod buffers;
 pub mod digest;
 pub mod frame;
 pub mod manifest;

@@ -222,11 +222,19 @@ pub struct PackBuilder {
 
 impl Default for PackBuilder {
     fn default() -> Self {
-        Self { bytes: HEADER.to_vec(), entries: Vec::new() }
+        Self::in_buffer(Vec::new())
     }
 }
 
 impl PackBuilder {
+    /// Builds a pack in this buffer, whose content is forgotten.
+    #[must_use]
+    pub fn in_buffer(mut bytes: Vec<u8>) -> Self {
+        bytes.clear();
+        bytes.extend_from_slice(&HEADER);
+        Self { bytes, entries: Vec::new() }
+    }
+
     /// Whether a frame of `frame_bytes` still fits into `pack_bytes`, which is taken to be at most 64 MiB.
     #[must_use]
     pub fn fits(&self, frame_bytes: usize, pack_bytes: usize) -> bool {

@@ -3,6 +3,7 @@
 use crate::service::{blocking, digest, reference};
 use crate::store::{CommitOutcome, Store};
 use bytes::Bytes;
+use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::MAX_ROOT_BYTES;
 use postcopy_proto::pack::MAX_PACK_BYTES;
@@ -17,6 +18,10 @@ use tonic::{Status, Streaming};
 /// Bytes of uploads that are in memory at a time: four packs of the largest size.
 const MAX_UPLOAD_BYTES: usize = 256 << 20;
 
+/// Buffers that are kept for the next uploads, and how long each may be: as long as our own client's packs are.
+const IDLE_BUFFERS: usize = 2;
+const IDLE_BUFFER_BYTES: usize = 16 << 20;
+
 /// An upload of which nothing comes for this long ends, so that it does not keep others from that memory.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 
@@ -26,11 +31,13 @@ pub(super) struct Uploads {
     store: Arc<Store>,
     /// A permit a byte of what is announced, taken before it is received.
     memory: Arc<Semaphore>,
+    buffers: Buffers,
 }
 
 impl Uploads {
     pub(super) fn new(store: Arc<Store>) -> Self {
-        Self { store, memory: Arc::new(Semaphore::new(MAX_UPLOAD_BYTES)) }
+        let buffers = Buffers::new(IDLE_BUFFERS, IDLE_BUFFER_BYTES);
+        Self { store, memory: Arc::new(Semaphore::new(MAX_UPLOAD_BYTES)), buffers }
     }
 
     pub(super) async fn pack(&self, mut parts: Streaming<v1::UploadPackRequest>) -> Result<(), Status> {
@@ -49,9 +56,9 @@ impl Uploads {
             return receive(&mut parts, size, data, |_| {}).await;
         }
         let memory = self.reserve(size).await?;
-        let mut bytes = Vec::with_capacity(size);
+        let mut bytes = self.buffers.take(size);
         receive(&mut parts, size, data, |part| bytes.extend_from_slice(&part)).await?;
-        self.store_pack(announced, bytes.into(), memory).await
+        self.store_pack(announced, self.buffers.lend(bytes), memory).await
     }
 
     async fn store_pack(

@@ -1,0 +1,90 @@
+//! Buffers of packs between uses: fresh memory costs a page fault each 4 KiB, as much as filling it.
+
+use bytes::Bytes;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Keeps a few buffers; clones share them.
+#[derive(Clone, Debug)]
+pub struct Buffers {
+    max_idle: usize,
+    max_bytes: usize,
+    /// Held to take one or to put one back.
+    idle: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+impl Buffers {
+    /// Keeps at most `max_idle` buffers, and none that is longer than `max_bytes`.
+    #[must_use]
+    pub fn new(max_idle: usize, max_bytes: usize) -> Self {
+        Self { max_idle, max_bytes, idle: Arc::default() }
+    }
+
+    /// An empty buffer with room for `bytes`.
+    #[must_use]
+    pub fn take(&self, bytes: usize) -> Vec<u8> {
+        let mut buffer = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        buffer.reserve_exact(bytes);
+        buffer
+    }
+
+    /// The buffer's bytes; it comes back when the last slice of them is dropped.
+    #[must_use]
+    pub fn lend(&self, buffer: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Lent { buffer, home: self.clone() })
+    }
+}
+
+struct Lent {
+    buffer: Vec<u8>,
+    home: Buffers,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if self.buffer.capacity() > self.home.max_bytes {
+            return;
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.clear();
+        let mut idle = self.home.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < self.home.max_idle {
+            idle.push(buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_comes_back_with_the_last_slice_of_it() {
+        let buffers = Buffers::new(1, 100);
+        let mut buffer = buffers.take(100);
+        let address = buffer.as_ptr();
+        buffer.extend_from_slice(b"content");
+        let bytes = buffers.lend(buffer);
+        let slice = bytes.slice(3..5);
+        drop(bytes);
+        assert_ne!(buffers.take(100).as_ptr(), address, "a slice is still there");
+        assert_eq!(&slice[..], b"te");
+        drop(slice);
+        let buffer = buffers.take(10);
+        assert_eq!((buffer.as_ptr(), buffer.len()), (address, 0));
+    }
+
+    #[test]
+    fn long_ones_and_too_many_are_not_kept() {
+        let buffers = Buffers::new(2, 100);
+        let lent: Vec<_> = (0..5).map(|_| buffers.lend(buffers.take(80))).collect();
+        drop((lent, buffers.lend(buffers.take(200))));
+        let idle = buffers.idle.lock().unwrap();
+        assert_eq!(idle.iter().map(Vec::capacity).collect::<Vec<_>>(), [80, 80]);
+    }
+}
