@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, JoinSet};
 
 /// Plain bytes that are read, hashed and compressed together; three such batches are in memory at a time.
-const BATCH_BYTES: usize = 32 << 20;
+const BATCH_BYTES: usize = 16 << 20;
 /// Packs are closed at this length: large enough for few files, small enough for a server's memory, and so that
 /// not much is left to verify when the last one has been sent.
 const PACK_BYTES: usize = 16 << 20;
