@@ -22,6 +22,8 @@ struct State {
     installers: usize,
     /// How many wait until all installers have left; no new ones come in until then.
     leaving: usize,
+    /// Threads that wait for `changed`: a notification is a system call, also where nobody waits.
+    waiting: usize,
     pager: Pager,
 }
 
@@ -40,8 +42,18 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        let mut state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        state
+    }
+
+    /// Tells all who wait that `state` has changed.
+    fn changed(&self, state: &State) {
+        if state.waiting > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Passes as an installer, together with others. None: the pager has ended, nothing may be installed.
@@ -88,7 +100,7 @@ impl Gate {
         }
         state.leaving -= 1;
         if state.leaving == 0 {
-            self.changed.notify_all();
+            self.changed(&state);
         }
     }
 
@@ -99,7 +111,7 @@ impl Gate {
     pub(crate) fn close(&self) {
         let mut state = self.state();
         state.pager = Pager::Ended;
-        self.changed.notify_all();
+        self.changed(&state);
         while state.installers > 0 {
             state = self.wait(state);
         }
@@ -116,7 +128,7 @@ impl Drop for InstallerPass<'_> {
         state.installers -= 1;
         if state.installers == 0 {
             self.0.installers_left.notify_one();
-            self.0.changed.notify_all();
+            self.0.changed(&state);
         }
     }
 }
@@ -127,8 +139,9 @@ pub(crate) struct PagerPass<'a>(&'a Gate);
 
 impl Drop for PagerPass<'_> {
     fn drop(&mut self) {
-        self.0.state().pager = Pager::Outside;
-        self.0.changed.notify_all();
+        let mut state = self.0.state();
+        state.pager = Pager::Outside;
+        self.0.changed(&state);
     }
 }
 
