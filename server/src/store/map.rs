@@ -1,9 +1,13 @@
-//! Packs as memory: the only unsafe code of the server.
+//! Packs as memory.
 //!
 //! A page of a map that is not in the page cache costs a disk read when it is touched (a major fault), and
 //! SIGBUS if the file was truncated or cannot be read. So nobody touches a frame before [`is_resident`] has
-//! said yes, or [`populate`] has read it, which gives an error where a touch would give SIGBUS.
+//! said yes, or [`populate`] has read it, which gives an error where a touch would give SIGBUS. A file that is cut
+//! between that and the touch is left to [`cut`]: the touch sees zeros, which fit no digest, and the map says
+//! [`Map::was_cut`].
 #![expect(unsafe_code, reason = "memory maps, mincore(2), madvise(2)")]
+
+mod cut;
 
 use bytes::Bytes;
 use postcopy_proto::frame::MAX_FRAME_BYTES;
@@ -14,12 +18,55 @@ use std::io;
 /// Pages that the longest frame lies on, whatever its place: one more at each end.
 const MAX_FRAME_PAGES: usize = MAX_FRAME_BYTES / 4096 + 2;
 
-/// The file as memory that is mapped until the last slice of it is dropped.
-pub(crate) fn map(file: &File) -> io::Result<Bytes> {
-    // SAFETY: a pack is written under a staged name and never again after it was renamed to its own. Should
-    // somebody else write to it, its bytes change (digests tell) or pages vanish (see the module's head).
-    let map = unsafe { memmap2::Mmap::map(file) }?;
-    Ok(Bytes::from_owner(map))
+/// A file as memory that is mapped until the last slice of it is dropped.
+#[derive(Debug)]
+pub(crate) struct Map {
+    bytes: Bytes,
+    /// `bytes` keep it from being released.
+    watched: &'static cut::Span,
+}
+
+/// What the slices of a map keep.
+struct Owner {
+    watched: &'static cut::Span,
+    map: memmap2::Mmap,
+}
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // Before the memory is unmapped, and may be somebody else's.
+        self.watched.release();
+    }
+}
+
+impl Map {
+    /// Maps the whole file.
+    ///
+    /// # Errors
+    /// What mmap(2) or sigaction(2) answers.
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
+        // SAFETY: a pack is written under a staged name and never again after it was renamed to its own. Should
+        // somebody else write to it, its bytes change (digests tell) or pages vanish (see the module's head).
+        let map = unsafe { memmap2::Mmap::map(file) }?;
+        let watched = cut::watch(map.as_ptr().addr(), map.len())?;
+        Ok(Self { bytes: Bytes::from_owner(Owner { watched, map }), watched })
+    }
+
+    /// The file's bytes.
+    pub(crate) fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// Whether some of its pages vanished under a touch and are zeros since, whatever the file has there now.
+    pub(crate) fn was_cut(&self) -> bool {
+        self.watched.was_cut()
+    }
 }
 
 /// The page-aligned range that `bytes` lie in.
@@ -54,4 +101,45 @@ pub(crate) fn populate(bytes: &[u8]) -> io::Result<()> {
     // SAFETY: populating for reading does not change what any mapping holds.
     unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxPopulateRead) }?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_touch_beyond_the_end_of_a_cut_file_reads_zeros_and_is_told() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 3 * 4096]).unwrap();
+        let (map, other) = (Map::new(&file).unwrap(), Map::new(&file).unwrap());
+        let touch = |map: &Map| std::hint::black_box(map.bytes())[2 * 4096 + 5];
+        assert_eq!((touch(&map), map.was_cut()), (7, false));
+        file.set_len(4096).unwrap();
+        assert_eq!((touch(&map), map.was_cut()), (0, true));
+        assert_eq!(map.bytes()[4095], 7, "what the file still has is as it was");
+        assert!(!other.was_cut(), "nobody touched it");
+        drop(map);
+        let new = Map::new(&file).unwrap();
+        assert!(!new.was_cut(), "the dropped map's place in the list says nothing of another map");
+    }
+
+    /// SIGBUS elsewhere is deadly as before: a child of its own shows it.
+    #[test]
+    fn other_bus_errors_still_kill() {
+        if std::env::var_os("DIE_BY_SIGBUS").is_some() {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096).unwrap();
+            let _watched = Map::new(&file).unwrap();
+            // SAFETY: a file of the test's own, which it truncates on purpose.
+            let unwatched = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+            file.set_len(0).unwrap();
+            std::hint::black_box(std::hint::black_box(&unwatched)[0]);
+            return;
+        }
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["store::map::tests::other_bus_errors_still_kill", "--exact"]).env("DIE_BY_SIGBUS", "1");
+        let status = child.output().unwrap().status;
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGBUS), "{status}");
+    }
 }

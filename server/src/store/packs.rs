@@ -5,7 +5,7 @@
 
 use crate::store::error::{StoreError, damaged, io_error, pack_name};
 use crate::store::layout::{Layout, digest_of_name};
-use crate::store::map;
+use crate::store::map::{self, Map};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
@@ -31,7 +31,7 @@ const INDEX_READ_AHEAD: usize = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Pack {
     pub(crate) digest: Digest,
-    bytes: Bytes,
+    map: Map,
     /// The file that is mapped; another one may take its place, when it was damaged and is sent again.
     inode: u64,
     damage_is_logged: AtomicBool,
@@ -45,11 +45,12 @@ impl Pack {
     pub(crate) fn open(path: &Path, digest: Digest) -> Result<(Self, PackIndex), StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         let inode = file.metadata().map_err(io_error(path))?.ino();
-        let bytes = map::map(&file).map_err(io_error(path))?;
+        let map = Map::new(&file).map_err(io_error(path))?;
+        let bytes = map.bytes();
         let read_ahead = bytes.len().saturating_sub(INDEX_READ_AHEAD);
         map::populate(&bytes[read_ahead..]).map_err(|e| damaged(pack_name(&digest), e))?;
-        let index = PackIndex::parse(&bytes).map_err(|e| damaged(pack_name(&digest), e))?;
-        Ok((Self { digest, bytes, inode, damage_is_logged: AtomicBool::new(false) }, index))
+        let index = PackIndex::parse(bytes).map_err(|e| damaged(pack_name(&digest), e))?;
+        Ok((Self { digest, map, inode, damage_is_logged: AtomicBool::new(false) }, index))
     }
 
     /// The whole pack, read from the disk.
@@ -60,21 +61,21 @@ impl Pack {
     /// # Blocking
     /// Waits for the disk.
     pub(crate) fn populated(&self) -> Result<&Bytes, StoreError> {
-        map::populate(&self.bytes).map_err(|e| damaged(pack_name(&self.digest), e))?;
-        Ok(&self.bytes)
+        map::populate(self.map.bytes()).map_err(|e| damaged(pack_name(&self.digest), e))?;
+        Ok(self.map.bytes())
     }
 
     fn frame(&self, place: Place) -> Bytes {
         let start = place.offset as usize;
-        self.bytes.slice(start..start + place.length as usize)
+        self.map.bytes().slice(start..start + place.length as usize)
     }
 
-    /// The frame of a chunk, read from the disk, and decoded if `check` is set.
+    /// The frame of a chunk, read from the disk, and decoded if `check` is set or the map has lost pages.
     fn load(&self, place: Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
         let frame = self.frame(place);
         let object = || format!("chunk {chunk} in pack {}", self.digest);
         map::populate(&frame).map_err(|e| damaged(object(), e))?;
-        if check {
+        if check || self.map.was_cut() {
             let outcome = ChunkFrame::parse(&frame).and_then(|parsed| {
                 let mut plain = vec![0; parsed.chunk_bytes()];
                 FrameDecoder::default().decode_verified(&parsed, chunk, &mut plain)
@@ -93,7 +94,7 @@ impl Pack {
     /// Whether the file is still there and as long as it was.
     fn is_stored(&self, layout: &Layout) -> bool {
         let metadata = fs::metadata(layout.pack(&self.digest));
-        metadata.is_ok_and(|metadata| metadata.len() == self.bytes.len() as u64)
+        metadata.is_ok_and(|metadata| metadata.len() == self.map.bytes().len() as u64)
     }
 }
 
@@ -193,7 +194,8 @@ impl Packs {
     pub(crate) fn resident_frame(&self, chunk: &Digest) -> Option<Bytes> {
         let frame = self.read(|index| {
             let place = *index.places.get(chunk)?;
-            Some(index.packs[place.pack as usize].frame(place))
+            let pack = &index.packs[place.pack as usize];
+            (!pack.map.was_cut()).then(|| pack.frame(place))
         })?;
         map::is_resident(&frame).then_some(frame)
     }
@@ -208,10 +210,23 @@ impl Packs {
     /// Waits for the disk, and reads the directory again if need be.
     pub(crate) fn load_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
         let first = self.load_known_frame(chunk, check);
-        if first.is_ok() || !self.scan()? {
+        if first.is_ok() || !(self.reopen_cut(chunk) || self.scan()?) {
             return first;
         }
         self.load_known_frame(chunk, check)
+    }
+
+    /// Maps those of a chunk's packs anew whose maps have lost pages; true if one is whole again.
+    fn reopen_cut(&self, chunk: &Digest) -> bool {
+        let cut = self.read(|index| {
+            let packs = index.places(chunk).map(|place| &index.packs[place.pack as usize]);
+            packs.filter(|pack| pack.map.was_cut()).map(|pack| pack.digest).collect::<Vec<_>>()
+        });
+        let opened = cut.into_iter().map(|digest| Pack::open(&self.layout.pack(&digest), digest));
+        let opened: Vec<_> = opened.filter_map(Result::ok).collect();
+        let learned = !opened.is_empty();
+        self.insert(opened);
+        learned
     }
 
     fn load_known_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
