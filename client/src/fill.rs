@@ -234,6 +234,10 @@ impl Fill {
             message.map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))?;
         let message = message.map_err(server.status("the bulk lane"))?;
         let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
+        if message.chunks.is_empty() {
+            // A server could go on with these for ever, and nothing would come.
+            return Err(server.wrong("bulk answer", "it holds nothing"));
+        }
         // Requests are answered in order: of an earlier one nothing will come any more.
         while stream.asked.front().is_some_and(|front| front.id < message.id) {
             stream.asked.pop_front();

@@ -602,24 +602,14 @@ fn hostile_chunk_requests_are_refused_by_name() {
         run(0, u32::MAX),
         [run(0, 1024), run(0, 1)].concat(),
         [run(0, u32::MAX), run(0, u32::MAX)].concat(),
+        run(u64::MAX, 2),
+        run(u64::MAX, u32::MAX),
     ] {
         target.refused(invalid, "run", fetch(vec![request(&image, runs.clone())]));
         target.refused(invalid, "run", fetch(vec![request(&image, run(0, 1)), request(&image, runs)]));
     }
     let many = (0..100_000).map(|_| v1::ChunkRun { first: 0, count: 1 }).collect::<Vec<_>>();
     target.refused(invalid, "run", fetch(vec![request(&image, many)]));
-
-    let (answers, end) = target.rpc.fetch(vec![request(&image, run(u64::MAX, 2))]);
-    end.unwrap();
-    for answer in &answers {
-        let Some(Answer::Chunk(v1::ChunkAnswer { result: Some(chunk_answer::Result::Error(error)), .. })) =
-            &answer.answer
-        else {
-            panic!("an overflowing run gave {answer:?}");
-        };
-        assert_eq!(error.code(), v1::ErrorCode::OutOfRange);
-    }
-    target.refused(invalid, "run", fetch(vec![request(&image, run(u64::MAX, u32::MAX))]));
 
     // What is out of range is an error of its own answer, and the others are served.
     let runs = [run(2, 1), run(1, 1), run(u64::MAX, 1), run(1 << 40, 1)].concat();
@@ -672,7 +662,7 @@ fn hostile_chunk_requests_are_refused_by_name() {
     };
     target.refused(invalid, "image", stream(vec![v1::StreamChunksRequest::default()]));
     target.refused(invalid, "another", stream(vec![bulk(&image, run(0, 1)), bulk(&unknown, run(0, 1))]));
-    for runs in [run(0, 0), run(0, 16_385), [run(0, 16_384), run(0, 1)].concat()] {
+    for runs in [run(0, 0), run(0, 16_385), [run(0, 16_384), run(0, 1)].concat(), run(u64::MAX, 2)] {
         target.refused(invalid, "run", stream(vec![bulk(&image, runs)]));
     }
     assert_eq!(stream(vec![bulk(&image, [run(2, 1), run(0, 2)].concat())])(&target.rpc).unwrap(), 3);

@@ -3,11 +3,11 @@
 
 use postcopy::ServerAddress;
 use postcopy::proto::digest::Digest;
-use postcopy_tests::cli::{postcopy, run};
+use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::fixtures::noise;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, StoreDir, digest, is_staged};
-use postcopy_tests::{binary, skip, wait_until};
+use postcopy_tests::{binary, is_root, skip, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -327,4 +327,64 @@ fn an_object_is_written_synced_renamed_and_its_directory_synced_before_the_refer
             path.display()
         );
     }
+}
+
+/// A file system of its own, of a size that can be changed.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    fn new(mib: usize) -> Self {
+        let disk = Self(tempfile::tempdir().expect("a scratch folder"));
+        disk.mount(&format!("size={mib}m"));
+        disk
+    }
+
+    fn mount(&self, options: &str) {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(self.0.path());
+        assert!(mount.status().expect("mount can be started").success());
+    }
+
+    fn resize(&self, mib: usize) {
+        self.mount(&format!("remount,size={mib}m"));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_by_name_and_loses_nothing() {
+    if !is_root() {
+        return skip(
+            "a_full_disk_is_an_error_by_name_and_loses_nothing",
+            "mounting a file system needs root",
+        );
+    }
+    let disk = SmallDisk::new(20);
+    let store = StoreDir::new(&disk.0.path().join("store"));
+    let mut server = Server::on(store.root(), "127.0.0.1:0");
+    let folder = tempfile::tempdir().unwrap();
+    let push = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        ["push".into(), path.into_os_string(), name.into()]
+    };
+    let (small, large) = (noise(3 << 20, 51), noise(40 << 20, 52));
+    let _ = run(server.address(), push("small", &small));
+    let said = fail(server.address(), push("large", &large));
+    assert!(said.contains("disk is full") && said.contains("pack"), "{said}");
+    assert!(store.staged().is_empty(), "what was half written is removed: {:?}", store.staged());
+    let rpc = Rpc::connect(server.address());
+    assert!(rpc.read_file("small", "small").unwrap() == small);
+    assert!(rpc.read_file("large", "large").is_err());
+
+    disk.resize(200);
+    let _ = run(server.address(), push("large", &large));
+    assert!(rpc.read_file("large", "large").unwrap() == large);
+    assert!(server.stop().success());
+    store.assert_sound();
 }

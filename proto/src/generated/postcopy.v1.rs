@@ -111,7 +111,7 @@ pub struct ChunkRun {
     /// Number of the first one, counted over all files of the image, from 0.
     #[prost(uint64, tag = "1")]
     pub first: u64,
-    /// How many; 0 is refused.
+    /// How many; 0 is refused, and so is a run whose last chunk's number does not fit into 64 bits.
     #[prost(uint32, tag = "2")]
     pub count: u32,
 }

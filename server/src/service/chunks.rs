@@ -121,11 +121,16 @@ impl Chunks {
     }
 }
 
-/// Sees that no run is empty and that they are together at most `max` chunks. There may be none: so a stream is
+/// Sees that no run is empty or ends beyond 2^64, and that they are together at most `max` chunks. There may be none: so a stream is
 /// bound to its image before anything is needed.
 pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> {
     if runs.iter().any(|run| run.count == 0) {
         return Err(Status::invalid_argument("runs: one has a count of 0"));
+    }
+    if let Some(run) = runs.iter().find(|run| run.first.checked_add(u64::from(run.count) - 1).is_none()) {
+        let v1::ChunkRun { first, count } = run;
+        let reason = format!("runs: {count} chunks from {first} on end beyond the largest number");
+        return Err(Status::invalid_argument(reason));
     }
     // A message has room for less than 2^32 runs, so the sum fits.
     let chunks: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
@@ -135,7 +140,7 @@ pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> 
     }
 }
 
-/// The numbers of the chunks of checked runs, in order; those beyond 2^64 as its last, which no image has.
+/// The numbers of the chunks of checked runs, in order.
 pub(super) fn numbers(runs: Vec<v1::ChunkRun>) -> impl Iterator<Item = u64> + Send + 'static {
-    runs.into_iter().flat_map(|run| (0..u64::from(run.count)).map(move |n| run.first.saturating_add(n)))
+    runs.into_iter().flat_map(|run| (0..u64::from(run.count)).map(move |n| run.first + n))
 }

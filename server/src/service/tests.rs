@@ -18,6 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
@@ -214,8 +215,11 @@ async fn mistakes_of_one_request_stand_in_its_answer() {
     pushed(&server, &image, "a:1").await;
     let mut segment = fetch(None, &[]);
     segment.segment = Some(5);
-    let requests =
-        vec![fetch(Some(&image), &[(17, 1), (u64::MAX, 1024 - 1)]), segment, fetch(Some(&image), &[(0, 1)])];
+    let requests = vec![
+        fetch(Some(&image), &[(17, 1), (u64::MAX - 1022, 1023)]),
+        segment,
+        fetch(Some(&image), &[(0, 1)]),
+    ];
     let answers = answers_of(&server, requests).await.unwrap();
     assert_eq!(answers.len(), 1024 + 2);
     let (mut out_of_range, mut frames) = (0, 0);
@@ -251,6 +255,7 @@ async fn malformed_requests_end_the_stream() {
         (vec![fetch(None, &[])], Code::InvalidArgument),
         (vec![fetch(Some(&image), &[(0, 0)])], Code::InvalidArgument),
         (vec![fetch(Some(&image), &[(0, 1025)])], Code::InvalidArgument),
+        (vec![fetch(Some(&image), &[(u64::MAX, 2)])], Code::InvalidArgument),
         (vec![fetch(Some(&image), &[(0, u32::MAX), (0, u32::MAX)])], Code::InvalidArgument),
         (vec![other.clone()], Code::NotFound),
         (vec![good, other], Code::InvalidArgument),
@@ -414,6 +419,79 @@ async fn an_upload_ends_as_soon_as_it_is_longer_than_announced() {
     let mut images = server.images();
     let (outcome, ()) = tokio::join!(images.upload_pack(ReceiverStream::new(received)), endless);
     assert_eq!(outcome.unwrap_err().code(), Code::InvalidArgument);
+}
+
+/// Takes the 30 s that it says: the sockets are real.
+#[tokio::test]
+async fn silent_uploads_end_and_give_their_memory_back() {
+    let server = Server::start().await;
+    let begin = v1::UploadPackBegin { digest: Digest::of(b"x").into(), size_bytes: 64 << 20 };
+    let begin = v1::UploadPackRequest { part: Some(upload_pack_request::Part::Begin(begin)) };
+    // All the memory that there is for uploads.
+    let mut silent = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let (mut images, begin) = (server.images(), begin.clone());
+        let silence = tokio_stream::iter([begin]).chain(tokio_stream::pending());
+        silent.spawn(async move { images.upload_pack(silence).await.unwrap_err().code() });
+    }
+    let started = std::time::Instant::now();
+    assert_eq!(silent.join_all().await, [Code::DeadlineExceeded; 4]);
+    assert!(started.elapsed().as_secs() < 45, "{:?}", started.elapsed());
+    let empty = server.images().upload_pack(tokio_stream::iter([begin])).await.unwrap_err();
+    assert_eq!(empty.code(), Code::InvalidArgument, "there is memory for it: {empty:?}");
+}
+
+/// A newer client may say more than this server knows.
+#[tokio::test]
+async fn unknown_fields_are_ignored() {
+    use bytes::BufMut;
+    use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+
+    /// Sends bytes as they are, as messages of FetchChunks.
+    #[derive(Clone, Default)]
+    struct Raw;
+    impl Encoder for Raw {
+        type Item = Vec<u8>;
+        type Error = Status;
+        fn encode(&mut self, bytes: Vec<u8>, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
+            out.put_slice(&bytes);
+            Ok(())
+        }
+    }
+    impl Decoder for Raw {
+        type Item = v1::FetchChunksResponse;
+        type Error = Status;
+        fn decode(&mut self, bytes: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
+            prost::Message::decode(bytes).map(Some).map_err(|e| Status::internal(e.to_string()))
+        }
+    }
+    impl Codec for Raw {
+        type Encode = Vec<u8>;
+        type Decode = v1::FetchChunksResponse;
+        type Encoder = Self;
+        type Decoder = Self;
+        fn encoder(&mut self) -> Self {
+            Self
+        }
+        fn decoder(&mut self) -> Self {
+            Self
+        }
+    }
+
+    let server = Server::start().await;
+    let image = Image::of_seed(4);
+    pushed(&server, &image, "a").await;
+    let mut request = prost::Message::encode_to_vec(&fetch(Some(&image), &[(0, 1)]));
+    // Field 1000, varint 7; field 1001, three bytes; class 99, a value that no version has.
+    request.extend([0xc0, 0x3e, 7, 0xca, 0x3e, 3, 1, 2, 3, 0x18, 99]);
+    let mut client = tonic::client::Grpc::new(server.channel.clone());
+    client.ready().await.unwrap();
+    let path = "/postcopy.v1.PageService/FetchChunks".parse().unwrap();
+    let requests = tonic::Request::new(tokio_stream::iter([request]));
+    let mut answers = client.streaming(requests, path, Raw).await.unwrap().into_inner();
+    let answer = answers.message().await.unwrap().unwrap();
+    assert_eq!(answer.id, 7);
+    assert!(matches!(answer.answer, Some(fetch_chunks_response::Answer::Chunk(chunk)) if chunk.chunk == 0));
 }
 
 #[tokio::test]
