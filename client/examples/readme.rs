@@ -6,7 +6,7 @@ use std::time::Duration;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let server = std::env::var("POSTCOPY_SERVER")?.parse()?;
 
-    // Connects, checks the image's root, opens a userfaultfd. Nothing is downloaded yet.
+    // Connects, fetches and checks the image's root, opens a userfaultfd. No page has come yet.
     let session = Session::open(&server, &"demo:v1".parse()?, Options::default())?;
 
     // The whole file as memory of this process. A page comes when it is touched.

@@ -5,7 +5,7 @@ mod doctor;
 mod images;
 mod output;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 use output::Output;
 use postcopy::proto::page::ChunkSize;
@@ -23,8 +23,8 @@ use std::process::ExitCode;
 struct Cli {
     /// The server: http://host:port or unix:/path
     #[arg(long, global = true, env = "POSTCOPY_SERVER", default_value = DEFAULT_SERVER)]
-    server: ServerAddress,
-    /// Print one JSON object instead of text
+    server: String,
+    /// Print JSON instead of text
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -99,7 +99,7 @@ enum Command {
 }
 
 fn chunk_size(text: &str) -> Result<ChunkSize, String> {
-    let bytes = text.parse().map_err(|_| format!("{text:?} is no number of bytes"))?;
+    let bytes = text.parse().map_err(|_| "not a number of bytes, such as 65536".to_owned())?;
     ChunkSize::new(bytes).map_err(|e| e.to_string())
 }
 
@@ -121,19 +121,19 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn run(cli: Cli, output: Output) -> Result<ExitCode> {
-    let server = cli.server;
+    let server = || cli.server.parse::<ServerAddress>().context("--server or POSTCOPY_SERVER");
     match cli.command {
         Command::Push { path, reference, chunk_size, level } => {
             let options = postcopy::push::PushOptions { chunk_size, level };
-            images::push(server, &path, &reference, options, output)
+            images::push(server()?, &path, &reference, options, output)
         }
-        Command::Pull { reference, directory } => images::pull(server, &reference, &directory, output),
-        Command::Ls => images::list(server, output),
-        Command::Inspect { reference } => images::inspect(server, &reference, output),
-        Command::Verify { reference } => images::verify(server, &reference, output),
-        Command::Rm { reference } => images::remove(server, &reference, output),
-        Command::Tag { source, target } => images::tag(server, &source, &target, output),
-        Command::Bench(args) => bench::bench(server, args, output),
+        Command::Pull { reference, directory } => images::pull(server()?, &reference, &directory, output),
+        Command::Ls => images::list(server()?, output),
+        Command::Inspect { reference } => images::inspect(server()?, &reference, output),
+        Command::Verify { reference } => images::verify(server()?, &reference, output),
+        Command::Rm { reference } => images::remove(server()?, &reference, output),
+        Command::Tag { source, target } => images::tag(server()?, &source, &target, output),
+        Command::Bench(args) => bench::bench(server()?, args, output),
         Command::Doctor => doctor::doctor(output),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "postcopy", &mut std::io::stdout());

@@ -9,10 +9,11 @@ use crate::chunk::ChunkPages;
 use crate::image::Content;
 use crate::install::{self, Installed};
 use crate::lane::{BulkLane, frame_of, runs_of};
-use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError};
-use crate::session::{MAX_ATTEMPTS, Shared, add};
+use crate::requests::MAX_ATTEMPTS;
+use crate::session::{Shared, add};
+use crate::uffd::Uffd;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use postcopy_proto::v1;
 use std::collections::VecDeque;
@@ -103,7 +104,7 @@ impl Fill {
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
             let regions = self.shared.regions();
-            let before = unresolved_pages(&regions);
+            let before = unresolved_pages(&self.shared.uffd, &regions);
             if before == 0 {
                 self.shared.fill_work.notified().await;
                 progressed = Instant::now();
@@ -113,7 +114,7 @@ impl Fill {
             // All permits are back: nothing is in flight.
             let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
             drop(self.window.acquire_many(all).await);
-            if unresolved_pages(&regions) < before {
+            if unresolved_pages(&self.shared.uffd, &regions) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
                 continue;
             }
@@ -275,8 +276,8 @@ impl Fill {
         while *next < region.chunks() {
             let chunk = ChunkIndex(first_chunk + *next);
             let here = region.pages_of(chunk).expect("a chunk of the region");
-            let unresolved = [PageState::Absent, PageState::Poisoned];
-            let wanted = region.states.next_run(here.clone(), &unresolved).is_some();
+            let unresolved = install::unresolved(&self.shared.uffd);
+            let wanted = region.states.next_run(here.clone(), unresolved).is_some();
             match image.content(chunk) {
                 Content::Zero if wanted => {
                     if !chunks.is_empty() || pages >= most {
@@ -311,10 +312,12 @@ enum Plan {
     Ask { chunks: Vec<u64>, pages: usize },
 }
 
-fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
+fn unresolved_pages(uffd: &Uffd, regions: &[Arc<RegionState>]) -> usize {
+    let poison_is_final = !uffd.can_poison();
     let unresolved = |region: &Arc<RegionState>| {
         let counts = region.states.counts();
-        region.states.pages() - counts.resident - counts.removed
+        let lost = if poison_is_final { counts.poisoned } else { 0 };
+        region.states.pages() - counts.resident - counts.removed - lost
     };
     regions.iter().filter(|region| region.is_alive()).map(unresolved).sum()
 }

@@ -16,7 +16,10 @@ const PAUSE: std::time::Duration = std::time::Duration::from_micros(200);
 
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
-const UNRESOLVED: [PageState; 2] = [PageState::Absent, PageState::Poisoned];
+/// The states of pages that may be installed. Before Linux 6.6 a lost page is inaccessible, and stays so.
+pub(crate) fn unresolved(uffd: &Uffd) -> &'static [PageState] {
+    if uffd.can_poison() { &[PageState::Absent, PageState::Poisoned] } else { &[PageState::Absent] }
+}
 
 /// How installing a chunk went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +60,7 @@ pub(crate) fn install(
             if !region.is_alive() {
                 return Installed::All;
             }
-            let Some(run) = region.states.next_run(next..part.end, &UNRESOLVED) else { break };
+            let Some(run) = region.states.next_run(next..part.end, unresolved(uffd)) else { break };
             let in_chunk = run.start - chunk_start..run.end - chunk_start;
             let (piece, held) = chunk.piece(in_chunk);
             let pages = piece.start + chunk_start..piece.end + chunk_start;

@@ -29,6 +29,7 @@ pub mod pull;
 pub mod push;
 mod region;
 mod remote;
+mod requests;
 mod session;
 pub mod uffd;
 

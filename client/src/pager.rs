@@ -3,7 +3,7 @@
 //! It runs a current-thread runtime that owns the userfaultfd, the demand stream and its connection, so that from
 //! reading a fault to UFFDIO_COPY nothing crosses a thread. The way of a page:
 //!
-//! 1. [`Pager::drain`] reads all messages: events change page states at once, faults are collected;
+//! 1. [`Pager::run`] reads all messages: events change page states at once ([`apply`]), faults are collected;
 //! 2. [`Pager::fault`] looks at each faulting page's state; an absent one's chunk is asked for ([`Pager::ask`]), once;
 //! 3. [`Pager::answer`] takes the server's answer, verifies the chunk to the image's digest, and
 //! 4. [`Pager::install`] puts its pages into every region that has them, which wakes the threads.
@@ -14,60 +14,28 @@
 use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
-use crate::lane::{DemandLane, frame_of, runs_of};
+use crate::lane::{DemandLane, frame_of};
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, ServerAddress, take_segment};
+use crate::requests::{Late, Refused, Requests, Waiting};
 use crate::session::{Command, LossPolicy, OWN_PROCESS_FEATURES, Options, SessionError, Shared, add};
 use crate::uffd::{AsyncUffd, Event, Outcome, Uffd};
 use bytes::Bytes;
-use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
-use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-/// How often a chunk is asked for before a wrong or missing answer is final. From the second time on the server
-/// checks its copy itself.
-pub(crate) const MAX_ATTEMPTS: u32 = 3;
-
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// How soon an install is tried again that the kernel put off.
 const RETRY: Duration = Duration::from_millis(1);
-/// How often a lost chunk is asked for again under [`LossPolicy::Wait`].
-const LOST_RETRY: Duration = Duration::from_secs(1);
 /// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
 const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_secs(1);
-
-/// A chunk that was asked for and has not been installed.
-#[derive(Debug)]
-struct InFlight {
-    digest: Digest,
-    /// A page of it that somebody waits for, with its region; installed first.
-    region: Arc<RegionState>,
-    page: usize,
-    attempt: u32,
-    /// Answers that were wrong or errors.
-    refusals: u32,
-    deadline: Instant,
-    /// The frame came, and the kernel put the install off.
-    frame: Option<Bytes>,
-    /// Given up: ask again at this time, under [`LossPolicy::Wait`].
-    again_at: Option<Instant>,
-}
-
-/// A segment that faults wait for, and the pages they are for.
-#[derive(Debug)]
-struct AwaitedSegment {
-    pages: Vec<(Arc<RegionState>, usize)>,
-    refusals: u32,
-    deadline: Instant,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -77,17 +45,11 @@ pub(crate) struct Pager {
     lane: Result<DemandLane, oneshot::Receiver<DemandLane>>,
     /// Before the next attempt to reach a server that was lost.
     reconnect_pause: Duration,
-    in_flight: HashMap<ChunkIndex, InFlight>,
-    segments: BTreeMap<u32, AwaitedSegment>,
-    /// Chunks to be asked for with the next message, by attempt.
-    to_ask: Vec<(u32, ChunkIndex)>,
-    segments_to_ask: Vec<u32>,
+    requests: Requests,
     /// Faults on removed pages, and installs, that must wait until an event has been read.
-    put_off: Vec<(Arc<RegionState>, usize)>,
-    put_off_chunks: bool,
+    put_off: Vec<Waiting>,
     events: Vec<Event>,
     pages: ChunkPages,
-    next_id: u64,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
     commands: mpsc::Receiver<Command>,
 }
@@ -174,15 +136,10 @@ impl Pager {
             uffd: watched,
             lane: Ok(lane),
             reconnect_pause: RECONNECT.start,
-            in_flight: HashMap::new(),
-            segments: BTreeMap::new(),
-            to_ask: Vec::new(),
-            segments_to_ask: Vec::new(),
+            requests: Requests::new(options.fault_deadline),
             put_off: Vec::new(),
-            put_off_chunks: false,
             events: Vec::new(),
             pages: ChunkPages::default(),
-            next_id: 0,
             commands,
         })
     }
@@ -198,8 +155,8 @@ impl Pager {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.send();
-            let waits = !self.in_flight.is_empty() || !self.segments.is_empty();
-            let put_off = self.put_off_chunks || !self.put_off.is_empty();
+            let waits = !self.requests.is_empty();
+            let put_off = self.requests.has_put_off() || !self.put_off.is_empty();
             tokio::select! {
                 biased;
                 readable = self.uffd.readable() => match readable {
@@ -213,7 +170,7 @@ impl Pager {
                             return shared.report(&format!("the userfaultfd cannot be read: {error}"));
                         }
                         readable.drained();
-                        if let Err(reason) = self.drain() {
+                        if let Err(reason) = apply(&shared, &mut self.events) {
                             drop(pass);
                             return shared.report(&reason);
                         }
@@ -230,33 +187,6 @@ impl Pager {
                 _ = tick.tick(), if waits => self.check_deadlines(),
             }
         }
-    }
-
-    /// Changes states by the events that were read, and leaves the faults in `events`. The gate is passed alone.
-    fn drain(&mut self) -> Result<(), String> {
-        if self.events.iter().all(|event| matches!(event, Event::Fault { .. })) {
-            return Ok(());
-        }
-        let regions = self.shared().regions();
-        let mut moved = None;
-        self.events.retain(|event| {
-            match *event {
-                Event::Fault { .. } => return true,
-                // The range is gone, or about to go: nothing may be installed there any more.
-                Event::Remove { start, end } | Event::Unmap { start, end } => {
-                    for region in regions.iter() {
-                        region.states.set_removed(region.pages_in(start, end));
-                    }
-                }
-                Event::Remap { from, .. } => moved = Some(format!("memory at {from:#x} was moved by mremap")),
-                Event::Unknown { event } => {
-                    moved = Some(format!("the kernel sent event {event:#x}, not asked for"))
-                }
-            }
-            false
-        });
-        self.shared().pages_changed();
-        moved.map_or(Ok(()), Err)
     }
 
     fn faults(&mut self) {
@@ -299,60 +229,25 @@ impl Pager {
     /// Asks for the chunk of an absent page, unless that has been done.
     fn ask(&mut self, region: &Arc<RegionState>, page: usize) {
         let chunk = region.chunk_of(page);
-        if self.in_flight.contains_key(&chunk) {
+        if self.requests.has_chunk(chunk) {
             return;
         }
-        let deadline = Instant::now() + self.shared().options.fault_deadline;
+        let waiting = (Arc::clone(region), page);
         match self.shared().image.content(chunk) {
-            Content::Data(digest) => {
-                let region = Arc::clone(region);
-                let wanted = InFlight {
-                    digest,
-                    region,
-                    page,
-                    attempt: 0,
-                    refusals: 0,
-                    deadline,
-                    frame: None,
-                    again_at: None,
-                };
-                self.in_flight.insert(chunk, wanted);
-                self.to_ask.push((0, chunk));
-            }
+            Content::Data(digest) => self.requests.add_chunk(chunk, digest, waiting, Instant::now()),
             Content::Zero => self.install_zeros(region, chunk, page),
-            Content::SegmentMissing(index) => {
-                let awaited = self.segments.entry(index).or_insert_with(|| {
-                    self.segments_to_ask.push(index);
-                    AwaitedSegment { pages: Vec::new(), refusals: 0, deadline }
-                });
-                awaited.pages.push((Arc::clone(region), page));
-            }
+            Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, Instant::now()),
             Content::OutOfRange => unreachable!("regions are made from the image's own files"),
         }
     }
 
     /// Sends what is to be asked for, as far as the lane takes it.
     fn send(&mut self) {
-        if self.to_ask.is_empty() && self.segments_to_ask.is_empty() {
-            return;
-        }
         let Ok(lane) = &self.lane else { return };
-        while !self.to_ask.is_empty() || !self.segments_to_ask.is_empty() {
+        while self.requests.has_message() {
             // Full: it goes on after the next answer. Closed: next_answer says so.
             let Ok(slot) = lane.requests.try_reserve() else { return };
-            self.next_id += 1;
-            let attempt = self.to_ask.first().map_or(0, |(attempt, _)| *attempt);
-            let most = postcopy_proto::MAX_DEMAND_CHUNKS;
-            let count = (0..most).zip(&self.to_ask).take_while(|(_, (a, _))| *a == attempt).count();
-            let chunks = self.to_ask.drain(..count).map(|(_, chunk)| chunk.0);
-            slot.send(v1::FetchChunksRequest {
-                id: self.next_id,
-                attempt,
-                class: v1::RequestClass::Demand.into(),
-                image: Bytes::new(),
-                runs: runs_of(chunks),
-                segment: self.segments_to_ask.pop(),
-            });
+            slot.send(self.requests.message());
         }
     }
 
@@ -360,7 +255,7 @@ impl Pager {
         match next {
             NextAnswer::Connected(lane) => {
                 self.lane = Ok(lane);
-                self.ask_all_again();
+                self.requests.ask_all_again();
             }
             NextAnswer::Lost => self.reconnect(),
             NextAnswer::Answer(answer) => {
@@ -390,23 +285,11 @@ impl Pager {
         });
     }
 
-    fn ask_all_again(&mut self) {
-        self.to_ask.clear();
-        for (chunk, wanted) in &mut self.in_flight {
-            if wanted.frame.is_none() && wanted.again_at.is_none() {
-                wanted.attempt += 1;
-                self.to_ask.push((wanted.attempt, *chunk));
-            }
-        }
-        self.to_ask.sort_unstable();
-        self.segments_to_ask = self.segments.keys().copied().collect();
-    }
-
     /// Takes the answer for a chunk.
     fn answer(&mut self, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
-        let Some(wanted) = self.in_flight.get(&chunk) else { return };
-        let frame = match frame_of(answer, &wanted.digest) {
+        let Some((digest, _)) = self.requests.chunk(chunk) else { return };
+        let frame = match frame_of(answer, &digest) {
             Ok(frame) => frame.clone(),
             Err(reason) => return self.refuse(chunk, &reason),
         };
@@ -418,27 +301,23 @@ impl Pager {
 
     /// Verifies a chunk's frame and installs its pages.
     fn install(&mut self, chunk: ChunkIndex, frame: Bytes) {
-        let Some(wanted) = self.in_flight.get_mut(&chunk) else { return };
+        let Some((digest, (waiting, page))) = self.requests.chunk(chunk) else { return };
         let shared = &self.way_out.0;
-        let digest = wanted.digest;
-        if let Err(reason) = self.pages.decode(&shared.image, &wanted.region.file, chunk, &digest, &frame) {
+        if let Err(reason) = self.pages.decode(&shared.image, &waiting.file, chunk, &digest, &frame) {
             return self.refuse(chunk, &reason);
         }
         let mut outcome = Installed::All;
         for region in shared.regions().iter() {
             let Some(pages) = region.pages_of(chunk) else { continue };
-            let first = Arc::ptr_eq(region, &wanted.region).then_some(wanted.page);
+            let first = Arc::ptr_eq(region, waiting).then_some(*page);
             let installed = install::install(&shared.uffd, None, region, pages.start, &self.pages, first);
             if installed != Installed::All {
                 outcome = installed;
             }
         }
         match outcome {
-            Installed::All | Installed::Ended => drop(self.in_flight.remove(&chunk)),
-            Installed::Deferred | Installed::NoMemory => {
-                wanted.frame = Some(frame);
-                self.put_off_chunks = true;
-            }
+            Installed::All | Installed::Ended => self.requests.chunk_done(chunk),
+            Installed::Deferred | Installed::NoMemory => self.requests.put_off(chunk, frame),
         }
         self.shared().pages_changed();
     }
@@ -460,41 +339,27 @@ impl Pager {
                 self.fault(&region, page);
             }
         }
-        if std::mem::take(&mut self.put_off_chunks) {
-            let frames: Vec<_> =
-                self.in_flight.iter_mut().filter_map(|(chunk, w)| Some((*chunk, w.frame.take()?))).collect();
-            for (chunk, frame) in frames {
-                self.install(chunk, frame);
-            }
+        for (chunk, frame) in self.requests.take_put_off() {
+            self.install(chunk, frame);
         }
     }
 
     /// An answer was wrong or an error: ask again, or give up.
     fn refuse(&mut self, chunk: ChunkIndex, reason: &str) {
-        let Some(wanted) = self.in_flight.get_mut(&chunk) else { return };
-        wanted.refusals += 1;
-        wanted.attempt += 1;
-        if wanted.refusals < MAX_ATTEMPTS {
-            self.to_ask.push((wanted.attempt, chunk));
-        } else {
-            self.lose(chunk, reason);
+        match self.requests.chunk_refused(chunk) {
+            Refused::AskedAgain | Refused::Unknown => {}
+            Refused::Final => self.lose(chunk, reason),
         }
     }
 
     fn segment_answer(&mut self, answer: &v1::SegmentAnswer) {
-        let taken = take_segment(&self.shared().image, answer);
-        let Some(awaited) = self.segments.get_mut(&answer.index) else { return };
-        let pages = match taken {
-            Ok(()) => self.segments.remove(&answer.index).map(|awaited| awaited.pages),
-            Err(reason) => {
-                awaited.refusals += 1;
-                if awaited.refusals < MAX_ATTEMPTS {
-                    return self.segments_to_ask.push(answer.index);
-                }
-                return self.lose_segment(answer.index, &reason.to_string());
-            }
-        };
-        for (region, page) in pages.into_iter().flatten() {
+        if let Err(reason) = take_segment(&self.shared().image, answer) {
+            return match self.requests.segment_refused(answer.index) {
+                Refused::AskedAgain | Refused::Unknown => {}
+                Refused::Final => self.lose_segment(answer.index, &reason.to_string()),
+            };
+        }
+        for (region, page) in self.requests.segment_done(answer.index) {
             self.fault(&region, page);
         }
     }
@@ -506,19 +371,14 @@ impl Pager {
         shared.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
         match shared.options.on_loss {
             LossPolicy::Poison => {
-                self.in_flight.remove(&chunk);
+                self.requests.chunk_done(chunk);
                 for region in shared.regions().iter() {
                     if let Some(pages) = region.pages_of(chunk) {
                         self.poison(region, pages);
                     }
                 }
             }
-            LossPolicy::Wait => {
-                if let Some(wanted) = self.in_flight.get_mut(&chunk) {
-                    wanted.again_at = Some(Instant::now() + LOST_RETRY);
-                    wanted.refusals = 0;
-                }
-            }
+            LossPolicy::Wait => self.requests.chunk_later(chunk, Instant::now()),
         }
         shared.pages_changed();
     }
@@ -529,70 +389,40 @@ impl Pager {
         shared.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
         match shared.options.on_loss {
             LossPolicy::Poison => {
-                for (region, page) in self.segments.remove(&index).into_iter().flat_map(|s| s.pages) {
+                for (region, page) in self.requests.segment_done(index) {
                     // The whole chunk, as when a chunk is lost: one page stands for all that were asked for.
                     if let Some(pages) = region.pages_of(region.chunk_of(page)) {
                         self.poison(&region, pages);
                     }
                 }
             }
-            LossPolicy::Wait => {
-                if let Some(awaited) = self.segments.get_mut(&index) {
-                    awaited.refusals = 0;
-                    awaited.deadline = Instant::now() + LOST_RETRY;
-                }
-            }
+            LossPolicy::Wait => self.requests.segment_later(index, Instant::now()),
         }
         shared.pages_changed();
     }
 
     fn poison(&mut self, region: &Arc<RegionState>, pages: std::ops::Range<usize>) {
         let shared = Arc::clone(&self.way_out.0);
-        let mut events = std::mem::take(&mut self.events);
         install::poison(&shared.uffd, region, pages, || {
+            // Where installers are inside, the next attempt comes when they have left: new ones wait.
+            let Some(_pass) = shared.gate.try_enter_alone() else { return };
             // An error shows at the next read in `run`.
-            let _ = shared.uffd.read_events(&mut events);
-        });
-        self.events = events;
-        if !self.events.is_empty() {
-            let outcome = self.drain();
-            self.faults();
-            if let Err(reason) = outcome {
+            let _ = shared.uffd.read_events(&mut self.events);
+            if let Err(reason) = apply(&shared, &mut self.events) {
                 shared.report(&reason);
             }
-        }
+        });
+        self.faults();
     }
 
     fn check_deadlines(&mut self) {
-        let now = Instant::now();
-        let mut late = Vec::new();
-        let mut again = Vec::new();
-        for (chunk, wanted) in &mut self.in_flight {
-            match wanted.again_at {
-                Some(at) if at <= now => again.push(*chunk),
-                None if wanted.deadline <= now => late.push(*chunk),
-                _ => {}
-            }
-        }
-        for chunk in again {
-            if let Some(wanted) = self.in_flight.get_mut(&chunk) {
-                wanted.again_at = None;
-                wanted.attempt += 1;
-                wanted.deadline = now + self.way_out.0.options.fault_deadline;
-                self.to_ask.push((wanted.attempt, chunk));
-            }
+        let Late { chunks, segments } = self.requests.late(Instant::now());
+        if chunks.is_empty() && segments.is_empty() {
+            return;
         }
         let reason = self.late_reason();
-        for chunk in late {
-            self.lose(chunk, &reason);
-        }
-        let late: Vec<_> = self.segments.iter().filter(|(_, s)| s.deadline <= now).map(|(i, _)| *i).collect();
-        for index in late {
-            self.lose_segment(index, &reason);
-            if self.segments.contains_key(&index) {
-                self.segments_to_ask.push(index);
-            }
-        }
+        chunks.into_iter().for_each(|chunk| self.lose(chunk, &reason));
+        segments.into_iter().for_each(|index| self.lose_segment(index, &reason));
     }
 
     fn late_reason(&self) -> String {
@@ -634,19 +464,7 @@ impl Pager {
         let unregistered = shared.uffd.unregister(memory.start(), memory.len());
         let rest = shared.regions().iter().filter(|r| !Arc::ptr_eq(r, region)).cloned().collect();
         shared.set_regions(rest);
-        // Another region of the same file may wait for the same chunk.
-        let rest = shared.regions();
-        self.in_flight.retain(|chunk, wanted| {
-            if Arc::ptr_eq(&wanted.region, region) {
-                let other = rest.iter().find_map(|region| Some((region, region.pages_of(*chunk)?.start)));
-                let Some((other, page)) = other else { return false };
-                (wanted.region, wanted.page) = (Arc::clone(other), page);
-            }
-            true
-        });
-        for awaited in self.segments.values_mut() {
-            awaited.pages.retain(|(r, _)| !Arc::ptr_eq(r, region));
-        }
+        self.requests.forget(region, &shared.regions());
         if forbidden.is_ok() && unregistered.is_ok() {
             // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.
             tokio::task::spawn_blocking(move || {
@@ -658,6 +476,33 @@ impl Pager {
             self.shared().report("a region could not be unregistered; its address space is not given back");
         }
     }
+}
+
+/// Changes states by the events that were read, and leaves the faults in `events`. The gate is passed alone.
+fn apply(shared: &Shared, events: &mut Vec<Event>) -> Result<(), String> {
+    if events.iter().all(|event| matches!(event, Event::Fault { .. })) {
+        return Ok(());
+    }
+    let regions = shared.regions();
+    let mut outcome = Ok(());
+    events.retain(|event| {
+        match *event {
+            Event::Fault { .. } => return true,
+            // The range is gone, or about to go: nothing may be installed there any more.
+            Event::Remove { start, end } | Event::Unmap { start, end } => {
+                for region in regions.iter() {
+                    region.states.set_removed(region.pages_in(start, end));
+                }
+            }
+            Event::Remap { from, .. } => outcome = Err(format!("memory at {from:#x} was moved by mremap")),
+            Event::Unknown { event } => {
+                outcome = Err(format!("the kernel sent event {event:#x}, not asked for"));
+            }
+        }
+        false
+    });
+    shared.pages_changed();
+    outcome
 }
 
 /// What the lane, or the attempt to get one, gives next.

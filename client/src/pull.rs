@@ -25,7 +25,7 @@ pub enum PullError {
     #[error("{0} exists already and is not an empty directory")]
     Exists(PathBuf),
     /// A file could not be written.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     File {
         /// Which one.
         path: PathBuf,

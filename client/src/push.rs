@@ -89,7 +89,7 @@ pub enum PushError {
     #[error(transparent)]
     Remote(#[from] RemoteError),
     /// A file could not be read.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     File {
         /// Which one.
         path: PathBuf,
@@ -106,7 +106,7 @@ pub enum PushError {
     #[error(transparent)]
     Path(#[from] PathError),
     /// An image that cannot be.
-    #[error("the image cannot be made: {0}")]
+    #[error("the image cannot be made")]
     Manifest(#[from] ManifestError),
     /// The server went on losing chunks.
     #[error(

@@ -32,7 +32,7 @@ pub struct ServerAddress(String);
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
     /// The text is no address.
-    #[error("server address {0:?}: neither `http://host:port` nor `unix:/path`")]
+    #[error("server address {0:?}: neither `http://host:port` nor `unix:/path`, an absolute path")]
     Address(String),
     /// Nobody answers there.
     #[error("server {server} cannot be reached: {reason}")]

@@ -8,7 +8,7 @@ use crate::fill;
 use crate::gate::Gate;
 use crate::image::Image;
 use crate::page_state::PageState;
-use crate::pager::{self, Pager};
+use crate::pager::Pager;
 use crate::region::{Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::uffd::memory::Memory;
@@ -28,7 +28,8 @@ const COMMANDS: usize = 256;
 /// What happens to a fault that cannot be served within its deadline, or at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LossPolicy {
-    /// Its page is poisoned: this and every later touch is SIGBUS.
+    /// Its page is poisoned: this touch is SIGBUS, and so is every later one, unless a background fill brings the
+    /// page after all. Before Linux 6.6 it is SIGSEGV, for good.
     #[default]
     Poison,
     /// It stays pending, is reported by [`Session::error`], and is tried again every second.
@@ -454,5 +455,3 @@ impl Session {
 /// process would wait for the pager, which may wait for a lock that the forking thread holds.
 pub(crate) const OWN_PROCESS_FEATURES: u64 =
     crate::uffd::EVENT_REMOVE | crate::uffd::EVENT_REMAP | crate::uffd::EVENT_UNMAP;
-
-pub(crate) use pager::MAX_ATTEMPTS;

@@ -45,22 +45,22 @@ macro_rules! features {
 }
 
 features! {
-    PAGEFAULT_FLAG_WP = 0, "5.7", "tracking writes";
-    EVENT_FORK = 1, "4.11", "children of restored processes";
-    EVENT_REMAP = 2, "4.11", "mremap of restored memory";
-    EVENT_REMOVE = 3, "4.11", "madvise and balloons: memory given back stays given back";
-    MISSING_HUGETLBFS = 4, "4.11", "2 MiB huge pages";
-    MISSING_SHMEM = 5, "4.11", "shared memory and memfd";
-    EVENT_UNMAP = 6, "4.11", "munmap of restored memory";
+    PAGEFAULT_FLAG_WP = 0, "5.7", "not used yet";
+    EVENT_FORK = 1, "4.11", "not used yet; needs CAP_SYS_PTRACE";
+    EVENT_REMAP = 2, "4.11", "memory that is moved away is noticed, and ends the session";
+    EVENT_REMOVE = 3, "4.11", "madvise: memory given back stays given back";
+    MISSING_HUGETLBFS = 4, "4.11", "not used yet";
+    MISSING_SHMEM = 5, "4.11", "not used yet";
+    EVENT_UNMAP = 6, "4.11", "memory that is unmapped is noticed";
     SIGBUS = 7, "4.14", "not used";
     THREAD_ID = 8, "4.14", "not used";
     MINOR_HUGETLBFS = 9, "5.13", "not used";
     MINOR_SHMEM = 10, "5.14", "not used";
     EXACT_ADDRESS = 11, "5.18", "not used";
-    WP_HUGETLBFS_SHMEM = 12, "5.19", "tracking writes to shared memory";
+    WP_HUGETLBFS_SHMEM = 12, "5.19", "not used yet";
     WP_UNPOPULATED = 13, "6.4", "not used";
     POISON = 14, "6.6", "a page that cannot be had is SIGBUS, never a silent zero";
-    WP_ASYNC = 15, "6.7", "tracking writes without a fault each";
+    WP_ASYNC = 15, "6.7", "not used yet";
     MOVE = 16, "6.8", "not used";
 }
 

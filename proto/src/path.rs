@@ -82,6 +82,24 @@ impl fmt::Debug for ImagePath {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::{Component, Path};
+
+    proptest! {
+        /// Whatever the bytes are: what is accepted stays below a directory that it is joined to.
+        #[test]
+        fn accepted_paths_lead_down(bytes in "[a./\u{0}\u{e4}]{0,12}".prop_map(String::into_bytes)) {
+            if let Ok(path) = ImagePath::try_from(&bytes[..]) {
+                prop_assert_eq!(path.as_bytes(), &bytes[..]);
+                let parts = Path::new(std::ffi::OsStr::from_bytes(path.as_bytes())).components();
+                let parts: Vec<_> = parts.collect();
+                prop_assert!(!parts.is_empty());
+                prop_assert!(parts.iter().all(|part| matches!(part, Component::Normal(_))));
+                prop_assert_eq!(path.ancestors().count(), parts.len() - 1);
+            }
+        }
+    }
 
     #[test]
     fn paths_that_lead_out_are_refused() {

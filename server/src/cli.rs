@@ -106,6 +106,15 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 impl Cli {
+    /// Whether the answer is to be JSON, an error, too.
+    pub(crate) fn json(&self) -> bool {
+        match &self.command {
+            Command::Gc(options) => options.json,
+            Command::Verify(options) => options.json,
+            Command::Serve(_) | Command::Completions { .. } => false,
+        }
+    }
+
     /// Does what was asked for.
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
@@ -171,14 +180,17 @@ impl Gc {
         }
         let Collected { packs, manifests, left_overs, bytes, waiting } = collected;
         let deleted = format!("{packs} packs, {manifests} manifests, {left_overs} left-overs");
-        say(format_args!("deleted {deleted}: {bytes} bytes; {waiting} objects condemned and waiting"))?;
+        let later = if waiting > 0 { " for a run after the grace time" } else { "" };
+        say(format_args!("deleted {deleted}: {bytes} bytes; {waiting} objects condemned, waiting{later}"))?;
         Ok(ExitCode::SUCCESS)
     }
 
     async fn collect(&self, collector: &Collector) -> Result<Collected, StoreError> {
         let latest = collector.condemn()?;
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
-            tokio::time::sleep(self.grace.saturating_sub(latest.elapsed().unwrap_or_default())).await;
+            let wait = self.grace.saturating_sub(latest.elapsed().unwrap_or_default());
+            tracing::info!("what no reference needs is condemned, and deleted in {wait:.0?}");
+            tokio::time::sleep(wait).await;
         }
         collector.sweep(self.grace)
     }
@@ -195,8 +207,9 @@ impl Verify {
                 say(format_args!("damaged: {object}: {reason}"))?;
             }
             let Verified { packs, pack_bytes, chunks, manifests, references, .. } = verified;
+            let sound = if is_sound { "sound" } else { "damaged; sound are" };
             say(format_args!(
-                "sound: {packs} packs ({pack_bytes} bytes, {chunks} chunks), {manifests} manifests, {references} references"
+                "{sound}: {packs} packs ({pack_bytes} bytes, {chunks} chunks), {manifests} manifests, {references} references"
             ))?;
         }
         Ok(if is_sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })

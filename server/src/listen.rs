@@ -21,8 +21,16 @@ pub enum Address {
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// Not written as an address is.
-    #[error("{0:?} is no address: use host:port or unix:/path")]
+    #[error("{0:?} is no address: use host:port or unix:/path, an absolute path")]
     Syntax(String),
+    /// The host's name stands for no address.
+    #[error("{address}: the host is not known")]
+    Host {
+        /// The address.
+        address: String,
+        /// What the resolver says.
+        source: io::Error,
+    },
     /// Others than this machine's users could connect.
     #[error(
         "{0} can be reached from other machines, and anyone there could read and change all images: \
@@ -51,10 +59,16 @@ impl std::str::FromStr for Address {
             let is_path = path.starts_with('/');
             return if is_path { Ok(Self::Unix(path.into())) } else { Err(ListenError::Syntax(text.into())) };
         }
-        match text.to_socket_addrs().map(Iterator::collect::<Vec<_>>) {
-            Ok(addresses) if !addresses.is_empty() => Ok(Self::Tcp(addresses)),
-            _ => Err(ListenError::Syntax(text.into())),
+        let is_host_and_port = text.rsplit_once(':').is_some_and(|(host, port)| {
+            !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
+        });
+        if !is_host_and_port {
+            return Err(ListenError::Syntax(text.into()));
         }
+        let resolved = text.to_socket_addrs();
+        resolved
+            .map(|addresses| Self::Tcp(addresses.collect()))
+            .map_err(|source| ListenError::Host { address: text.into(), source })
     }
 }
 
@@ -158,7 +172,8 @@ mod tests {
     fn addresses_are_host_and_port_or_a_path() {
         assert_eq!("unix:/a".parse::<Address>().unwrap(), Address::Unix("/a".into()));
         assert_eq!("127.0.0.1:0".parse::<Address>().unwrap().to_string(), "127.0.0.1:0");
-        for bad in ["", "unix:", "unix:a", "127.0.0.1", "127.0.0.1:x", "http://127.0.0.1:1"] {
+        assert!(matches!("nohost.invalid:1".parse::<Address>(), Err(ListenError::Host { .. })));
+        for bad in ["", ":1", "unix:", "unix:a", "127.0.0.1", "127.0.0.1:x", "http://127.0.0.1:1"] {
             assert!(matches!(bad.parse::<Address>(), Err(ListenError::Syntax(_))), "{bad}");
         }
     }

@@ -13,6 +13,7 @@ const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
+    let json = cli.json();
     let filter = EnvFilter::try_from_env("POSTCOPY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -21,15 +22,19 @@ fn main() -> ExitCode {
         .init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&error.into()),
+        Err(error) => return fail(&error.into(), json),
     };
     let outcome = runtime.block_on(cli.run());
     runtime.shutdown_timeout(RUNTIME_TIMEOUT);
-    outcome.unwrap_or_else(|error| fail(&error))
+    outcome.unwrap_or_else(|error| fail(&error, json))
 }
 
-fn fail(error: &anyhow::Error) -> ExitCode {
+fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
     // Nobody may be reading any more.
+    if json {
+        let shown = serde_json::json!({ "error": format!("{error:#}") });
+        let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{shown}\n"));
+    }
     let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("postcopyd: {error:#}\n"));
     ExitCode::FAILURE
 }

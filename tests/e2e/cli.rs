@@ -180,9 +180,16 @@ fn a_server_that_is_not_there_or_no_address_is_an_error_that_says_what_to_do() {
     for bad in ["127.0.0.1:7070", "https://h:1", "http://h", "unix:relative", "", "http://h:99999"] {
         let output = output("postcopy", &["--server", bad, "ls"]);
         let text = shown(&output);
-        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert_eq!(output.status.code(), Some(1), "{text}");
         assert!(text.contains("http://host:port") && text.contains("unix:/path"), "{text}");
+        assert!(text.contains("--server or POSTCOPY_SERVER"), "{text}");
+        // What needs no server does not mind.
+        assert!(run_without_server(bad).status.success());
     }
+}
+
+fn run_without_server(address: &str) -> std::process::Output {
+    output("postcopy", &["--server", address, "doctor"])
 }
 
 #[test]

@@ -76,7 +76,7 @@ pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> R
     let name = "image".parse().expect("a name");
     let fixed = Reference::Digest { name, image: image.digest() };
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
-    let mut lazy = lazily(&server, &fixed, &args, seed, &image, file)?;
+    let mut lazy = lazily(&server, &fixed, &args, seed, &image, file, output)?;
     let eager = if args.no_eager { None } else { Some(eagerly(&server, &fixed, &args.file)?) };
 
     lazy.touches.sort_unstable();
@@ -152,7 +152,9 @@ fn manifest(server: &ServerAddress, reference: &Reference, path: &str) -> Result
         let remote = Remote::connect(server.clone()).await?;
         let (image, segments) = remote.open(reference, &[path.as_bytes()], false).await?;
         segments.all_into(&image).await?;
-        let file = image.file(path.as_bytes()).with_context(|| format!("{path} is no regular file"))?;
+        let file = image
+            .file(path.as_bytes())
+            .with_context(|| format!("path {path:?} is no regular file of the image {reference}"))?;
         Ok((image, file))
     })
 }
@@ -164,6 +166,7 @@ fn lazily(
     seed: u64,
     image: &Image,
     file: FileEntry,
+    output: Output,
 ) -> Result<Lazy> {
     let started = Instant::now();
     // A page that cannot be had is an error of this command, and not its death by SIGBUS.
@@ -187,7 +190,7 @@ fn lazily(
             if let Some(reason) = session.wait_error(Duration::from_millis(20)) {
                 // The touching threads sleep in the kernel: only the end of the process takes them away.
                 let error = anyhow::anyhow!("a page could not be had: {reason}");
-                Output { json: false }.error(&error);
+                output.error(&error);
                 std::process::exit(1);
             }
         }

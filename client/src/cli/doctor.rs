@@ -201,6 +201,8 @@ fn text(report: &Report) -> String {
             let _ = writeln!(text, "      {}", finding.advice);
         }
     }
+    let verdict = if report.can_map { "can" } else { "cannot" };
+    let _ = writeln!(text, "Files of images {verdict} be mapped lazily here.");
     text += "Features of userfaultfd:\n";
     for feature in &report.features {
         let mark = if feature.available { "ok " } else { "-- " };

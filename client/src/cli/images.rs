@@ -26,6 +26,11 @@ fn with_remote<T, W: Future<Output = Result<T>>>(
     runtime.block_on(async { work(Remote::connect(server).await?).await })
 }
 
+/// What a server said no with.
+fn refused(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{} ({})", status.message(), status.code())
+}
+
 fn digest(bytes: &[u8]) -> String {
     Digest::try_from(bytes).map_or_else(|e| e.to_string(), |digest| digest.to_string())
 }
@@ -130,7 +135,8 @@ pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Outpu
     if let Err(error) = &verified
         && let Some(pull::PullError::Damaged(damaged)) = error.downcast_ref()
     {
-        for damage in damaged {
+        // The first one stands in the error itself.
+        for damage in &damaged[1..] {
             eprintln!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason);
         }
     }
@@ -167,7 +173,7 @@ pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
         let mut page_token = String::new();
         loop {
             let request = v1::ListImagesRequest { page_size: 0, page_token };
-            let page = remote.images().list_images(request).await.context("list images")?.into_inner();
+            let page = remote.images().list_images(request).await.map_err(refused)?.into_inner();
             images.extend(page.images.into_iter().map(Summary::from));
             page_token = page.next_page_token;
             if page_token.is_empty() {
@@ -179,13 +185,13 @@ pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
     output.show(&images, || {
         let width = images.iter().map(|image| image.reference.len()).max().unwrap_or(0).max(9);
         let mut text =
-            format!("{:width$}  {:>12}  {:>6}  {:>7}  IMAGE\n", "REFERENCE", "SIZE", "FILES", "CHUNK");
+            format!("{:width$}  {:>12}  {:>6}  {:>10}  IMAGE\n", "REFERENCE", "SIZE", "FILES", "CHUNK");
         for image in &images {
             let (size, chunk) = (bytes(image.size_bytes), bytes(u64::from(image.chunk_size_bytes)));
             let rest = if image.damage.is_empty() { &image.image } else { &image.damage };
             let _ = writeln!(
                 text,
-                "{:width$}  {size:>12}  {:>6}  {chunk:>7}  {rest}",
+                "{:width$}  {size:>12}  {:>6}  {chunk:>10}  {rest}",
                 image.reference, image.files
             );
         }
@@ -197,7 +203,7 @@ pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
 pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
     let (answer, image) = with_remote(server, |remote| async move {
         let request = v1::GetImageRequest { reference: reference.to_string() };
-        let answer = remote.images().get_image(request).await.with_context(|| reference.to_string())?;
+        let answer = remote.images().get_image(request).await.map_err(refused)?;
         let answer = answer.into_inner();
         let (image, _) = remote.open(reference, &[], false).await?;
         Ok((answer, image))
@@ -281,7 +287,7 @@ struct Pointed {
 pub(crate) fn remove(server: ServerAddress, reference: &TagReference, output: Output) -> Result<ExitCode> {
     with_remote(server, |remote| async move {
         let request = v1::DeleteImageRequest { reference: reference.to_string() };
-        remote.images().delete_image(request).await.with_context(|| reference.to_string())?;
+        remote.images().delete_image(request).await.map_err(refused)?;
         Ok(())
     })?;
     let removed = Pointed { reference: reference.to_string(), image: None };
@@ -297,7 +303,7 @@ pub(crate) fn tag(
 ) -> Result<ExitCode> {
     let image = with_remote(server, |remote| async move {
         let request = v1::TagImageRequest { source: source.to_string(), target: target.to_string() };
-        let answer = remote.images().tag_image(request).await.with_context(|| source.to_string())?;
+        let answer = remote.images().tag_image(request).await.map_err(refused)?;
         Ok(digest(&answer.into_inner().image))
     })?;
     let tagged = Pointed { reference: target.to_string(), image: Some(image.clone()) };

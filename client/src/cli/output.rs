@@ -40,6 +40,8 @@ fn next_step(error: &str) -> Option<&'static str> {
         )
     } else if error.contains("userfaultfd") {
         Some("`postcopy doctor` says what this machine allows, and how to get what is missing.")
+    } else if error.contains("of the image") {
+        Some("`postcopy inspect` lists the paths of an image.")
     } else if error.contains("entity was not found") || error.contains("no such reference") {
         Some("`postcopy ls` lists what the server has.")
     } else {

@@ -54,7 +54,7 @@ fn segment_order(root: &Root, request: &v1::OpenImageRequest) -> Result<Vec<u32>
 /// The answer where an image has no such path.
 pub(super) fn no_such_path(path: &[u8]) -> Status {
     let path = String::from_utf8_lossy(&path[..path.len().min(80)]).into_owned();
-    Status::not_found(format!("path {path:?} is not in the image"))
+    Status::not_found(format!("path {path:?} is no file of the image"))
 }
 
 fn parts(

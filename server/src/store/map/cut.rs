@@ -95,9 +95,11 @@ fn install() -> Result<libc::sigaction, i32> {
 }
 
 extern "C" fn on_bus_error(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: SA_SIGINFO gives a handler a siginfo that lives as long as the handler runs.
+    let info_of_signal = unsafe { &*info };
     // SAFETY: for SIGBUS the kernel gives the address that was touched; for a signal that somebody sent it is no
     // address, and fits no span.
-    let address = unsafe { (*info).si_addr() }.addr();
+    let address = unsafe { info_of_signal.si_addr() }.addr();
     if let Some(span) = spans().find(|span| span.contains(address)) {
         span.cut.store(true, Ordering::Release);
         let page = PAGE_BYTES.load(Ordering::Acquire);

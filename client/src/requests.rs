@@ -1,0 +1,277 @@
+//! What a session's pager has asked for on the demand lane, and until when: chunks and segments that faults wait
+//! for, and those of them that the next message asks for. Knows nothing of the lane, of memory, or of the time
+//! but what it is told.
+
+use crate::lane::runs_of;
+use crate::region::RegionState;
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::{MAX_DEMAND_CHUNKS, v1};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How often a chunk or a segment is asked for before a wrong answer is final. From the second time on the server
+/// checks its copy itself.
+pub(crate) const MAX_ATTEMPTS: u32 = 3;
+
+/// How soon something lost is asked for again, where faults go on waiting for it.
+const LOST_RETRY: Duration = Duration::from_secs(1);
+
+/// A page that somebody waits for.
+pub(crate) type Waiting = (Arc<RegionState>, usize);
+
+/// A chunk that was asked for and has not been installed.
+#[derive(Debug)]
+struct Chunk {
+    digest: Digest,
+    /// A page of it that somebody waits for; installed first.
+    first: Waiting,
+    attempt: u32,
+    /// Answers that were wrong or errors.
+    refusals: u32,
+    deadline: Instant,
+    /// The frame came, and the kernel put the install off.
+    frame: Option<Bytes>,
+    /// Given up: ask again at this time.
+    again_at: Option<Instant>,
+}
+
+/// A segment that was asked for, and the pages that need it.
+#[derive(Debug)]
+struct Segment {
+    pages: Vec<Waiting>,
+    refusals: u32,
+    deadline: Instant,
+    again_at: Option<Instant>,
+}
+
+/// What becomes of something whose answer was wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// It is asked for again.
+    AskedAgain,
+    /// That was the last attempt.
+    Final,
+    /// Nobody waits for it.
+    Unknown,
+}
+
+/// What nobody has answered in time.
+#[derive(Debug, Default)]
+pub(crate) struct Late {
+    pub(crate) chunks: Vec<ChunkIndex>,
+    pub(crate) segments: Vec<u32>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    /// How long an answer may take.
+    patience: Duration,
+    chunks: HashMap<ChunkIndex, Chunk>,
+    segments: BTreeMap<u32, Segment>,
+    /// To be asked for with the next message, by attempt.
+    chunks_to_ask: Vec<(u32, ChunkIndex)>,
+    segments_to_ask: Vec<u32>,
+    last_id: u64,
+    /// Some chunk's install was put off.
+    has_put_off: bool,
+}
+
+impl Requests {
+    pub(crate) fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            chunks: HashMap::new(),
+            segments: BTreeMap::new(),
+            chunks_to_ask: Vec::new(),
+            segments_to_ask: Vec::new(),
+            last_id: 0,
+            has_put_off: false,
+        }
+    }
+
+    /// Whether nobody waits for anything.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.chunks.is_empty() && self.segments.is_empty()
+    }
+
+    /// Whether the chunk has been asked for and is not done.
+    pub(crate) fn has_chunk(&self, chunk: ChunkIndex) -> bool {
+        self.chunks.contains_key(&chunk)
+    }
+
+    /// Asks for a chunk that has not been asked for.
+    pub(crate) fn add_chunk(&mut self, chunk: ChunkIndex, digest: Digest, first: Waiting, now: Instant) {
+        let deadline = now + self.patience;
+        let wanted = Chunk { digest, first, attempt: 0, refusals: 0, deadline, frame: None, again_at: None };
+        self.chunks.insert(chunk, wanted);
+        self.chunks_to_ask.push((0, chunk));
+    }
+
+    /// Asks for the segment that a page needs, unless that has been done.
+    pub(crate) fn add_segment(&mut self, index: u32, page: Waiting, now: Instant) {
+        let deadline = now + self.patience;
+        let wanted = self.segments.entry(index).or_insert_with(|| {
+            self.segments_to_ask.push(index);
+            Segment { pages: Vec::new(), refusals: 0, deadline, again_at: None }
+        });
+        wanted.pages.push(page);
+    }
+
+    /// Whether there is something to be asked for.
+    pub(crate) fn has_message(&self) -> bool {
+        !self.chunks_to_ask.is_empty() || !self.segments_to_ask.is_empty()
+    }
+
+    /// The next message: what is to be asked for, as far as one message may.
+    pub(crate) fn message(&mut self) -> v1::FetchChunksRequest {
+        self.last_id += 1;
+        let attempt = self.chunks_to_ask.first().map_or(0, |(attempt, _)| *attempt);
+        let of_attempt = (0..MAX_DEMAND_CHUNKS).zip(&self.chunks_to_ask);
+        let count = of_attempt.take_while(|(_, (a, _))| *a == attempt).count();
+        let chunks = self.chunks_to_ask.drain(..count).map(|(_, chunk)| chunk.0);
+        v1::FetchChunksRequest {
+            id: self.last_id,
+            attempt,
+            class: v1::RequestClass::Demand.into(),
+            image: Bytes::new(),
+            runs: runs_of(chunks),
+            segment: self.segments_to_ask.pop(),
+        }
+    }
+
+    /// Asks again for everything that has no answer yet: the lane is a new one.
+    pub(crate) fn ask_all_again(&mut self) {
+        self.chunks_to_ask.clear();
+        for (chunk, wanted) in &mut self.chunks {
+            if wanted.frame.is_none() && wanted.again_at.is_none() {
+                wanted.attempt += 1;
+                self.chunks_to_ask.push((wanted.attempt, *chunk));
+            }
+        }
+        self.chunks_to_ask.sort_unstable();
+        let asked = self.segments.iter().filter(|(_, wanted)| wanted.again_at.is_none());
+        self.segments_to_ask = asked.map(|(index, _)| *index).collect();
+    }
+
+    /// What the manifest says of a chunk that was asked for, and the page of it that is installed first.
+    pub(crate) fn chunk(&self, chunk: ChunkIndex) -> Option<(Digest, &Waiting)> {
+        self.chunks.get(&chunk).map(|wanted| (wanted.digest, &wanted.first))
+    }
+
+    /// Nobody waits for the chunk any more.
+    pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
+        self.chunks.remove(&chunk);
+    }
+
+    /// The chunk came, but could not be installed yet.
+    pub(crate) fn put_off(&mut self, chunk: ChunkIndex, frame: Bytes) {
+        if let Some(wanted) = self.chunks.get_mut(&chunk) {
+            wanted.frame = Some(frame);
+            self.has_put_off = true;
+        }
+    }
+
+    /// Whether a chunk came that could not be installed yet.
+    pub(crate) fn has_put_off(&self) -> bool {
+        self.has_put_off
+    }
+
+    /// The chunks that came and could not be installed, to be tried again.
+    pub(crate) fn take_put_off(&mut self) -> Vec<(ChunkIndex, Bytes)> {
+        self.has_put_off = false;
+        self.chunks.iter_mut().filter_map(|(chunk, wanted)| Some((*chunk, wanted.frame.take()?))).collect()
+    }
+
+    /// The answer for a chunk was wrong, or an error.
+    pub(crate) fn chunk_refused(&mut self, chunk: ChunkIndex) -> Refused {
+        let Some(wanted) = self.chunks.get_mut(&chunk) else { return Refused::Unknown };
+        wanted.refusals += 1;
+        wanted.attempt += 1;
+        if wanted.refusals >= MAX_ATTEMPTS {
+            return Refused::Final;
+        }
+        self.chunks_to_ask.push((wanted.attempt, chunk));
+        Refused::AskedAgain
+    }
+
+    /// The answer for a segment was wrong, or an error.
+    pub(crate) fn segment_refused(&mut self, index: u32) -> Refused {
+        let Some(wanted) = self.segments.get_mut(&index) else { return Refused::Unknown };
+        wanted.refusals += 1;
+        if wanted.refusals >= MAX_ATTEMPTS {
+            return Refused::Final;
+        }
+        self.segments_to_ask.push(index);
+        Refused::AskedAgain
+    }
+
+    /// The segment came, or is given up: the pages that needed it.
+    pub(crate) fn segment_done(&mut self, index: u32) -> Vec<Waiting> {
+        self.segments.remove(&index).map(|wanted| wanted.pages).unwrap_or_default()
+    }
+
+    /// The chunk is lost, but its faults go on waiting: it is asked for again in a while.
+    pub(crate) fn chunk_later(&mut self, chunk: ChunkIndex, now: Instant) {
+        if let Some(wanted) = self.chunks.get_mut(&chunk) {
+            wanted.again_at = Some(now + LOST_RETRY);
+            wanted.refusals = 0;
+        }
+    }
+
+    /// As [`Requests::chunk_later`].
+    pub(crate) fn segment_later(&mut self, index: u32, now: Instant) {
+        if let Some(wanted) = self.segments.get_mut(&index) {
+            wanted.again_at = Some(now + LOST_RETRY);
+            wanted.refusals = 0;
+        }
+    }
+
+    /// What is late; asks again for what was to be asked for again by now.
+    pub(crate) fn late(&mut self, now: Instant) -> Late {
+        let mut late = Late::default();
+        for (chunk, wanted) in &mut self.chunks {
+            match wanted.again_at {
+                Some(at) if at <= now => {
+                    wanted.again_at = None;
+                    wanted.attempt += 1;
+                    wanted.deadline = now + self.patience;
+                    self.chunks_to_ask.push((wanted.attempt, *chunk));
+                }
+                None if wanted.deadline <= now => late.chunks.push(*chunk),
+                _ => {}
+            }
+        }
+        for (index, wanted) in &mut self.segments {
+            match wanted.again_at {
+                Some(at) if at <= now => {
+                    wanted.again_at = None;
+                    wanted.deadline = now + self.patience;
+                    self.segments_to_ask.push(*index);
+                }
+                None if wanted.deadline <= now => late.segments.push(*index),
+                _ => {}
+            }
+        }
+        late
+    }
+
+    /// Forgets a region, of which `rest` are left: another one of the same file may wait for the same chunk.
+    pub(crate) fn forget(&mut self, region: &Arc<RegionState>, rest: &[Arc<RegionState>]) {
+        self.chunks.retain(|chunk, wanted| {
+            if Arc::ptr_eq(&wanted.first.0, region) {
+                let other = rest.iter().find_map(|region| Some((region, region.pages_of(*chunk)?.start)));
+                let Some((other, page)) = other else { return false };
+                wanted.first = (Arc::clone(other), page);
+            }
+            true
+        });
+        for wanted in self.segments.values_mut() {
+            wanted.pages.retain(|(r, _)| !Arc::ptr_eq(r, region));
+        }
+    }
+}
