@@ -3,7 +3,7 @@
 use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::lane::{BulkLane, frame_of, runs_of};
-use crate::remote::{RemoteError, ServerAddress};
+use crate::remote::{RemoteError, ServerAddress, within};
 use postcopy_proto::manifest::{FileEntry, chunk_offset};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::path::ImagePath;
@@ -32,14 +32,22 @@ pub struct Damage {
     pub reason: String,
 }
 
-/// The chunks of an image that are not zero, each digest once if `distinct`. All segments must have come.
-pub(crate) fn data_chunks(image: &Image, distinct: bool) -> Vec<u64> {
+/// The chunks of an image that are not zero, each digest once if `distinct`.
+///
+/// # Errors
+/// The number of a segment that has not come: what it holds is not known, and nothing must be taken for zeros.
+pub(crate) fn data_chunks(image: &Image, distinct: bool) -> Result<Vec<u64>, u32> {
     let mut seen = HashSet::new();
-    let wanted = |chunk: &u64| match image.content(ChunkIndex(*chunk)) {
-        Content::Data(digest) => !distinct || seen.insert(digest),
-        _ => false,
-    };
-    (0..image.root().chunks()).filter(wanted).collect()
+    let mut chunks = Vec::new();
+    for chunk in 0..image.root().chunks() {
+        match image.content(ChunkIndex(chunk)) {
+            Content::Data(digest) if !distinct || seen.insert(digest) => chunks.push(chunk),
+            Content::Data(_) | Content::Zero => {}
+            Content::SegmentMissing(segment) => return Err(segment),
+            Content::OutOfRange => unreachable!("bounded by the root"),
+        }
+    }
+    Ok(chunks)
 }
 
 /// Fetches these chunks, verifies each against the manifest and gives it to `sink`. What was wrong is asked for once
@@ -82,34 +90,44 @@ impl Fetch {
             return Ok(Vec::new());
         }
         let mut lane = BulkLane::open(address, &self.image.digest()).await?;
+        // Only what is in here is taken, once: a server may answer what it likes.
+        let mut missing: HashSet<u64> = HashSet::new();
         let mut damaged = Vec::new();
         let mut decoding = JoinSet::new();
         let mut parts = chunks.chunks(REQUEST_CHUNKS);
-        let (mut missing, mut id) = (0, 0);
+        let mut id = 0;
         loop {
             // The next request is on its way before the last one is answered.
-            while missing < REQUEST_CHUNKS {
+            while missing.len() < REQUEST_CHUNKS {
                 let Some(part) = parts.next() else { break };
-                missing += part.len();
+                missing.extend(part);
                 id += 1;
                 let runs = runs_of(part.iter().copied());
                 let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
                 // A closed queue is a lost lane: the next message says why.
                 let _ = lane.requests.send(request).await;
             }
-            if missing == 0 {
+            if missing.is_empty() {
                 break;
             }
-            let message = lane.answers.message().await.map_err(address.status("the bulk lane"))?;
+            let message = within(address, "bulk answer", lane.answers.message()).await?;
+            let message = message.map_err(address.status("the bulk lane"))?;
             let message = message.ok_or_else(|| address.wrong("bulk answer", "the stream has ended"))?;
-            missing = missing.saturating_sub(message.chunks.len());
-            if decoding.len() >= DECODING {
-                damaged.extend(decoding.join_next().await.and_then(Result::ok).unwrap_or_default());
+            if message.chunks.is_empty() {
+                return Err(address.wrong("bulk answer", "it holds nothing"));
+            }
+            if let Some(answer) = message.chunks.iter().find(|answer| !missing.remove(&answer.chunk)) {
+                let reason = format!("chunk {} was not asked for, or has come before", answer.chunk);
+                return Err(address.wrong("bulk answer", reason));
+            }
+            if decoding.len() >= DECODING
+                && let Some(done) = decoding.join_next().await
+            {
+                damaged.extend(done.expect("a sink does not panic"));
             }
             let this = self.clone();
             decoding.spawn_blocking(move || this.take(&message.chunks));
         }
-        // A panic in a sink would be a bug; it must not look like a success.
         damaged.extend(decoding.join_all().await.into_iter().flatten());
         Ok(damaged)
     }
@@ -141,7 +159,7 @@ impl Fetch {
         let Content::Data(digest) = self.image.content(chunk) else {
             return Err("it was not asked for".into());
         };
-        let frame = frame_of(answer, &digest)?;
+        let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
         pages.decode(&self.image, file, chunk, &digest, frame)?;
         let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
         (self.sink)(path, offset as u64, pages)

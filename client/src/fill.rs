@@ -317,7 +317,8 @@ fn unresolved_pages(uffd: &Uffd, regions: &[Arc<RegionState>]) -> usize {
     let unresolved = |region: &Arc<RegionState>| {
         let counts = region.states.counts();
         let lost = if poison_is_final { counts.poisoned } else { 0 };
-        region.states.pages() - counts.resident - counts.removed - lost
+        // Counts of states that are just changing may be ahead of each other.
+        region.states.pages().saturating_sub(counts.resident + counts.removed + lost)
     };
     regions.iter().filter(|region| region.is_alive()).map(unresolved).sum()
 }
@@ -377,7 +378,7 @@ impl Installer {
         let (Some(pages), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
             return Err("it was not asked for".to_owned());
         };
-        let frame = frame_of(answer, &digest)?;
+        let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
         self.pages.decode(image, &region.file, chunk, &digest, frame)?;

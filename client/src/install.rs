@@ -49,6 +49,8 @@ pub(crate) fn install(
 ) -> Installed {
     let end = (chunk_start + chunk.pages()).min(region.states.pages());
     let middle = first.map_or(chunk_start, |page| page - (page - chunk_start) % PIECE_PAGES);
+    // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
+    let mut one_page = false;
     for part in [middle..end, chunk_start..middle] {
         let mut next = part.start;
         while next < part.end {
@@ -62,11 +64,13 @@ pub(crate) fn install(
             }
             let Some(run) = region.states.next_run(next..part.end, unresolved(uffd)) else { break };
             let in_chunk = run.start - chunk_start..run.end - chunk_start;
-            let (piece, held) = chunk.piece(in_chunk);
+            let (mut piece, held) = chunk.piece(in_chunk);
+            piece.end = if one_page { piece.start + 1 } else { piece.end };
             let pages = piece.start + chunk_start..piece.end + chunk_start;
             let bytes = held.then(|| chunk.bytes_of(piece));
             match install_piece(uffd, region, pages.clone(), bytes) {
-                Step::Next(page) => next = page,
+                Step::Next(page) => (next, one_page) = (page, false),
+                Step::OnePage => one_page = true,
                 Step::Stop(why) => return why,
             }
             drop(pass);
@@ -78,6 +82,8 @@ pub(crate) fn install(
 enum Step {
     /// Go on with this page.
     Next(usize),
+    /// Try the first page alone.
+    OnePage,
     Stop(Installed),
 }
 
@@ -109,6 +115,7 @@ fn install_piece(uffd: &Uffd, region: &RegionState, pages: Range<usize>, bytes: 
         }
         Outcome::Deferred => Step::Stop(Installed::Deferred),
         Outcome::NoMemory => Step::Stop(Installed::NoMemory),
+        Outcome::Gone if pages.len() > 1 => Step::OnePage,
         Outcome::Gone => Step::Next(pages.end),
         Outcome::OwnerGone => Step::Stop(Installed::Ended),
     }
@@ -119,12 +126,13 @@ fn install_piece(uffd: &Uffd, region: &RegionState, pages: Range<usize>, bytes: 
 /// `read_events` is called when an event must be read first.
 pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut read_events: impl FnMut()) {
     let mut next = pages.start;
+    // Less where one ioctl meets two VMAs, or memory that is gone.
+    let mut most = usize::MAX;
     while let Some(run) = region.states.next_run(next..pages.end, &[PageState::Absent]) {
+        let run = run.start..run.end.min(run.start.saturating_add(most));
         let (address, len) = (region.address(run.start), run.len() * PAGE_BYTES);
         if !uffd.can_poison() {
-            // Before Linux 6.6: no access at all to these pages, which is SIGSEGV.
-            let forbidden = crate::uffd::memory::forbid(address, len);
-            forbidden.expect("protection of mapped memory of our own can be taken away");
+            forbid(region, run.clone());
             region.states.set_poisoned(run.clone());
             uffd.wake(address, len);
             next = run.end;
@@ -134,6 +142,7 @@ pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut
             Outcome::Done => {
                 region.states.set_poisoned(run.clone());
                 uffd.wake(address, len);
+                most = most.saturating_mul(2);
                 run.end
             }
             Outcome::Partial { bytes } => {
@@ -158,7 +167,22 @@ pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut
                 std::thread::park_timeout(PAUSE);
                 run.start
             }
+            Outcome::Gone if run.len() > 1 => {
+                most = run.len() / 2;
+                run.start
+            }
             Outcome::Gone | Outcome::OwnerGone => run.end,
         };
     }
+}
+
+/// Before Linux 6.6: no access at all to these pages, which is SIGSEGV.
+fn forbid(region: &RegionState, pages: Range<usize>) {
+    use crate::uffd::memory::forbid;
+    if forbid(region.address(pages.start), pages.len() * PAGE_BYTES).is_ok() {
+        return;
+    }
+    // Each run is a VMA of its own, and there are no more to be had: then all of the region, what is there, too.
+    let all = forbid(region.address(0), region.len());
+    all.expect("the protection of a whole mapping of our own can be taken away");
 }

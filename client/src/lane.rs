@@ -1,6 +1,6 @@
 //! The lanes that pages come over: one bidirectional stream each, on a connection of its own.
 
-use crate::remote::{Lane, RemoteError, ServerAddress, page_client};
+use crate::remote::{Lane, RemoteError, ServerAddress, page_client, within};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1::{self, chunk_answer};
@@ -27,7 +27,8 @@ impl DemandLane {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::FetchChunksRequest { image: (*image).into(), ..Default::default() };
         requests.try_send(bind).expect("the queue is new");
-        let answers = page_client(channel).fetch_chunks(ReceiverStream::new(queue)).await;
+        let mut pages = page_client(channel);
+        let answers = within(address, "demand lane", pages.fetch_chunks(ReceiverStream::new(queue))).await?;
         let answers = answers.map_err(address.status(format!("the demand lane of {image}")))?.into_inner();
         Ok(Self { requests, answers })
     }
@@ -50,24 +51,40 @@ impl BulkLane {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::StreamChunksRequest { image: (*image).into(), ..Default::default() };
         requests.try_send(bind).expect("the queue is new");
-        let answers = page_client(channel).stream_chunks(ReceiverStream::new(queue)).await;
+        let mut pages = page_client(channel);
+        let answers = within(address, "bulk lane", pages.stream_chunks(ReceiverStream::new(queue))).await?;
         let answers = answers.map_err(address.status(format!("the bulk lane of {image}")))?.into_inner();
         Ok(Self { requests, answers })
     }
 }
 
+/// Why there is no frame in an answer.
+#[derive(Debug)]
+pub(crate) struct NoFrame {
+    pub(crate) reason: String,
+    /// The server says that something else went wrong, which may pass.
+    pub(crate) may_pass: bool,
+}
+
 /// The frame in an answer for a chunk that the manifest says has that digest.
 ///
 /// # Errors
-/// Why there is none: a server's error, or an answer that cannot be.
-pub(crate) fn frame_of<'a>(answer: &'a v1::ChunkAnswer, digest: &Digest) -> Result<&'a Bytes, String> {
+/// [`NoFrame`]: a server's error, or an answer that cannot be.
+pub(crate) fn frame_of<'a>(answer: &'a v1::ChunkAnswer, digest: &Digest) -> Result<&'a Bytes, NoFrame> {
+    let wrong = |reason| Err(NoFrame { reason, may_pass: false });
     match &answer.result {
         Some(chunk_answer::Result::Frame(frame)) => Ok(frame),
         Some(chunk_answer::Result::Zero(_)) => {
-            Err(format!("the server says it is zero, the manifest that it is {digest}"))
+            wrong(format!("the server says it is zero, the manifest that it is {digest}"))
         }
-        Some(chunk_answer::Result::Error(error)) => Err(error.message.clone()),
-        None => Err("the answer is empty".to_owned()),
+        Some(chunk_answer::Result::Error(error)) => {
+            let may_pass = !matches!(
+                error.code(),
+                v1::ErrorCode::OutOfRange | v1::ErrorCode::NotFound | v1::ErrorCode::DataLoss
+            );
+            Err(NoFrame { reason: error.message.clone(), may_pass })
+        }
+        None => wrong("the answer is empty".to_owned()),
     }
 }
 

@@ -25,11 +25,14 @@ use bytes::Bytes;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+/// How long opening a session may take.
+const OPEN: Duration = Duration::from_secs(30);
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// How soon an install is tried again that the kernel put off.
@@ -46,8 +49,10 @@ pub(crate) struct Pager {
     /// Before the next attempt to reach a server that was lost.
     reconnect_pause: Duration,
     requests: Requests,
-    /// Faults on removed pages, and installs, that must wait until an event has been read.
-    put_off: Vec<Waiting>,
+    /// Faults on zero and removed pages that the kernel put off: by address, each with its deadline.
+    put_off: BTreeMap<usize, (Waiting, Instant)>,
+    /// An event came that this session cannot go on after.
+    broken: Option<String>,
     events: Vec<Event>,
     pages: ChunkPages,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
@@ -102,7 +107,13 @@ impl Pager {
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let thread = move || {
             runtime.block_on(async move {
-                match Self::open(address, &reference, options, commands).await {
+                let opened = Self::open(address.clone(), &reference, options, commands);
+                // Each part of it has a limit of its own; this is the promise of `Session::open`.
+                let opened = match tokio::time::timeout(OPEN, opened).await {
+                    Ok(opened) => opened,
+                    Err(_) => Err(address.wrong("session", format!("not open within {OPEN:?}")).into()),
+                };
+                match opened {
                     Err(error) => drop(reply.send(Err(error))),
                     Ok(pager) => {
                         let shared = Arc::clone(&pager.way_out.0);
@@ -137,7 +148,8 @@ impl Pager {
             lane: Ok(lane),
             reconnect_pause: RECONNECT.start,
             requests: Requests::new(options.fault_deadline),
-            put_off: Vec::new(),
+            put_off: BTreeMap::new(),
+            broken: None,
             events: Vec::new(),
             pages: ChunkPages::default(),
             commands,
@@ -153,7 +165,12 @@ impl Pager {
         let shared = Arc::clone(&self.way_out.0);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut retry = tokio::time::interval(RETRY);
+        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            if let Some(reason) = &self.broken {
+                return shared.report(reason);
+            }
             self.send();
             let waits = !self.requests.is_empty();
             let put_off = self.requests.has_put_off() || !self.put_off.is_empty();
@@ -170,10 +187,7 @@ impl Pager {
                             return shared.report(&format!("the userfaultfd cannot be read: {error}"));
                         }
                         readable.drained();
-                        if let Err(reason) = apply(&shared, &mut self.events) {
-                            drop(pass);
-                            return shared.report(&reason);
-                        }
+                        self.broken = apply(&shared, &mut self.events).err();
                         drop(pass);
                         self.faults();
                     }
@@ -183,7 +197,7 @@ impl Pager {
                     None => return,
                     Some(command) => self.command(command),
                 },
-                () = tokio::time::sleep(RETRY), if put_off => self.retry_put_off(),
+                _ = retry.tick(), if put_off => self.retry_put_off(),
                 _ = tick.tick(), if waits => self.check_deadlines(),
             }
         }
@@ -222,7 +236,7 @@ impl Pager {
         match uffd.zero(address, PAGE_BYTES) {
             Outcome::Done | Outcome::Partial { .. } | Outcome::Gone | Outcome::OwnerGone => {}
             Outcome::AlreadyPresent => uffd.wake(address, PAGE_BYTES),
-            Outcome::Deferred | Outcome::NoMemory => self.put_off.push((Arc::clone(region), page)),
+            Outcome::Deferred | Outcome::NoMemory => self.put_off(region, page),
         }
     }
 
@@ -291,7 +305,8 @@ impl Pager {
         let Some((digest, _)) = self.requests.chunk(chunk) else { return };
         let frame = match frame_of(answer, &digest) {
             Ok(frame) => frame.clone(),
-            Err(reason) => return self.refuse(chunk, &reason),
+            Err(no) if no.may_pass => return self.requests.chunk_busy(chunk, no.reason, Instant::now()),
+            Err(no) => return self.refuse(chunk, &no.reason),
         };
         let counters = &self.shared().counters;
         add(&counters.demand_chunks, 1);
@@ -328,15 +343,30 @@ impl Pager {
         let uffd = &self.way_out.0.uffd;
         match install::install(uffd, None, region, pages.start, &self.pages, Some(page)) {
             Installed::All | Installed::Ended => {}
-            Installed::Deferred | Installed::NoMemory => self.put_off.push((Arc::clone(region), page)),
+            Installed::Deferred | Installed::NoMemory => self.put_off(region, page),
         }
         self.shared().pages_changed();
     }
 
+    fn put_off(&mut self, region: &Arc<RegionState>, page: usize) {
+        let deadline = Instant::now() + self.shared().options.fault_deadline;
+        let put_off = || ((Arc::clone(region), page), deadline);
+        self.put_off.entry(region.address(page)).or_insert_with(put_off);
+    }
+
     fn retry_put_off(&mut self) {
-        for (region, page) in std::mem::take(&mut self.put_off) {
-            if region.is_alive() {
-                self.fault(&region, page);
+        let now = Instant::now();
+        for (address, ((region, page), deadline)) in std::mem::take(&mut self.put_off) {
+            if !region.is_alive() {
+                continue;
+            }
+            if deadline <= now {
+                self.lose_page(&region, page);
+                continue;
+            }
+            self.fault(&region, page);
+            if let Some((_, again)) = self.put_off.get_mut(&address) {
+                *again = deadline;
             }
         }
         for (chunk, frame) in self.requests.take_put_off() {
@@ -401,6 +431,22 @@ impl Pager {
         shared.pages_changed();
     }
 
+    /// The kernel has had no memory for a page of zeros for as long as a fault may take.
+    fn lose_page(&mut self, region: &Arc<RegionState>, page: usize) {
+        let (shared, address) = (Arc::clone(&self.way_out.0), region.address(page));
+        let deadline = shared.options.fault_deadline;
+        shared.report(&format!("a page of zeros at {address:#x}: the kernel had no memory for {deadline:?}"));
+        match shared.options.on_loss {
+            LossPolicy::Wait => self.put_off(region, page),
+            LossPolicy::Poison if region.states.get(page) == PageState::Removed => {
+                // It stays removed: nothing of the image may come there.
+                let _ = shared.uffd.poison(address, PAGE_BYTES);
+                shared.uffd.wake(address, PAGE_BYTES);
+            }
+            LossPolicy::Poison => self.poison(region, page..page + 1),
+        }
+    }
+
     fn poison(&mut self, region: &Arc<RegionState>, pages: std::ops::Range<usize>) {
         let shared = Arc::clone(&self.way_out.0);
         install::poison(&shared.uffd, region, pages, || {
@@ -409,7 +455,7 @@ impl Pager {
             // An error shows at the next read in `run`.
             let _ = shared.uffd.read_events(&mut self.events);
             if let Err(reason) = apply(&shared, &mut self.events) {
-                shared.report(&reason);
+                self.broken.get_or_insert(reason);
             }
         });
         self.faults();
@@ -421,7 +467,9 @@ impl Pager {
             return;
         }
         let reason = self.late_reason();
-        chunks.into_iter().for_each(|chunk| self.lose(chunk, &reason));
+        for (chunk, said) in chunks {
+            self.lose(chunk, said.as_deref().unwrap_or(&reason));
+        }
         segments.into_iter().for_each(|index| self.lose_segment(index, &reason));
     }
 

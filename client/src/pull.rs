@@ -63,7 +63,7 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PullError {
 pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport, PullError> {
     let (image, segments) = remote.open(reference, &[], true).await?;
     segments.all_into(&image).await?;
-    let chunks = data_chunks(&image, true);
+    let chunks = chunks_of(remote, &image, true)?;
     fetch_all(remote, &image, chunks, Arc::new(|_, _, _| Ok(()))).await
 }
 
@@ -82,6 +82,7 @@ pub async fn pull(remote: &Remote, reference: &Reference, target: &Path) -> Resu
     }
     let (image, segments) = remote.open(reference, &[], true).await?;
     segments.all_into(&image).await?;
+    let chunks = chunks_of(remote, &image, false)?;
 
     let partial = Partial::create(target)?;
     create_entries(&image, &partial.0)?;
@@ -94,7 +95,6 @@ pub async fn pull(remote: &Remote, reference: &Reference, target: &Path) -> Resu
         }
         Ok(())
     };
-    let chunks = data_chunks(&image, false);
     let report = fetch_all(remote, &image, chunks, Arc::new(sink)).await?;
     for (path, _) in image.root().files() {
         let path = local(&partial.0, path);
@@ -102,6 +102,14 @@ pub async fn pull(remote: &Remote, reference: &Reference, target: &Path) -> Resu
     }
     partial.rename(target)?;
     Ok(report)
+}
+
+fn chunks_of(remote: &Remote, image: &Image, distinct: bool) -> Result<Vec<u64>, RemoteError> {
+    data_chunks(image, distinct).map_err(|segment| {
+        remote
+            .address()
+            .wrong(format!("manifest of {}", image.digest()), format!("segment {segment} is left out"))
+    })
 }
 
 async fn fetch_all(
@@ -128,15 +136,36 @@ struct Partial(PathBuf);
 
 impl Partial {
     fn create(target: &Path) -> Result<Self, PullError> {
-        let mut name = target.file_name().unwrap_or(OsStr::new("image")).to_owned();
-        name.push(format!(".partial-{}", std::process::id()));
-        let partial = target.with_file_name(name);
-        fs::create_dir_all(&partial).map_err(file_error(&partial))?;
-        Ok(Self(partial))
+        // `.` and the like have no name.
+        let target = std::path::absolute(target).map_err(file_error(target))?;
+        let parent = target.parent().unwrap_or(&target);
+        fs::create_dir_all(parent).map_err(file_error(parent))?;
+        let name = target.file_name().unwrap_or(OsStr::new("image"));
+        for n in 0u32.. {
+            let mut name = name.to_owned();
+            name.push(format!(".partial-{}-{n}", std::process::id()));
+            let partial = parent.join(name);
+            match fs::create_dir(&partial) {
+                // What an earlier pull left behind, or somebody else's.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                created => return created.map(|()| Self(partial.clone())).map_err(file_error(&partial)),
+            }
+        }
+        unreachable!("some number is free")
     }
 
+    /// Makes it the target. An empty directory that is there stays the same one: it may be somebody's working
+    /// directory.
     fn rename(self, target: &Path) -> Result<(), PullError> {
-        fs::rename(&self.0, target).map_err(file_error(target))
+        if !target.exists() {
+            return fs::rename(&self.0, target).map_err(file_error(target));
+        }
+        for entry in fs::read_dir(&self.0).map_err(file_error(&self.0))? {
+            let entry = entry.map_err(file_error(&self.0))?;
+            let to = target.join(entry.file_name());
+            fs::rename(entry.path(), &to).map_err(file_error(&to))?;
+        }
+        Ok(())
     }
 }
 

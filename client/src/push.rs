@@ -31,6 +31,8 @@ use tokio::task::{JoinHandle, JoinSet};
 
 /// Plain bytes that are read, hashed and compressed together; three such batches are in memory at a time.
 const BATCH_BYTES: usize = 16 << 20;
+/// The most files of a batch: they are open together, in three batches at most, below the usual limit of 1,024.
+const BATCH_FILES: usize = 128;
 /// Packs are closed at this length: large enough for few files, small enough for a server's memory, and so that
 /// not much is left to verify when the last one has been sent.
 const PACK_BYTES: usize = 16 << 20;
@@ -392,12 +394,16 @@ struct OpenFile {
 impl Places {
     /// The next chunks, at most a batch; names the entries that they belong to.
     fn batch(&mut self, builder: &mut ManifestBuilder) -> Result<Vec<Place>, PushError> {
-        let (mut places, mut data_bytes) = (Vec::new(), 0);
+        let (mut places, mut data_bytes, mut files) = (Vec::new(), 0, 0);
         // Holes cost no reading; their number is bounded all the same.
         while data_bytes < BATCH_BYTES && places.len() < MAX_FIND_MISSING {
             let Some(file) = &mut self.current else {
+                if files >= BATCH_FILES && !places.is_empty() {
+                    break;
+                }
                 let Some(source) = self.sources.next() else { break };
                 self.current = open(&source, builder)?;
+                files += usize::from(self.current.is_some());
                 continue;
             };
             let Some(place) = file.next_place(self.chunk_size) else {

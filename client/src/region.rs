@@ -10,6 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 
+/// What [`Region::read_at`] asks for at once.
+const READ_BYTES: usize = 4 << 20;
+
 /// What the pager and the installers know of a region.
 #[derive(Debug)]
 pub(crate) struct RegionState {
@@ -140,10 +143,12 @@ impl Region {
     pub fn read_at(&self, offset: usize, buffer: &mut [u8]) -> Result<(), LossError> {
         let end = offset.checked_add(buffer.len()).filter(|end| *end <= self.len());
         let end = end.ok_or(LossError::OutOfRange { offset, len: buffer.len(), file_bytes: self.len() })?;
-        if offset < end {
-            let pages = offset / PAGE_BYTES..end.div_ceil(PAGE_BYTES);
+        // Piece by piece: the deadline is for what is asked for at once.
+        for (at, buffer) in (offset..end).step_by(READ_BYTES).zip(buffer.chunks_mut(READ_BYTES)) {
+            let end = at + buffer.len();
+            let pages = at / PAGE_BYTES..end.div_ceil(PAGE_BYTES);
             self.shared.bring(&self.commands, &self.state, pages)?;
-            buffer.copy_from_slice(&self[offset..end]);
+            buffer.copy_from_slice(&self[at..end]);
         }
         Ok(())
     }

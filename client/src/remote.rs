@@ -12,6 +12,7 @@ use postcopy_proto::v1::page_service_client::PageServiceClient;
 use postcopy_proto::v1::{self, segment_answer};
 use postcopy_proto::{MAX_MESSAGE_BYTES, page};
 use std::fmt;
+use std::future::Future;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,6 +141,22 @@ impl ServerAddress {
     }
 }
 
+/// How long a server may be silent where an answer is due.
+const MAX_SILENCE: Duration = Duration::from_secs(30);
+
+/// What `answer` gives within 30 s.
+///
+/// # Errors
+/// [`RemoteError::Wrong`], naming `what` was waited for.
+pub(crate) async fn within<T>(
+    server: &ServerAddress,
+    what: &str,
+    answer: impl Future<Output = T>,
+) -> Result<T, RemoteError> {
+    let answer = tokio::time::timeout(MAX_SILENCE, answer).await;
+    answer.map_err(|_| server.wrong(what, format!("none came within {MAX_SILENCE:?}")))
+}
+
 /// The reason at the end of the chain, which is what a person needs ("Connection refused").
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
@@ -202,7 +219,9 @@ impl Remote {
             all_segments,
         };
         let what = format!("opening {reference}");
-        let stream = self.pages().open_image(request).await.map_err(self.address.status(&what))?.into_inner();
+        let mut pages = self.pages();
+        let stream = within(&self.address, "manifest", pages.open_image(request)).await?;
+        let stream = stream.map_err(self.address.status(&what))?.into_inner();
         let mut segments = Segments { address: self.address.clone(), what, stream };
 
         let opened = match segments.next_part().await? {
@@ -237,7 +256,8 @@ pub struct Segments {
 
 impl Segments {
     async fn next_part(&mut self) -> Result<Option<Part>, RemoteError> {
-        match self.stream.message().await.map_err(self.address.status(&self.what))? {
+        let part = within(&self.address, "manifest", self.stream.message()).await?;
+        match part.map_err(self.address.status(&self.what))? {
             None => Ok(None),
             Some(v1::OpenImageResponse { part: Some(part) }) => Ok(Some(part)),
             Some(v1::OpenImageResponse { part: None }) => Err(self.address.wrong("answer", "an empty part")),
@@ -279,7 +299,8 @@ impl Segments {
         Ok(Some(answer.index))
     }
 
-    /// Waits for all segments that were asked for.
+    /// Waits for the segments that were asked for, to the end of the stream. A server may leave some out:
+    /// [`Image::content`] says which are there.
     ///
     /// # Errors
     /// As [`Segments::next_into`].

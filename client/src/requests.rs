@@ -20,6 +20,9 @@ pub(crate) const MAX_ATTEMPTS: u32 = 3;
 /// How soon something lost is asked for again, where faults go on waiting for it.
 const LOST_RETRY: Duration = Duration::from_secs(1);
 
+/// How soon something is asked for again that the server could not give at the moment.
+const BUSY_RETRY: Duration = Duration::from_millis(100);
+
 /// A page that somebody waits for.
 pub(crate) type Waiting = (Arc<RegionState>, usize);
 
@@ -35,14 +38,17 @@ struct Chunk {
     deadline: Instant,
     /// The frame came, and the kernel put the install off.
     frame: Option<Bytes>,
-    /// Given up: ask again at this time.
+    /// Given up, or not to be had at the moment: ask again at this time.
     again_at: Option<Instant>,
+    /// Why it was not to be had at the moment.
+    busy: Option<String>,
 }
 
 /// A segment that was asked for, and the pages that need it.
 #[derive(Debug)]
 struct Segment {
-    pages: Vec<Waiting>,
+    /// Each page once: by its region's address and its number.
+    pages: BTreeMap<(usize, usize), Waiting>,
     refusals: u32,
     deadline: Instant,
     again_at: Option<Instant>,
@@ -62,7 +68,8 @@ pub(crate) enum Refused {
 /// What nobody has answered in time.
 #[derive(Debug, Default)]
 pub(crate) struct Late {
-    pub(crate) chunks: Vec<ChunkIndex>,
+    /// With the reason, where the server has said one.
+    pub(crate) chunks: Vec<(ChunkIndex, Option<String>)>,
     pub(crate) segments: Vec<u32>,
 }
 
@@ -107,7 +114,16 @@ impl Requests {
     /// Asks for a chunk that has not been asked for.
     pub(crate) fn add_chunk(&mut self, chunk: ChunkIndex, digest: Digest, first: Waiting, now: Instant) {
         let deadline = now + self.patience;
-        let wanted = Chunk { digest, first, attempt: 0, refusals: 0, deadline, frame: None, again_at: None };
+        let wanted = Chunk {
+            digest,
+            first,
+            attempt: 0,
+            refusals: 0,
+            deadline,
+            frame: None,
+            again_at: None,
+            busy: None,
+        };
         self.chunks.insert(chunk, wanted);
         self.chunks_to_ask.push((0, chunk));
     }
@@ -117,9 +133,9 @@ impl Requests {
         let deadline = now + self.patience;
         let wanted = self.segments.entry(index).or_insert_with(|| {
             self.segments_to_ask.push(index);
-            Segment { pages: Vec::new(), refusals: 0, deadline, again_at: None }
+            Segment { pages: BTreeMap::new(), refusals: 0, deadline, again_at: None }
         });
-        wanted.pages.push(page);
+        wanted.pages.insert((page.0.address(0), page.1), page);
     }
 
     /// Whether there is something to be asked for.
@@ -199,6 +215,14 @@ impl Requests {
         Refused::AskedAgain
     }
 
+    /// The server could not give a chunk at the moment: asks again in a while, within its deadline.
+    pub(crate) fn chunk_busy(&mut self, chunk: ChunkIndex, reason: String, now: Instant) {
+        if let Some(wanted) = self.chunks.get_mut(&chunk) {
+            wanted.busy = Some(reason);
+            wanted.again_at = Some(now + BUSY_RETRY);
+        }
+    }
+
     /// The answer for a segment was wrong, or an error.
     pub(crate) fn segment_refused(&mut self, index: u32) -> Refused {
         let Some(wanted) = self.segments.get_mut(&index) else { return Refused::Unknown };
@@ -212,13 +236,14 @@ impl Requests {
 
     /// The segment came, or is given up: the pages that needed it.
     pub(crate) fn segment_done(&mut self, index: u32) -> Vec<Waiting> {
-        self.segments.remove(&index).map(|wanted| wanted.pages).unwrap_or_default()
+        self.segments.remove(&index).into_iter().flat_map(|wanted| wanted.pages.into_values()).collect()
     }
 
     /// The chunk is lost, but its faults go on waiting: it is asked for again in a while.
     pub(crate) fn chunk_later(&mut self, chunk: ChunkIndex, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.again_at = Some(now + LOST_RETRY);
+            wanted.deadline = now + LOST_RETRY + self.patience;
             wanted.refusals = 0;
         }
     }
@@ -227,6 +252,7 @@ impl Requests {
     pub(crate) fn segment_later(&mut self, index: u32, now: Instant) {
         if let Some(wanted) = self.segments.get_mut(&index) {
             wanted.again_at = Some(now + LOST_RETRY);
+            wanted.deadline = now + LOST_RETRY + self.patience;
             wanted.refusals = 0;
         }
     }
@@ -235,26 +261,18 @@ impl Requests {
     pub(crate) fn late(&mut self, now: Instant) -> Late {
         let mut late = Late::default();
         for (chunk, wanted) in &mut self.chunks {
-            match wanted.again_at {
-                Some(at) if at <= now => {
-                    wanted.again_at = None;
-                    wanted.attempt += 1;
-                    wanted.deadline = now + self.patience;
-                    self.chunks_to_ask.push((wanted.attempt, *chunk));
-                }
-                None if wanted.deadline <= now => late.chunks.push(*chunk),
-                _ => {}
+            if wanted.deadline <= now {
+                late.chunks.push((*chunk, wanted.busy.take()));
+            } else if wanted.again_at.take_if(|at| *at <= now).is_some() {
+                wanted.attempt += 1;
+                self.chunks_to_ask.push((wanted.attempt, *chunk));
             }
         }
         for (index, wanted) in &mut self.segments {
-            match wanted.again_at {
-                Some(at) if at <= now => {
-                    wanted.again_at = None;
-                    wanted.deadline = now + self.patience;
-                    self.segments_to_ask.push(*index);
-                }
-                None if wanted.deadline <= now => late.segments.push(*index),
-                _ => {}
+            if wanted.deadline <= now {
+                late.segments.push(*index);
+            } else if wanted.again_at.take_if(|at| *at <= now).is_some() {
+                self.segments_to_ask.push(*index);
             }
         }
         late
@@ -271,7 +289,7 @@ impl Requests {
             true
         });
         for wanted in self.segments.values_mut() {
-            wanted.pages.retain(|(r, _)| !Arc::ptr_eq(r, region));
+            wanted.pages.retain(|_, (r, _)| !Arc::ptr_eq(r, region));
         }
     }
 }

@@ -16,11 +16,14 @@ use crate::uffd::{OpenError, Uffd};
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::reference::Reference;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
+
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Commands that may wait for the pager.
 const COMMANDS: usize = 256;
@@ -39,7 +42,7 @@ pub enum LossPolicy {
 /// How a session behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// How long a fault may take before the loss policy decides. 30 s by default.
+    /// How long a fault may take before the loss policy decides. 30 s by default, at most a year.
     pub fault_deadline: Duration,
     /// What happens to a fault that is lost.
     pub on_loss: LossPolicy,
@@ -177,6 +180,8 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 struct OutcomeSoFar {
     error: Option<Arc<str>>,
+    /// How often something was reported.
+    reports: u64,
     ended: bool,
 }
 
@@ -224,7 +229,10 @@ impl Shared {
 
     /// Notes why pages are lost; the first reason is kept.
     pub(crate) fn report(&self, reason: &str) {
-        self.outcome().error.get_or_insert_with(|| reason.into());
+        let mut outcome = self.outcome();
+        outcome.error.get_or_insert_with(|| reason.into());
+        outcome.reports += 1;
+        drop(outcome);
         self.reported.notify_all();
         self.changed.notify_all();
     }
@@ -278,13 +286,15 @@ impl Shared {
         pages: Range<usize>,
     ) -> Result<(), LossError> {
         let absent = |pages: &Range<usize>| region.states.next_run(pages.clone(), &[PageState::Absent]);
+        let reported_before = self.outcome().reports;
         if absent(&pages).is_some() {
             let command = Command::Bring { region: Arc::clone(region), pages: pages.clone() };
             // An ended pager has poisoned what was absent, which is seen below.
             let _ = commands.blocking_send(command);
         }
         self.wait(None, |outcome| {
-            let waiting = self.options.on_loss == LossPolicy::Wait && outcome.error.is_some();
+            // What was lost before this call may have come since; what is lost now may be what it waits for.
+            let waiting = self.options.on_loss == LossPolicy::Wait && outcome.reports > reported_before;
             (absent(&pages).is_none() || waiting || outcome.ended).then_some(())
         });
         let lost = [PageState::Absent, PageState::Poisoned];
@@ -301,8 +311,15 @@ impl Shared {
         }
         let commands = commands.clone();
         let sender = std::thread::Builder::new().name("postcopy-unmap".into());
-        // Without a thread, address space leaks: better than a range that is unmapped while registered.
-        let _ = sender.spawn(move || drop(commands.blocking_send(command)));
+        // The one that cannot be had a thread for leaks: better than a range that is unmapped while registered.
+        let kept = Arc::new(Mutex::new(ManuallyDrop::new(Some(command))));
+        let send = move || {
+            let command = kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(command) = command {
+                drop(commands.blocking_send(command));
+            }
+        };
+        let _ = sender.spawn(send);
     }
 
     fn progress(&self) -> Progress {
@@ -344,6 +361,7 @@ impl Session {
         reference: &Reference,
         options: Options,
     ) -> Result<Self, SessionError> {
+        let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
         let (commands, queue) = mpsc::channel(COMMANDS);
         let shared = Pager::start(address.clone(), reference.clone(), options, queue)?;
         let session = Self { shared, commands };
@@ -407,6 +425,9 @@ impl Session {
             return Ok(());
         }
         let started = fill::start(&self.shared);
+        if started.is_err() {
+            self.shared.fill_started.store(false, Ordering::Release);
+        }
         started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
     }
 
@@ -439,9 +460,14 @@ impl Session {
     /// # Blocking
     /// At most for `timeout`.
     pub fn wait_resident(&self, timeout: Duration) -> Result<(), LossError> {
-        let outcome = self.shared.wait(Some(Instant::now() + timeout), |outcome| {
-            let progress = self.shared.progress();
-            if progress.resident_pages + progress.removed_pages == progress.total_pages {
+        // Too far away to be counted is for ever.
+        let deadline = Instant::now().checked_add(timeout);
+        let outcome = self.shared.wait(deadline, |outcome| {
+            // The counts are quick, but may be ahead of each other while a state changes.
+            let Progress { resident_pages, removed_pages, total_pages, .. } = self.shared.progress();
+            let lost = [PageState::Absent, PageState::Poisoned];
+            let done = |r: &Arc<RegionState>| r.states.next_run(0..r.states.pages(), &lost).is_none();
+            if resident_pages + removed_pages >= total_pages && self.shared.regions().iter().all(done) {
                 return Some(Ok(()));
             }
             let ended = outcome.ended.then(|| "the session has ended".into());

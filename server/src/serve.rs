@@ -20,9 +20,12 @@ use tonic::transport::server::{Router, TcpIncoming};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-/// HTTP/2 windows of what clients send: two of them keep a 10 Gbit/s link of 10 ms busy, and uploads are bounded
-/// by their own memory. What the server sends is bounded by the clients' windows.
-const WINDOW_BYTES: u32 = 8 << 20;
+/// HTTP/2 windows of what clients send, for a stream and for a connection: two streams keep a 10 Gbit/s link of
+/// 10 ms busy. An upload that waits for memory fills its stream's window; those beside it on the connection, some
+/// of which hold that memory, must still get their bytes through. What the server sends is bounded by the clients'
+/// windows.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 
 /// The largest HTTP/2 frame that a client may send.
 const MAX_FRAME_BYTES: u32 = 1 << 20;
@@ -33,6 +36,9 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long what is in flight may take to finish.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often packs are looked for that were deleted.
+const FORGET_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long accepting pauses after an error: usually no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -62,7 +68,7 @@ pub async fn serve(
     let health = HealthReporter::new();
     health.set_serving::<PageServiceServer<PageServer>>().await;
     health.set_serving::<ImageServiceServer<ImageServer>>().await;
-    let router = router(store, &drain, &health)?;
+    let router = router(store.clone(), &drain, &health)?;
     let stop = stop(signal, drain.clone(), health);
     let too_late = async {
         drain.begun().await;
@@ -84,9 +90,20 @@ pub async fn serve(
     };
     tokio::select! {
         served = served => served?,
+        () = forget_deleted(store) => {}
         () = too_late => tracing::warn!("ending with requests in flight after {DRAIN_TIMEOUT:?}"),
     }
     Ok(())
+}
+
+/// Gives back the space of what garbage collection has deleted. Does not end.
+async fn forget_deleted(store: Arc<Store>) {
+    loop {
+        tokio::time::sleep(FORGET_INTERVAL).await;
+        let store = store.clone();
+        // A panic's message went to stderr; the next turn may fare better.
+        let _ = tokio::task::spawn_blocking(move || store.forget_deleted()).await;
+    }
 }
 
 fn router(store: Arc<Store>, drain: &Drain, health: &HealthReporter) -> Result<Router, ServeError> {
@@ -103,8 +120,8 @@ fn router(store: Arc<Store>, drain: &Drain, health: &HealthReporter) -> Result<R
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let mut server = tonic::transport::Server::builder()
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_adaptive_window(Some(false))
         .max_frame_size(MAX_FRAME_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))

@@ -8,6 +8,7 @@ use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, StoreDir, shown};
+use postcopy_tests::wait_until;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -154,6 +155,11 @@ fn removing_and_collecting_gives_the_space_back() {
     assert!(count(&report, "bytes") > 20 * CHUNK as u64);
     assert!(Rpc::connect(server.address()).read_file("kept:1", "mem").unwrap() == noise(10 * CHUNK, 70));
     store.assert_sound();
+    // A file that is mapped keeps its blocks: the server must let go of it by itself.
+    let maps = || fs::read_to_string(format!("/proc/{}/maps", server.pid())).unwrap();
+    wait_until("the server has let go of what was deleted", || !maps().contains("(deleted)"));
+    assert_eq!(maps().lines().filter(|line| line.contains("/packs/")).count(), 1, "and of nothing else");
+    assert!(Rpc::connect(server.address()).read_file("kept:1", "mem").unwrap() == noise(10 * CHUNK, 70));
     push(&server, &path, &noise(20 * CHUNK, 71), "again:1");
     assert!(Rpc::connect(server.address()).read_file("again:1", "mem").unwrap() == noise(20 * CHUNK, 71));
 }

@@ -15,7 +15,7 @@ use postcopy_tests::cli::fail;
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::server::Server;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -108,8 +108,68 @@ fn chunk_lies(bytes: &Arc<Vec<u8>>) -> Vec<(&'static str, ChunkLie)> {
         ("garbage", result(Some(Answer::Frame(noise(CHUNK, 2).into())))),
         ("nothing", result(None)),
     ];
-    lies.extend([0, 1, 2, 3, 4, 99, -1].map(|code| ("an error", result(Some(error(code))))));
+    lies.extend([1, 2, 3].map(|code| ("an error", result(Some(error(code))))));
     lies
+}
+
+/// Errors that may pass: asked again for as long as the deadline allows.
+fn passing_errors() -> [(&'static str, ChunkLie); 4] {
+    [0, 4, 99, -1].map(|code| {
+        let lie: ChunkLie = Arc::new(move |answer| ChunkAnswer { result: Some(error(code)), ..answer });
+        ("an error that may pass", lie)
+    })
+}
+
+#[test]
+fn an_error_that_may_pass_is_final_only_after_the_deadline() {
+    within(WATCHDOG, || {
+        let truth = Truth::start();
+        for (name, lie) in passing_errors() {
+            let chaos = truth.told_with(Lies::default().chunk(move |_, answer| vec![lie(answer)]));
+            let session = open(&chaos, IMPATIENT);
+            let region = session.map("mem").unwrap();
+            let lost = region.read_at(5 * CHUNK, &mut [0; 10]).expect_err(name).to_string();
+            assert!(lost.contains("chunk 5 of image") && lost.contains("made up, code"), "{name}: {lost}");
+            assert!(chaos.asked().demand()[&5] > 4, "{name}: {:?}", chaos.asked().demand());
+        }
+        let told = AtomicU64::new(0);
+        let lies = Lies::default().chunk(move |_, answer| {
+            let passed = told.fetch_add(1, Ordering::SeqCst) >= 6;
+            vec![if passed { answer } else { ChunkAnswer { result: Some(error(4)), ..answer } }]
+        });
+        let chaos = truth.told_with(lies);
+        let region = open(&chaos, PATIENT).map("mem").unwrap();
+        assert!(region[..CHUNK] == truth.bytes[..CHUNK], "it has passed");
+    });
+}
+
+/// What a server says of pages that nobody waits for: a file must not be written with zeros, or an old neighbour, in it.
+#[test]
+fn pull_and_verify_take_no_less_and_nothing_else_than_they_asked_for() {
+    within(WATCHDOG, || {
+        let truth = Truth::start();
+        let first = Arc::new(Mutex::new(None));
+        let again = Lies::default().chunk(move |_, answer| {
+            let first = Arc::clone(&first);
+            let mut first = first.lock().unwrap();
+            vec![first.get_or_insert(answer).clone()]
+        });
+        let lies = [
+            ("segments left out", "segment 0 is left out", Lies::default().segment(|_| Vec::new())),
+            ("one chunk again and again", "has come before", again),
+            ("chunks left out", "the stream has ended", Lies::default().chunk(|_, _| Vec::new())),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("pulled");
+        for (name, said, lies) in lies {
+            let chaos = truth.told_with(lies);
+            let stderr = fail(chaos.address(), ["pull".as_ref(), "app".as_ref(), target.as_os_str()]);
+            assert!(stderr.contains(said) || stderr.contains("holds nothing"), "{name}: {stderr}");
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "{name}: something is left");
+            let stderr = fail(chaos.address(), ["verify", "app"]);
+            assert!(stderr.contains(&chaos.address().to_string()), "{name}: {stderr}");
+        }
+    });
 }
 
 #[test]
@@ -136,7 +196,7 @@ fn a_wrong_chunk_on_the_bulk_lane_is_refused_by_name() {
     within(WATCHDOG, || {
         let truth = Truth::start();
         let mut unnamed = Vec::new();
-        for (name, lie) in chunk_lies(&truth.bytes) {
+        for (name, lie) in chunk_lies(&truth.bytes).into_iter().chain(passing_errors()) {
             let lies = Lies::default().chunk(move |lane, answer| {
                 vec![if lane == Lane::Bulk && answer.chunk == 5 { lie(answer) } else { answer }]
             });

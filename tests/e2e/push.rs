@@ -3,11 +3,13 @@
 use postcopy::Remote;
 use postcopy::proto::digest::Digest;
 use postcopy::proto::page::ChunkSize;
+use postcopy::proto::v1::{self, upload_pack_request};
 use postcopy::push::{PushOptions, push};
+use postcopy_tests::binary;
 use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise, sparse};
 use postcopy_tests::server::Server;
-use postcopy_tests::store::{StoreDir, digest, flip, shown};
+use postcopy_tests::store::{Rpc, StoreDir, digest, flip, shown};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -16,7 +18,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -391,6 +393,79 @@ fn two_clients_that_push_the_same_at_once_are_both_right() {
 #[test]
 fn eight_clients_that_push_the_same_at_once_are_all_right() {
     push_at_once(8);
+}
+
+/// A batch holds its files open until they are read.
+#[test]
+fn a_tree_of_more_files_than_a_process_may_open_is_pushed() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    for i in 0..2500 {
+        // Empty ones, links and directories among them: none of these may be taken for the end.
+        let path = folder.path().join(format!("{i:04}"));
+        match i % 50 {
+            0..30 if i < 1000 => fs::write(&path, "").unwrap(),
+            30 => symlink("0001", &path).unwrap(),
+            31 => fs::create_dir(&path).unwrap(),
+            _ => fs::write(&path, format!("file {i}")).unwrap(),
+        }
+    }
+    let mut limited = Command::new("bash");
+    limited.args(["-c", "ulimit -n 1024 && exec \"$@\"", "-"]).arg(binary("postcopy"));
+    limited.arg("push").arg(folder.path()).arg("many").env("POSTCOPY_SERVER", server.address().to_string());
+    let output = limited.output().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    let target = folder.path().join("pulled");
+    let _ = pull_cli(&server, "many", &target);
+    let pulled = tree(&target);
+    fs::remove_dir_all(&target).unwrap();
+    assert!(pulled == tree(folder.path()));
+}
+
+#[test]
+fn pull_fills_an_empty_directory_in_place_and_keeps_clear_of_left_overs() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    fs::create_dir_all(source.join("sub")).unwrap();
+    fs::write(source.join("sub/file"), "content").unwrap();
+    push_cli(&server, &source, "app");
+    // Where somebody is: it must stay the same directory.
+    fs::create_dir(&target).unwrap();
+    let mut here = postcopy(server.address(), ["pull", "app", "."]);
+    // The name that the pull itself takes, with somebody else's file in it.
+    let script = "mkdir ../target.partial-$$-0 && touch ../target.partial-$$-0/old && exec \"$@\"";
+    let mut shell = Command::new("bash");
+    shell.args(["-c", script, "-"]).arg(here.get_program()).args(here.get_args());
+    shell.current_dir(&target).env("POSTCOPY_SERVER", server.address().to_string());
+    let output = shell.output().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert!(tree(&target) == tree(&source), "and nothing of what was left over");
+    here.current_dir(&target);
+    assert!(!here.output().unwrap().status.success(), "it is not empty any more");
+}
+
+/// An upload that waits for the server's memory must not take the way of those beside it that have some.
+#[test]
+fn uploads_on_one_connection_do_not_starve_each_other() {
+    let server = Server::start();
+    let rpc = Rpc::connect(server.address());
+    let part = bytes::Bytes::from(noise(1 << 20, 41));
+    let begin = v1::UploadPackBegin { digest: Digest::of(b"another").into(), size_bytes: 48 << 20 };
+    let parts = [upload_pack_request::Part::Begin(begin)]
+        .into_iter()
+        .chain((0..48).map(|_| upload_pack_request::Part::Data(part.clone())));
+    let parts: Vec<_> = parts.map(|part| v1::UploadPackRequest { part: Some(part) }).collect();
+    let codes = rpc.wait(async {
+        let mut uploads = tokio::task::JoinSet::new();
+        // Half of them have to wait for memory: there are 256 MiB.
+        for _ in 0..10 {
+            let (mut images, parts) = (rpc.images(), parts.clone());
+            uploads.spawn(async move { images.upload_pack(tokio_stream::iter(parts)).await });
+        }
+        uploads.join_all().await.into_iter().map(|end| end.unwrap_err().code()).collect::<Vec<_>>()
+    });
+    assert_eq!(codes, [tonic::Code::InvalidArgument; 10], "all came whole, and did not fit their digest");
 }
 
 #[test]

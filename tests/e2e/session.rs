@@ -246,6 +246,92 @@ fn what_is_given_back_while_the_fill_runs_stays_zero() {
     });
 }
 
+/// madvise and mprotect of a part split the kernel's record of a region, and an ioctl is for one part alone.
+#[test]
+fn a_region_in_parts_is_filled_and_lost_page_by_page_where_need_be() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(40 * CHUNK + 5, 6), CHUNK);
+        for options in [Options::default(), FILLING] {
+            let session = source.open(options);
+            let mut region = session.map("mem").unwrap();
+            split(&mut region);
+            if options.fill {
+                session.wait_resident(MINUTE).unwrap();
+            }
+            assert_pages(&region, &source.bytes, "in parts");
+        }
+    });
+}
+
+/// Cuts a region into parts at odd places.
+#[expect(unsafe_code, reason = "madvise on memory of our own")]
+fn split(region: &mut Region) {
+    for page in [1usize, 18, 19, 40, 100, 333] {
+        let start = region[page * PAGE..].as_mut_ptr();
+        // SAFETY: changes what a core dump holds, and no byte.
+        unsafe { rustix::mm::madvise(start.cast(), 3 * PAGE, Advice::LinuxDontDump) }.unwrap();
+    }
+}
+
+/// A page that is SIGBUS to a load is EFAULT to write(2).
+#[test]
+fn a_lost_region_in_parts_is_sigbus_everywhere() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(40 * CHUNK, 6), CHUNK);
+        let lies = Lies::default().chunk(|_, answer| vec![ChunkAnswer { result: None, ..answer }]);
+        let chaos = Chaos::start(source.server.address(), lies);
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let mut region = session.map("mem").unwrap();
+        split(&mut region);
+        for chunk in 0..40 {
+            let _ = region.read_at(chunk * CHUNK, &mut [0]).unwrap_err();
+        }
+        let file = tempfile::tempfile().unwrap();
+        for page in region.chunks(PAGE) {
+            assert_eq!(rustix::io::write(&file, page), Err(rustix::io::Errno::FAULT), "{:?}", page.as_ptr());
+        }
+    });
+}
+
+#[test]
+fn deadlines_that_are_too_far_away_are_for_ever() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(4 * CHUNK, 7), CHUNK);
+        let session = source.open(Options { fault_deadline: Duration::MAX, ..FILLING });
+        let region = session.map("mem").unwrap();
+        assert_eq!(region[CHUNK], source.bytes[CHUNK]);
+        session.wait_resident(Duration::MAX).unwrap();
+        assert_pages(&region, &source.bytes, "all of it");
+    });
+}
+
+/// Under `Wait` a loss that has healed is no reason for later errors.
+#[test]
+fn reads_after_a_loss_that_has_healed_are_right() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(8 * CHUNK, 8), CHUNK);
+        let honest = Arc::new(AtomicBool::new(false));
+        let is_honest = Arc::clone(&honest);
+        let lies = Lies::default().chunk(move |_, answer| {
+            let result = answer.result.clone().filter(|_| is_honest.load(Ordering::SeqCst));
+            vec![ChunkAnswer { result, ..answer }]
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let options = Options { on_loss: LossPolicy::Wait, ..Options::default() };
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        let mut read = vec![0; 100];
+        let lost = region.read_at(CHUNK, &mut read).unwrap_err().to_string();
+        assert!(lost.contains("chunk 1 of image"), "{lost}");
+        honest.store(true, Ordering::SeqCst);
+        wait_until("what was lost comes", || region.read_at(CHUNK, &mut read).is_ok());
+        for chunk in 2..8 {
+            region.read_at(chunk * CHUNK, &mut read).unwrap();
+            assert_eq!(read, source.bytes[chunk * CHUNK..][..100]);
+        }
+    });
+}
+
 #[test]
 fn what_is_written_while_the_fill_runs_is_never_overwritten() {
     within(WATCHDOG, || {

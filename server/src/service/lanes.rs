@@ -116,6 +116,10 @@ pub(super) fn fetch_chunks(
             let (id, attempt) = (request.id, request.attempt);
             if let Some(segment) = request.segment {
                 loading.push(load((id, attempt), load_segment(chunks, segment)));
+                while loading.len() >= MAX_LOADING {
+                    let Some(answer) = loading.next().await else { break };
+                    yield answer?;
+                }
             }
             for chunk in numbers(request.runs) {
                 // From the second attempt on the frame is decoded first, which takes too long for this task.

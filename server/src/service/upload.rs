@@ -133,6 +133,10 @@ async fn receive<T>(
         let Some(part) = data(message) else {
             return Err(Status::invalid_argument("after `begin` there come only bytes"));
         };
+        if part.is_empty() {
+            // Else a client could keep its memory for ever, and send nothing.
+            return Err(Status::invalid_argument("a part holds nothing"));
+        }
         received += part.len();
         if received > announced {
             return Err(Status::invalid_argument(format!("more than the announced {announced} bytes came")));

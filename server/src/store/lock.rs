@@ -1,8 +1,8 @@
 //! The locks between the processes that use one store: flock(2), so that a process that dies
 //! holds none. Four files are locked, always in this order:
 //!
-//! - `<domain>/condemned`: the turnstile before `lock`, held only until that one is had. Without it a collector that
-//!   waits for `lock` would wait for ever while pushes go on: flock lets new shared holders pass it;
+//! - `<domain>/condemned`: the turnstile before `lock`, held only until that one is had, or a turn's time. Without
+//!   it a collector that waits for `lock` would wait for ever while pushes go on: flock lets new shared holders pass;
 //! - `<domain>/lock`: shared by whoever relies on an object staying there (FindMissing, Commit,
 //!   tagging), exclusive for gc from its second mark to its deletes;
 //! - `<domain>/refs`: exclusive for whoever changes a reference;
@@ -13,6 +13,10 @@ use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;
 use std::fs::{File, TryLockError};
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long a collector keeps others from `lock` while it waits for it: longer than what a push does under it.
+const TURN: Duration = Duration::from_millis(500);
 
 /// Holds a lock until it is dropped.
 #[derive(Debug)]
@@ -28,10 +32,21 @@ impl StoreLock {
         Self::with(&layout.lock(), File::lock_shared)
     }
 
-    /// Nobody relies on an unreferenced object until the drop. Waits for those who do.
+    /// Nobody relies on an unreferenced object until the drop. Waits for those who do; others have their turn
+    /// meanwhile, because one of these may be long: a check of the whole store.
     pub(crate) fn delete_objects(layout: &Layout) -> Result<Self, StoreError> {
-        let _turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
-        Self::with(&layout.lock(), File::lock)
+        loop {
+            let turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
+            let since = Instant::now();
+            while since.elapsed() < TURN {
+                if let Some(lock) = Self::try_exclusively(&layout.lock())? {
+                    return Ok(lock);
+                }
+                std::thread::park_timeout(TURN / 100);
+            }
+            drop(turnstile);
+            std::thread::park_timeout(TURN);
+        }
     }
 
     /// No other process changes a reference until the drop.
@@ -46,7 +61,10 @@ impl StoreLock {
 
     /// Every staged file is a left-over until the drop; None if somebody is writing one.
     pub(crate) fn try_delete_staged(layout: &Layout) -> Result<Option<Self>, StoreError> {
-        let path = layout.domain();
+        Self::try_exclusively(layout.domain())
+    }
+
+    fn try_exclusively(path: &Path) -> Result<Option<Self>, StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         match file.try_lock() {
             Ok(()) => Ok(Some(Self { _file: file })),
@@ -59,5 +77,30 @@ impl StoreLock {
         let file = File::open(path).map_err(io_error(path))?;
         lock(&file).map_err(io_error(path))?;
         Ok(Self { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A check of a large store holds the lock for minutes.
+    #[test]
+    fn a_collector_that_waits_long_does_not_keep_others_waiting() {
+        let (_dir, store) = crate::fixtures::store();
+        let layout = &store.layout;
+        let long = StoreLock::keep_objects(layout).unwrap();
+        std::thread::scope(|scope| {
+            let collector = scope.spawn(|| StoreLock::delete_objects(layout).unwrap());
+            let started = Instant::now();
+            for _ in 0..3 {
+                drop(StoreLock::keep_objects(layout).unwrap());
+                std::thread::park_timeout(TURN);
+            }
+            assert!(started.elapsed() < 10 * TURN, "{:?}", started.elapsed());
+            assert!(!collector.is_finished(), "somebody relies on what is there");
+            drop(long);
+            drop(collector.join().unwrap());
+        });
     }
 }

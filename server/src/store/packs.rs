@@ -9,7 +9,7 @@ use crate::store::map::{self, Map};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
-use postcopy_proto::pack::PackIndex;
+use postcopy_proto::pack::{PackEntry, PackIndex};
 use rayon::prelude::*;
 use std::collections::{HashMap, HashSet, hash_map};
 use std::fs::{self, File};
@@ -65,14 +65,17 @@ impl Pack {
         Ok(self.map.bytes())
     }
 
-    fn frame(&self, place: Place) -> Bytes {
+    /// The frame's bytes; None if the file that is mapped now is shorter.
+    fn frame(&self, place: Place) -> Option<Bytes> {
         let start = place.offset as usize;
-        self.map.bytes().slice(start..start + place.length as usize)
+        let range = start..start + place.length as usize;
+        (range.end <= self.map.bytes().len()).then(|| self.map.bytes().slice(range))
     }
 
     /// The frame of a chunk, read from the disk, and decoded if `check` is set or the map has lost pages.
     fn load(&self, place: Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        let frame = self.frame(place);
+        let too_short = || damaged(pack_name(&self.digest), "it is shorter than it was");
+        let frame = self.frame(place).ok_or_else(too_short)?;
         let object = || format!("chunk {chunk} in pack {}", self.digest);
         map::populate(&frame).map_err(|e| damaged(object(), e))?;
         if check || self.map.was_cut() {
@@ -113,7 +116,8 @@ struct Place {
 
 #[derive(Debug, Default)]
 struct Index {
-    packs: Vec<Arc<Pack>>,
+    /// By number; None: it was deleted.
+    packs: Vec<Option<Arc<Pack>>>,
     numbers: HashMap<Digest, u32>,
     places: HashMap<Digest, Place>,
     /// Further places of chunks that lie in several packs: few.
@@ -124,12 +128,12 @@ impl Index {
     fn add(&mut self, pack: Pack, index: &PackIndex) {
         if let Some(&number) = self.numbers.get(&pack.digest) {
             // The same digest, so the same places.
-            self.packs[number as usize] = Arc::new(pack);
+            self.packs[number as usize] = Some(Arc::new(pack));
             return;
         }
         let number = u32::try_from(self.packs.len()).expect("fewer packs than maps that Linux allows");
         self.numbers.insert(pack.digest, number);
-        self.packs.push(Arc::new(pack));
+        self.packs.push(Some(Arc::new(pack)));
         self.places.reserve(index.entries().len());
         for entry in index.entries() {
             let place = Place { pack: number, offset: entry.offset, length: entry.length };
@@ -140,6 +144,31 @@ impl Index {
                 hash_map::Entry::Occupied(_) => self.more_places.entry(entry.chunk).or_default().push(place),
             }
         }
+    }
+
+    /// Forgets a pack and what lies in it, unless another file has taken its place.
+    fn remove(&mut self, pack: &Arc<Pack>, entries: &[PackEntry]) {
+        let Some(&number) = self.numbers.get(&pack.digest) else { return };
+        if !self.pack(number).is_some_and(|known| Arc::ptr_eq(known, pack)) {
+            return;
+        }
+        self.packs[number as usize] = None;
+        self.numbers.remove(&pack.digest);
+        for entry in entries {
+            let mut rest: Vec<_> = self.places(&entry.chunk).filter(|place| place.pack != number).collect();
+            self.places.remove(&entry.chunk);
+            self.more_places.remove(&entry.chunk);
+            if let Some(first) = rest.pop() {
+                self.places.insert(entry.chunk, first);
+            }
+            if !rest.is_empty() {
+                self.more_places.insert(entry.chunk, rest);
+            }
+        }
+    }
+
+    fn pack(&self, number: u32) -> Option<&Arc<Pack>> {
+        self.packs[number as usize].as_ref()
     }
 
     fn places(&self, chunk: &Digest) -> impl Iterator<Item = Place> {
@@ -194,8 +223,7 @@ impl Packs {
     pub(crate) fn resident_frame(&self, chunk: &Digest) -> Option<Bytes> {
         let frame = self.read(|index| {
             let place = *index.places.get(chunk)?;
-            let pack = &index.packs[place.pack as usize];
-            (!pack.map.was_cut()).then(|| pack.frame(place))
+            index.pack(place.pack).filter(|pack| !pack.map.was_cut())?.frame(place)
         })?;
         map::is_resident(&frame).then_some(frame)
     }
@@ -219,7 +247,7 @@ impl Packs {
     /// Maps those of a chunk's packs anew whose maps have lost pages; true if one is whole again.
     fn reopen_cut(&self, chunk: &Digest) -> bool {
         let cut = self.read(|index| {
-            let packs = index.places(chunk).map(|place| &index.packs[place.pack as usize]);
+            let packs = index.places(chunk).filter_map(|place| index.pack(place.pack));
             packs.filter(|pack| pack.map.was_cut()).map(|pack| pack.digest).collect::<Vec<_>>()
         });
         let opened = cut.into_iter().map(|digest| Pack::open(&self.layout.pack(&digest), digest));
@@ -231,7 +259,8 @@ impl Packs {
 
     fn load_known_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
         let copies: Vec<_> = self.read(|index| {
-            index.places(chunk).map(|place| (index.packs[place.pack as usize].clone(), place)).collect()
+            let copies = index.places(chunk).map(|place| Some((index.pack(place.pack)?.clone(), place)));
+            copies.flatten().collect()
         });
         let mut outcome = Err(StoreError::NotFound(format!("chunk {chunk}")));
         for (pack, place) in copies {
@@ -251,7 +280,7 @@ impl Packs {
 
     /// Whether the pack is there: known, and by path.
     pub(crate) fn is_stored(&self, pack: &Digest) -> bool {
-        let known = self.read(|index| index.numbers.get(pack).map(|n| index.packs[*n as usize].clone()));
+        let known = self.read(|index| index.pack(*index.numbers.get(pack)?).cloned());
         known.is_some_and(|pack| pack.is_stored(&self.layout))
     }
 
@@ -266,6 +295,25 @@ impl Packs {
             Err(error) => return Err(error),
         }
         Ok(true)
+    }
+
+    /// Lets go of packs whose files were deleted, by a collector in whichever process: their space is given back
+    /// when nobody has them mapped.
+    ///
+    /// # Blocking
+    /// Takes about 1 us a pack, and what reading deleted packs' indexes takes.
+    pub(crate) fn forget_deleted(&self) {
+        let known: Vec<_> = self.read(|index| index.packs.iter().flatten().cloned().collect());
+        for pack in known {
+            let metadata = fs::metadata(self.layout.pack(&pack.digest));
+            if !metadata.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                continue;
+            }
+            let index = pack.populated().ok().and_then(|bytes| PackIndex::parse(bytes).ok());
+            // Without its index its places stay, and lead nowhere.
+            let entries = index.as_ref().map_or(&[][..], PackIndex::entries);
+            self.index.write().unwrap_or_else(PoisonError::into_inner).remove(&pack, entries);
+        }
     }
 
     /// Asks which chunks are there by path, until it is dropped.
@@ -300,7 +348,11 @@ impl Packs {
                 Err(error) if is_gone(&error) => {}
                 Err(error) => {
                     tracing::error!(pack = %digest, "not served: {}", crate::store::chain(&error));
-                    scan.refused.insert((digest, inode));
+                    // What may pass, such as too many open files, is tried again when a chunk is missed.
+                    match error {
+                        StoreError::Damaged { .. } => drop(scan.refused.insert((digest, inode))),
+                        _ => scan.seen.clear(),
+                    }
                 }
             }
         }
@@ -341,7 +393,7 @@ impl Packs {
             // One that vanished meanwhile was deleted by gc.
             let Ok(metadata) = entry.metadata() else { continue };
             let inode = metadata.ino();
-            let known = self.read(|i| i.numbers.get(&digest).map(|n| i.packs[*n as usize].inode));
+            let known = self.read(|index| Some(index.pack(*index.numbers.get(&digest)?)?.inode));
             if known != Some(inode) && !scan.refused.contains(&(digest, inode)) {
                 new.push((entry.path(), digest, inode));
             }
@@ -383,7 +435,7 @@ impl Presence<'_> {
         let Self { packs, stored, relied_on, .. } = self;
         packs.read(|index| {
             index.places(chunk).any(|place| {
-                let pack = &index.packs[place.pack as usize];
+                let Some(pack) = index.pack(place.pack) else { return false };
                 let is_stored = stored.entry(place.pack).or_insert_with(|| pack.is_stored(&packs.layout));
                 if *is_stored {
                     relied_on.insert(pack.digest);

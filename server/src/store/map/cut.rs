@@ -12,9 +12,11 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// A range of addresses that is watched; a length of 0: free to be used again.
+/// A range of addresses that is watched, if it is used.
 #[derive(Debug)]
 pub(super) struct Span {
+    /// Changed under [`CHANGE`] but for the release.
+    used: AtomicBool,
     start: AtomicUsize,
     len: AtomicUsize,
     cut: AtomicBool,
@@ -42,6 +44,7 @@ impl Span {
     /// Ends the watching, before the memory is unmapped.
     pub(super) fn release(&self) {
         self.len.store(0, Ordering::Release);
+        self.used.store(false, Ordering::Release);
     }
 
     fn contains(&self, address: usize) -> bool {
@@ -65,14 +68,16 @@ fn spans() -> impl Iterator<Item = &'static Span> {
 pub(super) fn watch(start: usize, len: usize) -> io::Result<&'static Span> {
     PREVIOUS.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
     let _change = CHANGE.lock().unwrap_or_else(PoisonError::into_inner);
-    let free = spans().find(|span| span.len.load(Ordering::Acquire) == 0);
+    let free = spans().find(|span| !span.used.load(Ordering::Acquire));
     let span = free.unwrap_or_else(|| {
         let next = spans().next();
         let (start, len) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let span: &'static Span = Box::leak(Box::new(Span { start, len, cut: AtomicBool::new(false), next }));
+        let (used, cut) = (AtomicBool::new(true), AtomicBool::new(false));
+        let span: &'static Span = Box::leak(Box::new(Span { used, start, len, cut, next }));
         LIST.store(std::ptr::from_ref(span).cast_mut(), Ordering::Release);
         span
     });
+    span.used.store(true, Ordering::Release);
     span.cut.store(false, Ordering::Release);
     span.start.store(start, Ordering::Release);
     span.len.store(len, Ordering::Release);
