@@ -18,6 +18,7 @@ use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use postcopy_proto::v1;
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -44,7 +45,7 @@ struct Job {
 
 enum Work {
     Frames(Vec<v1::ChunkAnswer>),
-    Zeros(std::ops::Range<u64>),
+    Zeros(Range<u64>),
 }
 
 /// The bulk lane, and the requests on it that have not been answered, in order.
@@ -188,8 +189,8 @@ impl Fill {
         region: &Arc<RegionState>,
         attempt: u32,
     ) -> Result<(), RemoteError> {
-        let mut next = 0;
-        while next < region.chunks() && !self.shared.has_ended() && region.is_alive() {
+        let Range { start: mut next, end } = region.chunks();
+        while next < end && !self.shared.has_ended() && region.is_alive() {
             match self.plan(region, &mut next) {
                 Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
@@ -269,12 +270,11 @@ impl Fill {
     /// What to do from chunk `next` of the region on; `next` goes past it.
     fn plan(&self, region: &RegionState, next: &mut u64) -> Plan {
         let image = &self.shared.image;
-        let first_chunk = region.file.first_chunk.0;
         let most = REQUEST_BYTES.max(image.root().chunk_size().bytes()) / PAGE_BYTES;
         let (mut chunks, mut pages) = (Vec::new(), 0);
-        let mut zeros: Option<std::ops::Range<u64>> = None;
-        while *next < region.chunks() {
-            let chunk = ChunkIndex(first_chunk + *next);
+        let mut zeros: Option<Range<u64>> = None;
+        while *next < region.chunks().end {
+            let chunk = ChunkIndex(*next);
             let here = region.pages_of(chunk).expect("a chunk of the region");
             let unresolved = install::unresolved(&self.shared.uffd);
             let wanted = region.states.next_run(here.clone(), unresolved).is_some();
@@ -308,7 +308,7 @@ impl Fill {
 
 enum Plan {
     Nothing,
-    Zeros { chunks: std::ops::Range<u64>, pages: usize },
+    Zeros { chunks: Range<u64>, pages: usize },
     Ask { chunks: Vec<u64>, pages: usize },
 }
 
@@ -375,29 +375,28 @@ impl Installer {
     ) -> Result<(), String> {
         let shared = Arc::clone(&self.shared);
         let image = &shared.image;
-        let (Some(pages), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
+        let (Some(_), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
             return Err("it was not asked for".to_owned());
         };
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
         self.pages.decode(image, &region.file, chunk, &digest, frame)?;
-        self.install(region, pages.start);
+        self.install(region, chunk);
         Ok(())
     }
 
     fn zeros(&mut self, region: &RegionState, chunk: ChunkIndex) {
-        let zero = self.shared.image.content(chunk) == Content::Zero;
-        if let Some(pages) = region.pages_of(chunk).filter(|_| zero) {
-            self.pages.set_zeros(pages.len() * PAGE_BYTES);
-            self.install(region, pages.start);
+        if self.shared.image.content(chunk) == Content::Zero {
+            self.pages.set_zeros(self.shared.image.root().chunk_size().bytes());
+            self.install(region, chunk);
         }
     }
 
-    fn install(&self, region: &RegionState, start: usize) {
+    fn install(&self, region: &RegionState, chunk: ChunkIndex) {
         let shared = &self.shared;
         loop {
-            match install::install(&shared.uffd, Some(&shared.gate), region, start, &self.pages, None) {
+            match install::install(&shared.uffd, Some(&shared.gate), region, chunk, &self.pages, None) {
                 Installed::All | Installed::Ended => return,
                 // The pager reads the event, or somebody frees memory.
                 Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),

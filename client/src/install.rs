@@ -8,7 +8,7 @@ use crate::gate::Gate;
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::uffd::{Outcome, Uffd};
-use postcopy_proto::page::PAGE_BYTES;
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
 
 /// Between attempts of the kernel's that were put off.
@@ -35,7 +35,7 @@ pub(crate) enum Installed {
 }
 
 /// Installs the pages of a chunk that `region` has and that are unresolved, the piece with region page `first`
-/// before the others, and wakes who waits for them.
+/// before the others, and wakes who waits for them. `content` is what the chunk holds.
 ///
 /// # Blocking
 /// With a `gate` it passes it as an installer for each piece; without one it must be the pager.
@@ -43,15 +43,18 @@ pub(crate) fn install(
     uffd: &Uffd,
     gate: Option<&Gate>,
     region: &RegionState,
-    chunk_start: usize,
-    chunk: &ChunkPages,
+    chunk: ChunkIndex,
+    content: &ChunkPages,
     first: Option<usize>,
 ) -> Installed {
-    let end = (chunk_start + chunk.pages()).min(region.states.pages());
-    let middle = first.map_or(chunk_start, |page| page - (page - chunk_start) % PIECE_PAGES);
+    let Some(Range { start, end }) = region.pages_of(chunk) else { return Installed::All };
+    // A region may begin within a chunk.
+    let place = region.place_in_chunk(start);
+    let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - start);
+    let middle = first.map_or(start, piece_of);
     // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
     let mut one_page = false;
-    for part in [middle..end, chunk_start..middle] {
+    for part in [middle..end, start..middle] {
         let mut next = part.start;
         while next < part.end {
             let pass = match gate.map(Gate::enter) {
@@ -63,11 +66,11 @@ pub(crate) fn install(
                 return Installed::All;
             }
             let Some(run) = region.states.next_run(next..part.end, unresolved(uffd)) else { break };
-            let in_chunk = run.start - chunk_start..run.end - chunk_start;
-            let (mut piece, held) = chunk.piece(in_chunk);
+            let in_chunk = run.start - start + place..run.end - start + place;
+            let (mut piece, held) = content.piece(in_chunk);
             piece.end = if one_page { piece.start + 1 } else { piece.end };
-            let pages = piece.start + chunk_start..piece.end + chunk_start;
-            let bytes = held.then(|| chunk.bytes_of(piece));
+            let pages = run.start..run.start + piece.len();
+            let bytes = held.then(|| content.bytes_of(piece));
             match install_piece(uffd, region, pages.clone(), bytes) {
                 Step::Next(page) => (next, one_page) = (page, false),
                 Step::OnePage => one_page = true,

@@ -323,9 +323,8 @@ impl Pager {
         }
         let mut outcome = Installed::All;
         for region in shared.regions().iter() {
-            let Some(pages) = region.pages_of(chunk) else { continue };
             let first = Arc::ptr_eq(region, waiting).then_some(*page);
-            let installed = install::install(&shared.uffd, None, region, pages.start, &self.pages, first);
+            let installed = install::install(&shared.uffd, None, region, chunk, &self.pages, first);
             if installed != Installed::All {
                 outcome = installed;
             }
@@ -338,10 +337,9 @@ impl Pager {
     }
 
     fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
-        let Some(pages) = region.pages_of(chunk) else { return };
-        self.pages.set_zeros(pages.len() * PAGE_BYTES);
-        let uffd = &self.way_out.0.uffd;
-        match install::install(uffd, None, region, pages.start, &self.pages, Some(page)) {
+        let shared = &self.way_out.0;
+        self.pages.set_zeros(shared.image.root().chunk_size().bytes());
+        match install::install(&shared.uffd, None, region, chunk, &self.pages, Some(page)) {
             Installed::All | Installed::Ended => {}
             Installed::Deferred | Installed::NoMemory => self.put_off(region, page),
         }

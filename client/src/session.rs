@@ -13,6 +13,7 @@ use crate::region::{Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::uffd::memory::Memory;
 use crate::uffd::{OpenError, Uffd};
+use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::reference::Reference;
 use std::io;
@@ -73,6 +74,19 @@ pub enum SessionError {
         /// The path.
         path: String,
     },
+    /// The file has no such bytes, or they do not begin with a page.
+    #[error(
+        "bytes {} to {} of {path:?}: the file has {file_bytes}, and a part begins at a multiple of 4096",
+        bytes.start, bytes.end
+    )]
+    Span {
+        /// The file's path.
+        path: String,
+        /// What was asked for.
+        bytes: Range<u64>,
+        /// Its length.
+        file_bytes: u64,
+    },
     /// Address space, threads or descriptors could not be had.
     #[error("{what} cannot be had")]
     System {
@@ -93,15 +107,15 @@ pub enum LossError {
     /// A page could not be had; later touches of it are SIGBUS, or wait, by the loss policy.
     #[error("{0}")]
     Lost(Arc<str>),
-    /// Beyond the file's end.
-    #[error("bytes {offset} to {offset} + {len} are beyond the file's {file_bytes} bytes")]
+    /// Beyond the region's end.
+    #[error("bytes {offset} to {offset} + {len} are beyond the region's {region_bytes} bytes")]
     OutOfRange {
         /// The first byte asked for.
         offset: usize,
         /// How many.
         len: usize,
-        /// The file's length.
-        file_bytes: usize,
+        /// The region's length.
+        region_bytes: usize,
     },
     /// It took longer than the caller wanted to wait.
     #[error("not all was resident within {0:?}")]
@@ -392,19 +406,46 @@ impl Session {
     /// # Blocking
     /// Until the pager has registered the memory; no round trip.
     pub fn map(&self, path: impl AsRef<[u8]>) -> Result<Region, SessionError> {
-        let path = path.as_ref();
+        let file = self.file(path.as_ref())?;
+        self.map_span(file, 0..to_usize(file.size_bytes))
+    }
+
+    /// Maps a part of the file at `path` of the image: the bytes from `bytes.start`, a multiple of the page size of
+    /// 4 KiB, to `bytes.end`. A file may be mapped several times, and its parts may overlap.
+    ///
+    /// # Errors
+    /// As [`Session::map`]; [`SessionError::Span`]: the file has no such bytes, or none begins there.
+    ///
+    /// # Blocking
+    /// As there.
+    pub fn map_part(&self, path: impl AsRef<[u8]>, bytes: Range<u64>) -> Result<Region, SessionError> {
+        let file = self.file(path.as_ref())?;
+        let aligned = bytes.start.is_multiple_of(PAGE_BYTES as u64);
+        if !aligned || bytes.start > bytes.end || bytes.end > file.size_bytes {
+            let path = String::from_utf8_lossy(path.as_ref()).into_owned();
+            return Err(SessionError::Span { path, bytes, file_bytes: file.size_bytes });
+        }
+        self.map_span(file, to_usize(bytes.start)..to_usize(bytes.end))
+    }
+
+    fn file(&self, path: &[u8]) -> Result<FileEntry, SessionError> {
         let image = &self.shared.image;
-        let file = image.file(path).ok_or_else(|| SessionError::NoSuchFile {
-            image: image.digest(),
-            path: String::from_utf8_lossy(path).into_owned(),
-        })?;
+        let path_text = || String::from_utf8_lossy(path).into_owned();
+        let missing = || SessionError::NoSuchFile { image: image.digest(), path: path_text() };
+        image.file(path).ok_or_else(missing)
+    }
+
+    /// Maps bytes that the file has, from the beginning of a page on.
+    fn map_span(&self, file: FileEntry, bytes: Range<usize>) -> Result<Region, SessionError> {
         let system = |what| move |source| SessionError::System { what, source };
-        let len = to_usize(file.size_bytes).next_multiple_of(PAGE_BYTES);
-        let memory =
-            if len == 0 { None } else { Some(Memory::reserve(len).map_err(system("address space"))?) };
+        let pages = bytes.start / PAGE_BYTES..bytes.end.div_ceil(PAGE_BYTES);
+        let memory = match bytes.len() {
+            0 => None,
+            _ => Some(Memory::reserve(pages.len() * PAGE_BYTES).map_err(system("address space"))?),
+        };
         let start = memory.as_ref().map_or(0, Memory::start);
-        let chunk_bytes = image.root().chunk_size().bytes();
-        let state = Arc::new(RegionState::new(start, file, chunk_bytes));
+        let chunk_bytes = self.shared.image.root().chunk_size().bytes();
+        let state = Arc::new(RegionState::new(start, file, pages, chunk_bytes));
         if memory.is_some() {
             let (reply, registered) = std::sync::mpsc::sync_channel(1);
             let command = Command::Map { region: Arc::clone(&state), reply };
@@ -412,7 +453,7 @@ impl Session {
             let registered = registered.recv().map_err(|_| SessionError::Ended)?;
             registered.map_err(system("a userfaultfd registration"))?;
         }
-        Ok(Region::new(memory, state, Arc::clone(&self.shared), self.commands.clone()))
+        Ok(Region::new(memory, bytes.len(), state, Arc::clone(&self.shared), self.commands.clone()))
     }
 
     /// Brings everything in the background, over the bulk lane, from now on.

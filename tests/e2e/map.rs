@@ -197,3 +197,68 @@ fn a_sparse_gigabyte_in_chunks_of_64_kib_reads_as_its_source() {
 fn a_sparse_gigabyte_in_chunks_of_2_mib_reads_as_its_source() {
     a_sparse_gigabyte_reads_as_its_source(2 * MIB, true);
 }
+
+/// Parts that begin and end anywhere in a chunk, overlap, and lie in others; and the whole file beside them.
+fn parts_read_as_their_source(chunk: usize) {
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    let mut bytes = memory_like(3 * chunk.max(64 * KIB) + 12_345, 61);
+    // Some chunks of nothing but zeros, and some that are zero in part.
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + chunk + 3 * PAGE].fill(0);
+    std::fs::write(&path, &bytes).unwrap();
+    push(&server, &path, "app", chunk);
+    let seed = fastrand::u64(..);
+    eprintln!("parts of seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let pages = bytes.len().div_ceil(PAGE);
+    let mut spans: Vec<_> = (0..12)
+        .map(|_| {
+            let first = random.usize(..pages) * PAGE;
+            first..random.usize(first..=bytes.len())
+        })
+        .collect();
+    spans.extend([0..bytes.len(), 0..0, PAGE..PAGE + 1, bytes.len() / PAGE * PAGE..bytes.len()]);
+
+    for fill in [false, true] {
+        let options = Options { fill, ..Options::default() };
+        let session = Session::open(server.address(), &"app".parse().unwrap(), options).unwrap();
+        let map = |span: &std::ops::Range<usize>| {
+            session.map_part("mem", span.start as u64..span.end as u64).expect("a part of the file")
+        };
+        let regions: Vec<_> = spans.iter().map(map).collect();
+        if fill {
+            session.wait_resident(Duration::from_secs(60)).unwrap();
+        }
+        for (region, span) in regions.iter().zip(&spans) {
+            for page in random_pages(span.len()) {
+                let end = span.len().min((page + 1) * PAGE);
+                let (here, there) = (page * PAGE..end, span.start + page * PAGE..span.start + end);
+                assert!(
+                    region[here] == bytes[there],
+                    "{span:?}, page {page}, chunks of {chunk}, fill {fill}"
+                );
+            }
+            assert_same(region, &bytes[span.clone()], &format!("{span:?}"));
+        }
+        // What came for one region is there in all that have it.
+        let progress = session.progress();
+        assert!(fill || progress.demand_chunks <= bytes.len().div_ceil(chunk) as u64, "{progress:?}");
+    }
+}
+
+#[test]
+fn parts_of_a_file_in_chunks_of_4_kib_read_as_their_source() {
+    parts_read_as_their_source(4 * KIB);
+}
+
+#[test]
+fn parts_of_a_file_in_chunks_of_64_kib_read_as_their_source() {
+    parts_read_as_their_source(64 * KIB);
+}
+
+#[test]
+fn parts_of_a_file_in_chunks_of_2_mib_read_as_their_source() {
+    parts_read_as_their_source(2 * MIB);
+}

@@ -394,9 +394,15 @@ fn ranges_beyond_the_file_and_unknown_files_are_errors() {
     region.read_at(PAGE + 5, &mut []).unwrap();
     for (offset, len) in [(PAGE + 5, 1), (PAGE, 6), (usize::MAX, 2)] {
         let error = region.read_at(offset, &mut vec![0; len]).unwrap_err().to_string();
-        assert!(error.contains("beyond the file's 4101 bytes"), "{error}");
+        assert!(error.contains("beyond the region's 4101 bytes"), "{error}");
     }
     assert_eq!(region.resident_pages(), 0);
+    for span in [1..PAGE + 5, 0..PAGE + 6, 2 * PAGE..2 * PAGE, 0..usize::MAX] {
+        let error = session.map_part("mem", span.start as u64..span.end as u64).unwrap_err().to_string();
+        assert!(error.contains("\"mem\"") && error.contains("4101") && error.contains("4096"), "{error}");
+    }
+    let error = session.map_part("no/such", 0..1).unwrap_err().to_string();
+    assert!(error.contains("no/such"), "{error}");
 }
 
 /// Starts this program again to run the test of that name, as a child that does what [`CHILD`] tells it.
