@@ -397,7 +397,9 @@ impl Installer {
         let shared = &self.shared;
         loop {
             match install::install(&shared.uffd, Some(&shared.gate), region, chunk, &self.pages, None) {
-                Installed::All | Installed::Ended => return,
+                Installed::All => return,
+                // The session has ended, or is to end.
+                Installed::Ended => return shared.owner_gone.notify_one(),
                 // The pager reads the event, or somebody frees memory.
                 Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
             }

@@ -10,12 +10,15 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! [`Session::attach`] does the same for memory of another process, whose userfaultfd it is given.
+//!
 //! The way of a page: a touch is a message of the userfaultfd ([`uffd`]), read by the pager ([`pager`]),
 //! asked for over the demand lane ([`lane`]), verified against the image's manifest ([`image`]) and installed
 //! ([`install`]) into its region ([`region`]). The background fill ([`fill`]) brings the rest. [`push`] and
 //! [`pull`] move whole images.
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
+mod attach;
 mod chunk;
 mod fetch;
 mod fill;
@@ -33,6 +36,7 @@ mod requests;
 mod session;
 pub mod uffd;
 
+pub use attach::ForeignRegion;
 pub use image::{Content, Image};
 pub use region::Region;
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};

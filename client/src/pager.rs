@@ -11,6 +11,7 @@
 //! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
 //! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS.
 
+use crate::attach::{self, Owner};
 use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
@@ -53,6 +54,8 @@ pub(crate) struct Pager {
     put_off: BTreeMap<usize, (Waiting, Instant)>,
     /// An event came that this session cannot go on after.
     broken: Option<String>,
+    /// The memory's owner has exited.
+    owner_gone: bool,
     events: Vec<Event>,
     pages: ChunkPages,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
@@ -97,6 +100,7 @@ impl Pager {
         reference: Reference,
         options: Options,
         commands: mpsc::Receiver<Command>,
+        memory: Owner,
     ) -> Result<Arc<Shared>, SessionError> {
         let system = |what| move |source| SessionError::System { what, source };
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -107,7 +111,7 @@ impl Pager {
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let thread = move || {
             runtime.block_on(async move {
-                let opened = Self::open(address.clone(), &reference, options, commands);
+                let opened = Self::open(address.clone(), &reference, options, commands, memory);
                 // Each part of it has a limit of its own; this is the promise of `Session::open`.
                 let opened = match tokio::time::timeout(OPEN, opened).await {
                     Ok(opened) => opened,
@@ -135,13 +139,22 @@ impl Pager {
         reference: &Reference,
         options: Options,
         commands: mpsc::Receiver<Command>,
+        memory: Owner,
     ) -> Result<Self, SessionError> {
         let image = open_image(&address, reference).await?;
         let lane = DemandLane::open(&address, &image.digest()).await?;
-        let uffd = Arc::new(Uffd::open(OWN_PROCESS_FEATURES)?);
+        let (uffd, regions) = match memory {
+            Owner::ThisProcess => (Uffd::open(OWN_PROCESS_FEATURES)?, Vec::new()),
+            Owner::Another { uffd, regions } => {
+                let regions = attach::regions(&image, &regions)?;
+                (Uffd::adopt(uffd)?, regions)
+            }
+        };
+        let uffd = Arc::new(uffd);
         let watched = AsyncUffd::new(Arc::clone(&uffd));
         let watched = watched.map_err(|source| SessionError::System { what: "epoll", source })?;
         let shared = Arc::new(Shared::new(address, image, uffd, options));
+        shared.set_regions(regions.into());
         Ok(Self {
             way_out: WayOut(shared),
             uffd: watched,
@@ -150,6 +163,7 @@ impl Pager {
             requests: Requests::new(options.fault_deadline),
             put_off: BTreeMap::new(),
             broken: None,
+            owner_gone: false,
             events: Vec::new(),
             pages: ChunkPages::default(),
             commands,
@@ -170,6 +184,9 @@ impl Pager {
         loop {
             if let Some(reason) = &self.broken {
                 return shared.report(reason);
+            }
+            if self.owner_gone {
+                return;
             }
             self.send();
             let waits = !self.requests.is_empty();
@@ -198,6 +215,7 @@ impl Pager {
                     Some(command) => self.command(command),
                 },
                 _ = retry.tick(), if put_off => self.retry_put_off(),
+                () = shared.owner_gone.notified() => return,
                 _ = tick.tick(), if waits => self.check_deadlines(),
             }
         }
@@ -234,7 +252,8 @@ impl Pager {
         let uffd = &self.shared().uffd;
         let address = region.address(page);
         match uffd.zero(address, PAGE_BYTES) {
-            Outcome::Done | Outcome::Partial { .. } | Outcome::Gone | Outcome::OwnerGone => {}
+            Outcome::Done | Outcome::Partial { .. } | Outcome::Gone => {}
+            Outcome::OwnerGone => self.owner_gone = true,
             Outcome::AlreadyPresent => uffd.wake(address, PAGE_BYTES),
             Outcome::Deferred | Outcome::NoMemory => self.put_off(region, page),
         }
@@ -330,7 +349,8 @@ impl Pager {
             }
         }
         match outcome {
-            Installed::All | Installed::Ended => self.requests.chunk_done(chunk),
+            Installed::All => self.requests.chunk_done(chunk),
+            Installed::Ended => self.owner_gone = true,
             Installed::Deferred | Installed::NoMemory => self.requests.put_off(chunk, frame),
         }
         self.shared().pages_changed();
@@ -340,7 +360,8 @@ impl Pager {
         let shared = &self.way_out.0;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
         match install::install(&shared.uffd, None, region, chunk, &self.pages, Some(page)) {
-            Installed::All | Installed::Ended => {}
+            Installed::All => {}
+            Installed::Ended => self.owner_gone = true,
             Installed::Deferred | Installed::NoMemory => self.put_off(region, page),
         }
         self.shared().pages_changed();

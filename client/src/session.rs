@@ -1,9 +1,10 @@
-//! Sessions: memory of this process that is filled from one image.
+//! Sessions: memory of this process, or of another one, that is filled from one image.
 //!
-//! [`Session::open`] starts the pager, a thread with a runtime, a connection and the userfaultfd of its own
+//! [`Session::open`] and [`Session::attach`] start the pager, a thread with a runtime, a connection and the userfaultfd of its own
 //! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
 //! ([`crate::fill`]). They share what stands here in [`Shared`].
 
+use crate::attach::{ForeignRegion, Owner};
 use crate::fill;
 use crate::gate::Gate;
 use crate::image::Image;
@@ -19,6 +20,7 @@ use postcopy_proto::reference::Reference;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -86,6 +88,18 @@ pub enum SessionError {
         bytes: Range<u64>,
         /// Its length.
         file_bytes: u64,
+    },
+    /// A region of another process cannot be.
+    #[error("region {index}, {len} bytes at {address:#x}: {reason}")]
+    Region {
+        /// Which one of those that were given, from 0.
+        index: usize,
+        /// Its first address.
+        address: usize,
+        /// Its length.
+        len: usize,
+        /// What is wrong.
+        reason: String,
     },
     /// Address space, threads or descriptors could not be had.
     #[error("{what} cannot be had")]
@@ -187,6 +201,8 @@ pub(crate) struct Shared {
     /// Something in `outcome` has changed.
     reported: Condvar,
     fill_started: AtomicBool,
+    /// An installer has seen that the memory's owner has exited.
+    pub(crate) owner_gone: Notify,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
 }
@@ -214,6 +230,7 @@ impl Shared {
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
             fill_started: AtomicBool::new(false),
+            owner_gone: Notify::new(),
             fill_work: Notify::new(),
         }
     }
@@ -375,9 +392,43 @@ impl Session {
         reference: &Reference,
         options: Options,
     ) -> Result<Self, SessionError> {
+        Self::start(address, reference, options, Owner::ThisProcess)
+    }
+
+    /// Fills memory of another process, whose userfaultfd `uffd` is, from an image's files: `regions` are registered
+    /// with it already, for missing pages, and are private anonymous memory of pages of 4 KiB.
+    ///
+    /// A duplicate of `uffd` is kept, and made non-blocking, which the original then is, too. If this fails nothing is lost, as long as the caller keeps its own: faults wait.
+    /// The session ends when it is dropped, or in order when an attempt to fill shows that the process has exited.
+    /// At its end, unless the process has exited, what is still absent is SIGBUS there.
+    ///
+    /// # Errors
+    /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
+    /// [`SessionError::Uffd`]: not a userfaultfd, or one with EVENT_FORK or EVENT_REMAP, which are not followed yet.
+    ///
+    /// # Blocking
+    /// As [`Session::open`].
+    pub fn attach(
+        address: &ServerAddress,
+        reference: &Reference,
+        options: Options,
+        uffd: BorrowedFd<'_>,
+        regions: &[ForeignRegion],
+    ) -> Result<Self, SessionError> {
+        let uffd = uffd.try_clone_to_owned();
+        let uffd = uffd.map_err(|source| SessionError::System { what: "a descriptor", source })?;
+        Self::start(address, reference, options, Owner::Another { uffd, regions: regions.to_vec() })
+    }
+
+    fn start(
+        address: &ServerAddress,
+        reference: &Reference,
+        options: Options,
+        owner: Owner,
+    ) -> Result<Self, SessionError> {
         let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
         let (commands, queue) = mpsc::channel(COMMANDS);
-        let shared = Pager::start(address.clone(), reference.clone(), options, queue)?;
+        let shared = Pager::start(address.clone(), reference.clone(), options, queue, owner)?;
         let session = Self { shared, commands };
         if options.fill {
             session.fill()?;
@@ -482,6 +533,14 @@ impl Session {
     #[must_use]
     pub fn error(&self) -> Option<Arc<str>> {
         self.shared.error()
+    }
+
+    /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over
+    /// another process's memory does when that process has exited and somebody tried to fill it.
+    #[must_use]
+    pub fn wait_end(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now().checked_add(timeout);
+        self.shared.wait(deadline, |outcome| outcome.ended.then_some(())).is_some()
     }
 
     /// Waits until a page is lost; the reason, or None after `timeout` or when the session has ended.

@@ -84,6 +84,9 @@ pub enum OpenError {
     /// The kernel lacks what is needed.
     #[error("this kernel's userfaultfd lacks {0}: `postcopy doctor` says more")]
     Features(String),
+    /// A descriptor that was handed in cannot be served.
+    #[error("the descriptor handed in {0}")]
+    Foreign(String),
     /// UFFDIO_API or watching the fd failed.
     #[error("the userfaultfd cannot be set up")]
     Setup(#[source] io::Error),
@@ -217,6 +220,24 @@ fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Errno> {
     Ok(api.features)
 }
 
+/// What the handshake of a userfaultfd that somebody else made asked for.
+fn foreign_features(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
+    /// Set once UFFDIO_API was done; see fs/userfaultfd.c.
+    const INITIALIZED: u64 = 1 << 31;
+    let foreign = |reason: &str| OpenError::Foreign(reason.to_owned());
+    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let info = std::fs::read_to_string(path).map_err(OpenError::Setup)?;
+    // `API:`, then the version, the features asked for, and those that there are, in hexadecimal.
+    let api = info.lines().find_map(|line| line.strip_prefix("API:"));
+    let features = api.and_then(|api| api.trim().split(':').nth(1));
+    let features = features.and_then(|hex| u64::from_str_radix(hex, 16).ok());
+    let features = features.ok_or_else(|| foreign("is no userfaultfd"))?;
+    if features & INITIALIZED == 0 {
+        return Err(foreign("is a userfaultfd without its UFFDIO_API"));
+    }
+    Ok(features)
+}
+
 /// What this kernel and these privileges offer: how a userfaultfd is had, and the features' bits.
 ///
 /// # Errors
@@ -242,6 +263,33 @@ impl Uffd {
         // Without CAP_SYS_PTRACE the handshake's answer still names EVENT_FORK; nobody here asks for it.
         let (fd, _) = open_any()?;
         handshake(&fd, wanted).map_err(|e| OpenError::Setup(e.into()))?;
+        // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
+        let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Ok(Self { registrar, access, features: available })
+    }
+
+    /// Takes over a userfaultfd that another process has opened for its memory, its API handshake done.
+    ///
+    /// # Errors
+    /// [`OpenError::Foreign`]: it is none, or it sends events that cannot be followed. [`OpenError::Features`]:
+    /// the kernel cannot poison, and somebody else's memory can be made safe by nothing else.
+    pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, OpenError> {
+        let features = foreign_features(fd.as_fd())?;
+        let followed = EVENT_REMOVE | EVENT_UNMAP;
+        let events = followed | EVENT_FORK | EVENT_REMAP;
+        let unfollowed: Vec<_> =
+            FEATURES.iter().filter(|f| features & events & !followed & f.bit != 0).map(|f| f.name).collect();
+        if !unfollowed.is_empty() {
+            return Err(OpenError::Foreign(format!(
+                "sends what is not followed yet: {}",
+                unfollowed.join(", ")
+            )));
+        }
+        let (access, available) = probe()?;
+        if available & POISON == 0 {
+            return Err(OpenError::Features("POISON".to_owned()));
+        }
+        rustix::io::ioctl_fionbio(&fd, true).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
         Ok(Self { registrar, access, features: available })

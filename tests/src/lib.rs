@@ -5,6 +5,7 @@
 
 pub mod chaos;
 pub mod cli;
+pub mod faulter;
 pub mod fixtures;
 pub mod proxy;
 pub mod server;
