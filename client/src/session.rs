@@ -1,6 +1,6 @@
 //! Sessions: memory of this process, or of another one, that is filled from one image.
 //!
-//! [`Session::open`] and [`Session::attach`] start the pager, a thread with a runtime, a connection and the userfaultfd of its own
+//! [`Session::open`] and [`Session::attach`] start the pager, a thread with a runtime, a connection and a userfaultfd
 //! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
 //! ([`crate::fill`]). They share what stands here in [`Shared`].
 
