@@ -83,6 +83,15 @@ impl Gate {
         Some(PagerPass(self))
     }
 
+    /// Lets installers in again after a [`Gate::try_enter_alone`] that gave None, and is not tried again.
+    pub(crate) fn stop_waiting(&self) {
+        let mut state = self.state();
+        if state.pager == Pager::Waiting {
+            state.pager = Pager::Outside;
+            self.changed(&state);
+        }
+    }
+
     /// Waits until the installers have left after a [`Gate::try_enter_alone`] that gave None.
     pub(crate) async fn installers_left(&self) {
         self.installers_left.notified().await;

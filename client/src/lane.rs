@@ -78,14 +78,15 @@ pub(crate) fn frame_of<'a>(answer: &'a v1::ChunkAnswer, digest: &Digest) -> Resu
             wrong(format!("the server says it is zero, the manifest that it is {digest}"))
         }
         Some(chunk_answer::Result::Error(error)) => {
-            let may_pass = !matches!(
-                error.code(),
-                v1::ErrorCode::OutOfRange | v1::ErrorCode::NotFound | v1::ErrorCode::DataLoss
-            );
-            Err(NoFrame { reason: error.message.clone(), may_pass })
+            Err(NoFrame { reason: error.message.clone(), may_pass: may_pass(error) })
         }
         None => wrong("the answer is empty".to_owned()),
     }
+}
+
+/// Whether asking again may help, although the server has looked.
+pub(crate) fn may_pass(error: &v1::Error) -> bool {
+    !matches!(error.code(), v1::ErrorCode::OutOfRange | v1::ErrorCode::NotFound | v1::ErrorCode::DataLoss)
 }
 
 /// Puts ascending chunk numbers together into runs.

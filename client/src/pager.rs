@@ -15,10 +15,10 @@ use crate::attach::{self, Owner};
 use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
-use crate::lane::{DemandLane, frame_of};
+use crate::lane::{DemandLane, frame_of, may_pass};
 use crate::page_state::PageState;
 use crate::region::RegionState;
-use crate::remote::{Remote, RemoteError, ServerAddress, take_segment};
+use crate::remote::{Remote, RemoteError, SegmentRefused, ServerAddress, take_segment};
 use crate::requests::{Late, Refused, Requests, Waiting};
 use crate::session::{Command, LossPolicy, OWN_PROCESS_FEATURES, Options, SessionError, Shared, add};
 use crate::uffd::{AsyncUffd, Event, Outcome, Uffd};
@@ -402,7 +402,13 @@ impl Pager {
     }
 
     fn segment_answer(&mut self, answer: &v1::SegmentAnswer) {
-        if let Err(reason) = take_segment(&self.shared().image, answer) {
+        let taken = take_segment(&self.shared().image, answer);
+        if let Err(SegmentRefused::Server(error)) = &taken
+            && may_pass(error)
+        {
+            return self.requests.segment_busy(answer.index, error.message.clone(), Instant::now());
+        }
+        if let Err(reason) = taken {
             return match self.requests.segment_refused(answer.index) {
                 Refused::AskedAgain | Refused::Unknown => {}
                 Refused::Final => self.lose_segment(answer.index, &reason.to_string()),
@@ -477,6 +483,7 @@ impl Pager {
                 self.broken.get_or_insert(reason);
             }
         });
+        shared.gate.stop_waiting();
         self.faults();
     }
 
@@ -489,7 +496,9 @@ impl Pager {
         for (chunk, said) in chunks {
             self.lose(chunk, said.as_deref().unwrap_or(&reason));
         }
-        segments.into_iter().for_each(|index| self.lose_segment(index, &reason));
+        for (index, said) in segments {
+            self.lose_segment(index, said.as_deref().unwrap_or(&reason));
+        }
     }
 
     fn late_reason(&self) -> String {

@@ -68,7 +68,8 @@ pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport
 }
 
 /// Writes the files of an image to the directory `target`, which must not exist or be empty. The zeros of files become
-/// holes. The files appear in a directory beside the target, which is renamed when all are complete.
+/// holes. The files appear in a directory beside the target, or in it where it is there, and are renamed when all are
+/// complete.
 ///
 /// # Errors
 /// [`PullError`]; the target is as it was then.
@@ -131,14 +132,15 @@ async fn fetch_all(
     })
 }
 
-/// A directory beside the target that is removed unless it becomes the target.
+/// A directory beside the target, or in it where it is there, that is removed unless it becomes the target.
 struct Partial(PathBuf);
 
 impl Partial {
     fn create(target: &Path) -> Result<Self, PullError> {
         // `.` and the like have no name.
         let target = std::path::absolute(target).map_err(file_error(target))?;
-        let parent = target.parent().unwrap_or(&target);
+        // An empty directory may be a file system of its own: its files are made within.
+        let parent = if target.exists() { &target } else { target.parent().unwrap_or(&target) };
         fs::create_dir_all(parent).map_err(file_error(parent))?;
         let name = target.file_name().unwrap_or(OsStr::new("image"));
         for n in 0u32.. {
@@ -154,16 +156,18 @@ impl Partial {
         unreachable!("some number is free")
     }
 
-    /// Makes it the target. An empty directory that is there stays the same one: it may be somebody's working
-    /// directory.
+    /// Makes it the target. An empty directory that was there stays the same one: it may be somebody's working
+    /// directory, or a file system. What came to lie there meanwhile is kept.
     fn rename(self, target: &Path) -> Result<(), PullError> {
-        if !target.exists() {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        if self.0.parent() != std::path::absolute(target).ok().as_deref() {
             return fs::rename(&self.0, target).map_err(file_error(target));
         }
         for entry in fs::read_dir(&self.0).map_err(file_error(&self.0))? {
             let entry = entry.map_err(file_error(&self.0))?;
             let to = target.join(entry.file_name());
-            fs::rename(entry.path(), &to).map_err(file_error(&to))?;
+            let moved = renameat_with(CWD, entry.path(), CWD, &to, RenameFlags::NOREPLACE);
+            moved.map_err(|e| file_error(&to)(e.into()))?;
         }
         Ok(())
     }

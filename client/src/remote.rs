@@ -315,8 +315,8 @@ impl Segments {
 pub(crate) enum SegmentRefused {
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    #[error("{0}")]
-    Server(String),
+    #[error("{}", .0.message)]
+    Server(v1::Error),
     #[error("the answer is empty")]
     Empty,
 }
@@ -325,7 +325,7 @@ pub(crate) enum SegmentRefused {
 pub(crate) fn take_segment(image: &Image, answer: &v1::SegmentAnswer) -> Result<(), SegmentRefused> {
     match &answer.result {
         Some(segment_answer::Result::Segment(bytes)) => Ok(image.add_segment(answer.index, bytes)?),
-        Some(segment_answer::Result::Error(error)) => Err(SegmentRefused::Server(error.message.clone())),
+        Some(segment_answer::Result::Error(error)) => Err(SegmentRefused::Server(error.clone())),
         None => Err(SegmentRefused::Empty),
     }
 }

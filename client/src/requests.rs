@@ -52,6 +52,7 @@ struct Segment {
     refusals: u32,
     deadline: Instant,
     again_at: Option<Instant>,
+    busy: Option<String>,
 }
 
 /// What becomes of something whose answer was wrong.
@@ -70,7 +71,7 @@ pub(crate) enum Refused {
 pub(crate) struct Late {
     /// With the reason, where the server has said one.
     pub(crate) chunks: Vec<(ChunkIndex, Option<String>)>,
-    pub(crate) segments: Vec<u32>,
+    pub(crate) segments: Vec<(u32, Option<String>)>,
 }
 
 /// See the module.
@@ -133,7 +134,7 @@ impl Requests {
         let deadline = now + self.patience;
         let wanted = self.segments.entry(index).or_insert_with(|| {
             self.segments_to_ask.push(index);
-            Segment { pages: BTreeMap::new(), refusals: 0, deadline, again_at: None }
+            Segment { pages: BTreeMap::new(), refusals: 0, deadline, again_at: None, busy: None }
         });
         wanted.pages.insert((page.0.address(0), page.1), page);
     }
@@ -223,6 +224,14 @@ impl Requests {
         }
     }
 
+    /// As [`Requests::chunk_busy`].
+    pub(crate) fn segment_busy(&mut self, index: u32, reason: String, now: Instant) {
+        if let Some(wanted) = self.segments.get_mut(&index) {
+            wanted.busy = Some(reason);
+            wanted.again_at = Some(now + BUSY_RETRY);
+        }
+    }
+
     /// The answer for a segment was wrong, or an error.
     pub(crate) fn segment_refused(&mut self, index: u32) -> Refused {
         let Some(wanted) = self.segments.get_mut(&index) else { return Refused::Unknown };
@@ -270,7 +279,7 @@ impl Requests {
         }
         for (index, wanted) in &mut self.segments {
             if wanted.deadline <= now {
-                late.segments.push(*index);
+                late.segments.push((*index, wanted.busy.take()));
             } else if wanted.again_at.take_if(|at| *at <= now).is_some() {
                 self.segments_to_ask.push(*index);
             }
@@ -291,5 +300,6 @@ impl Requests {
         for wanted in self.segments.values_mut() {
             wanted.pages.retain(|_, (r, _)| !Arc::ptr_eq(r, region));
         }
+        self.segments.retain(|_, wanted| !wanted.pages.is_empty());
     }
 }

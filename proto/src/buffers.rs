@@ -22,7 +22,11 @@ impl Buffers {
     /// An empty buffer with room for `bytes`.
     #[must_use]
     pub fn take(&self, bytes: usize) -> Vec<u8> {
-        let mut buffer = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // A large one is not for a few bytes: who bounds what is asked for bounds memory by that.
+        let fitting = idle.iter().position(|buffer| buffer.capacity() / 2 <= bytes);
+        let mut buffer = fitting.map(|i| idle.swap_remove(i)).unwrap_or_default();
+        drop(idle);
         buffer.reserve_exact(bytes);
         buffer
     }
@@ -76,7 +80,9 @@ mod tests {
         assert_ne!(other.as_ptr(), address, "a slice is still there");
         assert_eq!(&slice[..], b"te");
         drop(slice);
-        let buffer = buffers.take(10);
+        let small = buffers.take(10);
+        assert_ne!(small.as_ptr(), address, "ten times what is needed");
+        let buffer = buffers.take(60);
         assert_eq!((buffer.as_ptr(), buffer.len()), (address, 0));
     }
 

@@ -14,6 +14,7 @@ mod condemned;
 mod error;
 mod gc;
 mod layout;
+mod lease;
 mod lock;
 mod manifests;
 mod map;
@@ -27,10 +28,12 @@ pub use commit::{CommitOutcome, Missing};
 pub use error::{OpenError, StoreError};
 pub use gc::{Collected, Collector};
 pub use layout::Domain;
+pub use lease::Lease;
 pub use verify::{Damage, Verified, verify};
 
 use bytes::Bytes;
 use layout::Layout;
+use lease::Leases;
 use lock::StoreLock;
 use manifests::Manifests;
 use objects::Objects;
@@ -55,6 +58,7 @@ pub struct Store {
     objects: Objects,
     packs: Packs,
     manifests: Manifests,
+    leases: Leases,
 }
 
 impl Store {
@@ -87,7 +91,7 @@ impl Store {
         let objects = Objects::new(&layout)?;
         let packs = Packs::open(&layout)?;
         let manifests = Manifests::new(&layout);
-        Ok(Self { layout, objects, packs, manifests })
+        Ok(Self { layout, objects, packs, manifests, leases: Leases::default() })
     }
 
     /// The image that a reference stands for.
@@ -180,6 +184,26 @@ impl Store {
         match references::remove(&self.layout, reference)? {
             true => Ok(()),
             false => Err(StoreError::NotFound(reference.to_string())),
+        }
+    }
+
+    /// The lease of an image, if this process holds it. Does not block: see [`Store::lease`].
+    #[must_use]
+    pub fn shared_lease(&self, image: &Digest) -> Option<Arc<Lease>> {
+        self.leases.shared(image)
+    }
+
+    /// Keeps an image from garbage collection, whatever references say, until the lease is dropped.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Full`].
+    ///
+    /// # Blocking
+    /// Makes a file.
+    pub fn lease(&self, image: &Digest) -> Result<Arc<Lease>, StoreError> {
+        match self.shared_lease(image) {
+            Some(lease) => Ok(lease),
+            None => self.leases.take(&self.layout, image),
         }
     }
 

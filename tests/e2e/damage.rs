@@ -489,12 +489,18 @@ impl Target {
         named: &str,
         attack: impl FnOnce(&Rpc) -> Result<T, Status>,
     ) {
-        let before = self.store.files("");
+        let before = self.stored();
         let status = attack(&self.rpc).expect_err("it must be refused");
         assert_eq!(status.code(), code, "{named}: {status:?}");
         assert!(status.message().contains(named), "{named:?} is not in {:?}", status.message());
         assert!(status.message().len() < 500, "a short message: {}", status.message());
-        assert_eq!(self.store.files(""), before, "{named}: something was stored");
+        assert_eq!(self.stored(), before, "{named}: something was stored");
+    }
+
+    /// All files but the lease of the one image that is there.
+    fn stored(&self) -> std::collections::BTreeSet<PathBuf> {
+        let lease = self.store.domain().join("leases").join(self.image.hex());
+        self.store.files("").into_iter().filter(|path| *path != lease).collect()
     }
 
     fn assert_goes_on(mut self) {

@@ -4,6 +4,7 @@ use postcopy::proto::digest::Digest;
 use postcopy::proto::frame::FrameEncoder;
 use postcopy::proto::pack::PackBuilder;
 use postcopy::proto::v1::{self, upload_pack_request::Part};
+use postcopy::{Options, Session};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::server::Server;
@@ -162,6 +163,30 @@ fn removing_and_collecting_gives_the_space_back() {
     assert!(Rpc::connect(server.address()).read_file("kept:1", "mem").unwrap() == noise(10 * CHUNK, 70));
     push(&server, &path, &noise(20 * CHUNK, 71), "again:1");
     assert!(Rpc::connect(server.address()).read_file("again:1", "mem").unwrap() == noise(20 * CHUNK, 71));
+}
+
+/// A tag moves on, a collector comes by; the program that was restored from the old image must not notice.
+#[test]
+fn an_image_that_a_session_is_filled_from_is_kept_without_a_reference() {
+    let server = Server::start();
+    let store = StoreDir::of(&server);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    let old = noise(20 * CHUNK, 73);
+    push(&server, &path, &old, "app:1");
+    let session = Session::open(server.address(), &"app:1".parse().unwrap(), Options::default()).unwrap();
+    let region = session.map("mem").unwrap();
+    assert_eq!(region[CHUNK], old[CHUNK]);
+    // The same again, so that its files may be others, and then something else.
+    push(&server, &path, &old, "app:1");
+    push(&server, &path, &noise(3 * CHUNK, 74), "app:1");
+    let report = store.gc(&["--grace", "0s"]);
+    assert_eq!((count(&report, "packs"), count(&report, "manifests")), (0, 0), "{report}");
+    assert!(region[..] == old[..], "every byte, from the server");
+    drop((region, session));
+    wait_until("what nobody needs is collected", || count(&store.gc(&["--grace", "0s"]), "packs") == 1);
+    assert_eq!((store.packs().len(), store.files("leases").len()), (1, 0));
+    store.assert_sound();
 }
 
 /// `object_store` hides staged files in its lists, so a collector that trusted these would leave them for ever.

@@ -409,11 +409,32 @@ fn segment_lies() -> Vec<(&'static str, SegmentLie)> {
         ("garbage", bytes(noise(700, 3))),
         ("nothing", result(None)),
     ];
-    lies.extend([0, 1, 2, 3, 4, 99, -1].map(|code| {
+    lies.extend([1, 2, 3].map(|code| {
         let error = v1::Error { code, message: format!("made up, code {code}") };
         ("an error", result(Some(segment_answer::Result::Error(error))))
     }));
     lies
+}
+
+#[test]
+fn a_segment_that_cannot_be_had_at_the_moment_is_asked_for_until_the_deadline() {
+    within(WATCHDOG, || {
+        let truth = Truth::start();
+        for code in [0, 4, 99, -1] {
+            let told = Arc::new(AtomicU64::new(0));
+            let counted = Arc::clone(&told);
+            let error = v1::Error { code, message: format!("made up, code {code}") };
+            let lies = Lies::default().segment(move |answer| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                vec![SegmentAnswer { result: Some(segment_answer::Result::Error(error.clone())), ..answer }]
+            });
+            let chaos = truth.told_with(lies);
+            let region = open(&chaos, IMPATIENT).map("mem").unwrap();
+            let lost = region.read_at(5 * CHUNK, &mut [0; 10]).unwrap_err().to_string();
+            assert!(lost.contains("segment 0 of") && lost.contains("made up, code"), "{lost}");
+            assert!(told.load(Ordering::SeqCst) > 4, "{}", told.load(Ordering::SeqCst));
+        }
+    });
 }
 
 #[test]

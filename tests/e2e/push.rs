@@ -433,16 +433,18 @@ fn pull_fills_an_empty_directory_in_place_and_keeps_clear_of_left_overs() {
     // Where somebody is: it must stay the same directory.
     fs::create_dir(&target).unwrap();
     let mut here = postcopy(server.address(), ["pull", "app", "."]);
-    // The name that the pull itself takes, with somebody else's file in it.
-    let script = "mkdir ../target.partial-$$-0 && touch ../target.partial-$$-0/old && exec \"$@\"";
+    let output = here.current_dir(&target).output().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert!(tree(&target) == tree(&source));
+    assert!(!here.output().unwrap().status.success(), "it is not empty any more");
+    // The name that a pull takes for a new directory, with somebody else's file in it.
+    let script = "mkdir new.partial-$$-0 && touch new.partial-$$-0/old && exec \"$@\"";
     let mut shell = Command::new("bash");
-    shell.args(["-c", script, "-"]).arg(here.get_program()).args(here.get_args());
-    shell.current_dir(&target).env("POSTCOPY_SERVER", server.address().to_string());
+    shell.args(["-c", script, "-"]).arg(here.get_program()).args(["pull", "app", "new"]);
+    shell.current_dir(folder.path()).env("POSTCOPY_SERVER", server.address().to_string());
     let output = shell.output().unwrap();
     assert!(output.status.success(), "{}", shown(&output));
-    assert!(tree(&target) == tree(&source), "and nothing of what was left over");
-    here.current_dir(&target);
-    assert!(!here.output().unwrap().status.success(), "it is not empty any more");
+    assert!(tree(&folder.path().join("new")) == tree(&source), "and nothing of what was left over");
 }
 
 /// An upload that waits for the server's memory must not take the way of those beside it that have some.

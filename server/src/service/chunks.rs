@@ -1,7 +1,8 @@
 //! The chunks of the one image that a stream serves.
 
 use crate::service::{blocking, digest, error_of};
-use crate::store::{Store, StoreError};
+use crate::store::{Lease, Store, StoreError, chain};
+use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root, Segment};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1::{self, chunk_answer::Result as Answer};
@@ -13,6 +14,8 @@ use tonic::Status;
 pub(super) struct Chunks {
     store: Arc<Store>,
     root: Arc<Root>,
+    /// What is being served is not collected as garbage.
+    _lease: Option<Arc<Lease>>,
     /// The segment that was needed last: neighbouring chunks stand in the same one.
     last: Option<(u32, Arc<Segment>)>,
 }
@@ -27,14 +30,14 @@ impl Chunks {
             return Err(Status::invalid_argument("image: a stream's first message names it"));
         }
         let image = digest("image", image)?;
-        let root = match store.cached_root(&image) {
-            Some(root) => root,
-            None => {
+        let (root, lease) = match (store.cached_root(&image), store.shared_lease(&image)) {
+            (Some(root), Some(lease)) => (root, Some(lease)),
+            _ => {
                 let store = store.clone();
-                blocking(move || store.root(&image)).await?
+                blocking(move || store.root(&image).map(|root| (root, take_lease(&store, &image)))).await?
             }
         };
-        Ok(Self { store: store.clone(), root, last: None })
+        Ok(Self { store: store.clone(), root, _lease: lease, last: None })
     }
 
     /// Sees that a later message names the same image, or none.
@@ -119,6 +122,12 @@ impl Chunks {
         };
         v1::SegmentAnswer { index, result: Some(result) }
     }
+}
+
+/// A full disk is no reason not to serve what lies on it.
+fn take_lease(store: &Store, image: &Digest) -> Option<Arc<Lease>> {
+    let lease = store.lease(image);
+    lease.inspect_err(|e| tracing::warn!(%image, "served without a lease: {}", chain(e))).ok()
 }
 
 /// Sees that no run is empty or ends beyond 2^64, and that they are together at most `max` chunks. There may be none: so a stream is

@@ -1,6 +1,6 @@
 //! Deleting what no reference needs, beside servers and pushes that go on.
 //!
-//! 1. Mark: from the references to roots, segments and chunks. What is not marked is condemned, by an empty file.
+//! 1. Mark: from the references, and the images that are being served ([`super::lease`]), to roots, segments and chunks. What is not marked is condemned, by an empty file.
 //! 2. Wait for the grace time. A push that finds a condemned object there pardons it ([`super::commit`]).
 //! 3. Under the exclusive lock, mark again, and delete what is still condemned and still not marked.
 //!
@@ -11,7 +11,7 @@ use crate::store::layout::{Domain, Layout};
 use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
 use crate::store::packs::Pack;
-use crate::store::{condemned, objects, open_layout, references, walk};
+use crate::store::{condemned, lease, objects, open_layout, references, walk};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
 use std::collections::HashSet;
@@ -44,7 +44,7 @@ pub struct Collector {
     manifests: Manifests,
 }
 
-/// What references need.
+/// What references need, and who is being served.
 #[derive(Debug, Default)]
 struct Marked {
     manifests: HashSet<Digest>,
@@ -137,6 +137,12 @@ impl Collector {
             // None: it was removed after it was listed.
             if let Some(image) = references::read(&self.layout, &reference)? {
                 self.mark_image(&image, &mut marked).map_err(|error| needed_by(&reference, error))?;
+            }
+        }
+        for image in lease::held(&self.layout)? {
+            // A stream may outlive an image that was damaged or taken away by hand.
+            if self.manifests.is_stored(&image) {
+                self.mark_image(&image, &mut marked)?;
             }
         }
         Ok(marked)

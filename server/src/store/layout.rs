@@ -6,6 +6,7 @@
 //! <domain>/manifests/<digest>        roots and segments
 //! <domain>/refs/<name>/_tags/<tag>   holds a digest
 //! <domain>/condemned/<digest>        empty; its time is when gc condemned the object
+//! <domain>/leases/<image>            empty; locked by who serves the image, see `lease.rs`
 //! <domain>/lock                      see `lock.rs`
 //! ```
 
@@ -83,6 +84,14 @@ impl Layout {
         name.join("_tags").join(reference.tag.as_str())
     }
 
+    pub(crate) fn leases(&self) -> PathBuf {
+        self.domain.join("leases")
+    }
+
+    pub(crate) fn lease(&self, image: &Digest) -> PathBuf {
+        self.leases().join(image.hex())
+    }
+
     pub(crate) fn condemned_dir(&self) -> PathBuf {
         self.domain.join("condemned")
     }
@@ -125,7 +134,7 @@ impl Layout {
 
     /// Creates the directories that are not there, and makes them last.
     pub(crate) fn create_directories(&self) -> Result<(), StoreError> {
-        for dir in [self.packs(), self.manifests(), self.references(), self.condemned_dir()] {
+        for dir in [self.packs(), self.manifests(), self.references(), self.condemned_dir(), self.leases()] {
             fs::create_dir_all(&dir).map_err(io_error(&dir))?;
         }
         let lock = self.lock();
@@ -140,7 +149,7 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
 }
 
-/// The digest that a file in `packs/`, `manifests/` or `condemned/` is named by.
+/// The digest that a file in `packs/`, `manifests/`, `condemned/` or `leases/` is named by.
 pub(crate) fn digest_of_name(name: &std::ffi::OsStr) -> Option<Digest> {
     Digest::from_hex(name.to_str()?).ok()
 }

@@ -46,10 +46,7 @@ impl Pack {
         let file = File::open(path).map_err(io_error(path))?;
         let inode = file.metadata().map_err(io_error(path))?.ino();
         let map = Map::new(&file).map_err(io_error(path))?;
-        let bytes = map.bytes();
-        let read_ahead = bytes.len().saturating_sub(INDEX_READ_AHEAD);
-        map::populate(&bytes[read_ahead..]).map_err(|e| damaged(pack_name(&digest), e))?;
-        let index = PackIndex::parse(bytes).map_err(|e| damaged(pack_name(&digest), e))?;
+        let index = read_index(&map, &digest)?;
         Ok((Self { digest, map, inode, damage_is_logged: AtomicBool::new(false) }, index))
     }
 
@@ -99,6 +96,14 @@ impl Pack {
         let metadata = fs::metadata(layout.pack(&self.digest));
         metadata.is_ok_and(|metadata| metadata.len() == self.map.bytes().len() as u64)
     }
+}
+
+/// The index of a mapped pack, read from the disk with what lies near it.
+fn read_index(map: &Map, digest: &Digest) -> Result<PackIndex, StoreError> {
+    let bytes = map.bytes();
+    let read_ahead = bytes.len().saturating_sub(INDEX_READ_AHEAD);
+    map::populate(&bytes[read_ahead..]).map_err(|e| damaged(pack_name(digest), e))?;
+    PackIndex::parse(bytes).map_err(|e| damaged(pack_name(digest), e))
 }
 
 /// Whether a file was deleted between being seen and being opened.
@@ -238,7 +243,11 @@ impl Packs {
     /// Waits for the disk, and reads the directory again if need be.
     pub(crate) fn load_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
         let first = self.load_known_frame(chunk, check);
-        if first.is_ok() || !(self.reopen_cut(chunk) || self.scan()?) {
+        if first.is_ok() {
+            return first;
+        }
+        let reopened = self.reopen_cut(chunk);
+        if !self.scan()? && !reopened {
             return first;
         }
         self.load_known_frame(chunk, check)
@@ -309,9 +318,13 @@ impl Packs {
             if !metadata.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
                 continue;
             }
-            let index = pack.populated().ok().and_then(|bytes| PackIndex::parse(bytes).ok());
+            let index = read_index(&pack.map, &pack.digest);
             // Without its index its places stay, and lead nowhere.
             let entries = index.as_ref().map_or(&[][..], PackIndex::entries);
+            // Should it come back as it was, its directory may look as it did when it was read.
+            let directory = self.layout.pack(&pack.digest).parent().map(Path::to_owned);
+            let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+            directory.and_then(|directory| scan.seen.remove(&directory));
             self.index.write().unwrap_or_else(PoisonError::into_inner).remove(&pack, entries);
         }
     }
