@@ -1,17 +1,15 @@
 //! Memory of another process, filled through a userfaultfd that it has opened.
 
-use crate::map::push;
+use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
 use postcopy::{LossPolicy, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
-use postcopy_tests::server::Server;
 use postcopy_tests::skip;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use tempfile::TempDir;
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
@@ -21,30 +19,18 @@ const SIGBUS: i32 = 7;
 const FILLING: Options =
     Options { fill: true, fault_deadline: Duration::from_secs(30), on_loss: LossPolicy::Poison };
 
-/// A server with the image `vm` of one file, `mem`.
-struct Source {
-    server: Server,
-    bytes: Vec<u8>,
-    _folder: TempDir,
+fn start() -> Source {
+    let mut bytes = memory_like(PAGES * PAGE, 70);
+    bytes[100 * PAGE..140 * PAGE].fill(0);
+    Source::start(bytes, CHUNK)
 }
 
 impl Source {
-    fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let server = Server::start();
-        let path = folder.path().join("mem");
-        let mut bytes = memory_like(PAGES * PAGE, 70);
-        bytes[100 * PAGE..140 * PAGE].fill(0);
-        std::fs::write(&path, &bytes).unwrap();
-        push(&server, &path, "vm", CHUNK);
-        Self { server, bytes, _folder: folder }
-    }
-
     fn attach(&self, faulter: &Faulter, options: Options) -> Result<Session, SessionError> {
         // Two regions, as a guest above 3 GiB has them, not in the order of the file, within chunks.
         let regions =
             [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
-        let reference = "vm".parse().unwrap();
+        let reference = "app".parse().unwrap();
         Session::attach(self.server.address(), &reference, options, faulter.uffd(), &regions)
     }
 
@@ -57,23 +43,18 @@ fn faulter() -> Faulter {
     Faulter::start(EVENT_REMOVE, &[197, 100])
 }
 
-/// Serving another process takes the right to serve the kernel's faults, as its opener must have had it.
-fn may_attach(test: &str) -> bool {
+/// Runs a test with a server and a process. Serving another process takes the right to serve the kernel's faults.
+fn with_faulter(test: &str, work: impl FnOnce(Source, Faulter) + Send + 'static) {
     if !is_root() {
-        skip(test, "a userfaultfd for all faults needs root");
+        return skip(&format!("attach::{test}"), "a userfaultfd for all faults needs root");
     }
-    is_root()
+    within(WATCHDOG, || work(start(), faulter()));
 }
 
 #[test]
 fn another_process_s_memory_is_filled_as_it_touches_it() {
-    if !may_attach("attach::another_process_s_memory_is_filled_as_it_touches_it") {
-        return;
-    }
-    within(WATCHDOG, || {
-        let source = Source::start();
-        for options in [Options::default(), FILLING] {
-            let mut faulter = faulter();
+    with_faulter("another_process_s_memory_is_filled_as_it_touches_it", |source, first| {
+        for (options, mut faulter) in [(Options::default(), first), (FILLING, faulter())] {
             // A touch that waits already when somebody comes.
             faulter.tell("read 0 50 1");
             let session = source.attach(&faulter, options).unwrap();
@@ -97,12 +78,7 @@ fn another_process_s_memory_is_filled_as_it_touches_it() {
 
 #[test]
 fn what_the_owner_gives_back_stays_zero() {
-    if !may_attach("attach::what_the_owner_gives_back_stays_zero") {
-        return;
-    }
-    within(WATCHDOG, || {
-        let source = Source::start();
-        let mut faulter = faulter();
+    with_faulter("what_the_owner_gives_back_stays_zero", |source, mut faulter| {
         let session = source.attach(&faulter, Options::default()).unwrap();
         faulter.let_go();
         faulter.assert_reads(0, 40, source.pages(143, 4));
@@ -120,12 +96,7 @@ fn what_the_owner_gives_back_stays_zero() {
 
 #[test]
 fn the_owner_s_exit_ends_the_session_in_order() {
-    if !may_attach("attach::the_owner_s_exit_ends_the_session_in_order") {
-        return;
-    }
-    within(WATCHDOG, || {
-        let source = Source::start();
-        let mut faulter = faulter();
+    with_faulter("the_owner_s_exit_ends_the_session_in_order", |source, mut faulter| {
         let session = source.attach(&faulter, Options::default()).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(3, 1));
@@ -139,12 +110,7 @@ fn the_owner_s_exit_ends_the_session_in_order() {
 
 #[test]
 fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
-    if !may_attach("attach::a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros") {
-        return;
-    }
-    within(WATCHDOG, || {
-        let source = Source::start();
-        let mut faulter = faulter();
+    with_faulter("a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros", |source, mut faulter| {
         let session = source.attach(&faulter, Options::default()).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 13, source.pages(16, 16));
@@ -157,18 +123,13 @@ fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
 
 #[test]
 fn a_lost_page_is_sigbus_in_the_other_process() {
-    if !may_attach("attach::a_lost_page_is_sigbus_in_the_other_process") {
-        return;
-    }
-    within(WATCHDOG, || {
-        let source = Source::start();
+    with_faulter("a_lost_page_is_sigbus_in_the_other_process", |source, mut faulter| {
         let lies = Lies::default().chunk(|_, answer| {
             vec![if answer.chunk == 2 { ChunkAnswer { result: None, ..answer } } else { answer }]
         });
         let chaos = Chaos::start(source.server.address(), lies);
-        let mut faulter = faulter();
         let regions = [faulter.region(1, "mem", 0)];
-        let reference = "vm".parse().unwrap();
+        let reference = "app".parse().unwrap();
         let session =
             Session::attach(chaos.address(), &reference, Options::default(), faulter.uffd(), &regions)
                 .unwrap();
@@ -182,12 +143,7 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
 
 #[test]
 fn an_attach_that_fails_names_why_and_loses_nothing() {
-    if !may_attach("attach::an_attach_that_fails_names_why_and_loses_nothing") {
-        return;
-    }
-    within(WATCHDOG, || {
-        let source = Source::start();
-        let mut faulter = faulter();
+    with_faulter("an_attach_that_fails_names_why_and_loses_nothing", |source, mut faulter| {
         let (first, second) = (faulter.region(0, "mem", 0), faulter.region(1, "mem", 0));
         let with = |change: fn(&mut postcopy::ForeignRegion)| {
             let mut region = first.clone();
@@ -205,7 +161,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
             (vec![with(|r| r.offset_bytes = u64::MAX - 4095)], "region 0", "1228800 bytes"),
             (vec![first.clone(), second.clone(), with(|r| r.len = 4096)], "region 2", "overlaps region 0"),
         ];
-        let reference = "vm".parse().unwrap();
+        let reference = "app".parse().unwrap();
         let address = source.server.address();
         let attach =
             |fd, regions: &[_]| Session::attach(address, &reference, Options::default(), fd, regions);

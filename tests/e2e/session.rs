@@ -27,14 +27,14 @@ const FILLING: Options =
     Options { fill: true, fault_deadline: Duration::from_secs(30), on_loss: LossPolicy::Poison };
 
 /// A server that has the image `app` of one file, `mem`.
-struct Source {
-    server: Server,
-    bytes: Vec<u8>,
+pub(crate) struct Source {
+    pub(crate) server: Server,
+    pub(crate) bytes: Vec<u8>,
     _folder: TempDir,
 }
 
 impl Source {
-    fn start(bytes: Vec<u8>, chunk: usize) -> Self {
+    pub(crate) fn start(bytes: Vec<u8>, chunk: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let server = Server::start();
         let path = folder.path().join("mem");
