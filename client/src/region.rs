@@ -94,9 +94,9 @@ impl RegionState {
 
 /// A file of an image as memory: private to this process, filled as it is touched, written to at will.
 ///
-/// Dereferences to the bytes of the file, or of its part that was mapped. The first touch of a page waits until the page has come; a touch of a page that
-/// cannot be had is SIGBUS (see [`crate::LossPolicy`]); [`Region::read_at`] gives an error instead. Children of
-/// a fork do not have the region. It must not be moved by mremap(2).
+/// Dereferences to the bytes of the file, or of its part that was mapped. The first touch of a page waits until the
+/// page has come; a touch of a page that cannot be had is SIGBUS (see [`crate::LossPolicy`]); [`Region::read_at`]
+/// gives an error instead. Children of a fork do not have the region. It must not be moved by mremap(2).
 ///
 /// # Blocking
 /// Touching it waits for the network. Do not do that while holding a lock that the thread serving you needs, and

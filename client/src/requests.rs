@@ -271,7 +271,9 @@ impl Requests {
         let mut late = Late::default();
         for (chunk, wanted) in &mut self.chunks {
             if wanted.deadline <= now {
-                late.chunks.push((*chunk, wanted.busy.take()));
+                let put_off =
+                    wanted.frame.is_some().then(|| "it came, and could not be installed".to_owned());
+                late.chunks.push((*chunk, put_off.or(wanted.busy.take())));
             } else if wanted.again_at.take_if(|at| *at <= now).is_some() {
                 wanted.attempt += 1;
                 self.chunks_to_ask.push((wanted.attempt, *chunk));

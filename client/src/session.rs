@@ -400,7 +400,7 @@ impl Session {
     ///
     /// A duplicate of `uffd` is kept, and made non-blocking, which the original then is, too. If this fails nothing is lost, as long as the caller keeps its own: faults wait.
     /// The session ends when it is dropped, or in order when an attempt to fill shows that the process has exited.
-    /// At its end, unless the process has exited, what is still absent is SIGBUS there.
+    /// At its end, unless the process has exited, what is still absent is SIGBUS there: see [`Session::end`].
     ///
     /// # Errors
     /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
@@ -533,6 +533,16 @@ impl Session {
     #[must_use]
     pub fn error(&self) -> Option<Arc<str>> {
         self.shared.error()
+    }
+
+    /// Ends the session, and waits for it at most for `timeout`: whether it has ended. A drop ends it, too, but does not
+    /// wait; a process that exits before the end leaves zeros in another one's memory. It ends only when all of its
+    /// regions have been dropped.
+    #[must_use]
+    pub fn end(self, timeout: Duration) -> bool {
+        let Self { shared, commands } = self;
+        drop(commands);
+        shared.wait(Instant::now().checked_add(timeout), |outcome| outcome.ended.then_some(())).is_some()
     }
 
     /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over

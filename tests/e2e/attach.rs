@@ -114,7 +114,7 @@ fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
         let session = source.attach(&faulter, Options::default()).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 13, source.pages(16, 16));
-        drop(session);
+        assert!(session.end(Duration::from_secs(30)));
         faulter.assert_reads(1, 13, source.pages(16, 16));
         faulter.tell("read 1 29 1");
         assert_eq!((faulter.answer(), faulter.dies_of()), (None, SIGBUS));

@@ -130,8 +130,8 @@ fn take_lease(store: &Store, image: &Digest) -> Option<Arc<Lease>> {
     lease.inspect_err(|e| tracing::warn!(%image, "served without a lease: {}", chain(e))).ok()
 }
 
-/// Sees that no run is empty or ends beyond 2^64, and that they are together at most `max` chunks. There may be none: so a stream is
-/// bound to its image before anything is needed.
+/// Sees that no run is empty or ends beyond 2^64, and that they are together at most `max` chunks. There may be none:
+/// so a stream is bound to its image before anything is needed.
 pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> {
     if runs.iter().any(|run| run.count == 0) {
         return Err(Status::invalid_argument("runs: one has a count of 0"));

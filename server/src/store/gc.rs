@@ -1,6 +1,7 @@
 //! Deleting what no reference needs, beside servers and pushes that go on.
 //!
-//! 1. Mark: from the references, and the images that are being served ([`super::lease`]), to roots, segments and chunks. What is not marked is condemned, by an empty file.
+//! 1. Mark: from the references, and the images that are being served ([`super::lease`]), to roots, segments and
+//!    chunks. What is not marked is condemned, by an empty file.
 //! 2. Wait for the grace time. A push that finds a condemned object there pardons it ([`super::commit`]).
 //! 3. Under the exclusive lock, mark again, and delete what is still condemned and still not marked.
 //!
