@@ -4,6 +4,7 @@
 use crate::image::Image;
 use crate::region::RegionState;
 use crate::session::SessionError;
+use crate::space::Space;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -35,6 +36,7 @@ pub(crate) enum Owner {
 /// [`SessionError::Region`]: the first that cannot be.
 pub(crate) fn regions(
     image: &Image,
+    space: &Arc<Space>,
     regions: &[ForeignRegion],
 ) -> Result<Vec<Arc<RegionState>>, SessionError> {
     let mut states: Vec<Arc<RegionState>> = Vec::new();
@@ -45,7 +47,7 @@ pub(crate) fn regions(
         if len == 0 || !address.is_multiple_of(PAGE_BYTES) || !len.is_multiple_of(PAGE_BYTES) {
             return Err(wrong("address and length must be multiples of 4096, the length not zero".into()));
         }
-        if let Some(other) = states.iter().position(|other| !other.pages_in(address, end).is_empty()) {
+        if let Some(other) = states.iter().position(|other| !other.pages_in(&(address..end)).is_empty()) {
             return Err(wrong(format!("it overlaps region {other}")));
         }
         let path = String::from_utf8_lossy(&region.path);
@@ -57,7 +59,7 @@ pub(crate) fn regions(
                 wrong(format!("{path:?} has {size} bytes, so not these pages from byte {offset} on"))
             })?;
         let chunk_bytes = image.root().chunk_size().bytes();
-        states.push(Arc::new(RegionState::new(address, file, pages, chunk_bytes)));
+        states.push(Arc::new(RegionState::new(Arc::clone(space), address, file, pages, chunk_bytes)));
     }
     Ok(states)
 }

@@ -13,7 +13,6 @@ use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError};
 use crate::requests::MAX_ATTEMPTS;
 use crate::session::{Shared, add};
-use crate::uffd::Uffd;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use postcopy_proto::v1;
 use std::collections::VecDeque;
@@ -104,18 +103,19 @@ impl Fill {
         let mut progressed = Instant::now();
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
-            let regions = self.shared.regions();
-            let before = unresolved_pages(&self.shared.uffd, &regions);
+            let spaces = self.shared.spaces();
+            let regions = spaces.regions();
+            let before = unresolved_pages(regions);
             if before == 0 {
                 self.shared.fill_work.notified().await;
                 progressed = Instant::now();
                 continue;
             }
-            let outcome = self.pass(&regions, fruitless_passes).await;
+            let outcome = self.pass(regions, fruitless_passes).await;
             // All permits are back: nothing is in flight.
             let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
             drop(self.window.acquire_many(all).await);
-            if unresolved_pages(&self.shared.uffd, &regions) < before {
+            if unresolved_pages(regions) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
                 continue;
             }
@@ -276,8 +276,7 @@ impl Fill {
         while *next < region.chunks().end {
             let chunk = ChunkIndex(*next);
             let here = region.pages_of(chunk).expect("a chunk of the region");
-            let unresolved = install::unresolved(&self.shared.uffd);
-            let wanted = region.states.next_run(here.clone(), unresolved).is_some();
+            let wanted = region.next_run(here.clone(), install::unresolved(region)).is_some();
             match image.content(chunk) {
                 Content::Zero if wanted => {
                     if !chunks.is_empty() || pages >= most {
@@ -312,13 +311,9 @@ enum Plan {
     Ask { chunks: Vec<u64>, pages: usize },
 }
 
-fn unresolved_pages(uffd: &Uffd, regions: &[Arc<RegionState>]) -> usize {
-    let poison_is_final = !uffd.can_poison();
+fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
     let unresolved = |region: &Arc<RegionState>| {
-        let counts = region.states.counts();
-        let lost = if poison_is_final { counts.poisoned } else { 0 };
-        // Counts of states that are just changing may be ahead of each other.
-        region.states.pages().saturating_sub(counts.resident + counts.removed + lost)
+        install::unresolved(region).iter().map(|state| region.count(*state)).sum::<usize>()
     };
     regions.iter().filter(|region| region.is_alive()).map(unresolved).sum()
 }
@@ -348,7 +343,7 @@ impl Installer {
                 }
                 Work::Zeros(chunks) => {
                     for chunk in chunks {
-                        self.zeros(&job.region, ChunkIndex(chunk));
+                        self.zeros(ChunkIndex(chunk));
                     }
                 }
             }
@@ -382,26 +377,27 @@ impl Installer {
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
         self.pages.decode(image, &region.file, chunk, &digest, frame)?;
-        self.install(region, chunk);
+        self.install(chunk);
         Ok(())
     }
 
-    fn zeros(&mut self, region: &RegionState, chunk: ChunkIndex) {
+    fn zeros(&mut self, chunk: ChunkIndex) {
         if self.shared.image.content(chunk) == Content::Zero {
             self.pages.set_zeros(self.shared.image.root().chunk_size().bytes());
-            self.install(region, chunk);
+            self.install(chunk);
         }
     }
 
-    fn install(&self, region: &RegionState, chunk: ChunkIndex) {
-        let shared = &self.shared;
-        loop {
-            match install::install(&shared.uffd, Some(&shared.gate), region, chunk, &self.pages, None) {
-                Installed::All => return,
-                // The session has ended, or is to end.
-                Installed::Ended => return shared.owner_gone.notify_one(),
-                // The pager reads the event, or somebody frees memory.
-                Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
+    fn install(&self, chunk: ChunkIndex) {
+        // Those of other regions over the same file are not asked for then.
+        for region in self.shared.spaces().of_chunk(chunk) {
+            loop {
+                match install::install(Some(&self.shared.gate), region, chunk, &self.pages, None) {
+                    Installed::All => break,
+                    Installed::Ended => return,
+                    // The pager reads the event, or somebody frees memory.
+                    Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
+                }
             }
         }
     }

@@ -7,7 +7,7 @@ use crate::chunk::{ChunkPages, PIECE_PAGES};
 use crate::gate::Gate;
 use crate::page_state::PageState;
 use crate::region::RegionState;
-use crate::uffd::{Outcome, Uffd};
+use crate::uffd::Outcome;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
 
@@ -17,8 +17,12 @@ const PAUSE: std::time::Duration = std::time::Duration::from_micros(200);
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
 /// The states of pages that may be installed. Before Linux 6.6 a lost page is inaccessible, and stays so.
-pub(crate) fn unresolved(uffd: &Uffd) -> &'static [PageState] {
-    if uffd.can_poison() { &[PageState::Absent, PageState::Poisoned] } else { &[PageState::Absent] }
+pub(crate) fn unresolved(region: &RegionState) -> &'static [PageState] {
+    if region.space.uffd.can_poison() {
+        &[PageState::Absent, PageState::Poisoned]
+    } else {
+        &[PageState::Absent]
+    }
 }
 
 /// How installing a chunk went.
@@ -30,7 +34,7 @@ pub(crate) enum Installed {
     Deferred,
     /// The kernel has no memory at the moment; try again.
     NoMemory,
-    /// The memory's owner has exited, or the session has ended.
+    /// The session has ended.
     Ended,
 }
 
@@ -40,7 +44,6 @@ pub(crate) enum Installed {
 /// # Blocking
 /// With a `gate` it passes it as an installer for each piece; without one it must be the pager.
 pub(crate) fn install(
-    uffd: &Uffd,
     gate: Option<&Gate>,
     region: &RegionState,
     chunk: ChunkIndex,
@@ -65,13 +68,13 @@ pub(crate) fn install(
             if !region.is_alive() {
                 return Installed::All;
             }
-            let Some(run) = region.states.next_run(next..part.end, unresolved(uffd)) else { break };
+            let Some(run) = region.next_run(next..part.end, unresolved(region)) else { break };
             let in_chunk = run.start - start + place..run.end - start + place;
             let (mut piece, held) = content.piece(in_chunk);
             piece.end = if one_page { piece.start + 1 } else { piece.end };
             let pages = run.start..run.start + piece.len();
             let bytes = held.then(|| content.bytes_of(piece));
-            match install_piece(uffd, region, pages.clone(), bytes) {
+            match install_piece(region, pages.clone(), bytes) {
                 Step::Next(page) => (next, one_page) = (page, false),
                 Step::OnePage => one_page = true,
                 Step::Stop(why) => return why,
@@ -90,10 +93,11 @@ enum Step {
     Stop(Installed),
 }
 
-fn install_piece(uffd: &Uffd, region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>) -> Step {
+fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>) -> Step {
+    let uffd = &region.space.uffd;
     let (address, len) = (region.address(pages.start), pages.len() * PAGE_BYTES);
     // UFFDIO_ZEROPAGE takes poison for a page that is there; a copy goes over it.
-    let poisoned = region.states.next_run(pages.clone(), &[PageState::Poisoned]).is_some();
+    let poisoned = region.next_run(pages.clone(), &[PageState::Poisoned]).is_some();
     let outcome = match bytes {
         Some(bytes) => uffd.copy(address, bytes),
         None if poisoned => uffd.copy(address, &ZEROS[..len]),
@@ -101,62 +105,73 @@ fn install_piece(uffd: &Uffd, region: &RegionState, pages: Range<usize>, bytes: 
     };
     match outcome {
         Outcome::Done => {
-            region.states.set_resident(pages.clone());
+            region.set_resident(pages.clone());
             Step::Next(pages.end)
         }
         Outcome::Partial { bytes } => {
             let done = pages.start + bytes / PAGE_BYTES;
-            region.states.set_resident(pages.start..done);
+            region.set_resident(pages.start..done);
             Step::Next(done)
         }
         Outcome::AlreadyPresent => {
             // Private memory of our own: what is there was installed by the other lane, or written after a
             // removal whose event is still to be read.
-            region.states.set_resident(pages.start..pages.start + 1);
+            region.set_resident(pages.start..pages.start + 1);
             uffd.wake(address, PAGE_BYTES);
             Step::Next(pages.start + 1)
         }
         Outcome::Deferred => Step::Stop(Installed::Deferred),
         Outcome::NoMemory => Step::Stop(Installed::NoMemory),
         Outcome::Gone if pages.len() > 1 => Step::OnePage,
-        Outcome::Gone => Step::Next(pages.end),
-        Outcome::OwnerGone => Step::Stop(Installed::Ended),
+        Outcome::Gone => {
+            uffd.wake(address, len);
+            Step::Next(pages.end)
+        }
+        Outcome::OwnerGone => {
+            region.space.set_gone();
+            Step::Next(pages.end)
+        }
     }
 }
 
 /// Makes every unresolved page of `pages` SIGBUS, and wakes who waits for it.
 ///
 /// `read_events` is called when an event must be read first.
-pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut read_events: impl FnMut()) {
+pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events: impl FnMut()) {
+    let uffd = &region.space.uffd;
     let mut next = pages.start;
     // Less where one ioctl meets two VMAs, or memory that is gone.
     let mut most = usize::MAX;
-    while let Some(run) = region.states.next_run(next..pages.end, &[PageState::Absent]) {
+    while let Some(run) = region.next_run(next..pages.end, &[PageState::Absent]) {
+        // An event that was read may have moved it.
+        if !region.is_alive() {
+            return;
+        }
         let run = run.start..run.end.min(run.start.saturating_add(most));
         let (address, len) = (region.address(run.start), run.len() * PAGE_BYTES);
         if !uffd.can_poison() {
             forbid(region, run.clone());
-            region.states.set_poisoned(run.clone());
+            region.set_poisoned(run.clone());
             uffd.wake(address, len);
             next = run.end;
             continue;
         }
         next = match uffd.poison(address, len) {
             Outcome::Done => {
-                region.states.set_poisoned(run.clone());
+                region.set_poisoned(run.clone());
                 uffd.wake(address, len);
                 most = most.saturating_mul(2);
                 run.end
             }
             Outcome::Partial { bytes } => {
                 let done = run.start + bytes / PAGE_BYTES;
-                region.states.set_poisoned(run.start..done);
+                region.set_poisoned(run.start..done);
                 uffd.wake(address, bytes);
                 done
             }
             // An installer was faster.
             Outcome::AlreadyPresent => {
-                region.states.set_resident(run.start..run.start + 1);
+                region.set_resident(run.start..run.start + 1);
                 uffd.wake(address, PAGE_BYTES);
                 run.start + 1
             }
@@ -174,7 +189,14 @@ pub(crate) fn poison(uffd: &Uffd, region: &RegionState, pages: Range<usize>, mut
                 most = run.len() / 2;
                 run.start
             }
-            Outcome::Gone | Outcome::OwnerGone => run.end,
+            Outcome::Gone => {
+                uffd.wake(address, len);
+                run.end
+            }
+            Outcome::OwnerGone => {
+                region.space.set_gone();
+                return;
+            }
         };
     }
 }

@@ -20,6 +20,7 @@
 
 mod attach;
 mod chunk;
+mod events;
 mod fetch;
 mod fill;
 mod gate;
@@ -34,6 +35,7 @@ mod region;
 mod remote;
 mod requests;
 mod session;
+mod space;
 pub mod uffd;
 
 pub use attach::ForeignRegion;

@@ -11,7 +11,7 @@
 //! no I/O and has no clock, so that models can run the real type.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const PAGES_PER_WORD: usize = 32;
 /// The lower bit of each page.
@@ -30,31 +30,32 @@ pub(crate) enum PageState {
     Removed = 0b11,
 }
 
-/// How many pages are in which state; those in none of these are absent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    pub(crate) resident: usize,
-    pub(crate) poisoned: usize,
-    pub(crate) removed: usize,
-}
-
-/// The states of a region's pages, all absent at first.
+/// The states of some pages, all absent at first.
 #[derive(Debug)]
 pub(crate) struct PageStates {
     words: Box<[AtomicU64]>,
     pages: usize,
-    // Indexed by PageState; absent is not counted.
-    counts: [AtomicUsize; 4],
 }
 
 impl PageStates {
     pub(crate) fn new(pages: usize) -> Self {
         let words = (0..pages.div_ceil(PAGES_PER_WORD)).map(|_| AtomicU64::new(0)).collect();
-        Self { words, pages, counts: Default::default() }
+        Self { words, pages }
     }
 
-    pub(crate) fn pages(&self) -> usize {
-        self.pages
+    /// Others of the same states as these pages now.
+    pub(crate) fn copy_of(&self, pages: Range<usize>) -> Self {
+        assert!(pages.end <= self.pages, "pages {pages:?} of {}", self.pages);
+        let copy = Self::new(pages.len());
+        let word = |index: usize| self.words.get(index).map_or(0, |word| word.load(Ordering::Acquire));
+        let (first, shift) = (pages.start / PAGES_PER_WORD, pages.start % PAGES_PER_WORD * 2);
+        for (index, lows) in words_of(0..pages.len()) {
+            let here = word(first + index) >> shift;
+            // Shifted in two steps: 64 at once is not allowed.
+            let next = word(first + index + 1) << 1 << (63 - shift);
+            copy.words[index].store((here | next) & (lows * 0b11), Ordering::Release);
+        }
+        copy
     }
 
     pub(crate) fn get(&self, page: usize) -> PageState {
@@ -68,13 +69,12 @@ impl PageStates {
         }
     }
 
-    pub(crate) fn counts(&self) -> Counts {
-        let count = |state: PageState| self.counts[state as usize].load(Ordering::Acquire);
-        Counts {
-            resident: count(PageState::Resident),
-            poisoned: count(PageState::Poisoned),
-            removed: count(PageState::Removed),
-        }
+    /// How many of these pages are in `state`.
+    pub(crate) fn count(&self, pages: Range<usize>, state: PageState) -> usize {
+        let matching = |(index, lows): (usize, u64)| {
+            (in_state(self.words[index].load(Ordering::Acquire), state) & lows).count_ones() as usize
+        };
+        words_of(pages).map(matching).sum()
     }
 
     /// Absent and poisoned pages of the range become resident.
@@ -95,41 +95,13 @@ impl PageStates {
 
     fn transition(&self, pages: Range<usize>, from: &[PageState], to: PageState) {
         assert!(pages.end <= self.pages, "pages {pages:?} of {}", self.pages);
-        let mut page = pages.start;
-        while page < pages.end {
-            let first = page % PAGES_PER_WORD;
-            let count = (PAGES_PER_WORD - first).min(pages.end - page);
-            self.transition_word(page / PAGES_PER_WORD, low_bits(first, count), from, to);
-            page += count;
-        }
-    }
-
-    fn transition_word(&self, index: usize, lows: u64, from: &[PageState], to: PageState) {
-        let word = &self.words[index];
-        let mut old = word.load(Ordering::Acquire);
-        loop {
-            let matching = |state: &PageState| in_state(old, *state) & lows;
-            let changed = from.iter().map(matching).fold(0, |all, some| all | some);
-            if changed == 0 {
-                return;
-            }
-            let new = (old & !(changed * 0b11)) | (changed * to as u64);
+        for (index, lows) in words_of(pages) {
             // A store would undo a REMOVE that comes in between.
-            match word.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return self.count(old, changed, from, to),
-                Err(actual) => old = actual,
-            }
-        }
-    }
-
-    fn count(&self, old: u64, changed: u64, from: &[PageState], to: PageState) {
-        let ones = |bits: u64| bits.count_ones() as usize;
-        self.counts[to as usize].fetch_add(ones(changed), Ordering::AcqRel);
-        for state in from {
-            let left = ones(in_state(old, *state) & changed);
-            if *state != PageState::Absent && left > 0 {
-                self.counts[*state as usize].fetch_sub(left, Ordering::AcqRel);
-            }
+            let _ = self.words[index].fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
+                let changed =
+                    from.iter().map(|state| in_state(old, *state)).fold(0, |all, some| all | some) & lows;
+                (changed != 0).then_some((old & !(changed * 0b11)) | (changed * to as u64))
+            });
         }
     }
 
@@ -156,6 +128,17 @@ impl PageStates {
         }
         None
     }
+}
+
+/// The words that hold these pages, each with the lower bits of those of them that it holds.
+fn words_of(pages: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    let mut next = pages.start;
+    std::iter::from_fn(move || {
+        let (page, first) = (next, next % PAGES_PER_WORD);
+        let count = (PAGES_PER_WORD - first).min(pages.end.checked_sub(page).filter(|left| *left > 0)?);
+        next += count;
+        Some((page / PAGES_PER_WORD, low_bits(first, count)))
+    })
 }
 
 /// The lower bits of `count` pages of a word, from `first` on.
@@ -198,7 +181,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn states_go_only_their_way(steps in proptest::collection::vec(any_step(), 0..20)) {
+        fn states_go_only_their_way(
+            steps in proptest::collection::vec(any_step(), 0..20), first in 0usize..130, len in 0usize..130,
+        ) {
+            let part = first..(first + len).min(130);
             let states = PageStates::new(130);
             let mut model = [PageState::Absent; 130];
             for step in steps {
@@ -217,15 +203,16 @@ mod tests {
                     };
                 }
             }
-            let count = |state| model.iter().filter(|s| **s == state).count();
             for (page, state) in model.iter().enumerate() {
                 prop_assert_eq!(states.get(page), *state);
             }
-            prop_assert_eq!(states.counts(), Counts {
-                resident: count(PageState::Resident),
-                poisoned: count(PageState::Poisoned),
-                removed: count(PageState::Removed),
-            });
+            let part = &model[part.clone()];
+            let copy = states.copy_of(first..first + part.len());
+            for (page, state) in part.iter().enumerate() {
+                prop_assert_eq!(copy.get(page), *state);
+                let count = part.iter().filter(|s| *s == state).count();
+                prop_assert_eq!(states.count(first..first + part.len(), *state), count);
+            }
             let unresolved = [PageState::Absent, PageState::Poisoned];
             let mut found = Vec::new();
             let mut from = 0;
@@ -248,7 +235,7 @@ mod tests {
                 scope.spawn(|| states.set_removed(7..9));
             });
             assert_eq!(states.get(7), PageState::Removed);
-            assert_eq!(states.counts(), Counts { resident: 30, poisoned: 0, removed: 2 });
+            assert_eq!(states.count(0..32, PageState::Resident), 30);
         }
     }
 }

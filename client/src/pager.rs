@@ -3,7 +3,7 @@
 //! It runs a current-thread runtime that owns the userfaultfd, the demand stream and its connection, so that from
 //! reading a fault to UFFDIO_COPY nothing crosses a thread. The way of a page:
 //!
-//! 1. [`Pager::run`] reads all messages: events change page states at once ([`apply`]), faults are collected;
+//! 1. [`Pager::read`] reads all messages: events change page states at once ([`events`]), faults are collected;
 //! 2. [`Pager::fault`] looks at each faulting page's state; an absent one's chunk is asked for ([`Pager::ask`]), once;
 //! 3. [`Pager::answer`] takes the server's answer, verifies the chunk to the image's digest, and
 //! 4. [`Pager::install`] puts its pages into every region that has them, which wakes the threads.
@@ -13,21 +13,25 @@
 
 use crate::attach::{self, Owner};
 use crate::chunk::ChunkPages;
+use crate::events;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
 use crate::lane::{DemandLane, frame_of, may_pass};
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, SegmentRefused, ServerAddress, take_segment};
-use crate::requests::{Late, Refused, Requests, Waiting};
+use crate::requests::{Late, Refused, Requests};
 use crate::session::{Command, LossPolicy, OWN_PROCESS_FEATURES, Options, SessionError, Shared, add};
-use crate::uffd::{AsyncUffd, Event, Outcome, Uffd};
+use crate::space::{Space, Spaces};
+use crate::uffd::{AsyncUffd, Event, Outcome, Readable, Uffd};
 use bytes::Bytes;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -36,6 +40,8 @@ use tokio::time::Instant;
 const OPEN: Duration = Duration::from_secs(30);
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// How often it is looked whether the memory's owners are still there: their userfaultfds do not tell.
+const LOOK_FOR_OWNERS: Duration = Duration::from_secs(1);
 /// How soon an install is tried again that the kernel put off.
 const RETRY: Duration = Duration::from_millis(1);
 /// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
@@ -45,21 +51,30 @@ const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration
 #[derive(Debug)]
 pub(crate) struct Pager {
     way_out: WayOut,
-    uffd: AsyncUffd,
+    watched: Vec<Watched>,
+    /// The memory is other processes'.
+    is_foreign: bool,
     lane: Result<DemandLane, oneshot::Receiver<DemandLane>>,
     /// Before the next attempt to reach a server that was lost.
     reconnect_pause: Duration,
     requests: Requests,
-    /// Faults on zero and removed pages that the kernel put off: by address, each with its deadline.
-    put_off: BTreeMap<usize, (Waiting, Instant)>,
+    /// Faults on zero and removed pages that the kernel put off: by space and address, each with its deadline.
+    put_off: BTreeMap<(u32, usize), (Arc<Space>, Instant)>,
     /// An event came that this session cannot go on after.
     broken: Option<String>,
-    /// The memory's owner has exited.
-    owner_gone: bool,
     events: Vec<Event>,
+    /// Addresses of faults that were read and not yet seen to, and their spaces.
+    faults: Vec<(Arc<Space>, usize)>,
     pages: ChunkPages,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
     commands: mpsc::Receiver<Command>,
+}
+
+/// A space and its userfaultfd, as the runtime watches it.
+#[derive(Debug)]
+struct Watched {
+    space: Arc<Space>,
+    uffd: AsyncUffd,
 }
 
 /// Makes every way out of the pager (return, error, panic) a safe one when it is dropped: what is unresolved is
@@ -67,21 +82,50 @@ pub(crate) struct Pager {
 #[derive(Debug)]
 struct WayOut(Arc<Shared>);
 
+impl WayOut {
+    /// Poisons what is absent in all regions, also of processes that are forked meanwhile.
+    fn poison(&self) {
+        let shared = &self.0;
+        // Kept, so that none that comes has the address of one that is done.
+        let mut done: HashMap<*const RegionState, Arc<RegionState>> = HashMap::new();
+        loop {
+            let spaces = shared.spaces();
+            let is_left = |region: &&Arc<RegionState>| !done.contains_key(&Arc::as_ptr(region));
+            let left: Vec<_> = spaces.regions().iter().filter(is_left).cloned().collect();
+            if left.is_empty() {
+                return;
+            }
+            for region in left {
+                install::poison(&region, 0..region.pages(), || self.read(&region.space));
+                done.insert(Arc::as_ptr(&region), region);
+            }
+            for space in spaces.spaces() {
+                self.read(space);
+            }
+        }
+    }
+
+    /// Reads what a space has to tell. Faults are left: poisoning wakes them.
+    fn read(&self, space: &Arc<Space>) {
+        let mut messages = Vec::new();
+        let _ = space.uffd.read_events(&mut messages);
+        let _ = events::apply(&self.0, space, &mut messages, &mut Vec::new());
+    }
+}
+
 impl Drop for WayOut {
     fn drop(&mut self) {
         let shared = &self.0;
         shared.gate.close();
-        let mut ignored = Vec::new();
-        let mut read_events = || {
-            ignored.clear();
-            let _ = shared.uffd.read_events(&mut ignored);
-        };
-        for region in shared.regions().iter() {
-            install::poison(&shared.uffd, region, 0..region.states.pages(), &mut read_events);
+        self.poison();
+        let spaces = shared.spaces();
+        for region in spaces.regions() {
             // Poison stays. Without this an munmap would wait for somebody to read its event.
-            let _ = shared.uffd.unregister(region.address(0), region.len());
+            let _ = region.space.uffd.unregister(region.address(0), region.len());
         }
-        read_events();
+        for space in spaces.spaces() {
+            self.read(space);
+        }
         shared.end();
     }
 }
@@ -143,31 +187,47 @@ impl Pager {
     ) -> Result<Self, SessionError> {
         let image = open_image(&address, reference).await?;
         let lane = DemandLane::open(&address, &image.digest()).await?;
-        let (uffd, regions) = match memory {
-            Owner::ThisProcess => (Uffd::open(OWN_PROCESS_FEATURES)?, Vec::new()),
+        let is_foreign = matches!(memory, Owner::Another { .. });
+        let spaces = match memory {
+            Owner::ThisProcess => {
+                Spaces::new(Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?)), Vec::new())
+            }
             Owner::Another { uffd, regions } => {
-                let regions = attach::regions(&image, &regions)?;
-                (Uffd::adopt(uffd)?, regions)
+                let space = Arc::new(Space::new(0, Uffd::adopt(uffd)?));
+                let regions = attach::regions(&image, &space, &regions)?;
+                Spaces::new(space, regions)
             }
         };
-        let uffd = Arc::new(uffd);
-        let watched = AsyncUffd::new(Arc::clone(&uffd));
-        let watched = watched.map_err(|source| SessionError::System { what: "epoll", source })?;
-        let shared = Arc::new(Shared::new(address, image, uffd, options));
-        shared.set_regions(regions.into());
-        Ok(Self {
+        let shared = Arc::new(Shared::new(address, image, spaces, options));
+        let mut pager = Self {
             way_out: WayOut(shared),
-            uffd: watched,
+            watched: Vec::new(),
+            is_foreign,
             lane: Ok(lane),
             reconnect_pause: RECONNECT.start,
             requests: Requests::new(options.fault_deadline),
             put_off: BTreeMap::new(),
             broken: None,
-            owner_gone: false,
             events: Vec::new(),
+            faults: Vec::new(),
             pages: ChunkPages::default(),
             commands,
-        })
+        };
+        pager.watch().map_err(|source| SessionError::System { what: "epoll", source })?;
+        Ok(pager)
+    }
+
+    /// Watches the spaces that there are.
+    fn watch(&mut self) -> io::Result<()> {
+        let spaces = self.shared().spaces();
+        self.watched.retain(|watched| !watched.space.is_gone());
+        // They only come at the end.
+        let last = self.watched.last().map(|watched| watched.space.id);
+        for space in spaces.spaces().iter().filter(|space| last.is_none_or(|last| space.id > last)) {
+            let uffd = AsyncUffd::new(Arc::clone(&space.uffd))?;
+            self.watched.push(Watched { space: Arc::clone(space), uffd });
+        }
+        Ok(())
     }
 
     fn shared(&self) -> &Shared {
@@ -177,34 +237,33 @@ impl Pager {
     /// Serves until all who can ask for something are gone, or the kernel's side fails.
     async fn run(mut self) {
         let shared = Arc::clone(&self.way_out.0);
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut retry = tokio::time::interval(RETRY);
-        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let paced = |period| {
+            let mut interval = tokio::time::interval(period);
+            interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            interval
+        };
+        let (mut tick, mut retry, mut look) = (paced(TICK), paced(RETRY), paced(LOOK_FOR_OWNERS));
         loop {
             if let Some(reason) = &self.broken {
                 return shared.report(reason);
-            }
-            if self.owner_gone {
-                return;
             }
             self.send();
             let waits = !self.requests.is_empty();
             let put_off = self.requests.has_put_off() || !self.put_off.is_empty();
             tokio::select! {
                 biased;
-                readable = self.uffd.readable() => match readable {
-                    Err(error) => return shared.report(&format!("the userfaultfd cannot be watched: {error}")),
-                    Ok(readable) => {
+                readable = readable(&self.watched) => match readable {
+                    Err(error) => return shared.report(&format!("a userfaultfd cannot be watched: {error}")),
+                    Ok((watched, readable)) => {
                         let Some(pass) = shared.gate.try_enter_alone() else {
                             shared.gate.installers_left().await;
                             continue;
                         };
-                        if let Err(error) = shared.uffd.read_events(&mut self.events) {
-                            return shared.report(&format!("the userfaultfd cannot be read: {error}"));
-                        }
+                        let space = Arc::clone(&watched.space);
+                        let read = space.uffd.read_events(&mut self.events);
                         readable.drained();
-                        self.broken = apply(&shared, &mut self.events).err();
+                        let applied = read.map_err(|error| format!("a userfaultfd cannot be read: {error}"));
+                        self.broken = applied.and_then(|()| self.apply(&space)).err();
                         drop(pass);
                         self.faults();
                     }
@@ -215,47 +274,68 @@ impl Pager {
                     Some(command) => self.command(command),
                 },
                 _ = retry.tick(), if put_off => self.retry_put_off(),
-                () = shared.owner_gone.notified() => return,
+                _ = look.tick(), if self.is_foreign => if !self.owners_are_left() { return },
                 _ = tick.tick(), if waits => self.check_deadlines(),
             }
         }
     }
 
-    fn faults(&mut self) {
-        let regions = self.shared().regions();
-        let mut events = std::mem::take(&mut self.events);
-        for event in events.drain(..) {
-            let Event::Fault { address } = event else { continue };
-            add(&self.shared().counters.faults, 1);
-            let found = regions.iter().find_map(|region| Some((region, region.page_at(address)?)));
-            // None: a fault on memory that was unmapped since.
-            if let Some((region, page)) = found {
-                self.fault(region, page);
-            }
+    /// Does what the messages say that were read of a space's userfaultfd, and keeps its faults. The gate is passed
+    /// alone.
+    fn apply(&mut self, space: &Arc<Space>) -> Result<(), String> {
+        let shared = Arc::clone(&self.way_out.0);
+        let mut faults = Vec::new();
+        let applied = events::apply(&shared, space, &mut self.events, &mut faults);
+        add(&shared.counters.faults, faults.len());
+        self.faults.extend(faults.into_iter().map(|address| (Arc::clone(space), address)));
+        self.watch().map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
+        applied
+    }
+
+    /// Forgets the memory of processes that have exited: whether there are others.
+    fn owners_are_left(&mut self) -> bool {
+        let shared = Arc::clone(&self.way_out.0);
+        let spaces = shared.spaces();
+        for space in spaces.spaces().iter().filter(|space| space.uffd.is_owner_gone()) {
+            space.set_gone();
         }
-        self.events = events;
+        if spaces.spaces().iter().any(|space| space.is_gone()) {
+            shared.change_spaces(Spaces::forget_gone);
+            self.watched.retain(|watched| !watched.space.is_gone());
+        }
+        !self.watched.is_empty()
+    }
+
+    fn faults(&mut self) {
+        let mut faults = std::mem::take(&mut self.faults);
+        for (space, address) in faults.drain(..) {
+            self.fault(&space, address);
+        }
+        // Its memory is kept; poisoning may have read others.
+        faults.append(&mut self.faults);
+        self.faults = faults;
     }
 
     /// Sees to it that a touched page comes.
-    fn fault(&mut self, region: &Arc<RegionState>, page: usize) {
-        match region.states.get(page) {
+    fn fault(&mut self, space: &Arc<Space>, address: usize) {
+        let spaces = self.shared().spaces();
+        // Memory of no region is what a region has left behind, or has grown by, or is not mapped any more.
+        let Some((region, page)) = spaces.at(space, address) else { return self.zero(space, address) };
+        match region.state(page) {
             PageState::Absent => self.ask(region, page),
-            PageState::Removed => self.zero_removed(region, page),
+            PageState::Removed => self.zero(space, address),
             // Another thread's fault on the same page was answered since, or it is SIGBUS now: try again.
-            PageState::Resident | PageState::Poisoned => {
-                self.shared().uffd.wake(region.address(page), PAGE_BYTES);
-            }
+            PageState::Resident | PageState::Poisoned => space.uffd.wake(address, PAGE_BYTES),
         }
     }
 
-    fn zero_removed(&mut self, region: &Arc<RegionState>, page: usize) {
-        let uffd = &self.shared().uffd;
-        let address = region.address(page);
-        match uffd.zero(address, PAGE_BYTES) {
-            Outcome::Done | Outcome::Partial { .. } | Outcome::Gone => {}
-            Outcome::OwnerGone => self.owner_gone = true,
-            Outcome::AlreadyPresent => uffd.wake(address, PAGE_BYTES),
-            Outcome::Deferred | Outcome::NoMemory => self.put_off(region, page),
+    /// Installs a page of zeros at an address that nothing of the image belongs to.
+    fn zero(&mut self, space: &Arc<Space>, address: usize) {
+        match space.uffd.zero(address, PAGE_BYTES) {
+            Outcome::Done | Outcome::Partial { .. } => {}
+            Outcome::OwnerGone => space.set_gone(),
+            Outcome::AlreadyPresent | Outcome::Gone => space.uffd.wake(address, PAGE_BYTES),
+            Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
         }
     }
 
@@ -341,17 +421,17 @@ impl Pager {
             return self.refuse(chunk, &reason);
         }
         let mut outcome = Installed::All;
-        for region in shared.regions().iter() {
+        for region in shared.spaces().of_chunk(chunk) {
             let first = Arc::ptr_eq(region, waiting).then_some(*page);
-            let installed = install::install(&shared.uffd, None, region, chunk, &self.pages, first);
+            let installed = install::install(None, region, chunk, &self.pages, first);
             if installed != Installed::All {
                 outcome = installed;
             }
         }
         match outcome {
             Installed::All => self.requests.chunk_done(chunk),
-            Installed::Ended => self.owner_gone = true,
             Installed::Deferred | Installed::NoMemory => self.requests.put_off(chunk, frame),
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
         self.shared().pages_changed();
     }
@@ -359,32 +439,31 @@ impl Pager {
     fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
         let shared = &self.way_out.0;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
-        match install::install(&shared.uffd, None, region, chunk, &self.pages, Some(page)) {
+        match install::install(None, region, chunk, &self.pages, Some(page)) {
             Installed::All => {}
-            Installed::Ended => self.owner_gone = true,
-            Installed::Deferred | Installed::NoMemory => self.put_off(region, page),
+            Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
         self.shared().pages_changed();
     }
 
-    fn put_off(&mut self, region: &Arc<RegionState>, page: usize) {
+    fn put_off(&mut self, space: &Arc<Space>, address: usize) {
         let deadline = Instant::now() + self.shared().options.fault_deadline;
-        let put_off = || ((Arc::clone(region), page), deadline);
-        self.put_off.entry(region.address(page)).or_insert_with(put_off);
+        self.put_off.entry((space.id, address)).or_insert_with(|| (Arc::clone(space), deadline));
     }
 
     fn retry_put_off(&mut self) {
         let now = Instant::now();
-        for (address, ((region, page), deadline)) in std::mem::take(&mut self.put_off) {
-            if !region.is_alive() {
+        for (place, (space, deadline)) in std::mem::take(&mut self.put_off) {
+            if space.is_gone() {
                 continue;
             }
             if deadline <= now {
-                self.lose_page(&region, page);
+                self.lose_page(&space, place.1);
                 continue;
             }
-            self.fault(&region, page);
-            if let Some((_, again)) = self.put_off.get_mut(&address) {
+            self.fault(&space, place.1);
+            if let Some((_, again)) = self.put_off.get_mut(&place) {
                 *again = deadline;
             }
         }
@@ -415,7 +494,8 @@ impl Pager {
             };
         }
         for (region, page) in self.requests.segment_done(answer.index) {
-            self.fault(&region, page);
+            // By address: it may have been moved, or removed.
+            self.fault(&region.space, region.address(page));
         }
     }
 
@@ -427,10 +507,8 @@ impl Pager {
         match shared.options.on_loss {
             LossPolicy::Poison => {
                 self.requests.chunk_done(chunk);
-                for region in shared.regions().iter() {
-                    if let Some(pages) = region.pages_of(chunk) {
-                        self.poison(region, pages);
-                    }
+                for region in shared.spaces().of_chunk(chunk) {
+                    self.poison_chunk(region, chunk);
                 }
             }
             LossPolicy::Wait => self.requests.chunk_later(chunk, Instant::now()),
@@ -446,9 +524,7 @@ impl Pager {
             LossPolicy::Poison => {
                 for (region, page) in self.requests.segment_done(index) {
                     // The whole chunk, as when a chunk is lost: one page stands for all that were asked for.
-                    if let Some(pages) = region.pages_of(region.chunk_of(page)) {
-                        self.poison(&region, pages);
-                    }
+                    self.poison_chunk(&region, region.chunk_of(page));
                 }
             }
             LossPolicy::Wait => self.requests.segment_later(index, Instant::now()),
@@ -457,29 +533,39 @@ impl Pager {
     }
 
     /// The kernel has had no memory for a page of zeros for as long as a fault may take.
-    fn lose_page(&mut self, region: &Arc<RegionState>, page: usize) {
-        let (shared, address) = (Arc::clone(&self.way_out.0), region.address(page));
+    fn lose_page(&mut self, space: &Arc<Space>, address: usize) {
+        let shared = Arc::clone(&self.way_out.0);
         let deadline = shared.options.fault_deadline;
         shared.report(&format!("a page of zeros at {address:#x}: the kernel had no memory for {deadline:?}"));
-        match shared.options.on_loss {
-            LossPolicy::Wait => self.put_off(region, page),
-            LossPolicy::Poison if region.states.get(page) == PageState::Removed => {
-                // It stays removed: nothing of the image may come there.
-                let _ = shared.uffd.poison(address, PAGE_BYTES);
-                shared.uffd.wake(address, PAGE_BYTES);
+        if shared.options.on_loss == LossPolicy::Wait {
+            return self.put_off(space, address);
+        }
+        match shared.spaces().at(space, address) {
+            Some((region, page)) if region.state(page) == PageState::Absent => {
+                self.poison(region, page..page + 1);
             }
-            LossPolicy::Poison => self.poison(region, page..page + 1),
+            // It stays removed: nothing of the image may come there.
+            _ => {
+                let _ = space.uffd.poison(address, PAGE_BYTES);
+                space.uffd.wake(address, PAGE_BYTES);
+            }
+        }
+    }
+
+    fn poison_chunk(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex) {
+        if let Some(pages) = region.pages_of(chunk) {
+            self.poison(region, pages);
         }
     }
 
     fn poison(&mut self, region: &Arc<RegionState>, pages: std::ops::Range<usize>) {
         let shared = Arc::clone(&self.way_out.0);
-        install::poison(&shared.uffd, region, pages, || {
+        install::poison(region, pages, || {
             // Where installers are inside, the next attempt comes when they have left: new ones wait.
             let Some(_pass) = shared.gate.try_enter_alone() else { return };
             // An error shows at the next read in `run`.
-            let _ = shared.uffd.read_events(&mut self.events);
-            if let Err(reason) = apply(&shared, &mut self.events) {
+            let _ = region.space.uffd.read_events(&mut self.events);
+            if let Err(reason) = self.apply(&region.space) {
                 self.broken.get_or_insert(reason);
             }
         });
@@ -510,10 +596,9 @@ impl Pager {
     fn command(&mut self, command: Command) {
         match command {
             Command::Map { region, reply } => {
-                let registered = self.shared().uffd.register(region.address(0), region.len());
+                let registered = region.space.uffd.register(region.address(0), region.len());
                 if registered.is_ok() {
-                    let regions = self.shared().regions().iter().cloned().chain([region]).collect();
-                    self.shared().set_regions(regions);
+                    self.shared().change_spaces(|spaces| spaces.add(region));
                 }
                 // The program waits for it, in `Session::map`.
                 let _ = reply.try_send(registered);
@@ -521,7 +606,7 @@ impl Pager {
             Command::Unmap { region, memory } => self.unmap(&region, memory),
             Command::Bring { region, pages } => {
                 let mut next = pages.start;
-                while let Some(run) = region.states.next_run(next..pages.end, &[PageState::Absent]) {
+                while let Some(run) = region.next_run(next..pages.end, &[PageState::Absent]) {
                     self.ask(&region, run.start);
                     // One page of each chunk will do.
                     let chunk = region.pages_of(region.chunk_of(run.start));
@@ -537,10 +622,11 @@ impl Pager {
         // Whoever still touches it by a stray pointer is stopped, and never sees zeros.
         let forbidden = crate::uffd::memory::forbid(memory.start(), memory.len());
         region.end();
-        let unregistered = shared.uffd.unregister(memory.start(), memory.len());
-        let rest = shared.regions().iter().filter(|r| !Arc::ptr_eq(r, region)).cloned().collect();
-        shared.set_regions(rest);
-        self.requests.forget(region, &shared.regions());
+        let unregistered = region.space.uffd.unregister(memory.start(), memory.len());
+        // By address: a stray mremap or munmap may have made parts of it.
+        let addresses = memory.start()..memory.start() + memory.len();
+        shared.change_spaces(|spaces| drop(spaces.cut(&region.space, &addresses)));
+        self.requests.forget(region, shared.spaces().regions());
         if forbidden.is_ok() && unregistered.is_ok() {
             // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.
             tokio::task::spawn_blocking(move || {
@@ -554,31 +640,17 @@ impl Pager {
     }
 }
 
-/// Changes states by the events that were read, and leaves the faults in `events`. The gate is passed alone.
-fn apply(shared: &Shared, events: &mut Vec<Event>) -> Result<(), String> {
-    if events.iter().all(|event| matches!(event, Event::Fault { .. })) {
-        return Ok(());
-    }
-    let regions = shared.regions();
-    let mut outcome = Ok(());
-    events.retain(|event| {
-        match *event {
-            Event::Fault { .. } => return true,
-            // The range is gone, or about to go: nothing may be installed there any more.
-            Event::Remove { start, end } | Event::Unmap { start, end } => {
-                for region in regions.iter() {
-                    region.states.set_removed(region.pages_in(start, end));
-                }
-            }
-            Event::Remap { from, .. } => outcome = Err(format!("memory at {from:#x} was moved by mremap")),
-            Event::Unknown { event } => {
-                outcome = Err(format!("the kernel sent event {event:#x}, not asked for"));
+/// The first of the spaces whose userfaultfd has messages.
+async fn readable(watched: &[Watched]) -> io::Result<(&Watched, Readable<'_>)> {
+    std::future::poll_fn(|context| {
+        for watched in watched {
+            if let Poll::Ready(readable) = watched.uffd.poll_readable(context) {
+                return Poll::Ready(readable.map(|readable| (watched, readable)));
             }
         }
-        false
-    });
-    shared.pages_changed();
-    outcome
+        Poll::Pending
+    })
+    .await
 }
 
 /// What the lane, or the attempt to get one, gives next.

@@ -2,35 +2,83 @@
 
 use crate::page_state::{PageState, PageStates};
 use crate::session::{Command, LossError, Shared};
+use crate::space::Space;
 use crate::uffd::memory::Memory;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::mpsc;
 
 /// What [`Region::read_at`] asks for at once.
 const READ_BYTES: usize = 4 << 20;
 
 /// What the pager and the installers know of a region.
+///
+/// What lies where does not change: a region that is moved or cut by its owner is ended, and others take its place,
+/// which have the same [`PageStates`].
 #[derive(Debug)]
 pub(crate) struct RegionState {
+    pub(crate) space: Arc<Space>,
     start: usize,
     pub(crate) file: FileEntry,
     /// The page of the file that the region begins with.
     first_page: usize,
-    pub(crate) states: PageStates,
+    pages: usize,
+    states: Arc<PageStates>,
+    /// The place of the region's first page among these states.
+    first_state: usize,
     chunk_pages: usize,
+    /// No page below is absent or poisoned, and none will be again.
+    resolved_below: AtomicUsize,
     alive: AtomicBool,
 }
 
 impl RegionState {
     /// A region at address `start` of these pages of a file, which must have them.
-    pub(crate) fn new(start: usize, file: FileEntry, pages: Range<usize>, chunk_bytes: usize) -> Self {
-        let chunk_pages = chunk_bytes / PAGE_BYTES;
-        let (first_page, states) = (pages.start, PageStates::new(pages.len()));
-        Self { start, file, first_page, states, chunk_pages, alive: AtomicBool::new(true) }
+    pub(crate) fn new(
+        space: Arc<Space>,
+        start: usize,
+        file: FileEntry,
+        pages: Range<usize>,
+        chunk_bytes: usize,
+    ) -> Self {
+        Self {
+            space,
+            start,
+            file,
+            first_page: pages.start,
+            pages: pages.len(),
+            states: Arc::new(PageStates::new(pages.len())),
+            first_state: 0,
+            chunk_pages: chunk_bytes / PAGE_BYTES,
+            resolved_below: AtomicUsize::new(0),
+            alive: AtomicBool::new(true),
+        }
+    }
+
+    /// Some of its pages as a region of their own, at address `start`, with the same states.
+    pub(crate) fn part(&self, pages: Range<usize>, start: usize) -> Self {
+        Self {
+            space: Arc::clone(&self.space),
+            start,
+            file: self.file,
+            first_page: self.first_page + pages.start,
+            pages: pages.len(),
+            states: Arc::clone(&self.states),
+            first_state: self.first_state + pages.start,
+            chunk_pages: self.chunk_pages,
+            resolved_below: AtomicUsize::new(0),
+            alive: AtomicBool::new(true),
+        }
+    }
+
+    /// What a process that was forked has in its place: its states are those of now, and go their own way.
+    pub(crate) fn forked(&self, space: &Arc<Space>) -> Self {
+        let all = self.first_state..self.first_state + self.pages;
+        let states = Arc::new(self.states.copy_of(all));
+        Self { space: Arc::clone(space), states, first_state: 0, ..self.part(0..self.pages, self.start) }
     }
 
     /// The address of a page.
@@ -38,9 +86,19 @@ impl RegionState {
         self.start + page * PAGE_BYTES
     }
 
+    /// The addresses of all of it.
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        self.start..self.address(self.pages)
+    }
+
     /// Length in bytes, a multiple of the page size.
     pub(crate) fn len(&self) -> usize {
-        self.states.pages() * PAGE_BYTES
+        self.pages * PAGE_BYTES
+    }
+
+    /// How many pages it has.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
     }
 
     /// The page at an address.
@@ -49,11 +107,11 @@ impl RegionState {
         (offset < self.len()).then_some(offset / PAGE_BYTES)
     }
 
-    /// The pages that lie in the address range from `start` to `end`.
-    pub(crate) fn pages_in(&self, start: usize, end: usize) -> Range<usize> {
-        let page =
-            |address: usize| (address.saturating_sub(self.start) / PAGE_BYTES).min(self.states.pages());
-        page(start)..page(end.next_multiple_of(PAGE_BYTES)).max(page(start))
+    /// The pages that lie in a range of addresses.
+    pub(crate) fn pages_in(&self, addresses: &Range<usize>) -> Range<usize> {
+        let page = |address: usize| (address.saturating_sub(self.start) / PAGE_BYTES).min(self.pages);
+        let start = page(addresses.start);
+        start..page(addresses.end.next_multiple_of(PAGE_BYTES)).max(start)
     }
 
     /// The chunk that a page belongs to.
@@ -68,7 +126,7 @@ impl RegionState {
 
     /// The chunks that the region has pages of; of the first and the last one perhaps not all.
     pub(crate) fn chunks(&self) -> Range<u64> {
-        match self.states.pages() {
+        match self.pages {
             0 => 0..0,
             pages => self.chunk_of(0).0..self.chunk_of(pages - 1).0 + 1,
         }
@@ -78,15 +136,61 @@ impl RegionState {
     pub(crate) fn pages_of(&self, chunk: ChunkIndex) -> Option<Range<usize>> {
         let index = self.chunks().contains(&chunk.0).then(|| to_usize(chunk.0 - self.file.first_chunk.0))?;
         let (start, end) = (index * self.chunk_pages, (index + 1) * self.chunk_pages);
-        Some(start.saturating_sub(self.first_page)..(end - self.first_page).min(self.states.pages()))
+        Some(start.saturating_sub(self.first_page)..(end - self.first_page).min(self.pages))
+    }
+
+    /// The state of a page.
+    pub(crate) fn state(&self, page: usize) -> PageState {
+        self.states.get(self.first_state + page)
+    }
+
+    /// The first run of neighbouring pages in `within` whose state is one of `states`.
+    pub(crate) fn next_run(&self, within: Range<usize>, states: &[PageState]) -> Option<Range<usize>> {
+        let run = self.states.next_run(self.placed(within), states)?;
+        Some(run.start - self.first_state..run.end - self.first_state)
+    }
+
+    /// How many of its pages are in `state`.
+    pub(crate) fn count(&self, state: PageState) -> usize {
+        self.states.count(self.placed(0..self.pages), state)
+    }
+
+    /// Whether no page of it is absent or poisoned, which is final.
+    pub(crate) fn is_resolved(&self) -> bool {
+        let from = self.resolved_below.load(Ordering::Acquire);
+        let unresolved = self.next_run(from..self.pages, &[PageState::Absent, PageState::Poisoned]);
+        let below = unresolved.as_ref().map_or(self.pages, |run| run.start);
+        self.resolved_below.store(below, Ordering::Release);
+        unresolved.is_none()
+    }
+
+    /// Absent and poisoned pages of the range become resident.
+    pub(crate) fn set_resident(&self, pages: Range<usize>) {
+        self.states.set_resident(self.placed(pages));
+    }
+
+    /// Absent pages of the range become poisoned.
+    pub(crate) fn set_poisoned(&self, pages: Range<usize>) {
+        self.states.set_poisoned(self.placed(pages));
+    }
+
+    /// All pages of the range become removed.
+    pub(crate) fn set_removed(&self, pages: Range<usize>) {
+        self.states.set_removed(self.placed(pages));
+    }
+
+    /// Where these pages are among the states.
+    fn placed(&self, pages: Range<usize>) -> Range<usize> {
+        assert!(pages.end <= self.pages, "pages {pages:?} of {}", self.pages);
+        self.first_state + pages.start..self.first_state + pages.end
     }
 
     /// Whether the memory is still there. Does not change while an installer or the pager is in the gate.
     pub(crate) fn is_alive(&self) -> bool {
-        self.alive.load(Ordering::Acquire)
+        self.alive.load(Ordering::Acquire) && !self.space.is_gone()
     }
 
-    /// The memory is about to be unmapped.
+    /// The memory is not there any more, or about to be unmapped.
     pub(crate) fn end(&self) {
         self.alive.store(false, Ordering::Release);
     }
@@ -137,13 +241,13 @@ impl Region {
     /// How many of its pages are resident.
     #[must_use]
     pub fn resident_pages(&self) -> usize {
-        self.state.states.counts().resident
+        self.state.count(PageState::Resident)
     }
 
     /// Whether the page at `offset` bytes is resident. Does not touch it.
     #[must_use]
     pub fn is_resident(&self, offset: usize) -> bool {
-        offset < self.len() && self.state.states.get(offset / PAGE_BYTES) == PageState::Resident
+        offset < self.len() && self.state.state(offset / PAGE_BYTES) == PageState::Resident
     }
 
     /// Copies `buffer.len()` bytes from `offset` on, and gives an error where touching them would be SIGBUS.
@@ -215,7 +319,8 @@ mod tests {
                 first_chunk: ChunkIndex(first_chunk),
                 executable: false,
             };
-            let region = RegionState::new(0, file, first_page..first_page + pages, chunk_pages * PAGE_BYTES);
+            let (space, chunk_bytes) = (crate::space::tests::any_space(0), chunk_pages * PAGE_BYTES);
+            let region = RegionState::new(space, 0, file, first_page..first_page + pages, chunk_bytes);
             let mut next = 0;
             for chunk in region.chunks() {
                 let here = region.pages_of(ChunkIndex(chunk)).unwrap();

@@ -47,8 +47,8 @@ struct Chunk {
 /// A segment that was asked for, and the pages that need it.
 #[derive(Debug)]
 struct Segment {
-    /// Each page once: by its region's address and its number.
-    pages: BTreeMap<(usize, usize), Waiting>,
+    /// Each page once: by its space and address.
+    pages: BTreeMap<(u32, usize), Waiting>,
     refusals: u32,
     deadline: Instant,
     again_at: Option<Instant>,
@@ -136,7 +136,7 @@ impl Requests {
             self.segments_to_ask.push(index);
             Segment { pages: BTreeMap::new(), refusals: 0, deadline, again_at: None, busy: None }
         });
-        wanted.pages.insert((page.0.address(0), page.1), page);
+        wanted.pages.insert((page.0.space.id, page.0.address(page.1)), page);
     }
 
     /// Whether there is something to be asked for.

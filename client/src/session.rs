@@ -12,8 +12,9 @@ use crate::page_state::PageState;
 use crate::pager::Pager;
 use crate::region::{Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
+use crate::space::Spaces;
+use crate::uffd::OpenError;
 use crate::uffd::memory::Memory;
-use crate::uffd::{OpenError, Uffd};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::reference::Reference;
@@ -21,7 +22,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
@@ -186,12 +187,13 @@ pub(crate) enum Command {
 pub(crate) struct Shared {
     pub(crate) address: ServerAddress,
     pub(crate) image: Arc<Image>,
-    pub(crate) uffd: Arc<Uffd>,
     pub(crate) options: Options,
+    serves_kernel_faults: bool,
     pub(crate) gate: Gate,
     pub(crate) counters: Counters,
     /// Changed by the pager alone. Held for a copy of the Arc, never over a touch of a region.
-    regions: Mutex<Arc<[Arc<RegionState>]>>,
+    spaces: Mutex<Arc<Spaces>>,
+    next_space_id: AtomicU32,
     /// The first loss, and whether the pager has ended. Held for reading and writing these alone.
     outcome: Mutex<OutcomeSoFar>,
     /// Something in the page states or in `outcome` has changed.
@@ -201,8 +203,6 @@ pub(crate) struct Shared {
     /// Something in `outcome` has changed.
     reported: Condvar,
     fill_started: AtomicBool,
-    /// An installer has seen that the memory's owner has exited.
-    pub(crate) owner_gone: Notify,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
 }
@@ -216,33 +216,41 @@ struct OutcomeSoFar {
 }
 
 impl Shared {
-    pub(crate) fn new(address: ServerAddress, image: Arc<Image>, uffd: Arc<Uffd>, options: Options) -> Self {
+    /// A session of these spaces, not more than one, of id 0.
+    pub(crate) fn new(address: ServerAddress, image: Arc<Image>, spaces: Spaces, options: Options) -> Self {
         Self {
             address,
             image,
-            uffd,
             options,
+            serves_kernel_faults: spaces.spaces().iter().all(|space| space.uffd.serves_kernel_faults()),
             gate: Gate::default(),
             counters: Counters::default(),
-            regions: Mutex::new(Arc::new([])),
+            spaces: Mutex::new(Arc::new(spaces)),
+            next_space_id: AtomicU32::new(1),
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
             fill_started: AtomicBool::new(false),
-            owner_gone: Notify::new(),
             fill_work: Notify::new(),
         }
     }
 
-    pub(crate) fn regions(&self) -> Arc<[Arc<RegionState>]> {
-        Arc::clone(&self.regions.lock().unwrap_or_else(PoisonError::into_inner))
+    /// The spaces and regions that there are at the moment.
+    pub(crate) fn spaces(&self) -> Arc<Spaces> {
+        Arc::clone(&self.spaces.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// For the pager alone.
-    pub(crate) fn set_regions(&self, regions: Arc<[Arc<RegionState>]>) {
-        *self.regions.lock().unwrap_or_else(PoisonError::into_inner) = regions;
+    pub(crate) fn change_spaces(&self, change: impl FnOnce(&mut Spaces)) {
+        let mut spaces = Spaces::clone(&self.spaces());
+        change(&mut spaces);
+        *self.spaces.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(spaces);
         self.fill_work.notify_one();
+    }
+
+    pub(crate) fn next_space_id(&self) -> u32 {
+        self.next_space_id.fetch_add(1, Ordering::Relaxed)
     }
 
     fn outcome(&self) -> MutexGuard<'_, OutcomeSoFar> {
@@ -316,7 +324,7 @@ impl Shared {
         region: &Arc<RegionState>,
         pages: Range<usize>,
     ) -> Result<(), LossError> {
-        let absent = |pages: &Range<usize>| region.states.next_run(pages.clone(), &[PageState::Absent]);
+        let absent = |pages: &Range<usize>| region.next_run(pages.clone(), &[PageState::Absent]);
         let reported_before = self.outcome().reports;
         if absent(&pages).is_some() {
             let command = Command::Bring { region: Arc::clone(region), pages: pages.clone() };
@@ -329,7 +337,7 @@ impl Shared {
             (absent(&pages).is_none() || waiting || outcome.ended).then_some(())
         });
         let lost = [PageState::Absent, PageState::Poisoned];
-        match region.states.next_run(pages, &lost) {
+        match region.next_run(pages, &lost) {
             None => Ok(()),
             Some(_) => Err(LossError::Lost(self.error().unwrap_or_else(|| "the session has ended".into()))),
         }
@@ -361,12 +369,11 @@ impl Shared {
             frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),
             ..Progress::default()
         };
-        for region in self.regions().iter() {
-            let counts = region.states.counts();
-            progress.total_pages += region.states.pages() as u64;
-            progress.resident_pages += counts.resident as u64;
-            progress.poisoned_pages += counts.poisoned as u64;
-            progress.removed_pages += counts.removed as u64;
+        for region in self.spaces().regions() {
+            progress.total_pages += region.pages() as u64;
+            progress.resident_pages += region.count(PageState::Resident) as u64;
+            progress.poisoned_pages += region.count(PageState::Poisoned) as u64;
+            progress.removed_pages += region.count(PageState::Removed) as u64;
         }
         progress
     }
@@ -398,13 +405,19 @@ impl Session {
     /// Fills memory of another process, whose userfaultfd `uffd` is, from an image's files: `regions` are registered
     /// with it already, for missing pages, and are private anonymous memory of pages of 4 KiB.
     ///
-    /// A duplicate of `uffd` is kept, and made non-blocking, which the original then is, too. If this fails nothing is lost, as long as the caller keeps its own: faults wait.
-    /// The session ends when it is dropped, or in order when an attempt to fill shows that the process has exited.
+    /// What of these events the userfaultfd was asked for is followed: EVENT_REMOVE, EVENT_UNMAP, EVENT_REMAP and
+    /// EVENT_FORK, which brings the children into the session. Where the process does one of these unasked, a touch
+    /// may give the image's bytes where it should give zeros, or zeros where it should give the image's bytes.
+    ///
+    /// A duplicate of `uffd` is kept, and made non-blocking, which the original then is, too. If this fails nothing
+    /// is lost, as long as the caller keeps its own: faults wait.
+    /// The session ends when it is dropped, or in order when the process and its children have exited, which is
+    /// noticed within a second.
     /// At its end, unless the process has exited, what is still absent is SIGBUS there: see [`Session::end`].
     ///
     /// # Errors
     /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
-    /// [`SessionError::Uffd`]: not a userfaultfd, or one with EVENT_FORK or EVENT_REMAP, which are not followed yet.
+    /// [`SessionError::Uffd`]: not a userfaultfd.
     ///
     /// # Blocking
     /// As [`Session::open`].
@@ -446,7 +459,7 @@ impl Session {
     /// they fail with EFAULT.
     #[must_use]
     pub fn serves_kernel_faults(&self) -> bool {
-        self.shared.uffd.serves_kernel_faults()
+        self.shared.serves_kernel_faults
     }
 
     /// Maps the whole file at `path` of the image.
@@ -496,7 +509,8 @@ impl Session {
         };
         let start = memory.as_ref().map_or(0, Memory::start);
         let chunk_bytes = self.shared.image.root().chunk_size().bytes();
-        let state = Arc::new(RegionState::new(start, file, pages, chunk_bytes));
+        let space = self.shared.spaces().spaces().first().cloned().ok_or(SessionError::Ended)?;
+        let state = Arc::new(RegionState::new(space, start, file, pages, chunk_bytes));
         if memory.is_some() {
             let (reply, registered) = std::sync::mpsc::sync_channel(1);
             let command = Command::Map { region: Arc::clone(&state), reply };
@@ -573,11 +587,7 @@ impl Session {
         // Too far away to be counted is for ever.
         let deadline = Instant::now().checked_add(timeout);
         let outcome = self.shared.wait(deadline, |outcome| {
-            // The counts are quick, but may be ahead of each other while a state changes.
-            let Progress { resident_pages, removed_pages, total_pages, .. } = self.shared.progress();
-            let lost = [PageState::Absent, PageState::Poisoned];
-            let done = |r: &Arc<RegionState>| r.states.next_run(0..r.states.pages(), &lost).is_none();
-            if resident_pages + removed_pages >= total_pages && self.shared.regions().iter().all(done) {
+            if self.shared.spaces().regions().iter().all(|region| region.is_resolved()) {
                 return Some(Ok(()));
             }
             let ended = outcome.ended.then(|| "the session has ended".into());

@@ -17,7 +17,9 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater};
 use std::io;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
+use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -46,8 +48,8 @@ macro_rules! features {
 
 features! {
     PAGEFAULT_FLAG_WP = 0, "5.7", "not used yet";
-    EVENT_FORK = 1, "4.11", "not used yet; needs CAP_SYS_PTRACE";
-    EVENT_REMAP = 2, "4.11", "memory that is moved away is noticed, and ends the session";
+    EVENT_FORK = 1, "4.11", "another process's children are served, too; needs CAP_SYS_PTRACE";
+    EVENT_REMAP = 2, "4.11", "memory that is moved is served where it went";
     EVENT_REMOVE = 3, "4.11", "madvise: memory given back stays given back";
     MISSING_HUGETLBFS = 4, "4.11", "not used yet";
     MISSING_SHMEM = 5, "4.11", "not used yet";
@@ -111,17 +113,19 @@ pub(crate) enum Outcome {
     NoMemory,
 }
 
-/// One message of a userfaultfd.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One message of a userfaultfd. Ranges are of addresses.
+#[derive(Debug)]
 pub(crate) enum Event {
     /// A thread touched an absent page at this address, and sleeps.
     Fault { address: usize },
     /// This range is about to lose its content (madvise).
-    Remove { start: usize, end: usize },
-    /// This range is about to be unmapped.
-    Unmap { start: usize, end: usize },
+    Remove { addresses: Range<usize> },
+    /// This range has been unmapped.
+    Unmap { addresses: Range<usize> },
     /// A range has been moved (mremap).
-    Remap { from: usize, to: usize, len: usize },
+    Remap { from: Range<usize>, to: usize },
+    /// The process has forked, and this is its child's.
+    Fork { child: Uffd },
     /// Something that was not asked for.
     Unknown { event: u8 },
 }
@@ -220,8 +224,8 @@ fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Errno> {
     Ok(api.features)
 }
 
-/// What the handshake of a userfaultfd that somebody else made asked for.
-fn foreign_features(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
+/// Looks at a descriptor that somebody else made: it must be a userfaultfd whose handshake is done.
+fn check_foreign(fd: BorrowedFd<'_>) -> Result<(), OpenError> {
     /// Set once UFFDIO_API was done; see fs/userfaultfd.c.
     const INITIALIZED: u64 = 1 << 31;
     let foreign = |reason: &str| OpenError::Foreign(reason.to_owned());
@@ -235,7 +239,7 @@ fn foreign_features(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
     if features & INITIALIZED == 0 {
         return Err(foreign("is a userfaultfd without its UFFDIO_API"));
     }
-    Ok(features)
+    Ok(())
 }
 
 /// What this kernel and these privileges offer: how a userfaultfd is had, and the features' bits.
@@ -271,20 +275,10 @@ impl Uffd {
     /// Takes over a userfaultfd that another process has opened for its memory, its API handshake done.
     ///
     /// # Errors
-    /// [`OpenError::Foreign`]: it is none, or it sends events that cannot be followed. [`OpenError::Features`]:
-    /// the kernel cannot poison, and somebody else's memory can be made safe by nothing else.
+    /// [`OpenError::Foreign`]: it is none. [`OpenError::Features`]: the kernel cannot poison, and somebody else's
+    /// memory can be made safe by nothing else.
     pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, OpenError> {
-        let features = foreign_features(fd.as_fd())?;
-        let followed = EVENT_REMOVE | EVENT_UNMAP;
-        let events = followed | EVENT_FORK | EVENT_REMAP;
-        let unfollowed: Vec<_> =
-            FEATURES.iter().filter(|f| features & events & !followed & f.bit != 0).map(|f| f.name).collect();
-        if !unfollowed.is_empty() {
-            return Err(OpenError::Foreign(format!(
-                "sends what is not followed yet: {}",
-                unfollowed.join(", ")
-            )));
-        }
+        check_foreign(fd.as_fd())?;
         let (access, available) = probe()?;
         if available & POISON == 0 {
             return Err(OpenError::Features("POISON".to_owned()));
@@ -335,6 +329,14 @@ impl Uffd {
         outcome(result, copy.copy, source.len())
     }
 
+    /// Whether the owner of the memory has exited.
+    pub(crate) fn is_owner_gone(&self) -> bool {
+        // At any address: at most it maps what is there already. That comes after the look at the owner.
+        let range = abi::Range { start: 1 << 32, len: abi::PAGE_BYTES };
+        let mut continue_ = abi::Continue { range, mode: abi::MODE_DONTWAKE, mapped: 0 };
+        update::<{ abi::IOC_CONTINUE }, _>(self.as_fd(), &mut continue_) == Err(Errno::SRCH)
+    }
+
     /// Installs zeros. A poisoned page counts as present; use [`Uffd::copy`] for it.
     pub(crate) fn zero(&self, address: usize, len: usize) -> Outcome {
         let range = abi::Range { start: address as u64, len: len as u64 };
@@ -367,11 +369,36 @@ impl Uffd {
                 Err(error) => return Err(error.into()),
             };
             for message in buffer[..bytes].as_chunks::<{ size_of::<abi::Msg>() }>().0 {
-                events.push(event_of(*message));
+                events.push(self.event(*message));
             }
             if bytes < buffer.len() {
                 return Ok(());
             }
+        }
+    }
+
+    fn event(&self, bytes: [u8; size_of::<abi::Msg>()]) -> Event {
+        let word = |i: usize| {
+            let bytes = bytes[i..i + 8].try_into().expect("eight bytes");
+            postcopy_proto::page::to_usize(u64::from_ne_bytes(bytes))
+        };
+        let (a, b, c) = (word(8), word(16), word(24));
+        match bytes[0] {
+            // Without UFFD_FEATURE_EXACT_ADDRESS the address is the page's.
+            abi::EVENT_PAGEFAULT => Event::Fault { address: b },
+            abi::EVENT_REMOVE => Event::Remove { addresses: a..b },
+            abi::EVENT_UNMAP => Event::Unmap { addresses: a..b },
+            abi::EVENT_REMAP => Event::Remap { from: a..a + c, to: b },
+            abi::EVENT_FORK => {
+                let fd = i32::from_ne_bytes(bytes[8..12].try_into().expect("four bytes"));
+                // SAFETY: reading the message made this descriptor, a userfaultfd with the handshake of its parent,
+                // and nobody else knows of it.
+                let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd) };
+                // It is as its parent was when it was made. Cannot fail for a descriptor that is open.
+                let _ = rustix::io::ioctl_fionbio(&registrar, true);
+                Event::Fork { child: Self { registrar, access: self.access, features: self.features } }
+            }
+            event => Event::Unknown { event },
         }
     }
 }
@@ -391,23 +418,6 @@ fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outcome {
     }
 }
 
-fn event_of(bytes: [u8; size_of::<abi::Msg>()]) -> Event {
-    let word = |i: usize| {
-        let bytes = bytes[i..i + 8].try_into().expect("eight bytes");
-        postcopy_proto::page::to_usize(u64::from_ne_bytes(bytes))
-    };
-    let (a, b, c) = (word(8), word(16), word(24));
-    match bytes[0] {
-        // Without UFFD_FEATURE_EXACT_ADDRESS the address is the page's.
-        abi::EVENT_PAGEFAULT => Event::Fault { address: b },
-        abi::EVENT_REMOVE => Event::Remove { start: a, end: b },
-        abi::EVENT_UNMAP => Event::Unmap { start: a, end: b },
-        abi::EVENT_REMAP => Event::Remap { from: a, to: b, len: c },
-        abi::EVENT_FORK => Event::Unknown { event: abi::EVENT_FORK },
-        event => Event::Unknown { event },
-    }
-}
-
 /// A userfaultfd that the current tokio runtime watches.
 #[derive(Debug)]
 pub(crate) struct AsyncUffd(AsyncFd<std::sync::Arc<Uffd>>);
@@ -423,12 +433,12 @@ impl AsyncUffd {
         Ok(Self(watched?))
     }
 
-    /// Waits until there may be messages.
+    /// Whether there may be messages; if not, the task is woken when there are.
     ///
     /// # Errors
     /// If the runtime is shutting down.
-    pub(crate) async fn readable(&self) -> io::Result<Readable<'_>> {
-        Ok(Readable(self.0.readable().await?))
+    pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<Readable<'_>>> {
+        self.0.poll_read_ready(context).map(|ready| Ok(Readable(ready?)))
     }
 }
 

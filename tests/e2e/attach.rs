@@ -4,7 +4,7 @@ use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
 use postcopy::{LossPolicy, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
-use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
 use postcopy_tests::skip;
@@ -16,6 +16,7 @@ const CHUNK: usize = 64 << 10;
 const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
+const DONTNEED: i32 = 4;
 const FILLING: Options =
     Options { fill: true, fault_deadline: Duration::from_secs(30), on_loss: LossPolicy::Poison };
 
@@ -40,7 +41,7 @@ impl Source {
 }
 
 fn faulter() -> Faulter {
-    Faulter::start(EVENT_REMOVE, &[197, 100])
+    Faulter::start(ALL_EVENTS, &["private:197", "private:100"])
 }
 
 /// Runs a test with a server and a process. Serving another process takes the right to serve the kernel's faults.
@@ -56,15 +57,15 @@ fn another_process_s_memory_is_filled_as_it_touches_it() {
     with_faulter("another_process_s_memory_is_filled_as_it_touches_it", |source, first| {
         for (options, mut faulter) in [(Options::default(), first), (FILLING, faulter())] {
             // A touch that waits already when somebody comes.
-            faulter.tell("read 0 50 1");
+            let waits = faulter.at(0, 50);
+            faulter.main.tell(&format!("read {waits} 1"));
             let session = source.attach(&faulter, options).unwrap();
             faulter.let_go();
-            let expected = postcopy::proto::digest::Digest::of(source.pages(153, 1)).hex();
-            assert_eq!(faulter.answer(), Some(expected));
+            faulter.main.assert_answers(waits, source.pages(153, 1));
             if options.fill {
                 session.wait_resident(Duration::from_secs(30)).unwrap();
             }
-            faulter.does("write 1 7 42");
+            faulter.main.does(&format!("write {} 1 42", faulter.at(1, 7)));
             faulter.assert_reads(1, 7, &[42; PAGE]);
             faulter.assert_reads(1, 8, source.pages(11, 92));
             faulter.assert_reads(0, 0, source.pages(103, 197));
@@ -83,7 +84,7 @@ fn what_the_owner_gives_back_stays_zero() {
         faulter.let_go();
         faulter.assert_reads(0, 40, source.pages(143, 4));
         // Pages that are there, and some that never were.
-        faulter.does("remove 0 42 10");
+        faulter.main.does(&format!("advise {DONTNEED} {} 10", faulter.at(0, 42)));
         faulter.assert_reads(0, 40, source.pages(143, 2));
         faulter.assert_reads(0, 42, &[0; 10 * PAGE]);
         session.fill().unwrap();
@@ -101,9 +102,7 @@ fn the_owner_s_exit_ends_the_session_in_order() {
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(3, 1));
         faulter.kill();
-        assert!(!session.wait_end(Duration::ZERO), "nobody has tried yet");
-        session.fill().unwrap();
-        assert!(session.wait_end(Duration::from_secs(30)), "the fill finds nobody there");
+        assert!(session.wait_end(Duration::from_secs(30)), "somebody looks");
         assert_eq!(session.error(), None, "that is no loss");
     });
 }
@@ -116,8 +115,8 @@ fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
         faulter.assert_reads(1, 13, source.pages(16, 16));
         assert!(session.end(Duration::from_secs(30)));
         faulter.assert_reads(1, 13, source.pages(16, 16));
-        faulter.tell("read 1 29 1");
-        assert_eq!((faulter.answer(), faulter.dies_of()), (None, SIGBUS));
+        faulter.main.tell(&format!("read {} 1", faulter.at(1, 29)));
+        assert_eq!((faulter.main.answer(), faulter.dies_of()), (None, SIGBUS));
     });
 }
 
@@ -135,8 +134,8 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
                 .unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(0, 32));
-        faulter.tell("read 1 40 1");
-        assert_eq!((faulter.answer(), faulter.dies_of()), (None, SIGBUS));
+        faulter.main.tell(&format!("read {} 1", faulter.at(1, 40)));
+        assert_eq!((faulter.main.answer(), faulter.dies_of()), (None, SIGBUS));
         assert!(session.error().unwrap().contains("chunk 2 of image"));
     });
 }
@@ -175,15 +174,111 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         let nowhere = "http://127.0.0.1:1".parse().unwrap();
         let regions = std::slice::from_ref(&first);
         Session::attach(&nowhere, &reference, Options::default(), faulter.uffd(), regions).unwrap_err();
-        let moving = Faulter::start(EVENT_REMOVE | 1 << 2, &[10]);
-        let error = attach(moving.uffd(), &[moving.region(0, "mem", 0)]).unwrap_err().to_string();
-        assert!(error.contains("EVENT_REMAP"), "{error}");
 
         // A touch during all of that waits, and is right in the end.
-        faulter.tell("read 0 9 1");
+        let waits = faulter.at(0, 9);
+        faulter.main.tell(&format!("read {waits} 1"));
         let session = source.attach(&faulter, Options::default()).unwrap();
-        let expected = postcopy::proto::digest::Digest::of(source.pages(112, 1)).hex();
-        assert_eq!(faulter.answer(), Some(expected));
+        faulter.main.assert_answers(waits, source.pages(112, 1));
         drop(session);
+    });
+}
+
+/// The regions lie at other places than in the file: which of its pages is at an address.
+const FIRST_PAGES: [usize; 2] = [103, 3];
+
+#[test]
+fn children_are_served_their_own_view_to_any_depth() {
+    with_faulter("children_are_served_their_own_view_to_any_depth", |source, mut faulter| {
+        let session = source.attach(&faulter, Options::default()).unwrap();
+        faulter.let_go();
+        let at = |page| faulter.at(0, page);
+        let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
+        let (a, b, c, d, e) = (at(0), at(20), at(40), at(60), at(80));
+        faulter.main.assert_reads(a, image(0, 20));
+        faulter.main.does(&format!("advise {DONTNEED} {b} 10"));
+        faulter.main.does(&format!("write {c} 5 7"));
+        let mut child = faulter.fork();
+        // What the parent does from here on is its own affair, and the other way round.
+        faulter.main.does(&format!("advise {DONTNEED} {d} 10"));
+        child.does(&format!("advise {DONTNEED} {e} 10"));
+        let mut grandchild = faulter.start_another(&mut child, "fork");
+        grandchild.does(&format!("advise {DONTNEED} {c} 2"));
+        for (who, toucher) in [&mut faulter.main, &mut child, &mut grandchild].into_iter().enumerate() {
+            let zeros = vec![0; 10 * PAGE];
+            toucher.assert_reads(a, image(0, 20));
+            toucher.assert_reads(b, &zeros);
+            toucher.assert_reads(b + 10 * PAGE, image(30, 10));
+            let written = if who == 2 { 2 * PAGE } else { 0 };
+            toucher.assert_reads(c, &[vec![0; written], vec![7; 5 * PAGE - written]].concat());
+            toucher.assert_reads(d, if who == 0 { &zeros } else { image(60, 10) });
+            toucher.assert_reads(e, if who == 0 { image(80, 10) } else { &zeros });
+            toucher.assert_reads(e + 10 * PAGE, image(90, 107));
+        }
+        // Those that are left go on when one exits, and the last one's exit ends the session.
+        faulter.kill();
+        for toucher in [&mut child, &mut grandchild] {
+            toucher.tell("exit");
+        }
+        assert!(session.wait_end(Duration::from_secs(30)), "all have exited");
+        assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn a_child_is_served_after_its_parent_has_exited() {
+    with_faulter("a_child_is_served_after_its_parent_has_exited", |source, mut faulter| {
+        let session = source.attach(&faulter, FILLING).unwrap();
+        faulter.let_go();
+        let mut child = faulter.fork();
+        let mut grandchild = faulter.start_another(&mut child, "fork");
+        child.tell("exit");
+        assert_eq!(child.answer(), None);
+        faulter.kill();
+        grandchild.assert_reads(faulter.at(1, 0), source.pages(3, 100));
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        grandchild.assert_reads(faulter.at(0, 0), source.pages(103, 197));
+    });
+}
+
+#[test]
+fn memory_that_is_moved_cut_and_grown_stays_right() {
+    with_faulter("memory_that_is_moved_cut_and_grown_stays_right", |source, mut faulter| {
+        const MAYMOVE: i32 = 1;
+        const DONTUNMAP: i32 = 4;
+        let session = source.attach(&faulter, Options::default()).unwrap();
+        faulter.let_go();
+        let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
+        let start = faulter.at(0, 0);
+        let main = &mut faulter.main;
+        main.assert_reads(start, image(0, 4));
+        main.does(&format!("advise {DONTNEED} {} 4", start + 30 * PAGE));
+        main.does(&format!("unmap {} 8", start + 100 * PAGE));
+        // A part of the middle goes elsewhere: pages that are there, absent, removed.
+        let to: usize = main.ask("reserve 300").parse().unwrap();
+        let moved = main.ask(&format!("remap {} 40 40 {MAYMOVE} {to}", start + 2 * PAGE));
+        assert_eq!(moved, to.to_string());
+        main.assert_reads(to, image(2, 28));
+        main.assert_reads(to + 28 * PAGE, &[0; 4 * PAGE]);
+        main.assert_reads(to + 32 * PAGE, image(34, 8));
+        main.assert_reads(start, image(0, 2));
+        main.assert_reads(start + 42 * PAGE, image(42, 58));
+        main.assert_reads(start + 108 * PAGE, image(108, 20));
+        // What is left behind is zero, what it grows by, too.
+        let rest = start + 108 * PAGE;
+        let away = main.ask(&format!("remap {rest} 30 30 {} 0", MAYMOVE | DONTUNMAP)).parse().unwrap();
+        main.assert_reads(rest, &[0; 30 * PAGE]);
+        main.assert_reads(away, image(108, 30));
+        let last = start + 190 * PAGE;
+        let grown: usize =
+            main.ask(&format!("remap {last} 7 50 {MAYMOVE} {}", to + 100 * PAGE)).parse().unwrap();
+        main.assert_reads(grown + 6 * PAGE, &[image(196, 1), &[0; 43 * PAGE]].concat());
+        main.assert_reads(grown, image(190, 6));
+        assert_eq!(session.error(), None);
+        // And what is filled in the background goes to where it belongs now.
+        session.fill().unwrap();
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        main.assert_reads(rest + 30 * PAGE, image(138, 52));
+        main.assert_reads(rest, &[0; 30 * PAGE]);
     });
 }

@@ -1,50 +1,138 @@
-//! A process whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
+//! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
 use crate::binary;
 use postcopy::ForeignRegion;
 use postcopy_proto::digest::Digest;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::process::PidfdFlags;
 use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, Command};
+use tempfile::TempDir;
 
 /// The features that Firecracker asks for.
 pub const EVENT_REMOVE: u64 = 1 << 3;
+/// The features that CRIU asks for: forks, remaps, removes, unmaps.
+pub const ALL_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
 
-/// See the module. Killed when dropped.
+const PAGE: usize = 4096;
+
+/// A thread of a process that does what it is told. The process ends, if this is its last, when it is dropped.
+#[derive(Debug)]
+pub struct Toucher {
+    stream: BufReader<UnixStream>,
+    /// Of its process.
+    pub pid: u32,
+}
+
+impl Toucher {
+    fn accept(listener: &UnixListener) -> Self {
+        let (stream, _) = listener.accept().expect("it connects");
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line).expect("it says who it is");
+        Self { stream, pid: line.trim().parse().expect("a pid") }
+    }
+
+    /// Tells it what to do, without waiting for it.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn tell(&mut self, what: &str) {
+        writeln!(self.stream.get_mut(), "{what}").expect("it listens");
+    }
+
+    /// What it answers to something it was told; None if it has ended instead.
+    pub fn answer(&mut self) -> Option<String> {
+        let mut line = String::new();
+        let read = self.stream.read_line(&mut line).unwrap_or(0);
+        (read > 0).then(|| line.trim().to_owned())
+    }
+
+    /// Tells it something, and gives its answer.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn ask(&mut self, what: &str) -> String {
+        self.tell(what);
+        self.answer().unwrap_or_else(|| panic!("{what}: it has ended"))
+    }
+
+    /// Has it do something that has no other answer.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn does(&mut self, what: &str) {
+        assert_eq!(self.ask(what), "done", "{what}");
+    }
+
+    /// Has it touch pages, and sees that they have these bytes.
+    ///
+    /// # Panics
+    /// If they have not, or it dies of them.
+    pub fn assert_reads(&mut self, address: usize, bytes: &[u8]) {
+        assert!(bytes.len().is_multiple_of(PAGE), "whole pages");
+        self.tell(&format!("read {address} {}", bytes.len() / PAGE));
+        self.assert_answers(address, bytes);
+    }
+
+    /// Sees that the pages that it was told to touch have these bytes.
+    ///
+    /// # Panics
+    /// As [`Toucher::assert_reads`].
+    pub fn assert_answers(&mut self, address: usize, bytes: &[u8]) {
+        let answer = self.answer().unwrap_or_else(|| panic!("it has died of the pages at {address:#x}"));
+        let found: Vec<_> = answer.split_whitespace().collect();
+        let expected: Vec<_> = bytes.chunks(PAGE).map(page_digest).collect();
+        assert_eq!(found.len(), expected.len(), "{answer}");
+        for (page, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let zero = if *found == page_digest(&[0; PAGE]) { ", and are zero" } else { "" };
+            assert_eq!(found, expected, "page {page} of those at {address:#x}: other bytes{zero}");
+        }
+    }
+}
+
+/// What a process says of a page of these bytes.
+#[must_use]
+pub fn page_digest(page: &[u8]) -> String {
+    Digest::of(page).hex()[..16].to_owned()
+}
+
+/// A process, its first thread, and its userfaultfd. It and all that it has forked are killed when it is dropped.
 #[derive(Debug)]
 pub struct Faulter {
     child: Child,
-    stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
+    listener: UnixListener,
+    _folder: TempDir,
+    /// Its first thread.
+    pub main: Toucher,
     uffd: Option<OwnedFd>,
     regions: Vec<(usize, usize)>,
+    /// What it has forked, by pidfd.
+    descendants: Vec<OwnedFd>,
 }
 
 impl Faulter {
-    /// Starts a process with regions of so many pages, and takes its userfaultfd over.
+    /// Starts a process with regions, each a kind of memory and how many pages, such as `private:100`, and takes its
+    /// userfaultfd over.
     ///
     /// # Panics
     /// If it does not come up.
     #[must_use]
-    pub fn start(features: u64, pages: &[usize]) -> Self {
+    pub fn start(features: u64, regions: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let socket = folder.path().join("socket");
         let listener = UnixListener::bind(&socket).expect("a socket can be made");
         let mut command = Command::new(binary("postcopy-faulter"));
-        command.arg(&socket).arg(features.to_string()).args(pages.iter().map(ToString::to_string));
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
-        let (peer, _) = listener.accept().expect("it connects");
+        command.arg(&socket).arg(features.to_string()).args(regions);
+        let child = command.spawn().expect("it starts");
+        let (stream, _) = listener.accept().expect("it connects");
         let (mut bytes, mut space) = ([0; 4096], [std::mem::MaybeUninit::uninit(); 64]);
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = rustix::net::recvmsg(
-            &peer,
-            &mut [IoSliceMut::new(&mut bytes)],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        );
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
+        let received = rustix::net::recvmsg(&stream, &mut buffers, &mut control, RecvFlags::CMSG_CLOEXEC);
         let received = received.expect("it sends").bytes;
         let mut fds = control.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -52,9 +140,8 @@ impl Faulter {
         });
         let uffd = fds.next().and_then(|mut fds| fds.next()).expect("a descriptor");
         let regions = serde_json::from_slice(&bytes[..received]).expect("addresses");
-        let stdin = child.stdin.take().expect("piped");
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        Self { child, stdin, stdout, uffd: Some(uffd), regions }
+        let main = Toucher { stream: BufReader::new(stream), pid: child.id() };
+        Self { child, listener, _folder: folder, main, uffd: Some(uffd), regions, descendants: Vec::new() }
     }
 
     /// Its userfaultfd.
@@ -71,6 +158,12 @@ impl Faulter {
         self.uffd = None;
     }
 
+    /// The address of a page of its region `region`.
+    #[must_use]
+    pub fn at(&self, region: usize, page: usize) -> usize {
+        self.regions[region].0 + page * PAGE
+    }
+
     /// Its region `index`, to be filled from `path` from a byte on.
     #[must_use]
     pub fn region(&self, index: usize, path: &str, offset_bytes: u64) -> ForeignRegion {
@@ -78,39 +171,28 @@ impl Faulter {
         ForeignRegion { address, len, path: path.into(), offset_bytes }
     }
 
-    /// Tells it what to do, without waiting for it.
+    /// As [`Toucher::assert_reads`], by region and page.
     ///
     /// # Panics
-    /// If it has ended.
-    pub fn tell(&mut self, what: &str) {
-        writeln!(self.stdin, "{what}").expect("it listens");
-    }
-
-    /// What it answers to something it was told; None if it has ended instead.
-    pub fn answer(&mut self) -> Option<String> {
-        let mut line = String::new();
-        let read = self.stdout.read_line(&mut line).unwrap_or(0);
-        (read > 0).then(|| line.trim().to_owned())
-    }
-
-    /// Has it touch pages, and sees that they have these bytes.
-    ///
-    /// # Panics
-    /// If they have not, or it dies of them.
+    /// As there.
     pub fn assert_reads(&mut self, region: usize, page: usize, bytes: &[u8]) {
-        assert!(bytes.len().is_multiple_of(4096), "whole pages");
-        self.tell(&format!("read {region} {page} {}", bytes.len() / 4096));
-        let answer = self.answer();
-        assert_eq!(answer, Some(Digest::of(bytes).hex()), "region {region}, page {page}");
+        self.main.assert_reads(self.at(region, page), bytes);
     }
 
-    /// Has it do something other than reading.
+    /// Has a thread start another one, or fork: `thread` or `fork`.
     ///
     /// # Panics
     /// If it does not.
-    pub fn does(&mut self, what: &str) {
-        self.tell(what);
-        assert_eq!(self.answer().as_deref(), Some("done"), "{what}");
+    pub fn start_another(&mut self, of: &mut Toucher, how: &str) -> Toucher {
+        start_another(&self.listener, &mut self.descendants, of, how)
+    }
+
+    /// A child that the first thread forks.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn fork(&mut self) -> Toucher {
+        start_another(&self.listener, &mut self.descendants, &mut self.main, "fork")
     }
 
     /// Ends it.
@@ -133,5 +215,25 @@ impl Faulter {
 impl Drop for Faulter {
     fn drop(&mut self) {
         self.kill();
+        for process in &self.descendants {
+            let _ = rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
+        }
     }
+}
+
+fn start_another(
+    listener: &UnixListener,
+    descendants: &mut Vec<OwnedFd>,
+    of: &mut Toucher,
+    how: &str,
+) -> Toucher {
+    of.tell(how);
+    let other = Toucher::accept(listener);
+    if other.pid != of.pid {
+        let pid = rustix::process::Pid::from_raw(other.pid.cast_signed()).expect("a pid");
+        // It may have ended already.
+        descendants.extend(rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+    }
+    assert_eq!(of.answer().as_deref(), Some("done"), "{how}");
+    other
 }

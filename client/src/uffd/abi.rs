@@ -10,6 +10,12 @@ pub(super) const UFFD_API: u64 = 0xAA;
 /// `UFFD_USER_MODE_ONLY`, a flag of userfaultfd(2) since Linux 5.11.
 pub(super) const USER_MODE_ONLY: u32 = 1;
 
+/// The smallest page.
+pub(super) const PAGE_BYTES: u64 = 4096;
+
+/// `UFFDIO_CONTINUE_MODE_DONTWAKE`.
+pub(super) const MODE_DONTWAKE: u64 = 1;
+
 pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
 pub(super) const EVENT_FORK: u8 = 0x13;
 pub(super) const EVENT_REMAP: u8 = 0x14;
@@ -60,6 +66,15 @@ pub(super) struct Poison {
     pub(super) updated: i64,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Continue {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+    /// Bytes done, or a negative errno.
+    pub(super) mapped: i64,
+}
+
 /// `struct uffd_msg`: the meaning of `arg` depends on `event`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,17 +90,20 @@ const _: () = assert!(size_of::<Api>() == 24);
 const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<ZeroPage>() == 32);
 const _: () = assert!(size_of::<Poison>() == 32);
+const _: () = assert!(size_of::<Continue>() == 32);
 const _: () = assert!(size_of::<Msg>() == 32);
 
 pub(super) const IOC_API: Opcode = opcode::read_write::<Api>(UFFDIO, 0x3F);
 pub(super) const IOC_COPY: Opcode = opcode::read_write::<Copy>(UFFDIO, 0x03);
 pub(super) const IOC_ZEROPAGE: Opcode = opcode::read_write::<ZeroPage>(UFFDIO, 0x04);
+pub(super) const IOC_CONTINUE: Opcode = opcode::read_write::<Continue>(UFFDIO, 0x07);
 pub(super) const IOC_POISON: Opcode = opcode::read_write::<Poison>(UFFDIO, 0x08);
 /// `USERFAULTFD_IOC_NEW` of /dev/userfaultfd, since Linux 6.1.
 pub(super) const IOC_NEW: Opcode = opcode::none(UFFDIO, 0x00);
 
 const _: () = assert!(IOC_API == 0xC018_AA3F);
 const _: () = assert!(IOC_COPY == 0xC028_AA03);
+const _: () = assert!(IOC_CONTINUE == 0xC020_AA07);
 const _: () = assert!(IOC_POISON == 0xC020_AA08);
 const _: () = assert!(IOC_NEW == 0xAA00);
 

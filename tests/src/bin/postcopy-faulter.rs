@@ -1,66 +1,183 @@
-//! A process whose memory others fill: what Firecracker and CRIU are to a handler, and told line by line what to touch.
+//! A process whose memory others fill: what Firecracker and CRIU are to a handler, and told line by line what to do.
 //!
-//! `postcopy-faulter SOCKET FEATURES PAGES…` maps a region of as many pages for each number, registers all with one
-//! userfaultfd that asks for these features, and sends that over the socket, with a JSON array of `[address, length]`.
-//! Then it does what it reads from stdin, answering each line: `read REGION PAGE COUNT` with the bytes' BLAKE3 digest,
-//! `write REGION PAGE BYTE` and `remove REGION PAGE COUNT` (MADV_DONTNEED) with `done`.
+//! `postcopy-faulter SOCKET FEATURES KIND:PAGES…` maps a region for each of these, registers all with one userfaultfd
+//! that asks for these features, and sends that over the socket, with a JSON array of `[address, length]`. Then it
+//! does what it reads from the socket, answering each line; `error` and an errno where the kernel refuses. Addresses
+//! and numbers are decimal, COUNT is in pages of 4 KiB:
+//!
+//! | | |
+//! |---|---|
+//! | `read ADDRESS COUNT` | the beginning of each page's BLAKE3 digest |
+//! | `kernel-read ADDRESS COUNT` | the same, of what write(2) takes from there |
+//! | `write ADDRESS COUNT BYTE`, `kernel-write …` | `done`: by stores, or by read(2) |
+//! | `add ADDRESS` | the former value of the u64 there, one is added atomically |
+//! | `advise ADVICE ADDRESS COUNT` | `done`: madvise, by number |
+//! | `unmap ADDRESS COUNT`, `cover ADDRESS COUNT` | `done`: munmap, or new memory mapped over it |
+//! | `remap ADDRESS COUNT NEW_COUNT FLAGS TO` | the new address: mremap, to a fixed address if that is not 0 |
+//! | `reserve COUNT` | the address of so much that is mapped nowhere |
+//! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
+//! | `exit` | nothing |
 
 use anyhow::{Context, Result, bail};
+use nix::libc;
 use postcopy::proto::digest::Digest;
-use rustix::fd::BorrowedFd;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::mm::{MapFlags, ProtFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use std::io::{BufRead, IoSlice, Write};
+use std::ffi::c_void;
+use std::io::{BufRead, BufReader, IoSlice, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
 
 const PAGE: usize = 4096;
+const HUGE: usize = 2 << 20;
 
-struct Region {
-    start: *mut u8,
-    len: usize,
+fn pointer(address: usize) -> *mut c_void {
+    std::ptr::with_exposed_provenance_mut(address)
 }
 
-impl Region {
-    #[expect(unsafe_code, reason = "a mapping that lives as long as the process")]
-    fn map(pages: usize) -> Result<Self> {
-        let len = pages * PAGE;
-        let (protection, flags) =
-            (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+/// Memory of a kind, so many bytes at an address.
+#[expect(unsafe_code, reason = "mappings that live as long as the process")]
+fn map(kind: &str, len: usize) -> Result<usize> {
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let (sharing, huge) = match kind {
+        "private" | "memfd-private" => (MapFlags::PRIVATE, false),
+        "shared" | "memfd" => (MapFlags::SHARED, false),
+        "huge" => (MapFlags::PRIVATE, true),
+        "huge-shared" => (MapFlags::SHARED, true),
+        _ => bail!("{kind} is no kind of memory"),
+    };
+    let huge = if huge { MapFlags::HUGETLB } else { MapFlags::empty() };
+    let flags = sharing | huge | MapFlags::NORESERVE;
+    let start = if kind.starts_with("memfd") {
+        let file = memfd(len)?;
         // SAFETY: a new mapping, placed by the kernel where nothing is.
-        let start = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, flags) }?;
-        Ok(Self { start: start.cast(), len })
-    }
+        unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }?
+    } else {
+        // SAFETY: as above.
+        unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, flags) }?
+    };
+    Ok(start.expose_provenance())
+}
 
-    fn pages(&self, first: usize, count: usize) -> Result<(*mut u8, usize)> {
-        if first.checked_add(count).is_none_or(|end| end * PAGE > self.len) {
-            bail!("{count} pages from {first} on are not in the region");
+fn memfd(len: usize) -> Result<OwnedFd> {
+    let file = rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&file, len as u64)?;
+    Ok(file)
+}
+
+/// The bytes at an address, which the caller knows to be mapped.
+#[expect(unsafe_code, reason = "memory that somebody else fills")]
+fn bytes(address: usize, len: usize) -> &'static [u8] {
+    // SAFETY: whoever tells this process what to do knows what is mapped, and that nobody else writes there now.
+    unsafe { std::slice::from_raw_parts(pointer(address).cast::<u8>(), len) }
+}
+
+#[expect(unsafe_code, reason = "memory that somebody else fills")]
+fn bytes_mut(address: usize, len: usize) -> &'static mut [u8] {
+    // SAFETY: as in `bytes`.
+    unsafe { std::slice::from_raw_parts_mut(pointer(address).cast::<u8>(), len) }
+}
+
+fn digests(bytes: &[u8]) -> String {
+    let digest = |page: &[u8]| Digest::of(page).hex()[..16].to_owned();
+    bytes.chunks(PAGE).map(digest).collect::<Vec<_>>().join(" ")
+}
+
+fn kernel_read(address: usize, len: usize) -> Result<String> {
+    let file = memfd(0)?;
+    let mut done = 0;
+    while done < len {
+        done += rustix::io::pwrite(&file, bytes(address + done, len - done), done as u64)?;
+    }
+    let mut copy = vec![0; len];
+    rustix::io::pread(&file, &mut copy, 0)?;
+    Ok(digests(&copy))
+}
+
+fn kernel_write(address: usize, len: usize, byte: u8) -> Result<()> {
+    let file = memfd(0)?;
+    rustix::io::pwrite(&file, &vec![byte; len], 0)?;
+    let mut done = 0;
+    while done < len {
+        done += rustix::io::pread(&file, bytes_mut(address + done, len - done), done as u64)?;
+    }
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "memory that somebody else fills")]
+fn add(address: usize) -> u64 {
+    // SAFETY: as in `bytes`, and aligned.
+    let value = unsafe { AtomicU64::from_ptr(pointer(address).cast()) };
+    value.fetch_add(1, Ordering::AcqRel)
+}
+
+#[expect(unsafe_code, reason = "mappings of our own")]
+fn advise(address: usize, len: usize, advice: i32) -> Result<()> {
+    // SAFETY: nobody borrows from the range; the caller knows what becomes of it.
+    let answer = unsafe { libc::madvise(pointer(address), len, advice) };
+    if answer == -1 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
+}
+
+#[expect(unsafe_code, reason = "mappings of our own")]
+fn unmap(address: usize, len: usize) -> Result<()> {
+    // SAFETY: nobody borrows from the range.
+    Ok(unsafe { rustix::mm::munmap(pointer(address), len) }?)
+}
+
+#[expect(unsafe_code, reason = "mappings of our own")]
+fn cover(address: usize, len: usize) -> Result<()> {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED;
+    // SAFETY: nobody borrows from the range.
+    unsafe { rustix::mm::mmap_anonymous(pointer(address), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "mappings of our own")]
+fn remap(address: usize, len: usize, new_len: usize, flags: i32, to: usize) -> Result<usize> {
+    let flags = flags | if to == 0 { 0 } else { libc::MREMAP_FIXED };
+    // SAFETY: nobody borrows from either range.
+    let answer = unsafe { libc::mremap(pointer(address), len, new_len, flags, pointer(to)) };
+    if answer == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(answer.expose_provenance())
+}
+
+/// Addresses where nothing is, and where the kernel will put nothing by itself.
+#[expect(unsafe_code, reason = "a mapping of our own")]
+fn reserve(len: usize) -> Result<usize> {
+    // SAFETY: a new mapping, placed by the kernel where nothing is.
+    let start = unsafe {
+        rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), MapFlags::PRIVATE)
+    }?;
+    Ok(start.expose_provenance())
+}
+
+/// Forks. The child does only what it is told.
+#[expect(unsafe_code, reason = "fork")]
+fn fork(socket: &Path) -> Result<()> {
+    // SAFETY: the child uses only the allocator and system calls, which may be used after a fork here.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { .. } => Ok(()),
+        nix::unistd::ForkResult::Child => {
+            // Or nobody would see that the parent has ended.
+            // SAFETY: nobody uses them again: this process leaves by _exit.
+            unsafe { libc::close_range(3, u32::MAX, 0) };
+            let status = i32::from(connect(socket).and_then(|stream| serve(&stream, socket)).is_err());
+            // SAFETY: ends the process; nothing of the parent's is to be run or flushed.
+            unsafe { libc::_exit(status) }
         }
-        Ok((self.start.wrapping_add(first * PAGE), count * PAGE))
     }
+}
 
-    #[expect(unsafe_code, reason = "memory that somebody else fills")]
-    fn read(&self, first: usize, count: usize) -> Result<Digest> {
-        let (start, len) = self.pages(first, count)?;
-        // SAFETY: mapped; only this thread writes, and a page does not change once it can be read.
-        Ok(Digest::of(unsafe { std::slice::from_raw_parts(start, len) }))
-    }
-
-    #[expect(unsafe_code, reason = "memory that somebody else fills")]
-    fn write(&self, page: usize, byte: u8) -> Result<()> {
-        let (start, len) = self.pages(page, 1)?;
-        // SAFETY: mapped, and nobody borrows from it.
-        unsafe { std::ptr::write_bytes(start, byte, len) };
-        Ok(())
-    }
-
-    #[expect(unsafe_code, reason = "madvise on memory of our own")]
-    fn remove(&self, first: usize, count: usize) -> Result<()> {
-        let (start, len) = self.pages(first, count)?;
-        // SAFETY: mapped, and nobody borrows from it.
-        Ok(unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxDontNeed) }?)
-    }
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket)?;
+    writeln!(stream, "{}", std::process::id())?;
+    Ok(stream)
 }
 
 #[expect(unsafe_code, reason = "the userfaultfd crate does not give a borrowed descriptor")]
@@ -72,45 +189,84 @@ fn send(socket: &UnixStream, uffd: &Uffd, text: &str) -> Result<()> {
     if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
         bail!("no room for a descriptor");
     }
-    rustix::net::sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::empty())?;
+    rustix::net::sendmsg(socket.as_fd(), &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::empty())?;
     Ok(())
+}
+
+/// Does what it is told until there is nothing more.
+fn serve(stream: &UnixStream, socket: &Path) -> Result<()> {
+    let mut out = stream;
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        let answer = match obey(&line, socket) {
+            Ok(answer) => answer,
+            Err(error) => match error.downcast::<std::io::Error>() {
+                Ok(error) => format!("error {}", error.raw_os_error().unwrap_or(0)),
+                Err(error) => match error.downcast::<rustix::io::Errno>() {
+                    Ok(errno) => format!("error {}", errno.raw_os_error()),
+                    Err(error) => return Err(error.context(line)),
+                },
+            },
+        };
+        out.write_all(format!("{answer}\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+fn obey(line: &str, socket: &Path) -> Result<String> {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let number = |i: usize| -> Result<usize> { Ok(words.get(i).context("a number is missing")?.parse()?) };
+    let pages = |i: usize| -> Result<usize> { Ok(number(i)? * PAGE) };
+    let done = || "done".to_owned();
+    Ok(match words[0] {
+        "read" => digests(bytes(number(1)?, pages(2)?)),
+        "kernel-read" => kernel_read(number(1)?, pages(2)?)?,
+        "write" => {
+            bytes_mut(number(1)?, pages(2)?).fill(u8::try_from(number(3)?)?);
+            done()
+        }
+        "kernel-write" => kernel_write(number(1)?, pages(2)?, u8::try_from(number(3)?)?).map(|()| done())?,
+        "add" => add(number(1)?).to_string(),
+        "advise" => advise(number(2)?, pages(3)?, i32::try_from(number(1)?)?).map(|()| done())?,
+        "unmap" => unmap(number(1)?, pages(2)?).map(|()| done())?,
+        "cover" => cover(number(1)?, pages(2)?).map(|()| done())?,
+        "remap" => {
+            remap(number(1)?, pages(2)?, pages(3)?, i32::try_from(number(4)?)?, number(5)?)?.to_string()
+        }
+        "reserve" => reserve(pages(1)?)?.to_string(),
+        "fork" => fork(socket).map(|()| done())?,
+        "thread" => {
+            let socket = socket.to_owned();
+            std::thread::Builder::new().spawn(move || serve(&connect(&socket)?, &socket))?;
+            done()
+        }
+        "exit" => std::process::exit(0),
+        other => bail!("{other} is not known"),
+    })
 }
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
-    let socket = args.next().context("SOCKET")?;
+    let socket = PathBuf::from(args.next().context("SOCKET")?);
     let features = FeatureFlags::from_bits_retain(args.next().context("FEATURES")?.parse()?);
-    let regions = args.map(|pages| Region::map(pages.parse()?)).collect::<Result<Vec<_>>>()?;
+    let mut regions = Vec::new();
+    for region in args {
+        let (kind, pages) = region.split_once(':').context("KIND:PAGES")?;
+        let len = pages.parse::<usize>()? * PAGE;
+        if kind.starts_with("huge") && !len.is_multiple_of(HUGE) {
+            bail!("{len} bytes are no whole pages of 2 MiB");
+        }
+        regions.push((map(kind, len)?, len));
+    }
     let mut builder = UffdBuilder::new();
     builder.close_on_exec(true).non_blocking(false).user_mode_only(false).require_features(features);
     let uffd = builder.create()?;
-    for region in &regions {
-        uffd.register(region.start.cast(), region.len)?;
+    for (address, len) in &regions {
+        uffd.register(pointer(*address), *len)?;
     }
-    let addresses: Vec<_> = regions.iter().map(|region| [region.start.addr(), region.len]).collect();
-    send(&UnixStream::connect(socket)?, &uffd, &serde_json::to_string(&addresses)?)?;
+    let stream = UnixStream::connect(&socket)?;
+    send(&stream, &uffd, &serde_json::to_string(&regions)?)?;
     // Whoever has it now is to be the only one.
     drop(uffd);
-
-    for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        let words: Vec<_> = line.split_whitespace().collect();
-        let number =
-            |i: usize| -> Result<usize> { Ok(words.get(i).context("a number is missing")?.parse()?) };
-        let region = regions.get(number(1)?).context("no such region")?;
-        let answer = match words[0] {
-            "read" => region.read(number(2)?, number(3)?)?.hex(),
-            "write" => {
-                region.write(number(2)?, u8::try_from(number(3)?)?)?;
-                "done".to_owned()
-            }
-            "remove" => {
-                region.remove(number(2)?, number(3)?)?;
-                "done".to_owned()
-            }
-            other => bail!("{other} is not known"),
-        };
-        writeln!(std::io::stdout(), "{answer}")?;
-    }
-    Ok(())
+    serve(&stream, &socket)
 }

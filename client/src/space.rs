@@ -1,0 +1,227 @@
+//! Address spaces: one for each process whose memory a session fills, and what lies where in it.
+//!
+//! A session begins with one. A process that forks gets its child another one, where userfaultfd tells of it.
+
+use crate::region::RegionState;
+use crate::uffd::Uffd;
+use postcopy_proto::page::ChunkIndex;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The memory of one process, as its userfaultfd sees it.
+#[derive(Debug)]
+pub(crate) struct Space {
+    /// Of all spaces that the session has had, in the order of their coming.
+    pub(crate) id: u32,
+    pub(crate) uffd: Arc<Uffd>,
+    gone: AtomicBool,
+}
+
+impl Space {
+    pub(crate) fn new(id: u32, uffd: Uffd) -> Self {
+        Self { id, uffd: Arc::new(uffd), gone: AtomicBool::new(false) }
+    }
+
+    /// Whether the process has exited, as far as somebody has noticed.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// The process has exited.
+    pub(crate) fn set_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+}
+
+/// A session's spaces, and their regions in the order of spaces and addresses; none overlaps another.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Spaces {
+    spaces: Vec<Arc<Space>>,
+    regions: Vec<Arc<RegionState>>,
+}
+
+impl Spaces {
+    /// One space with these regions, which do not overlap.
+    pub(crate) fn new(space: Arc<Space>, mut regions: Vec<Arc<RegionState>>) -> Self {
+        regions.sort_by_key(|region| region.address(0));
+        Self { spaces: vec![space], regions }
+    }
+
+    pub(crate) fn spaces(&self) -> &[Arc<Space>] {
+        &self.spaces
+    }
+
+    pub(crate) fn regions(&self) -> &[Arc<RegionState>] {
+        &self.regions
+    }
+
+    /// The regions that have pages of a chunk.
+    pub(crate) fn of_chunk(&self, chunk: ChunkIndex) -> impl Iterator<Item = &Arc<RegionState>> {
+        self.regions.iter().filter(move |region| region.chunks().contains(&chunk.0))
+    }
+
+    /// The region and its page at an address.
+    pub(crate) fn at(&self, space: &Space, address: usize) -> Option<(&Arc<RegionState>, usize)> {
+        let region = self.overlapping(space, &(address..address + 1)).first()?;
+        Some((region, region.page_at(address)?))
+    }
+
+    /// The regions that have pages in a range of addresses.
+    pub(crate) fn overlapping(&self, space: &Space, addresses: &Range<usize>) -> &[Arc<RegionState>] {
+        let start =
+            self.regions.partition_point(|r| (r.space.id, r.addresses().end) <= (space.id, addresses.start));
+        let end = self.regions.partition_point(|r| (r.space.id, r.address(0)) < (space.id, addresses.end));
+        &self.regions[start..end.max(start)]
+    }
+
+    /// Adds a region where none is.
+    pub(crate) fn add(&mut self, region: Arc<RegionState>) {
+        let place = (region.space.id, region.address(0));
+        let at = self.regions.partition_point(|other| (other.space.id, other.address(0)) < place);
+        self.regions.insert(at, region);
+    }
+
+    /// Takes a range of addresses out, and gives the regions that lay in it, whole or in part, as they were in it.
+    pub(crate) fn cut(&mut self, space: &Space, addresses: &Range<usize>) -> Vec<RegionState> {
+        let hit = self.overlapping(space, addresses).to_vec();
+        self.regions.retain(|region| !hit.iter().any(|hit| Arc::ptr_eq(hit, region)));
+        let mut inside = Vec::new();
+        for region in hit {
+            let cut = region.pages_in(addresses);
+            for rest in [0..cut.start, cut.end..region.pages()] {
+                if !rest.is_empty() {
+                    self.add(Arc::new(region.part(rest.clone(), region.address(rest.start))));
+                }
+            }
+            inside.push(region.part(cut.clone(), region.address(cut.start)));
+            region.end();
+        }
+        inside
+    }
+
+    /// Moves what lies in a range of addresses to `to`, where nothing is.
+    pub(crate) fn move_to(&mut self, space: &Space, from: &Range<usize>, to: usize) {
+        for region in self.cut(space, from) {
+            let start = to + (region.address(0) - from.start);
+            self.add(Arc::new(region.part(0..region.pages(), start)));
+        }
+    }
+
+    /// Adds the space of a process that `parent` has forked.
+    pub(crate) fn fork(&mut self, parent: &Space, child: Arc<Space>) {
+        let regions = self.regions.iter().filter(|region| region.space.id == parent.id);
+        let forked: Vec<_> = regions.map(|region| Arc::new(region.forked(&child))).collect();
+        // Ids grow: they go to the end.
+        self.regions.extend(forked);
+        self.spaces.push(child);
+    }
+
+    /// Forgets spaces whose process has exited.
+    pub(crate) fn forget_gone(&mut self) {
+        self.regions.retain(|region| !region.space.is_gone());
+        self.spaces.retain(|space| !space.is_gone());
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::page_state::PageState;
+    use postcopy_proto::manifest::FileEntry;
+    use postcopy_proto::page::PAGE_BYTES;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// A space of which nothing is registered.
+    pub(crate) fn any_space(id: u32) -> Arc<Space> {
+        Arc::new(Space::new(id, Uffd::open(0).expect("a userfaultfd can be had")))
+    }
+
+    const FILE: FileEntry =
+        FileEntry { size_bytes: 400 * 4096, first_chunk: ChunkIndex(0), executable: false };
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Cut(Range<usize>),
+        Move(Range<usize>, usize),
+        Remove(Range<usize>),
+        Fork,
+    }
+
+    fn any_change() -> impl Strategy<Value = (prop::sample::Index, Change)> {
+        let range = (0usize..60, 1usize..30).prop_map(|(start, len)| start..start + len);
+        let change = prop_oneof![
+            range.clone().prop_map(Change::Cut),
+            (range.clone(), 0usize..400).prop_map(|(from, to)| Change::Move(from, to)),
+            range.prop_map(Change::Remove),
+            Just(Change::Fork),
+        ];
+        (any::<prop::sample::Index>(), change)
+    }
+
+    proptest! {
+        /// Pages stay what they are, wherever they go, whatever is cut, and however often it is forked.
+        #[test]
+        fn pages_are_found_where_they_went(changes in prop::collection::vec(any_change(), 0..20)) {
+            let bytes = |pages: &Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+            let root = any_space(0);
+            let region = |start: usize, pages| {
+                Arc::new(RegionState::new(Arc::clone(&root), start * PAGE_BYTES, FILE, pages, 4 * PAGE_BYTES))
+            };
+            let mut spaces = Spaces::new(Arc::clone(&root), vec![region(40, 200..215), region(5, 101..130)]);
+            // What is at each page of each space: a page of the file, and its state.
+            let mut model = vec![BTreeMap::new()];
+            model[0].extend((5..34).map(|page| (page, (page + 96, PageState::Absent))));
+            model[0].extend((40..55).map(|page| (page, (page + 160, PageState::Absent))));
+            for (which, change) in changes {
+                let which = which.index(model.len());
+                let space = Arc::clone(&spaces.spaces()[which]);
+                let here = &mut model[which];
+                match change {
+                    Change::Cut(pages) => {
+                        spaces.cut(&space, &bytes(&pages));
+                        here.retain(|page, _| !pages.contains(page));
+                    }
+                    Change::Move(from, to) => {
+                        let to = to.max(from.end);
+                        // As mremap does it: what was there is unmapped first.
+                        spaces.cut(&space, &bytes(&(to..to + from.len())));
+                        here.retain(|page, _| !(to..to + from.len()).contains(page));
+                        spaces.move_to(&space, &bytes(&from), to * PAGE_BYTES);
+                        let moved: Vec<_> = here.range(from.clone()).map(|(page, what)| (*page, *what)).collect();
+                        here.retain(|page, _| !from.contains(page));
+                        here.extend(moved.into_iter().map(|(page, what)| (page - from.start + to, what)));
+                    }
+                    Change::Remove(pages) => {
+                        for region in spaces.overlapping(&space, &bytes(&pages)) {
+                            region.set_removed(region.pages_in(&bytes(&pages)));
+                        }
+                        here.range_mut(pages).for_each(|(_, what)| what.1 = PageState::Removed);
+                    }
+                    Change::Fork => {
+                        let child = any_space(u32::try_from(model.len()).unwrap());
+                        spaces.fork(&space, child);
+                        let forked = model[which].clone();
+                        model.push(forked);
+                    }
+                }
+            }
+            for (space, model) in spaces.spaces().iter().zip(&model) {
+                for page in 0..430 {
+                    let found = spaces.at(space, page * PAGE_BYTES).map(|(region, at)| {
+                        assert!(region.is_alive() && spaces.of_chunk(region.chunk_of(at)).any(|r| Arc::ptr_eq(r, region)));
+                        let chunk = usize::try_from(region.chunk_of(at).0).unwrap();
+                        (chunk * 4 + region.place_in_chunk(at), region.state(at))
+                    });
+                    prop_assert_eq!(found, model.get(&page).copied(), "page {}", page);
+                }
+            }
+            let in_order = |pair: &[Arc<RegionState>]| {
+                let (first, next) = (&pair[0], &pair[1]);
+                (first.space.id, first.addresses().end) <= (next.space.id, next.addresses().start)
+            };
+            prop_assert!(spaces.regions().windows(2).all(in_order));
+        }
+    }
+}
