@@ -1,14 +1,25 @@
-//! Whose memory a session fills: this process's own, which it maps itself, or another one's, of which it gets
-//! the userfaultfd and is told what lies where.
+//! Whose memory a session fills: this process's own, which it maps itself; another one's, of which it gets the
+//! userfaultfd and is told what lies where; or what a pager that has died has left.
 
+use crate::events;
 use crate::image::Image;
 use crate::region::RegionState;
-use crate::session::SessionError;
-use crate::space::Space;
+use crate::remote::ServerAddress;
+use crate::session::{Options, SessionError, Shared};
+use crate::space::{Space, Spaces};
+use crate::state::{Contents, State, StateError};
+use crate::uffd::{self, Event, OpenError, Uffd};
+use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
+use std::collections::HashMap;
+use std::fs::File;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+
+/// What the pager needs of the kernel in the process's own memory. EVENT_FORK is not among it: a fork of this
+/// process would wait for the pager, which may wait for a lock that the forking thread holds.
+const OWN_PROCESS_FEATURES: u64 = uffd::EVENT_REMOVE | uffd::EVENT_REMAP | uffd::EVENT_UNMAP;
 
 /// A span of another process's address space that is filled from a span of an image's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,21 +34,161 @@ pub struct ForeignRegion {
     pub offset_bytes: u64,
 }
 
+/// Memory of another process, for [`crate::Session::attach`].
+#[derive(Clone, Copy, Debug)]
+pub struct ForeignMemory<'a> {
+    /// The userfaultfd that the process has opened. Its API handshake is done, and the regions are registered with it.
+    pub uffd: BorrowedFd<'a>,
+    /// What lies where.
+    pub regions: &'a [ForeignRegion],
+    /// Where to keep what a successor needs, if this process may die before the session has ended: a file on tmpfs, or
+    /// a memfd; what it held is lost. See [`crate::Session::resume`].
+    pub state: Option<&'a File>,
+}
+
 /// Whose memory it is.
 #[derive(Debug)]
 pub(crate) enum Owner {
     ThisProcess,
-    Another { uffd: OwnedFd, regions: Vec<ForeignRegion> },
+    Another {
+        uffd: OwnedFd,
+        regions: Vec<ForeignRegion>,
+        state: Option<File>,
+    },
+    /// Its descriptors by the numbers that the state file has for them.
+    Left {
+        state: State,
+        contents: Contents,
+        uffds: HashMap<RawFd, OwnedFd>,
+    },
+}
+
+impl Owner {
+    /// What a session over this memory begins with.
+    ///
+    /// # Errors
+    /// [`SessionError`]; then no descriptor is the only one of its userfaultfd here.
+    pub(crate) fn share(
+        self,
+        address: ServerAddress,
+        image: Arc<Image>,
+        options: Options,
+    ) -> Result<Shared, SessionError> {
+        match self {
+            Self::ThisProcess => {
+                let space = Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?));
+                let spaces = Spaces::new(vec![space], Vec::new());
+                Ok(Shared::new(address, image, options, spaces, 1, State::own()))
+            }
+            Self::Another { uffd, regions, state } => {
+                let space = Arc::new(Space::new(0, Uffd::adopt(uffd)?));
+                let state = match state {
+                    None => State::own(),
+                    Some(file) => State::create(file, &image.digest(), &options)?,
+                };
+                let regions = self::regions(&image, &space, &regions, &state)?;
+                let spaces = Spaces::new(vec![space], regions);
+                state.write(&spaces, 1, None)?;
+                Ok(Shared::new(address, image, options, spaces, 1, state))
+            }
+            Self::Left { state, contents, uffds } => take_over(address, image, state, &contents, uffds),
+        }
+    }
+}
+
+/// Takes over what a pager has left that died: does what was read and not done, and wakes all who wait.
+fn take_over(
+    address: ServerAddress,
+    image: Arc<Image>,
+    state: State,
+    contents: &Contents,
+    mut uffds: HashMap<RawFd, OwnedFd>,
+) -> Result<Shared, SessionError> {
+    let mut spaces = Vec::new();
+    for (id, fd) in &contents.spaces {
+        let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
+        spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?)));
+    }
+    let regions = left_regions(&image, &state, contents, &spaces)?;
+    let spaces = Spaces::new(spaces, regions);
+    let shared = Shared::new(address, image, contents.options, spaces, contents.next_space, state);
+    // The descriptors have other numbers here.
+    shared.set_spaces(shared.spaces(), None)?;
+    let of = shared.spaces().spaces().iter().find(|space| space.id == contents.messages_of).cloned();
+    for (index, message) in contents.messages.iter().enumerate() {
+        let event = Event::with_child(*message, |fd| uffds.remove(&fd));
+        // Of a process that has exited since, nothing is left to be done.
+        if let Some(space) = &of {
+            let done = contents.messages_done + index + 1;
+            events::apply(&shared, space, event, done).map_err(StateError::Wrong)?;
+        }
+    }
+    for space in shared.spaces().spaces() {
+        space.uffd.wake_all();
+    }
+    for region in shared.spaces().regions() {
+        region.space.uffd.wake(region.address(0), region.len());
+    }
+    Ok(shared)
+}
+
+fn missing(fd: RawFd) -> OpenError {
+    OpenError::Foreign(format!("as number {fd}, which the state file names, was not given"))
+}
+
+/// The descriptors that a state file names, as duplicates of those that `given` gives by number.
+///
+/// # Errors
+/// [`SessionError`], if one is not given.
+pub(crate) fn descriptors_left<'a>(
+    contents: &Contents,
+    mut given: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
+) -> Result<HashMap<RawFd, OwnedFd>, SessionError> {
+    let duplicate = |fd: RawFd| {
+        let duplicate = given(fd).ok_or_else(|| missing(fd))?.try_clone_to_owned();
+        Ok((fd, duplicate.map_err(|source| SessionError::System { what: "a descriptor", source })?))
+    };
+    contents.descriptors().into_iter().map(duplicate).collect()
+}
+
+fn left_regions(
+    image: &Image,
+    state: &State,
+    contents: &Contents,
+    spaces: &[Arc<Space>],
+) -> Result<Vec<Arc<RegionState>>, StateError> {
+    let files: HashMap<u64, FileEntry> = image
+        .root()
+        .files()
+        .filter(|(_, file)| file.size_bytes > 0)
+        .map(|(_, file)| (file.first_chunk.0, *file))
+        .collect();
+    let mut states = HashMap::new();
+    let mut regions = Vec::new();
+    for row in &contents.regions {
+        let file = files.get(&row.file_first_chunk).filter(|file| file.size_bytes == row.file_bytes);
+        let file = file.ok_or_else(|| {
+            let chunk = row.file_first_chunk;
+            StateError::Wrong(format!("the image has no file that begins with chunk {chunk}"))
+        })?;
+        let space = spaces.iter().find(|space| space.id == row.space).expect("checked when it was read");
+        let states = states.entry(row.states_at).or_insert_with(|| Arc::new(state.page_states_of(row)));
+        let chunk_bytes = image.root().chunk_size().bytes();
+        let region = RegionState::restored(row, Arc::clone(space), *file, chunk_bytes, Arc::clone(states));
+        regions.push(Arc::new(region));
+    }
+    Ok(regions)
 }
 
 /// What a pager knows of regions that were registered by their owner.
 ///
 /// # Errors
 /// [`SessionError::Region`]: the first that cannot be.
-pub(crate) fn regions(
+fn regions(
     image: &Image,
     space: &Arc<Space>,
     regions: &[ForeignRegion],
+    state: &State,
 ) -> Result<Vec<Arc<RegionState>>, SessionError> {
     let mut states: Vec<Arc<RegionState>> = Vec::new();
     for (index, region) in regions.iter().enumerate() {
@@ -59,7 +210,9 @@ pub(crate) fn regions(
                 wrong(format!("{path:?} has {size} bytes, so not these pages from byte {offset} on"))
             })?;
         let chunk_bytes = image.root().chunk_size().bytes();
-        states.push(Arc::new(RegionState::new(Arc::clone(space), address, file, pages, chunk_bytes)));
+        let page_states = state.page_states(pages.len())?;
+        let region = RegionState::new(Arc::clone(space), address, file, pages, chunk_bytes, page_states);
+        states.push(Arc::new(region));
     }
     Ok(states)
 }

@@ -6,67 +6,74 @@
 
 use crate::session::Shared;
 use crate::space::Space;
+use crate::state::{MESSAGES, StateError};
 use crate::uffd::Event;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Changes states by the events that were read of a space's userfaultfd, and adds the addresses of faults to `faults`.
-/// The gate is passed alone.
+/// Reads all messages of a space's userfaultfd, does what its events say, and adds the addresses of its faults to
+/// `faults`. The gate is passed alone.
 ///
 /// # Errors
 /// Why the session cannot go on.
-pub(crate) fn apply(
-    shared: &Shared,
-    space: &Arc<Space>,
-    events: &mut Vec<Event>,
-    faults: &mut Vec<usize>,
-) -> Result<(), String> {
-    let mut changed = false;
-    let mut outcome = Ok(());
-    for event in events.drain(..) {
-        if let Event::Fault { address } = event {
-            faults.push(address);
-            continue;
+pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>) -> Result<(), String> {
+    loop {
+        let received = shared.state.receive(space.id, &space.uffd);
+        let received = received.map_err(|error| format!("a userfaultfd cannot be read: {error}"))?;
+        for index in 0..received {
+            match Event::of(shared.state.message(index)) {
+                Event::Fault { address } => faults.push(address),
+                event => apply(shared, space, event, index + 1)?,
+            }
         }
-        changed = true;
-        let applied = apply_one(shared, space, event);
-        outcome = outcome.and(applied);
+        if received < MESSAGES {
+            return Ok(());
+        }
     }
-    if changed {
-        shared.pages_changed();
-    }
-    outcome
 }
 
-fn apply_one(shared: &Shared, space: &Arc<Space>, event: Event) -> Result<(), String> {
+/// Does what an event says, and writes down that so many of the messages received are done.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn apply(shared: &Shared, space: &Arc<Space>, event: Event, done: usize) -> Result<(), String> {
+    let full = |error: StateError| error.to_string();
+    let mut spaces = shared.spaces();
     match event {
         Event::Fault { .. } => {}
         // The content is about to go: nothing of the image may be installed there any more.
         Event::Remove { addresses } => {
-            for region in shared.spaces().overlapping(space, &addresses) {
+            for region in spaces.overlapping(space, &addresses) {
                 region.set_removed(region.pages_in(&addresses));
             }
+            shared.state.done(done);
             wake(space, &addresses);
         }
         Event::Unmap { addresses } => {
-            shared.change_spaces(|spaces| {
-                for region in spaces.cut(space, &addresses) {
-                    region.set_removed(0..region.pages());
-                }
-            });
+            for region in Arc::make_mut(&mut spaces).cut(space, &addresses) {
+                region.set_removed(0..region.pages());
+            }
+            shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &addresses);
         }
         // What is left at the old place with MREMAP_DONTUNMAP is memory of no region, which is zero.
         Event::Remap { from, to } => {
-            shared.change_spaces(|spaces| spaces.move_to(space, &from, to));
+            Arc::make_mut(&mut spaces).move_to(space, &from, to);
+            shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &from);
         }
         Event::Fork { child } => {
-            let child = Arc::new(Space::new(shared.next_space_id(), child));
-            shared.change_spaces(|spaces| spaces.fork(space, child));
+            let child = Arc::new(Space::new(shared.next_space_id(), space.uffd.of_child(child)));
+            if let Err(error) = Arc::make_mut(&mut spaces).fork(space, Arc::clone(&child), &shared.state) {
+                // Its message is not done: a successor takes it from there, and it must stay open.
+                std::mem::forget(child);
+                return Err(full(error));
+            }
+            shared.set_spaces(spaces, Some(done)).map_err(full)?;
         }
         Event::Unknown { event } => return Err(format!("the kernel sent event {event:#x}, not asked for")),
     }
+    shared.pages_changed();
     Ok(())
 }
 

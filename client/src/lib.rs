@@ -36,9 +36,10 @@ mod remote;
 mod requests;
 mod session;
 mod space;
+pub mod state;
 pub mod uffd;
 
-pub use attach::ForeignRegion;
+pub use attach::{ForeignMemory, ForeignRegion};
 pub use image::{Content, Image};
 pub use region::Region;
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};

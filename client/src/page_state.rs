@@ -10,10 +10,12 @@
 //! Nothing leaves `removed`: such a page reads as zeros, and no late frame may undo that. This file does
 //! no I/O and has no clock, so that models can run the real type.
 
+use crate::state::Words;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-const PAGES_PER_WORD: usize = 32;
+/// Pages in a word.
+pub(crate) const WORD_PAGES: usize = 32;
 /// The lower bit of each page.
 const LOW: u64 = 0x5555_5555_5555_5555;
 
@@ -30,38 +32,48 @@ pub(crate) enum PageState {
     Removed = 0b11,
 }
 
-/// The states of some pages, all absent at first.
+/// The states of some pages.
 #[derive(Debug)]
 pub(crate) struct PageStates {
-    words: Box<[AtomicU64]>,
+    words: Words,
     pages: usize,
 }
 
 impl PageStates {
-    pub(crate) fn new(pages: usize) -> Self {
-        let words = (0..pages.div_ceil(PAGES_PER_WORD)).map(|_| AtomicU64::new(0)).collect();
+    /// So many pages, all absent where the words are 0.
+    pub(crate) fn new(words: Words, pages: usize) -> Self {
+        assert!(words.len() >= pages.div_ceil(WORD_PAGES), "{} words for {pages} pages", words.len());
         Self { words, pages }
     }
 
-    /// Others of the same states as these pages now.
-    pub(crate) fn copy_of(&self, pages: Range<usize>) -> Self {
+    /// What they are kept in.
+    pub(crate) fn words(&self) -> &Words {
+        &self.words
+    }
+
+    /// How many pages.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Gives others, which are of as many pages, the states that these pages have now.
+    pub(crate) fn copy_to(&self, copy: &Self, pages: Range<usize>) {
         assert!(pages.end <= self.pages, "pages {pages:?} of {}", self.pages);
-        let copy = Self::new(pages.len());
+        assert_eq!(copy.pages, pages.len(), "as many");
         let word = |index: usize| self.words.get(index).map_or(0, |word| word.load(Ordering::Acquire));
-        let (first, shift) = (pages.start / PAGES_PER_WORD, pages.start % PAGES_PER_WORD * 2);
+        let (first, shift) = (pages.start / WORD_PAGES, pages.start % WORD_PAGES * 2);
         for (index, lows) in words_of(0..pages.len()) {
             let here = word(first + index) >> shift;
             // Shifted in two steps: 64 at once is not allowed.
             let next = word(first + index + 1) << 1 << (63 - shift);
             copy.words[index].store((here | next) & (lows * 0b11), Ordering::Release);
         }
-        copy
     }
 
     pub(crate) fn get(&self, page: usize) -> PageState {
         assert!(page < self.pages, "page {page} of {}", self.pages);
-        let word = self.words[page / PAGES_PER_WORD].load(Ordering::Acquire);
-        match word >> (page % PAGES_PER_WORD * 2) & 0b11 {
+        let word = self.words[page / WORD_PAGES].load(Ordering::Acquire);
+        match word >> (page % WORD_PAGES * 2) & 0b11 {
             0b00 => PageState::Absent,
             0b01 => PageState::Resident,
             0b10 => PageState::Poisoned,
@@ -116,9 +128,9 @@ impl PageStates {
     fn find(&self, within: Range<usize>, states: &[PageState], wanted: bool) -> Option<usize> {
         let mut page = within.start;
         while page < within.end {
-            let first = page % PAGES_PER_WORD;
-            let count = (PAGES_PER_WORD - first).min(within.end - page);
-            let word = self.words[page / PAGES_PER_WORD].load(Ordering::Acquire);
+            let first = page % WORD_PAGES;
+            let count = (WORD_PAGES - first).min(within.end - page);
+            let word = self.words[page / WORD_PAGES].load(Ordering::Acquire);
             let matching = states.iter().map(|state| in_state(word, *state)).fold(0, |all, some| all | some);
             let hits = if wanted { matching } else { !matching } & low_bits(first, count);
             if hits != 0 {
@@ -134,16 +146,16 @@ impl PageStates {
 fn words_of(pages: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
     let mut next = pages.start;
     std::iter::from_fn(move || {
-        let (page, first) = (next, next % PAGES_PER_WORD);
-        let count = (PAGES_PER_WORD - first).min(pages.end.checked_sub(page).filter(|left| *left > 0)?);
+        let (page, first) = (next, next % WORD_PAGES);
+        let count = (WORD_PAGES - first).min(pages.end.checked_sub(page).filter(|left| *left > 0)?);
         next += count;
-        Some((page / PAGES_PER_WORD, low_bits(first, count)))
+        Some((page / WORD_PAGES, low_bits(first, count)))
     })
 }
 
 /// The lower bits of `count` pages of a word, from `first` on.
 fn low_bits(first: usize, count: usize) -> u64 {
-    let all = if count == PAGES_PER_WORD { u64::MAX } else { (1 << (count * 2)) - 1 };
+    let all = if count == WORD_PAGES { u64::MAX } else { (1 << (count * 2)) - 1 };
     (all << (first * 2)) & LOW
 }
 
@@ -170,6 +182,10 @@ mod tests {
         Removed(Range<usize>),
     }
 
+    fn states_of(pages: usize) -> PageStates {
+        PageStates::new(Words::own(pages.div_ceil(WORD_PAGES)), pages)
+    }
+
     fn any_step() -> impl Strategy<Value = Step> {
         let range = (0usize..130, 0usize..70).prop_map(|(start, len)| start..(start + len).min(130));
         (0..3, range).prop_map(|(kind, range)| match kind {
@@ -185,7 +201,7 @@ mod tests {
             steps in proptest::collection::vec(any_step(), 0..20), first in 0usize..130, len in 0usize..130,
         ) {
             let part = first..(first + len).min(130);
-            let states = PageStates::new(130);
+            let states = states_of(130);
             let mut model = [PageState::Absent; 130];
             for step in steps {
                 match step.clone() {
@@ -207,7 +223,8 @@ mod tests {
                 prop_assert_eq!(states.get(page), *state);
             }
             let part = &model[part.clone()];
-            let copy = states.copy_of(first..first + part.len());
+            let copy = states_of(part.len());
+            states.copy_to(&copy, first..first + part.len());
             for (page, state) in part.iter().enumerate() {
                 prop_assert_eq!(copy.get(page), *state);
                 let count = part.iter().filter(|s| *s == state).count();
@@ -229,7 +246,7 @@ mod tests {
     #[test]
     fn nothing_undoes_a_removal_that_races_an_install() {
         for _ in 0..2000 {
-            let states = PageStates::new(32);
+            let states = states_of(32);
             std::thread::scope(|scope| {
                 scope.spawn(|| states.set_resident(0..32));
                 scope.spawn(|| states.set_removed(7..9));

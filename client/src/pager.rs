@@ -11,7 +11,7 @@
 //! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
 //! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS.
 
-use crate::attach::{self, Owner};
+use crate::attach::Owner;
 use crate::chunk::ChunkPages;
 use crate::events;
 use crate::image::{Content, Image};
@@ -21,9 +21,9 @@ use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, SegmentRefused, ServerAddress, take_segment};
 use crate::requests::{Late, Refused, Requests};
-use crate::session::{Command, LossPolicy, OWN_PROCESS_FEATURES, Options, SessionError, Shared, add};
+use crate::session::{Command, LossPolicy, Options, SessionError, Shared, add};
 use crate::space::{Space, Spaces};
-use crate::uffd::{AsyncUffd, Event, Outcome, Readable, Uffd};
+use crate::uffd::{AsyncUffd, Outcome, Readable};
 use bytes::Bytes;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
@@ -62,7 +62,6 @@ pub(crate) struct Pager {
     put_off: BTreeMap<(u32, usize), (Arc<Space>, Instant)>,
     /// An event came that this session cannot go on after.
     broken: Option<String>,
-    events: Vec<Event>,
     /// Addresses of faults that were read and not yet seen to, and their spaces.
     faults: Vec<(Arc<Space>, usize)>,
     pages: ChunkPages,
@@ -78,14 +77,18 @@ struct Watched {
 }
 
 /// Makes every way out of the pager (return, error, panic) a safe one when it is dropped: what is unresolved is
-/// poisoned, and only then are the regions let go of.
+/// poisoned, and only then are the regions let go of. Where a successor can come, and the end is none in order, all is
+/// left to it as it is.
 #[derive(Debug)]
-struct WayOut(Arc<Shared>);
+struct WayOut {
+    shared: Arc<Shared>,
+    in_order: bool,
+}
 
 impl WayOut {
     /// Poisons what is absent in all regions, also of processes that are forked meanwhile.
     fn poison(&self) {
-        let shared = &self.0;
+        let shared = &self.shared;
         // Kept, so that none that comes has the address of one that is done.
         let mut done: HashMap<*const RegionState, Arc<RegionState>> = HashMap::new();
         loop {
@@ -107,16 +110,23 @@ impl WayOut {
 
     /// Reads what a space has to tell. Faults are left: poisoning wakes them.
     fn read(&self, space: &Arc<Space>) {
-        let mut messages = Vec::new();
-        let _ = space.uffd.read_events(&mut messages);
-        let _ = events::apply(&self.0, space, &mut messages, &mut Vec::new());
+        let _ = events::read(&self.shared, space, &mut Vec::new());
     }
 }
 
 impl Drop for WayOut {
     fn drop(&mut self) {
-        let shared = &self.0;
+        let shared = &self.shared;
         shared.gate.close();
+        let spaces = shared.spaces();
+        if shared.state.has_file() && !self.in_order {
+            for space in spaces.spaces() {
+                // Closing them would turn what is absent into zeros.
+                std::mem::forget(Arc::clone(&space.uffd));
+            }
+            return shared.end();
+        }
+        shared.state.end();
         self.poison();
         let spaces = shared.spaces();
         for region in spaces.regions() {
@@ -143,8 +153,8 @@ impl Pager {
         address: ServerAddress,
         reference: Reference,
         options: Options,
+        owner: Owner,
         commands: mpsc::Receiver<Command>,
-        memory: Owner,
     ) -> Result<Arc<Shared>, SessionError> {
         let system = |what| move |source| SessionError::System { what, source };
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -155,7 +165,7 @@ impl Pager {
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let thread = move || {
             runtime.block_on(async move {
-                let opened = Self::open(address.clone(), &reference, options, commands, memory);
+                let opened = Self::open(address.clone(), &reference, options, owner, commands);
                 // Each part of it has a limit of its own; this is the promise of `Session::open`.
                 let opened = match tokio::time::timeout(OPEN, opened).await {
                     Ok(opened) => opened,
@@ -164,7 +174,7 @@ impl Pager {
                 match opened {
                     Err(error) => drop(reply.send(Err(error))),
                     Ok(pager) => {
-                        let shared = Arc::clone(&pager.way_out.0);
+                        let shared = Arc::clone(&pager.way_out.shared);
                         drop(reply.send(Ok(shared)));
                         // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
                         // A panic has poisoned what was unresolved by then, and nobody is left to be told.
@@ -182,36 +192,25 @@ impl Pager {
         address: ServerAddress,
         reference: &Reference,
         options: Options,
+        owner: Owner,
         commands: mpsc::Receiver<Command>,
-        memory: Owner,
     ) -> Result<Self, SessionError> {
         let image = open_image(&address, reference).await?;
         let lane = DemandLane::open(&address, &image.digest()).await?;
-        let is_foreign = matches!(memory, Owner::Another { .. });
-        let spaces = match memory {
-            Owner::ThisProcess => {
-                Spaces::new(Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?)), Vec::new())
-            }
-            Owner::Another { uffd, regions } => {
-                let space = Arc::new(Space::new(0, Uffd::adopt(uffd)?));
-                let regions = attach::regions(&image, &space, &regions)?;
-                Spaces::new(space, regions)
-            }
-        };
-        let shared = Arc::new(Shared::new(address, image, spaces, options));
+        let is_foreign = !matches!(owner, Owner::ThisProcess);
+        let shared = Arc::new(owner.share(address, image, options)?);
         let mut pager = Self {
-            way_out: WayOut(shared),
             watched: Vec::new(),
             is_foreign,
             lane: Ok(lane),
             reconnect_pause: RECONNECT.start,
-            requests: Requests::new(options.fault_deadline),
+            requests: Requests::new(shared.options.fault_deadline),
             put_off: BTreeMap::new(),
             broken: None,
-            events: Vec::new(),
             faults: Vec::new(),
             pages: ChunkPages::default(),
             commands,
+            way_out: WayOut { shared, in_order: false },
         };
         pager.watch().map_err(|source| SessionError::System { what: "epoll", source })?;
         Ok(pager)
@@ -231,12 +230,12 @@ impl Pager {
     }
 
     fn shared(&self) -> &Shared {
-        &self.way_out.0
+        &self.way_out.shared
     }
 
     /// Serves until all who can ask for something are gone, or the kernel's side fails.
     async fn run(mut self) {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         let paced = |period| {
             let mut interval = tokio::time::interval(period);
             interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -260,50 +259,56 @@ impl Pager {
                             continue;
                         };
                         let space = Arc::clone(&watched.space);
-                        let read = space.uffd.read_events(&mut self.events);
                         readable.drained();
-                        let applied = read.map_err(|error| format!("a userfaultfd cannot be read: {error}"));
-                        self.broken = applied.and_then(|()| self.apply(&space)).err();
+                        self.broken = self.read(&space).err();
                         drop(pass);
                         self.faults();
                     }
                 },
                 lane = next_answer(&mut self.lane) => self.lane_answers(lane),
                 command = self.commands.recv() => match command {
-                    None => return,
+                    None => return self.way_out.in_order = true,
                     Some(command) => self.command(command),
                 },
                 _ = retry.tick(), if put_off => self.retry_put_off(),
-                _ = look.tick(), if self.is_foreign => if !self.owners_are_left() { return },
+                _ = look.tick(), if self.is_foreign => if !self.owners_are_left() {
+                    return self.way_out.in_order = true;
+                },
                 _ = tick.tick(), if waits => self.check_deadlines(),
             }
         }
     }
 
-    /// Does what the messages say that were read of a space's userfaultfd, and keeps its faults. The gate is passed
-    /// alone.
-    fn apply(&mut self, space: &Arc<Space>) -> Result<(), String> {
-        let shared = Arc::clone(&self.way_out.0);
+    /// Reads what a space has to tell, and keeps its faults. The gate is passed alone.
+    fn read(&mut self, space: &Arc<Space>) -> Result<(), String> {
         let mut faults = Vec::new();
-        let applied = events::apply(&shared, space, &mut self.events, &mut faults);
-        add(&shared.counters.faults, faults.len());
+        let read = events::read(&self.way_out.shared, space, &mut faults);
+        add(&self.shared().counters.faults, faults.len());
         self.faults.extend(faults.into_iter().map(|address| (Arc::clone(space), address)));
         self.watch().map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
-        applied
+        read
     }
 
     /// Forgets the memory of processes that have exited: whether there are others.
     fn owners_are_left(&mut self) -> bool {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         let spaces = shared.spaces();
         for space in spaces.spaces().iter().filter(|space| space.uffd.is_owner_gone()) {
             space.set_gone();
         }
         if spaces.spaces().iter().any(|space| space.is_gone()) {
-            shared.change_spaces(Spaces::forget_gone);
+            self.change_spaces(Spaces::forget_gone);
             self.watched.retain(|watched| !watched.space.is_gone());
         }
         !self.watched.is_empty()
+    }
+
+    fn change_spaces(&mut self, change: impl FnOnce(&mut Spaces)) {
+        let mut spaces = self.shared().spaces();
+        change(Arc::make_mut(&mut spaces));
+        if let Err(error) = self.shared().set_spaces(spaces, None) {
+            self.broken.get_or_insert(error.to_string());
+        }
     }
 
     fn faults(&mut self) {
@@ -323,9 +328,13 @@ impl Pager {
         let Some((region, page)) = spaces.at(space, address) else { return self.zero(space, address) };
         match region.state(page) {
             PageState::Absent => self.ask(region, page),
-            PageState::Removed => self.zero(space, address),
-            // Another thread's fault on the same page was answered since, or it is SIGBUS now: try again.
-            PageState::Resident | PageState::Poisoned => space.uffd.wake(address, PAGE_BYTES),
+            // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
+            // there, its owner has dropped it without being asked to tell, and it is zero, too.
+            PageState::Removed | PageState::Resident => self.zero(space, address),
+            PageState::Poisoned => {
+                let _ = space.uffd.poison(address, PAGE_BYTES);
+                space.uffd.wake(address, PAGE_BYTES);
+            }
         }
     }
 
@@ -416,7 +425,7 @@ impl Pager {
     /// Verifies a chunk's frame and installs its pages.
     fn install(&mut self, chunk: ChunkIndex, frame: Bytes) {
         let Some((digest, (waiting, page))) = self.requests.chunk(chunk) else { return };
-        let shared = &self.way_out.0;
+        let shared = &self.way_out.shared;
         if let Err(reason) = self.pages.decode(&shared.image, &waiting.file, chunk, &digest, &frame) {
             return self.refuse(chunk, &reason);
         }
@@ -437,7 +446,7 @@ impl Pager {
     }
 
     fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
-        let shared = &self.way_out.0;
+        let shared = &self.way_out.shared;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
         match install::install(None, region, chunk, &self.pages, Some(page)) {
             Installed::All => {}
@@ -501,7 +510,7 @@ impl Pager {
 
     /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.
     fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         let image = shared.image.digest();
         shared.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
         match shared.options.on_loss {
@@ -517,7 +526,7 @@ impl Pager {
     }
 
     fn lose_segment(&mut self, index: u32, reason: &str) {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         let image = shared.image.digest();
         shared.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
         match shared.options.on_loss {
@@ -534,7 +543,7 @@ impl Pager {
 
     /// The kernel has had no memory for a page of zeros for as long as a fault may take.
     fn lose_page(&mut self, space: &Arc<Space>, address: usize) {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         let deadline = shared.options.fault_deadline;
         shared.report(&format!("a page of zeros at {address:#x}: the kernel had no memory for {deadline:?}"));
         if shared.options.on_loss == LossPolicy::Wait {
@@ -559,13 +568,11 @@ impl Pager {
     }
 
     fn poison(&mut self, region: &Arc<RegionState>, pages: std::ops::Range<usize>) {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         install::poison(region, pages, || {
             // Where installers are inside, the next attempt comes when they have left: new ones wait.
             let Some(_pass) = shared.gate.try_enter_alone() else { return };
-            // An error shows at the next read in `run`.
-            let _ = region.space.uffd.read_events(&mut self.events);
-            if let Err(reason) = self.apply(&region.space) {
+            if let Err(reason) = self.read(&region.space) {
                 self.broken.get_or_insert(reason);
             }
         });
@@ -598,7 +605,7 @@ impl Pager {
             Command::Map { region, reply } => {
                 let registered = region.space.uffd.register(region.address(0), region.len());
                 if registered.is_ok() {
-                    self.shared().change_spaces(|spaces| spaces.add(region));
+                    self.change_spaces(|spaces| spaces.add(region));
                 }
                 // The program waits for it, in `Session::map`.
                 let _ = reply.try_send(registered);
@@ -618,14 +625,14 @@ impl Pager {
 
     /// Lets go of a region. Its memory is never unmapped while it is registered: that would wait for this thread.
     fn unmap(&mut self, region: &Arc<RegionState>, memory: crate::uffd::memory::Memory) {
-        let shared = Arc::clone(&self.way_out.0);
+        let shared = Arc::clone(&self.way_out.shared);
         // Whoever still touches it by a stray pointer is stopped, and never sees zeros.
         let forbidden = crate::uffd::memory::forbid(memory.start(), memory.len());
         region.end();
         let unregistered = region.space.uffd.unregister(memory.start(), memory.len());
         // By address: a stray mremap or munmap may have made parts of it.
         let addresses = memory.start()..memory.start() + memory.len();
-        shared.change_spaces(|spaces| drop(spaces.cut(&region.space, &addresses)));
+        self.change_spaces(|spaces| drop(spaces.cut(&region.space, &addresses)));
         self.requests.forget(region, shared.spaces().regions());
         if forbidden.is_ok() && unregistered.is_ok() {
             // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.

@@ -3,6 +3,7 @@
 use crate::page_state::{PageState, PageStates};
 use crate::session::{Command, LossError, Shared};
 use crate::space::Space;
+use crate::state::RegionRow;
 use crate::uffd::memory::Memory;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
@@ -36,21 +37,23 @@ pub(crate) struct RegionState {
 }
 
 impl RegionState {
-    /// A region at address `start` of these pages of a file, which must have them.
+    /// A region at address `start` of these pages of a file, which must have them; `states` is of as many.
     pub(crate) fn new(
         space: Arc<Space>,
         start: usize,
         file: FileEntry,
         pages: Range<usize>,
         chunk_bytes: usize,
+        states: PageStates,
     ) -> Self {
+        assert_eq!(states.pages(), pages.len(), "as many");
         Self {
             space,
             start,
             file,
             first_page: pages.start,
             pages: pages.len(),
-            states: Arc::new(PageStates::new(pages.len())),
+            states: Arc::new(states),
             first_state: 0,
             chunk_pages: chunk_bytes / PAGE_BYTES,
             resolved_below: AtomicUsize::new(0),
@@ -74,11 +77,54 @@ impl RegionState {
         }
     }
 
-    /// What a process that was forked has in its place: its states are those of now, and go their own way.
-    pub(crate) fn forked(&self, space: &Arc<Space>) -> Self {
-        let all = self.first_state..self.first_state + self.pages;
-        let states = Arc::new(self.states.copy_of(all));
-        Self { space: Arc::clone(space), states, first_state: 0, ..self.part(0..self.pages, self.start) }
+    /// What a process that was forked has in its place: its states are those of now, and go their own way, in
+    /// `states`, which is of as many pages.
+    pub(crate) fn forked(&self, space: &Arc<Space>, states: PageStates) -> Self {
+        self.states.copy_to(&states, self.placed(0..self.pages));
+        let (space, states) = (Arc::clone(space), Arc::new(states));
+        Self { space, states, first_state: 0, ..self.part(0..self.pages, self.start) }
+    }
+
+    /// The region that a row of the state file tells of, in its space, with its file's entry and its states.
+    pub(crate) fn restored(
+        row: &RegionRow,
+        space: Arc<Space>,
+        file: FileEntry,
+        chunk_bytes: usize,
+        states: Arc<PageStates>,
+    ) -> Self {
+        Self {
+            space,
+            start: row.address,
+            file,
+            first_page: row.first_page,
+            pages: row.pages,
+            states,
+            first_state: row.first_state,
+            chunk_pages: chunk_bytes / PAGE_BYTES,
+            resolved_below: AtomicUsize::new(0),
+            alive: AtomicBool::new(true),
+        }
+    }
+
+    /// What the state file says of it. `states_at` is where its states are there.
+    pub(crate) fn row(&self, states_at: usize) -> RegionRow {
+        RegionRow {
+            space: self.space.id,
+            address: self.start,
+            pages: self.pages,
+            first_page: self.first_page,
+            file_first_chunk: self.file.first_chunk.0,
+            file_bytes: self.file.size_bytes,
+            states_at,
+            states_pages: self.states.pages(),
+            first_state: self.first_state,
+        }
+    }
+
+    /// The states that it shares with other parts of what it was cut from.
+    pub(crate) fn states(&self) -> &PageStates {
+        &self.states
     }
 
     /// The address of a page.
@@ -305,6 +351,7 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::State;
     use proptest::prelude::*;
 
     proptest! {
@@ -320,7 +367,9 @@ mod tests {
                 executable: false,
             };
             let (space, chunk_bytes) = (crate::space::tests::any_space(0), chunk_pages * PAGE_BYTES);
-            let region = RegionState::new(space, 0, file, first_page..first_page + pages, chunk_bytes);
+            let states = State::own().page_states(pages).unwrap();
+            let region =
+                RegionState::new(space, 0, file, first_page..first_page + pages, chunk_bytes, states);
             let mut next = 0;
             for chunk in region.chunks() {
                 let here = region.pages_of(ChunkIndex(chunk)).unwrap();

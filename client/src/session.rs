@@ -4,7 +4,7 @@
 //! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
 //! ([`crate::fill`]). They share what stands here in [`Shared`].
 
-use crate::attach::{ForeignRegion, Owner};
+use crate::attach::{self, ForeignMemory, Owner};
 use crate::fill;
 use crate::gate::Gate;
 use crate::image::Image;
@@ -13,15 +13,17 @@ use crate::pager::Pager;
 use crate::region::{Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::space::Spaces;
+use crate::state::{State, StateError};
 use crate::uffd::OpenError;
 use crate::uffd::memory::Memory;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::reference::Reference;
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -111,6 +113,9 @@ pub enum SessionError {
         #[source]
         source: io::Error,
     },
+    /// The state file, see [`Session::resume`].
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The session has ended before.
     #[error("the session has ended")]
     Ended,
@@ -194,6 +199,8 @@ pub(crate) struct Shared {
     /// Changed by the pager alone. Held for a copy of the Arc, never over a touch of a region.
     spaces: Mutex<Arc<Spaces>>,
     next_space_id: AtomicU32,
+    /// Written to by the pager alone, but for page states.
+    pub(crate) state: State,
     /// The first loss, and whether the pager has ended. Held for reading and writing these alone.
     outcome: Mutex<OutcomeSoFar>,
     /// Something in the page states or in `outcome` has changed.
@@ -216,8 +223,15 @@ struct OutcomeSoFar {
 }
 
 impl Shared {
-    /// A session of these spaces, not more than one, of id 0.
-    pub(crate) fn new(address: ServerAddress, image: Arc<Image>, spaces: Spaces, options: Options) -> Self {
+    /// A session of these spaces.
+    pub(crate) fn new(
+        address: ServerAddress,
+        image: Arc<Image>,
+        options: Options,
+        spaces: Spaces,
+        next_space_id: u32,
+        state: State,
+    ) -> Self {
         Self {
             address,
             image,
@@ -226,7 +240,8 @@ impl Shared {
             gate: Gate::default(),
             counters: Counters::default(),
             spaces: Mutex::new(Arc::new(spaces)),
-            next_space_id: AtomicU32::new(1),
+            next_space_id: AtomicU32::new(next_space_id),
+            state,
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
@@ -241,12 +256,15 @@ impl Shared {
         Arc::clone(&self.spaces.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// For the pager alone.
-    pub(crate) fn change_spaces(&self, change: impl FnOnce(&mut Spaces)) {
-        let mut spaces = Spaces::clone(&self.spaces());
-        change(&mut spaces);
-        *self.spaces.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(spaces);
+    /// Replaces them, and writes that down: see [`State::write`]. For the pager alone.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn set_spaces(&self, spaces: Arc<Spaces>, done: Option<usize>) -> Result<(), StateError> {
+        self.state.write(&spaces, self.next_space_id.load(Ordering::Relaxed), done)?;
+        *self.spaces.lock().unwrap_or_else(PoisonError::into_inner) = spaces;
         self.fill_work.notify_one();
+        Ok(())
     }
 
     pub(crate) fn next_space_id(&self) -> u32 {
@@ -402,22 +420,22 @@ impl Session {
         Self::start(address, reference, options, Owner::ThisProcess)
     }
 
-    /// Fills memory of another process, whose userfaultfd `uffd` is, from an image's files: `regions` are registered
-    /// with it already, for missing pages, and are private anonymous memory of pages of 4 KiB.
+    /// Fills memory of another process from an image's files: private anonymous memory of pages of 4 KiB, for whose
+    /// missing pages it has registered a userfaultfd.
     ///
-    /// What of these events the userfaultfd was asked for is followed: EVENT_REMOVE, EVENT_UNMAP, EVENT_REMAP and
+    /// Those of its events that the userfaultfd was asked for are followed: EVENT_REMOVE, EVENT_UNMAP, EVENT_REMAP and
     /// EVENT_FORK, which brings the children into the session. Where the process does one of these unasked, a touch
     /// may give the image's bytes where it should give zeros, or zeros where it should give the image's bytes.
     ///
-    /// A duplicate of `uffd` is kept, and made non-blocking, which the original then is, too. If this fails nothing
-    /// is lost, as long as the caller keeps its own: faults wait.
+    /// A duplicate of the userfaultfd is kept, and made non-blocking, which the original then is, too. If this fails
+    /// nothing is lost, as long as the caller keeps its own: faults wait.
     /// The session ends when it is dropped, or in order when the process and its children have exited, which is
-    /// noticed within a second.
-    /// At its end, unless the process has exited, what is still absent is SIGBUS there: see [`Session::end`].
+    /// noticed within a second. At its end what is still absent is SIGBUS there: see [`Session::end`]. When it cannot
+    /// go on ([`Session::error`]) it ends, too; but if it has a state file, all is left to a successor as it is.
     ///
     /// # Errors
     /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
-    /// [`SessionError::Uffd`]: not a userfaultfd.
+    /// [`SessionError::Uffd`]: not a userfaultfd; [`SessionError::State`].
     ///
     /// # Blocking
     /// As [`Session::open`].
@@ -425,12 +443,39 @@ impl Session {
         address: &ServerAddress,
         reference: &Reference,
         options: Options,
-        uffd: BorrowedFd<'_>,
-        regions: &[ForeignRegion],
+        memory: &ForeignMemory<'_>,
     ) -> Result<Self, SessionError> {
-        let uffd = uffd.try_clone_to_owned();
-        let uffd = uffd.map_err(|source| SessionError::System { what: "a descriptor", source })?;
-        Self::start(address, reference, options, Owner::Another { uffd, regions: regions.to_vec() })
+        let descriptor = |source| SessionError::System { what: "a descriptor", source };
+        let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
+        let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;
+        let owner = Owner::Another { uffd, regions: memory.regions.to_vec(), state };
+        Self::start(address, reference, options, owner)
+    }
+
+    /// Goes on with a session whose process has died, or that could not go on: from its state file, and the
+    /// userfaultfds that the file names by number ([`crate::state::descriptors`]), which `uffds` gives by these numbers.
+    /// Nothing that its owners did in between is missed, as long as all these descriptors have stayed open somewhere
+    /// and nobody has read from them.
+    ///
+    /// Duplicates of them are kept, and stand in the file from then on. If this fails nothing is lost, as long as the
+    /// caller keeps his own.
+    ///
+    /// # Errors
+    /// As [`Session::attach`]; [`StateError::Empty`]: the session was never there, and is to be attached;
+    /// [`StateError::Ended`].
+    ///
+    /// # Blocking
+    /// As [`Session::open`].
+    pub fn resume<'a>(
+        address: &ServerAddress,
+        state: &File,
+        uffds: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
+    ) -> Result<Self, SessionError> {
+        let (state, contents) = State::open(state)?;
+        let uffds = attach::descriptors_left(&contents, uffds)?;
+        let name = "image".parse().expect("a name");
+        let (reference, options) = (Reference::Digest { name, image: contents.image }, contents.options);
+        Self::start(address, &reference, options, Owner::Left { state, contents, uffds })
     }
 
     fn start(
@@ -441,7 +486,7 @@ impl Session {
     ) -> Result<Self, SessionError> {
         let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
         let (commands, queue) = mpsc::channel(COMMANDS);
-        let shared = Pager::start(address.clone(), reference.clone(), options, queue, owner)?;
+        let shared = Pager::start(address.clone(), reference.clone(), options, owner, queue)?;
         let session = Self { shared, commands };
         if options.fill {
             session.fill()?;
@@ -510,7 +555,8 @@ impl Session {
         let start = memory.as_ref().map_or(0, Memory::start);
         let chunk_bytes = self.shared.image.root().chunk_size().bytes();
         let space = self.shared.spaces().spaces().first().cloned().ok_or(SessionError::Ended)?;
-        let state = Arc::new(RegionState::new(space, start, file, pages, chunk_bytes));
+        let states = self.shared.state.page_states(pages.len())?;
+        let state = Arc::new(RegionState::new(space, start, file, pages, chunk_bytes, states));
         if memory.is_some() {
             let (reply, registered) = std::sync::mpsc::sync_channel(1);
             let command = Command::Map { region: Arc::clone(&state), reply };
@@ -596,8 +642,3 @@ impl Session {
         outcome.unwrap_or(Err(LossError::TimedOut(timeout)))
     }
 }
-
-/// What the pager needs of the kernel in the process's own memory. EVENT_FORK is not among it: a fork of this
-/// process would wait for the pager, which may wait for a lock that the forking thread holds.
-pub(crate) const OWN_PROCESS_FEATURES: u64 =
-    crate::uffd::EVENT_REMOVE | crate::uffd::EVENT_REMAP | crate::uffd::EVENT_UNMAP;

@@ -3,6 +3,7 @@
 //! A session begins with one. A process that forks gets its child another one, where userfaultfd tells of it.
 
 use crate::region::RegionState;
+use crate::state::{State, StateError};
 use crate::uffd::Uffd;
 use postcopy_proto::page::ChunkIndex;
 use std::ops::Range;
@@ -42,10 +43,10 @@ pub(crate) struct Spaces {
 }
 
 impl Spaces {
-    /// One space with these regions, which do not overlap.
-    pub(crate) fn new(space: Arc<Space>, mut regions: Vec<Arc<RegionState>>) -> Self {
-        regions.sort_by_key(|region| region.address(0));
-        Self { spaces: vec![space], regions }
+    /// Spaces in the order of their ids, and regions of theirs, which do not overlap.
+    pub(crate) fn new(spaces: Vec<Arc<Space>>, mut regions: Vec<Arc<RegionState>>) -> Self {
+        regions.sort_by_key(|region| (region.space.id, region.address(0)));
+        Self { spaces, regions }
     }
 
     pub(crate) fn spaces(&self) -> &[Arc<Space>] {
@@ -109,12 +110,22 @@ impl Spaces {
     }
 
     /// Adds the space of a process that `parent` has forked.
-    pub(crate) fn fork(&mut self, parent: &Space, child: Arc<Space>) {
+    ///
+    /// # Errors
+    /// [`StateError::Full`].
+    pub(crate) fn fork(
+        &mut self,
+        parent: &Space,
+        child: Arc<Space>,
+        state: &State,
+    ) -> Result<(), StateError> {
         let regions = self.regions.iter().filter(|region| region.space.id == parent.id);
-        let forked: Vec<_> = regions.map(|region| Arc::new(region.forked(&child))).collect();
+        let forked = regions.map(|region| Ok(region.forked(&child, state.page_states(region.pages())?)));
+        let forked: Vec<_> = forked.map(|region| region.map(Arc::new)).collect::<Result<_, _>>()?;
         // Ids grow: they go to the end.
         self.regions.extend(forked);
         self.spaces.push(child);
+        Ok(())
     }
 
     /// Forgets spaces whose process has exited.
@@ -166,10 +177,13 @@ pub(crate) mod tests {
         fn pages_are_found_where_they_went(changes in prop::collection::vec(any_change(), 0..20)) {
             let bytes = |pages: &Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
             let root = any_space(0);
-            let region = |start: usize, pages| {
-                Arc::new(RegionState::new(Arc::clone(&root), start * PAGE_BYTES, FILE, pages, 4 * PAGE_BYTES))
+            let state = State::own();
+            let region = |start: usize, pages: Range<usize>| {
+                let states = state.page_states(pages.len()).unwrap();
+                let (space, chunk_bytes) = (Arc::clone(&root), 4 * PAGE_BYTES);
+                Arc::new(RegionState::new(space, start * PAGE_BYTES, FILE, pages, chunk_bytes, states))
             };
-            let mut spaces = Spaces::new(Arc::clone(&root), vec![region(40, 200..215), region(5, 101..130)]);
+            let mut spaces = Spaces::new(vec![Arc::clone(&root)], vec![region(40, 200..215), region(5, 101..130)]);
             // What is at each page of each space: a page of the file, and its state.
             let mut model = vec![BTreeMap::new()];
             model[0].extend((5..34).map(|page| (page, (page + 96, PageState::Absent))));
@@ -201,7 +215,7 @@ pub(crate) mod tests {
                     }
                     Change::Fork => {
                         let child = any_space(u32::try_from(model.len()).unwrap());
-                        spaces.fork(&space, child);
+                        spaces.fork(&space, child, &state).unwrap();
                         let forked = model[which].clone();
                         model.push(forked);
                     }

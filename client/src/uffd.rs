@@ -19,9 +19,13 @@ use rustix::ioctl::{Opcode, Updater};
 use std::io;
 use std::ops::Range;
 use std::os::fd::FromRawFd;
+use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// A message as words of 64 bits.
+pub(crate) const MESSAGE_WORDS: usize = size_of::<abi::Msg>() / size_of::<u64>();
 
 /// One thing that a kernel may offer, by its name in ioctl_userfaultfd(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +128,8 @@ pub(crate) enum Event {
     Unmap { addresses: Range<usize> },
     /// A range has been moved (mremap).
     Remap { from: Range<usize>, to: usize },
-    /// The process has forked, and this is its child's.
-    Fork { child: Uffd },
+    /// The process has forked, and this is its child's userfaultfd.
+    Fork { child: OwnedFd },
     /// Something that was not asked for.
     Unknown { event: u8 },
 }
@@ -317,6 +321,12 @@ impl Uffd {
         let _ = self.registrar.wake(std::ptr::without_provenance_mut(start), len);
     }
 
+    /// The same for all pages that there can be.
+    pub(crate) fn wake_all(&self) {
+        // Of a process with fewer addresses than most the kernel refuses it; that one has regions to be woken.
+        self.wake(abi::FIRST_ADDRESS, abi::LAST_ADDRESS - abi::FIRST_ADDRESS);
+    }
+
     /// Installs `source` at `address`, page by page, each at once, and wakes who waits for them.
     pub(crate) fn copy(&self, address: usize, source: &[u8]) -> Outcome {
         let mut copy = abi::Copy {
@@ -354,52 +364,73 @@ impl Uffd {
         outcome(result, poison.updated, len)
     }
 
-    /// Reads messages until there are none, into `events`. Reading an event lets its causer go on.
+    /// Takes over the userfaultfd of a child, made by a fork of a process whose userfaultfd this is.
+    pub(crate) fn of_child(&self, child: OwnedFd) -> Self {
+        // It is as its parent was when it was made. Cannot fail for a descriptor that is open.
+        let _ = rustix::io::ioctl_fionbio(&child, true);
+        // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
+        let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(child.into_raw_fd()) };
+        Self { registrar, access: self.access, features: self.features }
+    }
+
+    /// The number of its descriptor.
+    pub(crate) fn number(&self) -> RawFd {
+        self.as_raw_fd()
+    }
+
+    /// Reads messages that there are, as many as `words` has room for at most: how many. Reading an event lets its
+    /// causer go on. Nobody else may use `words` meanwhile.
     ///
     /// # Errors
     /// Whatever read(2) answers but EAGAIN.
-    pub(crate) fn read_events(&self, events: &mut Vec<Event>) -> io::Result<()> {
-        const MESSAGES: usize = 32;
-        let mut buffer = [0u8; MESSAGES * size_of::<abi::Msg>()];
+    pub(crate) fn read_messages(&self, words: &[AtomicU64]) -> io::Result<usize> {
+        let start = words.as_ptr().cast::<u8>().cast_mut();
+        // SAFETY: atomic words may be changed through &, are as long, and any bytes are words; nobody uses them.
+        let buffer = unsafe { std::slice::from_raw_parts_mut(start, size_of_val(words)) };
         loop {
-            let bytes = match rustix::io::read(self, &mut buffer) {
-                Ok(bytes) => bytes,
-                Err(Errno::AGAIN) => return Ok(()),
-                Err(Errno::INTR) => continue,
+            match rustix::io::read(self, &mut *buffer) {
+                Ok(bytes) => return Ok(bytes / size_of::<abi::Msg>()),
+                Err(Errno::AGAIN) => return Ok(0),
+                Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
-            };
-            for message in buffer[..bytes].as_chunks::<{ size_of::<abi::Msg>() }>().0 {
-                events.push(self.event(*message));
-            }
-            if bytes < buffer.len() {
-                return Ok(());
             }
         }
     }
+}
 
-    fn event(&self, bytes: [u8; size_of::<abi::Msg>()]) -> Event {
-        let word = |i: usize| {
-            let bytes = bytes[i..i + 8].try_into().expect("eight bytes");
-            postcopy_proto::page::to_usize(u64::from_ne_bytes(bytes))
-        };
-        let (a, b, c) = (word(8), word(16), word(24));
-        match bytes[0] {
+impl Event {
+    /// What a message says that was read just now, not more than once.
+    pub(crate) fn of(message: [u64; MESSAGE_WORDS]) -> Self {
+        Self::with_child(message, |fd| {
+            // SAFETY: reading the message made this descriptor, and nobody else knows of it.
+            Some(unsafe { OwnedFd::from_raw_fd(fd) })
+        })
+    }
+
+    /// What a message says, where `child` gives a child's descriptor by its number.
+    pub(crate) fn with_child(
+        message: [u64; MESSAGE_WORDS],
+        child: impl FnOnce(RawFd) -> Option<OwnedFd>,
+    ) -> Self {
+        let [_, a, b, c] = message.map(postcopy_proto::page::to_usize);
+        let event = message[0].to_ne_bytes()[0];
+        match event {
             // Without UFFD_FEATURE_EXACT_ADDRESS the address is the page's.
-            abi::EVENT_PAGEFAULT => Event::Fault { address: b },
-            abi::EVENT_REMOVE => Event::Remove { addresses: a..b },
-            abi::EVENT_UNMAP => Event::Unmap { addresses: a..b },
-            abi::EVENT_REMAP => Event::Remap { from: a..a + c, to: b },
-            abi::EVENT_FORK => {
-                let fd = i32::from_ne_bytes(bytes[8..12].try_into().expect("four bytes"));
-                // SAFETY: reading the message made this descriptor, a userfaultfd with the handshake of its parent,
-                // and nobody else knows of it.
-                let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd) };
-                // It is as its parent was when it was made. Cannot fail for a descriptor that is open.
-                let _ = rustix::io::ioctl_fionbio(&registrar, true);
-                Event::Fork { child: Self { registrar, access: self.access, features: self.features } }
-            }
-            event => Event::Unknown { event },
+            abi::EVENT_PAGEFAULT => Self::Fault { address: b },
+            abi::EVENT_REMOVE => Self::Remove { addresses: a..b },
+            abi::EVENT_UNMAP => Self::Unmap { addresses: a..b },
+            abi::EVENT_REMAP => Self::Remap { from: a..a + c, to: b },
+            _ => match Self::child_of(message).and_then(child) {
+                Some(child) => Self::Fork { child },
+                None => Self::Unknown { event },
+            },
         }
+    }
+
+    /// The number of the descriptor that a message of a fork brings.
+    pub(crate) fn child_of(message: [u64; MESSAGE_WORDS]) -> Option<RawFd> {
+        let [a, b, c, d, ..] = message[1].to_ne_bytes();
+        (message[0].to_ne_bytes()[0] == abi::EVENT_FORK).then(|| RawFd::from_ne_bytes([a, b, c, d]))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
-use postcopy::{LossPolicy, Options, Session, SessionError};
+use postcopy::{ForeignMemory, LossPolicy, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
@@ -32,7 +32,8 @@ impl Source {
         let regions =
             [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
         let reference = "app".parse().unwrap();
-        Session::attach(self.server.address(), &reference, options, faulter.uffd(), &regions)
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None };
+        Session::attach(self.server.address(), &reference, options, &memory)
     }
 
     fn pages(&self, first: usize, count: usize) -> &[u8] {
@@ -129,9 +130,8 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
         let chaos = Chaos::start(source.server.address(), lies);
         let regions = [faulter.region(1, "mem", 0)];
         let reference = "app".parse().unwrap();
-        let session =
-            Session::attach(chaos.address(), &reference, Options::default(), faulter.uffd(), &regions)
-                .unwrap();
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None };
+        let session = Session::attach(chaos.address(), &reference, Options::default(), &memory).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(0, 32));
         faulter.main.tell(&format!("read {} 1", faulter.at(1, 40)));
@@ -162,8 +162,10 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         ];
         let reference = "app".parse().unwrap();
         let address = source.server.address();
-        let attach =
-            |fd, regions: &[_]| Session::attach(address, &reference, Options::default(), fd, regions);
+        let attach = |uffd, regions: &[_]| {
+            let memory = ForeignMemory { uffd, regions, state: None };
+            Session::attach(address, &reference, Options::default(), &memory)
+        };
         for (regions, which, why) in cases {
             let error = attach(faulter.uffd(), &regions).unwrap_err().to_string();
             assert!(error.contains(which) && error.contains(why), "{error}");
@@ -173,7 +175,8 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         assert!(error.contains("is no userfaultfd"), "{error}");
         let nowhere = "http://127.0.0.1:1".parse().unwrap();
         let regions = std::slice::from_ref(&first);
-        Session::attach(&nowhere, &reference, Options::default(), faulter.uffd(), regions).unwrap_err();
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None };
+        Session::attach(&nowhere, &reference, Options::default(), &memory).unwrap_err();
 
         // A touch during all of that waits, and is right in the end.
         let waits = faulter.at(0, 9);

@@ -15,4 +15,5 @@ mod push;
 mod python;
 mod serve;
 mod session;
+mod successor;
 mod threads;

@@ -1,11 +1,11 @@
 //! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
-use crate::binary;
+use crate::{binary, descriptors};
 use postcopy::ForeignRegion;
 use postcopy_proto::digest::Digest;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::PidfdFlags;
-use std::io::{BufRead, BufReader, IoSliceMut, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
@@ -49,6 +49,15 @@ impl Toucher {
         let mut line = String::new();
         let read = self.stream.read_line(&mut line).unwrap_or(0);
         (read > 0).then(|| line.trim().to_owned())
+    }
+
+    /// Whether it has answered, or has ended.
+    #[must_use]
+    pub fn has_answered(&self) -> bool {
+        let mut fds = [PollFd::new(self.stream.get_ref(), PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        !self.stream.buffer().is_empty()
+            || rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// Tells it something, and gives its answer.
@@ -129,17 +138,8 @@ impl Faulter {
         command.arg(&socket).arg(features.to_string()).args(regions);
         let child = command.spawn().expect("it starts");
         let (stream, _) = listener.accept().expect("it connects");
-        let (mut bytes, mut space) = ([0; 4096], [std::mem::MaybeUninit::uninit(); 64]);
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut buffers = [IoSliceMut::new(&mut bytes)];
-        let received = rustix::net::recvmsg(&stream, &mut buffers, &mut control, RecvFlags::CMSG_CLOEXEC);
-        let received = received.expect("it sends").bytes;
-        let mut fds = control.drain().filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        });
-        let uffd = fds.next().and_then(|mut fds| fds.next()).expect("a descriptor");
-        let regions = serde_json::from_slice(&bytes[..received]).expect("addresses");
+        let (uffd, text) = descriptors::receive(&stream);
+        let regions = serde_json::from_str(&text).expect("addresses");
         let main = Toucher { stream: BufReader::new(stream), pid: child.id() };
         Self { child, listener, _folder: folder, main, uffd: Some(uffd), regions, descendants: Vec::new() }
     }
@@ -184,7 +184,8 @@ impl Faulter {
     /// # Panics
     /// If it does not.
     pub fn start_another(&mut self, of: &mut Toucher, how: &str) -> Toucher {
-        start_another(&self.listener, &mut self.descendants, of, how)
+        of.tell(how);
+        started(&self.listener, &mut self.descendants, of)
     }
 
     /// A child that the first thread forks.
@@ -192,7 +193,16 @@ impl Faulter {
     /// # Panics
     /// If it does not.
     pub fn fork(&mut self) -> Toucher {
-        start_another(&self.listener, &mut self.descendants, &mut self.main, "fork")
+        self.main.tell("fork");
+        self.forked()
+    }
+
+    /// The child that the first thread was told to fork.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn forked(&mut self) -> Toucher {
+        started(&self.listener, &mut self.descendants, &mut self.main)
     }
 
     /// Ends it.
@@ -221,19 +231,13 @@ impl Drop for Faulter {
     }
 }
 
-fn start_another(
-    listener: &UnixListener,
-    descendants: &mut Vec<OwnedFd>,
-    of: &mut Toucher,
-    how: &str,
-) -> Toucher {
-    of.tell(how);
+fn started(listener: &UnixListener, descendants: &mut Vec<OwnedFd>, of: &mut Toucher) -> Toucher {
     let other = Toucher::accept(listener);
     if other.pid != of.pid {
         let pid = rustix::process::Pid::from_raw(other.pid.cast_signed()).expect("a pid");
         // It may have ended already.
         descendants.extend(rustix::process::pidfd_open(pid, PidfdFlags::empty()));
     }
-    assert_eq!(of.answer().as_deref(), Some("done"), "{how}");
+    assert_eq!(of.answer().as_deref(), Some("done"), "it has started another");
     other
 }

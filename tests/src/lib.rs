@@ -5,8 +5,10 @@
 
 pub mod chaos;
 pub mod cli;
+pub mod descriptors;
 pub mod faulter;
 pub mod fixtures;
+pub mod keeper;
 pub mod proxy;
 pub mod server;
 pub mod store;

@@ -13,6 +13,11 @@ pub(super) const USER_MODE_ONLY: u32 = 1;
 /// The smallest page.
 pub(super) const PAGE_BYTES: u64 = 4096;
 
+/// What the kernel takes for addresses of a process: from vm.mmap_min_addr's default on, below TASK_SIZE of x86-64
+/// with four levels of page tables; that of aarch64 with 48 bits is larger.
+pub(super) const FIRST_ADDRESS: usize = 1 << 16;
+pub(super) const LAST_ADDRESS: usize = (1 << 47) - (1 << 12);
+
 /// `UFFDIO_CONTINUE_MODE_DONTWAKE`.
 pub(super) const MODE_DONTWAKE: u64 = 1;
 

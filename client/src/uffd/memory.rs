@@ -1,8 +1,11 @@
-//! Address space of this process that fills on touch.
+//! Mappings of this process: address space that fills on touch, and words that it shares with a successor.
 
+use rustix::fd::AsFd;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
+use std::ops::Deref;
+use std::sync::atomic::AtomicU64;
 
 /// Private anonymous memory that nothing was written to yet; unmapped when dropped.
 ///
@@ -72,4 +75,52 @@ pub(crate) fn forbid(start: usize, len: usize) -> io::Result<()> {
     // purpose.
     unsafe { rustix::mm::mprotect(start, len, MprotectFlags::empty()) }?;
     Ok(())
+}
+
+/// A file as words that several processes may see; unmapped when dropped.
+#[derive(Debug)]
+pub(crate) struct SharedWords {
+    start: *mut c_void,
+    words: usize,
+}
+
+// SAFETY: it is memory of atomic words, owned by this value; nothing about it belongs to a thread.
+unsafe impl Send for SharedWords {}
+// SAFETY: through & it only gives atomic words.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// Maps the whole words of a file. The file must not become shorter: a touch beyond its end is SIGBUS.
+    pub(crate) fn map(file: impl AsFd) -> io::Result<Self> {
+        let bytes = usize::try_from(rustix::fs::fstat(&file)?.st_size).unwrap_or(0);
+        let words = bytes / size_of::<u64>();
+        if words == 0 {
+            return Ok(Self { start: std::ptr::null_mut(), words });
+        }
+        let (protection, flags) =
+            (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: a new mapping, placed by the kernel where nothing is.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, flags, file, 0) }?;
+        Ok(Self { start, words })
+    }
+}
+
+impl Deref for SharedWords {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        if self.words == 0 {
+            return &[];
+        }
+        // SAFETY: mapped readable and writable for as long as `self` lives, aligned to pages; whoever else has the
+        // file mapped changes these words atomically, too.
+        unsafe { std::slice::from_raw_parts(self.start.cast::<AtomicU64>(), self.words) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and all borrows of it have ended. An empty one was never mapped, and fails.
+        let _ = unsafe { rustix::mm::munmap(self.start, self.words * size_of::<u64>()) };
+    }
 }

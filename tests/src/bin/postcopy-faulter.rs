@@ -21,16 +21,16 @@
 use anyhow::{Context, Result, bail};
 use nix::libc;
 use postcopy::proto::digest::Digest;
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use postcopy_tests::descriptors;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::ffi::c_void;
-use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
+use userfaultfd::{FeatureFlags, UffdBuilder};
 
 const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
@@ -180,19 +180,6 @@ fn connect(socket: &Path) -> Result<UnixStream> {
     Ok(stream)
 }
 
-#[expect(unsafe_code, reason = "the userfaultfd crate does not give a borrowed descriptor")]
-fn send(socket: &UnixStream, uffd: &Uffd, text: &str) -> Result<()> {
-    // SAFETY: `uffd` owns it, and outlives the borrow.
-    let fds = [unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) }];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-        bail!("no room for a descriptor");
-    }
-    rustix::net::sendmsg(socket.as_fd(), &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::empty())?;
-    Ok(())
-}
-
 /// Does what it is told until there is nothing more.
 fn serve(stream: &UnixStream, socket: &Path) -> Result<()> {
     let mut out = stream;
@@ -265,7 +252,10 @@ fn main() -> Result<()> {
         uffd.register(pointer(*address), *len)?;
     }
     let stream = UnixStream::connect(&socket)?;
-    send(&stream, &uffd, &serde_json::to_string(&regions)?)?;
+    #[expect(unsafe_code, reason = "the userfaultfd crate does not give a borrowed descriptor")]
+    // SAFETY: `uffd` owns it, and outlives the borrow.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) };
+    descriptors::send(&stream, descriptor, &serde_json::to_string(&regions)?);
     // Whoever has it now is to be the only one.
     drop(uffd);
     serve(&stream, &socket)

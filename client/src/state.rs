@@ -1,0 +1,671 @@
+//! What a successor needs to serve on when a session's pager has died: spaces, regions, page states, and the messages
+//! that were read and not yet done.
+//!
+//! It lies in a file that is mapped (a memfd, or one on tmpfs), which outlives the process; docs/FORMATS.md has the
+//! layout. Everything is words of 64 bits. What changes together becomes true by one store into the commit word: it
+//! names the table that holds, of two, and counts the messages that are done. So whenever the pager is killed, the
+//! file says either what was before a step or what is after it. Page states are changed in place: each step of theirs
+//! can be done again.
+//!
+//! A session that nobody can take over has no file, and its page states lie in memory of its own.
+
+use crate::page_state::{PageStates, WORD_PAGES};
+use crate::session::{LossPolicy, Options};
+use crate::space::Spaces;
+use crate::uffd::memory::SharedWords;
+use crate::uffd::{Event, MESSAGE_WORDS, Uffd};
+use postcopy_proto::digest::{DIGEST_BYTES, Digest};
+use postcopy_proto::page::{PAGE_BYTES, to_usize};
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::{Deref, Range};
+use std::os::fd::{AsFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+const MAGIC: u64 = u64::from_le_bytes(*b"postcopy");
+const VERSION: u64 = 1;
+
+/// Messages that are read at once.
+pub(crate) const MESSAGES: usize = 32;
+const MAX_SPACES: usize = 1 << 16;
+const MAX_REGIONS: usize = 1 << 17;
+
+// Places of words.
+const AT_MAGIC: usize = 0;
+const AT_VERSION: usize = 1;
+const AT_IMAGE: usize = 2;
+const AT_DEADLINE_MS: usize = 6;
+const AT_ON_LOSS: usize = 7;
+const AT_FILL: usize = 8;
+const AT_ENDED: usize = 9;
+const AT_COMMIT: usize = 16;
+const AT_MESSAGES_OF: usize = 24;
+const AT_MESSAGES: usize = 32;
+const HEADER_WORDS: usize = AT_MESSAGES + MESSAGES * MESSAGE_WORDS;
+const AT_TABLES: usize = 512;
+const TABLE_HEAD_WORDS: usize = 8;
+const SPACE_WORDS: usize = 2;
+const REGION_WORDS: usize = 9;
+const TABLE_WORDS: usize = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + MAX_REGIONS * REGION_WORDS;
+const AT_STATES: usize = AT_TABLES + 2 * TABLE_WORDS;
+/// 4 GiB, of which only what is used takes memory: page states for 64 TiB.
+const FILE_WORDS: usize = 1 << 29;
+
+/// Why a state file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Nothing was written to it yet: the session is to be attached, not resumed.
+    #[error("the state file is empty")]
+    Empty,
+    /// The session that it is of has ended in order.
+    #[error("the session of the state file has ended")]
+    Ended,
+    /// Written by another version.
+    #[error("the state file is of version {found}, not {VERSION}")]
+    Version {
+        /// That.
+        found: u64,
+    },
+    /// It is not what a session has written.
+    #[error("the state file: {0}")]
+    Wrong(String),
+    /// It is not large enough for what the session has become.
+    #[error("the state file has no room for {0}")]
+    Full(&'static str),
+    /// It cannot be made, or mapped.
+    #[error("the state file cannot be mapped")]
+    Map(#[source] io::Error),
+}
+
+fn wrong<T>(reason: impl Into<String>) -> Result<T, StateError> {
+    Err(StateError::Wrong(reason.into()))
+}
+
+/// Words of a session: its own, or a part of its state file.
+#[derive(Debug)]
+pub(crate) enum Words {
+    Own(Box<[AtomicU64]>),
+    Mapped(Extent),
+}
+
+impl Words {
+    /// So many words of this process's own, all 0.
+    pub(crate) fn own(count: usize) -> Self {
+        Self::Own((0..count).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        match self {
+            Self::Own(words) => words,
+            Self::Mapped(extent) => &extent.file.words[extent.range.clone()],
+        }
+    }
+}
+
+/// A part of the file that page states lie in; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Extent {
+    file: Arc<MappedFile>,
+    range: Range<usize>,
+}
+
+impl Drop for Extent {
+    fn drop(&mut self) {
+        self.file.extents().remove(&self.range.start);
+    }
+}
+
+#[derive(Debug)]
+struct MappedFile {
+    words: SharedWords,
+    /// Where extents begin and end. Held for changing it alone.
+    extents: Mutex<BTreeMap<usize, usize>>,
+}
+
+impl MappedFile {
+    fn extents(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, usize>> {
+        self.extents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds room for so many words.
+    fn allocate(self: &Arc<Self>, count: usize) -> Result<Extent, StateError> {
+        let mut extents = self.extents();
+        let mut start = AT_STATES;
+        for (other, end) in extents.iter() {
+            if other - start >= count.max(1) {
+                break;
+            }
+            start = *end;
+        }
+        // One at least: its beginning names it.
+        let range = start..start + count.max(1);
+        if range.end > self.words.len() {
+            return Err(StateError::Full("more page states"));
+        }
+        extents.insert(range.start, range.end);
+        drop(extents);
+        for word in &self.words[range.clone()] {
+            // What was never written to takes no memory.
+            if word.load(Ordering::Relaxed) != 0 {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+        Ok(Extent { file: Arc::clone(self), range })
+    }
+}
+
+/// A region as it stands in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RegionRow {
+    pub(crate) space: u32,
+    pub(crate) address: usize,
+    pub(crate) pages: usize,
+    /// The page of the image's file that it begins with.
+    pub(crate) first_page: usize,
+    pub(crate) file_first_chunk: u64,
+    pub(crate) file_bytes: u64,
+    /// The word that the page states begin with, and of how many pages they are; several regions may share them.
+    pub(crate) states_at: usize,
+    pub(crate) states_pages: usize,
+    /// The place of the region's first page among them.
+    pub(crate) first_state: usize,
+}
+
+impl RegionRow {
+    fn words(&self) -> [u64; REGION_WORDS] {
+        [
+            u64::from(self.space),
+            self.address as u64,
+            self.pages as u64,
+            self.first_page as u64,
+            self.file_first_chunk,
+            self.file_bytes,
+            self.states_at as u64,
+            self.states_pages as u64,
+            self.first_state as u64,
+        ]
+    }
+
+    fn read(words: [u64; REGION_WORDS], file_words: usize) -> Result<Self, StateError> {
+        let row = Self {
+            space: u32::try_from(words[0]).unwrap_or(u32::MAX),
+            address: to_usize(words[1]),
+            pages: to_usize(words[2]),
+            first_page: to_usize(words[3]),
+            file_first_chunk: words[4],
+            file_bytes: words[5],
+            states_at: to_usize(words[6]),
+            states_pages: to_usize(words[7]),
+            first_state: to_usize(words[8]),
+        };
+        let end = row.pages.checked_mul(PAGE_BYTES).and_then(|len| row.address.checked_add(len));
+        if !row.address.is_multiple_of(PAGE_BYTES) || row.pages == 0 || end.is_none() {
+            return wrong(format!("a region of {} pages at {:#x}", row.pages, row.address));
+        }
+        let states = row.first_state.checked_add(row.pages).filter(|end| *end <= row.states_pages);
+        let words = row.states_at.checked_add(row.states_pages.div_ceil(WORD_PAGES));
+        if states.is_none() || row.states_at < AT_STATES || words.is_none_or(|end| end > file_words) {
+            return wrong(format!("page states at {} of {} pages", row.states_at, row.states_pages));
+        }
+        let file_pages = to_usize(row.file_bytes).div_ceil(PAGE_BYTES);
+        if row.first_page.checked_add(row.pages).is_none_or(|end| end > file_pages) {
+            return wrong(format!(
+                "{} pages from page {} of a file of {file_pages}",
+                row.pages, row.first_page
+            ));
+        }
+        Ok(row)
+    }
+}
+
+/// What a state file says, checked by itself, but not against the image or the descriptors.
+#[derive(Clone, Debug)]
+pub(crate) struct Contents {
+    pub(crate) image: Digest,
+    pub(crate) options: Options,
+    /// Each with its id and the number of its userfaultfd, in the order of their ids.
+    pub(crate) spaces: Vec<(u32, RawFd)>,
+    pub(crate) next_space: u32,
+    pub(crate) regions: Vec<RegionRow>,
+    /// The messages that were read and not done, and the space that they are of.
+    pub(crate) messages_of: u32,
+    /// How many of the messages received are done; not among these.
+    pub(crate) messages_done: usize,
+    pub(crate) messages: Vec<[u64; MESSAGE_WORDS]>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct State {
+    header: Words,
+    file: Option<Arc<MappedFile>>,
+}
+
+impl State {
+    /// For a session that nobody can take over.
+    pub(crate) fn own() -> Self {
+        Self { header: Words::own(HEADER_WORDS), file: None }
+    }
+
+    /// In a file, whatever it held before.
+    ///
+    /// # Errors
+    /// [`StateError::Map`].
+    pub(crate) fn create(file: impl AsFd, image: &Digest, options: &Options) -> Result<Self, StateError> {
+        let bytes = (FILE_WORDS * size_of::<u64>()) as u64;
+        rustix::fs::ftruncate(&file, 0).map_err(|error| StateError::Map(error.into()))?;
+        rustix::fs::ftruncate(&file, bytes).map_err(|error| StateError::Map(error.into()))?;
+        let state = Self::of(SharedWords::map(file).map_err(StateError::Map)?, BTreeMap::new());
+        for (index, bytes) in image.as_bytes().chunks(8).enumerate() {
+            state.set(AT_IMAGE + index, u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+        }
+        state.set(AT_DEADLINE_MS, u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX));
+        state.set(AT_ON_LOSS, u64::from(options.on_loss == LossPolicy::Wait));
+        state.set(AT_FILL, options.fill.into());
+        state.set(AT_VERSION, VERSION);
+        state.set(AT_MAGIC, MAGIC);
+        Ok(state)
+    }
+
+    /// The state that a session which died has left in a file, and what it says.
+    ///
+    /// # Errors
+    /// [`StateError`]; the file is left as it is.
+    pub(crate) fn open(file: impl AsFd) -> Result<(Self, Contents), StateError> {
+        let words = SharedWords::map(file).map_err(StateError::Map)?;
+        let contents = Contents::read(&words)?;
+        let extent =
+            |row: &RegionRow| (row.states_at, row.states_at + row.states_pages.div_ceil(WORD_PAGES).max(1));
+        let extents = contents.regions.iter().map(extent).collect();
+        Ok((Self::of(words, extents), contents))
+    }
+
+    fn of(words: SharedWords, extents: BTreeMap<usize, usize>) -> Self {
+        let file = Arc::new(MappedFile { words, extents: Mutex::new(extents) });
+        // Not among the extents: it is never given back.
+        let header = Words::Mapped(Extent { file: Arc::clone(&file), range: 0..HEADER_WORDS });
+        Self { header, file: Some(file) }
+    }
+
+    fn set(&self, at: usize, value: u64) {
+        self.header[at].store(value, Ordering::Release);
+    }
+
+    /// Whether somebody can take the session over.
+    pub(crate) fn has_file(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// The session ends in order: nobody is to take it over.
+    pub(crate) fn end(&self) {
+        self.set(AT_ENDED, 1);
+    }
+
+    /// States for so many pages, all absent.
+    ///
+    /// # Errors
+    /// [`StateError::Full`].
+    pub(crate) fn page_states(&self, pages: usize) -> Result<PageStates, StateError> {
+        let count = pages.div_ceil(WORD_PAGES);
+        let words = match &self.file {
+            None => Words::own(count),
+            Some(file) => Words::Mapped(file.allocate(count)?),
+        };
+        Ok(PageStates::new(words, pages))
+    }
+
+    /// The page states that a row of this file tells of. To be called once for each.
+    pub(crate) fn page_states_of(&self, row: &RegionRow) -> PageStates {
+        let file = Arc::clone(self.file.as_ref().expect("rows are of a file"));
+        let end = file.extents().get(&row.states_at).copied().expect("a row of this file");
+        PageStates::new(Words::Mapped(Extent { file, range: row.states_at..end }), row.states_pages)
+    }
+
+    /// The place of page states in the file.
+    fn place(&self, states: &PageStates) -> usize {
+        match states.words() {
+            Words::Own(_) => 0,
+            Words::Mapped(extent) => extent.range.start,
+        }
+    }
+
+    /// Reads the next messages of a space's userfaultfd: how many. Those before must be done.
+    ///
+    /// # Errors
+    /// Whatever read(2) answers but EAGAIN.
+    pub(crate) fn receive(&self, space: u32, uffd: &Uffd) -> io::Result<usize> {
+        let messages = &self.header[AT_MESSAGES..HEADER_WORDS];
+        // Before the count of those done: what is left of the old ones must not look new.
+        for word in messages {
+            word.store(0, Ordering::Release);
+        }
+        self.set(AT_MESSAGES_OF, space.into());
+        self.commit(self.generation(), 0);
+        uffd.read_messages(messages)
+    }
+
+    /// A message that was received.
+    pub(crate) fn message(&self, index: usize) -> [u64; MESSAGE_WORDS] {
+        let at = AT_MESSAGES + index * MESSAGE_WORDS;
+        std::array::from_fn(|word| self.header[at + word].load(Ordering::Acquire))
+    }
+
+    fn generation(&self) -> u64 {
+        self.header[AT_COMMIT].load(Ordering::Acquire) >> 32
+    }
+
+    fn commit(&self, generation: u64, done: usize) {
+        self.set(AT_COMMIT, generation << 32 | done as u64);
+    }
+
+    /// The first `done` of the messages received are done, and have changed nothing but page states.
+    pub(crate) fn done(&self, done: usize) {
+        self.commit(self.generation(), done);
+    }
+
+    /// Writes spaces and regions down, and with the same store that `done` of the messages received are done; None: as
+    /// many as before.
+    ///
+    /// # Errors
+    /// [`StateError::Full`]; what was written down before holds.
+    pub(crate) fn write(
+        &self,
+        spaces: &Spaces,
+        next_space: u32,
+        done: Option<usize>,
+    ) -> Result<(), StateError> {
+        let done_before = self.header[AT_COMMIT].load(Ordering::Acquire) & u64::from(u32::MAX);
+        let done = done.unwrap_or(to_usize(done_before));
+        let Some(file) = &self.file else {
+            self.done(done);
+            return Ok(());
+        };
+        if spaces.spaces().len() > MAX_SPACES {
+            return Err(StateError::Full("more processes"));
+        }
+        if spaces.regions().len() > MAX_REGIONS {
+            return Err(StateError::Full("more regions"));
+        }
+        // Generations count to 2^32 and begin anew; 0 is that of a file that nothing was written to.
+        let generation = match self.generation() {
+            generation if generation >= u64::from(u32::MAX) => 2,
+            generation => generation + 1,
+        };
+        let table = &file.words[table_range(generation)];
+        let write = |at: usize, words: &[u64]| {
+            for (word, value) in table[at..at + words.len()].iter().zip(words) {
+                word.store(*value, Ordering::Release);
+            }
+        };
+        let counts = [spaces.spaces().len(), spaces.regions().len()].map(|count| count as u64);
+        write(0, &[counts[0], counts[1], next_space.into()]);
+        for (index, space) in spaces.spaces().iter().enumerate() {
+            let fd = u64::from(space.uffd.number().cast_unsigned());
+            write(TABLE_HEAD_WORDS + index * SPACE_WORDS, &[space.id.into(), fd]);
+        }
+        let regions_at = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS;
+        for (index, region) in spaces.regions().iter().enumerate() {
+            let row = region.row(self.place(region.states()));
+            write(regions_at + index * REGION_WORDS, &row.words());
+        }
+        self.commit(generation, done);
+        Ok(())
+    }
+}
+
+fn table_range(generation: u64) -> Range<usize> {
+    let start = AT_TABLES + to_usize(generation % 2) * TABLE_WORDS;
+    start..start + TABLE_WORDS
+}
+
+impl Contents {
+    /// The numbers of the descriptors that it names.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let listed = self.spaces.iter().map(|(_, fd)| *fd);
+        let coming = self.messages.iter().filter_map(|message| Event::child_of(*message));
+        listed.chain(coming).collect()
+    }
+
+    fn read(words: &[AtomicU64]) -> Result<Self, StateError> {
+        let word = |at: usize| words[at].load(Ordering::Acquire);
+        if words.len() < AT_STATES {
+            // A new file has no length yet.
+            return if words.is_empty() { Err(StateError::Empty) } else { wrong("it has been cut") };
+        }
+        if word(AT_MAGIC) == 0 {
+            return Err(StateError::Empty);
+        }
+        if word(AT_MAGIC) != MAGIC {
+            return wrong("it is something else");
+        }
+        if word(AT_VERSION) != VERSION {
+            return Err(StateError::Version { found: word(AT_VERSION) });
+        }
+        let (generation, done) = (word(AT_COMMIT) >> 32, to_usize(word(AT_COMMIT) & u64::from(u32::MAX)));
+        if generation == 0 {
+            return Err(StateError::Empty);
+        }
+        if word(AT_ENDED) != 0 {
+            return Err(StateError::Ended);
+        }
+        let table = &words[table_range(generation)];
+        let word_of_table = |at: usize| table[at].load(Ordering::Acquire);
+        let (space_count, region_count) = (to_usize(word_of_table(0)), to_usize(word_of_table(1)));
+        if space_count > MAX_SPACES || region_count > MAX_REGIONS || done > MESSAGES {
+            return wrong(format!("{space_count} spaces, {region_count} regions, {done} messages done"));
+        }
+        let next_space = u32::try_from(word_of_table(2)).or_else(|_| wrong("the number of a next space"))?;
+        let mut spaces: Vec<(u32, RawFd)> = Vec::new();
+        for index in 0..space_count {
+            let at = TABLE_HEAD_WORDS + index * SPACE_WORDS;
+            let id = u32::try_from(word_of_table(at)).ok().filter(|id| *id < next_space);
+            let id = id.filter(|id| spaces.last().is_none_or(|(last, _)| last < id));
+            let fd = RawFd::try_from(word_of_table(at + 1)).ok();
+            let (Some(id), Some(fd)) = (id, fd) else { return wrong(format!("space {index} of the table")) };
+            spaces.push((id, fd));
+        }
+        let mut regions: Vec<RegionRow> = Vec::new();
+        let mut extents = BTreeMap::new();
+        for index in 0..region_count {
+            let at = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + index * REGION_WORDS;
+            let row = RegionRow::read(std::array::from_fn(|i| word_of_table(at + i)), words.len())?;
+            let end = |row: &RegionRow| (row.space, row.address + row.pages * PAGE_BYTES);
+            if regions.last().is_some_and(|last| end(last) > (row.space, row.address)) {
+                return wrong(format!("region {index} of the table is not after the one before"));
+            }
+            if spaces.binary_search_by_key(&row.space, |(id, _)| *id).is_err() {
+                return wrong(format!("region {index} of the table is of a space that is not there"));
+            }
+            if *extents.entry(row.states_at).or_insert(row.states_pages) != row.states_pages {
+                return wrong(format!("page states at {} are of two lengths", row.states_at));
+            }
+            regions.push(row);
+        }
+        let mut last_end = AT_STATES;
+        for (at, pages) in extents {
+            if at < last_end {
+                return wrong(format!("page states at {at} overlap others"));
+            }
+            last_end = at + pages.div_ceil(WORD_PAGES).max(1);
+        }
+        let message = |index: usize| -> [u64; MESSAGE_WORDS] {
+            std::array::from_fn(|i| word(AT_MESSAGES + index * MESSAGE_WORDS + i))
+        };
+        let mut image = [0; DIGEST_BYTES];
+        for (index, bytes) in image.chunks_mut(8).enumerate() {
+            bytes.copy_from_slice(&word(AT_IMAGE + index).to_le_bytes());
+        }
+        Ok(Self {
+            image: image.into(),
+            options: Options {
+                fault_deadline: Duration::from_millis(word(AT_DEADLINE_MS)),
+                on_loss: if word(AT_ON_LOSS) == 0 { LossPolicy::Poison } else { LossPolicy::Wait },
+                fill: word(AT_FILL) != 0,
+            },
+            spaces,
+            next_space,
+            regions,
+            messages_of: u32::try_from(word(AT_MESSAGES_OF))
+                .or_else(|_| wrong("whose messages these are"))?,
+            messages_done: done,
+            messages: (done..MESSAGES).map(message).take_while(|message| message[0] != 0).collect(),
+        })
+    }
+}
+
+/// The numbers of the descriptors that a session needs which is to be resumed from this state file: its userfaultfds,
+/// and those of children whose messages were read and not done. Whoever restarts a process that has died, and shares its
+/// table of descriptors, keeps these open.
+///
+/// # Errors
+/// [`StateError`].
+pub fn descriptors(state: impl AsFd) -> Result<Vec<RawFd>, StateError> {
+    let words = SharedWords::map(state).map_err(StateError::Map)?;
+    Ok(Contents::read(&words)?.descriptors())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_state::PageState;
+    use crate::region::RegionState;
+    use crate::space::tests::any_space;
+    use postcopy_proto::manifest::FileEntry;
+    use postcopy_proto::page::ChunkIndex;
+    use proptest::prelude::*;
+    use std::fs::File;
+
+    const FILE: FileEntry =
+        FileEntry { size_bytes: 900 * 4096, first_chunk: ChunkIndex(7), executable: false };
+
+    fn state_file() -> File {
+        rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
+    }
+
+    fn create(file: &File) -> State {
+        let options =
+            Options { fault_deadline: Duration::from_millis(1234), on_loss: LossPolicy::Wait, fill: true };
+        State::create(file, &Digest::of(b"image"), &options).unwrap()
+    }
+
+    /// Two spaces with regions of some states.
+    fn some_spaces(state: &State) -> Spaces {
+        let space = any_space(0);
+        let region = |start: usize, pages: Range<usize>| {
+            let states = state.page_states(pages.len()).unwrap();
+            states.set_resident(1..2);
+            Arc::new(RegionState::new(Arc::clone(&space), start * 4096, FILE, pages, 65536, states))
+        };
+        let mut spaces =
+            Spaces::new(vec![Arc::clone(&space)], vec![region(90, 0..40), region(400, 300..900)]);
+        spaces.fork(&space, any_space(1), state).unwrap();
+        spaces.move_to(&space, &(95 * 4096..100 * 4096), 2000 * 4096);
+        spaces
+    }
+
+    #[test]
+    fn a_successor_finds_what_was_written_last() {
+        let file = state_file();
+        assert!(matches!(State::open(&file), Err(StateError::Empty)));
+        let state = create(&file);
+        assert!(matches!(State::open(&file), Err(StateError::Empty)), "no table yet");
+        let spaces = some_spaces(&state);
+        state.write(&spaces, 2, Some(3)).unwrap();
+        state.done(5);
+        // Room for these is found beside those that are in use.
+        let more = state.page_states(70).unwrap();
+        more.set_removed(0..70);
+
+        let (successor, contents) = State::open(&file).unwrap();
+        assert_eq!((contents.image, contents.next_space), (Digest::of(b"image"), 2));
+        assert_eq!((contents.messages_of, contents.messages_done, contents.messages.len()), (0, 5, 0));
+        let Options { fault_deadline, on_loss, fill } = contents.options;
+        assert_eq!((fault_deadline.as_millis(), on_loss, fill), (1234, LossPolicy::Wait, true));
+        let fds: Vec<_> = spaces.spaces().iter().map(|space| (space.id, space.uffd.number())).collect();
+        assert_eq!(
+            (&contents.spaces, contents.descriptors()),
+            (&fds, fds.iter().map(|(_, fd)| *fd).collect())
+        );
+        let rows: Vec<_> = spaces.regions().iter().map(|r| r.row(state.place(r.states()))).collect();
+        assert_eq!(contents.regions, rows);
+        for region in spaces.regions() {
+            region.set_poisoned(2..3);
+        }
+        let row = contents.regions.last().unwrap();
+        let states = successor.page_states_of(row);
+        let found = [0, 1, 2].map(|page| states.get(row.first_state + page));
+        assert_eq!(found, [PageState::Absent, PageState::Resident, PageState::Poisoned]);
+        let room = successor.page_states(9).unwrap();
+        assert!(rows.iter().all(|row| row.states_at != successor.place(&room)));
+        state.end();
+        assert!(matches!(State::open(&file), Err(StateError::Ended)));
+    }
+
+    #[test]
+    fn either_the_old_table_holds_or_the_new_one() {
+        let file = state_file();
+        let state = create(&file);
+        let mut spaces = some_spaces(&state);
+        for (index, next_space) in (10..20).enumerate() {
+            state.write(&spaces, next_space, Some(index)).unwrap();
+            let rows = spaces.regions().len();
+            spaces.cut(&spaces.spaces()[0].clone(), &((401 + 2 * index) * 4096..(402 + 2 * index) * 4096));
+            let contents = State::open(&file).unwrap().1;
+            assert_eq!((contents.next_space, contents.messages_done), (next_space, index));
+            assert_eq!(contents.regions.len(), rows);
+        }
+        // Room that nobody uses is used again, and is as new.
+        let place = state.place(&state.page_states(100).unwrap());
+        let again = state.page_states(100).unwrap();
+        assert_eq!(state.place(&again), place);
+        again.set_removed(0..100);
+        drop(again);
+        let again = state.page_states(100).unwrap();
+        assert_eq!((state.place(&again), again.count(0..100, PageState::Absent)), (place, 100));
+        // The generations begin anew.
+        state.commit(u64::from(u32::MAX), 0);
+        state.write(&spaces, 3, Some(0)).unwrap();
+        assert_eq!(State::open(&file).unwrap().1.next_space, 3);
+    }
+
+    /// Places of words that mean something: of the header, of the table's head and spaces, and of its regions.
+    fn any_place() -> impl Strategy<Value = usize> {
+        let table = AT_TABLES + TABLE_WORDS;
+        let regions = table + TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS;
+        prop_oneof![0..HEADER_WORDS, table..table + 12, regions..regions + 6 * REGION_WORDS]
+    }
+
+    proptest! {
+        /// Whatever is changed in a file, it is read as something that can be, or refused.
+        #[test]
+        fn any_words_are_a_state_or_an_error(
+            changes in prop::collection::vec((any_place(), any::<u64>(), 0u32..64), 1..6), len in 0u64..1 << 30,
+        ) {
+            let file = state_file();
+            let state = create(&file);
+            state.write(&some_spaces(&state), 2, Some(0)).unwrap();
+            for (at, value, shift) in changes {
+                SharedWords::map(&file).unwrap()[at].store(value >> shift, Ordering::Release);
+            }
+            if let Ok((state, contents)) = State::open(&file) {
+                for row in &contents.regions {
+                    prop_assert!(contents.spaces.iter().any(|(id, _)| *id == row.space));
+                    prop_assert!(row.first_state + row.pages <= row.states_pages);
+                }
+                if let Some(row) = contents.regions.first() {
+                    prop_assert_eq!(state.page_states_of(row).pages(), row.states_pages);
+                }
+            }
+            // What never was one.
+            let other = state_file();
+            other.set_len(len).unwrap();
+            prop_assert!(State::open(&other).is_err());
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What outlives a pager: a process that shares its table of descriptors with the one that serves, and starts another
+//! one when that has died.
+//!
+//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, fill,
+//! [[address, length, path, offset]…]]`. It says `worker PID` for each process that it starts to serve this, and
+//! `ended` when one has ended in order.
+
+use anyhow::{Context, Result, bail};
+use nix::libc;
+use nix::sched::CloneFlags;
+use nix::sys::wait::{WaitStatus, waitpid};
+use postcopy::state::StateError;
+use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Session, SessionError};
+use postcopy_tests::descriptors;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+const STACK_BYTES: usize = 8 << 20;
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// What is to be served.
+struct Work {
+    uffd: OwnedFd,
+    state: File,
+    server: String,
+    reference: String,
+    fill: bool,
+    regions: Vec<ForeignRegion>,
+}
+
+impl Work {
+    fn session(&self) -> Result<Session> {
+        let address = self.server.parse()?;
+        #[expect(unsafe_code, reason = "descriptors by number")]
+        let by_number = |fd: RawFd| {
+            // SAFETY: the keeper has left those open that the state file names, and nobody closes them.
+            Some(unsafe { BorrowedFd::borrow_raw(fd) })
+        };
+        match Session::resume(&address, &self.state, by_number) {
+            Err(SessionError::State(StateError::Empty)) => {}
+            resumed => return Ok(resumed?),
+        }
+        let options =
+            Options { fill: self.fill, fault_deadline: Duration::from_secs(20), on_loss: LossPolicy::Poison };
+        let memory =
+            ForeignMemory { uffd: self.uffd.as_fd(), regions: &self.regions, state: Some(&self.state) };
+        Ok(Session::attach(&address, &self.reference.parse()?, options, &memory)?)
+    }
+
+    fn serve(&self) -> isize {
+        let served = self.session().map(|session| {
+            let _ = session.wait_end(YEAR);
+            session.error()
+        });
+        match served {
+            Ok(None) => 0,
+            Ok(Some(error)) => {
+                eprintln!("keeper: the session has ended: {error}");
+                1
+            }
+            Err(error) => {
+                eprintln!("keeper: {error:#}");
+                1
+            }
+        }
+    }
+
+    /// Starts a process that serves, and waits for its end: whether it was one in order.
+    fn run(&self, socket: &mut UnixStream) -> Result<bool> {
+        let mut stack = vec![0; STACK_BYTES];
+        let work = Box::new(|| self.serve());
+        #[expect(unsafe_code, reason = "a process that shares the table of descriptors")]
+        // SAFETY: this process has one thread, and its child memory of its own.
+        let worker =
+            unsafe { nix::sched::clone(work, &mut stack, CloneFlags::CLONE_FILES, Some(libc::SIGCHLD)) };
+        let worker = worker?;
+        writeln!(socket, "worker {worker}")?;
+        loop {
+            match waitpid(worker, None) {
+                Err(nix::Error::EINTR) => {}
+                Err(error) => bail!("waiting for the worker: {error}"),
+                Ok(status) => return Ok(matches!(status, WaitStatus::Exited(_, 0))),
+            }
+        }
+    }
+
+    /// Closes what a worker has left behind, but for what its successor needs.
+    fn close_leftovers(&self, socket: &UnixStream) -> Result<()> {
+        let mut keep: BTreeSet<RawFd> = [0, 1, 2].into();
+        keep.extend([self.uffd.as_raw_fd(), self.state.as_raw_fd(), socket.as_raw_fd()]);
+        match postcopy::state::descriptors(&self.state) {
+            Ok(listed) => keep.extend(listed),
+            Err(StateError::Empty) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let open = std::fs::read_dir("/proc/self/fd")?
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let open: Vec<RawFd> = open.collect();
+        for fd in open.into_iter().filter(|fd| !keep.contains(fd)) {
+            #[expect(
+                unsafe_code,
+                reason = "descriptors that a process which died has left in the common table"
+            )]
+            // SAFETY: nobody here owns it; closing the one that listed the directory again does nothing.
+            let _ = unsafe { libc::close(fd) };
+        }
+        Ok(())
+    }
+}
+
+fn main() -> Result<()> {
+    let mut socket = UnixStream::connect(std::env::args().nth(1).context("SOCKET")?)?;
+    let (uffd, text) = descriptors::receive(&socket);
+    let (server, reference, fill, regions): (_, _, _, Vec<(usize, usize, String, u64)>) =
+        serde_json::from_str(&text)?;
+    let region = |(address, len, path, offset_bytes): (usize, usize, String, u64)| ForeignRegion {
+        address,
+        len,
+        path: path.into(),
+        offset_bytes,
+    };
+    let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
+    let regions = regions.into_iter().map(region).collect();
+    let work = Work { uffd, state, server, reference, fill, regions };
+    while !work.run(&mut socket)? {
+        work.close_leftovers(&socket)?;
+    }
+    writeln!(socket, "ended")?;
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! A session in a process of its own that may be killed: `postcopy-keeper`, and the pager's steps one by one.
+
+use crate::{binary, descriptors};
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use postcopy::ForeignRegion;
+use std::io::{BufRead, BufReader};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command};
+
+/// See the module. It, and who serves, are killed when it is dropped.
+#[derive(Debug)]
+pub struct Keeper {
+    child: Child,
+    lines: BufReader<UnixStream>,
+    worker: Pid,
+}
+
+impl Keeper {
+    /// Has memory of another process served by a process that may die.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start(
+        server: &str,
+        reference: &str,
+        fill: bool,
+        uffd: BorrowedFd<'_>,
+        regions: &[ForeignRegion],
+    ) -> Self {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("a socket can be made");
+        let child = Command::new(binary("postcopy-keeper")).arg(&path).spawn().expect("it starts");
+        let (socket, _) = listener.accept().expect("it connects");
+        let region = |r: &ForeignRegion| {
+            (
+                r.address,
+                r.len,
+                String::from_utf8(r.path.clone()).expect("a path of the tests"),
+                r.offset_bytes,
+            )
+        };
+        let regions: Vec<_> = regions.iter().map(region).collect();
+        let text = serde_json::to_string(&(server, reference, fill, regions)).expect("plain data");
+        descriptors::send(&socket, uffd, &text);
+        let mut keeper = Self { child, lines: BufReader::new(socket), worker: Pid::from_raw(0) };
+        keeper.next_worker();
+        keeper
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).expect("it says what it does");
+        line.trim().to_owned()
+    }
+
+    /// Waits for the next process to serve.
+    fn next_worker(&mut self) {
+        let line = self.line();
+        let pid = line.strip_prefix("worker ").unwrap_or_else(|| panic!("the keeper says {line:?}"));
+        self.worker = Pid::from_raw(pid.parse().expect("a pid"));
+    }
+
+    /// Kills who serves. Another one comes.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub fn kill_worker(&mut self) {
+        kill(self.worker, Signal::SIGKILL).expect("it lives");
+        self.next_worker();
+    }
+
+    /// Kills who serves where its pager stands. Another one comes.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub fn kill_worker_at(&mut self, pager: StoppedPager) {
+        kill(self.worker, Signal::SIGKILL).expect("it lives");
+        // Its end is ours to see first.
+        while waitpid(pager.thread, Some(WaitPidFlag::__WALL)).is_ok() {}
+        self.next_worker();
+    }
+
+    /// Waits until the session has ended in order.
+    ///
+    /// # Panics
+    /// If it ends otherwise.
+    pub fn assert_ends(&mut self) {
+        assert_eq!(self.line(), "ended");
+    }
+
+    /// The pager of who serves, stopped.
+    ///
+    /// # Panics
+    /// If there is none within a minute.
+    #[must_use]
+    pub fn stop_pager(&mut self) -> StoppedPager {
+        let mut found = None;
+        crate::wait_until("a pager", || {
+            found = find_pager(self.worker);
+            found.is_some()
+        });
+        let thread = found.expect("it was found");
+        ptrace::seize(thread, Options::PTRACE_O_TRACESYSGOOD).expect("root may trace");
+        ptrace::interrupt(thread).expect("it lives");
+        wait_for(thread);
+        StoppedPager { thread }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Only now nobody starts another one. It is our child's child: its pid is its own until init has seen its end.
+        let _ = kill(self.worker, Signal::SIGKILL);
+    }
+}
+
+/// A pager that sleeps until something happens: it has opened its session then.
+fn find_pager(process: Pid) -> Option<Pid> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).ok()?;
+    let tasks = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
+    tasks.map(Pid::from_raw).find(|thread| {
+        let read = |what| std::fs::read_to_string(format!("/proc/{process}/task/{thread}/{what}"));
+        read("comm").is_ok_and(|name| name.trim() == "postcopy-pager")
+    })
+}
+
+fn wait_for(thread: Pid) {
+    waitpid(thread, Some(WaitPidFlag::__WALL)).expect("it is traced");
+}
+
+/// What a pager is about to do, or has just done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop {
+    /// The number of the system call.
+    pub call: u64,
+    /// What it has answered; None: it is about to be called.
+    pub answer: Option<i64>,
+}
+
+/// The thread that serves, which goes on step by step. It goes on alone when this is dropped.
+#[derive(Debug)]
+pub struct StoppedPager {
+    thread: Pid,
+}
+
+impl StoppedPager {
+    /// Lets it go on until it is about to call the kernel, or comes back from it.
+    ///
+    /// # Panics
+    /// If it ends.
+    pub fn next_call(&mut self) -> Stop {
+        ptrace::syscall(self.thread, None).expect("it is stopped");
+        wait_for(self.thread);
+        let info = ptrace::syscall_info(self.thread).expect("it is stopped at a system call");
+        let call = ptrace::getregs(self.thread).expect("it is stopped").orig_rax;
+        match info.op {
+            nix::libc::PTRACE_SYSCALL_INFO_EXIT => {
+                #[expect(unsafe_code, reason = "a union")]
+                // SAFETY: `op` says which one it is.
+                let answer = unsafe { info.u.exit }.sval;
+                Stop { call, answer: Some(answer) }
+            }
+            _ => Stop { call, answer: None },
+        }
+    }
+
+    /// Lets it go on for so many instructions, or until it is about to call the kernel: how many these were.
+    ///
+    /// # Panics
+    /// If it ends.
+    pub fn step(&mut self, instructions: u32) -> u32 {
+        const SYSCALL: i64 = 0x050f;
+        for done in 0..instructions {
+            let at = ptrace::getregs(self.thread).expect("it is stopped").rip;
+            let at = std::ptr::with_exposed_provenance_mut(postcopy_proto::page::to_usize(at));
+            if ptrace::read(self.thread, at).expect("it is stopped at an instruction") & 0xffff == SYSCALL {
+                return done;
+            }
+            ptrace::step(self.thread, None).expect("it is stopped");
+            wait_for(self.thread);
+        }
+        instructions
+    }
+}
+
+impl Drop for StoppedPager {
+    fn drop(&mut self) {
+        // Fails where it has been killed.
+        let _ = ptrace::detach(self.thread, None);
+    }
+}
