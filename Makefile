@@ -6,11 +6,12 @@ CARGO ?= cargo
 # Another file for the demo: make demo FILE=/path/to/model.bin
 FILE ?=
 
-.PHONY: help build demo test test-list lint bench clean
+.PHONY: help build demo test soak test-list lint bench clean
 
 help:
 	@echo "make demo    push a large file, serve it, use it lazily (FILE=... for one of yours)"
 	@echo "make test    all tests"
+	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting and clippy"
 	@echo "make bench   the figures of docs/BENCHMARKS.md"
 	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
@@ -28,6 +29,12 @@ test: build
 	@tests/setup test
 	$(CARGO) test --workspace --doc
 	@tests/run-all
+	@tests/planted
+
+# Random operations against the model, for so many seconds.
+SECONDS_OF_SOAK ?= 600
+soak: build
+	POSTCOPY_SOAK_SECONDS=$(SECONDS_OF_SOAK) $(CARGO) test --workspace --test e2e -- --nocapture model::
 
 # After adding or removing tests.
 test-list:

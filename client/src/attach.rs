@@ -76,16 +76,18 @@ impl Owner {
     ) -> Result<Shared, SessionError> {
         match self {
             Self::ThisProcess => {
-                let space = Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?));
+                let state = State::own();
+                let space = Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?, &state));
                 let spaces = Spaces::new(vec![space], Vec::new());
-                Ok(Shared::new(address, image, options, spaces, 1, State::own()))
+                Ok(Shared::new(address, image, options, spaces, 1, state))
             }
             Self::Another { uffd, regions, state } => {
-                let space = Arc::new(Space::new(0, Uffd::adopt(uffd)?));
+                let uffd = Uffd::adopt(uffd)?;
                 let state = match state {
                     None => State::own(),
                     Some(file) => State::create(file, &image.digest(), &options)?,
                 };
+                let space = Arc::new(Space::new(0, uffd, &state));
                 let regions = self::regions(&image, &space, &regions, &state)?;
                 let spaces = Spaces::new(vec![space], regions);
                 state.write(&spaces, 1, None)?;
@@ -107,7 +109,7 @@ fn take_over(
     let mut spaces = Vec::new();
     for (id, fd) in &contents.spaces {
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
-        spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?)));
+        spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?, &state)));
     }
     let regions = left_regions(&image, &state, contents, &spaces)?;
     let spaces = Spaces::new(spaces, regions);
@@ -123,13 +125,18 @@ fn take_over(
             events::apply(&shared, space, event, done).map_err(StateError::Wrong)?;
         }
     }
-    for space in shared.spaces().spaces() {
+    wake_everybody(&shared.spaces());
+    Ok(shared)
+}
+
+/// Brings back the faults that a pager had read which has died.
+fn wake_everybody(spaces: &Spaces) {
+    for space in spaces.spaces() {
         space.uffd.wake_all();
     }
-    for region in shared.spaces().regions() {
+    for region in spaces.regions() {
         region.space.uffd.wake(region.address(0), region.len());
     }
-    Ok(shared)
 }
 
 fn missing(fd: RawFd) -> OpenError {

@@ -21,7 +21,7 @@ pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>)
         let received = shared.state.receive(space.id, &space.uffd);
         let received = received.map_err(|error| format!("a userfaultfd cannot be read: {error}"))?;
         for index in 0..received {
-            match Event::of(shared.state.message(index)) {
+            match shared.state.message(index) {
                 Event::Fault { address } => faults.push(address),
                 event => apply(shared, space, event, index + 1)?,
             }
@@ -63,7 +63,8 @@ pub(crate) fn apply(shared: &Shared, space: &Arc<Space>, event: Event, done: usi
             wake(space, &from);
         }
         Event::Fork { child } => {
-            let child = Arc::new(Space::new(shared.next_space_id(), space.uffd.of_child(child)));
+            let child = Space::new(shared.next_space_id(), space.uffd.of_child(child), &shared.state);
+            let child = Arc::new(child);
             if let Err(error) = Arc::make_mut(&mut spaces).fork(space, Arc::clone(&child), &shared.state) {
                 // Its message is not done: a successor takes it from there, and it must stay open.
                 std::mem::forget(child);

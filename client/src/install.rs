@@ -103,7 +103,7 @@ fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>
         None if poisoned => uffd.copy(address, &ZEROS[..len]),
         None => uffd.zero(address, len),
     };
-    match outcome {
+    match region.space.counted(outcome) {
         Outcome::Done => {
             region.set_resident(pages.clone());
             Step::Next(pages.end)
@@ -124,7 +124,7 @@ fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>
         Outcome::NoMemory => Step::Stop(Installed::NoMemory),
         Outcome::Gone if pages.len() > 1 => Step::OnePage,
         Outcome::Gone => {
-            uffd.wake(address, len);
+            gone(region, pages.start);
             Step::Next(pages.end)
         }
         Outcome::OwnerGone => {
@@ -156,7 +156,7 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
             next = run.end;
             continue;
         }
-        next = match uffd.poison(address, len) {
+        next = match region.space.counted(uffd.poison(address, len)) {
             Outcome::Done => {
                 region.set_poisoned(run.clone());
                 uffd.wake(address, len);
@@ -190,7 +190,7 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
                 run.start
             }
             Outcome::Gone => {
-                uffd.wake(address, len);
+                gone(region, run.start);
                 run.end
             }
             Outcome::OwnerGone => {
@@ -199,6 +199,16 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
             }
         };
     }
+}
+
+/// A page is no longer registered, or not mapped. Where that is told of, the event decides what becomes of it, which may
+/// be that it has only been moved; else it is final.
+fn gone(region: &RegionState, page: usize) {
+    let uffd = &region.space.uffd;
+    if !uffd.tells_of_unmaps() {
+        region.set_removed(page..page + 1);
+    }
+    uffd.wake(region.address(page), PAGE_BYTES);
 }
 
 /// Before Linux 6.6: no access at all to these pages, which is SIGSEGV.
@@ -210,4 +220,85 @@ fn forbid(region: &RegionState, pages: Range<usize>) {
     // Each run is a VMA of its own, and there are no more to be had: then all of the region, what is there, too.
     let all = forbid(region.address(0), region.len());
     all.expect("the protection of a whole mapping of our own can be taken away");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::space::Space;
+    use crate::state::State;
+    use crate::uffd::Uffd;
+    use crate::uffd::memory::Memory;
+    use postcopy_proto::manifest::FileEntry;
+    use std::sync::Arc;
+
+    const PAGES: usize = PIECE_PAGES;
+
+    /// A region of one chunk, registered.
+    fn region(memory: &Memory) -> RegionState {
+        let state = State::own();
+        let space = Arc::new(Space::new(0, Uffd::open(0).unwrap(), &state));
+        space.uffd.register(memory.start(), memory.len()).unwrap();
+        let file =
+            FileEntry { size_bytes: memory.len() as u64, first_chunk: ChunkIndex(0), executable: false };
+        let states = state.page_states(PAGES).unwrap();
+        RegionState::new(space, memory.start(), file, 0..PAGES, memory.len(), states)
+    }
+
+    fn install_zeros(region: &RegionState) -> Installed {
+        let mut content = ChunkPages::default();
+        content.set_zeros(region.len());
+        install(None, region, ChunkIndex(0), &content, None)
+    }
+
+    #[test]
+    fn pages_that_are_there_are_left_and_the_rest_comes() {
+        let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
+        let region = region(&memory);
+        // Nobody has noted these: their installer was killed.
+        for page in [0, 5, 6, 15] {
+            let copied = region.space.uffd.copy(region.address(page), &[7; PAGE_BYTES]);
+            assert_eq!(copied, Outcome::Done);
+        }
+        let two = region.space.uffd.zero(region.address(4), 2 * PAGE_BYTES);
+        assert_eq!(two, Outcome::Partial { bytes: PAGE_BYTES });
+        assert_eq!(region.space.uffd.zero(region.address(4), PAGE_BYTES), Outcome::AlreadyPresent);
+        assert_eq!(install_zeros(&region), Installed::All);
+        assert_eq!(region.count(PageState::Resident), PAGES);
+        for (page, bytes) in memory.slice(PAGES * PAGE_BYTES).chunks(PAGE_BYTES).enumerate() {
+            let byte = if [0, 5, 6, 15].contains(&page) { 7 } else { 0 };
+            assert!(bytes.iter().all(|b| *b == byte), "page {page}");
+        }
+    }
+
+    #[test]
+    fn poison_goes_around_what_is_there() {
+        let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
+        let region = region(&memory);
+        for page in [3, 9] {
+            assert_eq!(region.space.uffd.copy(region.address(page), &[7; PAGE_BYTES]), Outcome::Done);
+        }
+        region.set_removed(12..13);
+        poison(&region, 1..PAGES, || unreachable!("nobody causes an event"));
+        let states = [(0, PageState::Absent), (1, PageState::Poisoned), (3, PageState::Resident)];
+        for (page, state) in states.into_iter().chain([(9, PageState::Resident), (12, PageState::Removed)]) {
+            assert_eq!(region.state(page), state, "page {page}");
+        }
+        // What comes after all goes over it.
+        assert_eq!(install_zeros(&region), Installed::All);
+        assert_eq!((region.count(PageState::Resident), region.count(PageState::Removed)), (PAGES - 1, 1));
+        assert_eq!(memory.slice(PAGES * PAGE_BYTES)[PAGE_BYTES], 0);
+    }
+
+    #[test]
+    fn memory_that_is_gone_is_left_alone() {
+        let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
+        let region = region(&memory);
+        region.space.uffd.unregister(region.address(4), 4 * PAGE_BYTES).unwrap();
+        assert_eq!(install_zeros(&region), Installed::All);
+        assert_eq!(region.count(PageState::Resident), PAGES - 4);
+        // Nothing tells of it, so that it is final.
+        assert_eq!(region.count(PageState::Removed), 4);
+        assert!(region.is_resolved());
+    }
 }

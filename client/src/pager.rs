@@ -340,7 +340,7 @@ impl Pager {
 
     /// Installs a page of zeros at an address that nothing of the image belongs to.
     fn zero(&mut self, space: &Arc<Space>, address: usize) {
-        match space.uffd.zero(address, PAGE_BYTES) {
+        match space.counted(space.uffd.zero(address, PAGE_BYTES)) {
             Outcome::Done | Outcome::Partial { .. } => {}
             Outcome::OwnerGone => space.set_gone(),
             Outcome::AlreadyPresent | Outcome::Gone => space.uffd.wake(address, PAGE_BYTES),

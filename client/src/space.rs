@@ -3,8 +3,8 @@
 //! A session begins with one. A process that forks gets its child another one, where userfaultfd tells of it.
 
 use crate::region::RegionState;
-use crate::state::{State, StateError};
-use crate::uffd::Uffd;
+use crate::state::{Answers, State, StateError};
+use crate::uffd::{Outcome, Uffd};
 use postcopy_proto::page::ChunkIndex;
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,12 +16,19 @@ pub(crate) struct Space {
     /// Of all spaces that the session has had, in the order of their coming.
     pub(crate) id: u32,
     pub(crate) uffd: Arc<Uffd>,
+    answers: Answers,
     gone: AtomicBool,
 }
 
 impl Space {
-    pub(crate) fn new(id: u32, uffd: Uffd) -> Self {
-        Self { id, uffd: Arc::new(uffd), gone: AtomicBool::new(false) }
+    /// A space of a session with this state.
+    pub(crate) fn new(id: u32, uffd: Uffd, state: &State) -> Self {
+        Self { id, uffd: Arc::new(uffd), answers: state.answers(), gone: AtomicBool::new(false) }
+    }
+
+    /// Counts an answer of the kernel, and gives it back.
+    pub(crate) fn counted(&self, outcome: Outcome) -> Outcome {
+        self.answers.count(outcome)
     }
 
     /// Whether the process has exited, as far as somebody has noticed.
@@ -146,7 +153,7 @@ pub(crate) mod tests {
 
     /// A space of which nothing is registered.
     pub(crate) fn any_space(id: u32) -> Arc<Space> {
-        Arc::new(Space::new(id, Uffd::open(0).expect("a userfaultfd can be had")))
+        Arc::new(Space::new(id, Uffd::open(0).expect("a userfaultfd can be had"), &State::own()))
     }
 
     const FILE: FileEntry =

@@ -13,7 +13,7 @@ use crate::page_state::{PageStates, WORD_PAGES};
 use crate::session::{LossPolicy, Options};
 use crate::space::Spaces;
 use crate::uffd::memory::SharedWords;
-use crate::uffd::{Event, MESSAGE_WORDS, Uffd};
+use crate::uffd::{Event, MESSAGE_WORDS, Outcome, Uffd};
 use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::collections::BTreeMap;
@@ -43,7 +43,8 @@ const AT_ENDED: usize = 9;
 const AT_COMMIT: usize = 16;
 const AT_MESSAGES_OF: usize = 24;
 const AT_MESSAGES: usize = 32;
-const HEADER_WORDS: usize = AT_MESSAGES + MESSAGES * MESSAGE_WORDS;
+const AT_ANSWERS: usize = AT_MESSAGES + MESSAGES * MESSAGE_WORDS;
+const HEADER_WORDS: usize = AT_ANSWERS + ANSWERS.len();
 const AT_TABLES: usize = 512;
 const TABLE_HEAD_WORDS: usize = 8;
 const SPACE_WORDS: usize = 2;
@@ -52,6 +53,56 @@ const TABLE_WORDS: usize = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + MAX_REG
 const AT_STATES: usize = AT_TABLES + 2 * TABLE_WORDS;
 /// 4 GiB, of which only what is used takes memory: page states for 64 TiB.
 const FILE_WORDS: usize = 1 << 29;
+
+/// What the kernel can answer or tell, in the order of their counts in the file.
+const ANSWERS: [&str; 12] = [
+    "done",
+    "partial",
+    "present",
+    "deferred",
+    "gone",
+    "exited",
+    "no memory",
+    "fault",
+    "remove",
+    "unmap",
+    "remap",
+    "fork",
+];
+
+fn answer(outcome: Outcome) -> usize {
+    match outcome {
+        Outcome::Done => 0,
+        Outcome::Partial { .. } => 1,
+        Outcome::AlreadyPresent => 2,
+        Outcome::Deferred => 3,
+        Outcome::Gone => 4,
+        Outcome::OwnerGone => 5,
+        Outcome::NoMemory => 6,
+    }
+}
+
+fn event(event: &Event) -> usize {
+    match event {
+        Event::Fault { .. } => 7,
+        Event::Remove { .. } => 8,
+        Event::Unmap { .. } => 9,
+        Event::Remap { .. } => 10,
+        Event::Fork { .. } | Event::Unknown { .. } => 11,
+    }
+}
+
+/// Counts what the kernel answers.
+#[derive(Clone, Debug)]
+pub(crate) struct Answers(Arc<Words>);
+
+impl Answers {
+    /// Counts an answer, and gives it back.
+    pub(crate) fn count(&self, outcome: Outcome) -> Outcome {
+        self.0[AT_ANSWERS + answer(outcome)].fetch_add(1, Ordering::Relaxed);
+        outcome
+    }
+}
 
 /// Why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -243,14 +294,14 @@ pub(crate) struct Contents {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct State {
-    header: Words,
+    header: Arc<Words>,
     file: Option<Arc<MappedFile>>,
 }
 
 impl State {
     /// For a session that nobody can take over.
     pub(crate) fn own() -> Self {
-        Self { header: Words::own(HEADER_WORDS), file: None }
+        Self { header: Arc::new(Words::own(HEADER_WORDS)), file: None }
     }
 
     /// In a file, whatever it held before.
@@ -290,7 +341,7 @@ impl State {
         let file = Arc::new(MappedFile { words, extents: Mutex::new(extents) });
         // Not among the extents: it is never given back.
         let header = Words::Mapped(Extent { file: Arc::clone(&file), range: 0..HEADER_WORDS });
-        Self { header, file: Some(file) }
+        Self { header: Arc::new(header), file: Some(file) }
     }
 
     fn set(&self, at: usize, value: u64) {
@@ -340,7 +391,7 @@ impl State {
     /// # Errors
     /// Whatever read(2) answers but EAGAIN.
     pub(crate) fn receive(&self, space: u32, uffd: &Uffd) -> io::Result<usize> {
-        let messages = &self.header[AT_MESSAGES..HEADER_WORDS];
+        let messages = &self.header[AT_MESSAGES..AT_ANSWERS];
         // Before the count of those done: what is left of the old ones must not look new.
         for word in messages {
             word.store(0, Ordering::Release);
@@ -350,10 +401,18 @@ impl State {
         uffd.read_messages(messages)
     }
 
-    /// A message that was received.
-    pub(crate) fn message(&self, index: usize) -> [u64; MESSAGE_WORDS] {
+    /// What a message says that was received, not to be called more than once.
+    pub(crate) fn message(&self, index: usize) -> Event {
         let at = AT_MESSAGES + index * MESSAGE_WORDS;
-        std::array::from_fn(|word| self.header[at + word].load(Ordering::Acquire))
+        let message = std::array::from_fn(|word| self.header[at + word].load(Ordering::Acquire));
+        let message = Event::of(message);
+        self.header[AT_ANSWERS + event(&message)].fetch_add(1, Ordering::Relaxed);
+        message
+    }
+
+    /// To count what the kernel answers.
+    pub(crate) fn answers(&self) -> Answers {
+        Answers(Arc::clone(&self.header))
     }
 
     fn generation(&self) -> u64 {
@@ -517,6 +576,19 @@ impl Contents {
             messages: (done..MESSAGES).map(message).take_while(|message| message[0] != 0).collect(),
         })
     }
+}
+
+/// How often the kernel has answered or told what, by name, since the session was attached: outcomes of UFFDIO_COPY,
+/// UFFDIO_ZEROPAGE and UFFDIO_POISON, and messages.
+///
+/// # Errors
+/// [`StateError`].
+pub fn answers(state: impl AsFd) -> Result<impl Iterator<Item = (&'static str, u64)>, StateError> {
+    let words = SharedWords::map(state).map_err(StateError::Map)?;
+    Contents::read(&words)?;
+    let counts: Vec<_> =
+        words[AT_ANSWERS..].iter().map(|word| word.load(Ordering::Relaxed)).take(ANSWERS.len()).collect();
+    Ok(ANSWERS.into_iter().zip(counts))
 }
 
 /// The numbers of the descriptors that a session needs which is to be resumed from this state file: its userfaultfds,

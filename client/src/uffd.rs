@@ -139,7 +139,9 @@ pub(crate) enum Event {
 pub(crate) struct Uffd {
     registrar: userfaultfd::Uffd,
     access: Access,
-    features: u64,
+    /// The features that the kernel has, and those that were asked for.
+    available: u64,
+    asked: u64,
 }
 
 // SAFETY: the fd is only used through system calls, which are safe from any thread; the crate's own
@@ -228,8 +230,8 @@ fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Errno> {
     Ok(api.features)
 }
 
-/// Looks at a descriptor that somebody else made: it must be a userfaultfd whose handshake is done.
-fn check_foreign(fd: BorrowedFd<'_>) -> Result<(), OpenError> {
+/// The features that a userfaultfd was asked for which somebody else made, and whose handshake is done.
+fn foreign_features(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
     /// Set once UFFDIO_API was done; see fs/userfaultfd.c.
     const INITIALIZED: u64 = 1 << 31;
     let foreign = |reason: &str| OpenError::Foreign(reason.to_owned());
@@ -243,7 +245,7 @@ fn check_foreign(fd: BorrowedFd<'_>) -> Result<(), OpenError> {
     if features & INITIALIZED == 0 {
         return Err(foreign("is a userfaultfd without its UFFDIO_API"));
     }
-    Ok(())
+    Ok(features)
 }
 
 /// What this kernel and these privileges offer: how a userfaultfd is had, and the features' bits.
@@ -273,7 +275,7 @@ impl Uffd {
         handshake(&fd, wanted).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Ok(Self { registrar, access, features: available })
+        Ok(Self { registrar, access, available, asked: wanted })
     }
 
     /// Takes over a userfaultfd that another process has opened for its memory, its API handshake done.
@@ -282,7 +284,7 @@ impl Uffd {
     /// [`OpenError::Foreign`]: it is none. [`OpenError::Features`]: the kernel cannot poison, and somebody else's
     /// memory can be made safe by nothing else.
     pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, OpenError> {
-        check_foreign(fd.as_fd())?;
+        let asked = foreign_features(fd.as_fd())?;
         let (access, available) = probe()?;
         if available & POISON == 0 {
             return Err(OpenError::Features("POISON".to_owned()));
@@ -290,7 +292,7 @@ impl Uffd {
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Ok(Self { registrar, access, features: available })
+        Ok(Self { registrar, access, available, asked })
     }
 
     /// Whether the kernel's own accesses to absent memory are served, too.
@@ -300,7 +302,12 @@ impl Uffd {
 
     /// Whether pages can be poisoned.
     pub(crate) fn can_poison(&self) -> bool {
-        self.features & POISON != 0
+        self.available & POISON != 0
+    }
+
+    /// Whether it tells of memory that is unmapped or moved.
+    pub(crate) fn tells_of_unmaps(&self) -> bool {
+        self.asked & (EVENT_UNMAP | EVENT_REMAP) != 0
     }
 
     /// Has the first touch of each absent page of the range reported here.
@@ -370,7 +377,7 @@ impl Uffd {
         let _ = rustix::io::ioctl_fionbio(&child, true);
         // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(child.into_raw_fd()) };
-        Self { registrar, access: self.access, features: self.features }
+        Self { registrar, access: self.access, available: self.available, asked: self.asked }
     }
 
     /// The number of its descriptor.

@@ -346,7 +346,7 @@ fn late_answers_in_another_order_and_twice_are_right() {
         let lies = Lies::default()
             .chunk(|_, answer| vec![answer.clone(), answer])
             .segment(|answer| vec![answer.clone(), answer])
-            .late(Duration::from_millis(30));
+            .late(Duration::from_millis(30), Duration::from_millis(30));
         let chaos = truth.told_with(lies);
         let session = open(&chaos, PATIENT);
         let region = session.map("mem").unwrap();

@@ -11,6 +11,7 @@ mod durability;
 mod gc;
 mod lying;
 mod map;
+mod model;
 mod push;
 mod python;
 mod serve;

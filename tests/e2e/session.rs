@@ -30,7 +30,7 @@ const FILLING: Options =
 pub(crate) struct Source {
     pub(crate) server: Server,
     pub(crate) bytes: Vec<u8>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Source {
@@ -40,7 +40,12 @@ impl Source {
         let path = folder.path().join("mem");
         std::fs::write(&path, &bytes).unwrap();
         push(&server, &path, "app", chunk);
-        Self { server, bytes, _folder: folder }
+        Self { server, bytes, folder }
+    }
+
+    /// Pushes the same file as another image.
+    pub(crate) fn push_again(&self, reference: &str, chunk: usize) {
+        push(&self.server, &self.folder.path().join("mem"), reference, chunk);
     }
 
     fn open(&self, options: Options) -> Session {

@@ -46,7 +46,8 @@ pub struct Lies {
     part: Option<Box<PartLie>>,
     chunk: Option<Box<ChunkLie>>,
     segment: Option<Box<SegmentLie>>,
-    late: Option<Duration>,
+    /// On the demand lane, and on the bulk lane.
+    late: [Option<Duration>; 2],
     flood: Option<ChunkAnswer>,
 }
 
@@ -84,10 +85,11 @@ impl Lies {
         self
     }
 
-    /// Each message of both lanes is held back for a random time of up to `most`, and overtaken by others meanwhile.
+    /// Each message of both lanes is held back for a random time of up to `demand` or `bulk`, and overtaken by others
+    /// meanwhile.
     #[must_use]
-    pub fn late(mut self, most: Duration) -> Self {
-        self.late = Some(most);
+    pub fn late(mut self, demand: Duration, bulk: Duration) -> Self {
+        self.late = [Some(demand), Some(bulk)];
         self
     }
 
@@ -126,11 +128,6 @@ impl Lies {
             None => vec![None],
         };
         answers.into_iter().map(|answer| v1::FetchChunksResponse { id, attempt, answer }).collect()
-    }
-
-    fn pause(&self) -> Duration {
-        let most = self.late.map_or(0, |most| u64::try_from(most.as_micros()).unwrap_or(u64::MAX));
-        Duration::from_micros(fastrand::u64(..=most))
     }
 }
 
@@ -221,10 +218,15 @@ impl Chaos {
         let server = tonic::transport::Server::builder()
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
-            .tcp_nodelay(true)
             .add_service(service);
+        // The server's own option does not hold for connections that it is given.
+        let connections = StreamExt::inspect(TcpListenerStream::new(listener), |connection| {
+            if let Ok(connection) = connection {
+                let _ = connection.set_nodelay(true);
+            }
+        });
         // Ends with the runtime.
-        runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        runtime.spawn(server.serve_with_incoming(connections));
         let address = address.parse().expect("an address");
         Self { address, asked, runtime: Some(runtime) }
     }
@@ -262,21 +264,19 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 fn told<T: Send + 'static>(
     answers: Streaming<T>,
     lies: Arc<Lies>,
+    late: Option<Duration>,
     lie: impl Fn(&Lies, T) -> Vec<T> + Send + 'static,
 ) -> Answers<T> {
-    let late = lies.late.is_some();
-    let pauses = Arc::clone(&lies);
     let answers = answers.flat_map(move |message| {
         stream::iter(match message {
             Ok(message) => lie(&lies, message).into_iter().map(Ok).collect(),
             Err(status) => vec![Err(status)],
         })
     });
-    if !late {
-        return Box::pin(answers);
-    }
+    let Some(late) = late else { return Box::pin(answers) };
+    let most = u64::try_from(late.as_micros()).unwrap_or(u64::MAX);
     let answers = answers.map(move |answer| {
-        let pause = pauses.pause();
+        let pause = Duration::from_micros(fastrand::u64(..=most));
         async move {
             tokio::time::sleep(pause).await;
             answer
@@ -328,7 +328,7 @@ impl PageService for Between {
             Some(request)
         });
         let answers = self.upstream.clone().fetch_chunks(requests).await?.into_inner();
-        let told = told(answers, Arc::clone(&self.lies), Lies::answers);
+        let told = told(answers, Arc::clone(&self.lies), self.lies.late[0], Lies::answers);
         let Some(answer) = self.lies.flood.clone() else { return Ok(Response::new(told)) };
         let answer = Some(Answer::Chunk(answer));
         let flood = stream::repeat_with(move || {
@@ -353,7 +353,7 @@ impl PageService for Between {
             message.chunks = chunks.flat_map(|answer| lies.chunks(Lane::Bulk, answer)).collect();
             vec![message]
         };
-        Ok(Response::new(told(answers, Arc::clone(&self.lies), lie)))
+        Ok(Response::new(told(answers, Arc::clone(&self.lies), self.lies.late[1], lie)))
     }
 
     async fn read_file(

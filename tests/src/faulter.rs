@@ -5,11 +5,12 @@ use postcopy::ForeignRegion;
 use postcopy_proto::digest::Digest;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::PidfdFlags;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// The features that Firecracker asks for.
@@ -18,6 +19,12 @@ pub const EVENT_REMOVE: u64 = 1 << 3;
 pub const ALL_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
 
 const PAGE: usize = 4096;
+/// Nothing that a process is told takes so long.
+#[must_use]
+pub fn patience() -> Duration {
+    let seconds = std::env::var("POSTCOPY_PATIENCE_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(40))
+}
 
 /// A thread of a process that does what it is told. The process ends, if this is its last, when it is dropped.
 #[derive(Debug)]
@@ -30,6 +37,7 @@ pub struct Toucher {
 impl Toucher {
     fn accept(listener: &UnixListener) -> Self {
         let (stream, _) = listener.accept().expect("it connects");
+        stream.set_read_timeout(Some(patience())).expect("a socket");
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
         stream.read_line(&mut line).expect("it says who it is");
@@ -45,10 +53,18 @@ impl Toucher {
     }
 
     /// What it answers to something it was told; None if it has ended instead.
+    ///
+    /// # Panics
+    /// If nothing comes for a long time.
     pub fn answer(&mut self) -> Option<String> {
         let mut line = String::new();
-        let read = self.stream.read_line(&mut line).unwrap_or(0);
-        (read > 0).then(|| line.trim().to_owned())
+        match self.stream.read_line(&mut line) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                panic!("it hangs: no answer in {:?}", patience())
+            }
+            Ok(0) | Err(_) => None,
+            Ok(_) => Some(line.trim().to_owned()),
+        }
     }
 
     /// Whether it has answered, or has ended.
@@ -140,6 +156,7 @@ impl Faulter {
         let (stream, _) = listener.accept().expect("it connects");
         let (uffd, text) = descriptors::receive(&stream);
         let regions = serde_json::from_str(&text).expect("addresses");
+        stream.set_read_timeout(Some(patience())).expect("a socket");
         let main = Toucher { stream: BufReader::new(stream), pid: child.id() };
         Self { child, listener, _folder: folder, main, uffd: Some(uffd), regions, descendants: Vec::new() }
     }
@@ -185,7 +202,24 @@ impl Faulter {
     /// If it does not.
     pub fn start_another(&mut self, of: &mut Toucher, how: &str) -> Toucher {
         of.tell(how);
+        self.started(of)
+    }
+
+    /// The other one that a thread was told to start.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn started(&mut self, of: &mut Toucher) -> Toucher {
         started(&self.listener, &mut self.descendants, of)
+    }
+
+    /// Another thread of it.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn thread(&mut self) -> Toucher {
+        self.main.tell("thread");
+        started(&self.listener, &mut self.descendants, &mut self.main)
     }
 
     /// A child that the first thread forks.

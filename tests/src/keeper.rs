@@ -6,6 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use postcopy::ForeignRegion;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,6 +18,7 @@ pub struct Keeper {
     child: Child,
     lines: BufReader<UnixStream>,
     worker: Pid,
+    state: File,
 }
 
 impl Keeper {
@@ -35,7 +37,10 @@ impl Keeper {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).expect("a socket can be made");
-        let child = Command::new(binary("postcopy-keeper")).arg(&path).spawn().expect("it starts");
+        // Another one, of which something is known to be wrong, for `tests/planted`.
+        let program =
+            std::env::var_os("POSTCOPY_KEEPER").map_or_else(|| binary("postcopy-keeper"), Into::into);
+        let child = Command::new(program).arg(&path).spawn().expect("it starts");
         let (socket, _) = listener.accept().expect("it connects");
         let region = |r: &ForeignRegion| {
             (
@@ -48,9 +53,16 @@ impl Keeper {
         let regions: Vec<_> = regions.iter().map(region).collect();
         let text = serde_json::to_string(&(server, reference, fill, regions)).expect("plain data");
         descriptors::send(&socket, uffd, &text);
-        let mut keeper = Self { child, lines: BufReader::new(socket), worker: Pid::from_raw(0) };
+        let state = descriptors::receive(&socket).0.into();
+        let mut keeper = Self { child, lines: BufReader::new(socket), worker: Pid::from_raw(0), state };
         keeper.next_worker();
         keeper
+    }
+
+    /// The state file of the session.
+    #[must_use]
+    pub fn state(&self) -> &File {
+        &self.state
     }
 
     fn line(&mut self) -> String {

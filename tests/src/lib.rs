@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod faulter;
 pub mod fixtures;
 pub mod keeper;
+pub mod model;
 pub mod proxy;
 pub mod server;
 pub mod store;

@@ -2,7 +2,7 @@
 //! one when that has died.
 //!
 //! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, fill,
-//! [[address, length, path, offset]…]]`. It says `worker PID` for each process that it starts to serve this, and
+//! [[address, length, path, offset]…]]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
 //! `ended` when one has ended in order.
 
 use anyhow::{Context, Result, bail};
@@ -123,8 +123,9 @@ fn main() -> Result<()> {
         path: path.into(),
         offset_bytes,
     };
-    let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
+    let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
     let regions = regions.into_iter().map(region).collect();
+    descriptors::send(&socket, state.as_fd(), "state");
     let work = Work { uffd, state, server, reference, fill, regions };
     while !work.run(&mut socket)? {
         work.close_leftovers(&socket)?;

@@ -1,0 +1,613 @@
+//! Random operations of several processes and threads on memory that is being filled, compared with a model of it.
+//!
+//! Operations come in batches: those of a batch are done at once, by threads of their own, and never two that change
+//! the same page; so what memory must be after a batch is known. The source of pages holds answers back, has them
+//! overtake each other, and sends some twice. The pager is killed now and then, and replaced.
+
+use crate::session::Source;
+use nix::sys::uio::RemoteIoVec;
+use nix::unistd::Pid;
+use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::faulter::{ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience};
+use postcopy_tests::fixtures::memory_like;
+use postcopy_tests::keeper::Keeper;
+use postcopy_tests::model::{Content, Memory};
+use postcopy_tests::{is_root, skip};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use std::collections::BTreeMap;
+use std::io::IoSliceMut;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+/// Chunks of the image `app`, and of `large`, whose installing takes long enough for both lanes to meet.
+const CHUNK: usize = 32 << 10;
+const LARGE_CHUNK: usize = 1 << 20;
+/// Pages of the image, and of the two regions over it, which begin and end within chunks.
+const IMAGE_PAGES: usize = 1210;
+const REGIONS: [Range<usize>; 2] = [5..805, 701..1201];
+/// Where memory is moved to: slots far from where the kernel places anything by itself.
+const SLOTS_AT: usize = 1 << 44;
+const SLOT_PAGES: usize = 32;
+const SLOTS: usize = 64;
+const MAX_PROCESSES: usize = 5;
+const THREADS: usize = 3;
+
+/// What `make test` does at least. `POSTCOPY_SOAK_SECONDS` goes on for so long, `POSTCOPY_SEED` repeats a run as far as
+/// its operations go, `POSTCOPY_NO_SHRINKING` shows the first failure as it came.
+const OPERATIONS: usize = 20_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Read,
+    KernelRead,
+    RemoteRead,
+    Write,
+    KernelWrite,
+    Remove,
+    Free,
+    PageOut,
+    Cover,
+    Unmap,
+    Shrink,
+    Move,
+    Grow,
+    MoveAndKeep,
+    Fork,
+    Thread,
+    Exit,
+    Kill,
+}
+
+/// How likely each is, and how often it must have been done in [`OPERATIONS`].
+const KINDS: [(u32, Kind, usize); 18] = [
+    (40, Kind::Read, 4000),
+    (10, Kind::KernelRead, 500),
+    (6, Kind::RemoteRead, 300),
+    (14, Kind::Write, 500),
+    (6, Kind::KernelWrite, 200),
+    (14, Kind::Remove, 500),
+    (4, Kind::Free, 100),
+    (3, Kind::PageOut, 100),
+    (4, Kind::Cover, 100),
+    (4, Kind::Unmap, 100),
+    (2, Kind::Shrink, 50),
+    (6, Kind::Move, 100),
+    (3, Kind::Grow, 50),
+    (4, Kind::MoveAndKeep, 50),
+    (4, Kind::Fork, 100),
+    (3, Kind::Thread, 100),
+    (2, Kind::Exit, 50),
+    (2, Kind::Kill, 100),
+];
+
+/// How often the kernel must have answered or told what.
+const ANSWERS: [(&str, u64); 9] = [
+    ("done", 1000),
+    ("present", 100),
+    ("deferred", 10),
+    ("gone", 10),
+    ("fault", 1000),
+    ("remove", 500),
+    ("unmap", 100),
+    ("remap", 100),
+    ("fork", 100),
+];
+
+/// An operation; what its numbers mean depends on what there is when it is done.
+#[derive(Clone, Copy, Debug)]
+struct Operation {
+    kind: Kind,
+    process: usize,
+    page: usize,
+    pages: usize,
+    other: usize,
+}
+
+fn any_operation() -> impl Strategy<Value = Operation> {
+    let kind = proptest::strategy::Union::new_weighted(
+        KINDS.iter().map(|(weight, kind, _)| (*weight, Just(*kind))).collect(),
+    );
+    (kind, any::<prop::sample::Index>(), any::<u16>(), 1usize..20, any::<u16>()).prop_map(
+        |(kind, process, page, pages, other)| Operation {
+            kind,
+            process: process.index(MAX_PROCESSES),
+            page: page.into(),
+            pages,
+            other: other.into(),
+        },
+    )
+}
+
+#[derive(Clone, Debug)]
+struct Scenario {
+    fill: bool,
+    source: PageSource,
+    /// Only EVENT_REMOVE is asked for, as Firecracker does, and nothing is done that takes more.
+    removes_only: bool,
+    batches: Vec<Batch>,
+}
+
+/// What is done at once.
+#[derive(Clone, Debug)]
+struct Batch {
+    /// All at the same place, as far as they go together.
+    together: bool,
+    operations: Vec<Operation>,
+}
+
+/// Which image the memory is filled from, and how late its pages come.
+#[derive(Clone, Copy, Debug)]
+enum PageSource {
+    Quick,
+    Late,
+    Large,
+}
+
+fn any_scenario() -> impl Strategy<Value = Scenario> {
+    let batch = (prop::bool::weighted(0.4), prop::collection::vec(any_operation(), 1..6))
+        .prop_map(|(together, operations)| Batch { together, operations });
+    let batches = prop::collection::vec(batch, 100..300);
+    let source = prop::sample::select(vec![PageSource::Quick, PageSource::Late, PageSource::Large]);
+    (any::<bool>(), source, prop::bool::weighted(0.2), batches)
+        .prop_map(|(fill, source, removes_only, batches)| Scenario { fill, source, removes_only, batches })
+}
+
+struct Process {
+    memory: Memory,
+    threads: Vec<Toucher>,
+}
+
+/// What a thread was told, and what it must answer.
+enum Expected {
+    /// Digests of pages; those that are changed meanwhile may be anything.
+    Digests(Range<usize>),
+    Answer(String),
+    Child,
+    Thread,
+    Nothing,
+}
+
+/// What is done to memory when a batch is over.
+enum Effect {
+    Write(Range<usize>, u8),
+    Remove(Range<usize>),
+    Free(Range<usize>),
+    Cover(Range<usize>),
+    Unmap(Range<usize>),
+    Move { pages: Range<usize>, to: usize, grow: usize, keep: bool },
+}
+
+/// What has been done and seen in all scenarios.
+#[derive(Debug, Default)]
+struct Seen {
+    operations: BTreeMap<Kind, usize>,
+    answers: BTreeMap<&'static str, u64>,
+}
+
+/// The pages that the operations of a batch have to do with.
+#[derive(Default)]
+struct Claims {
+    reads: Vec<(usize, Range<usize>)>,
+    /// Removed or covered, which may be read meanwhile.
+    removes: Vec<(usize, Range<usize>)>,
+    /// Changed otherwise.
+    changes: Vec<(usize, Range<usize>)>,
+    /// Processes that fork, and those that exit.
+    forks: Vec<usize>,
+    exits: Vec<usize>,
+}
+
+fn overlap(claims: &[(usize, Range<usize>)], process: usize, pages: &Range<usize>) -> bool {
+    let meets = |(who, other): &(usize, Range<usize>)| {
+        *who == process && other.start < pages.end && pages.start < other.end
+    };
+    claims.iter().any(meets)
+}
+
+impl Claims {
+    fn read(&mut self, process: usize, pages: &Range<usize>) -> bool {
+        let free = !overlap(&self.changes, process, pages) && !self.exits.contains(&process);
+        if free {
+            self.reads.push((process, pages.clone()));
+        }
+        free
+    }
+
+    fn remove(&mut self, process: usize, pages: &Range<usize>) -> bool {
+        let free = !overlap(&self.changes, process, pages)
+            && !overlap(&self.removes, process, pages)
+            && !self.exits.contains(&process);
+        if free {
+            self.removes.push((process, pages.clone()));
+        }
+        free
+    }
+
+    fn change(&mut self, process: usize, pages: &Range<usize>) -> bool {
+        let free = !overlap(&self.changes, process, pages)
+            && !overlap(&self.removes, process, pages)
+            && !overlap(&self.reads, process, pages)
+            && !self.exits.contains(&process)
+            && !self.forks.contains(&process);
+        if free {
+            self.changes.push((process, pages.clone()));
+        }
+        free
+    }
+
+    fn fork(&mut self, process: usize) -> bool {
+        let free = self.forks.is_empty()
+            && !self.exits.contains(&process)
+            && self.changes.iter().all(|(who, _)| *who != process);
+        if free {
+            self.forks.push(process);
+        }
+        free
+    }
+
+    fn exit(&mut self, process: usize) -> bool {
+        let others = [&self.reads, &self.removes, &self.changes];
+        let free = others.iter().all(|claims| claims.iter().all(|(who, _)| *who != process))
+            && !self.forks.contains(&process)
+            && !self.exits.contains(&process);
+        if free {
+            self.exits.push(process);
+        }
+        free
+    }
+}
+
+struct World {
+    // Dropped first: what it serves is killed after it.
+    keeper: Keeper,
+    faulter: Faulter,
+    processes: Vec<Process>,
+    next_mapping: u32,
+    removes_only: bool,
+}
+
+impl World {
+    fn start(server: &str, image: &str, scenario: &Scenario) -> Self {
+        let features = if scenario.removes_only { EVENT_REMOVE } else { ALL_EVENTS };
+        let lens = REGIONS.map(|pages| format!("private:{}", pages.len()));
+        let mut faulter = Faulter::start(features, &lens.each_ref().map(String::as_str));
+        let regions = [0, 1].map(|i| faulter.region(i, "mem", (REGIONS[i].start * PAGE) as u64));
+        let keeper = Keeper::start(server, image, scenario.fill, faulter.uffd(), &regions);
+        faulter.let_go();
+        let mut memory = Memory::default();
+        for (index, pages) in REGIONS.into_iter().enumerate() {
+            let mapping = u32::try_from(index).unwrap();
+            memory.map(mapping, faulter.at(index, 0) / PAGE, pages.map(Content::Image));
+        }
+        let threads = (0..THREADS).map(|_| faulter.thread()).collect();
+        let (removes_only, processes) = (scenario.removes_only, vec![Process { memory, threads }]);
+        Self { keeper, faulter, processes, next_mapping: 2, removes_only }
+    }
+
+    fn mapping(&mut self) -> u32 {
+        self.next_mapping += 1;
+        self.next_mapping
+    }
+
+    /// Does a batch of operations at once, and compares.
+    fn batch(&mut self, batch: &Batch, image: &[String], seen: &Mutex<Seen>) {
+        let mut claims = Claims::default();
+        let mut told: Vec<(usize, usize, Expected)> = Vec::new();
+        let mut effects = Vec::new();
+        let mut remote = Vec::new();
+        let mut kill = false;
+        let mut started = false;
+        for operation in &batch.operations {
+            let place = if batch.together { &batch.operations[0] } else { operation };
+            if self.removes_only
+                && matches!(operation.kind, Kind::Move | Kind::Grow | Kind::MoveAndKeep | Kind::Fork)
+            {
+                continue;
+            }
+            let process = place.process % self.processes.len();
+            let thread = told.iter().filter(|(who, ..)| *who == process).count();
+            if thread >= self.processes[process].threads.len() {
+                continue;
+            }
+            let memory = &self.processes[process].memory;
+            let pages = memory.run(place.page, operation.pages, false);
+            let of_one = memory.run(place.page, operation.pages, true);
+            let to = SLOTS_AT / PAGE + operation.other % SLOTS * SLOT_PAGES;
+            let grow = 1 + operation.other % 7;
+            let byte = u8::try_from(operation.other % 255 + 1).unwrap();
+            let at = |pages: &Range<usize>| format!("{} {}", pages.start * PAGE, pages.len());
+            let (say, expected, effect) = match operation.kind {
+                Kind::Read if !pages.is_empty() && claims.read(process, &pages) => {
+                    (format!("read {}", at(&pages)), Expected::Digests(pages), None)
+                }
+                Kind::KernelRead if !pages.is_empty() && claims.read(process, &pages) => {
+                    (format!("kernel-read {}", at(&pages)), Expected::Digests(pages), None)
+                }
+                Kind::RemoteRead
+                    if !pages.is_empty() && remote.is_empty() && claims.read(process, &pages) =>
+                {
+                    remote.push((process, pages));
+                    count(seen, operation.kind);
+                    continue;
+                }
+                Kind::Write | Kind::KernelWrite if !pages.is_empty() && claims.change(process, &pages) => {
+                    let how = if operation.kind == Kind::Write { "write" } else { "kernel-write" };
+                    let effect = Effect::Write(pages.clone(), byte);
+                    (format!("{how} {} {byte}", at(&pages)), Expected::Answer("done".into()), Some(effect))
+                }
+                Kind::Remove if !pages.is_empty() && claims.remove(process, &pages) => {
+                    let effect = Effect::Remove(pages.clone());
+                    (format!("advise 4 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
+                }
+                Kind::Free if !pages.is_empty() && claims.change(process, &pages) => {
+                    let effect = Effect::Free(pages.clone());
+                    (format!("advise 8 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
+                }
+                Kind::PageOut if !pages.is_empty() && claims.read(process, &pages) => {
+                    (format!("advise 21 {}", at(&pages)), Expected::Answer("done".into()), None)
+                }
+                Kind::Cover if !pages.is_empty() && claims.change(process, &pages) => {
+                    let effect = Effect::Cover(pages.clone());
+                    (format!("cover {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
+                }
+                Kind::Unmap if !pages.is_empty() && claims.change(process, &pages) => {
+                    let effect = Effect::Unmap(pages.clone());
+                    (format!("unmap {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
+                }
+                Kind::Shrink if of_one.len() > 1 && claims.change(process, &of_one) => {
+                    let left = of_one.len() / 2;
+                    let effect = Effect::Unmap(of_one.start + left..of_one.end);
+                    let same = (of_one.start * PAGE).to_string();
+                    (format!("remap {} {left} 0 0", at(&of_one)), Expected::Answer(same), Some(effect))
+                }
+                Kind::Move | Kind::Grow | Kind::MoveAndKeep if !of_one.is_empty() => {
+                    let grow = if operation.kind == Kind::Grow { grow } else { 0 };
+                    let keep = operation.kind == Kind::MoveAndKeep;
+                    let (len, new_len) = (of_one.len(), of_one.len() + grow);
+                    let target = to..to + new_len;
+                    let apart = target.end <= of_one.start || of_one.end <= target.start;
+                    if !apart || !claims.change(process, &of_one) || !claims.change(process, &target) {
+                        continue;
+                    }
+                    let flags = if keep { 1 | 4 } else { 1 };
+                    let say = format!("remap {} {len} {new_len} {flags} {}", of_one.start * PAGE, to * PAGE);
+                    let effect = Effect::Move { pages: of_one, to, grow, keep };
+                    (say, Expected::Answer((to * PAGE).to_string()), Some(effect))
+                }
+                Kind::Fork if !started && self.processes.len() < MAX_PROCESSES && claims.fork(process) => {
+                    started = true;
+                    ("fork".to_owned(), Expected::Child, None)
+                }
+                Kind::Thread if !started && self.processes[process].threads.len() < THREADS => {
+                    if claims.exits.contains(&process) || claims.forks.contains(&process) {
+                        continue;
+                    }
+                    started = true;
+                    // So that it does not exit meanwhile.
+                    claims.reads.push((process, 0..0));
+                    ("thread".to_owned(), Expected::Thread, None)
+                }
+                Kind::Exit if self.processes.len() > claims.exits.len() + 1 && claims.exit(process) => {
+                    ("exit".to_owned(), Expected::Nothing, None)
+                }
+                Kind::Kill if !kill => {
+                    kill = true;
+                    count(seen, operation.kind);
+                    continue;
+                }
+                _ => continue,
+            };
+            count(seen, operation.kind);
+            self.processes[process].threads[thread].tell(&say);
+            told.push((process, thread, expected));
+            effects.extend(effect.map(|effect| (process, effect)));
+        }
+        if kill {
+            self.keeper.kill_worker();
+        }
+        for (process, pages) in remote {
+            self.remote_read(process, &pages, &claims, image);
+        }
+        let mut child = None;
+        let mut exited = Vec::new();
+        for (process, thread, expected) in told {
+            let toucher = &mut self.processes[process].threads[thread];
+            match expected {
+                Expected::Answer(expected) => assert_eq!(toucher.answer(), Some(expected)),
+                Expected::Nothing => {
+                    assert_eq!(toucher.answer(), None);
+                    exited.push(process);
+                }
+                Expected::Digests(pages) => {
+                    let answer = toucher.answer().expect("it lives");
+                    let digests: Vec<_> = answer.split_whitespace().map(ToOwned::to_owned).collect();
+                    self.compare(process, pages, &digests, &claims, image);
+                }
+                Expected::Thread => {
+                    let other = self.faulter.started(toucher);
+                    self.processes[process].threads.push(other);
+                }
+                Expected::Child => {
+                    let thread = self.faulter.started(toucher);
+                    let removed = claims.removes.iter().filter(|(who, _)| *who == process);
+                    let removed: Vec<_> = removed.map(|(_, pages)| pages.clone()).collect();
+                    let memory = self.processes[process].memory.forked(&removed);
+                    child = Some(Process { memory, threads: vec![thread] });
+                }
+            }
+        }
+        for (process, effect) in effects {
+            self.take_effect(process, effect);
+        }
+        self.processes.extend(child);
+        exited.sort_unstable();
+        for process in exited.into_iter().rev() {
+            self.processes.remove(process);
+        }
+    }
+
+    fn compare(
+        &mut self,
+        process: usize,
+        pages: Range<usize>,
+        digests: &[String],
+        claims: &Claims,
+        image: &[String],
+    ) {
+        assert_eq!(digests.len(), pages.len());
+        for (page, digest) in pages.zip(digests) {
+            if !overlap(&claims.removes, process, &(page..page + 1)) {
+                let seen = self.processes[process].memory.seen(page, digest, image);
+                seen.unwrap_or_else(|wrong| panic!("process {process}: {wrong}"));
+            }
+        }
+    }
+
+    /// Reads from here, as a debugger does.
+    fn remote_read(&mut self, process: usize, pages: &Range<usize>, claims: &Claims, image: &[String]) {
+        let pid = Pid::from_raw(self.processes[process].threads[0].pid.cast_signed());
+        let remote = [RemoteIoVec { base: pages.start * PAGE, len: pages.len() * PAGE }];
+        let bytes = within(patience(), move || {
+            let mut bytes = vec![0; remote[0].len];
+            let read = nix::sys::uio::process_vm_readv(pid, &mut [IoSliceMut::new(&mut bytes)], &remote);
+            assert_eq!(read, Ok(bytes.len()));
+            bytes
+        });
+        let digests: Vec<_> = bytes.chunks(PAGE).map(page_digest).collect();
+        self.compare(process, pages.clone(), &digests, claims, image);
+    }
+
+    fn take_effect(&mut self, process: usize, effect: Effect) {
+        let mapping = self.mapping();
+        let memory = &mut self.processes[process].memory;
+        match effect {
+            Effect::Write(pages, byte) => memory.write(pages, Content::Byte(byte)),
+            Effect::Remove(pages) => memory.remove(pages),
+            Effect::Free(pages) => memory.free(pages),
+            Effect::Cover(pages) => memory.map(mapping, pages.start, pages.map(|_| Content::Zero)),
+            Effect::Unmap(pages) => memory.unmap(pages),
+            Effect::Move { pages, to, grow, keep } => {
+                memory.unmap(to..to + pages.len() + grow);
+                memory.move_to(pages.clone(), to, mapping);
+                memory.map(mapping, to + pages.len(), (0..grow).map(|_| Content::Zero));
+                if keep {
+                    let left = self.mapping();
+                    let zeros = pages.clone().map(|_| Content::Zero);
+                    self.processes[process].memory.map(left, pages.start, zeros);
+                }
+            }
+        }
+    }
+
+    /// Reads everything, and ends all.
+    fn end(mut self, image: &[String], seen: &Mutex<Seen>) {
+        let tell = |process: &mut Process| {
+            let runs = process.memory.runs();
+            for pages in &runs {
+                process.threads[0].tell(&format!("read {} {}", pages.start * PAGE, pages.len()));
+            }
+            runs
+        };
+        let told: Vec<_> = self.processes.iter_mut().map(tell).collect();
+        for (process, runs) in told.into_iter().enumerate() {
+            for pages in runs {
+                let answer = self.processes[process].threads[0].answer().expect("it lives");
+                let digests: Vec<_> = answer.split_whitespace().map(ToOwned::to_owned).collect();
+                self.compare(process, pages, &digests, &Claims::default(), image);
+            }
+        }
+        let mut seen = seen.lock().unwrap();
+        for (name, count) in postcopy::state::answers(self.keeper.state()).unwrap() {
+            *seen.answers.entry(name).or_default() += count;
+        }
+        drop(seen);
+        for process in &mut self.processes {
+            process.threads[0].tell("exit");
+        }
+        self.faulter.kill();
+        // Takes a second: the exit is looked for so often.
+        if fastrand::u8(..16) == 0 {
+            self.keeper.assert_ends();
+        }
+    }
+}
+
+fn count(seen: &Mutex<Seen>, kind: Kind) {
+    *seen.lock().unwrap().operations.entry(kind).or_default() += 1;
+}
+
+#[test]
+fn random_operations_leave_what_the_model_says() {
+    if !is_root() {
+        return skip(
+            "model::random_operations_leave_what_the_model_says",
+            "forks are followed for root alone",
+        );
+    }
+    let soak = std::env::var("POSTCOPY_SOAK_SECONDS").ok().map(|s| Duration::from_secs(s.parse().unwrap()));
+    let seed = std::env::var("POSTCOPY_SEED").ok().map_or_else(|| fastrand::u64(..), |s| s.parse().unwrap());
+    println!("POSTCOPY_SEED={seed}");
+    let shrink = if std::env::var_os("POSTCOPY_NO_SHRINKING").is_some() { 0 } else { 200 };
+    let mut bytes = memory_like(IMAGE_PAGES * PAGE, 90);
+    bytes[300 * PAGE..420 * PAGE].fill(0);
+    let image: Vec<_> = bytes.chunks(PAGE).map(page_digest).collect();
+    let source = Source::start(bytes, CHUNK);
+    let twice =
+        |lies: Lies| lies.chunk(|_, answer| vec![answer.clone(); 1 + usize::from(fastrand::u8(..8) == 0)]);
+    source.push_again("large", LARGE_CHUNK);
+    let ms = Duration::from_millis;
+    let chaos = |lies| Chaos::start(source.server.address(), twice(lies));
+    let (quick, late) = (chaos(Lies::default()), chaos(Lies::default().late(ms(2), ms(200))));
+    let less_late = chaos(Lies::default().late(ms(3), ms(3)));
+    let seen = Mutex::new(Seen::default());
+
+    let scenario = |scenario: Scenario| {
+        let (chaos, name) = match scenario.source {
+            PageSource::Quick => (&quick, "app"),
+            PageSource::Late => (&late, "app"),
+            PageSource::Large => (&less_late, "large"),
+        };
+        let mut world = World::start(&chaos.address().to_string(), name, &scenario);
+        for batch in &scenario.batches {
+            world.batch(batch, &image, &seen);
+        }
+        world.end(&image, &seen);
+        Ok(())
+    };
+    let started = Instant::now();
+    for case in 0u64.. {
+        let operations: usize = seen.lock().unwrap().operations.values().sum();
+        if operations >= OPERATIONS && soak.is_none_or(|soak| started.elapsed() >= soak) {
+            break;
+        }
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&[seed.to_le_bytes(), case.to_le_bytes()].concat());
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+        let (max_shrink_time, max_shrink_iters) = (60_000, shrink);
+        let config = Config {
+            cases: 1,
+            failure_persistence: None,
+            max_shrink_time,
+            max_shrink_iters,
+            ..Config::default()
+        };
+        let result = TestRunner::new_with_rng(config, rng).run(&any_scenario(), scenario);
+        result.unwrap_or_else(|error| panic!("POSTCOPY_SEED={seed}, case {case}: {error}"));
+    }
+    let seen = seen.into_inner().unwrap();
+    println!("{seen:?} in {:?}", started.elapsed());
+    for (_, kind, least) in KINDS {
+        let count = seen.operations.get(&kind).copied().unwrap_or(0);
+        assert!(count >= least, "{kind:?}: {count} of at least {least}");
+    }
+    for (name, least) in ANSWERS {
+        assert!(
+            seen.answers[name] >= least,
+            "the kernel's {name:?}: {} of at least {least}",
+            seen.answers[name]
+        );
+    }
+}
