@@ -7,7 +7,7 @@ use crate::region::RegionState;
 use crate::remote::ServerAddress;
 use crate::session::{Options, SessionError, Shared};
 use crate::space::{Space, Spaces};
-use crate::state::{Contents, State, StateError};
+use crate::state::{Contents, RegionRow, State, StateError};
 use crate::uffd::{self, Event, OpenError, Uffd};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
@@ -32,6 +32,21 @@ pub struct ForeignRegion {
     pub path: Vec<u8>,
     /// Where in the file it begins, in bytes, a multiple of the page size. The file has all of its pages.
     pub offset_bytes: u64,
+    /// Whether it is a shared mapping.
+    pub sharing: Sharing,
+}
+
+/// Whether others see what is written to memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// No: private anonymous memory, or a private mapping of a memfd or of a file on tmpfs.
+    #[default]
+    Private,
+    /// Yes: shared anonymous memory, a memfd, a file on tmpfs. Regions with the same number are the same memory where
+    /// they are of the same bytes of the image's file. Its holes must not be punched by fallocate(2), of which nothing
+    /// tells, and it must not be grown by mremap(2). Poison covers one mapping: what others map without a userfaultfd
+    /// of this session reads zeros where a page is absent or lost.
+    Shared(u32),
 }
 
 /// Memory of another process, for [`crate::Session::attach`].
@@ -44,6 +59,9 @@ pub struct ForeignMemory<'a> {
     /// Where to keep what a successor needs, if this process may die before the session has ended: a file on tmpfs, or
     /// a memfd; what it held is lost. See [`crate::Session::resume`].
     pub state: Option<&'a File>,
+    /// The process, whose calls of madvise are looked at: what becomes of shared memory cannot be known without. Where
+    /// that has no content yet, and nothing shows what a madvise asks for, the session ends in an error.
+    pub pid: Option<u32>,
 }
 
 /// Whose memory it is.
@@ -54,6 +72,7 @@ pub(crate) enum Owner {
         uffd: OwnedFd,
         regions: Vec<ForeignRegion>,
         state: Option<File>,
+        pid: Option<u32>,
     },
     /// Its descriptors by the numbers that the state file has for them.
     Left {
@@ -79,19 +98,19 @@ impl Owner {
                 let state = State::own();
                 let space = Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?, &state));
                 let spaces = Spaces::new(vec![space], Vec::new());
-                Ok(Shared::new(address, image, options, spaces, 1, state))
+                Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }
-            Self::Another { uffd, regions, state } => {
+            Self::Another { uffd, regions, state, pid } => {
                 let uffd = Uffd::adopt(uffd)?;
                 let state = match state {
                     None => State::own(),
-                    Some(file) => State::create(file, &image.digest(), &options)?,
+                    Some(file) => State::create(file, &image.digest(), &options, pid)?,
                 };
                 let space = Arc::new(Space::new(0, uffd, &state));
                 let regions = self::regions(&image, &space, &regions, &state)?;
                 let spaces = Spaces::new(vec![space], regions);
                 state.write(&spaces, 1, None)?;
-                Ok(Shared::new(address, image, options, spaces, 1, state))
+                Ok(Shared::new(address, image, options, spaces, 1, state, pid))
             }
             Self::Left { state, contents, uffds } => take_over(address, image, state, &contents, uffds),
         }
@@ -113,7 +132,22 @@ fn take_over(
     }
     let regions = left_regions(&image, &state, contents, &spaces)?;
     let spaces = Spaces::new(spaces, regions);
-    let shared = Shared::new(address, image, contents.options, spaces, contents.next_space, state);
+    let (options, next_space) = (contents.options, contents.next_space);
+    let shared = Shared::new(address, image, options, spaces, next_space, state, contents.owner);
+    if let Err(error) = catch_up(&shared, contents, uffds) {
+        // The file may name these now.
+        shared.spaces().leave_open();
+        return Err(error.into());
+    }
+    Ok(shared)
+}
+
+/// Does what was read and not done.
+fn catch_up(
+    shared: &Shared,
+    contents: &Contents,
+    mut uffds: HashMap<RawFd, OwnedFd>,
+) -> Result<(), StateError> {
     // The descriptors have other numbers here.
     shared.set_spaces(shared.spaces(), None)?;
     let of = shared.spaces().spaces().iter().find(|space| space.id == contents.messages_of).cloned();
@@ -122,11 +156,11 @@ fn take_over(
         // Of a process that has exited since, nothing is left to be done.
         if let Some(space) = &of {
             let done = contents.messages_done + index + 1;
-            events::apply(&shared, space, event, done).map_err(StateError::Wrong)?;
+            events::apply(shared, space, event, Some(&contents.calls), done).map_err(StateError::Wrong)?;
         }
     }
     wake_everybody(&shared.spaces());
-    Ok(shared)
+    Ok(())
 }
 
 /// Brings back the faults that a pager had read which has died.
@@ -197,7 +231,9 @@ fn regions(
     regions: &[ForeignRegion],
     state: &State,
 ) -> Result<Vec<Arc<RegionState>>, SessionError> {
-    let mut states: Vec<Arc<RegionState>> = Vec::new();
+    let mut rows: Vec<(RegionRow, FileEntry)> = Vec::new();
+    // By object and file: the pages of it that regions have.
+    let mut objects: HashMap<(u32, u64), Range<usize>> = HashMap::new();
     for (index, region) in regions.iter().enumerate() {
         let ForeignRegion { address, len, .. } = *region;
         let wrong = |reason: String| SessionError::Region { index, address, len, reason };
@@ -205,7 +241,10 @@ fn regions(
         if len == 0 || !address.is_multiple_of(PAGE_BYTES) || !len.is_multiple_of(PAGE_BYTES) {
             return Err(wrong("address and length must be multiples of 4096, the length not zero".into()));
         }
-        if let Some(other) = states.iter().position(|other| !other.pages_in(&(address..end)).is_empty()) {
+        let overlaps = |(other, _): &(RegionRow, _)| {
+            other.address < end && address < other.address + other.pages * PAGE_BYTES
+        };
+        if let Some(other) = rows.iter().position(overlaps) {
             return Err(wrong(format!("it overlaps region {other}")));
         }
         let path = String::from_utf8_lossy(&region.path);
@@ -216,12 +255,41 @@ fn regions(
                 let (offset, size) = (region.offset_bytes, file.size_bytes);
                 wrong(format!("{path:?} has {size} bytes, so not these pages from byte {offset} on"))
             })?;
-        let chunk_bytes = image.root().chunk_size().bytes();
-        let page_states = state.page_states(pages.len())?;
-        let region = RegionState::new(Arc::clone(space), address, file, pages, chunk_bytes, page_states);
-        states.push(Arc::new(region));
+        if let Sharing::Shared(object) = region.sharing {
+            let span = objects.entry((object, file.first_chunk.0)).or_insert(pages.clone());
+            *span = span.start.min(pages.start)..span.end.max(pages.end);
+        }
+        let row = RegionRow {
+            space: space.id,
+            address,
+            pages: pages.len(),
+            first_page: pages.start,
+            file_first_chunk: file.first_chunk.0,
+            file_bytes: file.size_bytes,
+            states_at: 0,
+            states_pages: pages.len(),
+            first_state: 0,
+            is_shared: region.sharing != Sharing::Private,
+        };
+        rows.push((row, file));
     }
-    Ok(states)
+    let of_object = |(object, span): ((u32, u64), Range<usize>)| {
+        Ok((object, (span.start, Arc::new(state.page_states(span.len())?))))
+    };
+    let objects: HashMap<_, _> = objects.into_iter().map(of_object).collect::<Result<_, StateError>>()?;
+    let chunk_bytes = image.root().chunk_size().bytes();
+    let region = |((mut row, file), region): ((RegionRow, FileEntry), &ForeignRegion)| {
+        let states = match region.sharing {
+            Sharing::Private => Arc::new(state.page_states(row.pages)?),
+            Sharing::Shared(object) => {
+                let (first_page, states) = &objects[&(object, file.first_chunk.0)];
+                row.first_state = row.first_page - first_page;
+                Arc::clone(states)
+            }
+        };
+        Ok(Arc::new(RegionState::restored(&row, Arc::clone(space), file, chunk_bytes, states)))
+    };
+    rows.into_iter().zip(regions).map(region).collect()
 }
 
 /// The pages of a file from a byte on; None if none begins there, or there are too many.

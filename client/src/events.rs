@@ -4,10 +4,13 @@
 //! waits to be read the kernel answers every install with EAGAIN. So when the pager, alone in the gate, has read all
 //! events and has done here what they say, the states are what the page tables are.
 
+use crate::advice::{self, Call};
+use crate::page_state::PageState;
+use crate::region::RegionState;
 use crate::session::Shared;
-use crate::space::Space;
+use crate::space::{Space, Spaces};
 use crate::state::{MESSAGES, StateError};
-use crate::uffd::Event;
+use crate::uffd::{self, Event};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,26 +20,52 @@ use std::sync::Arc;
 /// # Errors
 /// Why the session cannot go on.
 pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>) -> Result<(), String> {
+    let callers = shared.callers.as_ref().filter(|_| shared.spaces().has_shared());
+    let most = if callers.is_some() { 1 } else { MESSAGES };
     loop {
-        let received = shared.state.receive(space.id, &space.uffd);
+        // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time,
+        // and none without knowing what it will be: faults come first, and where none waits it is an event, whose
+        // caller is in the kernel already. (A fault can go away by a signal, and an event come, in between: that may
+        // end the session, by name.)
+        let mut calls = None;
+        if let Some(callers) = callers {
+            match space
+                .uffd
+                .waiting()
+                .map_err(|error| format!("a userfaultfd cannot be looked at: {error}"))?
+            {
+                uffd::Waiting::Nothing => return Ok(()),
+                uffd::Waiting::Faults => {}
+                uffd::Waiting::Event => calls = Some(callers.calls(shared.spaces().spaces().len())),
+            }
+            shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
+        }
+        let received = shared.state.receive(space.id, &space.uffd, most);
         let received = received.map_err(|error| format!("a userfaultfd cannot be read: {error}"))?;
         for index in 0..received {
             match shared.state.message(index) {
                 Event::Fault { address } => faults.push(address),
-                event => apply(shared, space, event, index + 1)?,
+                event => apply(shared, space, event, calls.as_deref(), index + 1)?,
             }
         }
-        if received < MESSAGES {
+        if received < most {
             return Ok(());
         }
     }
 }
 
-/// Does what an event says, and writes down that so many of the messages received are done.
+/// Does what an event says, and writes down that so many of the messages received are done. `calls` are those of madvise
+/// that were in progress before it was read.
 ///
 /// # Errors
 /// As [`read`].
-pub(crate) fn apply(shared: &Shared, space: &Arc<Space>, event: Event, done: usize) -> Result<(), String> {
+pub(crate) fn apply(
+    shared: &Shared,
+    space: &Arc<Space>,
+    event: Event,
+    calls: Option<&[Call]>,
+    done: usize,
+) -> Result<(), String> {
     let full = |error: StateError| error.to_string();
     let mut spaces = shared.spaces();
     match event {
@@ -44,14 +73,22 @@ pub(crate) fn apply(shared: &Shared, space: &Arc<Space>, event: Event, done: usi
         // The content is about to go: nothing of the image may be installed there any more.
         Event::Remove { addresses } => {
             for region in spaces.overlapping(space, &addresses) {
-                region.set_removed(region.pages_in(&addresses));
+                let pages = region.pages_in(&addresses);
+                if !region.is_shared() {
+                    region.set_removed(pages);
+                } else if !keeps_content(shared, region, &pages, calls, &addresses)? {
+                    region.set_removed(pages.clone());
+                    wake_mappings(&spaces, region, &pages);
+                }
             }
             shared.state.done(done);
             wake(space, &addresses);
         }
         Event::Unmap { addresses } => {
             for region in Arc::make_mut(&mut spaces).cut(space, &addresses) {
-                region.set_removed(0..region.pages());
+                if !region.is_shared() {
+                    region.set_removed(0..region.pages());
+                }
             }
             shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &addresses);
@@ -76,6 +113,41 @@ pub(crate) fn apply(shared: &Shared, space: &Arc<Space>, event: Event, done: usi
     }
     shared.pages_changed();
     Ok(())
+}
+
+/// Whether shared memory keeps its content whose REMOVE event was read.
+///
+/// # Errors
+/// If that cannot be known, and matters: where pages are absent.
+fn keeps_content(
+    shared: &Shared,
+    region: &RegionState,
+    pages: &Range<usize>,
+    calls: Option<&[Call]>,
+    addresses: &Range<usize>,
+) -> Result<bool, String> {
+    let known = calls.and_then(|calls| advice::keeps_content(calls, addresses));
+    // It may have begun after the look before the reading; it goes on for a while.
+    let look = || Some(shared.callers.as_ref()?.calls(shared.spaces().spaces().len()));
+    let known = known.or_else(|| advice::keeps_content(&look()?, addresses));
+    // A resident page's next fault shows whether it is still there.
+    let matters = region.next_run(pages.clone(), &[PageState::Absent, PageState::Poisoned]).is_some();
+    known.or((!matters).then_some(true)).ok_or_else(|| {
+        let (start, end) = (addresses.start, addresses.end);
+        format!(
+            "shared memory at {start:#x} to {end:#x} was removed, and nothing shows whether its content stays"
+        )
+    })
+}
+
+/// Wakes those who sleep on these pages in any of their mappings.
+fn wake_mappings(spaces: &Spaces, region: &RegionState, pages: &Range<usize>) {
+    for other in spaces.regions() {
+        let addresses = other.same_memory(region, pages);
+        if !addresses.is_empty() {
+            wake(&other.space, &addresses);
+        }
+    }
 }
 
 /// Has those who sleep on pages of the range look again: what they wait for will not come, or not there.

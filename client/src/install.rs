@@ -82,6 +82,10 @@ pub(crate) fn install(
             drop(pass);
         }
     }
+    if region.is_shared() {
+        // What came through another mapping has woken nobody here.
+        region.space.uffd.wake(region.address(start), (end - start) * PAGE_BYTES);
+    }
     Installed::All
 }
 
@@ -142,7 +146,12 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
     let mut next = pages.start;
     // Less where one ioctl meets two VMAs, or memory that is gone.
     let mut most = usize::MAX;
-    while let Some(run) = region.next_run(next..pages.end, &[PageState::Absent]) {
+    // Poison belongs to a mapping: in others of shared memory it is to be put, too.
+    let wanted: &[_] = match region.is_shared() {
+        true => &[PageState::Absent, PageState::Poisoned],
+        false => &[PageState::Absent],
+    };
+    while let Some(run) = region.next_run(next..pages.end, wanted) {
         // An event that was read may have moved it.
         if !region.is_alive() {
             return;
@@ -169,6 +178,7 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
                 uffd.wake(address, bytes);
                 done
             }
+            Outcome::AlreadyPresent if region.state(run.start) == PageState::Poisoned => run.start + 1,
             // An installer was faster.
             Outcome::AlreadyPresent => {
                 region.set_resident(run.start..run.start + 1);
@@ -205,7 +215,7 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
 /// be that it has only been moved; else it is final.
 fn gone(region: &RegionState, page: usize) {
     let uffd = &region.space.uffd;
-    if !uffd.tells_of_unmaps() {
+    if !uffd.tells_of_unmaps() && !region.is_shared() {
         region.set_removed(page..page + 1);
     }
     uffd.wake(region.address(page), PAGE_BYTES);

@@ -18,6 +18,7 @@
 //! [`pull`] move whole images.
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
+mod advice;
 mod attach;
 mod chunk;
 mod events;
@@ -39,7 +40,7 @@ mod space;
 pub mod state;
 pub mod uffd;
 
-pub use attach::{ForeignMemory, ForeignRegion};
+pub use attach::{ForeignMemory, ForeignRegion, Sharing};
 pub use image::{Content, Image};
 pub use region::Region;
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};

@@ -30,6 +30,8 @@ pub(crate) struct RegionState {
     states: Arc<PageStates>,
     /// The place of the region's first page among these states.
     first_state: usize,
+    /// Other mappings of the same memory have the same states.
+    is_shared: bool,
     chunk_pages: usize,
     /// No page below is absent or poisoned, and none will be again.
     resolved_below: AtomicUsize,
@@ -55,6 +57,7 @@ impl RegionState {
             pages: pages.len(),
             states: Arc::new(states),
             first_state: 0,
+            is_shared: false,
             chunk_pages: chunk_bytes / PAGE_BYTES,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
@@ -71,6 +74,7 @@ impl RegionState {
             pages: pages.len(),
             states: Arc::clone(&self.states),
             first_state: self.first_state + pages.start,
+            is_shared: self.is_shared,
             chunk_pages: self.chunk_pages,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
@@ -83,6 +87,11 @@ impl RegionState {
         self.states.copy_to(&states, self.placed(0..self.pages));
         let (space, states) = (Arc::clone(space), Arc::new(states));
         Self { space, states, first_state: 0, ..self.part(0..self.pages, self.start) }
+    }
+
+    /// The same shared memory as a child has it that was forked.
+    pub(crate) fn shared_with(&self, space: &Arc<Space>) -> Self {
+        Self { space: Arc::clone(space), ..self.part(0..self.pages, self.start) }
     }
 
     /// The region that a row of the state file tells of, in its space, with its file's entry and its states.
@@ -101,6 +110,7 @@ impl RegionState {
             pages: row.pages,
             states,
             first_state: row.first_state,
+            is_shared: row.is_shared,
             chunk_pages: chunk_bytes / PAGE_BYTES,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
@@ -119,6 +129,7 @@ impl RegionState {
             states_at,
             states_pages: self.states.pages(),
             first_state: self.first_state,
+            is_shared: self.is_shared,
         }
     }
 
@@ -183,6 +194,20 @@ impl RegionState {
         let index = self.chunks().contains(&chunk.0).then(|| to_usize(chunk.0 - self.file.first_chunk.0))?;
         let (start, end) = (index * self.chunk_pages, (index + 1) * self.chunk_pages);
         Some(start.saturating_sub(self.first_page)..(end - self.first_page).min(self.pages))
+    }
+
+    /// Whether the memory is mapped elsewhere, too, or may be.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    /// Where this region has pages of `other`, which may be itself: addresses.
+    pub(crate) fn same_memory(&self, other: &Self, pages: &Range<usize>) -> Range<usize> {
+        if !Arc::ptr_eq(&self.states, &other.states) {
+            return 0..0;
+        }
+        let place = |page: usize| (other.first_state + page).saturating_sub(self.first_state).min(self.pages);
+        self.address(place(pages.start))..self.address(place(pages.end))
     }
 
     /// The state of a page.

@@ -4,6 +4,7 @@
 //! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
 //! ([`crate::fill`]). They share what stands here in [`Shared`].
 
+use crate::advice::Callers;
 use crate::attach::{self, ForeignMemory, Owner};
 use crate::fill;
 use crate::gate::Gate;
@@ -201,6 +202,8 @@ pub(crate) struct Shared {
     next_space_id: AtomicU32,
     /// Written to by the pager alone, but for page states.
     pub(crate) state: State,
+    /// Whose calls tell what becomes of shared memory.
+    pub(crate) callers: Option<Callers>,
     /// The first loss, and whether the pager has ended. Held for reading and writing these alone.
     outcome: Mutex<OutcomeSoFar>,
     /// Something in the page states or in `outcome` has changed.
@@ -231,6 +234,7 @@ impl Shared {
         spaces: Spaces,
         next_space_id: u32,
         state: State,
+        owner: Option<u32>,
     ) -> Self {
         Self {
             address,
@@ -242,6 +246,7 @@ impl Shared {
             spaces: Mutex::new(Arc::new(spaces)),
             next_space_id: AtomicU32::new(next_space_id),
             state,
+            callers: owner.map(Callers::of),
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
@@ -420,8 +425,8 @@ impl Session {
         Self::start(address, reference, options, Owner::ThisProcess)
     }
 
-    /// Fills memory of another process from an image's files: private anonymous memory of pages of 4 KiB, for whose
-    /// missing pages it has registered a userfaultfd.
+    /// Fills memory of another process from an image's files: memory of pages of 4 KiB, for whose missing pages it has
+    /// registered a userfaultfd.
     ///
     /// Those of its events that the userfaultfd was asked for are followed: EVENT_REMOVE, EVENT_UNMAP, EVENT_REMAP and
     /// EVENT_FORK, which brings the children into the session. Where the process does one of these unasked, a touch
@@ -448,7 +453,7 @@ impl Session {
         let descriptor = |source| SessionError::System { what: "a descriptor", source };
         let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
         let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;
-        let owner = Owner::Another { uffd, regions: memory.regions.to_vec(), state };
+        let owner = Owner::Another { uffd, regions: memory.regions.to_vec(), state, pid: memory.pid };
         Self::start(address, reference, options, owner)
     }
 

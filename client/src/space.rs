@@ -113,7 +113,24 @@ impl Spaces {
         for region in self.cut(space, from) {
             let start = to + (region.address(0) - from.start);
             self.add(Arc::new(region.part(0..region.pages(), start)));
+            // Shared memory may stay where it was, too (MREMAP_DONTUNMAP); else it is unmapped there next.
+            if region.is_shared() && space.uffd.tells_of_unmaps() {
+                self.add(Arc::new(region));
+            }
         }
+    }
+
+    /// Keeps the descriptors open until the process ends: closing them would turn what is absent into zeros, and a
+    /// successor needs them.
+    pub(crate) fn leave_open(&self) {
+        for space in &self.spaces {
+            std::mem::forget(Arc::clone(&space.uffd));
+        }
+    }
+
+    /// Whether there is memory that is mapped elsewhere, too.
+    pub(crate) fn has_shared(&self) -> bool {
+        self.regions.iter().any(|region| region.is_shared())
     }
 
     /// Adds the space of a process that `parent` has forked.
@@ -127,8 +144,11 @@ impl Spaces {
         state: &State,
     ) -> Result<(), StateError> {
         let regions = self.regions.iter().filter(|region| region.space.id == parent.id);
-        let forked = regions.map(|region| Ok(region.forked(&child, state.page_states(region.pages())?)));
-        let forked: Vec<_> = forked.map(|region| region.map(Arc::new)).collect::<Result<_, _>>()?;
+        let forked = regions.map(|region| match region.is_shared() {
+            true => Ok(Arc::new(region.shared_with(&child))),
+            false => Ok(Arc::new(region.forked(&child, state.page_states(region.pages())?))),
+        });
+        let forked: Vec<_> = forked.collect::<Result<_, StateError>>()?;
         // Ids grow: they go to the end.
         self.regions.extend(forked);
         self.spaces.push(child);

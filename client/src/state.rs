@@ -9,6 +9,7 @@
 //!
 //! A session that nobody can take over has no file, and its page states lie in memory of its own.
 
+use crate::advice::Call;
 use crate::page_state::{PageStates, WORD_PAGES};
 use crate::session::{LossPolicy, Options};
 use crate::space::Spaces;
@@ -40,15 +41,19 @@ const AT_DEADLINE_MS: usize = 6;
 const AT_ON_LOSS: usize = 7;
 const AT_FILL: usize = 8;
 const AT_ENDED: usize = 9;
+const AT_OWNER: usize = 10;
 const AT_COMMIT: usize = 16;
 const AT_MESSAGES_OF: usize = 24;
 const AT_MESSAGES: usize = 32;
 const AT_ANSWERS: usize = AT_MESSAGES + MESSAGES * MESSAGE_WORDS;
-const HEADER_WORDS: usize = AT_ANSWERS + ANSWERS.len();
+const AT_CALLS: usize = AT_ANSWERS + ANSWERS.len();
+const MAX_CALLS: usize = 16;
+const CALL_WORDS: usize = 3;
+const HEADER_WORDS: usize = AT_CALLS + MAX_CALLS * CALL_WORDS;
 const AT_TABLES: usize = 512;
 const TABLE_HEAD_WORDS: usize = 8;
 const SPACE_WORDS: usize = 2;
-const REGION_WORDS: usize = 9;
+const REGION_WORDS: usize = 10;
 const TABLE_WORDS: usize = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + MAX_REGIONS * REGION_WORDS;
 const AT_STATES: usize = AT_TABLES + 2 * TABLE_WORDS;
 /// 4 GiB, of which only what is used takes memory: page states for 64 TiB.
@@ -226,6 +231,7 @@ pub(crate) struct RegionRow {
     pub(crate) states_pages: usize,
     /// The place of the region's first page among them.
     pub(crate) first_state: usize,
+    pub(crate) is_shared: bool,
 }
 
 impl RegionRow {
@@ -240,6 +246,7 @@ impl RegionRow {
             self.states_at as u64,
             self.states_pages as u64,
             self.first_state as u64,
+            self.is_shared.into(),
         ]
     }
 
@@ -254,6 +261,7 @@ impl RegionRow {
             states_at: to_usize(words[6]),
             states_pages: to_usize(words[7]),
             first_state: to_usize(words[8]),
+            is_shared: words[9] != 0,
         };
         let end = row.pages.checked_mul(PAGE_BYTES).and_then(|len| row.address.checked_add(len));
         if !row.address.is_multiple_of(PAGE_BYTES) || row.pages == 0 || end.is_none() {
@@ -280,6 +288,8 @@ impl RegionRow {
 pub(crate) struct Contents {
     pub(crate) image: Digest,
     pub(crate) options: Options,
+    /// The process that owned the first space, if that was known.
+    pub(crate) owner: Option<u32>,
     /// Each with its id and the number of its userfaultfd, in the order of their ids.
     pub(crate) spaces: Vec<(u32, RawFd)>,
     pub(crate) next_space: u32,
@@ -289,6 +299,8 @@ pub(crate) struct Contents {
     /// How many of the messages received are done; not among these.
     pub(crate) messages_done: usize,
     pub(crate) messages: Vec<[u64; MESSAGE_WORDS]>,
+    /// The calls of madvise that were in progress before these were read, if there was memory for which that matters.
+    pub(crate) calls: Vec<Call>,
 }
 
 /// See the module.
@@ -308,7 +320,12 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Map`].
-    pub(crate) fn create(file: impl AsFd, image: &Digest, options: &Options) -> Result<Self, StateError> {
+    pub(crate) fn create(
+        file: impl AsFd,
+        image: &Digest,
+        options: &Options,
+        owner: Option<u32>,
+    ) -> Result<Self, StateError> {
         let bytes = (FILE_WORDS * size_of::<u64>()) as u64;
         rustix::fs::ftruncate(&file, 0).map_err(|error| StateError::Map(error.into()))?;
         rustix::fs::ftruncate(&file, bytes).map_err(|error| StateError::Map(error.into()))?;
@@ -319,6 +336,7 @@ impl State {
         state.set(AT_DEADLINE_MS, u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX));
         state.set(AT_ON_LOSS, u64::from(options.on_loss == LossPolicy::Wait));
         state.set(AT_FILL, options.fill.into());
+        state.set(AT_OWNER, owner.unwrap_or(0).into());
         state.set(AT_VERSION, VERSION);
         state.set(AT_MAGIC, MAGIC);
         Ok(state)
@@ -378,6 +396,19 @@ impl State {
         PageStates::new(Words::Mapped(Extent { file, range: row.states_at..end }), row.states_pages)
     }
 
+    /// Notes the calls of madvise in progress before messages are received: after that nothing shows them any more.
+    /// Of more than can be noted some are not, and may be unknown to a successor.
+    pub(crate) fn note_calls(&self, calls: &[Call]) {
+        for index in 0..MAX_CALLS {
+            let call = calls.get(index).map_or([0; CALL_WORDS], |call| {
+                [call.addresses.start as u64, call.addresses.end as u64, call.advice]
+            });
+            for (word, value) in call.into_iter().enumerate() {
+                self.set(AT_CALLS + index * CALL_WORDS + word, value);
+            }
+        }
+    }
+
     /// The place of page states in the file.
     fn place(&self, states: &PageStates) -> usize {
         match states.words() {
@@ -386,11 +417,11 @@ impl State {
         }
     }
 
-    /// Reads the next messages of a space's userfaultfd: how many. Those before must be done.
+    /// Reads the next messages of a space's userfaultfd, at most so many: how many. Those before must be done.
     ///
     /// # Errors
     /// Whatever read(2) answers but EAGAIN.
-    pub(crate) fn receive(&self, space: u32, uffd: &Uffd) -> io::Result<usize> {
+    pub(crate) fn receive(&self, space: u32, uffd: &Uffd, most: usize) -> io::Result<usize> {
         let messages = &self.header[AT_MESSAGES..AT_ANSWERS];
         // Before the count of those done: what is left of the old ones must not look new.
         for word in messages {
@@ -398,7 +429,7 @@ impl State {
         }
         self.set(AT_MESSAGES_OF, space.into());
         self.commit(self.generation(), 0);
-        uffd.read_messages(messages)
+        uffd.read_messages(&messages[..most * MESSAGE_WORDS])
     }
 
     /// What a message says that was received, not to be called more than once.
@@ -556,6 +587,10 @@ impl Contents {
         let message = |index: usize| -> [u64; MESSAGE_WORDS] {
             std::array::from_fn(|i| word(AT_MESSAGES + index * MESSAGE_WORDS + i))
         };
+        let call = |index: usize| {
+            let [start, end, advice] = std::array::from_fn(|i| word(AT_CALLS + index * CALL_WORDS + i));
+            Call { addresses: to_usize(start)..to_usize(end), advice }
+        };
         let mut image = [0; DIGEST_BYTES];
         for (index, bytes) in image.chunks_mut(8).enumerate() {
             bytes.copy_from_slice(&word(AT_IMAGE + index).to_le_bytes());
@@ -567,12 +602,14 @@ impl Contents {
                 on_loss: if word(AT_ON_LOSS) == 0 { LossPolicy::Poison } else { LossPolicy::Wait },
                 fill: word(AT_FILL) != 0,
             },
+            owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
             spaces,
             next_space,
             regions,
             messages_of: u32::try_from(word(AT_MESSAGES_OF))
                 .or_else(|_| wrong("whose messages these are"))?,
             messages_done: done,
+            calls: (0..MAX_CALLS).map(call).take_while(|call| call.addresses.end != 0).collect(),
             messages: (done..MESSAGES).map(message).take_while(|message| message[0] != 0).collect(),
         })
     }
@@ -623,7 +660,7 @@ mod tests {
     fn create(file: &File) -> State {
         let options =
             Options { fault_deadline: Duration::from_millis(1234), on_loss: LossPolicy::Wait, fill: true };
-        State::create(file, &Digest::of(b"image"), &options).unwrap()
+        State::create(file, &Digest::of(b"image"), &options, None).unwrap()
     }
 
     /// Two spaces with regions of some states.

@@ -13,6 +13,7 @@
 mod abi;
 pub(crate) mod memory;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater};
@@ -132,6 +133,15 @@ pub(crate) enum Event {
     Fork { child: OwnedFd },
     /// Something that was not asked for.
     Unknown { event: u8 },
+}
+
+/// What a userfaultfd has to tell next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    Nothing,
+    /// Faults, which are read first.
+    Faults,
+    Event,
 }
 
 /// A userfaultfd: non-blocking, close-on-exec, its API handshake done.
@@ -348,10 +358,29 @@ impl Uffd {
 
     /// Whether the owner of the memory has exited.
     pub(crate) fn is_owner_gone(&self) -> bool {
-        // At any address: at most it maps what is there already. That comes after the look at the owner.
+        self.look() == Err(Errno::SRCH)
+    }
+
+    /// An ioctl that does nothing, and answers how things are.
+    fn look(&self) -> Result<(), Errno> {
+        // At any address: at most it maps what is there already. That comes after what is asked for here.
         let range = abi::Range { start: 1 << 32, len: abi::PAGE_BYTES };
         let mut continue_ = abi::Continue { range, mode: abi::MODE_DONTWAKE, mapped: 0 };
-        update::<{ abi::IOC_CONTINUE }, _>(self.as_fd(), &mut continue_) == Err(Errno::SRCH)
+        update::<{ abi::IOC_CONTINUE }, _>(self.as_fd(), &mut continue_)
+    }
+
+    /// What the next message will be.
+    ///
+    /// # Errors
+    /// Whatever poll(2) or reading the descriptor's information answers.
+    pub(crate) fn waiting(&self) -> io::Result<Waiting> {
+        let mut fds = [PollFd::new(self, PollFlags::IN)];
+        if rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? == 0 {
+            return Ok(Waiting::Nothing);
+        }
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.number()))?;
+        let faults = info.lines().find_map(|line| line.strip_prefix("pending:"));
+        Ok(if faults.is_some_and(|faults| faults.trim() != "0") { Waiting::Faults } else { Waiting::Event })
     }
 
     /// Installs zeros. A poisoned page counts as present; use [`Uffd::copy`] for it.

@@ -32,7 +32,7 @@ impl Source {
         let regions =
             [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
         let reference = "app".parse().unwrap();
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None };
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
         Session::attach(self.server.address(), &reference, options, &memory)
     }
 
@@ -130,7 +130,7 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
         let chaos = Chaos::start(source.server.address(), lies);
         let regions = [faulter.region(1, "mem", 0)];
         let reference = "app".parse().unwrap();
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None };
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
         let session = Session::attach(chaos.address(), &reference, Options::default(), &memory).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(0, 32));
@@ -163,7 +163,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         let reference = "app".parse().unwrap();
         let address = source.server.address();
         let attach = |uffd, regions: &[_]| {
-            let memory = ForeignMemory { uffd, regions, state: None };
+            let memory = ForeignMemory { uffd, regions, state: None, pid: None };
             Session::attach(address, &reference, Options::default(), &memory)
         };
         for (regions, which, why) in cases {
@@ -175,7 +175,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         assert!(error.contains("is no userfaultfd"), "{error}");
         let nowhere = "http://127.0.0.1:1".parse().unwrap();
         let regions = std::slice::from_ref(&first);
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None };
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid: None };
         Session::attach(&nowhere, &reference, Options::default(), &memory).unwrap_err();
 
         // A touch during all of that waits, and is right in the end.
@@ -283,5 +283,158 @@ fn memory_that_is_moved_cut_and_grown_stays_right() {
         session.wait_resident(Duration::from_secs(30)).unwrap();
         main.assert_reads(rest + 30 * PAGE, image(138, 52));
         main.assert_reads(rest, &[0; 30 * PAGE]);
+    });
+}
+
+/// A process with shared memory: region 0 and 1 are the same, 1 and 2 apart from each other in the file.
+fn with_shared(test: &str, work: impl FnOnce(Source, Faulter, Session) + Send + 'static) {
+    if !is_root() {
+        return skip(&format!("attach::{test}"), "a userfaultfd for all faults needs root");
+    }
+    within(WATCHDOG, || {
+        let source = start();
+        let mut faulter = Faulter::start(ALL_EVENTS, &["memfd:200", "again:200", "shared:100"]);
+        let regions = [
+            faulter.shared_region(0, "mem", 3 * PAGE as u64, 7),
+            faulter.shared_region(1, "mem", 3 * PAGE as u64, 7),
+            faulter.shared_region(2, "mem", 150 * PAGE as u64, 8),
+        ];
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: Some(faulter.main.pid),
+        };
+        let reference = "app".parse().unwrap();
+        let session =
+            Session::attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
+        faulter.let_go();
+        work(source, faulter, session);
+    });
+}
+
+const REMOVE: i32 = 9;
+
+#[test]
+fn shared_memory_is_one_wherever_it_is_mapped() {
+    with_shared("shared_memory_is_one_wherever_it_is_mapped", |source, mut faulter, session| {
+        let mut child = faulter.fork();
+        let image = |page: usize, count| source.pages(3 + page, count);
+        faulter.assert_reads(0, 0, image(0, 20));
+        faulter.assert_reads(1, 10, image(10, 20));
+        child.assert_reads(faulter.at(0, 20), image(20, 20));
+        child.does(&format!("write {} 1 42", faulter.at(1, 25)));
+        faulter.assert_reads(0, 25, &[42; PAGE]);
+        // What is absent is brought for all who wait for it, wherever.
+        let waiting = [(0, 60), (1, 60), (0, 61)];
+        for (region, page) in waiting {
+            child.tell(&format!("read {} 1", faulter.at(region, page)));
+        }
+        faulter.main.assert_reads(faulter.at(1, 61), image(61, 1));
+        for (region, page) in waiting {
+            child.assert_answers(faulter.at(region, page), image(page, 1));
+        }
+        // MADV_DONTNEED keeps the content, written or absent; MADV_REMOVE drops it for everybody.
+        faulter.main.does(&format!("advise {DONTNEED} {} 60", faulter.at(0, 20)));
+        child.assert_reads(faulter.at(0, 25), &[42; PAGE]);
+        faulter.assert_reads(0, 70, image(70, 10));
+        child.does(&format!("advise {REMOVE} {} 20", faulter.at(1, 75)));
+        for page in [75, 90] {
+            faulter.assert_reads(0, page, &[0; 5 * PAGE]);
+            child.assert_reads(faulter.at(1, page), &[0; 5 * PAGE]);
+        }
+        session.fill().unwrap();
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        faulter.assert_reads(1, 75, &[0; 20 * PAGE]);
+        child.assert_reads(faulter.at(0, 95), image(95, 105));
+        faulter.assert_reads(2, 0, source.pages(150, 100));
+        assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn shared_memory_is_moved_and_unmapped_by_each_for_himself() {
+    with_shared("shared_memory_is_moved_and_unmapped_by_each_for_himself", |source, mut faulter, session| {
+        const MAYMOVE: i32 = 1;
+        const DONTUNMAP: i32 = 4;
+        let mut child = faulter.fork();
+        let image = |page: usize, count| source.pages(3 + page, count);
+        let at = faulter.at(0, 0);
+        let to: usize = faulter.main.ask("reserve 300").parse().unwrap();
+        faulter.main.ask(&format!("remap {at} 40 40 {MAYMOVE} {to}"));
+        faulter.main.assert_reads(to, image(0, 20));
+        child.assert_reads(at + 15 * PAGE, image(15, 10));
+        child.does(&format!("unmap {at} 30"));
+        faulter.main.assert_reads(to + 20 * PAGE, image(20, 20));
+        child.assert_reads(at + 30 * PAGE, image(30, 10));
+        // What is left behind is the same memory still.
+        let kept = at + 100 * PAGE;
+        let both = faulter.main.ask(&format!("remap {kept} 20 20 {} 0", MAYMOVE | DONTUNMAP));
+        let both: usize = both.parse().unwrap();
+        faulter.main.does(&format!("write {both} 1 9"));
+        faulter.main.assert_reads(kept, &[&[9; PAGE], image(101, 19)].concat());
+        faulter.main.assert_reads(both + PAGE, image(101, 19));
+        assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn a_session_s_end_poisons_each_mapping_of_shared_memory() {
+    with_shared("a_session_s_end_poisons_each_mapping_of_shared_memory", |source, mut faulter, session| {
+        let mut child = faulter.fork();
+        faulter.assert_reads(0, 0, source.pages(3, 3));
+        assert!(session.end(Duration::from_secs(30)));
+        child.assert_reads(faulter.at(1, 0), source.pages(3, 3));
+        child.tell(&format!("read {} 1", faulter.at(0, 100)));
+        assert_eq!(child.answer(), None, "it is not fed zeros");
+        faulter.main.tell(&format!("read {} 1", faulter.at(1, 100)));
+        assert_eq!((faulter.main.answer(), faulter.dies_of()), (None, SIGBUS));
+    });
+}
+
+#[test]
+fn a_removal_of_shared_memory_that_nobody_can_see_ends_the_session() {
+    with_shared(
+        "a_removal_of_shared_memory_that_nobody_can_see_ends_the_session",
+        |source, mut faulter, session| {
+            faulter.assert_reads(2, 0, source.pages(150, 2));
+            drop(session);
+            let mut blind = Faulter::start(ALL_EVENTS, &["shared:100"]);
+            let regions = [blind.shared_region(0, "mem", 0, 1)];
+            let memory = ForeignMemory { uffd: blind.uffd(), regions: &regions, state: None, pid: None };
+            let reference = "app".parse().unwrap();
+            let session =
+                Session::attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
+            blind.let_go();
+            blind.assert_reads(0, 0, source.pages(0, 16));
+            // Of pages that are there their next fault tells.
+            blind.main.does(&format!("advise {DONTNEED} {} 4", blind.at(0, 0)));
+            blind.main.does(&format!("advise {REMOVE} {} 4", blind.at(0, 8)));
+            blind.assert_reads(0, 0, source.pages(0, 8));
+            blind.assert_reads(0, 8, &[0; 4 * PAGE]);
+            assert_eq!(session.error(), None);
+            blind.main.does(&format!("advise {REMOVE} {} 4", blind.at(0, 50)));
+            assert!(session.wait_end(Duration::from_secs(30)));
+            assert!(session.error().unwrap().contains("nothing shows whether its content stays"));
+            blind.main.tell(&format!("read {} 1", blind.at(0, 51)));
+            assert_eq!((blind.main.answer(), blind.dies_of()), (None, SIGBUS));
+        },
+    );
+}
+
+#[test]
+fn private_mappings_of_files_are_filled() {
+    with_faulter("private_mappings_of_files_are_filled", |source, _| {
+        let mut faulter = Faulter::start(ALL_EVENTS, &["memfd-private:197", "memfd-private:100"]);
+        let session = source.attach(&faulter, FILLING).unwrap();
+        faulter.let_go();
+        let mut child = faulter.fork();
+        faulter.main.does(&format!("advise {DONTNEED} {} 10", faulter.at(0, 150)));
+        faulter.main.does(&format!("write {} 1 3", faulter.at(0, 10)));
+        faulter.assert_reads(0, 11, source.pages(103 + 11, 139));
+        faulter.assert_reads(0, 150, &[0; 10 * PAGE]);
+        child.assert_reads(faulter.at(0, 0), source.pages(103, 197));
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        assert_eq!(session.error(), None);
     });
 }

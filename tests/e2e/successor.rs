@@ -25,12 +25,14 @@ struct Victim {
 }
 
 impl Victim {
-    fn start(fill: bool) -> Self {
+    fn start(shared: bool) -> Self {
         let source = Source::start(memory_like(PAGES * PAGE, 81), CHUNK);
-        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{PAGES}")]);
-        let regions = [faulter.region(0, "mem", 0)];
+        let kind = if shared { "memfd" } else { "private" };
+        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("{kind}:{PAGES}")]);
+        let region = faulter.region(0, "mem", 0);
+        let regions = [if shared { faulter.shared_region(0, "mem", 0, 1) } else { region }];
         let server = source.server.address().to_string();
-        let keeper = Keeper::start(&server, "app", fill, faulter.uffd(), &regions);
+        let keeper = Keeper::start(&server, "app", false, &faulter, &regions);
         faulter.let_go();
         Self { source, faulter, keeper }
     }
@@ -73,6 +75,11 @@ type Action = fn(&mut Victim, usize);
 /// event and the next call into the kernel. `prepare` makes pages ready, `begin` tells the process what to do with
 /// them, and `check` sees that it was done.
 fn kill_at_each_step(test: &str, prepare: Action, begin: Action, check: Action) {
+    kill_at_each_step_over(false, test, prepare, begin, check);
+}
+
+/// The same on shared memory.
+fn kill_at_each_step_over(shared: bool, test: &str, prepare: Action, begin: Action, check: Action) {
     const AFTER_READ: u32 = 50;
     if !is_root() {
         return skip(&format!("successor::{test}"), "tracing needs root");
@@ -81,7 +88,7 @@ fn kill_at_each_step(test: &str, prepare: Action, begin: Action, check: Action) 
         let seed = fastrand::u64(..);
         println!("seed {seed}");
         fastrand::seed(seed);
-        let mut victim = Victim::start(false);
+        let mut victim = Victim::start(shared);
         let mut pages = (0..PAGES - PAGES_OF_A_TRY).step_by(PAGES_OF_A_TRY);
         let mut kills = 0;
         let mut kill_at = |moment| {
@@ -233,6 +240,31 @@ fn a_pager_killed_at_any_step_of_a_fork_is_succeeded() {
             bytes[2 * PAGE..3 * PAGE].fill(0);
             child.assert_reads(victim.faulter.at(0, page), &bytes);
             child.tell("exit");
+        },
+    );
+}
+
+#[test]
+fn a_pager_killed_at_any_step_of_a_remove_of_shared_memory_is_succeeded() {
+    const MADV_REMOVE: i32 = 9;
+    kill_at_each_step_over(
+        true,
+        "a_pager_killed_at_any_step_of_a_remove_of_shared_memory_is_succeeded",
+        |victim, page| {
+            victim.assert_is_image(page + 3, 1);
+            // Keeps what is there, and what is not.
+            let what = victim.advise(page + 2, 6);
+            victim.faulter.main.does(&what);
+        },
+        |victim, page| {
+            let at = victim.faulter.at(0, page + 2);
+            victim.faulter.main.tell(&format!("advise {MADV_REMOVE} {at} 3"));
+        },
+        |victim, page| {
+            assert_eq!(victim.faulter.main.answer().as_deref(), Some("done"));
+            victim.assert_reads(page + 2, &[0; 3 * PAGE]);
+            victim.assert_is_image(page, 2);
+            victim.assert_is_image(page + 5, 3);
         },
     );
 }

@@ -1,7 +1,7 @@
 //! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
 use crate::{binary, descriptors};
-use postcopy::ForeignRegion;
+use postcopy::{ForeignRegion, Sharing};
 use postcopy_proto::digest::Digest;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::PidfdFlags;
@@ -185,7 +185,13 @@ impl Faulter {
     #[must_use]
     pub fn region(&self, index: usize, path: &str, offset_bytes: u64) -> ForeignRegion {
         let (address, len) = self.regions[index];
-        ForeignRegion { address, len, path: path.into(), offset_bytes }
+        ForeignRegion { address, len, path: path.into(), offset_bytes, sharing: Sharing::Private }
+    }
+
+    /// The same of shared memory, `object` by number.
+    #[must_use]
+    pub fn shared_region(&self, index: usize, path: &str, offset_bytes: u64, object: u32) -> ForeignRegion {
+        ForeignRegion { sharing: Sharing::Shared(object), ..self.region(index, path, offset_bytes) }
     }
 
     /// As [`Toucher::assert_reads`], by region and page.

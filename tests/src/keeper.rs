@@ -1,14 +1,14 @@
 //! A session in a process of its own that may be killed: `postcopy-keeper`, and the pager's steps one by one.
 
+use crate::faulter::Faulter;
 use crate::{binary, descriptors};
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
-use postcopy::ForeignRegion;
+use postcopy::{ForeignRegion, Sharing};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command};
 
@@ -31,7 +31,7 @@ impl Keeper {
         server: &str,
         reference: &str,
         fill: bool,
-        uffd: BorrowedFd<'_>,
+        faulter: &Faulter,
         regions: &[ForeignRegion],
     ) -> Self {
         let folder = tempfile::tempdir().expect("a scratch folder");
@@ -43,16 +43,14 @@ impl Keeper {
         let child = Command::new(program).arg(&path).spawn().expect("it starts");
         let (socket, _) = listener.accept().expect("it connects");
         let region = |r: &ForeignRegion| {
-            (
-                r.address,
-                r.len,
-                String::from_utf8(r.path.clone()).expect("a path of the tests"),
-                r.offset_bytes,
-            )
+            let path = String::from_utf8(r.path.clone()).expect("a path of the tests");
+            let object = if let Sharing::Shared(object) = r.sharing { Some(object) } else { None };
+            (r.address, r.len, path, r.offset_bytes, object)
         };
         let regions: Vec<_> = regions.iter().map(region).collect();
-        let text = serde_json::to_string(&(server, reference, fill, regions)).expect("plain data");
-        descriptors::send(&socket, uffd, &text);
+        let text = serde_json::to_string(&(server, reference, fill, regions, faulter.main.pid));
+        let text = text.expect("plain data");
+        descriptors::send(&socket, faulter.uffd(), &text);
         let state = descriptors::receive(&socket).0.into();
         let mut keeper = Self { child, lines: BufReader::new(socket), worker: Pid::from_raw(0), state };
         keeper.next_worker();

@@ -39,21 +39,24 @@ fn pointer(address: usize) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(address)
 }
 
-/// Memory of a kind, so many bytes at an address.
+/// Memory of a kind, so many bytes at an address. `again` maps the last memfd another time.
 #[expect(unsafe_code, reason = "mappings that live as long as the process")]
-fn map(kind: &str, len: usize) -> Result<usize> {
+fn map(kind: &str, len: usize, last: &mut Option<OwnedFd>) -> Result<usize> {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let (sharing, huge) = match kind {
         "private" | "memfd-private" => (MapFlags::PRIVATE, false),
-        "shared" | "memfd" => (MapFlags::SHARED, false),
+        "shared" | "memfd" | "again" => (MapFlags::SHARED, false),
         "huge" => (MapFlags::PRIVATE, true),
         "huge-shared" => (MapFlags::SHARED, true),
         _ => bail!("{kind} is no kind of memory"),
     };
     let huge = if huge { MapFlags::HUGETLB } else { MapFlags::empty() };
     let flags = sharing | huge | MapFlags::NORESERVE;
-    let start = if kind.starts_with("memfd") {
-        let file = memfd(len)?;
+    if kind.starts_with("memfd") {
+        *last = Some(memfd(len)?);
+    }
+    let start = if kind.starts_with("memfd") || kind == "again" {
+        let file = last.as_ref().context("a memfd to be mapped again")?;
         // SAFETY: a new mapping, placed by the kernel where nothing is.
         unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }?
     } else {
@@ -236,14 +239,14 @@ fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let socket = PathBuf::from(args.next().context("SOCKET")?);
     let features = FeatureFlags::from_bits_retain(args.next().context("FEATURES")?.parse()?);
-    let mut regions = Vec::new();
+    let (mut regions, mut last) = (Vec::new(), None);
     for region in args {
         let (kind, pages) = region.split_once(':').context("KIND:PAGES")?;
         let len = pages.parse::<usize>()? * PAGE;
         if kind.starts_with("huge") && !len.is_multiple_of(HUGE) {
             bail!("{len} bytes are no whole pages of 2 MiB");
         }
-        regions.push((map(kind, len)?, len));
+        regions.push((map(kind, len, &mut last)?, len));
     }
     let mut builder = UffdBuilder::new();
     builder.close_on_exec(true).non_blocking(false).user_mode_only(false).require_features(features);

@@ -2,7 +2,7 @@
 //! one when that has died.
 //!
 //! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, fill,
-//! [[address, length, path, offset]…]]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
+//! [[address, length, path, offset, shared object or null]…], pid]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
 //! `ended` when one has ended in order.
 
 use anyhow::{Context, Result, bail};
@@ -10,7 +10,7 @@ use nix::libc;
 use nix::sched::CloneFlags;
 use nix::sys::wait::{WaitStatus, waitpid};
 use postcopy::state::StateError;
-use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Session, SessionError};
+use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Session, SessionError, Sharing};
 use postcopy_tests::descriptors;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -30,6 +30,7 @@ struct Work {
     reference: String,
     fill: bool,
     regions: Vec<ForeignRegion>,
+    pid: u32,
 }
 
 impl Work {
@@ -46,8 +47,12 @@ impl Work {
         }
         let options =
             Options { fill: self.fill, fault_deadline: Duration::from_secs(20), on_loss: LossPolicy::Poison };
-        let memory =
-            ForeignMemory { uffd: self.uffd.as_fd(), regions: &self.regions, state: Some(&self.state) };
+        let memory = ForeignMemory {
+            uffd: self.uffd.as_fd(),
+            regions: &self.regions,
+            state: Some(&self.state),
+            pid: Some(self.pid),
+        };
         Ok(Session::attach(&address, &self.reference.parse()?, options, &memory)?)
     }
 
@@ -115,18 +120,18 @@ impl Work {
 fn main() -> Result<()> {
     let mut socket = UnixStream::connect(std::env::args().nth(1).context("SOCKET")?)?;
     let (uffd, text) = descriptors::receive(&socket);
-    let (server, reference, fill, regions): (_, _, _, Vec<(usize, usize, String, u64)>) =
-        serde_json::from_str(&text)?;
-    let region = |(address, len, path, offset_bytes): (usize, usize, String, u64)| ForeignRegion {
-        address,
-        len,
-        path: path.into(),
-        offset_bytes,
+    let (server, reference, fill, regions, pid) = serde_json::from_str(&text)?;
+    /// Address, length, path, offset, shared object.
+    type Region = (usize, usize, String, u64, Option<u32>);
+    let regions: Vec<Region> = regions;
+    let region = |(address, len, path, offset_bytes, object): Region| {
+        let (path, sharing) = (String::into_bytes(path), object.map_or(Sharing::Private, Sharing::Shared));
+        ForeignRegion { address, len, path, offset_bytes, sharing }
     };
     let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
     let regions = regions.into_iter().map(region).collect();
     descriptors::send(&socket, state.as_fd(), "state");
-    let work = Work { uffd, state, server, reference, fill, regions };
+    let work = Work { uffd, state, server, reference, fill, regions, pid };
     while !work.run(&mut socket)? {
         work.close_leftovers(&socket)?;
     }
