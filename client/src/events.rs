@@ -14,12 +14,26 @@ use crate::uffd::{self, Event};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Why not all messages of a userfaultfd were read and done.
+#[derive(Debug)]
+pub(crate) struct Stopped {
+    pub(crate) reason: String,
+    /// The event is there still, and its causer waits: there is no descriptor or memory for it at the moment.
+    pub(crate) may_pass: bool,
+}
+
+impl From<String> for Stopped {
+    fn from(reason: String) -> Self {
+        Self { reason, may_pass: false }
+    }
+}
+
 /// Reads all messages of a space's userfaultfd, does what its events say, and adds the addresses of its faults to
 /// `faults`. The gate is passed alone.
 ///
 /// # Errors
-/// Why the session cannot go on.
-pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>) -> Result<(), String> {
+/// Why it has stopped.
+pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>) -> Result<(), Stopped> {
     let callers = shared.callers.as_ref().filter(|_| shared.spaces().has_shared());
     let most = if callers.is_some() { 1 } else { MESSAGES };
     loop {
@@ -41,7 +55,10 @@ pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>)
             shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
         }
         let received = shared.state.receive(space.id, &space.uffd, most);
-        let received = received.map_err(|error| format!("a userfaultfd cannot be read: {error}"))?;
+        let received = received.map_err(|error| Stopped {
+            may_pass: uffd::may_pass(&error),
+            reason: format!("a userfaultfd cannot be read: {error}"),
+        })?;
         for index in 0..received {
             match shared.state.message(index) {
                 Event::Fault { address } => faults.push(address),
@@ -58,7 +75,7 @@ pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>)
 /// that were in progress before it was read.
 ///
 /// # Errors
-/// As [`read`].
+/// Why the session cannot go on.
 pub(crate) fn apply(
     shared: &Shared,
     space: &Arc<Space>,
@@ -85,7 +102,7 @@ pub(crate) fn apply(
             wake(space, &addresses);
         }
         Event::Unmap { addresses } => {
-            for region in Arc::make_mut(&mut spaces).cut(space, &addresses) {
+            for region in Arc::make_mut(&mut spaces).unmap(space, &addresses) {
                 if !region.is_shared() {
                     region.set_removed(0..region.pages());
                 }
@@ -93,21 +110,23 @@ pub(crate) fn apply(
             shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &addresses);
         }
-        // What is left at the old place with MREMAP_DONTUNMAP is memory of no region, which is zero.
+        // What is left at the old place with MREMAP_DONTUNMAP is zero, or the same if it is shared.
         Event::Remap { from, to } => {
             Arc::make_mut(&mut spaces).move_to(space, &from, to);
             shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &from);
         }
         Event::Fork { child } => {
-            let child = Space::new(shared.next_space_id(), space.uffd.of_child(child), &shared.state);
-            let child = Arc::new(child);
-            if let Err(error) = Arc::make_mut(&mut spaces).fork(space, Arc::clone(&child), &shared.state) {
+            let child = space.uffd.of_child(child);
+            let id = shared.next_space_id();
+            let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, &shared.state));
+            let forked =
+                id.and_then(|_| Arc::make_mut(&mut spaces).fork(space, Arc::clone(&child), &shared.state));
+            if let Err(error) = forked.and_then(|()| shared.set_spaces(spaces, Some(done))) {
                 // Its message is not done: a successor takes it from there, and it must stay open.
                 std::mem::forget(child);
                 return Err(full(error));
             }
-            shared.set_spaces(spaces, Some(done)).map_err(full)?;
         }
         Event::Unknown { event } => return Err(format!("the kernel sent event {event:#x}, not asked for")),
     }

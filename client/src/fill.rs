@@ -390,12 +390,13 @@ impl Installer {
 
     fn install(&self, chunk: ChunkIndex) {
         // Those of other regions over the same file are not asked for then.
+        let started = Instant::now();
         for region in self.shared.spaces().of_chunk(chunk) {
-            loop {
+            // The pager reads the event, or somebody frees memory; else another pass has it.
+            while started.elapsed() < self.shared.options.fault_deadline {
                 match install::install(Some(&self.shared.gate), region, chunk, &self.pages, None) {
                     Installed::All => break,
                     Installed::Ended => return,
-                    // The pager reads the event, or somebody frees memory.
                     Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
                 }
             }

@@ -10,9 +10,10 @@ use crate::region::RegionState;
 use crate::uffd::Outcome;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// Between attempts of the kernel's that were put off.
-const PAUSE: std::time::Duration = std::time::Duration::from_micros(200);
+const PAUSE: Duration = Duration::from_micros(200);
 
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
@@ -138,50 +139,54 @@ fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>
     }
 }
 
-/// Makes every unresolved page of `pages` SIGBUS, and wakes who waits for it.
+/// Makes every unresolved page of `pages` SIGBUS, and wakes who waits for it. False: it could not be done within
+/// `patience`, because the kernel has no memory, or an event cannot be read.
 ///
 /// `read_events` is called when an event must be read first.
-pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events: impl FnMut()) {
+pub(crate) fn poison(
+    region: &RegionState,
+    pages: Range<usize>,
+    patience: Duration,
+    mut read_events: impl FnMut(),
+) -> bool {
+    const UNRESOLVED: [PageState; 2] = [PageState::Absent, PageState::Poisoned];
     let uffd = &region.space.uffd;
     let mut next = pages.start;
     // Less where one ioctl meets two VMAs, or memory that is gone.
     let mut most = usize::MAX;
-    // Poison belongs to a mapping: in others of shared memory it is to be put, too.
-    let wanted: &[_] = match region.is_shared() {
-        true => &[PageState::Absent, PageState::Poisoned],
-        false => &[PageState::Absent],
-    };
-    while let Some(run) = region.next_run(next..pages.end, wanted) {
+    let mut progressed = Instant::now();
+    let mut were_absent = 0..0;
+    // Those that are poisoned, too: poison belongs to a mapping, and whoever has set the state may have been killed.
+    while let Some(run) = region.next_run(next..pages.end, &UNRESOLVED) {
         // An event that was read may have moved it.
         if !region.is_alive() {
-            return;
+            return true;
         }
         let run = run.start..run.end.min(run.start.saturating_add(most));
-        let (address, len) = (region.address(run.start), run.len() * PAGE_BYTES);
-        if !uffd.can_poison() {
-            forbid(region, run.clone());
+        // Of one state: what is at the beginning of the run is all over it.
+        let run = region.next_run(run.clone(), &[region.state(run.start)]).unwrap_or(run);
+        if region.state(run.start) == PageState::Absent {
+            // Before the kernel is asked: poison that looks absent would be taken for a page that is there.
             region.set_poisoned(run.clone());
-            uffd.wake(address, len);
-            next = run.end;
-            continue;
+            were_absent = run.clone();
         }
-        next = match region.space.counted(uffd.poison(address, len)) {
+        let (address, len) = (region.address(run.start), run.len() * PAGE_BYTES);
+        let before = next;
+        next = match poison_run(region, address, len) {
             Outcome::Done => {
-                region.set_poisoned(run.clone());
                 uffd.wake(address, len);
                 most = most.saturating_mul(2);
                 run.end
             }
             Outcome::Partial { bytes } => {
-                let done = run.start + bytes / PAGE_BYTES;
-                region.set_poisoned(run.start..done);
                 uffd.wake(address, bytes);
-                done
+                run.start + bytes / PAGE_BYTES
             }
-            Outcome::AlreadyPresent if region.state(run.start) == PageState::Poisoned => run.start + 1,
-            // An installer was faster.
             Outcome::AlreadyPresent => {
-                region.set_resident(run.start..run.start + 1);
+                // An installer was faster. Else it is poison that is there.
+                if were_absent.contains(&run.start) {
+                    region.set_resident(run.start..run.start + 1);
+                }
                 uffd.wake(address, PAGE_BYTES);
                 run.start + 1
             }
@@ -205,17 +210,33 @@ pub(crate) fn poison(region: &RegionState, pages: Range<usize>, mut read_events:
             }
             Outcome::OwnerGone => {
                 region.space.set_gone();
-                return;
+                return true;
             }
         };
+        if next > before {
+            progressed = Instant::now();
+        } else if progressed.elapsed() > patience {
+            return false;
+        }
     }
+    true
 }
 
-/// A page is no longer registered, or not mapped. Where that is told of, the event decides what becomes of it, which may
-/// be that it has only been moved; else it is final.
+fn poison_run(region: &RegionState, address: usize, len: usize) -> Outcome {
+    let uffd = &region.space.uffd;
+    if uffd.can_poison() {
+        return region.space.counted(uffd.poison(address, len));
+    }
+    let page = (address - region.address(0)) / PAGE_BYTES;
+    forbid(region, page..page + len / PAGE_BYTES);
+    Outcome::Done
+}
+
+/// A page is no longer registered, or not mapped. If an event is to be read yet, that decides what becomes of it, which
+/// may be that it has only been moved; else nothing will tell of it, and it is final.
 fn gone(region: &RegionState, page: usize) {
     let uffd = &region.space.uffd;
-    if !uffd.tells_of_unmaps() && !region.is_shared() {
+    if !uffd.has_event() && !region.is_shared() {
         region.set_removed(page..page + 1);
     }
     uffd.wake(region.address(page), PAGE_BYTES);
@@ -289,7 +310,8 @@ mod tests {
             assert_eq!(region.space.uffd.copy(region.address(page), &[7; PAGE_BYTES]), Outcome::Done);
         }
         region.set_removed(12..13);
-        poison(&region, 1..PAGES, || unreachable!("nobody causes an event"));
+        let minute = Duration::from_secs(60);
+        assert!(poison(&region, 1..PAGES, minute, || unreachable!("nobody causes an event")));
         let states = [(0, PageState::Absent), (1, PageState::Poisoned), (3, PageState::Resident)];
         for (page, state) in states.into_iter().chain([(9, PageState::Resident), (12, PageState::Removed)]) {
             assert_eq!(region.state(page), state, "page {page}");

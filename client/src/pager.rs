@@ -13,7 +13,7 @@
 
 use crate::attach::Owner;
 use crate::chunk::ChunkPages;
-use crate::events;
+use crate::events::{self, Stopped};
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
 use crate::lane::{DemandLane, frame_of, may_pass};
@@ -42,6 +42,8 @@ const OPEN: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(100);
 /// How often it is looked whether the memory's owners are still there: their userfaultfds do not tell.
 const LOOK_FOR_OWNERS: Duration = Duration::from_secs(1);
+/// How soon messages are read again for which there was no descriptor or memory.
+const READ_AGAIN: Duration = Duration::from_millis(20);
 /// How soon an install is tried again that the kernel put off.
 const RETRY: Duration = Duration::from_millis(1);
 /// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
@@ -62,6 +64,8 @@ pub(crate) struct Pager {
     put_off: BTreeMap<(u32, usize), (Arc<Space>, Instant)>,
     /// An event came that this session cannot go on after.
     broken: Option<String>,
+    /// Since when and why an event cannot be read.
+    unreadable: Option<(Instant, String)>,
     /// Addresses of faults that were read and not yet seen to, and their spaces.
     faults: Vec<(Arc<Space>, usize)>,
     pages: ChunkPages,
@@ -82,12 +86,14 @@ struct Watched {
 #[derive(Debug)]
 struct WayOut {
     shared: Arc<Shared>,
+    /// Until then whoever opens the session has its descriptors, too.
+    is_open: bool,
     in_order: bool,
 }
 
 impl WayOut {
-    /// Poisons what is absent in all regions, also of processes that are forked meanwhile.
-    fn poison(&self) {
+    /// Poisons what is absent in all regions, also of processes that are forked meanwhile; false if that cannot be done.
+    fn poison(&self) -> bool {
         let shared = &self.shared;
         // Kept, so that none that comes has the address of one that is done.
         let mut done: HashMap<*const RegionState, Arc<RegionState>> = HashMap::new();
@@ -96,10 +102,14 @@ impl WayOut {
             let is_left = |region: &&Arc<RegionState>| !done.contains_key(&Arc::as_ptr(region));
             let left: Vec<_> = spaces.regions().iter().filter(is_left).cloned().collect();
             if left.is_empty() {
-                return;
+                return true;
             }
             for region in left {
-                install::poison(&region, 0..region.pages(), || self.read(&region.space));
+                let patience = shared.options.fault_deadline;
+                if !install::poison(&region, 0..region.pages(), patience, || self.read(&region.space)) {
+                    shared.report("memory could not be made safe at the session's end; its faults wait");
+                    return false;
+                }
                 done.insert(Arc::as_ptr(&region), region);
             }
             for space in spaces.spaces() {
@@ -123,8 +133,13 @@ impl Drop for WayOut {
             spaces.leave_open();
             return shared.end();
         }
-        shared.state.end();
-        self.poison();
+        if !self.is_open {
+            return shared.end();
+        }
+        if !self.poison() {
+            spaces.leave_open();
+            return shared.end();
+        }
         let spaces = shared.spaces();
         for region in spaces.regions() {
             // Poison stays. Without this an munmap would wait for somebody to read its event.
@@ -133,6 +148,8 @@ impl Drop for WayOut {
         for space in spaces.spaces() {
             self.read(space);
         }
+        // Only now nobody has anything to do here any more.
+        shared.state.end();
         shared.end();
     }
 }
@@ -204,12 +221,14 @@ impl Pager {
             requests: Requests::new(shared.options.fault_deadline),
             put_off: BTreeMap::new(),
             broken: None,
+            unreadable: None,
             faults: Vec::new(),
             pages: ChunkPages::default(),
             commands,
-            way_out: WayOut { shared, in_order: false },
+            way_out: WayOut { shared, is_open: false, in_order: false },
         };
         pager.watch().map_err(|source| SessionError::System { what: "epoll", source })?;
+        pager.way_out.is_open = true;
         Ok(pager)
     }
 
@@ -239,6 +258,7 @@ impl Pager {
             interval
         };
         let (mut tick, mut retry, mut look) = (paced(TICK), paced(RETRY), paced(LOOK_FOR_OWNERS));
+        let mut again = paced(READ_AGAIN);
         loop {
             if let Some(reason) = &self.broken {
                 return shared.report(reason);
@@ -257,9 +277,13 @@ impl Pager {
                         };
                         let space = Arc::clone(&watched.space);
                         readable.drained();
-                        self.broken = self.read(&space).err();
+                        let read = self.read(&space);
                         drop(pass);
                         self.faults();
+                        self.unreadable = match read {
+                            Ok(()) => None,
+                            Err(stopped) => self.stopped(stopped),
+                        };
                     }
                 },
                 lane = next_answer(&mut self.lane) => self.lane_answers(lane),
@@ -268,6 +292,7 @@ impl Pager {
                     Some(command) => self.command(command),
                 },
                 _ = retry.tick(), if put_off => self.retry_put_off(),
+                _ = again.tick(), if self.unreadable.is_some() => self.read_again(),
                 _ = look.tick(), if self.is_foreign => if !self.owners_are_left() {
                     return self.way_out.in_order = true;
                 },
@@ -277,13 +302,39 @@ impl Pager {
     }
 
     /// Reads what a space has to tell, and keeps its faults. The gate is passed alone.
-    fn read(&mut self, space: &Arc<Space>) -> Result<(), String> {
+    fn read(&mut self, space: &Arc<Space>) -> Result<(), Stopped> {
         let mut faults = Vec::new();
         let read = events::read(&self.way_out.shared, space, &mut faults);
         add(&self.shared().counters.faults, faults.len());
         self.faults.extend(faults.into_iter().map(|address| (Arc::clone(space), address)));
         self.watch().map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
         read
+    }
+
+    /// Not all could be read: since when and why that is so, if it may pass.
+    fn stopped(&mut self, stopped: Stopped) -> Option<(Instant, String)> {
+        let since = self.unreadable.take().map_or_else(Instant::now, |(since, _)| since);
+        if !stopped.may_pass || since.elapsed() > self.shared().options.fault_deadline {
+            self.broken.get_or_insert(stopped.reason);
+            return None;
+        }
+        // Those of processes that have exited are given back.
+        self.owners_are_left();
+        Some((since, stopped.reason))
+    }
+
+    /// Reads what could not be read before.
+    fn read_again(&mut self) {
+        let shared = Arc::clone(&self.way_out.shared);
+        let Some(pass) = shared.gate.try_enter_alone() else { return };
+        let spaces: Vec<_> = self.watched.iter().map(|watched| Arc::clone(&watched.space)).collect();
+        let read = spaces.iter().try_for_each(|space| self.read(space));
+        drop(pass);
+        self.faults();
+        self.unreadable = match read {
+            Ok(()) => None,
+            Err(stopped) => self.stopped(stopped),
+        };
     }
 
     /// Forgets the memory of processes that have exited: whether there are others.
@@ -321,8 +372,9 @@ impl Pager {
     /// Sees to it that a touched page comes.
     fn fault(&mut self, space: &Arc<Space>, address: usize) {
         let spaces = self.shared().spaces();
-        // Memory of no region is what a region has left behind, or has grown by, or is not mapped any more.
-        let Some((region, page)) = spaces.at(space, address) else { return self.zero(space, address) };
+        let Some((region, page)) = spaces.at(space, address) else {
+            return self.fault_outside(space, address);
+        };
         match region.state(page) {
             PageState::Absent => self.ask(region, page),
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
@@ -332,6 +384,22 @@ impl Pager {
                 let _ = space.uffd.poison(address, PAGE_BYTES);
                 space.uffd.wake(address, PAGE_BYTES);
             }
+        }
+    }
+
+    /// A fault on memory of no region: what a region has left behind, or has grown by, or what is not mapped any more.
+    fn fault_outside(&mut self, space: &Arc<Space>, address: usize) {
+        let mut spaces = self.shared().spaces();
+        if !Arc::make_mut(&mut spaces).take_back(space, address) {
+            return self.zero(space, address);
+        }
+        if let Err(error) = self.shared().set_spaces(Arc::clone(&spaces), None) {
+            self.broken.get_or_insert(error.to_string());
+        }
+        // Not again: where other memory is now, nothing was taken back.
+        match spaces.at(space, address) {
+            Some(_) => self.fault(space, address),
+            None => self.zero(space, address),
         }
     }
 
@@ -566,14 +634,20 @@ impl Pager {
 
     fn poison(&mut self, region: &Arc<RegionState>, pages: std::ops::Range<usize>) {
         let shared = Arc::clone(&self.way_out.shared);
-        install::poison(region, pages, || {
+        let patience = shared.options.fault_deadline;
+        let poisoned = install::poison(region, pages, patience, || {
             // Where installers are inside, the next attempt comes when they have left: new ones wait.
             let Some(_pass) = shared.gate.try_enter_alone() else { return };
-            if let Err(reason) = self.read(&region.space) {
-                self.broken.get_or_insert(reason);
+            if let Err(stopped) = self.read(&region.space)
+                && !stopped.may_pass
+            {
+                self.broken.get_or_insert(stopped.reason);
             }
         });
         shared.gate.stop_waiting();
+        if !poisoned {
+            shared.report("a lost page could not be poisoned; its faults wait");
+        }
         self.faults();
     }
 

@@ -130,6 +130,7 @@ impl RegionState {
             states_pages: self.states.pages(),
             first_state: self.first_state,
             is_shared: self.is_shared,
+            is_left: false,
         }
     }
 

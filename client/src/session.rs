@@ -272,8 +272,11 @@ impl Shared {
         Ok(())
     }
 
-    pub(crate) fn next_space_id(&self) -> u32 {
-        self.next_space_id.fetch_add(1, Ordering::Relaxed)
+    /// An id that no space has had. After four thousand million there is none.
+    pub(crate) fn next_space_id(&self) -> Result<u32, StateError> {
+        let next = |id: u32| id.checked_add(1);
+        let id = self.next_space_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        id.map_err(|_| StateError::Full("more processes"))
     }
 
     fn outcome(&self) -> MutexGuard<'_, OutcomeSoFar> {
@@ -435,7 +438,8 @@ impl Session {
     /// A duplicate of the userfaultfd is kept, and made non-blocking, which the original then is, too. If this fails
     /// nothing is lost, as long as the caller keeps its own: faults wait.
     /// The session ends when it is dropped, or in order when the process and its children have exited, which is
-    /// noticed within a second. At its end what is still absent is SIGBUS there: see [`Session::end`]. When it cannot
+    /// noticed within a second. A background fill that cannot be started is no failure: [`Session::error`] tells of it.
+    /// At its end what is still absent is SIGBUS there: see [`Session::end`]. When it cannot
     /// go on ([`Session::error`]) it ends, too; but if it has a state file, all is left to a successor as it is.
     ///
     /// # Errors
@@ -493,8 +497,11 @@ impl Session {
         let (commands, queue) = mpsc::channel(COMMANDS);
         let shared = Pager::start(address.clone(), reference.clone(), options, owner, queue)?;
         let session = Self { shared, commands };
-        if options.fill {
-            session.fill()?;
+        if options.fill
+            && let Err(error) = session.fill()
+        {
+            // It serves already: ending it here would take its memory away.
+            session.shared.report(&format!("no background fill: {error}"));
         }
         Ok(session)
     }
@@ -610,8 +617,8 @@ impl Session {
         shared.wait(Instant::now().checked_add(timeout), |outcome| outcome.ended.then_some(())).is_some()
     }
 
-    /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over
-    /// another process's memory does when that process has exited and somebody tried to fill it.
+    /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over another
+    /// process's memory does when that process and its children have exited.
     #[must_use]
     pub fn wait_end(&self, timeout: Duration) -> bool {
         let deadline = Instant::now().checked_add(timeout);

@@ -47,13 +47,27 @@ impl Space {
 pub(crate) struct Spaces {
     spaces: Vec<Arc<Space>>,
     regions: Vec<Arc<RegionState>>,
+    /// Where regions were that have been moved. The kernel tells that memory has been moved, and only then that it is
+    /// not mapped at its old place any more, where other memory may have been moved to meanwhile. With MREMAP_DONTUNMAP
+    /// it stays mapped.
+    left: Vec<Arc<RegionState>>,
 }
 
 impl Spaces {
     /// Spaces in the order of their ids, and regions of theirs, which do not overlap.
     pub(crate) fn new(spaces: Vec<Arc<Space>>, mut regions: Vec<Arc<RegionState>>) -> Self {
         regions.sort_by_key(|region| (region.space.id, region.address(0)));
-        Self { spaces, regions }
+        Self { spaces, regions, left: Vec::new() }
+    }
+
+    /// With regions that were moved, as they were at their old places.
+    pub(crate) fn with_left(self, left: Vec<Arc<RegionState>>) -> Self {
+        Self { left, ..self }
+    }
+
+    /// Regions that were moved, as they were at their old places.
+    pub(crate) fn left(&self) -> &[Arc<RegionState>] {
+        &self.left
     }
 
     pub(crate) fn spaces(&self) -> &[Arc<Space>] {
@@ -108,16 +122,69 @@ impl Spaces {
         inside
     }
 
-    /// Moves what lies in a range of addresses to `to`, where nothing is.
-    pub(crate) fn move_to(&mut self, space: &Space, from: &Range<usize>, to: usize) {
-        for region in self.cut(space, from) {
-            let start = to + (region.address(0) - from.start);
-            self.add(Arc::new(region.part(0..region.pages(), start)));
-            // Shared memory may stay where it was, too (MREMAP_DONTUNMAP); else it is unmapped there next.
-            if region.is_shared() && space.uffd.tells_of_unmaps() {
-                self.add(Arc::new(region));
+    /// Memory has been unmapped: gives the regions that lay there, whole or in part, as they were in it. Where memory
+    /// was moved away from, that is meant, and not what has been moved there since.
+    pub(crate) fn unmap(&mut self, space: &Space, addresses: &Range<usize>) -> Vec<RegionState> {
+        let mut rest = vec![addresses.clone()];
+        for left in std::mem::take(&mut self.left) {
+            let gone = left.pages_in(addresses);
+            if left.space.id != space.id || gone.is_empty() {
+                self.left.push(left);
+                continue;
+            }
+            let meant = left.address(gone.start)..left.address(gone.end);
+            rest = rest.into_iter().flat_map(|part| without(&part, &meant)).collect();
+            for kept in [0..gone.start, gone.end..left.pages()] {
+                if !kept.is_empty() {
+                    self.left.push(Arc::new(left.part(kept.clone(), left.address(kept.start))));
+                }
             }
         }
+        rest.iter().flat_map(|part| self.cut(space, part)).collect()
+    }
+
+    /// Memory has been moved to `to`. What was there is unmapped, which will be told of yet if it was not.
+    pub(crate) fn move_to(&mut self, space: &Space, from: &Range<usize>, to: usize) {
+        let moved = self.cut(space, from);
+        let replaced = self.cut(space, &(to..to + from.len()));
+        for region in moved {
+            let start = to + (region.address(0) - from.start);
+            self.add(Arc::new(region.part(0..region.pages(), start)));
+            self.leave(region);
+        }
+        for region in replaced {
+            self.leave(region);
+        }
+    }
+
+    fn leave(&mut self, region: RegionState) {
+        if region.space.uffd.tells_of_unmaps() {
+            region.end();
+            self.left.push(Arc::new(region));
+        }
+    }
+
+    /// Takes back a region at an address that memory was moved from, and that is mapped there still: shared memory is
+    /// the same in both places. Whether there was one.
+    pub(crate) fn take_back(&mut self, space: &Space, address: usize) -> bool {
+        let found = self.left.iter().position(|left| {
+            left.is_shared() && left.space.id == space.id && left.page_at(address).is_some()
+        });
+        let Some(found) = found else { return false };
+        let left = self.left.remove(found);
+        let mut free = vec![left.addresses()];
+        for region in self.overlapping(space, &left.addresses()) {
+            free = free.into_iter().flat_map(|part| without(&part, &region.addresses())).collect();
+        }
+        for part in free {
+            self.add(Arc::new(left.part(left.pages_in(&part), part.start)));
+        }
+        true
+    }
+
+    /// Whether there is memory that is mapped elsewhere, too.
+    pub(crate) fn has_shared(&self) -> bool {
+        self.regions.iter().any(|region| region.is_shared())
     }
 
     /// Keeps the descriptors open until the process ends: closing them would turn what is absent into zeros, and a
@@ -126,11 +193,6 @@ impl Spaces {
         for space in &self.spaces {
             std::mem::forget(Arc::clone(&space.uffd));
         }
-    }
-
-    /// Whether there is memory that is mapped elsewhere, too.
-    pub(crate) fn has_shared(&self) -> bool {
-        self.regions.iter().any(|region| region.is_shared())
     }
 
     /// Adds the space of a process that `parent` has forked.
@@ -149,6 +211,9 @@ impl Spaces {
             false => Ok(Arc::new(region.forked(&child, state.page_states(region.pages())?))),
         });
         let forked: Vec<_> = forked.collect::<Result<_, StateError>>()?;
+        let left = self.left.iter().filter(|left| left.space.id == parent.id);
+        let left: Vec<_> = left.map(|left| Arc::new(left.shared_with(&child))).collect();
+        self.left.extend(left);
         // Ids grow: they go to the end.
         self.regions.extend(forked);
         self.spaces.push(child);
@@ -158,14 +223,24 @@ impl Spaces {
     /// Forgets spaces whose process has exited.
     pub(crate) fn forget_gone(&mut self) {
         self.regions.retain(|region| !region.space.is_gone());
+        self.left.retain(|region| !region.space.is_gone());
         self.spaces.retain(|space| !space.is_gone());
     }
+}
+
+/// What is left of a range without another one.
+fn without(range: &Range<usize>, other: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let before = range.start..other.start.clamp(range.start, range.end);
+    let after = other.end.clamp(range.start, range.end)..range.end;
+    // Where they do not meet, one of them is the whole range, and the other one empty.
+    [before, after].into_iter().filter(|part| !part.is_empty())
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::page_state::PageState;
+    use crate::uffd::EVENT_UNMAP;
     use postcopy_proto::manifest::FileEntry;
     use postcopy_proto::page::PAGE_BYTES;
     use proptest::prelude::*;
@@ -173,7 +248,8 @@ pub(crate) mod tests {
 
     /// A space of which nothing is registered.
     pub(crate) fn any_space(id: u32) -> Arc<Space> {
-        Arc::new(Space::new(id, Uffd::open(0).expect("a userfaultfd can be had"), &State::own()))
+        let uffd = Uffd::open(EVENT_UNMAP).expect("a userfaultfd can be had");
+        Arc::new(Space::new(id, uffd, &State::own()))
     }
 
     const FILE: FileEntry =
@@ -221,15 +297,16 @@ pub(crate) mod tests {
                 let here = &mut model[which];
                 match change {
                     Change::Cut(pages) => {
-                        spaces.cut(&space, &bytes(&pages));
+                        spaces.unmap(&space, &bytes(&pages));
                         here.retain(|page, _| !pages.contains(page));
                     }
                     Change::Move(from, to) => {
                         let to = to.max(from.end);
-                        // As mremap does it: what was there is unmapped first.
-                        spaces.cut(&space, &bytes(&(to..to + from.len())));
+                        // As mremap does it: what was there is unmapped first, and what was moved afterwards.
+                        spaces.unmap(&space, &bytes(&(to..to + from.len())));
                         here.retain(|page, _| !(to..to + from.len()).contains(page));
                         spaces.move_to(&space, &bytes(&from), to * PAGE_BYTES);
+                        spaces.unmap(&space, &bytes(&from));
                         let moved: Vec<_> = here.range(from.clone()).map(|(page, what)| (*page, *what)).collect();
                         here.retain(|page, _| !from.contains(page));
                         here.extend(moved.into_iter().map(|(page, what)| (page - from.start + to, what)));
@@ -264,5 +341,51 @@ pub(crate) mod tests {
             };
             prop_assert!(spaces.regions().windows(2).all(in_order));
         }
+    }
+
+    #[test]
+    fn memory_that_is_moved_where_other_memory_was_moved_from_stays() {
+        let space = any_space(0);
+        let state = State::own();
+        let region = |start: usize| {
+            let (space, states) = (Arc::clone(&space), state.page_states(10).unwrap());
+            Arc::new(RegionState::new(
+                space,
+                start * PAGE_BYTES,
+                FILE,
+                start..start + 10,
+                16 * PAGE_BYTES,
+                states,
+            ))
+        };
+        let mut spaces = Spaces::new(vec![Arc::clone(&space)], vec![region(20), region(100)]);
+        let bytes = |pages: Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+        // Two threads: the second one is told where the first one's memory was, before its unmapping is told of.
+        spaces.move_to(&space, &bytes(20..30), 200 * PAGE_BYTES);
+        spaces.move_to(&space, &bytes(100..110), 18 * PAGE_BYTES);
+        assert!(spaces.unmap(&space, &bytes(20..30)).is_empty());
+        assert!(spaces.unmap(&space, &bytes(100..110)).is_empty());
+        assert!(spaces.left().is_empty());
+        let found = |page: usize| {
+            let (region, at) = spaces.at(&space, page * PAGE_BYTES)?;
+            Some(region.place_in_chunk(at) + 16 * usize::try_from(region.chunk_of(at).0).unwrap())
+        };
+        assert_eq!(
+            [18, 22, 27, 28, 200, 209].map(found),
+            [100, 104, 109, 0, 20, 29].map(|p| Some(p).filter(|p| *p != 0))
+        );
+        // And its own unmapping is meant when it comes.
+        assert_eq!(spaces.unmap(&space, &bytes(20..25)).len(), 1);
+    }
+
+    #[test]
+    fn what_is_left_of_ranges() {
+        let parts = |range, other| without(&range, &other).collect::<Vec<_>>();
+        assert_eq!(parts(10..20, 12..15), [10..12, 15..20]);
+        assert_eq!(parts(10..20, 5..15), [15..20]);
+        assert_eq!(parts(10..20, 15..25), [10..15]);
+        assert_eq!(parts(10..20, 0..5), [10..20]);
+        assert_eq!(parts(10..20, 20..25), [10..20]);
+        assert!(parts(10..20, 10..20).is_empty());
     }
 }

@@ -17,11 +17,12 @@ use crate::uffd::memory::SharedWords;
 use crate::uffd::{Event, MESSAGE_WORDS, Outcome, Uffd};
 use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
+use rustix::fs::FallocateFlags;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,8 +31,12 @@ const VERSION: u64 = 1;
 
 /// Messages that are read at once.
 pub(crate) const MESSAGES: usize = 32;
-const MAX_SPACES: usize = 1 << 16;
+const MAX_SPACES: usize = 1 << 12;
 const MAX_REGIONS: usize = 1 << 17;
+
+// What a region is.
+const SHARED: u64 = 1;
+const LEFT: u64 = 2;
 
 // Places of words.
 const AT_MAGIC: usize = 0;
@@ -180,6 +185,9 @@ impl Drop for Extent {
 #[derive(Debug)]
 struct MappedFile {
     words: SharedWords,
+    file: OwnedFd,
+    /// Of each table, how many words of it the file system has set aside.
+    reserved: [AtomicUsize; 2],
     /// Where extents begin and end. Held for changing it alone.
     extents: Mutex<BTreeMap<usize, usize>>,
 }
@@ -206,13 +214,21 @@ impl MappedFile {
         }
         extents.insert(range.start, range.end);
         drop(extents);
-        for word in &self.words[range.clone()] {
-            // What was never written to takes no memory.
-            if word.load(Ordering::Relaxed) != 0 {
-                word.store(0, Ordering::Relaxed);
-            }
+        // Dropped on the way out, it gives its place back.
+        let extent = Extent { file: Arc::clone(self), range: range.clone() };
+        self.reserve(&range)?;
+        for word in &self.words[range] {
+            word.store(0, Ordering::Relaxed);
         }
-        Ok(Extent { file: Arc::clone(self), range })
+        Ok(extent)
+    }
+
+    /// Has the file system set memory aside for words: writing to them is SIGBUS where there is none left.
+    fn reserve(&self, range: &Range<usize>) -> Result<(), StateError> {
+        let bytes = |words: usize| (words * size_of::<u64>()) as u64;
+        let (start, len) = (bytes(range.start), bytes(range.len()));
+        let reserved = rustix::fs::fallocate(&self.file, FallocateFlags::empty(), start, len);
+        reserved.map_err(|_| StateError::Full("more, and neither has its file system"))
     }
 }
 
@@ -232,6 +248,8 @@ pub(crate) struct RegionRow {
     /// The place of the region's first page among them.
     pub(crate) first_state: usize,
     pub(crate) is_shared: bool,
+    /// It has been moved, and this is where it was.
+    pub(crate) is_left: bool,
 }
 
 impl RegionRow {
@@ -246,7 +264,7 @@ impl RegionRow {
             self.states_at as u64,
             self.states_pages as u64,
             self.first_state as u64,
-            self.is_shared.into(),
+            if self.is_shared { SHARED } else { 0 } | if self.is_left { LEFT } else { 0 },
         ]
     }
 
@@ -261,7 +279,8 @@ impl RegionRow {
             states_at: to_usize(words[6]),
             states_pages: to_usize(words[7]),
             first_state: to_usize(words[8]),
-            is_shared: words[9] != 0,
+            is_shared: words[9] & SHARED != 0,
+            is_left: words[9] & LEFT != 0,
         };
         let end = row.pages.checked_mul(PAGE_BYTES).and_then(|len| row.address.checked_add(len));
         if !row.address.is_multiple_of(PAGE_BYTES) || row.pages == 0 || end.is_none() {
@@ -329,11 +348,14 @@ impl State {
         let bytes = (FILE_WORDS * size_of::<u64>()) as u64;
         rustix::fs::ftruncate(&file, 0).map_err(|error| StateError::Map(error.into()))?;
         rustix::fs::ftruncate(&file, bytes).map_err(|error| StateError::Map(error.into()))?;
-        let state = Self::of(SharedWords::map(file).map_err(StateError::Map)?, BTreeMap::new());
+        let state = Self::of(file.as_fd(), BTreeMap::new())?;
         for (index, bytes) in image.as_bytes().chunks(8).enumerate() {
             state.set(AT_IMAGE + index, u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
         }
-        state.set(AT_DEADLINE_MS, u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX));
+        state.set(
+            AT_DEADLINE_MS,
+            u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX).max(1),
+        );
         state.set(AT_ON_LOSS, u64::from(options.on_loss == LossPolicy::Wait));
         state.set(AT_FILL, options.fill.into());
         state.set(AT_OWNER, owner.unwrap_or(0).into());
@@ -347,19 +369,24 @@ impl State {
     /// # Errors
     /// [`StateError`]; the file is left as it is.
     pub(crate) fn open(file: impl AsFd) -> Result<(Self, Contents), StateError> {
-        let words = SharedWords::map(file).map_err(StateError::Map)?;
+        let words = SharedWords::map(&file).map_err(StateError::Map)?;
         let contents = Contents::read(&words)?;
         let extent =
             |row: &RegionRow| (row.states_at, row.states_at + row.states_pages.div_ceil(WORD_PAGES).max(1));
         let extents = contents.regions.iter().map(extent).collect();
-        Ok((Self::of(words, extents), contents))
+        drop(words);
+        Ok((Self::of(file.as_fd(), extents)?, contents))
     }
 
-    fn of(words: SharedWords, extents: BTreeMap<usize, usize>) -> Self {
-        let file = Arc::new(MappedFile { words, extents: Mutex::new(extents) });
+    fn of(file: BorrowedFd<'_>, extents: BTreeMap<usize, usize>) -> Result<Self, StateError> {
+        let words = SharedWords::map(file).map_err(StateError::Map)?;
+        let file = file.try_clone_to_owned().map_err(StateError::Map)?;
+        let file = MappedFile { words, file, reserved: Default::default(), extents: Mutex::new(extents) };
+        let file = Arc::new(file);
+        file.reserve(&(0..AT_TABLES))?;
         // Not among the extents: it is never given back.
         let header = Words::Mapped(Extent { file: Arc::clone(&file), range: 0..HEADER_WORDS });
-        Self { header: Arc::new(header), file: Some(file) }
+        Ok(Self { header: Arc::new(header), file: Some(file) })
     }
 
     fn set(&self, at: usize, value: u64) {
@@ -479,7 +506,7 @@ impl State {
         if spaces.spaces().len() > MAX_SPACES {
             return Err(StateError::Full("more processes"));
         }
-        if spaces.regions().len() > MAX_REGIONS {
+        if spaces.regions().len() + spaces.left().len() > MAX_REGIONS {
             return Err(StateError::Full("more regions"));
         }
         // Generations count to 2^32 and begin anew; 0 is that of a file that nothing was written to.
@@ -487,21 +514,31 @@ impl State {
             generation if generation >= u64::from(u32::MAX) => 2,
             generation => generation + 1,
         };
-        let table = &file.words[table_range(generation)];
+        let regions = spaces.regions().iter().map(|region| (region, false));
+        let rows: Vec<_> = regions.chain(spaces.left().iter().map(|left| (left, true))).collect();
+        let range = table_range(generation);
+        let needed = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + rows.len() * REGION_WORDS;
+        let reserved = &file.reserved[to_usize(generation % 2)];
+        if needed > reserved.load(Ordering::Relaxed) {
+            let ahead = (needed + needed / 2).min(TABLE_WORDS);
+            file.reserve(&(range.start..range.start + ahead))?;
+            reserved.store(ahead, Ordering::Relaxed);
+        }
+        let table = &file.words[range];
         let write = |at: usize, words: &[u64]| {
             for (word, value) in table[at..at + words.len()].iter().zip(words) {
                 word.store(*value, Ordering::Release);
             }
         };
-        let counts = [spaces.spaces().len(), spaces.regions().len()].map(|count| count as u64);
+        let counts = [spaces.spaces().len(), rows.len()].map(|count| count as u64);
         write(0, &[counts[0], counts[1], next_space.into()]);
         for (index, space) in spaces.spaces().iter().enumerate() {
             let fd = u64::from(space.uffd.number().cast_unsigned());
             write(TABLE_HEAD_WORDS + index * SPACE_WORDS, &[space.id.into(), fd]);
         }
         let regions_at = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS;
-        for (index, region) in spaces.regions().iter().enumerate() {
-            let row = region.row(self.place(region.states()));
+        for (index, (region, is_left)) in rows.into_iter().enumerate() {
+            let row = RegionRow { is_left, ..region.row(self.place(region.states())) };
             write(regions_at + index * REGION_WORDS, &row.words());
         }
         self.commit(generation, done);
@@ -566,7 +603,13 @@ impl Contents {
             let at = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + index * REGION_WORDS;
             let row = RegionRow::read(std::array::from_fn(|i| word_of_table(at + i)), words.len())?;
             let end = |row: &RegionRow| (row.space, row.address + row.pages * PAGE_BYTES);
-            if regions.last().is_some_and(|last| end(last) > (row.space, row.address)) {
+            // Those that were moved come last, in any order.
+            let out_of_order = |last: &RegionRow| match (last.is_left, row.is_left) {
+                (false, false) => end(last) > (row.space, row.address),
+                (true, is_left) => !is_left,
+                (false, true) => false,
+            };
+            if regions.last().is_some_and(out_of_order) {
                 return wrong(format!("region {index} of the table is not after the one before"));
             }
             if spaces.binary_search_by_key(&row.space, |(id, _)| *id).is_err() {
@@ -702,11 +745,13 @@ mod tests {
             (&fds, fds.iter().map(|(_, fd)| *fd).collect())
         );
         let rows: Vec<_> = spaces.regions().iter().map(|r| r.row(state.place(r.states()))).collect();
-        assert_eq!(contents.regions, rows);
+        let (left, regions): (Vec<_>, Vec<_>) = contents.regions.iter().cloned().partition(|row| row.is_left);
+        assert_eq!((&regions, left.len()), (&rows, 1));
+        assert_eq!((left[0].address, left[0].pages), (95 * 4096, 5));
         for region in spaces.regions() {
             region.set_poisoned(2..3);
         }
-        let row = contents.regions.last().unwrap();
+        let row = regions.last().unwrap();
         let states = successor.page_states_of(row);
         let found = [0, 1, 2].map(|page| states.get(row.first_state + page));
         assert_eq!(found, [PageState::Absent, PageState::Resident, PageState::Poisoned]);
@@ -723,7 +768,7 @@ mod tests {
         let mut spaces = some_spaces(&state);
         for (index, next_space) in (10..20).enumerate() {
             state.write(&spaces, next_space, Some(index)).unwrap();
-            let rows = spaces.regions().len();
+            let rows = spaces.regions().len() + spaces.left().len();
             spaces.cut(&spaces.spaces()[0].clone(), &((401 + 2 * index) * 4096..(402 + 2 * index) * 4096));
             let contents = State::open(&file).unwrap().1;
             assert_eq!((contents.next_space, contents.messages_done), (next_space, index));

@@ -135,6 +135,13 @@ pub(crate) enum Event {
     Unknown { event: u8 },
 }
 
+/// Whether reading a userfaultfd can go well later: a fork's event takes a descriptor and memory, and stays until there
+/// are some.
+pub(crate) fn may_pass(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
+}
+
 /// What a userfaultfd has to tell next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waiting {
@@ -315,9 +322,14 @@ impl Uffd {
         self.available & POISON != 0
     }
 
-    /// Whether it tells of memory that is unmapped or moved.
+    /// Whether it tells of memory that is unmapped.
     pub(crate) fn tells_of_unmaps(&self) -> bool {
-        self.asked & (EVENT_UNMAP | EVENT_REMAP) != 0
+        self.asked & EVENT_UNMAP != 0
+    }
+
+    /// Whether an event has not been read whose causer has changed memory already, or is about to.
+    pub(crate) fn has_event(&self) -> bool {
+        self.look() == Err(Errno::AGAIN)
     }
 
     /// Has the first touch of each absent page of the range reported here.
@@ -364,7 +376,8 @@ impl Uffd {
     /// An ioctl that does nothing, and answers how things are.
     fn look(&self) -> Result<(), Errno> {
         // At any address: at most it maps what is there already. That comes after what is asked for here.
-        let range = abi::Range { start: 1 << 32, len: abi::PAGE_BYTES };
+        // Low enough for processes of 32 bits.
+        let range = abi::Range { start: 1 << 31, len: abi::PAGE_BYTES };
         let mut continue_ = abi::Continue { range, mode: abi::MODE_DONTWAKE, mapped: 0 };
         update::<{ abi::IOC_CONTINUE }, _>(self.as_fd(), &mut continue_)
     }
