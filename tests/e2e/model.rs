@@ -55,6 +55,7 @@ enum Kind {
     Move,
     Grow,
     MoveAndKeep,
+    Regrow,
     Fork,
     Thread,
     Exit,
@@ -62,7 +63,7 @@ enum Kind {
 }
 
 /// How likely each is, and how often it must have been done in [`OPERATIONS`].
-const KINDS: [(u32, Kind, usize); 18] = [
+const KINDS: [(u32, Kind, usize); 19] = [
     (40, Kind::Read, 4000),
     (10, Kind::KernelRead, 500),
     (6, Kind::RemoteRead, 300),
@@ -77,6 +78,7 @@ const KINDS: [(u32, Kind, usize); 18] = [
     (6, Kind::Move, 100),
     (3, Kind::Grow, 50),
     (4, Kind::MoveAndKeep, 50),
+    (10, Kind::Regrow, 200),
     (4, Kind::Fork, 100),
     (3, Kind::Thread, 100),
     (2, Kind::Exit, 50),
@@ -162,6 +164,8 @@ struct Process {
 
 /// What a thread was told, and what it must answer.
 enum Expected {
+    /// Where the kernel has moved these pages to, which are so many more there.
+    Place(Range<usize>, usize),
     /// Digests of pages; those that are changed meanwhile may be anything.
     Digests(Range<usize>),
     Answer(String),
@@ -303,7 +307,10 @@ impl World {
         for operation in &batch.operations {
             let place = if batch.together { &batch.operations[0] } else { operation };
             if self.removes_only
-                && matches!(operation.kind, Kind::Move | Kind::Grow | Kind::MoveAndKeep | Kind::Fork)
+                && matches!(
+                    operation.kind,
+                    Kind::Move | Kind::Grow | Kind::MoveAndKeep | Kind::Regrow | Kind::Fork
+                )
             {
                 continue;
             }
@@ -377,6 +384,12 @@ impl World {
                     let effect = Effect::Move { pages: of_one, to, grow, keep };
                     (say, Expected::Answer((to * PAGE).to_string()), Some(effect))
                 }
+                // As realloc does it: to wherever the kernel finds room, which may be where other memory is moved from
+                // or unmapped at the same time.
+                Kind::Regrow if !of_one.is_empty() && claims.change(process, &of_one) => {
+                    let say = format!("remap {} {} 1 0", at(&of_one), of_one.len() + grow);
+                    (say, Expected::Place(of_one, grow), None)
+                }
                 Kind::Fork if !started && self.processes.len() < MAX_PROCESSES && claims.fork(process) => {
                     started = true;
                     ("fork".to_owned(), Expected::Child, None)
@@ -417,6 +430,10 @@ impl World {
             let toucher = &mut self.processes[process].threads[thread];
             match expected {
                 Expected::Answer(expected) => assert_eq!(toucher.answer(), Some(expected)),
+                Expected::Place(pages, grow) => {
+                    let to = toucher.answer().expect("it lives").parse::<usize>().expect("an address") / PAGE;
+                    effects.push((process, Effect::Move { pages, to, grow, keep: false }));
+                }
                 Expected::Nothing => {
                     assert_eq!(toucher.answer(), None);
                     exited.push(process);
@@ -439,9 +456,7 @@ impl World {
                 }
             }
         }
-        for (process, effect) in effects {
-            self.take_effect(process, effect);
-        }
+        self.take_effects(effects);
         self.processes.extend(child);
         exited.sort_unstable();
         for process in exited.into_iter().rev() {
@@ -480,25 +495,32 @@ impl World {
         self.compare(process, pages.clone(), &digests, claims, image);
     }
 
-    fn take_effect(&mut self, process: usize, effect: Effect) {
-        let mapping = self.mapping();
-        let memory = &mut self.processes[process].memory;
-        match effect {
-            Effect::Write(pages, byte) => memory.write(pages, Content::Byte(byte)),
-            Effect::Remove(pages) => memory.remove(pages),
-            Effect::Free(pages) => memory.free(pages),
-            Effect::Cover(pages) => memory.map(mapping, pages.start, pages.map(|_| Content::Zero)),
-            Effect::Unmap(pages) => memory.unmap(pages),
-            Effect::Move { pages, to, grow, keep } => {
-                memory.unmap(to..to + pages.len() + grow);
-                memory.move_to(pages.clone(), to, mapping);
-                memory.map(mapping, to + pages.len(), (0..grow).map(|_| Content::Zero));
-                if keep {
-                    let left = self.mapping();
-                    let zeros = pages.clone().map(|_| Content::Zero);
-                    self.processes[process].memory.map(left, pages.start, zeros);
+    /// What is unmapped and moved away first: something else may have gone there.
+    fn take_effects(&mut self, effects: Vec<(usize, Effect)>) {
+        let mut moved = Vec::new();
+        for (process, effect) in effects {
+            let mapping = self.mapping();
+            let memory = &mut self.processes[process].memory;
+            match effect {
+                Effect::Write(pages, byte) => memory.write(pages, Content::Byte(byte)),
+                Effect::Remove(pages) => memory.remove(pages),
+                Effect::Free(pages) => memory.free(pages),
+                Effect::Cover(pages) => memory.map(mapping, pages.start, pages.map(|_| Content::Zero)),
+                Effect::Unmap(pages) => memory.unmap(pages),
+                Effect::Move { pages, to, grow, keep } => {
+                    moved.push((process, memory.take(&pages), to, pages.len(), grow));
+                    if keep {
+                        memory.map(mapping, pages.start, pages.map(|_| Content::Zero));
+                    }
                 }
             }
+        }
+        for (process, pages, to, len, grow) in moved {
+            let mapping = self.mapping();
+            let memory = &mut self.processes[process].memory;
+            memory.unmap(to..to + len + grow);
+            memory.put(pages, to, mapping);
+            memory.map(mapping, to + len, (0..grow).map(|_| Content::Zero));
         }
     }
 

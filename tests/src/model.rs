@@ -101,12 +101,17 @@ impl Memory {
         }
     }
 
-    /// Pages go elsewhere, where they replace what was there, as `mapping`.
-    pub fn move_to(&mut self, pages: Range<usize>, to: usize, mapping: u32) {
-        let moved: Vec<_> = self.pages.range(pages.clone()).map(|(at, page)| (*at, page.clone())).collect();
+    /// Takes pages out, to be put elsewhere.
+    pub fn take(&mut self, pages: &Range<usize>) -> Vec<Page> {
+        let taken = self.pages.range(pages.clone()).map(|(_, page)| page.clone()).collect();
         self.unmap(pages.clone());
-        for (at, page) in moved {
-            self.pages.insert(at - pages.start + to, Page { mapping, ..page });
+        taken
+    }
+
+    /// Puts pages that were taken out somewhere, as `mapping`.
+    pub fn put(&mut self, pages: Vec<Page>, first: usize, mapping: u32) {
+        for (index, page) in pages.into_iter().enumerate() {
+            self.pages.insert(first + index, Page { mapping, ..page });
         }
     }
 
