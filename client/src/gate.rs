@@ -7,8 +7,7 @@
 //! The pager never waits here. It tries, and is notified when the installers have left; until then new
 //! installers wait in front. The mutex is held for a few instructions, never over a call into the kernel.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
+use crate::sync::{Condvar, Mutex, MutexGuard, Notify, PoisonError};
 
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
@@ -154,7 +153,7 @@ impl Drop for PagerPass<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

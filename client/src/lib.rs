@@ -38,6 +38,7 @@ mod requests;
 mod session;
 mod space;
 pub mod state;
+mod sync;
 pub mod uffd;
 
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};

@@ -170,7 +170,7 @@ fn in_state(word: u64, state: PageState) -> u64 {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -1,0 +1,83 @@
+//! Page states without a gate.
+
+use crate::page_state::{PageState, PageStates, WORD_PAGES};
+use crate::state::Words;
+use crate::{check, join, spawn};
+use loom::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+pub(crate) fn states_of(pages: usize) -> PageStates {
+    PageStates::new(Words::own(pages.div_ceil(WORD_PAGES)), pages)
+}
+
+/// How far a state is on its way.
+fn step(state: PageState) -> usize {
+    let way = [PageState::Absent, PageState::Poisoned, PageState::Resident, PageState::Removed];
+    way.iter().position(|other| *other == state).expect("all are there")
+}
+
+#[test]
+fn changes_of_neighbouring_pages_are_all_kept() {
+    check(|| {
+        // The last page of a word, and the first of the next.
+        let states = Arc::new(states_of(WORD_PAGES + 2));
+        let page = |index: usize| WORD_PAGES - 2 + index;
+        states.set_poisoned(page(0)..page(1));
+        let threads = [
+            spawn(&states, move |states| states.set_resident(page(0)..page(3))),
+            spawn(&states, move |states| states.set_removed(page(1)..page(2))),
+            spawn(&states, move |states| states.set_poisoned(page(0)..page(4))),
+        ];
+        join(threads);
+        let found = [0, 1, 2, 3].map(|index| states.get(page(index)));
+        let expected = [PageState::Resident, PageState::Removed, PageState::Resident, PageState::Poisoned];
+        assert_eq!(found, expected);
+    });
+}
+
+#[test]
+fn a_page_is_never_seen_to_go_back() {
+    check(|| {
+        let states = Arc::new(states_of(1));
+        let threads = [
+            spawn(&states, |states| {
+                states.set_poisoned(0..1);
+                states.set_resident(0..1);
+            }),
+            spawn(&states, |states| states.set_removed(0..1)),
+            spawn(&states, |states| {
+                let seen = [(); 3].map(|()| step(states.get(0)));
+                assert!(seen.is_sorted(), "{seen:?}");
+            }),
+        ];
+        join(threads);
+        assert_eq!(states.get(0), PageState::Removed);
+    });
+}
+
+/// One installs a page and says so by `set_resident`, another looks.
+///
+/// The one who looks is the last thread: loom misses orders in which a load is before another thread's load and
+/// compare-exchange, unless it has begun with the other thread.
+pub(crate) fn install_and_look(set_resident: impl FnOnce(&PageStates) + 'static) {
+    let page = Arc::new((AtomicBool::new(false), states_of(2)));
+    let threads = [
+        spawn(&page, |(installed, states)| {
+            installed.store(true, Ordering::Relaxed);
+            set_resident(states);
+        }),
+        // The same word is changed for another page in between.
+        spawn(&page, |(_, states)| states.set_removed(1..2)),
+        spawn(&page, |(installed, states)| {
+            if states.get(0) == PageState::Resident {
+                assert!(installed.load(Ordering::Relaxed), "a resident page is not there");
+            }
+        }),
+    ];
+    join(threads);
+}
+
+#[test]
+fn who_sees_a_page_resident_sees_what_was_installed() {
+    check(|| install_and_look(|states| states.set_resident(0..1)));
+}
