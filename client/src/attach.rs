@@ -96,7 +96,10 @@ impl Owner {
         match self {
             Self::ThisProcess => {
                 let state = State::own();
-                let space = Arc::new(Space::new(0, Uffd::open(OWN_PROCESS_FEATURES)?, &state));
+                let tracking =
+                    if options.track_writes { uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC } else { 0 };
+                let features = OWN_PROCESS_FEATURES | tracking;
+                let space = Arc::new(Space::new(0, Uffd::open(features)?, &state));
                 let spaces = Spaces::new(vec![space], Vec::new());
                 Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }

@@ -43,7 +43,7 @@ pub mod uffd;
 
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};
 pub use image::{Content, Image};
-pub use region::Region;
+pub use region::{Changes, Region};
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};
 pub use session::{LossError, LossPolicy, Options, Progress, Session, SessionError};
 

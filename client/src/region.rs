@@ -1,5 +1,6 @@
 //! Regions: spans of address space that an image's file appears in as it is touched.
 
+use crate::gate::Gate;
 use crate::page_state::{PageState, PageStates};
 use crate::session::{Command, LossError, Shared};
 use crate::space::Space;
@@ -7,9 +8,10 @@ use crate::state::RegionRow;
 use crate::uffd::memory::Memory;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
+use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use tokio::sync::mpsc;
 
 /// What [`Region::read_at`] asks for at once.
@@ -33,6 +35,8 @@ pub(crate) struct RegionState {
     /// Other mappings of the same memory have the same states.
     is_shared: bool,
     chunk_pages: usize,
+    /// A bit for each state: the page was removed since that was last asked for. If that is to be known.
+    removals: Option<Arc<[AtomicU64]>>,
     /// No page below is absent or poisoned, and none will be again.
     resolved_below: AtomicUsize,
     alive: AtomicBool,
@@ -59,6 +63,7 @@ impl RegionState {
             first_state: 0,
             is_shared: false,
             chunk_pages: chunk_bytes / PAGE_BYTES,
+            removals: None,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
         }
@@ -76,6 +81,7 @@ impl RegionState {
             first_state: self.first_state + pages.start,
             is_shared: self.is_shared,
             chunk_pages: self.chunk_pages,
+            removals: self.removals.clone(),
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
         }
@@ -112,6 +118,7 @@ impl RegionState {
             first_state: row.first_state,
             is_shared: row.is_shared,
             chunk_pages: chunk_bytes / PAGE_BYTES,
+            removals: None,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
         }
@@ -248,7 +255,68 @@ impl RegionState {
 
     /// All pages of the range become removed.
     pub(crate) fn set_removed(&self, pages: Range<usize>) {
-        self.states.set_removed(self.placed(pages));
+        let placed = self.placed(pages);
+        self.states.set_removed(placed.clone());
+        if let Some(removals) = &self.removals {
+            for state in placed.clone() {
+                removals[state / 64].fetch_or(1 << (state % 64), Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Has it known from here on which pages were removed.
+    pub(crate) fn track_removals(&mut self) {
+        self.removals = Some((0..self.states.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
+    }
+
+    /// The runs of pages that were removed since this was last called with `reset`.
+    fn removed(&self, reset: bool) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for (index, word) in self.removals.iter().flat_map(|removals| removals.iter().enumerate()) {
+            let bits = if reset { word.swap(0, Ordering::AcqRel) } else { word.load(Ordering::Acquire) };
+            for state in (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| index * 64 + bit) {
+                push_run(&mut runs, state..state + 1);
+            }
+        }
+        runs
+    }
+
+    /// What was written to and removed since it was installed, or since this was last called with `reset`.
+    fn changes(&self, gate: &Gate, reset: bool) -> io::Result<Changes> {
+        // All but poison, which looks as if it had been written to. Absent, too: whoever touched a page may go on a little
+        // before it is noted as resident.
+        const NOT_LOST: [PageState; 3] = [PageState::Absent, PageState::Resident, PageState::Removed];
+        if self.removals.is_none() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        // Whoever removes something goes on when the pager has read that; in the gate it is done with it.
+        let pass = gate.enter();
+        // Before the look at what was written: what is removed after it is of the next time, as its writes are.
+        let removed = self.removed(reset);
+        drop(pass);
+        let mut found = Vec::new();
+        let mut next = 0;
+        while let Some(run) = self.next_run(next..self.pages, &NOT_LOST) {
+            next = run.end;
+            let addresses = self.address(run.start)..self.address(run.end);
+            self.space.uffd.written(addresses, reset, |range| {
+                let page = |address: usize| (address - self.start) / PAGE_BYTES;
+                push_run(&mut found, page(range.start)..page(range.end));
+            })?;
+        }
+        let mut written = Vec::new();
+        for run in found {
+            let mut next = run.start;
+            // It may have been lost meanwhile.
+            while let Some(kept) = self.next_run(next..run.end, &NOT_LOST) {
+                next = kept.end;
+                push_run(&mut written, kept);
+            }
+        }
+        let bytes = |runs: Vec<Range<usize>>| {
+            runs.into_iter().map(|run| run.start * PAGE_BYTES..run.end * PAGE_BYTES).collect()
+        };
+        Ok(Changes { written: bytes(written), removed: bytes(removed) })
     }
 
     /// Where these pages are among the states.
@@ -266,6 +334,25 @@ impl RegionState {
     pub(crate) fn end(&self) {
         self.alive.store(false, Ordering::Release);
     }
+}
+
+/// Adds a run to others that are before it.
+fn push_run(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
+    match runs.last_mut() {
+        Some(last) if last.end == run.start => last.end = run.end,
+        _ => runs.push(run),
+    }
+}
+
+/// What has become of a region's memory, as runs of bytes, whole pages, from the region's beginning.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Written to, by the program or by the kernel for it. Pages that were only read are not among these, nor are those
+    /// that are absent.
+    pub written: Vec<Range<usize>>,
+    /// Given back by madvise(2), whatever was written there before or after. A page that is removed and not written is
+    /// zero.
+    pub removed: Vec<Range<usize>>,
 }
 
 /// A file of an image as memory: private to this process, filled as it is touched, written to at will.
@@ -340,6 +427,32 @@ impl Region {
             buffer.copy_from_slice(&self[at..end]);
         }
         Ok(())
+    }
+}
+
+impl Region {
+    /// What has been changed since the restore, or since [`Region::take_changes`]. The session must track writes
+    /// ([`crate::Options::track_writes`]).
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if it does not; else what PAGEMAP_SCAN answers, see proc_pid_pagemap(5).
+    ///
+    /// # Blocking
+    /// For a look at each page's entry in the page tables; some milliseconds a GiB.
+    pub fn changes(&self) -> io::Result<Changes> {
+        self.state.changes(&self.shared.gate, false)
+    }
+
+    /// The same, and begins anew: what is written from here on is told of the next time. No write is lost, also where
+    /// other threads write meanwhile.
+    ///
+    /// # Errors
+    /// As [`Region::changes`].
+    ///
+    /// # Blocking
+    /// As there.
+    pub fn take_changes(&self) -> io::Result<Changes> {
+        self.state.changes(&self.shared.gate, true)
     }
 }
 

@@ -644,6 +644,7 @@ impl Contents {
                 fault_deadline: Duration::from_millis(word(AT_DEADLINE_MS)),
                 on_loss: if word(AT_ON_LOSS) == 0 { LossPolicy::Poison } else { LossPolicy::Wait },
                 fill: word(AT_FILL) != 0,
+                track_writes: false,
             },
             owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
             spaces,
@@ -701,8 +702,12 @@ mod tests {
     }
 
     fn create(file: &File) -> State {
-        let options =
-            Options { fault_deadline: Duration::from_millis(1234), on_loss: LossPolicy::Wait, fill: true };
+        let options = Options {
+            fault_deadline: Duration::from_millis(1234),
+            on_loss: LossPolicy::Wait,
+            fill: true,
+            track_writes: false,
+        };
         State::create(file, &Digest::of(b"image"), &options, None).unwrap()
     }
 
@@ -737,7 +742,7 @@ mod tests {
         let (successor, contents) = State::open(&file).unwrap();
         assert_eq!((contents.image, contents.next_space), (Digest::of(b"image"), 2));
         assert_eq!((contents.messages_of, contents.messages_done, contents.messages.len()), (0, 5, 0));
-        let Options { fault_deadline, on_loss, fill } = contents.options;
+        let Options { fault_deadline, on_loss, fill, .. } = contents.options;
         assert_eq!((fault_deadline.as_millis(), on_loss, fill), (1234, LossPolicy::Wait, true));
         let fds: Vec<_> = spaces.spaces().iter().map(|space| (space.id, space.uffd.number())).collect();
         assert_eq!(

@@ -12,6 +12,9 @@
 
 mod abi;
 pub(crate) mod memory;
+mod pagemap;
+
+pub use pagemap::works as pagemap_scan_works;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
@@ -24,6 +27,7 @@ use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use userfaultfd::RegisterMode;
 
 /// A message as words of 64 bits.
 pub(crate) const MESSAGE_WORDS: usize = size_of::<abi::Msg>() / size_of::<u64>();
@@ -52,7 +56,7 @@ macro_rules! features {
 }
 
 features! {
-    PAGEFAULT_FLAG_WP = 0, "5.7", "not used yet";
+    PAGEFAULT_FLAG_WP = 0, "5.7", "knowing what was written to, if asked for";
     EVENT_FORK = 1, "4.11", "another process's children are served, too; needs CAP_SYS_PTRACE";
     EVENT_REMAP = 2, "4.11", "memory that is moved is served where it went";
     EVENT_REMOVE = 3, "4.11", "madvise: memory given back stays given back";
@@ -67,7 +71,7 @@ features! {
     WP_HUGETLBFS_SHMEM = 12, "5.19", "not used yet";
     WP_UNPOPULATED = 13, "6.4", "not used";
     POISON = 14, "6.6", "a page that cannot be had is SIGBUS, never a silent zero";
-    WP_ASYNC = 15, "6.7", "not used yet";
+    WP_ASYNC = 15, "6.7", "knowing what was written to, if asked for";
     MOVE = 16, "6.8", "not used";
 }
 
@@ -159,6 +163,8 @@ pub(crate) struct Uffd {
     /// The features that the kernel has, and those that were asked for.
     available: u64,
     asked: u64,
+    /// Tells what was written to, if that was asked for.
+    pagemap: Option<pagemap::Pagemap>,
 }
 
 // SAFETY: the fd is only used through system calls, which are safe from any thread; the crate's own
@@ -292,7 +298,9 @@ impl Uffd {
         handshake(&fd, wanted).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Ok(Self { registrar, access, available, asked: wanted })
+        let tracks = wanted & WP_ASYNC != 0;
+        let pagemap = tracks.then(pagemap::Pagemap::open).transpose().map_err(OpenError::Setup)?;
+        Ok(Self { registrar, access, available, asked: wanted, pagemap })
     }
 
     /// Takes over a userfaultfd that another process has opened for its memory, its API handshake done.
@@ -309,7 +317,7 @@ impl Uffd {
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Ok(Self { registrar, access, available, asked })
+        Ok(Self { registrar, access, available, asked, pagemap: None })
     }
 
     /// Whether the kernel's own accesses to absent memory are served, too.
@@ -335,7 +343,26 @@ impl Uffd {
     /// Has the first touch of each absent page of the range reported here.
     pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
         let start = std::ptr::without_provenance_mut(start);
-        self.registrar.register(start, len).map(drop).map_err(io::Error::other)
+        let mode = match self.pagemap {
+            None => RegisterMode::MISSING,
+            Some(_) => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+        };
+        self.registrar.register_with_mode(start, len, mode).map(drop).map_err(io::Error::other)
+    }
+
+    /// Gives the ranges of addresses that were written to since they were installed, or since this was called with
+    /// `reset`, which loses no write. Poisoned pages must not be among these; absent ones are left alone.
+    ///
+    /// # Errors
+    /// Unsupported where that was not asked for.
+    pub(crate) fn written(
+        &self,
+        addresses: Range<usize>,
+        reset: bool,
+        give: impl FnMut(Range<usize>),
+    ) -> io::Result<()> {
+        let pagemap = self.pagemap.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        pagemap.written(addresses, reset, give)
     }
 
     /// Ends that. Whoever sleeps on an absent page of the range goes on, and sees zeros.
@@ -362,6 +389,7 @@ impl Uffd {
             dst: address as u64,
             src: source.as_ptr().addr() as u64,
             len: source.len() as u64,
+            mode: if self.pagemap.is_some() { abi::COPY_MODE_WP } else { 0 },
             ..Default::default()
         };
         let result = update::<{ abi::IOC_COPY }, _>(self.as_fd(), &mut copy);
@@ -399,9 +427,22 @@ impl Uffd {
     /// Installs zeros. A poisoned page counts as present; use [`Uffd::copy`] for it.
     pub(crate) fn zero(&self, address: usize, len: usize) -> Outcome {
         let range = abi::Range { start: address as u64, len: len as u64 };
-        let mut zero = abi::ZeroPage { range, ..Default::default() };
+        let mode = if self.pagemap.is_some() { abi::MODE_DONTWAKE } else { 0 };
+        let mut zero = abi::ZeroPage { range, mode, ..Default::default() };
         let result = update::<{ abi::IOC_ZEROPAGE }, _>(self.as_fd(), &mut zero);
-        outcome(result, zero.zeropage, len)
+        let outcome = outcome(result, zero.zeropage, len);
+        let done = match outcome {
+            Outcome::Done => len,
+            Outcome::Partial { bytes } => bytes,
+            _ => 0,
+        };
+        if let (Some(pagemap), true) = (&self.pagemap, done > 0) {
+            // It cannot protect what it installs. Whoever writes before that is done has a page of his own by then,
+            // which is not protected. An error leaves them unprotected: they count as written to.
+            let _ = pagemap.protect_zeros(address..address + done);
+            self.wake(address, done);
+        }
+        outcome
     }
 
     /// Makes every later touch of the range's absent pages SIGBUS, also after this fd is closed, and wakes
@@ -419,7 +460,7 @@ impl Uffd {
         let _ = rustix::io::ioctl_fionbio(&child, true);
         // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(child.into_raw_fd()) };
-        Self { registrar, access: self.access, available: self.available, asked: self.asked }
+        Self { registrar, access: self.access, available: self.available, asked: self.asked, pagemap: None }
     }
 
     /// The number of its descriptor.
@@ -531,13 +572,4 @@ impl Readable<'_> {
     pub(crate) fn drained(mut self) {
         self.0.clear_ready();
     }
-}
-
-/// Whether PAGEMAP_SCAN (Linux 6.7) works on this process's memory.
-#[must_use]
-pub fn pagemap_scan_works() -> bool {
-    let Ok(pagemap) = std::fs::File::open("/proc/self/pagemap") else { return false };
-    // An empty range: nothing is looked at, and old kernels answer ENOTTY.
-    let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
-    update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.as_fd(), &mut scan).is_ok()
 }

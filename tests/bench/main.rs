@@ -2,8 +2,9 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, push, memory. Prints a table in Markdown and, with `--json FILE`, the raw values.
+//! all, or those named: touch, fill, push, memory, changes. Prints a table in Markdown and, with `--json FILE`, the raw values.
 
+mod changes;
 mod cpu;
 mod fill;
 mod floor;
@@ -46,6 +47,9 @@ fn main() -> Result<()> {
     }
     if wanted("memory") {
         figures.push(memory::measure()?);
+    }
+    if wanted("changes") {
+        figures.push(changes::measure()?);
     }
     println!("| figure | measured | bar | |\n|---|---|---|---|");
     for Figure { name, value, bar, met, .. } in &figures {

@@ -17,8 +17,12 @@ const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
-const FILLING: Options =
-    Options { fill: true, fault_deadline: Duration::from_secs(30), on_loss: LossPolicy::Poison };
+const FILLING: Options = Options {
+    fill: true,
+    fault_deadline: Duration::from_secs(30),
+    on_loss: LossPolicy::Poison,
+    track_writes: false,
+};
 
 fn start() -> Source {
     let mut bytes = memory_like(PAGES * PAGE, 70);

@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod attach;
+mod changes;
 mod cli;
 mod connection;
 mod damage;

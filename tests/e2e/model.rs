@@ -82,7 +82,7 @@ const KINDS: [(u32, Kind, usize); 19] = [
     (4, Kind::Fork, 100),
     (3, Kind::Thread, 100),
     (2, Kind::Exit, 50),
-    (2, Kind::Kill, 100),
+    (5, Kind::Kill, 200),
 ];
 
 /// How often the kernel must have answered or told what.
@@ -419,6 +419,11 @@ impl World {
             effects.extend(effect.map(|effect| (process, effect)));
         }
         if kill {
+            // While it reads what was just begun, or does it.
+            let until = Instant::now() + Duration::from_micros(fastrand::u64(..400));
+            while Instant::now() < until {
+                std::hint::spin_loop();
+            }
             self.keeper.kill_worker();
         }
         for (process, pages) in remote {

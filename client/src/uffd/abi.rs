@@ -18,8 +18,11 @@ pub(super) const PAGE_BYTES: u64 = 4096;
 pub(super) const FIRST_ADDRESS: usize = 1 << 16;
 pub(super) const LAST_ADDRESS: usize = (1 << 47) - (1 << 12);
 
-/// `UFFDIO_CONTINUE_MODE_DONTWAKE`.
+/// `UFFDIO_CONTINUE_MODE_DONTWAKE`, and that of UFFDIO_ZEROPAGE.
 pub(super) const MODE_DONTWAKE: u64 = 1;
+
+/// `UFFDIO_COPY_MODE_WP`.
+pub(super) const COPY_MODE_WP: u64 = 2;
 
 pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
 pub(super) const EVENT_FORK: u8 = 0x13;
@@ -130,6 +133,23 @@ pub(super) struct PagemapScan {
     pub(super) return_mask: u64,
 }
 
+/// `struct page_region` of linux/fs.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PageRegion {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) categories: u64,
+}
+
+pub(super) const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+pub(super) const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+pub(super) const PAGE_IS_WRITTEN: u64 = 1 << 1;
+pub(super) const PAGE_IS_PRESENT: u64 = 1 << 3;
+pub(super) const PAGE_IS_SWAPPED: u64 = 1 << 4;
+pub(super) const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
 const _: () = assert!(size_of::<PagemapScan>() == 96);
+const _: () = assert!(size_of::<PageRegion>() == 24);
 
 pub(super) const IOC_PAGEMAP_SCAN: Opcode = opcode::read_write::<PagemapScan>(b'f', 16);

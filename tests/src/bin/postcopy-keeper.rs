@@ -45,8 +45,12 @@ impl Work {
             Err(SessionError::State(StateError::Empty)) => {}
             resumed => return Ok(resumed?),
         }
-        let options =
-            Options { fill: self.fill, fault_deadline: Duration::from_secs(20), on_loss: LossPolicy::Poison };
+        let options = Options {
+            fill: self.fill,
+            fault_deadline: Duration::from_secs(20),
+            on_loss: LossPolicy::Poison,
+            track_writes: false,
+        };
         let memory = ForeignMemory {
             uffd: self.uffd.as_fd(),
             regions: &self.regions,

@@ -1,0 +1,97 @@
+//! PAGEMAP_SCAN, since Linux 6.7: which pages of this process were written to since they were write-protected.
+
+use super::{abi, update};
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+/// Ranges that are asked for at once.
+const RANGES: usize = 256;
+
+/// This process's /proc/self/pagemap.
+#[derive(Debug)]
+pub(crate) struct Pagemap(File);
+
+impl Pagemap {
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self(File::open("/proc/self/pagemap")?))
+    }
+
+    /// Gives the ranges of addresses of pages that are there and were written to. If asked to, it protects them anew, with
+    /// the same look at each page, so that no write in between is lost. Pages that are not there are left alone.
+    ///
+    /// # Errors
+    /// Whatever the ioctl answers.
+    pub(crate) fn written(
+        &self,
+        addresses: Range<usize>,
+        protect: bool,
+        mut give: impl FnMut(Range<usize>),
+    ) -> io::Result<()> {
+        let scan = abi::PagemapScan {
+            flags: if protect { abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC } else { 0 },
+            category_mask: abi::PAGE_IS_WRITTEN,
+            category_anyof_mask: abi::PAGE_IS_PRESENT | abi::PAGE_IS_SWAPPED,
+            return_mask: abi::PAGE_IS_WRITTEN,
+            ..Default::default()
+        };
+        self.scan(addresses, scan, &mut give)
+    }
+
+    /// Write-protects the pages of zeros among these that take no memory.
+    ///
+    /// # Errors
+    /// As [`Pagemap::written`].
+    pub(crate) fn protect_zeros(&self, addresses: Range<usize>) -> io::Result<()> {
+        let scan = abi::PagemapScan {
+            flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
+            category_mask: abi::PAGE_IS_PFNZERO,
+            return_mask: abi::PAGE_IS_PFNZERO,
+            ..Default::default()
+        };
+        self.scan(addresses, scan, &mut |_| {})
+    }
+
+    fn scan(
+        &self,
+        addresses: Range<usize>,
+        scan: abi::PagemapScan,
+        give: &mut dyn FnMut(Range<usize>),
+    ) -> io::Result<()> {
+        let mut ranges = [abi::PageRegion::default(); RANGES];
+        let mut next = addresses.start as u64;
+        while next < addresses.end as u64 {
+            let mut scan = abi::PagemapScan {
+                size: size_of::<abi::PagemapScan>() as u64,
+                start: next,
+                end: addresses.end as u64,
+                vec: ranges.as_mut_ptr().expose_provenance() as u64,
+                vec_len: RANGES as u64,
+                ..scan
+            };
+            match update::<{ abi::IOC_PAGEMAP_SCAN }, _>(self.0.as_fd(), &mut scan) {
+                Ok(()) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            // It does not say how many it has filled in; an empty one ends them.
+            for range in ranges.iter().take_while(|range| range.end > range.start) {
+                give(postcopy_proto::page::to_usize(range.start)..postcopy_proto::page::to_usize(range.end));
+            }
+            ranges.fill(abi::PageRegion::default());
+            next = scan.walk_end;
+        }
+        Ok(())
+    }
+}
+
+/// Whether PAGEMAP_SCAN works on this process's memory.
+#[must_use]
+pub fn works() -> bool {
+    // An empty range: nothing is looked at, and old kernels answer ENOTTY.
+    let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
+    Pagemap::open()
+        .is_ok_and(|pagemap| update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.0.as_fd(), &mut scan).is_ok())
+}
