@@ -20,6 +20,12 @@ pub(crate) struct Call {
     pub(crate) advice: u64,
 }
 
+impl Call {
+    fn covers(&self, event: &Range<usize>) -> bool {
+        self.addresses.start <= event.start && event.end <= self.addresses.end
+    }
+}
+
 /// The processes whose calls are looked at: the memory's owner, and what it has forked.
 #[derive(Debug)]
 pub(crate) struct Callers {
@@ -49,10 +55,15 @@ impl Callers {
 /// Whether memory keeps its content whose REMOVE event was read while these calls were in progress; None if that cannot
 /// be known. An event is of one mapping, so it may be of a part of what the call is of.
 pub(crate) fn keeps_content(calls: &[Call], event: &Range<usize>) -> Option<bool> {
-    let covers = |call: &&Call| call.addresses.start <= event.start && event.end <= call.addresses.end;
+    let covers = |call: &&Call| call.covers(event);
     let mut keeps = calls.iter().filter(covers).map(|call| call.advice != MADV_REMOVE);
     let first = keeps.next()?;
     keeps.all(|other| other == first).then_some(first)
+}
+
+/// Whether one of these calls may have caused the event.
+pub(crate) fn is_covered(calls: &[Call], event: &Range<usize>) -> bool {
+    calls.iter().any(|call| call.covers(event))
 }
 
 /// Adds the children of these processes, and theirs.

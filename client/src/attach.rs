@@ -133,8 +133,8 @@ fn take_over(
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
         spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?, &state)));
     }
-    let (regions, moved) = left_regions(&image, &state, contents, &spaces)?;
-    let spaces = Spaces::new(spaces, regions).with_left(moved);
+    let [regions, moved, displaced] = left_regions(&image, &state, contents, &spaces)?;
+    let spaces = Spaces::new(spaces, regions).with(moved, displaced);
     let (options, next_space) = (contents.options, contents.next_space);
     let shared = Shared::new(address, image, options, spaces, next_space, state, contents.owner);
     if let Err(error) = catch_up(&shared, contents, uffds) {
@@ -195,8 +195,8 @@ pub(crate) fn descriptors_left<'a>(
     contents.descriptors().into_iter().map(duplicate).collect()
 }
 
-/// The regions that a pager has left, and the old places of those that were moved.
-type LeftRegions = (Vec<Arc<RegionState>>, Vec<Arc<RegionState>>);
+/// The regions that a pager has left, the old places of those that were moved, and those that were displaced.
+type LeftRegions = [Vec<Arc<RegionState>>; 3];
 
 fn left_regions(
     image: &Image,
@@ -211,7 +211,7 @@ fn left_regions(
         .map(|(_, file)| (file.first_chunk.0, *file))
         .collect();
     let mut states = HashMap::new();
-    let (mut regions, mut moved) = (Vec::new(), Vec::new());
+    let mut regions = LeftRegions::default();
     for row in &contents.regions {
         let file = files.get(&row.file_first_chunk).filter(|file| file.size_bytes == row.file_bytes);
         let file = file.ok_or_else(|| {
@@ -222,14 +222,10 @@ fn left_regions(
         let states = states.entry(row.states_at).or_insert_with(|| Arc::new(state.page_states_of(row)));
         let chunk_bytes = image.root().chunk_size().bytes();
         let region = RegionState::restored(row, Arc::clone(space), *file, chunk_bytes, Arc::clone(states));
-        if row.is_left {
-            region.end();
-            moved.push(Arc::new(region));
-        } else {
-            regions.push(Arc::new(region));
-        }
+        let kind = if row.is_displaced { 2 } else { usize::from(row.is_left) };
+        regions[kind].push(Arc::new(region));
     }
-    Ok((regions, moved))
+    Ok(regions)
 }
 
 /// What a pager knows of regions that were registered by their owner.
@@ -282,6 +278,7 @@ fn regions(
             first_state: 0,
             is_shared: region.sharing != Sharing::Private,
             is_left: false,
+            is_displaced: false,
         };
         rows.push((row, file));
     }

@@ -35,7 +35,7 @@ impl From<String> for Stopped {
 /// Why it has stopped.
 pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>) -> Result<(), Stopped> {
     let callers = shared.callers.as_ref().filter(|_| shared.spaces().has_shared());
-    let most = if callers.is_some() { 1 } else { MESSAGES };
+    let most = if shared.spaces().has_shared() { 1 } else { MESSAGES };
     loop {
         // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time,
         // and none without knowing what it will be: faults come first, and where none waits it is an event, whose
@@ -43,11 +43,7 @@ pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>)
         // end the session, by name.)
         let mut calls = None;
         if let Some(callers) = callers {
-            match space
-                .uffd
-                .waiting()
-                .map_err(|error| format!("a userfaultfd cannot be looked at: {error}"))?
-            {
+            match space.uffd.waiting().map_err(stopped)? {
                 uffd::Waiting::Nothing => return Ok(()),
                 uffd::Waiting::Faults => {}
                 uffd::Waiting::Event => calls = Some(callers.calls(shared.spaces().spaces().len())),
@@ -55,20 +51,22 @@ pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>)
             shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
         }
         let received = shared.state.receive(space.id, &space.uffd, most);
-        let received = received.map_err(|error| Stopped {
-            may_pass: uffd::may_pass(&error),
-            reason: format!("a userfaultfd cannot be read: {error}"),
-        })?;
+        let received = received.map_err(stopped)?;
         for index in 0..received {
             match shared.state.message(index) {
                 Event::Fault { address } => faults.push(address),
                 event => apply(shared, space, event, calls.as_deref(), index + 1)?,
             }
         }
-        if received < most {
+        // A fork's message that there is no descriptor for ends a reading short, and is told of by the next one.
+        if received == 0 || received < most && !space.uffd.tells_of_forks() {
             return Ok(());
         }
     }
+}
+
+fn stopped(error: std::io::Error) -> Stopped {
+    Stopped { may_pass: uffd::may_pass(&error), reason: format!("a userfaultfd cannot be read: {error}") }
 }
 
 /// Does what an event says, and writes down that so many of the messages received are done. `calls` are those of madvise
@@ -147,8 +145,10 @@ fn keeps_content(
 ) -> Result<bool, String> {
     let known = calls.and_then(|calls| advice::keeps_content(calls, addresses));
     // It may have begun after the look before the reading; it goes on for a while.
+    // Where it was ambiguous it stays so: who is there still is not who is meant.
+    let seen = calls.is_some_and(|calls| advice::is_covered(calls, addresses));
     let look = || Some(shared.callers.as_ref()?.calls(shared.spaces().spaces().len()));
-    let known = known.or_else(|| advice::keeps_content(&look()?, addresses));
+    let known = known.or_else(|| advice::keeps_content(&look().filter(|_| !seen)?, addresses));
     // A resident page's next fault shows whether it is still there.
     let matters = region.next_run(pages.clone(), &[PageState::Absent, PageState::Poisoned]).is_some();
     known.or((!matters).then_some(true)).ok_or_else(|| {

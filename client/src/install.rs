@@ -118,6 +118,12 @@ fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>
             region.set_resident(pages.start..done);
             Step::Next(done)
         }
+        // Lost in between: poison looks as if a page were there, and a copy goes over it.
+        Outcome::AlreadyPresent
+            if bytes.is_none() && !poisoned && region.state(pages.start) == PageState::Poisoned =>
+        {
+            Step::Next(pages.start)
+        }
         Outcome::AlreadyPresent => {
             // Private memory of our own: what is there was installed by the other lane, or written after a
             // removal whose event is still to be read.

@@ -280,10 +280,10 @@ impl Pager {
                         let read = self.read(&space);
                         drop(pass);
                         self.faults();
-                        self.unreadable = match read {
-                            Ok(()) => None,
-                            Err(stopped) => self.stopped(stopped),
-                        };
+                        // What another space has to tell may be unreadable still.
+                        if let Err(stopped) = read {
+                            self.unreadable = self.stopped(stopped);
+                        }
                     }
                 },
                 lane = next_answer(&mut self.lane) => self.lane_answers(lane),
@@ -380,10 +380,10 @@ impl Pager {
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
             // there, its owner has dropped it without being asked to tell, and it is zero, too.
             PageState::Removed | PageState::Resident => self.zero(space, address),
-            PageState::Poisoned => {
-                let _ = space.uffd.poison(address, PAGE_BYTES);
-                space.uffd.wake(address, PAGE_BYTES);
-            }
+            PageState::Poisoned => match space.uffd.poison(address, PAGE_BYTES) {
+                Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
+                _ => space.uffd.wake(address, PAGE_BYTES),
+            },
         }
     }
 
@@ -395,6 +395,7 @@ impl Pager {
         }
         if let Err(error) = self.shared().set_spaces(Arc::clone(&spaces), None) {
             self.broken.get_or_insert(error.to_string());
+            return;
         }
         // Not again: where other memory is now, nothing was taken back.
         match spaces.at(space, address) {

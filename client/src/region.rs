@@ -138,6 +138,7 @@ impl RegionState {
             first_state: self.first_state,
             is_shared: self.is_shared,
             is_left: false,
+            is_displaced: false,
         }
     }
 
@@ -290,7 +291,7 @@ impl RegionState {
             return Err(io::ErrorKind::Unsupported.into());
         }
         // Whoever removes something goes on when the pager has read that; in the gate it is done with it.
-        let pass = gate.enter();
+        let Some(pass) = gate.enter() else { return Err(io::Error::other("the session has ended")) };
         // Before the look at what was written: what is removed after it is of the next time, as its writes are.
         let removed = self.removed(reset);
         drop(pass);
@@ -299,15 +300,19 @@ impl RegionState {
         while let Some(run) = self.next_run(next..self.pages, &NOT_LOST) {
             next = run.end;
             let addresses = self.address(run.start)..self.address(run.end);
-            self.space.uffd.written(addresses, reset, |range| {
+            self.space.uffd.written(addresses, reset, |range, in_memory| {
                 let page = |address: usize| (address - self.start) / PAGE_BYTES;
-                push_run(&mut found, page(range.start)..page(range.end));
+                found.push((page(range.start)..page(range.end), in_memory));
             })?;
         }
         let mut written = Vec::new();
-        for run in found {
+        for (run, in_memory) in found {
+            if in_memory {
+                push_run(&mut written, run);
+                continue;
+            }
+            // Swapped out, or it has been lost meanwhile.
             let mut next = run.start;
-            // It may have been lost meanwhile.
             while let Some(kept) = self.next_run(next..run.end, &NOT_LOST) {
                 next = kept.end;
                 push_run(&mut written, kept);
@@ -351,7 +356,8 @@ pub struct Changes {
     /// that are absent.
     pub written: Vec<Range<usize>>,
     /// Given back by madvise(2), whatever was written there before or after. A page that is removed and not written is
-    /// zero.
+    /// zero (after MADV_FREE: zero or as it was). A madvise that is still in progress may be told of before it has taken
+    /// effect: whoever copies what has changed must not let one overlap that.
     pub removed: Vec<Range<usize>>,
 }
 

@@ -125,6 +125,9 @@ pub enum SessionError {
     /// The state file, see [`Session::resume`].
     #[error(transparent)]
     State(#[from] StateError),
+    /// [`Options::track_writes`] was asked for with [`Session::attach`].
+    #[error("what is written to another process's memory cannot be tracked yet")]
+    TracksOwnMemoryOnly,
     /// The session has ended before.
     #[error("the session has ended")]
     Ended,
@@ -452,7 +455,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
-    /// [`SessionError::Uffd`]: not a userfaultfd; [`SessionError::State`].
+    /// [`SessionError::Uffd`]: not a userfaultfd; [`SessionError::State`]; [`SessionError::TracksOwnMemoryOnly`].
     ///
     /// # Blocking
     /// As [`Session::open`].
@@ -462,6 +465,9 @@ impl Session {
         options: Options,
         memory: &ForeignMemory<'_>,
     ) -> Result<Self, SessionError> {
+        if options.track_writes {
+            return Err(SessionError::TracksOwnMemoryOnly);
+        }
         let descriptor = |source| SessionError::System { what: "a descriptor", source };
         let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
         let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;

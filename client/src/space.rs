@@ -51,18 +51,26 @@ pub(crate) struct Spaces {
     /// not mapped at its old place any more, where other memory may have been moved to meanwhile. With MREMAP_DONTUNMAP
     /// it stays mapped.
     left: Vec<Arc<RegionState>>,
+    /// Regions where other memory has been moved to: they must have been moved away or unmapped before, which is still
+    /// to be told. The kernel lets go of its lock before it posts an event, and another thread's may come first.
+    displaced: Vec<Arc<RegionState>>,
 }
 
 impl Spaces {
     /// Spaces in the order of their ids, and regions of theirs, which do not overlap.
     pub(crate) fn new(spaces: Vec<Arc<Space>>, mut regions: Vec<Arc<RegionState>>) -> Self {
         regions.sort_by_key(|region| (region.space.id, region.address(0)));
-        Self { spaces, regions, left: Vec::new() }
+        Self { spaces, regions, left: Vec::new(), displaced: Vec::new() }
     }
 
-    /// With regions that were moved, as they were at their old places.
-    pub(crate) fn with_left(self, left: Vec<Arc<RegionState>>) -> Self {
-        Self { left, ..self }
+    /// With regions that were moved, as they were at their old places, and with displaced ones.
+    pub(crate) fn with(self, left: Vec<Arc<RegionState>>, displaced: Vec<Arc<RegionState>>) -> Self {
+        Self { left, displaced, ..self }
+    }
+
+    /// Regions where other memory is, and of which it is still to be told where they went.
+    pub(crate) fn displaced(&self) -> &[Arc<RegionState>] {
+        &self.displaced
     }
 
     /// Regions that were moved, as they were at their old places.
@@ -126,34 +134,29 @@ impl Spaces {
     /// was moved away from, that is meant, and not what has been moved there since.
     pub(crate) fn unmap(&mut self, space: &Space, addresses: &Range<usize>) -> Vec<RegionState> {
         let mut rest = vec![addresses.clone()];
-        for left in std::mem::take(&mut self.left) {
-            let gone = left.pages_in(addresses);
-            if left.space.id != space.id || gone.is_empty() {
-                self.left.push(left);
-                continue;
-            }
-            let meant = left.address(gone.start)..left.address(gone.end);
-            rest = rest.into_iter().flat_map(|part| without(&part, &meant)).collect();
-            for kept in [0..gone.start, gone.end..left.pages()] {
-                if !kept.is_empty() {
-                    self.left.push(Arc::new(left.part(kept.clone(), left.address(kept.start))));
-                }
-            }
+        take_parts(&mut self.left, space, &mut rest);
+        let mut unmapped = take_parts(&mut self.displaced, space, &mut rest);
+        for part in rest {
+            unmapped.extend(self.cut(space, &part));
         }
-        rest.iter().flat_map(|part| self.cut(space, part)).collect()
+        unmapped
     }
 
-    /// Memory has been moved to `to`. What was there is unmapped, which will be told of yet if it was not.
+    /// Memory has been moved to `to`. What was there must have gone before.
     pub(crate) fn move_to(&mut self, space: &Space, from: &Range<usize>, to: usize) {
-        let moved = self.cut(space, from);
-        let replaced = self.cut(space, &(to..to + from.len()));
+        let mut rest = vec![from.clone()];
+        let mut moved = take_parts(&mut self.displaced, space, &mut rest);
+        for part in rest {
+            moved.extend(self.cut(space, &part));
+        }
+        let displaced = self.cut(space, &(to..to + from.len()));
         for region in moved {
             let start = to + (region.address(0) - from.start);
             self.add(Arc::new(region.part(0..region.pages(), start)));
             self.leave(region);
         }
-        for region in replaced {
-            self.leave(region);
+        if space.uffd.tells_of_unmaps() {
+            self.displaced.extend(displaced.into_iter().map(Arc::new));
         }
     }
 
@@ -173,9 +176,15 @@ impl Spaces {
         let Some(found) = found else { return false };
         let left = self.left.remove(found);
         let mut free = vec![left.addresses()];
+        let mut taken = Vec::new();
         for region in self.overlapping(space, &left.addresses()) {
             free = free.into_iter().flat_map(|part| without(&part, &region.addresses())).collect();
+            taken.push(left.pages_in(&region.addresses()));
         }
+        // Where other memory is now an UNMAP is to come still.
+        self.left.extend(
+            taken.into_iter().map(|part| Arc::new(left.part(part.clone(), left.address(part.start)))),
+        );
         for part in free {
             self.add(Arc::new(left.part(left.pages_in(&part), part.start)));
         }
@@ -214,6 +223,17 @@ impl Spaces {
         let left = self.left.iter().filter(|left| left.space.id == parent.id);
         let left: Vec<_> = left.map(|left| Arc::new(left.shared_with(&child))).collect();
         self.left.extend(left);
+        let displaced = self.displaced.iter().filter(|region| region.space.id == parent.id);
+        let displaced = displaced.map(|region| {
+            let states = state.page_states(region.pages())?;
+            Ok(Arc::new(if region.is_shared() {
+                region.shared_with(&child)
+            } else {
+                region.forked(&child, states)
+            }))
+        });
+        let displaced: Vec<_> = displaced.collect::<Result<_, StateError>>()?;
+        self.displaced.extend(displaced);
         // Ids grow: they go to the end.
         self.regions.extend(forked);
         self.spaces.push(child);
@@ -224,8 +244,35 @@ impl Spaces {
     pub(crate) fn forget_gone(&mut self) {
         self.regions.retain(|region| !region.space.is_gone());
         self.left.retain(|region| !region.space.is_gone());
+        self.displaced.retain(|region| !region.space.is_gone());
         self.spaces.retain(|space| !space.is_gone());
     }
+}
+
+/// Takes those parts of regions out that lie in `ranges`, each address once, and out of the ranges, too.
+fn take_parts(
+    regions: &mut Vec<Arc<RegionState>>,
+    space: &Space,
+    ranges: &mut Vec<Range<usize>>,
+) -> Vec<RegionState> {
+    let mut taken = Vec::new();
+    for region in std::mem::take(regions) {
+        let mut kept = vec![region.addresses()];
+        for range in std::mem::take(ranges) {
+            let pages = region.pages_in(&range);
+            if region.space.id != space.id || pages.is_empty() {
+                ranges.push(range);
+                continue;
+            }
+            let part = region.address(pages.start)..region.address(pages.end);
+            kept = kept.into_iter().flat_map(|kept| without(&kept, &part)).collect();
+            ranges.extend(without(&range, &part));
+            taken.push(region.part(pages, part.start));
+        }
+        regions
+            .extend(kept.into_iter().map(|kept| Arc::new(region.part(region.pages_in(&kept), kept.start))));
+    }
+    taken
 }
 
 /// What is left of a range without another one.
@@ -376,6 +423,36 @@ pub(crate) mod tests {
         );
         // And its own unmapping is meant when it comes.
         assert_eq!(spaces.unmap(&space, &bytes(20..25)).len(), 1);
+    }
+
+    #[test]
+    fn memory_that_is_told_of_too_late_goes_where_it_went() {
+        let space = any_space(0);
+        let state = State::own();
+        let region = |start: usize| {
+            let (space, states) = (Arc::clone(&space), state.page_states(10).unwrap());
+            Arc::new(RegionState::new(
+                space,
+                start * PAGE_BYTES,
+                FILE,
+                start..start + 10,
+                16 * PAGE_BYTES,
+                states,
+            ))
+        };
+        let mut spaces = Spaces::new(vec![Arc::clone(&space)], vec![region(20), region(100)]);
+        let bytes = |pages: Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+        // It was moved from 20 to 200 first, and then other memory to 20; but that is told of before.
+        spaces.move_to(&space, &bytes(100..110), 20 * PAGE_BYTES);
+        spaces.move_to(&space, &bytes(20..30), 200 * PAGE_BYTES);
+        spaces.unmap(&space, &bytes(100..110));
+        assert!(spaces.unmap(&space, &bytes(20..30)).is_empty());
+        let found = |page: usize| {
+            let (region, at) = spaces.at(&space, page * PAGE_BYTES)?;
+            Some(region.place_in_chunk(at) + 16 * usize::try_from(region.chunk_of(at).0).unwrap())
+        };
+        assert_eq!([20, 29, 200, 209].map(found), [Some(100), Some(109), Some(20), Some(29)]);
+        assert!(spaces.left().is_empty() && spaces.displaced().is_empty());
     }
 
     #[test]

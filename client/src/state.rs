@@ -37,6 +37,7 @@ const MAX_REGIONS: usize = 1 << 17;
 // What a region is.
 const SHARED: u64 = 1;
 const LEFT: u64 = 2;
+const DISPLACED: u64 = 4;
 
 // Places of words.
 const AT_MAGIC: usize = 0;
@@ -227,8 +228,9 @@ impl MappedFile {
     fn reserve(&self, range: &Range<usize>) -> Result<(), StateError> {
         let bytes = |words: usize| (words * size_of::<u64>()) as u64;
         let (start, len) = (bytes(range.start), bytes(range.len()));
-        let reserved = rustix::fs::fallocate(&self.file, FallocateFlags::empty(), start, len);
-        reserved.map_err(|_| StateError::Full("more, and neither has its file system"))
+        let reserve = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), start, len);
+        rustix::io::retry_on_intr(reserve)
+            .map_err(|_| StateError::Full("more, and neither has its file system"))
     }
 }
 
@@ -250,6 +252,8 @@ pub(crate) struct RegionRow {
     pub(crate) is_shared: bool,
     /// It has been moved, and this is where it was.
     pub(crate) is_left: bool,
+    /// Other memory is where it was, and it is still to be told where it went.
+    pub(crate) is_displaced: bool,
 }
 
 impl RegionRow {
@@ -264,7 +268,9 @@ impl RegionRow {
             self.states_at as u64,
             self.states_pages as u64,
             self.first_state as u64,
-            if self.is_shared { SHARED } else { 0 } | if self.is_left { LEFT } else { 0 },
+            if self.is_shared { SHARED } else { 0 }
+                | if self.is_left { LEFT } else { 0 }
+                | if self.is_displaced { DISPLACED } else { 0 },
         ]
     }
 
@@ -281,6 +287,7 @@ impl RegionRow {
             first_state: to_usize(words[8]),
             is_shared: words[9] & SHARED != 0,
             is_left: words[9] & LEFT != 0,
+            is_displaced: words[9] & DISPLACED != 0,
         };
         let end = row.pages.checked_mul(PAGE_BYTES).and_then(|len| row.address.checked_add(len));
         if !row.address.is_multiple_of(PAGE_BYTES) || row.pages == 0 || end.is_none() {
@@ -424,8 +431,9 @@ impl State {
     }
 
     /// Notes the calls of madvise in progress before messages are received: after that nothing shows them any more.
-    /// Of more than can be noted some are not, and may be unknown to a successor.
+    /// Of more than can be noted none is: what some of them say need not be right.
     pub(crate) fn note_calls(&self, calls: &[Call]) {
+        let calls = if calls.len() > MAX_CALLS { &[] } else { calls };
         for index in 0..MAX_CALLS {
             let call = calls.get(index).map_or([0; CALL_WORDS], |call| {
                 [call.addresses.start as u64, call.addresses.end as u64, call.advice]
@@ -506,7 +514,7 @@ impl State {
         if spaces.spaces().len() > MAX_SPACES {
             return Err(StateError::Full("more processes"));
         }
-        if spaces.regions().len() + spaces.left().len() > MAX_REGIONS {
+        if spaces.regions().len() + spaces.left().len() + spaces.displaced().len() > MAX_REGIONS {
             return Err(StateError::Full("more regions"));
         }
         // Generations count to 2^32 and begin anew; 0 is that of a file that nothing was written to.
@@ -514,8 +522,10 @@ impl State {
             generation if generation >= u64::from(u32::MAX) => 2,
             generation => generation + 1,
         };
-        let regions = spaces.regions().iter().map(|region| (region, false));
-        let rows: Vec<_> = regions.chain(spaces.left().iter().map(|left| (left, true))).collect();
+        let regions = spaces.regions().iter().map(|region| (region, false, false));
+        let left = spaces.left().iter().map(|left| (left, true, false));
+        let displaced = spaces.displaced().iter().map(|displaced| (displaced, false, true));
+        let rows: Vec<_> = regions.chain(left).chain(displaced).collect();
         let range = table_range(generation);
         let needed = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + rows.len() * REGION_WORDS;
         let reserved = &file.reserved[to_usize(generation % 2)];
@@ -537,8 +547,8 @@ impl State {
             write(TABLE_HEAD_WORDS + index * SPACE_WORDS, &[space.id.into(), fd]);
         }
         let regions_at = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS;
-        for (index, (region, is_left)) in rows.into_iter().enumerate() {
-            let row = RegionRow { is_left, ..region.row(self.place(region.states())) };
+        for (index, (region, is_left, is_displaced)) in rows.into_iter().enumerate() {
+            let row = RegionRow { is_left, is_displaced, ..region.row(self.place(region.states())) };
             write(regions_at + index * REGION_WORDS, &row.words());
         }
         self.commit(generation, done);
@@ -604,9 +614,10 @@ impl Contents {
             let row = RegionRow::read(std::array::from_fn(|i| word_of_table(at + i)), words.len())?;
             let end = |row: &RegionRow| (row.space, row.address + row.pages * PAGE_BYTES);
             // Those that were moved come last, in any order.
-            let out_of_order = |last: &RegionRow| match (last.is_left, row.is_left) {
+            let has_gone = |row: &RegionRow| row.is_left || row.is_displaced;
+            let out_of_order = |last: &RegionRow| match (has_gone(last), has_gone(&row)) {
                 (false, false) => end(last) > (row.space, row.address),
-                (true, is_left) => !is_left,
+                (true, has_gone) => !has_gone,
                 (false, true) => false,
             };
             if regions.last().is_some_and(out_of_order) {

@@ -335,6 +335,11 @@ impl Uffd {
         self.asked & EVENT_UNMAP != 0
     }
 
+    /// Whether it tells of forks.
+    pub(crate) fn tells_of_forks(&self) -> bool {
+        self.asked & EVENT_FORK != 0
+    }
+
     /// Whether an event has not been read whose causer has changed memory already, or is about to.
     pub(crate) fn has_event(&self) -> bool {
         self.look() == Err(Errno::AGAIN)
@@ -351,7 +356,7 @@ impl Uffd {
     }
 
     /// Gives the ranges of addresses that were written to since they were installed, or since this was called with
-    /// `reset`, which loses no write. Poisoned pages must not be among these; absent ones are left alone.
+    /// `reset`, which loses no write, and whether they are in memory: what is not may be swapped out, or poison. Absent pages are left alone.
     ///
     /// # Errors
     /// Unsupported where that was not asked for.
@@ -359,7 +364,7 @@ impl Uffd {
         &self,
         addresses: Range<usize>,
         reset: bool,
-        give: impl FnMut(Range<usize>),
+        give: impl FnMut(Range<usize>, bool),
     ) -> io::Result<()> {
         let pagemap = self.pagemap.as_ref().ok_or(io::ErrorKind::Unsupported)?;
         pagemap.written(addresses, reset, give)
@@ -416,8 +421,13 @@ impl Uffd {
     /// Whatever poll(2) or reading the descriptor's information answers.
     pub(crate) fn waiting(&self) -> io::Result<Waiting> {
         let mut fds = [PollFd::new(self, PollFlags::IN)];
-        if rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? == 0 {
-            return Ok(Waiting::Nothing);
+        loop {
+            match rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+                Ok(0) => return Ok(Waiting::Nothing),
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.number()))?;
         let faults = info.lines().find_map(|line| line.strip_prefix("pending:"));

@@ -1,6 +1,7 @@
 //! PAGEMAP_SCAN, since Linux 6.7: which pages of this process were written to since they were write-protected.
 
 use super::{abi, update};
+use postcopy_proto::page::to_usize;
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::fs::File;
@@ -19,7 +20,7 @@ impl Pagemap {
         Ok(Self(File::open("/proc/self/pagemap")?))
     }
 
-    /// Gives the ranges of addresses of pages that are there and were written to. If asked to, it protects them anew, with
+    /// Gives the ranges of addresses of pages that are there and were written to, and whether they are in memory. If asked to, it protects them anew, with
     /// the same look at each page, so that no write in between is lost. Pages that are not there are left alone.
     ///
     /// # Errors
@@ -28,13 +29,13 @@ impl Pagemap {
         &self,
         addresses: Range<usize>,
         protect: bool,
-        mut give: impl FnMut(Range<usize>),
+        mut give: impl FnMut(Range<usize>, bool),
     ) -> io::Result<()> {
         let scan = abi::PagemapScan {
             flags: if protect { abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC } else { 0 },
             category_mask: abi::PAGE_IS_WRITTEN,
             category_anyof_mask: abi::PAGE_IS_PRESENT | abi::PAGE_IS_SWAPPED,
-            return_mask: abi::PAGE_IS_WRITTEN,
+            return_mask: abi::PAGE_IS_WRITTEN | abi::PAGE_IS_PRESENT,
             ..Default::default()
         };
         self.scan(addresses, scan, &mut give)
@@ -51,14 +52,14 @@ impl Pagemap {
             return_mask: abi::PAGE_IS_PFNZERO,
             ..Default::default()
         };
-        self.scan(addresses, scan, &mut |_| {})
+        self.scan(addresses, scan, &mut |_, _| {})
     }
 
     fn scan(
         &self,
         addresses: Range<usize>,
         scan: abi::PagemapScan,
-        give: &mut dyn FnMut(Range<usize>),
+        give: &mut dyn FnMut(Range<usize>, bool),
     ) -> io::Result<()> {
         let mut ranges = [abi::PageRegion::default(); RANGES];
         let mut next = addresses.start as u64;
@@ -78,7 +79,8 @@ impl Pagemap {
             }
             // It does not say how many it has filled in; an empty one ends them.
             for range in ranges.iter().take_while(|range| range.end > range.start) {
-                give(postcopy_proto::page::to_usize(range.start)..postcopy_proto::page::to_usize(range.end));
+                let present = range.categories & abi::PAGE_IS_PRESENT != 0;
+                give(to_usize(range.start)..to_usize(range.end), present);
             }
             ranges.fill(abi::PageRegion::default());
             next = scan.walk_end;
