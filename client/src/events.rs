@@ -2,7 +2,9 @@
 //!
 //! Whoever causes an event (madvise, munmap, mremap, fork) sleeps in the kernel until it is read, and as long as one
 //! waits to be read the kernel answers every install with EAGAIN. So when the pager, alone in the gate, has read all
-//! events and has done here what they say, the states are what the page tables are.
+//! events and has done here what they say, the states are what the page tables are; but for what a thread has changed
+//! and not posted yet, which is answered with EAGAIN, too, and may be told of after what others have done since
+//! ([`Spaces`]).
 
 use crate::advice::{self, Call};
 use crate::page_state::PageState;

@@ -125,8 +125,8 @@ fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>
             Step::Next(pages.start)
         }
         Outcome::AlreadyPresent => {
-            // Private memory of our own: what is there was installed by the other lane, or written after a
-            // removal whose event is still to be read.
+            // It was installed by the other lane, through another mapping, or by a pager that was killed before it
+            // could note that; or written after a removal whose event is still to be read.
             region.set_resident(pages.start..pages.start + 1);
             uffd.wake(address, PAGE_BYTES);
             Step::Next(pages.start + 1)

@@ -9,7 +9,8 @@
 //! 4. [`Pager::install`] puts its pages into every region that has them, which wakes the threads.
 //!
 //! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
-//! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS.
+//! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS, or
+//! leaves it to a successor.
 
 use crate::attach::Owner;
 use crate::chunk::ChunkPages;
@@ -95,6 +96,13 @@ impl WayOut {
     /// Poisons what is absent in all regions, also of processes that are forked meanwhile; false if that cannot be done.
     fn poison(&self) -> bool {
         let shared = &self.shared;
+        // Shared memory that was moved may be mapped at its old place still.
+        let mut spaces = shared.spaces();
+        Arc::make_mut(&mut spaces).take_all_back();
+        if let Err(error) = shared.set_spaces(spaces, None) {
+            shared.report(&error.to_string());
+            return false;
+        }
         // Kept, so that none that comes has the address of one that is done.
         let mut done: HashMap<*const RegionState, Arc<RegionState>> = HashMap::new();
         loop {
@@ -191,7 +199,7 @@ impl Pager {
                         let shared = Arc::clone(&pager.way_out.shared);
                         drop(reply.send(Ok(shared)));
                         // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
-                        // A panic has poisoned what was unresolved by then, and nobody is left to be told.
+                        // After a panic `WayOut` has done its work by then, and nobody is left to be told.
                         let _ = tokio::spawn(pager.run()).await;
                     }
                 }

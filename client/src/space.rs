@@ -162,7 +162,6 @@ impl Spaces {
 
     fn leave(&mut self, region: RegionState) {
         if region.space.uffd.tells_of_unmaps() {
-            region.end();
             self.left.push(Arc::new(region));
         }
     }
@@ -196,6 +195,13 @@ impl Spaces {
         self.regions.iter().any(|region| region.is_shared())
     }
 
+    /// The same for all such places.
+    pub(crate) fn take_all_back(&mut self) {
+        for left in self.left.clone() {
+            self.take_back(&left.space, left.address(0));
+        }
+    }
+
     /// Keeps the descriptors open until the process ends: closing them would turn what is absent into zeros, and a
     /// successor needs them.
     pub(crate) fn leave_open(&self) {
@@ -220,20 +226,10 @@ impl Spaces {
             false => Ok(Arc::new(region.forked(&child, state.page_states(region.pages())?))),
         });
         let forked: Vec<_> = forked.collect::<Result<_, StateError>>()?;
-        let left = self.left.iter().filter(|left| left.space.id == parent.id);
+        // What its parent is still to be told of, the child is not: only what may be mapped there still.
+        let left = self.left.iter().filter(|left| left.space.id == parent.id && left.is_shared());
         let left: Vec<_> = left.map(|left| Arc::new(left.shared_with(&child))).collect();
         self.left.extend(left);
-        let displaced = self.displaced.iter().filter(|region| region.space.id == parent.id);
-        let displaced = displaced.map(|region| {
-            let states = state.page_states(region.pages())?;
-            Ok(Arc::new(if region.is_shared() {
-                region.shared_with(&child)
-            } else {
-                region.forked(&child, states)
-            }))
-        });
-        let displaced: Vec<_> = displaced.collect::<Result<_, StateError>>()?;
-        self.displaced.extend(displaced);
         // Ids grow: they go to the end.
         self.regions.extend(forked);
         self.spaces.push(child);

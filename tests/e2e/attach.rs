@@ -389,7 +389,13 @@ fn a_session_s_end_poisons_each_mapping_of_shared_memory() {
     with_shared("a_session_s_end_poisons_each_mapping_of_shared_memory", |source, mut faulter, session| {
         let mut child = faulter.fork();
         faulter.assert_reads(0, 0, source.pages(3, 3));
+        // Mapped at its old place still, which nobody has touched since (MREMAP_MAYMOVE | MREMAP_DONTUNMAP).
+        let old = faulter.at(2, 50);
+        let mut other = faulter.fork();
+        other.ask(&format!("remap {old} 20 20 5 0"));
         assert!(session.end(Duration::from_secs(30)));
+        other.tell(&format!("read {old} 1"));
+        assert_eq!(other.answer(), None, "it is not fed zeros");
         child.assert_reads(faulter.at(1, 0), source.pages(3, 3));
         child.tell(&format!("read {} 1", faulter.at(0, 100)));
         assert_eq!(child.answer(), None, "it is not fed zeros");
