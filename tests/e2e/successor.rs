@@ -6,7 +6,7 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
 use postcopy_tests::keeper::{Keeper, StoppedPager};
-use postcopy_tests::skip;
+use postcopy_tests::{skip, wait_until};
 use std::time::Duration;
 
 const PAGE: usize = 4096;
@@ -267,4 +267,37 @@ fn a_pager_killed_at_any_step_of_a_remove_of_shared_memory_is_succeeded() {
             victim.assert_is_image(page + 5, 3);
         },
     );
+}
+
+#[test]
+fn a_fork_for_which_there_is_no_descriptor_waits_for_one() {
+    if !is_root() {
+        return skip(
+            "successor::a_fork_for_which_there_is_no_descriptor_waits_for_one",
+            "limits of another process need root",
+        );
+    }
+    within(WATCHDOG, || {
+        let mut victim = Victim::start(false);
+        let mut other = victim.faulter.thread();
+        victim.assert_is_image(0, 1);
+        victim.keeper.limit_descriptors(3);
+        victim.faulter.main.tell("fork");
+        other.tell(&format!("read {} 1", victim.faulter.at(0, 100)));
+        // As long as the fork is not told of nothing can be installed.
+        let put_off = |victim: &Victim| {
+            let mut answers = postcopy::state::answers(victim.keeper.state()).unwrap();
+            answers.find(|(name, _)| *name == "deferred").map(|(_, count)| count)
+        };
+        wait_until("installs are put off", || put_off(&victim) > Some(20));
+        assert!(!victim.faulter.main.has_answered() && !other.has_answered());
+        victim.keeper.limit_descriptors(1024);
+        other.assert_answers(victim.faulter.at(0, 100), &victim.source.bytes[100 * PAGE..101 * PAGE]);
+        let mut child = victim.faulter.forked();
+        child.assert_reads(victim.faulter.at(0, 200), &victim.source.bytes[200 * PAGE..204 * PAGE]);
+        child.tell("exit");
+        victim.faulter.kill();
+        // The same one has served all the time.
+        victim.keeper.assert_ends();
+    });
 }

@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use postcopy::{ForeignRegion, Sharing};
+use rustix::process::{Resource, Rlimit};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -61,6 +62,17 @@ impl Keeper {
     #[must_use]
     pub fn state(&self) -> &File {
         &self.state
+    }
+
+    /// How many descriptors who serves may have.
+    ///
+    /// # Panics
+    /// If that cannot be changed.
+    pub fn limit_descriptors(&self, count: u64) {
+        let pid = rustix::process::Pid::from_raw(self.worker.as_raw());
+        // It has this process's.
+        let limit = Rlimit { current: Some(count), ..rustix::process::getrlimit(Resource::Nofile) };
+        rustix::process::prlimit(pid, Resource::Nofile, limit).expect("root may");
     }
 
     fn line(&mut self) -> String {
