@@ -40,6 +40,7 @@ mod space;
 pub mod state;
 mod sync;
 pub mod uffd;
+mod way_out;
 
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};
 pub use image::{Content, Image};

@@ -25,11 +25,12 @@ use crate::requests::{Late, Refused, Requests};
 use crate::session::{Command, LossPolicy, Options, SessionError, Shared, add};
 use crate::space::{Space, Spaces};
 use crate::uffd::{AsyncUffd, Outcome, Readable};
+use crate::way_out::WayOut;
 use bytes::Bytes;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;
@@ -79,87 +80,6 @@ pub(crate) struct Pager {
 struct Watched {
     space: Arc<Space>,
     uffd: AsyncUffd,
-}
-
-/// Makes every way out of the pager (return, error, panic) a safe one when it is dropped: what is unresolved is
-/// poisoned, and only then are the regions let go of. Where a successor can come, and the end is none in order, all is
-/// left to it as it is.
-#[derive(Debug)]
-struct WayOut {
-    shared: Arc<Shared>,
-    /// Until then whoever opens the session has its descriptors, too.
-    is_open: bool,
-    in_order: bool,
-}
-
-impl WayOut {
-    /// Poisons what is absent in all regions, also of processes that are forked meanwhile; false if that cannot be done.
-    fn poison(&self) -> bool {
-        let shared = &self.shared;
-        // Shared memory that was moved may be mapped at its old place still.
-        let mut spaces = shared.spaces();
-        Arc::make_mut(&mut spaces).take_all_back();
-        if let Err(error) = shared.set_spaces(spaces, None) {
-            shared.report(&error.to_string());
-            return false;
-        }
-        // Kept, so that none that comes has the address of one that is done.
-        let mut done: HashMap<*const RegionState, Arc<RegionState>> = HashMap::new();
-        loop {
-            let spaces = shared.spaces();
-            let is_left = |region: &&Arc<RegionState>| !done.contains_key(&Arc::as_ptr(region));
-            let left: Vec<_> = spaces.regions().iter().filter(is_left).cloned().collect();
-            if left.is_empty() {
-                return true;
-            }
-            for region in left {
-                let patience = shared.options.fault_deadline;
-                if !install::poison(&region, 0..region.pages(), patience, || self.read(&region.space)) {
-                    shared.report("memory could not be made safe at the session's end; its faults wait");
-                    return false;
-                }
-                done.insert(Arc::as_ptr(&region), region);
-            }
-            for space in spaces.spaces() {
-                self.read(space);
-            }
-        }
-    }
-
-    /// Reads what a space has to tell. Faults are left: poisoning wakes them.
-    fn read(&self, space: &Arc<Space>) {
-        let _ = events::read(&self.shared, space, &mut Vec::new());
-    }
-}
-
-impl Drop for WayOut {
-    fn drop(&mut self) {
-        let shared = &self.shared;
-        shared.gate.close();
-        let spaces = shared.spaces();
-        if shared.state.has_file() && !self.in_order {
-            spaces.leave_open();
-            return shared.end();
-        }
-        if !self.is_open {
-            return shared.end();
-        }
-        if !self.poison() {
-            spaces.leave_open();
-            return shared.end();
-        }
-        let spaces = shared.spaces();
-        for region in spaces.regions() {
-            // Poison stays. Without this an munmap would wait for somebody to read its event.
-            let _ = region.space.uffd.unregister(region.address(0), region.len());
-        }
-        for space in spaces.spaces() {
-            self.read(space);
-        }
-        // Only now nobody has anything to do here any more.
-        shared.state.end();
-        shared.end();
-    }
 }
 
 impl Pager {

@@ -321,7 +321,7 @@ pub(crate) mod tests {
         /// Pages stay what they are, wherever they go, whatever is cut, and however often it is forked.
         #[test]
         fn pages_are_found_where_they_went(changes in prop::collection::vec(any_change(), 0..20)) {
-            let bytes = |pages: &Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+            let bytes = |pages: &Range<usize>| bytes(pages.clone());
             let root = any_space(0);
             let state = State::own();
             let region = |start: usize, pages: Range<usize>| {
@@ -386,37 +386,40 @@ pub(crate) mod tests {
         }
     }
 
+    /// Two regions of ten pages each, at pages 20 and 100, of these pages of the file.
+    fn two_regions(space: &Arc<Space>) -> Spaces {
+        let region = |start: usize| {
+            let states = State::own().page_states(10).unwrap();
+            let (address, pages) = (start * PAGE_BYTES, start..start + 10);
+            Arc::new(RegionState::new(Arc::clone(space), address, FILE, pages, 16 * PAGE_BYTES, states))
+        };
+        Spaces::new(vec![Arc::clone(space)], vec![region(20), region(100)])
+    }
+
+    fn bytes(pages: Range<usize>) -> Range<usize> {
+        pages.start * PAGE_BYTES..pages.end * PAGE_BYTES
+    }
+
+    /// Which pages of the file are at these pages.
+    fn found<const N: usize>(spaces: &Spaces, space: &Space, pages: [usize; N]) -> [Option<usize>; N] {
+        pages.map(|page| {
+            let (region, at) = spaces.at(space, page * PAGE_BYTES)?;
+            Some(region.place_in_chunk(at) + 16 * usize::try_from(region.chunk_of(at).0).unwrap())
+        })
+    }
+
     #[test]
     fn memory_that_is_moved_where_other_memory_was_moved_from_stays() {
         let space = any_space(0);
-        let state = State::own();
-        let region = |start: usize| {
-            let (space, states) = (Arc::clone(&space), state.page_states(10).unwrap());
-            Arc::new(RegionState::new(
-                space,
-                start * PAGE_BYTES,
-                FILE,
-                start..start + 10,
-                16 * PAGE_BYTES,
-                states,
-            ))
-        };
-        let mut spaces = Spaces::new(vec![Arc::clone(&space)], vec![region(20), region(100)]);
-        let bytes = |pages: Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+        let mut spaces = two_regions(&space);
         // Two threads: the second one is told where the first one's memory was, before its unmapping is told of.
         spaces.move_to(&space, &bytes(20..30), 200 * PAGE_BYTES);
         spaces.move_to(&space, &bytes(100..110), 18 * PAGE_BYTES);
         assert!(spaces.unmap(&space, &bytes(20..30)).is_empty());
         assert!(spaces.unmap(&space, &bytes(100..110)).is_empty());
         assert!(spaces.left().is_empty());
-        let found = |page: usize| {
-            let (region, at) = spaces.at(&space, page * PAGE_BYTES)?;
-            Some(region.place_in_chunk(at) + 16 * usize::try_from(region.chunk_of(at).0).unwrap())
-        };
-        assert_eq!(
-            [18, 22, 27, 28, 200, 209].map(found),
-            [100, 104, 109, 0, 20, 29].map(|p| Some(p).filter(|p| *p != 0))
-        );
+        let expected = [Some(100), Some(104), Some(109), None, Some(20), Some(29)];
+        assert_eq!(found(&spaces, &space, [18, 22, 27, 28, 200, 209]), expected);
         // And its own unmapping is meant when it comes.
         assert_eq!(spaces.unmap(&space, &bytes(20..25)).len(), 1);
     }
@@ -424,30 +427,14 @@ pub(crate) mod tests {
     #[test]
     fn memory_that_is_told_of_too_late_goes_where_it_went() {
         let space = any_space(0);
-        let state = State::own();
-        let region = |start: usize| {
-            let (space, states) = (Arc::clone(&space), state.page_states(10).unwrap());
-            Arc::new(RegionState::new(
-                space,
-                start * PAGE_BYTES,
-                FILE,
-                start..start + 10,
-                16 * PAGE_BYTES,
-                states,
-            ))
-        };
-        let mut spaces = Spaces::new(vec![Arc::clone(&space)], vec![region(20), region(100)]);
-        let bytes = |pages: Range<usize>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+        let mut spaces = two_regions(&space);
         // It was moved from 20 to 200 first, and then other memory to 20; but that is told of before.
         spaces.move_to(&space, &bytes(100..110), 20 * PAGE_BYTES);
         spaces.move_to(&space, &bytes(20..30), 200 * PAGE_BYTES);
         spaces.unmap(&space, &bytes(100..110));
         assert!(spaces.unmap(&space, &bytes(20..30)).is_empty());
-        let found = |page: usize| {
-            let (region, at) = spaces.at(&space, page * PAGE_BYTES)?;
-            Some(region.place_in_chunk(at) + 16 * usize::try_from(region.chunk_of(at).0).unwrap())
-        };
-        assert_eq!([20, 29, 200, 209].map(found), [Some(100), Some(109), Some(20), Some(29)]);
+        let expected = [Some(100), Some(109), Some(20), Some(29)];
+        assert_eq!(found(&spaces, &space, [20, 29, 200, 209]), expected);
         assert!(spaces.left().is_empty() && spaces.displaced().is_empty());
     }
 
