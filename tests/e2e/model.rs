@@ -5,10 +5,10 @@
 //! overtake each other, and sends some twice. The pager is killed now and then, and replaced.
 
 use crate::session::Source;
-use nix::sys::uio::RemoteIoVec;
-use nix::unistd::Pid;
 use postcopy_tests::chaos::{Chaos, Lies, within};
-use postcopy_tests::faulter::{ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience};
+use postcopy_tests::faulter::{
+    ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience, read_from_outside,
+};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::Keeper;
 use postcopy_tests::model::{Content, Memory};
@@ -16,7 +16,6 @@ use postcopy_tests::{is_root, skip};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use std::collections::BTreeMap;
-use std::io::IoSliceMut;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -488,14 +487,10 @@ impl World {
 
     /// Reads from here, as a debugger does.
     fn remote_read(&mut self, process: usize, pages: &Range<usize>, claims: &Claims, image: &[String]) {
-        let pid = Pid::from_raw(self.processes[process].threads[0].pid.cast_signed());
-        let remote = [RemoteIoVec { base: pages.start * PAGE, len: pages.len() * PAGE }];
-        let bytes = within(patience(), move || {
-            let mut bytes = vec![0; remote[0].len];
-            let read = nix::sys::uio::process_vm_readv(pid, &mut [IoSliceMut::new(&mut bytes)], &remote);
-            assert_eq!(read, Ok(bytes.len()));
-            bytes
-        });
+        let pid = self.processes[process].threads[0].pid;
+        let (address, len) = (pages.start * PAGE, pages.len() * PAGE);
+        let bytes = within(patience(), move || read_from_outside(pid, address, len)).expect("it can be read");
+        assert_eq!(bytes.len(), len);
         let digests: Vec<_> = bytes.chunks(PAGE).map(page_digest).collect();
         self.compare(process, pages.clone(), &digests, claims, image);
     }

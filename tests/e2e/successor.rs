@@ -2,7 +2,7 @@
 
 use crate::session::Source;
 use postcopy_tests::chaos::within;
-use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
 use postcopy_tests::keeper::{Keeper, StoppedPager};
@@ -279,20 +279,25 @@ fn a_fork_for_which_there_is_no_descriptor_waits_for_one() {
     }
     within(WATCHDOG, || {
         let mut victim = Victim::start(false);
-        let mut other = victim.faulter.thread();
         victim.assert_is_image(0, 1);
         victim.keeper.limit_descriptors(3);
         victim.faulter.main.tell("fork");
-        other.tell(&format!("read {} 1", victim.faulter.at(0, 100)));
+        let (pid, address) = (victim.faulter.main.pid, victim.faulter.at(0, 100));
+        let sleeps_in =
+            |what| std::fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|name| name == what);
+        wait_until("it waits in the fork", || sleeps_in("userfaultfd_event_wait_completion"));
+        // From outside: malloc's locks are the forking thread's.
+        let other = std::thread::spawn(move || read_from_outside(pid, address, PAGE));
         // As long as the fork is not told of nothing can be installed.
         let put_off = |victim: &Victim| {
             let mut answers = postcopy::state::answers(victim.keeper.state()).unwrap();
             answers.find(|(name, _)| *name == "deferred").map(|(_, count)| count)
         };
         wait_until("installs are put off", || put_off(&victim) > Some(20));
-        assert!(!victim.faulter.main.has_answered() && !other.has_answered());
+        assert!(!victim.faulter.main.has_answered() && !other.is_finished());
         victim.keeper.limit_descriptors(1024);
-        other.assert_answers(victim.faulter.at(0, 100), &victim.source.bytes[100 * PAGE..101 * PAGE]);
+        let read = other.join().unwrap().unwrap();
+        assert!(read == victim.source.bytes[100 * PAGE..101 * PAGE], "other bytes");
         let mut child = victim.faulter.forked();
         child.assert_reads(victim.faulter.at(0, 200), &victim.source.bytes[200 * PAGE..204 * PAGE]);
         child.tell("exit");

@@ -1,11 +1,13 @@
 //! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
 use crate::{binary, descriptors};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
 use postcopy::{ForeignRegion, Sharing};
 use postcopy_proto::digest::Digest;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::PidfdFlags;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSliceMut, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
@@ -117,6 +119,19 @@ impl Toucher {
             assert_eq!(found, expected, "page {page} of those at {address:#x}: other bytes{zero}");
         }
     }
+}
+
+/// Reads another process's memory as a debugger does, in the calling thread: a touch that needs nothing of that process.
+///
+/// # Errors
+/// Whatever process_vm_readv(2) answers; EFAULT where nothing could be read.
+pub fn read_from_outside(pid: u32, address: usize, len: usize) -> nix::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let remote = [RemoteIoVec { base: address, len }];
+    let read =
+        process_vm_readv(Pid::from_raw(pid.cast_signed()), &mut [IoSliceMut::new(&mut bytes)], &remote)?;
+    bytes.truncate(read);
+    Ok(bytes)
 }
 
 /// What a process says of a page of these bytes.
