@@ -8,7 +8,7 @@ use crate::remote::ServerAddress;
 use crate::session::{Options, SessionError, Shared};
 use crate::space::{Space, Spaces};
 use crate::state::{Contents, RegionRow, State, StateError};
-use crate::uffd::{self, Event, OpenError, Uffd};
+use crate::uffd::{self, Event, HUGE_BYTES, OpenError, Uffd};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::collections::HashMap;
@@ -24,13 +24,16 @@ const OWN_PROCESS_FEATURES: u64 = uffd::EVENT_REMOVE | uffd::EVENT_REMAP | uffd:
 /// A span of another process's address space that is filled from a span of an image's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForeignRegion {
-    /// The first address, a multiple of the page size of 4 KiB.
+    /// The first address, a multiple of the page size.
     pub address: usize,
     /// Length in bytes, a multiple of the page size; not zero.
     pub len: usize,
+    /// The size in bytes of the memory's pages: 4096, whether or not there may be transparent huge pages, or 2 MiB of
+    /// hugetlb, which are installed only whole: the first touch of one waits for all of it.
+    pub page_bytes: usize,
     /// The file's path in the image.
     pub path: Vec<u8>,
-    /// Where in the file it begins, in bytes, a multiple of the page size. The file has all of its pages.
+    /// Where in the file it begins, in bytes, a multiple of 4096. The file has all of its pages.
     pub offset_bytes: u64,
     /// Whether it is a shared mapping.
     pub sharing: Sharing,
@@ -109,7 +112,7 @@ impl Owner {
                     None => State::own(),
                     Some(file) => State::create(file, &image.digest(), &options, pid)?,
                 };
-                let space = Arc::new(Space::new(0, uffd, &state));
+                let space = Arc::new(Space::new(0, uffd, &state).of_process(pid));
                 let regions = self::regions(&image, &space, &regions, &state)?;
                 let spaces = Spaces::new(vec![space], regions);
                 state.write(&spaces, 1, None)?;
@@ -131,7 +134,9 @@ fn take_over(
     let mut spaces = Vec::new();
     for (id, fd) in &contents.spaces {
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
-        spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?, &state)));
+        // The others' pids are not known.
+        let pid = contents.owner.filter(|_| *id == 0);
+        spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?, &state).of_process(pid)));
     }
     let [regions, moved, displaced] = left_regions(&image, &state, contents, &spaces)?;
     let spaces = Spaces::new(spaces, regions).with(moved, displaced);
@@ -219,9 +224,12 @@ fn left_regions(
             StateError::Wrong(format!("the image has no file that begins with chunk {chunk}"))
         })?;
         let space = spaces.iter().find(|space| space.id == row.space).expect("checked when it was read");
-        let states = states.entry(row.states_at).or_insert_with(|| Arc::new(state.page_states_of(row)));
+        let states = states
+            .entry(row.states_at)
+            .or_insert_with(|| (Arc::new(state.page_states_of(row)), Arc::default()));
         let chunk_bytes = image.root().chunk_size().bytes();
-        let region = RegionState::restored(row, Arc::clone(space), *file, chunk_bytes, Arc::clone(states));
+        let region = RegionState::restored(row, Arc::clone(space), *file, chunk_bytes, states.clone());
+        region.settle();
         let kind = if row.is_displaced { 2 } else { usize::from(row.is_left) };
         regions[kind].push(Arc::new(region));
     }
@@ -242,11 +250,15 @@ fn regions(
     // By object and file: the pages of it that regions have.
     let mut objects: HashMap<(u32, u64), Range<usize>> = HashMap::new();
     for (index, region) in regions.iter().enumerate() {
-        let ForeignRegion { address, len, .. } = *region;
+        let ForeignRegion { address, len, page_bytes, .. } = *region;
         let wrong = |reason: String| SessionError::Region { index, address, len, reason };
         let end = address.checked_add(len).ok_or_else(|| wrong("its end is beyond all addresses".into()))?;
-        if len == 0 || !address.is_multiple_of(PAGE_BYTES) || !len.is_multiple_of(PAGE_BYTES) {
-            return Err(wrong("address and length must be multiples of 4096, the length not zero".into()));
+        if ![PAGE_BYTES, HUGE_BYTES].contains(&page_bytes) {
+            return Err(wrong(format!("pages of {page_bytes} bytes; there are such of 4096 and of 2 MiB")));
+        }
+        if len == 0 || !address.is_multiple_of(page_bytes) || !len.is_multiple_of(page_bytes) {
+            let rule = format!("address and length must be multiples of {page_bytes}, the length not zero");
+            return Err(wrong(rule));
         }
         let overlaps = |(other, _): &(RegionRow, _)| {
             other.address < end && address < other.address + other.pages * PAGE_BYTES
@@ -264,7 +276,20 @@ fn regions(
             })?;
         if let Sharing::Shared(object) = region.sharing {
             let span = objects.entry((object, file.first_chunk.0)).or_insert(pages.clone());
+            if !span.start.abs_diff(pages.start).is_multiple_of(page_bytes / PAGE_BYTES) {
+                return Err(wrong("it is not a whole number of pages from others of the same memory".into()));
+            }
             *span = span.start.min(pages.start)..span.end.max(pages.end);
+        }
+        let is_huge = space.uffd.is_huge(address);
+        let found =
+            is_huge.map_err(|_| wrong("there is no memory registered with this userfaultfd".into()))?;
+        let is_huge = page_bytes == HUGE_BYTES;
+        if found == Some(!is_huge) {
+            let found = if is_huge { "4096 bytes" } else { "2 MiB" };
+            return Err(wrong(format!(
+                "it was said to have pages of {page_bytes} bytes, and has such of {found}"
+            )));
         }
         let row = RegionRow {
             space: space.id,
@@ -277,23 +302,24 @@ fn regions(
             states_pages: pages.len(),
             first_state: 0,
             is_shared: region.sharing != Sharing::Private,
+            is_huge,
             is_left: false,
             is_displaced: false,
         };
         rows.push((row, file));
     }
     let of_object = |(object, span): ((u32, u64), Range<usize>)| {
-        Ok((object, (span.start, Arc::new(state.page_states(span.len())?))))
+        Ok((object, (span.start, (Arc::new(state.page_states(span.len())?), Arc::default()))))
     };
     let objects: HashMap<_, _> = objects.into_iter().map(of_object).collect::<Result<_, StateError>>()?;
     let chunk_bytes = image.root().chunk_size().bytes();
     let region = |((mut row, file), region): ((RegionRow, FileEntry), &ForeignRegion)| {
         let states = match region.sharing {
-            Sharing::Private => Arc::new(state.page_states(row.pages)?),
+            Sharing::Private => (Arc::new(state.page_states(row.pages)?), Arc::default()),
             Sharing::Shared(object) => {
                 let (first_page, states) = &objects[&(object, file.first_chunk.0)];
                 row.first_state = row.first_page - first_page;
-                Arc::clone(states)
+                states.clone()
             }
         };
         Ok(Arc::new(RegionState::restored(&row, Arc::clone(space), file, chunk_bytes, states)))

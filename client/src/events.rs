@@ -162,7 +162,7 @@ fn keeps_content(
 }
 
 /// Wakes those who sleep on these pages in any of their mappings.
-fn wake_mappings(spaces: &Spaces, region: &RegionState, pages: &Range<usize>) {
+pub(crate) fn wake_mappings(spaces: &Spaces, region: &RegionState, pages: &Range<usize>) {
     for other in spaces.regions() {
         let addresses = other.same_memory(region, pages);
         if !addresses.is_empty() {

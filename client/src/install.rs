@@ -5,6 +5,7 @@
 
 use crate::chunk::{ChunkPages, PIECE_PAGES};
 use crate::gate::Gate;
+use crate::huge;
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::uffd::Outcome;
@@ -51,6 +52,9 @@ pub(crate) fn install(
     content: &ChunkPages,
     first: Option<usize>,
 ) -> Installed {
+    if region.gathering().is_some() {
+        return huge::install(gate, region, chunk, content);
+    }
     let Some(Range { start, end }) = region.pages_of(chunk) else { return Installed::All };
     // A region may begin within a chunk.
     let place = region.place_in_chunk(start);
@@ -157,6 +161,7 @@ pub(crate) fn poison(
 ) -> bool {
     const UNRESOLVED: [PageState; 2] = [PageState::Absent, PageState::Poisoned];
     let uffd = &region.space.uffd;
+    let unit = region.unit();
     let mut next = pages.start;
     // Less where one ioctl meets two VMAs, or memory that is gone.
     let mut most = usize::MAX;
@@ -191,10 +196,10 @@ pub(crate) fn poison(
             Outcome::AlreadyPresent => {
                 // An installer was faster. Else it is poison that is there.
                 if were_absent.contains(&run.start) {
-                    region.set_resident(run.start..run.start + 1);
+                    region.set_resident(run.start..run.start + unit);
                 }
-                uffd.wake(address, PAGE_BYTES);
-                run.start + 1
+                uffd.wake(address, unit * PAGE_BYTES);
+                run.start + unit
             }
             // Paced: both pass when somebody else gets a turn.
             Outcome::Deferred => {
@@ -206,8 +211,8 @@ pub(crate) fn poison(
                 std::thread::park_timeout(PAUSE);
                 run.start
             }
-            Outcome::Gone if run.len() > 1 => {
-                most = run.len() / 2;
+            Outcome::Gone if run.len() > unit => {
+                most = (run.len() / 2).next_multiple_of(unit);
                 run.start
             }
             Outcome::Gone => {
@@ -240,12 +245,13 @@ fn poison_run(region: &RegionState, address: usize, len: usize) -> Outcome {
 
 /// A page is no longer registered, or not mapped. If an event is to be read yet, that decides what becomes of it, which
 /// may be that it has only been moved; else nothing will tell of it, and it is final.
-fn gone(region: &RegionState, page: usize) {
+pub(crate) fn gone(region: &RegionState, page: usize) {
     let uffd = &region.space.uffd;
     if !uffd.has_event() && !region.is_shared() {
-        region.set_removed(page..page + 1);
+        region.set_removed(region.whole(&(page..page + 1)));
     }
-    uffd.wake(region.address(page), PAGE_BYTES);
+    let addresses = region.whole_addresses(page);
+    uffd.wake(addresses.start, addresses.len());
 }
 
 /// Before Linux 6.6: no access at all to these pages, which is SIGSEGV.

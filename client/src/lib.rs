@@ -25,6 +25,7 @@ mod events;
 mod fetch;
 mod fill;
 mod gate;
+mod huge;
 mod image;
 mod install;
 mod lane;

@@ -15,6 +15,7 @@
 use crate::attach::Owner;
 use crate::chunk::ChunkPages;
 use crate::events::{self, Stopped};
+use crate::huge;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
 use crate::lane::{DemandLane, frame_of, may_pass};
@@ -307,11 +308,17 @@ impl Pager {
             PageState::Absent => self.ask(region, page),
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
             // there, its owner has dropped it without being asked to tell, and it is zero, too.
+            PageState::Removed | PageState::Resident if region.gathering().is_some() => {
+                self.zero_huge(&Arc::clone(region), page);
+            }
             PageState::Removed | PageState::Resident => self.zero(space, address),
-            PageState::Poisoned => match space.uffd.poison(address, PAGE_BYTES) {
-                Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
-                _ => space.uffd.wake(address, PAGE_BYTES),
-            },
+            PageState::Poisoned => {
+                let addresses = region.whole_addresses(page);
+                match space.uffd.poison(addresses.start, addresses.len()) {
+                    Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
+                    _ => space.uffd.wake(addresses.start, addresses.len()),
+                }
+            }
         }
     }
 
@@ -342,8 +349,55 @@ impl Pager {
         }
     }
 
-    /// Asks for the chunk of an absent page, unless that has been done.
+    /// The same for a page of 2 MiB.
+    fn zero_huge(&mut self, region: &Arc<RegionState>, page: usize) {
+        let space = &region.space;
+        let addresses = region.whole_addresses(page);
+        match space.counted(space.uffd.copy(addresses.start, &huge::ZEROS)) {
+            Outcome::Done => {}
+            Outcome::OwnerGone => space.set_gone(),
+            Outcome::Gone => space.uffd.wake(addresses.start, addresses.len()),
+            // It is there, or there was none to be had: whoever waits for it tells.
+            Outcome::AlreadyPresent => {
+                space.uffd.wake(addresses.start, addresses.len());
+                if !region.is_there(page) {
+                    self.put_off(space, addresses.start);
+                }
+            }
+            Outcome::Partial { .. } | Outcome::Deferred | Outcome::NoMemory => {
+                self.put_off(space, addresses.start);
+            }
+        }
+    }
+
+    /// Asks for what an absent page needs, unless that has been done.
     fn ask(&mut self, region: &Arc<RegionState>, page: usize) {
+        let Some(gathering) = region.gathering() else { return self.ask_chunk(region, page) };
+        let whole = region.whole(&(page..page + 1));
+        let mut next = whole.start;
+        let mut missing = Vec::new();
+        while next < whole.end {
+            let of_chunk = region.pages_of(region.chunk_of(next)).expect("a page of the region");
+            let pages = next..of_chunk.end.min(whole.end);
+            next = pages.end;
+            if !gathering.has(&region.placed(pages.clone())) {
+                missing.push(pages.start);
+            }
+        }
+        for page in &missing {
+            self.ask_chunk(region, *page);
+        }
+        // All had come, and could not be installed.
+        if missing.is_empty() {
+            match huge::install_gathered(region, whole.start) {
+                Installed::All => events::wake_mappings(&self.shared().spaces(), region, &whole),
+                _ => self.put_off(&region.space, region.address(whole.start)),
+            }
+        }
+    }
+
+    /// Asks for the chunk of an absent page, unless that has been done.
+    fn ask_chunk(&mut self, region: &Arc<RegionState>, page: usize) {
         let chunk = region.chunk_of(page);
         if self.requests.has_chunk(chunk) {
             return;
@@ -539,25 +593,27 @@ impl Pager {
     fn lose_page(&mut self, space: &Arc<Space>, address: usize) {
         let shared = Arc::clone(&self.way_out.shared);
         let deadline = shared.options.fault_deadline;
-        shared.report(&format!("a page of zeros at {address:#x}: the kernel had no memory for {deadline:?}"));
+        shared.report(&format!("the page at {address:#x}: the kernel had no memory for {deadline:?}"));
         if shared.options.on_loss == LossPolicy::Wait {
             return self.put_off(space, address);
         }
         match shared.spaces().at(space, address) {
             Some((region, page)) if region.state(page) == PageState::Absent => {
-                self.poison(region, page..page + 1);
+                self.poison(region, region.whole(&(page..page + 1)));
             }
             // It stays removed: nothing of the image may come there.
-            _ => {
-                let _ = space.uffd.poison(address, PAGE_BYTES);
-                space.uffd.wake(address, PAGE_BYTES);
+            other => {
+                let page = address..address + PAGE_BYTES;
+                let page = other.map_or(page, |(region, page)| region.whole_addresses(page));
+                let _ = space.uffd.poison(page.start, page.len());
+                space.uffd.wake(page.start, page.len());
             }
         }
     }
 
     fn poison_chunk(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex) {
         if let Some(pages) = region.pages_of(chunk) {
-            self.poison(region, pages);
+            self.poison(region, region.whole(&pages));
         }
     }
 

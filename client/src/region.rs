@@ -1,6 +1,7 @@
 //! Regions: spans of address space that an image's file appears in as it is touched.
 
 use crate::gate::Gate;
+use crate::huge::{Gathering, HUGE_PAGES};
 use crate::page_state::{PageState, PageStates};
 use crate::session::{Command, LossError, Shared};
 use crate::space::Space;
@@ -32,6 +33,8 @@ pub(crate) struct RegionState {
     states: Arc<PageStates>,
     /// The place of the region's first page among these states.
     first_state: usize,
+    /// Of pages of 2 MiB. Whatever has the same states has this.
+    gathering: Option<Arc<Gathering>>,
     /// Other mappings of the same memory have the same states.
     is_shared: bool,
     chunk_pages: usize,
@@ -61,6 +64,7 @@ impl RegionState {
             pages: pages.len(),
             states: Arc::new(states),
             first_state: 0,
+            gathering: None,
             is_shared: false,
             chunk_pages: chunk_bytes / PAGE_BYTES,
             removals: None,
@@ -79,6 +83,7 @@ impl RegionState {
             pages: pages.len(),
             states: Arc::clone(&self.states),
             first_state: self.first_state + pages.start,
+            gathering: self.gathering.clone(),
             is_shared: self.is_shared,
             chunk_pages: self.chunk_pages,
             removals: self.removals.clone(),
@@ -92,7 +97,8 @@ impl RegionState {
     pub(crate) fn forked(&self, space: &Arc<Space>, states: PageStates) -> Self {
         self.states.copy_to(&states, self.placed(0..self.pages));
         let (space, states) = (Arc::clone(space), Arc::new(states));
-        Self { space, states, first_state: 0, ..self.part(0..self.pages, self.start) }
+        let gathering = self.gathering.as_ref().map(|_| Arc::default());
+        Self { space, states, first_state: 0, gathering, ..self.part(0..self.pages, self.start) }
     }
 
     /// The same shared memory as a child has it that was forked.
@@ -100,13 +106,14 @@ impl RegionState {
         Self { space: Arc::clone(space), ..self.part(0..self.pages, self.start) }
     }
 
-    /// The region that a row of the state file tells of, in its space, with its file's entry and its states.
+    /// The region that a row of the state file tells of, in its space, with its file's entry, its states, and what is
+    /// gathered for these.
     pub(crate) fn restored(
         row: &RegionRow,
         space: Arc<Space>,
         file: FileEntry,
         chunk_bytes: usize,
-        states: Arc<PageStates>,
+        (states, gathering): (Arc<PageStates>, Arc<Gathering>),
     ) -> Self {
         Self {
             space,
@@ -116,11 +123,25 @@ impl RegionState {
             pages: row.pages,
             states,
             first_state: row.first_state,
+            gathering: row.is_huge.then_some(gathering),
             is_shared: row.is_shared,
             chunk_pages: chunk_bytes / PAGE_BYTES,
             removals: None,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
+        }
+    }
+
+    /// Whoever was killed while he set the states of a page of 2 MiB began with its first: they are all to be as that.
+    pub(crate) fn settle(&self) {
+        for first in (0..self.pages).step_by(self.unit()).filter(|_| self.unit() > 1) {
+            let pages = first..first + self.unit();
+            match self.state(first) {
+                PageState::Absent => {}
+                PageState::Resident => self.set_resident(pages),
+                PageState::Poisoned => self.set_poisoned(pages),
+                PageState::Removed => self.set_removed(pages),
+            }
         }
     }
 
@@ -137,6 +158,7 @@ impl RegionState {
             states_pages: self.states.pages(),
             first_state: self.first_state,
             is_shared: self.is_shared,
+            is_huge: self.gathering.is_some(),
             is_left: false,
             is_displaced: false,
         }
@@ -178,6 +200,36 @@ impl RegionState {
         let page = |address: usize| (address.saturating_sub(self.start) / PAGE_BYTES).min(self.pages);
         let start = page(addresses.start);
         start..page(addresses.end.next_multiple_of(PAGE_BYTES)).max(start)
+    }
+
+    /// What has come of its pages of 2 MiB, if it is of these.
+    pub(crate) fn gathering(&self) -> Option<&Gathering> {
+        self.gathering.as_deref()
+    }
+
+    /// How many pages of 4 KiB the kernel installs at least, all or none.
+    pub(crate) fn unit(&self) -> usize {
+        if self.gathering.is_some() { HUGE_PAGES } else { 1 }
+    }
+
+    /// All of the kernel's pages that these pages are in.
+    pub(crate) fn whole(&self, pages: &Range<usize>) -> Range<usize> {
+        let unit = self.unit();
+        pages.start - pages.start % unit..pages.end.next_multiple_of(unit)
+    }
+
+    /// The addresses of the kernel's page that a page is in.
+    pub(crate) fn whole_addresses(&self, page: usize) -> Range<usize> {
+        let whole = self.whole(&(page..page + 1));
+        self.address(whole.start)..self.address(whole.end)
+    }
+
+    /// Whether the kernel's page that a page is in is mapped there, as far as that can be seen.
+    pub(crate) fn is_there(&self, page: usize) -> bool {
+        let addresses = self.whole_addresses(page);
+        self.state(page) == PageState::Resident
+            || self.is_shared && self.space.uffd.is_cached(addresses.start, addresses.len())
+            || self.space.is_present(addresses.start)
     }
 
     /// The chunk that a page belongs to.
@@ -251,13 +303,20 @@ impl RegionState {
 
     /// Absent pages of the range become poisoned.
     pub(crate) fn set_poisoned(&self, pages: Range<usize>) {
-        self.states.set_poisoned(self.placed(pages));
+        let placed = self.placed(pages);
+        self.states.set_poisoned(placed.clone());
+        if let Some(gathering) = &self.gathering {
+            gathering.forget(&placed);
+        }
     }
 
     /// All pages of the range become removed.
     pub(crate) fn set_removed(&self, pages: Range<usize>) {
         let placed = self.placed(pages);
         self.states.set_removed(placed.clone());
+        if let Some(gathering) = &self.gathering {
+            gathering.forget(&placed);
+        }
         if let Some(removals) = &self.removals {
             for state in placed.clone() {
                 removals[state / 64].fetch_or(1 << (state % 64), Ordering::AcqRel);
@@ -325,7 +384,7 @@ impl RegionState {
     }
 
     /// Where these pages are among the states.
-    fn placed(&self, pages: Range<usize>) -> Range<usize> {
+    pub(crate) fn placed(&self, pages: Range<usize>) -> Range<usize> {
         assert!(pages.end <= self.pages, "pages {pages:?} of {}", self.pages);
         self.first_state + pages.start..self.first_state + pages.end
     }

@@ -4,6 +4,7 @@
 
 use crate::region::RegionState;
 use crate::state::{Answers, State, StateError};
+use crate::uffd::pagemap::Pagemap;
 use crate::uffd::{Outcome, Uffd};
 use postcopy_proto::page::ChunkIndex;
 use std::ops::Range;
@@ -18,12 +19,25 @@ pub(crate) struct Space {
     pub(crate) uffd: Arc<Uffd>,
     answers: Answers,
     gone: AtomicBool,
+    /// What its process has mapped, where that process is known.
+    pagemap: Option<Pagemap>,
 }
 
 impl Space {
     /// A space of a session with this state.
     pub(crate) fn new(id: u32, uffd: Uffd, state: &State) -> Self {
-        Self { id, uffd: Arc::new(uffd), answers: state.answers(), gone: AtomicBool::new(false) }
+        let (answers, gone) = (state.answers(), AtomicBool::new(false));
+        Self { id, uffd: Arc::new(uffd), answers, gone, pagemap: None }
+    }
+
+    /// The same, of a process that is known by its pid.
+    pub(crate) fn of_process(self, pid: Option<u32>) -> Self {
+        Self { pagemap: pid.and_then(|pid| Pagemap::of(pid).ok()), ..self }
+    }
+
+    /// Whether a page is seen to be mapped; false, too, where nothing can be seen.
+    pub(crate) fn is_present(&self, address: usize) -> bool {
+        self.pagemap.as_ref().is_some_and(|pagemap| pagemap.is_present(address))
     }
 
     /// Counts an answer of the kernel, and gives it back.

@@ -10,6 +10,7 @@
 //! A session that nobody can take over has no file, and its page states lie in memory of its own.
 
 use crate::advice::Call;
+use crate::huge::HUGE_PAGES;
 use crate::page_state::{PageStates, WORD_PAGES};
 use crate::session::{LossPolicy, Options};
 use crate::space::Spaces;
@@ -38,6 +39,7 @@ const MAX_REGIONS: usize = 1 << 17;
 const SHARED: u64 = 1;
 const LEFT: u64 = 2;
 const DISPLACED: u64 = 4;
+const HUGE: u64 = 8;
 
 // Places of words.
 const AT_MAGIC: usize = 0;
@@ -250,6 +252,8 @@ pub(crate) struct RegionRow {
     /// The place of the region's first page among them.
     pub(crate) first_state: usize,
     pub(crate) is_shared: bool,
+    /// Its pages are of 2 MiB.
+    pub(crate) is_huge: bool,
     /// It has been moved, and this is where it was.
     pub(crate) is_left: bool,
     /// Other memory is where it was, and it is still to be told where it went.
@@ -270,7 +274,8 @@ impl RegionRow {
             self.first_state as u64,
             if self.is_shared { SHARED } else { 0 }
                 | if self.is_left { LEFT } else { 0 }
-                | if self.is_displaced { DISPLACED } else { 0 },
+                | if self.is_displaced { DISPLACED } else { 0 }
+                | if self.is_huge { HUGE } else { 0 },
         ]
     }
 
@@ -288,10 +293,18 @@ impl RegionRow {
             is_shared: words[9] & SHARED != 0,
             is_left: words[9] & LEFT != 0,
             is_displaced: words[9] & DISPLACED != 0,
+            is_huge: words[9] & HUGE != 0,
         };
         let end = row.pages.checked_mul(PAGE_BYTES).and_then(|len| row.address.checked_add(len));
         if !row.address.is_multiple_of(PAGE_BYTES) || row.pages == 0 || end.is_none() {
             return wrong(format!("a region of {} pages at {:#x}", row.pages, row.address));
+        }
+        if row.is_huge
+            && ![row.address / PAGE_BYTES, row.pages, row.first_state]
+                .iter()
+                .all(|n| n.is_multiple_of(HUGE_PAGES))
+        {
+            return wrong(format!("a region of huge pages at {:#x} of {} pages", row.address, row.pages));
         }
         let states = row.first_state.checked_add(row.pages).filter(|end| *end <= row.states_pages);
         let words = row.states_at.checked_add(row.states_pages.div_ceil(WORD_PAGES));

@@ -12,10 +12,11 @@
 
 mod abi;
 pub(crate) mod memory;
-mod pagemap;
+pub(crate) mod pagemap;
 
 pub use pagemap::works as pagemap_scan_works;
 
+use postcopy_proto::page::PAGE_BYTES;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use rustix::io::Errno;
@@ -60,8 +61,8 @@ features! {
     EVENT_FORK = 1, "4.11", "another process's children are served, too; needs CAP_SYS_PTRACE";
     EVENT_REMAP = 2, "4.11", "memory that is moved is served where it went";
     EVENT_REMOVE = 3, "4.11", "madvise: memory given back stays given back";
-    MISSING_HUGETLBFS = 4, "4.11", "not used yet";
-    MISSING_SHMEM = 5, "4.11", "not used yet";
+    MISSING_HUGETLBFS = 4, "4.11", "another process's memory of huge pages";
+    MISSING_SHMEM = 5, "4.11", "another process's shared memory";
     EVENT_UNMAP = 6, "4.11", "memory that is unmapped is noticed";
     SIGBUS = 7, "4.14", "not used";
     THREAD_ID = 8, "4.14", "not used";
@@ -102,6 +103,9 @@ pub enum OpenError {
     #[error("the userfaultfd cannot be set up")]
     Setup(#[source] io::Error),
 }
+
+/// The size of a huge page (hugetlb) in bytes; there are others, which are not served.
+pub(crate) const HUGE_BYTES: usize = 2 << 20;
 
 /// What an ioctl did to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -408,9 +412,36 @@ impl Uffd {
 
     /// An ioctl that does nothing, and answers how things are.
     fn look(&self) -> Result<(), Errno> {
-        // At any address: at most it maps what is there already. That comes after what is asked for here.
+        // At any address: that there is no such memory comes after what is asked for here.
         // Low enough for processes of 32 bits.
-        let range = abi::Range { start: 1 << 31, len: abi::PAGE_BYTES };
+        self.map_cached(1 << 31, PAGE_BYTES)
+    }
+
+    /// Whether a page of shared memory is there, in this mapping or another one. It is mapped then.
+    pub(crate) fn is_cached(&self, address: usize, len: usize) -> bool {
+        matches!(self.map_cached(address, len), Ok(()) | Err(Errno::EXIST))
+    }
+
+    /// Whether the pages at an address are of 2 MiB (hugetlb); None: an event is to be read first, or the owner is gone.
+    ///
+    /// # Errors
+    /// That there is no memory that was registered here.
+    pub(crate) fn is_huge(&self, address: usize) -> io::Result<Option<bool>> {
+        // Private memory has nothing that could be mapped, and is refused like a range that is not of whole pages; then
+        // the one of 2 MiB is, too.
+        let small = self.map_cached(address, PAGE_BYTES);
+        let huge = self.map_cached(address - address % HUGE_BYTES, HUGE_BYTES);
+        match small {
+            Err(Errno::NOENT) => Err(Errno::NOENT.into()),
+            Err(Errno::AGAIN | Errno::SRCH) => Ok(None),
+            Err(Errno::INVAL) => Ok(Some(!matches!(huge, Err(Errno::INVAL | Errno::NOENT)))),
+            _ => Ok(Some(false)),
+        }
+    }
+
+    /// Maps what there is already of shared memory.
+    fn map_cached(&self, address: usize, len: usize) -> Result<(), Errno> {
+        let range = abi::Range { start: address as u64, len: len as u64 };
         let mut continue_ = abi::Continue { range, mode: abi::MODE_DONTWAKE, mapped: 0 };
         update::<{ abi::IOC_CONTINUE }, _>(self.as_fd(), &mut continue_)
     }
@@ -515,8 +546,8 @@ impl Event {
         let [_, a, b, c] = message.map(postcopy_proto::page::to_usize);
         let event = message[0].to_ne_bytes()[0];
         match event {
-            // Without UFFD_FEATURE_EXACT_ADDRESS the address is the page's.
-            abi::EVENT_PAGEFAULT => Self::Fault { address: b },
+            // With UFFD_FEATURE_EXACT_ADDRESS it is not the page's.
+            abi::EVENT_PAGEFAULT => Self::Fault { address: b - b % PAGE_BYTES },
             abi::EVENT_REMOVE => Self::Remove { addresses: a..b },
             abi::EVENT_UNMAP => Self::Unmap { addresses: a..b },
             abi::EVENT_REMAP => Self::Remap { from: a..a + c, to: b },

@@ -435,6 +435,53 @@ fn a_removal_of_shared_memory_that_nobody_can_see_ends_the_session() {
 }
 
 #[test]
+fn transparent_huge_pages_do_not_swallow_what_is_absent() {
+    with_faulter("transparent_huge_pages_do_not_swallow_what_is_absent", |_, _| {
+        const HUGEPAGE: i32 = 14;
+        const COLLAPSE: i32 = 25;
+        const HUGE_PAGES: usize = 512;
+        let source = Source::start(memory_like(4 * HUGE_PAGES * PAGE, 72), CHUNK);
+        for kind in ["private", "memfd", "memfd-private"] {
+            let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("{kind}:{}", 3 * HUGE_PAGES)]);
+            let region = match kind {
+                "memfd" => faulter.shared_region(0, "mem", 7 * PAGE as u64, 1),
+                _ => faulter.region(0, "mem", 7 * PAGE as u64),
+            };
+            faulter.main.does(&format!("advise {HUGEPAGE} {} {}", faulter.at(0, 0), 3 * HUGE_PAGES));
+            let uffd = faulter.uffd();
+            let pid = Some(faulter.main.pid);
+            let memory = ForeignMemory { uffd, regions: &[region], state: None, pid };
+            let reference = "app".parse().unwrap();
+            let options = Options::default();
+            let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
+            faulter.let_go();
+            // All of 2 MiB aligned, but for one page; all; and a few.
+            let start = (faulter.at(0, 0).next_multiple_of(2 << 20) - faulter.at(0, 0)) / PAGE;
+            let image = |page: usize, count: usize| source.pages(7 + page, count);
+            let last = start + HUGE_PAGES - 1;
+            faulter.assert_reads(0, start, image(start, HUGE_PAGES - 1 - 16));
+            let mut collapse = |page: usize| {
+                let address = faulter.at(0, page);
+                faulter.main.ask(&format!("advise {COLLAPSE} {address} {HUGE_PAGES}"))
+            };
+            assert!(collapse(start).starts_with("error"), "{kind}: it lacks pages");
+            let _ = collapse(start + HUGE_PAGES);
+            faulter.assert_reads(0, last, image(last, 1));
+            faulter.assert_reads(0, last - 16, image(last - 16, 16));
+            let faults = session.progress().faults;
+            let collapsed =
+                faulter.main.ask(&format!("advise {COLLAPSE} {} {HUGE_PAGES}", faulter.at(0, start)));
+            faulter.assert_reads(0, start, image(start, HUGE_PAGES));
+            assert!(session.progress().faults == faults || collapsed.starts_with("error"), "{kind}");
+            session.fill().unwrap();
+            session.wait_resident(Duration::from_secs(30)).unwrap();
+            faulter.assert_reads(0, 0, image(0, 3 * HUGE_PAGES));
+            assert_eq!(session.error(), None);
+        }
+    });
+}
+
+#[test]
 fn private_mappings_of_files_are_filled() {
     with_faulter("private_mappings_of_files_are_filled", |source, _| {
         let mut faulter = Faulter::start(ALL_EVENTS, &["memfd-private:197", "memfd-private:100"]);

@@ -10,6 +10,7 @@ mod damage;
 mod documents;
 mod durability;
 mod gc;
+mod huge;
 mod lying;
 mod map;
 mod model;

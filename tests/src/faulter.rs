@@ -200,7 +200,20 @@ impl Faulter {
     #[must_use]
     pub fn region(&self, index: usize, path: &str, offset_bytes: u64) -> ForeignRegion {
         let (address, len) = self.regions[index];
-        ForeignRegion { address, len, path: path.into(), offset_bytes, sharing: Sharing::Private }
+        let (path, sharing) = (path.into(), Sharing::Private);
+        ForeignRegion { address, len, page_bytes: PAGE, path, offset_bytes, sharing }
+    }
+
+    /// The same of memory of huge pages.
+    #[must_use]
+    pub fn huge_region(
+        &self,
+        index: usize,
+        path: &str,
+        offset_bytes: u64,
+        sharing: Sharing,
+    ) -> ForeignRegion {
+        ForeignRegion { page_bytes: 2 << 20, sharing, ..self.region(index, path, offset_bytes) }
     }
 
     /// The same of shared memory, `object` by number.

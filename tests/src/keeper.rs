@@ -46,7 +46,7 @@ impl Keeper {
         let region = |r: &ForeignRegion| {
             let path = String::from_utf8(r.path.clone()).expect("a path of the tests");
             let object = if let Sharing::Shared(object) = r.sharing { Some(object) } else { None };
-            (r.address, r.len, path, r.offset_bytes, object)
+            (r.address, r.len, r.page_bytes, path, r.offset_bytes, object)
         };
         let regions: Vec<_> = regions.iter().map(region).collect();
         let text = serde_json::to_string(&(server, reference, fill, regions, faulter.main.pid));

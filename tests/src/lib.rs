@@ -10,6 +10,7 @@ pub mod faulter;
 pub mod fixtures;
 pub mod keeper;
 pub mod model;
+pub mod pool;
 pub mod proxy;
 pub mod server;
 pub mod store;

@@ -1,7 +1,8 @@
-//! PAGEMAP_SCAN, since Linux 6.7: which pages of this process were written to since they were write-protected.
+//! /proc/PID/pagemap: whether a page is mapped; and PAGEMAP_SCAN, since Linux 6.7: which pages of this process were written
+//! to since they were write-protected.
 
 use super::{abi, update};
-use postcopy_proto::page::to_usize;
+use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::fs::File;
@@ -11,13 +12,27 @@ use std::ops::Range;
 /// Ranges that are asked for at once.
 const RANGES: usize = 256;
 
-/// This process's /proc/self/pagemap.
+/// A process's /proc/PID/pagemap.
 #[derive(Debug)]
 pub(crate) struct Pagemap(File);
 
 impl Pagemap {
     pub(crate) fn open() -> io::Result<Self> {
         Ok(Self(File::open("/proc/self/pagemap")?))
+    }
+
+    /// Another process's, which is to be alive.
+    pub(crate) fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self(File::open(format!("/proc/{pid}/pagemap"))?))
+    }
+
+    /// Whether the page at an address is mapped; false, too, if the kernel does not say.
+    pub(crate) fn is_present(&self, address: usize) -> bool {
+        const PRESENT: u64 = 1 << 63;
+        let mut entry = [0; size_of::<u64>()];
+        let at = (address / PAGE_BYTES * size_of::<u64>()) as u64;
+        let read = rustix::io::retry_on_intr(|| rustix::io::pread(&self.0, &mut entry, at));
+        read == Ok(entry.len()) && u64::from_ne_bytes(entry) & PRESENT != 0
     }
 
     /// Gives the ranges of addresses of pages that are there and were written to, and whether they are in memory. If asked to, it protects them anew, with

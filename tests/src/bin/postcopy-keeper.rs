@@ -2,7 +2,7 @@
 //! one when that has died.
 //!
 //! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, fill,
-//! [[address, length, path, offset, shared object or null]…], pid]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
+//! [[address, length, page size, path, offset, shared object or null]…], pid]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
 //! `ended` when one has ended in order.
 
 use anyhow::{Context, Result, bail};
@@ -125,12 +125,12 @@ fn main() -> Result<()> {
     let mut socket = UnixStream::connect(std::env::args().nth(1).context("SOCKET")?)?;
     let (uffd, text) = descriptors::receive(&socket);
     let (server, reference, fill, regions, pid) = serde_json::from_str(&text)?;
-    /// Address, length, path, offset, shared object.
-    type Region = (usize, usize, String, u64, Option<u32>);
+    /// Address, length, page size, path, offset, shared object.
+    type Region = (usize, usize, usize, String, u64, Option<u32>);
     let regions: Vec<Region> = regions;
-    let region = |(address, len, path, offset_bytes, object): Region| {
+    let region = |(address, len, page_bytes, path, offset_bytes, object): Region| {
         let (path, sharing) = (String::into_bytes(path), object.map_or(Sharing::Private, Sharing::Shared));
-        ForeignRegion { address, len, path, offset_bytes, sharing }
+        ForeignRegion { address, len, page_bytes, path, offset_bytes, sharing }
     };
     let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
     let regions = regions.into_iter().map(region).collect();
