@@ -3,12 +3,13 @@
 
 use crate::events;
 use crate::image::Image;
-use crate::region::RegionState;
+use crate::page_state::PageState;
+use crate::region::{Common, RegionState};
 use crate::remote::ServerAddress;
 use crate::session::{Options, SessionError, Shared};
 use crate::space::{Space, Spaces};
 use crate::state::{Contents, RegionRow, State, StateError};
-use crate::uffd::{self, Event, HUGE_BYTES, OpenError, Uffd};
+use crate::uffd::{self, Event, HUGE_BYTES, OpenError, Outcome, Uffd};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::collections::HashMap;
@@ -16,6 +17,10 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Between attempts of the kernel's that were put off.
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// What the pager needs of the kernel in the process's own memory. EVENT_FORK is not among it: a fork of this
 /// process would wait for the pager, which may wait for a lock that the forking thread holds.
@@ -62,7 +67,7 @@ pub struct ForeignMemory<'a> {
     /// Where to keep what a successor needs, if this process may die before the session has ended: a file on tmpfs, or
     /// a memfd; what it held is lost. See [`crate::Session::resume`].
     pub state: Option<&'a File>,
-    /// The process, whose calls of madvise are looked at: what becomes of shared memory cannot be known without. Where
+    /// The process, whose page tables and calls of madvise are looked at: what becomes of shared memory cannot be known without. Where
     /// that has no content yet, and nothing shows what a madvise asks for, the session ends in an error.
     pub pid: Option<u32>,
 }
@@ -107,13 +112,14 @@ impl Owner {
                 Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }
             Self::Another { uffd, regions, state, pid } => {
-                let uffd = Uffd::adopt(uffd)?;
+                let tracks = options.track_writes;
+                let uffd = Uffd::adopt(uffd, tracks)?;
                 let state = match state {
                     None => State::own(),
                     Some(file) => State::create(file, &image.digest(), &options, pid)?,
                 };
                 let space = Arc::new(Space::new(0, uffd, &state).of_process(pid));
-                let regions = self::regions(&image, &space, &regions, &state)?;
+                let regions = self::regions(&image, &space, &regions, &state, tracks)?;
                 let spaces = Spaces::new(vec![space], regions);
                 state.write(&spaces, 1, None)?;
                 Ok(Shared::new(address, image, options, spaces, 1, state, pid))
@@ -136,7 +142,8 @@ fn take_over(
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
         // The others' pids are not known.
         let pid = contents.owner.filter(|_| *id == 0);
-        spaces.push(Arc::new(Space::new(*id, Uffd::adopt(uffd)?, &state).of_process(pid)));
+        let uffd = Uffd::adopt(uffd, contents.options.track_writes)?;
+        spaces.push(Arc::new(Space::new(*id, uffd, &state).of_process(pid)));
     }
     let [regions, moved, displaced] = left_regions(&image, &state, contents, &spaces)?;
     let spaces = Spaces::new(spaces, regions).with(moved, displaced);
@@ -167,8 +174,43 @@ fn catch_up(
             events::apply(shared, space, event, Some(&contents.calls), done).map_err(StateError::Wrong)?;
         }
     }
+    count_removed_again(shared)?;
     wake_everybody(&shared.spaces());
     Ok(())
+}
+
+/// Which removals had been told of died with the pager that knew: all count as new, and so does what was written since.
+fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
+    let spaces = shared.spaces();
+    let mut regions: Vec<_> = spaces.regions().iter().filter(|r| r.removals().is_some()).cloned().collect();
+    while let Some(region) = regions.pop() {
+        if unprotect_removed(&region) {
+            continue;
+        }
+        // An event is in the way, which may move or cut regions. Faults come back.
+        for space in spaces.spaces() {
+            match events::read(shared, space, &mut Vec::new()) {
+                Err(stopped) if !stopped.may_pass => return Err(StateError::Wrong(stopped.reason)),
+                _ => {}
+            }
+        }
+        std::thread::park_timeout(PAUSE);
+        regions = shared.spaces().regions().iter().filter(|r| r.removals().is_some()).cloned().collect();
+    }
+    Ok(())
+}
+
+fn unprotect_removed(region: &RegionState) -> bool {
+    let mut next = 0;
+    while let Some(run) = region.next_run(next..region.pages(), &[PageState::Removed]) {
+        next = run.end;
+        let addresses = region.address(run.start)..region.address(run.end);
+        if region.space.uffd.unprotect(addresses) == Outcome::Deferred {
+            return false;
+        }
+        region.set_removed(run);
+    }
+    true
 }
 
 /// Brings back the faults that a pager had read which has died.
@@ -215,6 +257,7 @@ fn left_regions(
         .filter(|(_, file)| file.size_bytes > 0)
         .map(|(_, file)| (file.first_chunk.0, *file))
         .collect();
+    let tracks = contents.options.track_writes;
     let mut states = HashMap::new();
     let mut regions = LeftRegions::default();
     for row in &contents.regions {
@@ -226,7 +269,7 @@ fn left_regions(
         let space = spaces.iter().find(|space| space.id == row.space).expect("checked when it was read");
         let states = states
             .entry(row.states_at)
-            .or_insert_with(|| (Arc::new(state.page_states_of(row)), Arc::default()));
+            .or_insert_with(|| Common::new(state.page_states_of(row), row.is_huge, tracks && row.space == 0));
         let chunk_bytes = image.root().chunk_size().bytes();
         let region = RegionState::restored(row, Arc::clone(space), *file, chunk_bytes, states.clone());
         region.settle();
@@ -245,7 +288,15 @@ fn regions(
     space: &Arc<Space>,
     regions: &[ForeignRegion],
     state: &State,
+    tracks: bool,
 ) -> Result<Vec<Arc<RegionState>>, SessionError> {
+    if tracks && !uffd::pagemap_scan_works() {
+        return Err(SessionError::NoTracking("the kernel lacks PAGEMAP_SCAN (Linux 6.7)".into()));
+    }
+    if tracks && !space.has_pagemap() {
+        let reason = "that takes the process's pid, and the right to read /proc/PID/pagemap";
+        return Err(SessionError::NoTracking(reason.into()));
+    }
     let mut rows: Vec<(RegionRow, FileEntry)> = Vec::new();
     // By object and file: the pages of it that regions have.
     let mut objects: HashMap<(u32, u64), Range<usize>> = HashMap::new();
@@ -284,6 +335,10 @@ fn regions(
         let is_huge = space.uffd.is_huge(address);
         let found =
             is_huge.map_err(|_| wrong("there is no memory registered with this userfaultfd".into()))?;
+        if tracks && region.sharing != Sharing::Private {
+            let reason = format!("region {index} is shared memory, which others can write to unseen");
+            return Err(SessionError::NoTracking(reason));
+        }
         let is_huge = page_bytes == HUGE_BYTES;
         if found == Some(!is_huge) {
             let found = if is_huge { "4096 bytes" } else { "2 MiB" };
@@ -309,13 +364,17 @@ fn regions(
         rows.push((row, file));
     }
     let of_object = |(object, span): ((u32, u64), Range<usize>)| {
-        Ok((object, (span.start, (Arc::new(state.page_states(span.len())?), Arc::default()))))
+        let is_huge = rows
+            .iter()
+            .zip(regions)
+            .any(|((row, _), r)| r.sharing == Sharing::Shared(object.0) && row.is_huge);
+        Ok((object, (span.start, Common::new(state.page_states(span.len())?, is_huge, false))))
     };
     let objects: HashMap<_, _> = objects.into_iter().map(of_object).collect::<Result<_, StateError>>()?;
     let chunk_bytes = image.root().chunk_size().bytes();
     let region = |((mut row, file), region): ((RegionRow, FileEntry), &ForeignRegion)| {
         let states = match region.sharing {
-            Sharing::Private => (Arc::new(state.page_states(row.pages)?), Arc::default()),
+            Sharing::Private => Common::new(state.page_states(row.pages)?, row.is_huge, tracks),
             Sharing::Shared(object) => {
                 let (first_page, states) = &objects[&(object, file.first_chunk.0)];
                 row.first_state = row.first_page - first_page;
@@ -324,7 +383,15 @@ fn regions(
         };
         Ok(Arc::new(RegionState::restored(&row, Arc::clone(space), file, chunk_bytes, states)))
     };
-    rows.into_iter().zip(regions).map(region).collect()
+    let made: Vec<Arc<RegionState>> =
+        rows.iter().cloned().zip(regions).map(region).collect::<Result<_, SessionError>>()?;
+    if tracks {
+        for region in &made {
+            let registered = space.uffd.register(region.address(0), region.len());
+            registered.map_err(|error| SessionError::NoTracking(error.to_string()))?;
+        }
+    }
+    Ok(made)
 }
 
 /// The pages of a file from a byte on; None if none begins there, or there are too many.

@@ -31,11 +31,15 @@ impl From<String> for Stopped {
 }
 
 /// Reads all messages of a space's userfaultfd, does what its events say, and adds the addresses of its faults to
-/// `faults`. The gate is passed alone.
+/// `faults`, and whether the page is write-protected. The gate is passed alone.
 ///
 /// # Errors
 /// Why it has stopped.
-pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>) -> Result<(), Stopped> {
+pub(crate) fn read(
+    shared: &Shared,
+    space: &Arc<Space>,
+    faults: &mut Vec<(usize, bool)>,
+) -> Result<(), Stopped> {
     let callers = shared.callers.as_ref().filter(|_| shared.spaces().has_shared());
     let most = if shared.spaces().has_shared() { 1 } else { MESSAGES };
     loop {
@@ -56,7 +60,7 @@ pub(crate) fn read(shared: &Shared, space: &Arc<Space>, faults: &mut Vec<usize>)
         let received = received.map_err(stopped)?;
         for index in 0..received {
             match shared.state.message(index) {
-                Event::Fault { address } => faults.push(address),
+                Event::Fault { address, is_protected } => faults.push((address, is_protected)),
                 event => apply(shared, space, event, calls.as_deref(), index + 1)?,
             }
         }

@@ -268,6 +268,7 @@ fn forbid(region: &RegionState, pages: Range<usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::region::Common;
     use crate::space::Space;
     use crate::state::State;
     use crate::uffd::Uffd;
@@ -285,7 +286,14 @@ mod tests {
         let file =
             FileEntry { size_bytes: memory.len() as u64, first_chunk: ChunkIndex(0), executable: false };
         let states = state.page_states(PAGES).unwrap();
-        RegionState::new(space, memory.start(), file, 0..PAGES, memory.len(), states)
+        RegionState::new(
+            space,
+            memory.start(),
+            file,
+            0..PAGES,
+            memory.len(),
+            Common::new(states, false, false),
+        )
     }
 
     fn install_zeros(region: &RegionState) -> Installed {

@@ -20,6 +20,7 @@
 
 mod advice;
 mod attach;
+mod changes;
 mod chunk;
 mod events;
 mod fetch;
@@ -44,8 +45,9 @@ pub mod uffd;
 mod way_out;
 
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};
+pub use changes::Changes;
 pub use image::{Content, Image};
-pub use region::{Changes, Region};
+pub use region::Region;
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};
 pub use session::{LossError, LossPolicy, Options, Progress, Session, SessionError};
 

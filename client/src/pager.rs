@@ -69,8 +69,8 @@ pub(crate) struct Pager {
     broken: Option<String>,
     /// Since when and why an event cannot be read.
     unreadable: Option<(Instant, String)>,
-    /// Addresses of faults that were read and not yet seen to, and their spaces.
-    faults: Vec<(Arc<Space>, usize)>,
+    /// Addresses of faults that were read and not yet seen to, and their spaces; whether the page is write-protected.
+    faults: Vec<(Arc<Space>, usize, bool)>,
     pages: ChunkPages,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
     commands: mpsc::Receiver<Command>,
@@ -235,7 +235,7 @@ impl Pager {
         let mut faults = Vec::new();
         let read = events::read(&self.way_out.shared, space, &mut faults);
         add(&self.shared().counters.faults, faults.len());
-        self.faults.extend(faults.into_iter().map(|address| (Arc::clone(space), address)));
+        self.faults.extend(faults.into_iter().map(|(address, wp)| (Arc::clone(space), address, wp)));
         self.watch().map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
         read
     }
@@ -290,8 +290,11 @@ impl Pager {
 
     fn faults(&mut self) {
         let mut faults = std::mem::take(&mut self.faults);
-        for (space, address) in faults.drain(..) {
-            self.fault(&space, address);
+        for (space, address, is_protected) in faults.drain(..) {
+            match is_protected {
+                true => self.first_write(&space, address),
+                false => self.fault(&space, address),
+            }
         }
         // Its memory is kept; poisoning may have read others.
         faults.append(&mut self.faults);
@@ -319,6 +322,19 @@ impl Pager {
                     _ => space.uffd.wake(addresses.start, addresses.len()),
                 }
             }
+        }
+    }
+
+    /// Somebody writes to a page that is protected: the page tables note that.
+    fn first_write(&mut self, space: &Arc<Space>, address: usize) {
+        let spaces = self.shared().spaces();
+        let page = spaces.at(space, address).map(|(region, page)| region.whole_addresses(page));
+        let page = page.unwrap_or(address..address + PAGE_BYTES);
+        match space.uffd.unprotect(page.clone()) {
+            Outcome::OwnerGone => space.set_gone(),
+            // By a touch of what is there: that wakes, and the message comes again.
+            Outcome::Deferred => self.put_off(space, address),
+            _ => space.uffd.wake(page.start, page.len()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Regions: spans of address space that an image's file appears in as it is touched.
 
-use crate::gate::Gate;
+use crate::changes::{self, Changes};
 use crate::huge::{Gathering, HUGE_PAGES};
 use crate::page_state::{PageState, PageStates};
 use crate::session::{Command, LossError, Shared};
@@ -30,44 +30,56 @@ pub(crate) struct RegionState {
     /// The page of the file that the region begins with.
     first_page: usize,
     pages: usize,
-    states: Arc<PageStates>,
+    common: Common,
     /// The place of the region's first page among these states.
     first_state: usize,
-    /// Of pages of 2 MiB. Whatever has the same states has this.
-    gathering: Option<Arc<Gathering>>,
     /// Other mappings of the same memory have the same states.
     is_shared: bool,
     chunk_pages: usize,
-    /// A bit for each state: the page was removed since that was last asked for. If that is to be known.
-    removals: Option<Arc<[AtomicU64]>>,
     /// No page below is absent or poisoned, and none will be again.
     resolved_below: AtomicUsize,
     alive: AtomicBool,
 }
 
+/// What all parts of a region that was cut, and all mappings of the same memory, have in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Common {
+    states: Arc<PageStates>,
+    /// What has come of pages of 2 MiB, if it is of these.
+    gathering: Option<Arc<Gathering>>,
+    /// A bit for each state: the page was removed since that was last asked for. If that is to be known.
+    removals: Option<Arc<[AtomicU64]>>,
+}
+
+impl Common {
+    pub(crate) fn new(states: PageStates, is_huge: bool, tracks_removals: bool) -> Self {
+        let removals = || (0..states.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let removals = tracks_removals.then(removals);
+        Self { states: Arc::new(states), gathering: is_huge.then(Arc::default), removals }
+    }
+}
+
 impl RegionState {
-    /// A region at address `start` of these pages of a file, which must have them; `states` is of as many.
+    /// A region at address `start` of these pages of a file, which must have them; what is common is of as many.
     pub(crate) fn new(
         space: Arc<Space>,
         start: usize,
         file: FileEntry,
         pages: Range<usize>,
         chunk_bytes: usize,
-        states: PageStates,
+        common: Common,
     ) -> Self {
-        assert_eq!(states.pages(), pages.len(), "as many");
+        assert_eq!(common.states.pages(), pages.len(), "as many");
         Self {
             space,
             start,
             file,
             first_page: pages.start,
             pages: pages.len(),
-            states: Arc::new(states),
+            common,
             first_state: 0,
-            gathering: None,
             is_shared: false,
             chunk_pages: chunk_bytes / PAGE_BYTES,
-            removals: None,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
         }
@@ -81,12 +93,10 @@ impl RegionState {
             file: self.file,
             first_page: self.first_page + pages.start,
             pages: pages.len(),
-            states: Arc::clone(&self.states),
+            common: self.common.clone(),
             first_state: self.first_state + pages.start,
-            gathering: self.gathering.clone(),
             is_shared: self.is_shared,
             chunk_pages: self.chunk_pages,
-            removals: self.removals.clone(),
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
         }
@@ -95,10 +105,9 @@ impl RegionState {
     /// What a process that was forked has in its place: its states are those of now, and go their own way, in
     /// `states`, which is of as many pages.
     pub(crate) fn forked(&self, space: &Arc<Space>, states: PageStates) -> Self {
-        self.states.copy_to(&states, self.placed(0..self.pages));
-        let (space, states) = (Arc::clone(space), Arc::new(states));
-        let gathering = self.gathering.as_ref().map(|_| Arc::default());
-        Self { space, states, first_state: 0, gathering, ..self.part(0..self.pages, self.start) }
+        self.states().copy_to(&states, self.placed(0..self.pages));
+        let (space, common) = (Arc::clone(space), Common::new(states, self.unit() > 1, false));
+        Self { space, common, first_state: 0, ..self.part(0..self.pages, self.start) }
     }
 
     /// The same shared memory as a child has it that was forked.
@@ -106,14 +115,13 @@ impl RegionState {
         Self { space: Arc::clone(space), ..self.part(0..self.pages, self.start) }
     }
 
-    /// The region that a row of the state file tells of, in its space, with its file's entry, its states, and what is
-    /// gathered for these.
+    /// The region that a row of the state file tells of, in its space, with its file's entry.
     pub(crate) fn restored(
         row: &RegionRow,
         space: Arc<Space>,
         file: FileEntry,
         chunk_bytes: usize,
-        (states, gathering): (Arc<PageStates>, Arc<Gathering>),
+        common: Common,
     ) -> Self {
         Self {
             space,
@@ -121,12 +129,10 @@ impl RegionState {
             file,
             first_page: row.first_page,
             pages: row.pages,
-            states,
+            common,
             first_state: row.first_state,
-            gathering: row.is_huge.then_some(gathering),
             is_shared: row.is_shared,
             chunk_pages: chunk_bytes / PAGE_BYTES,
-            removals: None,
             resolved_below: AtomicUsize::new(0),
             alive: AtomicBool::new(true),
         }
@@ -155,10 +161,10 @@ impl RegionState {
             file_first_chunk: self.file.first_chunk.0,
             file_bytes: self.file.size_bytes,
             states_at,
-            states_pages: self.states.pages(),
+            states_pages: self.states().pages(),
             first_state: self.first_state,
             is_shared: self.is_shared,
-            is_huge: self.gathering.is_some(),
+            is_huge: self.unit() > 1,
             is_left: false,
             is_displaced: false,
         }
@@ -166,7 +172,12 @@ impl RegionState {
 
     /// The states that it shares with other parts of what it was cut from.
     pub(crate) fn states(&self) -> &PageStates {
-        &self.states
+        &self.common.states
+    }
+
+    /// See [`Common`].
+    pub(crate) fn removals(&self) -> Option<&[AtomicU64]> {
+        self.common.removals.as_deref()
     }
 
     /// The address of a page.
@@ -204,12 +215,12 @@ impl RegionState {
 
     /// What has come of its pages of 2 MiB, if it is of these.
     pub(crate) fn gathering(&self) -> Option<&Gathering> {
-        self.gathering.as_deref()
+        self.common.gathering.as_deref()
     }
 
     /// How many pages of 4 KiB the kernel installs at least, all or none.
     pub(crate) fn unit(&self) -> usize {
-        if self.gathering.is_some() { HUGE_PAGES } else { 1 }
+        if self.common.gathering.is_some() { HUGE_PAGES } else { 1 }
     }
 
     /// All of the kernel's pages that these pages are in.
@@ -264,7 +275,7 @@ impl RegionState {
 
     /// Where this region has pages of `other`, which may be itself: addresses.
     pub(crate) fn same_memory(&self, other: &Self, pages: &Range<usize>) -> Range<usize> {
-        if !Arc::ptr_eq(&self.states, &other.states) {
+        if !Arc::ptr_eq(&self.common.states, &other.common.states) {
             return 0..0;
         }
         let place = |page: usize| (other.first_state + page).saturating_sub(self.first_state).min(self.pages);
@@ -273,18 +284,18 @@ impl RegionState {
 
     /// The state of a page.
     pub(crate) fn state(&self, page: usize) -> PageState {
-        self.states.get(self.first_state + page)
+        self.states().get(self.first_state + page)
     }
 
     /// The first run of neighbouring pages in `within` whose state is one of `states`.
     pub(crate) fn next_run(&self, within: Range<usize>, states: &[PageState]) -> Option<Range<usize>> {
-        let run = self.states.next_run(self.placed(within), states)?;
+        let run = self.states().next_run(self.placed(within), states)?;
         Some(run.start - self.first_state..run.end - self.first_state)
     }
 
     /// How many of its pages are in `state`.
     pub(crate) fn count(&self, state: PageState) -> usize {
-        self.states.count(self.placed(0..self.pages), state)
+        self.states().count(self.placed(0..self.pages), state)
     }
 
     /// Whether no page of it is absent or poisoned, which is final.
@@ -298,14 +309,14 @@ impl RegionState {
 
     /// Absent and poisoned pages of the range become resident.
     pub(crate) fn set_resident(&self, pages: Range<usize>) {
-        self.states.set_resident(self.placed(pages));
+        self.states().set_resident(self.placed(pages));
     }
 
     /// Absent pages of the range become poisoned.
     pub(crate) fn set_poisoned(&self, pages: Range<usize>) {
         let placed = self.placed(pages);
-        self.states.set_poisoned(placed.clone());
-        if let Some(gathering) = &self.gathering {
+        self.states().set_poisoned(placed.clone());
+        if let Some(gathering) = self.gathering() {
             gathering.forget(&placed);
         }
     }
@@ -313,74 +324,15 @@ impl RegionState {
     /// All pages of the range become removed.
     pub(crate) fn set_removed(&self, pages: Range<usize>) {
         let placed = self.placed(pages);
-        self.states.set_removed(placed.clone());
-        if let Some(gathering) = &self.gathering {
+        self.states().set_removed(placed.clone());
+        if let Some(gathering) = self.gathering() {
             gathering.forget(&placed);
         }
-        if let Some(removals) = &self.removals {
+        if let Some(removals) = self.removals() {
             for state in placed.clone() {
                 removals[state / 64].fetch_or(1 << (state % 64), Ordering::AcqRel);
             }
         }
-    }
-
-    /// Has it known from here on which pages were removed.
-    pub(crate) fn track_removals(&mut self) {
-        self.removals = Some((0..self.states.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
-    }
-
-    /// The runs of pages that were removed since this was last called with `reset`.
-    fn removed(&self, reset: bool) -> Vec<Range<usize>> {
-        let mut runs: Vec<Range<usize>> = Vec::new();
-        for (index, word) in self.removals.iter().flat_map(|removals| removals.iter().enumerate()) {
-            let bits = if reset { word.swap(0, Ordering::AcqRel) } else { word.load(Ordering::Acquire) };
-            for state in (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| index * 64 + bit) {
-                push_run(&mut runs, state..state + 1);
-            }
-        }
-        runs
-    }
-
-    /// What was written to and removed since it was installed, or since this was last called with `reset`.
-    fn changes(&self, gate: &Gate, reset: bool) -> io::Result<Changes> {
-        // All but poison, which looks as if it had been written to. Absent, too: whoever touched a page may go on a little
-        // before it is noted as resident.
-        const NOT_LOST: [PageState; 3] = [PageState::Absent, PageState::Resident, PageState::Removed];
-        if self.removals.is_none() {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        // Whoever removes something goes on when the pager has read that; in the gate it is done with it.
-        let Some(pass) = gate.enter() else { return Err(io::Error::other("the session has ended")) };
-        // Before the look at what was written: what is removed after it is of the next time, as its writes are.
-        let removed = self.removed(reset);
-        drop(pass);
-        let mut found = Vec::new();
-        let mut next = 0;
-        while let Some(run) = self.next_run(next..self.pages, &NOT_LOST) {
-            next = run.end;
-            let addresses = self.address(run.start)..self.address(run.end);
-            self.space.uffd.written(addresses, reset, |range, in_memory| {
-                let page = |address: usize| (address - self.start) / PAGE_BYTES;
-                found.push((page(range.start)..page(range.end), in_memory));
-            })?;
-        }
-        let mut written = Vec::new();
-        for (run, in_memory) in found {
-            if in_memory {
-                push_run(&mut written, run);
-                continue;
-            }
-            // Swapped out, or it has been lost meanwhile.
-            let mut next = run.start;
-            while let Some(kept) = self.next_run(next..run.end, &NOT_LOST) {
-                next = kept.end;
-                push_run(&mut written, kept);
-            }
-        }
-        let bytes = |runs: Vec<Range<usize>>| {
-            runs.into_iter().map(|run| run.start * PAGE_BYTES..run.end * PAGE_BYTES).collect()
-        };
-        Ok(Changes { written: bytes(written), removed: bytes(removed) })
     }
 
     /// Where these pages are among the states.
@@ -398,26 +350,6 @@ impl RegionState {
     pub(crate) fn end(&self) {
         self.alive.store(false, Ordering::Release);
     }
-}
-
-/// Adds a run to others that are before it.
-fn push_run(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
-    match runs.last_mut() {
-        Some(last) if last.end == run.start => last.end = run.end,
-        _ => runs.push(run),
-    }
-}
-
-/// What has become of a region's memory, as runs of bytes, whole pages, from the region's beginning.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// Written to, by the program or by the kernel for it. Pages that were only read are not among these, nor are those
-    /// that are absent.
-    pub written: Vec<Range<usize>>,
-    /// Given back by madvise(2), whatever was written there before or after. A page that is removed and not written is
-    /// zero (after MADV_FREE: zero or as it was). A madvise that is still in progress may be told of before it has taken
-    /// effect: whoever copies what has changed must not let one overlap that.
-    pub removed: Vec<Range<usize>>,
 }
 
 /// A file of an image as memory: private to this process, filled as it is touched, written to at will.
@@ -505,7 +437,7 @@ impl Region {
     /// # Blocking
     /// For a look at each page's entry in the page tables; some milliseconds a GiB.
     pub fn changes(&self) -> io::Result<Changes> {
-        self.state.changes(&self.shared.gate, false)
+        changes::of_region(&self.state, &self.shared, false)
     }
 
     /// The same, and begins anew: what is written from here on is told of the next time. No write is lost, also where
@@ -517,7 +449,7 @@ impl Region {
     /// # Blocking
     /// As there.
     pub fn take_changes(&self) -> io::Result<Changes> {
-        self.state.changes(&self.shared.gate, true)
+        changes::of_region(&self.state, &self.shared, true)
     }
 }
 
@@ -572,8 +504,9 @@ mod tests {
             };
             let (space, chunk_bytes) = (crate::space::tests::any_space(0), chunk_pages * PAGE_BYTES);
             let states = State::own().page_states(pages).unwrap();
+            let common = Common::new(states, false, false);
             let region =
-                RegionState::new(space, 0, file, first_page..first_page + pages, chunk_bytes, states);
+                RegionState::new(space, 0, file, first_page..first_page + pages, chunk_bytes, common);
             let mut next = 0;
             for chunk in region.chunks() {
                 let here = region.pages_of(ChunkIndex(chunk)).unwrap();

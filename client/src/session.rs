@@ -6,12 +6,13 @@
 
 use crate::advice::Callers;
 use crate::attach::{self, ForeignMemory, Owner};
+use crate::changes::{self, Changes};
 use crate::fill;
 use crate::gate::Gate;
 use crate::image::Image;
 use crate::page_state::PageState;
 use crate::pager::Pager;
-use crate::region::{Region, RegionState};
+use crate::region::{Common, Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::space::Spaces;
 use crate::state::{State, StateError};
@@ -55,8 +56,10 @@ pub struct Options {
     pub on_loss: LossPolicy,
     /// Bring everything in the background, from the beginning on. Off by default; see also [`Session::fill`].
     pub fill: bool,
-    /// Note what is written to and removed: [`Region::changes`]. Off by default; for memory of this process alone, from
-    /// Linux 6.7 on. The first write to a page takes a fault of about a microsecond more.
+    /// Note what is written to and removed: [`Region::changes`], from Linux 6.7 on. Off by default. The first write to a
+    /// page takes a fault of about a microsecond more. In another process's memory, which must be private, whoever
+    /// writes first to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and it is
+    /// [`Session::changes`] that tells.
     pub track_writes: bool,
 }
 
@@ -125,9 +128,9 @@ pub enum SessionError {
     /// The state file, see [`Session::resume`].
     #[error(transparent)]
     State(#[from] StateError),
-    /// [`Options::track_writes`] was asked for with [`Session::attach`].
-    #[error("what is written to another process's memory cannot be tracked yet")]
-    TracksOwnMemoryOnly,
+    /// [`Options::track_writes`] was asked for with [`Session::attach`], and cannot be.
+    #[error("what is written to another process's memory cannot be told: {0}")]
+    NoTracking(String),
     /// The session has ended before.
     #[error("the session has ended")]
     Ended,
@@ -455,7 +458,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
-    /// [`SessionError::Uffd`]: not a userfaultfd; [`SessionError::State`]; [`SessionError::TracksOwnMemoryOnly`].
+    /// [`SessionError::Uffd`]: not a userfaultfd; [`SessionError::State`]; [`SessionError::NoTracking`].
     ///
     /// # Blocking
     /// As [`Session::open`].
@@ -465,9 +468,6 @@ impl Session {
         options: Options,
         memory: &ForeignMemory<'_>,
     ) -> Result<Self, SessionError> {
-        if options.track_writes {
-            return Err(SessionError::TracksOwnMemoryOnly);
-        }
         let descriptor = |source| SessionError::System { what: "a descriptor", source };
         let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
         let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;
@@ -518,6 +518,32 @@ impl Session {
             session.shared.report(&format!("no background fill: {error}"));
         }
         Ok(session)
+    }
+
+    /// What the process that this session was attached to has changed since the restore, or since
+    /// [`Session::take_changes`]: addresses of memory that it has now. The session must track writes
+    /// ([`Options::track_writes`]). Children that it has forked are not told of. After [`Session::resume`] what was
+    /// removed before counts as removed and written again.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if it does not; else what PAGEMAP_SCAN answers, see proc_pid_pagemap(5).
+    ///
+    /// # Blocking
+    /// For a look at each page's entry in the page tables; some milliseconds a GiB.
+    pub fn changes(&self) -> io::Result<Changes> {
+        changes::of_process(&self.shared, false)
+    }
+
+    /// The same, and begins anew: what is written from here on is told of the next time. No write is lost, also where
+    /// it writes meanwhile.
+    ///
+    /// # Errors
+    /// As [`Session::changes`].
+    ///
+    /// # Blocking
+    /// As there, and until each run of pages is protected anew.
+    pub fn take_changes(&self) -> io::Result<Changes> {
+        changes::of_process(&self.shared, true)
     }
 
     /// The image that memory is filled from.
@@ -582,11 +608,8 @@ impl Session {
         let chunk_bytes = self.shared.image.root().chunk_size().bytes();
         let space = self.shared.spaces().spaces().first().cloned().ok_or(SessionError::Ended)?;
         let states = self.shared.state.page_states(pages.len())?;
-        let mut state = RegionState::new(space, start, file, pages, chunk_bytes, states);
-        if self.shared.options.track_writes {
-            state.track_removals();
-        }
-        let state = Arc::new(state);
+        let common = Common::new(states, false, self.shared.options.track_writes);
+        let state = Arc::new(RegionState::new(space, start, file, pages, chunk_bytes, common));
         if memory.is_some() {
             let (reply, registered) = std::sync::mpsc::sync_channel(1);
             let command = Command::Map { region: Arc::clone(&state), reply };

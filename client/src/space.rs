@@ -7,6 +7,7 @@ use crate::state::{Answers, State, StateError};
 use crate::uffd::pagemap::Pagemap;
 use crate::uffd::{Outcome, Uffd};
 use postcopy_proto::page::ChunkIndex;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +34,27 @@ impl Space {
     /// The same, of a process that is known by its pid.
     pub(crate) fn of_process(self, pid: Option<u32>) -> Self {
         Self { pagemap: pid.and_then(|pid| Pagemap::of(pid).ok()), ..self }
+    }
+
+    /// Gives the ranges of addresses that were written to since they were installed or protected anew, and whether they
+    /// are in memory: what is not may be swapped out, or poison. Absent pages are left alone. With `reset` they are
+    /// protected anew, without losing a write, where the look can do that.
+    ///
+    /// # Errors
+    /// Unsupported where that was not asked for, or nothing can be seen.
+    pub(crate) fn written(
+        &self,
+        addresses: Range<usize>,
+        reset: bool,
+        give: impl FnMut(Range<usize>, bool),
+    ) -> io::Result<()> {
+        let pagemap = self.uffd.pagemap().or(self.pagemap.as_ref()).ok_or(io::ErrorKind::Unsupported)?;
+        pagemap.written(addresses, reset && self.uffd.protects_by_scan(), give)
+    }
+
+    /// Whether something can be seen of what is mapped.
+    pub(crate) fn has_pagemap(&self) -> bool {
+        self.pagemap.is_some()
     }
 
     /// Whether a page is seen to be mapped; false, too, where nothing can be seen.
@@ -297,6 +319,7 @@ fn without(range: &Range<usize>, other: &Range<usize>) -> impl Iterator<Item = R
 pub(crate) mod tests {
     use super::*;
     use crate::page_state::PageState;
+    use crate::region::Common;
     use crate::uffd::EVENT_UNMAP;
     use postcopy_proto::manifest::FileEntry;
     use postcopy_proto::page::PAGE_BYTES;
@@ -341,7 +364,7 @@ pub(crate) mod tests {
             let region = |start: usize, pages: Range<usize>| {
                 let states = state.page_states(pages.len()).unwrap();
                 let (space, chunk_bytes) = (Arc::clone(&root), 4 * PAGE_BYTES);
-                Arc::new(RegionState::new(space, start * PAGE_BYTES, FILE, pages, chunk_bytes, states))
+                Arc::new(RegionState::new(space, start * PAGE_BYTES, FILE, pages, chunk_bytes, Common::new(states, false, false)))
             };
             let mut spaces = Spaces::new(vec![Arc::clone(&root)], vec![region(40, 200..215), region(5, 101..130)]);
             // What is at each page of each space: a page of the file, and its state.
@@ -405,7 +428,14 @@ pub(crate) mod tests {
         let region = |start: usize| {
             let states = State::own().page_states(10).unwrap();
             let (address, pages) = (start * PAGE_BYTES, start..start + 10);
-            Arc::new(RegionState::new(Arc::clone(space), address, FILE, pages, 16 * PAGE_BYTES, states))
+            Arc::new(RegionState::new(
+                Arc::clone(space),
+                address,
+                FILE,
+                pages,
+                16 * PAGE_BYTES,
+                Common::new(states, false, false),
+            ))
         };
         Spaces::new(vec![Arc::clone(space)], vec![region(20), region(100)])
     }

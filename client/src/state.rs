@@ -377,7 +377,7 @@ impl State {
             u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX).max(1),
         );
         state.set(AT_ON_LOSS, u64::from(options.on_loss == LossPolicy::Wait));
-        state.set(AT_FILL, options.fill.into());
+        state.set(AT_FILL, u64::from(options.fill) | u64::from(options.track_writes) << 1);
         state.set(AT_OWNER, owner.unwrap_or(0).into());
         state.set(AT_VERSION, VERSION);
         state.set(AT_MAGIC, MAGIC);
@@ -667,8 +667,8 @@ impl Contents {
             options: Options {
                 fault_deadline: Duration::from_millis(word(AT_DEADLINE_MS)),
                 on_loss: if word(AT_ON_LOSS) == 0 { LossPolicy::Poison } else { LossPolicy::Wait },
-                fill: word(AT_FILL) != 0,
-                track_writes: false,
+                fill: word(AT_FILL) & 1 != 0,
+                track_writes: word(AT_FILL) & 2 != 0,
             },
             owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
             spaces,
@@ -711,7 +711,7 @@ pub fn descriptors(state: impl AsFd) -> Result<Vec<RawFd>, StateError> {
 mod tests {
     use super::*;
     use crate::page_state::PageState;
-    use crate::region::RegionState;
+    use crate::region::{Common, RegionState};
     use crate::space::tests::any_space;
     use postcopy_proto::manifest::FileEntry;
     use postcopy_proto::page::ChunkIndex;
@@ -741,7 +741,14 @@ mod tests {
         let region = |start: usize, pages: Range<usize>| {
             let states = state.page_states(pages.len()).unwrap();
             states.set_resident(1..2);
-            Arc::new(RegionState::new(Arc::clone(&space), start * 4096, FILE, pages, 65536, states))
+            Arc::new(RegionState::new(
+                Arc::clone(&space),
+                start * 4096,
+                FILE,
+                pages,
+                65536,
+                Common::new(states, false, false),
+            ))
         };
         let mut spaces =
             Spaces::new(vec![Arc::clone(&space)], vec![region(90, 0..40), region(400, 300..900)]);

@@ -16,6 +16,7 @@ pub(crate) mod pagemap;
 
 pub use pagemap::works as pagemap_scan_works;
 
+use pagemap::Pagemap;
 use postcopy_proto::page::PAGE_BYTES;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
@@ -129,8 +130,8 @@ pub(crate) enum Outcome {
 /// One message of a userfaultfd. Ranges are of addresses.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A thread touched an absent page at this address, and sleeps.
-    Fault { address: usize },
+    /// A thread touched an absent page at this address, and sleeps; or it wrote to one that is protected.
+    Fault { address: usize, is_protected: bool },
     /// This range is about to lose its content (madvise).
     Remove { addresses: Range<usize> },
     /// This range has been unmapped.
@@ -159,6 +160,18 @@ pub(crate) enum Waiting {
     Event,
 }
 
+/// How it is known what was written to.
+#[derive(Debug)]
+enum Tracking {
+    Off,
+    /// What is installed is write-protected, and the kernel takes that off at the first write by itself. This tells.
+    Async(Pagemap),
+    /// The same, but each first write is a message, and waits for its answer.
+    Sync,
+}
+
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
 /// A userfaultfd: non-blocking, close-on-exec, its API handshake done.
 #[derive(Debug)]
 pub(crate) struct Uffd {
@@ -167,8 +180,7 @@ pub(crate) struct Uffd {
     /// The features that the kernel has, and those that were asked for.
     available: u64,
     asked: u64,
-    /// Tells what was written to, if that was asked for.
-    pagemap: Option<pagemap::Pagemap>,
+    tracking: Tracking,
 }
 
 // SAFETY: the fd is only used through system calls, which are safe from any thread; the crate's own
@@ -303,8 +315,9 @@ impl Uffd {
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
         let tracks = wanted & WP_ASYNC != 0;
-        let pagemap = tracks.then(pagemap::Pagemap::open).transpose().map_err(OpenError::Setup)?;
-        Ok(Self { registrar, access, available, asked: wanted, pagemap })
+        let pagemap = tracks.then(Pagemap::open).transpose().map_err(OpenError::Setup)?;
+        let tracking = pagemap.map_or(Tracking::Off, Tracking::Async);
+        Ok(Self { registrar, access, available, asked: wanted, tracking })
     }
 
     /// Takes over a userfaultfd that another process has opened for its memory, its API handshake done.
@@ -312,7 +325,7 @@ impl Uffd {
     /// # Errors
     /// [`OpenError::Foreign`]: it is none. [`OpenError::Features`]: the kernel cannot poison, and somebody else's
     /// memory can be made safe by nothing else.
-    pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, OpenError> {
+    pub(crate) fn adopt(fd: OwnedFd, tracks_writes: bool) -> Result<Self, OpenError> {
         let asked = foreign_features(fd.as_fd())?;
         let (access, available) = probe()?;
         if available & POISON == 0 {
@@ -321,7 +334,8 @@ impl Uffd {
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Ok(Self { registrar, access, available, asked, pagemap: None })
+        let tracking = if tracks_writes { Tracking::Sync } else { Tracking::Off };
+        Ok(Self { registrar, access, available, asked, tracking })
     }
 
     /// Whether the kernel's own accesses to absent memory are served, too.
@@ -352,26 +366,44 @@ impl Uffd {
     /// Has the first touch of each absent page of the range reported here.
     pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
         let start = std::ptr::without_provenance_mut(start);
-        let mode = match self.pagemap {
-            None => RegisterMode::MISSING,
-            Some(_) => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+        let mode = match self.tracking {
+            Tracking::Off => RegisterMode::MISSING,
+            Tracking::Async(_) | Tracking::Sync => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
         };
         self.registrar.register_with_mode(start, len, mode).map(drop).map_err(io::Error::other)
     }
 
-    /// Gives the ranges of addresses that were written to since they were installed, or since this was called with
-    /// `reset`, which loses no write, and whether they are in memory: what is not may be swapped out, or poison. Absent pages are left alone.
+    /// What tells of writes to this process's memory, if that was asked for.
+    pub(crate) fn pagemap(&self) -> Option<&Pagemap> {
+        if let Tracking::Async(pagemap) = &self.tracking { Some(pagemap) } else { None }
+    }
+
+    /// Whether a look at what was written can protect it anew; else [`Uffd::protect`] does.
+    pub(crate) fn protects_by_scan(&self) -> bool {
+        !matches!(self.tracking, Tracking::Sync)
+    }
+
+    /// Has the next write to each of these pages, which are there, reported here. False: an event is to be read first.
     ///
     /// # Errors
-    /// Unsupported where that was not asked for.
-    pub(crate) fn written(
-        &self,
-        addresses: Range<usize>,
-        reset: bool,
-        give: impl FnMut(Range<usize>, bool),
-    ) -> io::Result<()> {
-        let pagemap = self.pagemap.as_ref().ok_or(io::ErrorKind::Unsupported)?;
-        pagemap.written(addresses, reset, give)
+    /// Whatever the ioctl answers; not that there is no such memory any more, or nobody who could write to it.
+    pub(crate) fn protect(&self, addresses: Range<usize>) -> io::Result<bool> {
+        match self.write_protect(addresses, abi::WRITEPROTECT_ON) {
+            Ok(()) | Err(Errno::NOENT | Errno::SRCH) => Ok(true),
+            Err(Errno::AGAIN) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Lets writes to these pages pass from now on, and wakes who waits for that. Deferred: as in [`Uffd::protect`].
+    pub(crate) fn unprotect(&self, addresses: Range<usize>) -> Outcome {
+        outcome(self.write_protect(addresses, 0), 0, 0)
+    }
+
+    fn write_protect(&self, addresses: Range<usize>, mode: u64) -> Result<(), Errno> {
+        let range = abi::Range { start: addresses.start as u64, len: addresses.len() as u64 };
+        let mut protect = abi::WriteProtect { range, mode };
+        update::<{ abi::IOC_WRITEPROTECT }, _>(self.as_fd(), &mut protect)
     }
 
     /// Ends that. Whoever sleeps on an absent page of the range goes on, and sees zeros.
@@ -398,7 +430,7 @@ impl Uffd {
             dst: address as u64,
             src: source.as_ptr().addr() as u64,
             len: source.len() as u64,
-            mode: if self.pagemap.is_some() { abi::COPY_MODE_WP } else { 0 },
+            mode: if matches!(self.tracking, Tracking::Off) { 0 } else { abi::COPY_MODE_WP },
             ..Default::default()
         };
         let result = update::<{ abi::IOC_COPY }, _>(self.as_fd(), &mut copy);
@@ -465,10 +497,14 @@ impl Uffd {
         Ok(if faults.is_some_and(|faults| faults.trim() != "0") { Waiting::Faults } else { Waiting::Event })
     }
 
-    /// Installs zeros. A poisoned page counts as present; use [`Uffd::copy`] for it.
+    /// Installs zeros, at most 64 KiB. A poisoned page counts as present; use [`Uffd::copy`] for it.
     pub(crate) fn zero(&self, address: usize, len: usize) -> Outcome {
+        // Nothing could protect them before somebody writes to them.
+        if matches!(self.tracking, Tracking::Sync) {
+            return self.copy(address, &ZEROS[..len]);
+        }
         let range = abi::Range { start: address as u64, len: len as u64 };
-        let mode = if self.pagemap.is_some() { abi::MODE_DONTWAKE } else { 0 };
+        let mode = if matches!(self.tracking, Tracking::Off) { 0 } else { abi::MODE_DONTWAKE };
         let mut zero = abi::ZeroPage { range, mode, ..Default::default() };
         let result = update::<{ abi::IOC_ZEROPAGE }, _>(self.as_fd(), &mut zero);
         let outcome = outcome(result, zero.zeropage, len);
@@ -477,7 +513,7 @@ impl Uffd {
             Outcome::Partial { bytes } => bytes,
             _ => 0,
         };
-        if let (Some(pagemap), true) = (&self.pagemap, done > 0) {
+        if let (Tracking::Async(pagemap), true) = (&self.tracking, done > 0) {
             // It cannot protect what it installs. Whoever writes before that is done has a page of his own by then,
             // which is not protected. An error leaves them unprotected: they count as written to.
             let _ = pagemap.protect_zeros(address..address + done);
@@ -501,7 +537,8 @@ impl Uffd {
         let _ = rustix::io::ioctl_fionbio(&child, true);
         // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(child.into_raw_fd()) };
-        Self { registrar, access: self.access, available: self.available, asked: self.asked, pagemap: None }
+        let tracking = if matches!(self.tracking, Tracking::Sync) { Tracking::Sync } else { Tracking::Off };
+        Self { registrar, access: self.access, available: self.available, asked: self.asked, tracking }
     }
 
     /// The number of its descriptor.
@@ -547,7 +584,10 @@ impl Event {
         let event = message[0].to_ne_bytes()[0];
         match event {
             // With UFFD_FEATURE_EXACT_ADDRESS it is not the page's.
-            abi::EVENT_PAGEFAULT => Self::Fault { address: b - b % PAGE_BYTES },
+            abi::EVENT_PAGEFAULT => {
+                let is_protected = message[1] & abi::PAGEFAULT_IS_WP != 0;
+                Self::Fault { address: b - b % PAGE_BYTES, is_protected }
+            }
             abi::EVENT_REMOVE => Self::Remove { addresses: a..b },
             abi::EVENT_UNMAP => Self::Unmap { addresses: a..b },
             abi::EVENT_REMAP => Self::Remap { from: a..a + c, to: b },

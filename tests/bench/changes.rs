@@ -3,8 +3,9 @@
 use crate::{Figure, median};
 use anyhow::{Result, ensure};
 use postcopy::proto::page::PAGE_BYTES;
-use postcopy::{Options, Session};
+use postcopy::{ForeignMemory, Options, Session};
 use postcopy_tests::cli::run;
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::{noise, sparse};
 use postcopy_tests::server::Server;
 use serde_json::json;
@@ -49,5 +50,49 @@ pub(crate) fn measure() -> Result<Figure> {
         bar: format!("≤ {BAR_MS} ms"),
         met: ms <= BAR_MS,
         raw: json!({ "ms": raw }),
+    })
+}
+
+/// What the first write to a page of another process costs where that is tracked, which waits for the pager.
+pub(crate) fn first_write() -> Result<Figure> {
+    const PAGES: usize = 2000;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("mem");
+    std::fs::write(&path, noise(PAGES * PAGE_BYTES, 13))?;
+    let server = Server::start();
+    let _ = run(server.address(), ["push".as_ref(), path.as_os_str(), "mem".as_ref()]);
+    let attach = |track_writes: bool| -> Result<(Faulter, Session)> {
+        let faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{PAGES}")]);
+        let options = Options { track_writes, fill: true, ..Options::default() };
+        let regions = [faulter.region(0, "mem", 0)];
+        let pid = Some(faulter.main.pid);
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid };
+        let session = Session::attach(server.address(), &"mem".parse()?, options, &memory)?;
+        session.wait_resident(Duration::from_secs(60))?;
+        Ok((faulter, session))
+    };
+    let ((mut tracked, session), (mut plain, _plain)) = (attach(true)?, attach(false)?);
+    let mut costs = Vec::new();
+    for _ in 0..RUNS {
+        session.take_changes()?;
+        let time = |faulter: &mut Faulter| {
+            let started = Instant::now();
+            faulter.main.does(&format!("write {} {PAGES} 1", faulter.at(0, 0)));
+            started.elapsed().as_secs_f64() * 1e6 / PAGES as f64
+        };
+        costs.push(time(&mut tracked) - time(&mut plain));
+        let told: usize = session.changes()?.written.iter().map(|run| run.len() / PAGE_BYTES).sum();
+        ensure!(told == PAGES, "{told} pages told of, {PAGES} written");
+    }
+    let raw = costs.clone();
+    let us = median(&mut costs);
+    Ok(Figure {
+        name: format!(
+            "first write to a page of another process, tracked: more than without (median of {RUNS} pairs)"
+        ),
+        value: format!("**{us:.0} us**"),
+        bar: "none".to_owned(),
+        met: true,
+        raw: json!({ "us": raw }),
     })
 }

@@ -50,6 +50,7 @@ fn main() -> Result<()> {
     }
     if wanted("changes") {
         figures.push(changes::measure()?);
+        figures.push(changes::first_write()?);
     }
     println!("| figure | measured | bar | |\n|---|---|---|---|");
     for Figure { name, value, bar, met, .. } in &figures {

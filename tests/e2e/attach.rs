@@ -175,7 +175,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
             assert!(error.contains(which) && error.contains(why), "{error}");
         }
         let tracking = source.attach(&faulter, Options { track_writes: true, ..Options::default() });
-        assert!(matches!(tracking, Err(SessionError::TracksOwnMemoryOnly)));
+        assert!(matches!(tracking, Err(SessionError::NoTracking(_))));
         let file = tempfile::tempfile().unwrap();
         let error = attach(file.as_fd(), std::slice::from_ref(&first)).unwrap_err().to_string();
         assert!(error.contains("is no userfaultfd"), "{error}");

@@ -2,9 +2,13 @@
 
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
-use postcopy::{Changes, LossError, Options, Region, Session};
+use postcopy::{Changes, ForeignMemory, ForeignRegion, LossError, Options, Region, Session, Sharing};
 use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
+use postcopy_tests::keeper::Keeper;
+use postcopy_tests::pool::HugePool;
+use postcopy_tests::{is_root, skip};
 use rustix::mm::Advice;
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -195,5 +199,186 @@ fn a_session_that_does_not_track_says_so() {
         let region = open(&source, false).map("mem").unwrap();
         let error = region.changes().unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::Unsupported);
+    });
+}
+
+/// A process with memory of a kind, and its region: a file of pages of which the fourth hundred is zero.
+fn foreign(kind: &str) -> (Faulter, [ForeignRegion; 1]) {
+    let faulter = Faulter::start(ALL_EVENTS, &[&format!("{kind}:{FOREIGN_PAGES}")]);
+    let region = match kind {
+        "huge" => faulter.huge_region(0, "mem", 0, Sharing::Private),
+        _ => faulter.region(0, "mem", 0),
+    };
+    (faulter, [region])
+}
+
+const FOREIGN_PAGES: usize = 4 * 512;
+const FOREIGN_ZEROS: Range<usize> = 1024..1536;
+const DONTNEED: i32 = 4;
+
+fn foreign_source() -> Source {
+    let mut bytes = memory_like(FOREIGN_PAGES * PAGE, 76);
+    bytes[FOREIGN_ZEROS.start * PAGE..FOREIGN_ZEROS.end * PAGE].fill(0);
+    Source::start(bytes, CHUNK)
+}
+
+/// Runs of a process's region as pages.
+fn pages_of(changes: &Changes, faulter: &Faulter) -> Changes {
+    let page = |address: usize| (address - faulter.at(0, 0)) / PAGE;
+    let runs = |runs: &[Range<usize>]| runs.iter().map(|run| page(run.start)..page(run.end)).collect();
+    Changes { written: runs(&changes.written), removed: runs(&changes.removed) }
+}
+
+#[test]
+fn what_another_process_changes_is_told_exactly() {
+    if !is_root() {
+        return skip("changes::what_another_process_changes_is_told_exactly", "it needs root");
+    }
+    let pool = HugePool::with_free(8);
+    within(WATCHDOG, || {
+        let source = foreign_source();
+        for kind in ["private", "memfd-private", "huge"] {
+            // The kernel protects, and gives back, whole pages.
+            let unit = if kind == "huge" { 512 } else { 1 };
+            let (mut faulter, regions) = foreign(kind);
+            let options = Options { track_writes: true, ..Options::default() };
+            let memory = ForeignMemory {
+                uffd: faulter.uffd(),
+                regions: &regions,
+                state: None,
+                pid: Some(faulter.main.pid),
+            };
+            let reference = "app".parse().unwrap();
+            let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
+            faulter.let_go();
+            let told = |faulter: &Faulter| pages_of(&session.take_changes().unwrap(), faulter);
+            let whole = |page: usize| page - page % unit..page - page % unit + unit;
+            let nothing = Changes::default();
+            assert_eq!(told(&faulter), nothing, "{kind}: absent pages are not written to");
+            faulter.assert_reads(0, 3, &source.bytes[3 * PAGE..100 * PAGE]);
+            let zeros = FOREIGN_ZEROS.start;
+            faulter.assert_reads(0, zeros + 5, &[0; 20 * PAGE]);
+            faulter.main.ask(&format!("kernel-read {} 3", faulter.at(0, 110)));
+            assert_eq!(told(&faulter), nothing, "{kind}: reading is not writing");
+            // There, zero, absent; by stores, by the kernel, by an atomic.
+            for (page, how) in [(5, "write"), (zeros + 7, "kernel-write"), (1600, "write")] {
+                let byte = 42;
+                faulter.main.does(&format!("{how} {} 1 {byte}", faulter.at(0, page)));
+                assert_eq!(told(&faulter).written, [whole(page)], "{kind}: {how} to page {page}");
+                assert_eq!(told(&faulter), nothing, "{kind}: a new interval");
+                faulter.assert_reads(0, page, &[byte; PAGE]);
+            }
+            faulter.main.ask(&format!("add {}", faulter.at(0, 5)));
+            assert_eq!(told(&faulter).written, [whole(5)], "{kind}: written to again");
+            // A child has its own memory. What its parent writes after the fork is told of.
+            let mut child = faulter.fork();
+            child.does(&format!("write {} 1 1", faulter.at(0, 1601)));
+            child.does(&format!("write {} 1 1", faulter.at(0, 200)));
+            child.assert_reads(faulter.at(0, 201), &source.bytes[201 * PAGE..202 * PAGE]);
+            assert_eq!(told(&faulter), nothing, "{kind}: the child's");
+            faulter.main.does(&format!("write {} 1 2", faulter.at(0, 6)));
+            assert_eq!(told(&faulter).written, [whole(6)], "{kind}: after a fork");
+            child.tell("exit");
+            // Removed: there and written, there, absent. Then read, then written again.
+            let (first, gone) = (zeros, zeros..zeros + 512);
+            faulter.main.does(&format!("advise {DONTNEED} {} 512", faulter.at(0, first)));
+            let removed = Changes { written: vec![], removed: vec![gone.clone()] };
+            assert_eq!(told(&faulter), removed, "{kind}");
+            faulter.assert_reads(0, first, &[0; 2 * PAGE]);
+            assert_eq!(told(&faulter), nothing, "{kind}: reading zeros");
+            faulter.main.does(&format!("write {} 1 3", faulter.at(0, first + 1)));
+            assert_eq!(told(&faulter).written, [whole(first + 1)], "{kind}: written after the removal");
+            session.fill().unwrap();
+            session.wait_resident(Duration::from_secs(30)).unwrap();
+            assert_eq!(told(&faulter), nothing, "{kind}: what is filled in is not written to");
+            faulter.main.does(&format!("write {} 1 3", faulter.at(0, 1700)));
+            assert_eq!(told(&faulter).written, [whole(1700)], "{kind}: of what was filled in");
+            assert_eq!(session.error(), None);
+        }
+    });
+    drop(pool);
+}
+
+#[test]
+fn no_write_of_another_process_is_lost_between_intervals() {
+    if !is_root() {
+        return skip("changes::no_write_of_another_process_is_lost_between_intervals", "it needs root");
+    }
+    within(WATCHDOG, || {
+        let source = foreign_source();
+        let (mut faulter, regions) = foreign("private");
+        let mut keeper =
+            Keeper::start(&source.server.address().to_string(), "app", (true, true), &faulter, &regions);
+        faulter.let_go();
+        let (mut removed_before, mut must) = (BTreeSet::new(), BTreeSet::new());
+        for round in 0..30 {
+            must.clear();
+            let (mut written, mut removed, mut told_written, mut told_removed) =
+                (BTreeSet::new(), BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+            for _ in 0..12 {
+                let page = fastrand::usize(..FOREIGN_PAGES);
+                let at = faulter.at(0, page);
+                if fastrand::u8(..5) == 0 {
+                    faulter.main.tell(&format!("advise {DONTNEED} {at} 1"));
+                    removed.insert(page);
+                    removed_before.insert(page);
+                    must.remove(&page);
+                } else {
+                    faulter.main.tell(&format!("write {at} 1 {}", round + 1));
+                    written.insert(page);
+                    // Unless it is removed again.
+                    must.insert(page);
+                }
+                // Each time at another moment of it.
+                if fastrand::bool() {
+                    let told = pages_of(&keeper.take_changes(), &faulter);
+                    told_written.extend(told.written.into_iter().flatten());
+                    told_removed.extend(told.removed.into_iter().flatten());
+                }
+                assert_eq!(faulter.main.answer().as_deref(), Some("done"));
+            }
+            let is_killed = round % 5 == 4;
+            if is_killed {
+                keeper.kill_worker();
+            }
+            let told = pages_of(&keeper.take_changes(), &faulter);
+            told_written.extend(told.written.into_iter().flatten());
+            told_removed.extend(told.removed.into_iter().flatten());
+            // What was removed before is told of again by a successor, and whatever may have been written there.
+            let again = |page: &usize| is_killed && removed_before.contains(page);
+            told_written.retain(|page| written.contains(page) || !again(page));
+            told_removed.retain(|page| removed.contains(page) || !again(page));
+            assert!(must.is_subset(&told_written), "round {round}: {must:?}, and told {told_written:?}");
+            assert!(
+                told_written.is_subset(&written),
+                "round {round}: {written:?}, and told {told_written:?}"
+            );
+            assert_eq!(told_removed, removed, "round {round}");
+        }
+        faulter.kill();
+        keeper.assert_ends();
+    });
+}
+
+#[test]
+fn what_cannot_be_tracked_is_refused_by_name() {
+    if !is_root() {
+        return skip("changes::what_cannot_be_tracked_is_refused_by_name", "it needs root");
+    }
+    within(WATCHDOG, || {
+        let source = foreign_source();
+        for (kind, sharing, with_pid, why) in [
+            ("private", Sharing::Private, false, "the process's pid"),
+            ("memfd", Sharing::Shared(1), true, "region 0 is shared memory"),
+        ] {
+            let faulter = Faulter::start(ALL_EVENTS, &[&format!("{kind}:{FOREIGN_PAGES}")]);
+            let region = ForeignRegion { sharing, ..faulter.region(0, "mem", 0) };
+            let pid = with_pid.then_some(faulter.main.pid);
+            let memory = ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid };
+            let options = Options { track_writes: true, ..Options::default() };
+            let reference = "app".parse().unwrap();
+            let error = Session::attach(source.server.address(), &reference, options, &memory).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+        }
     });
 }

@@ -208,7 +208,7 @@ fn a_killed_pager_of_huge_memory_is_succeeded() {
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
             let (mut faulter, regions) = faulter(kind, sharing);
             let mut keeper =
-                Keeper::start(&source.server.address().to_string(), "app", true, &faulter, &regions);
+                Keeper::start(&source.server.address().to_string(), "app", (true, false), &faulter, &regions);
             faulter.let_go();
             for n in 0..COUNT {
                 // While one is gathered.

@@ -278,7 +278,7 @@ impl World {
         let lens = REGIONS.map(|pages| format!("private:{}", pages.len()));
         let mut faulter = Faulter::start(features, &lens.each_ref().map(String::as_str));
         let regions = [0, 1].map(|i| faulter.region(i, "mem", (REGIONS[i].start * PAGE) as u64));
-        let keeper = Keeper::start(server, image, scenario.fill, &faulter, &regions);
+        let keeper = Keeper::start(server, image, (scenario.fill, false), &faulter, &regions);
         faulter.let_go();
         let mut memory = Memory::default();
         for (index, pages) in REGIONS.into_iter().enumerate() {

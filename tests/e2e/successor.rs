@@ -32,7 +32,7 @@ impl Victim {
         let region = faulter.region(0, "mem", 0);
         let regions = [if shared { faulter.shared_region(0, "mem", 0, 1) } else { region }];
         let server = source.server.address().to_string();
-        let keeper = Keeper::start(&server, "app", false, &faulter, &regions);
+        let keeper = Keeper::start(&server, "app", (false, false), &faulter, &regions);
         faulter.let_go();
         Self { source, faulter, keeper }
     }

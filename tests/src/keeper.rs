@@ -6,10 +6,10 @@ use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
-use postcopy::{ForeignRegion, Sharing};
+use postcopy::{Changes, ForeignRegion, Sharing};
 use rustix::process::{Resource, Rlimit};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command};
 
@@ -23,7 +23,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Has memory of another process served by a process that may die.
+    /// Has memory of another process served by a process that may die: with a background fill, with tracking of writes.
     ///
     /// # Panics
     /// If it does not come up.
@@ -31,7 +31,7 @@ impl Keeper {
     pub fn start(
         server: &str,
         reference: &str,
-        fill: bool,
+        (fill, track): (bool, bool),
         faulter: &Faulter,
         regions: &[ForeignRegion],
     ) -> Self {
@@ -49,7 +49,7 @@ impl Keeper {
             (r.address, r.len, r.page_bytes, path, r.offset_bytes, object)
         };
         let regions: Vec<_> = regions.iter().map(region).collect();
-        let text = serde_json::to_string(&(server, reference, fill, regions, faulter.main.pid));
+        let text = serde_json::to_string(&(server, reference, (fill, track), regions, faulter.main.pid));
         let text = text.expect("plain data");
         descriptors::send(&socket, faulter.uffd(), &text);
         let state = descriptors::receive(&socket).0.into();
@@ -73,6 +73,18 @@ impl Keeper {
         // It has this process's.
         let limit = Rlimit { current: Some(count), ..rustix::process::getrlimit(Resource::Nofile) };
         rustix::process::prlimit(pid, Resource::Nofile, limit).expect("root may");
+    }
+
+    /// What has been written to and removed since this was last asked for: as [`postcopy::Session::take_changes`].
+    ///
+    /// # Panics
+    /// If who serves does not tell.
+    pub fn take_changes(&mut self) -> Changes {
+        writeln!(self.lines.get_mut(), "changes").expect("it listens");
+        let line = self.line();
+        let changes = line.strip_prefix("changes ").unwrap_or_else(|| panic!("the keeper says {line:?}"));
+        let (written, removed) = serde_json::from_str(changes).expect("runs");
+        Changes { written, removed }
     }
 
     fn line(&mut self) -> String {

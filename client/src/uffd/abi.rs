@@ -18,6 +18,12 @@ pub(super) const LAST_ADDRESS: usize = (1 << 47) - (1 << 12);
 /// `UFFDIO_CONTINUE_MODE_DONTWAKE`, and that of UFFDIO_ZEROPAGE.
 pub(super) const MODE_DONTWAKE: u64 = 1;
 
+/// `UFFDIO_WRITEPROTECT_MODE_WP`.
+pub(super) const WRITEPROTECT_ON: u64 = 1;
+
+/// `UFFD_PAGEFAULT_FLAG_WP` of a message.
+pub(super) const PAGEFAULT_IS_WP: u64 = 2;
+
 /// `UFFDIO_COPY_MODE_WP`.
 pub(super) const COPY_MODE_WP: u64 = 2;
 
@@ -80,6 +86,13 @@ pub(super) struct Continue {
     pub(super) mapped: i64,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct WriteProtect {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+}
+
 /// `struct uffd_msg`: the meaning of `arg` depends on `event`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -96,11 +109,13 @@ const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<ZeroPage>() == 32);
 const _: () = assert!(size_of::<Poison>() == 32);
 const _: () = assert!(size_of::<Continue>() == 32);
+const _: () = assert!(size_of::<WriteProtect>() == 24);
 const _: () = assert!(size_of::<Msg>() == 32);
 
 pub(super) const IOC_API: Opcode = opcode::read_write::<Api>(UFFDIO, 0x3F);
 pub(super) const IOC_COPY: Opcode = opcode::read_write::<Copy>(UFFDIO, 0x03);
 pub(super) const IOC_ZEROPAGE: Opcode = opcode::read_write::<ZeroPage>(UFFDIO, 0x04);
+pub(super) const IOC_WRITEPROTECT: Opcode = opcode::read_write::<WriteProtect>(UFFDIO, 0x06);
 pub(super) const IOC_CONTINUE: Opcode = opcode::read_write::<Continue>(UFFDIO, 0x07);
 pub(super) const IOC_POISON: Opcode = opcode::read_write::<Poison>(UFFDIO, 0x08);
 /// `USERFAULTFD_IOC_NEW` of /dev/userfaultfd, since Linux 6.1.
@@ -108,6 +123,7 @@ pub(super) const IOC_NEW: Opcode = opcode::none(UFFDIO, 0x00);
 
 const _: () = assert!(IOC_API == 0xC018_AA3F);
 const _: () = assert!(IOC_COPY == 0xC028_AA03);
+const _: () = assert!(IOC_WRITEPROTECT == 0xC018_AA06);
 const _: () = assert!(IOC_CONTINUE == 0xC020_AA07);
 const _: () = assert!(IOC_POISON == 0xC020_AA08);
 const _: () = assert!(IOC_NEW == 0xAA00);

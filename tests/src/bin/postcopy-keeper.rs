@@ -1,9 +1,9 @@
 //! What outlives a pager: a process that shares its table of descriptors with the one that serves, and starts another
 //! one when that has died.
 //!
-//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, fill,
+//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, [fill, track],
 //! [[address, length, page size, path, offset, shared object or null]…], pid]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
-//! `ended` when one has ended in order.
+//! `ended` when one has ended in order. Asked for `changes` the one that serves answers with these, `[written, removed]`.
 
 use anyhow::{Context, Result, bail};
 use nix::libc;
@@ -20,6 +20,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 const STACK_BYTES: usize = 8 << 20;
+/// How often it is looked whether something is asked for.
+const LOOK: Duration = Duration::from_millis(5);
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// What is to be served.
@@ -29,6 +31,7 @@ struct Work {
     server: String,
     reference: String,
     fill: bool,
+    track: bool,
     regions: Vec<ForeignRegion>,
     pid: u32,
 }
@@ -49,7 +52,7 @@ impl Work {
             fill: self.fill,
             fault_deadline: Duration::from_secs(20),
             on_loss: LossPolicy::Poison,
-            track_writes: false,
+            track_writes: self.track,
         };
         let memory = ForeignMemory {
             uffd: self.uffd.as_fd(),
@@ -60,10 +63,12 @@ impl Work {
         Ok(Session::attach(&address, &self.reference.parse()?, options, &memory)?)
     }
 
-    fn serve(&self) -> isize {
-        let served = self.session().map(|session| {
-            let _ = session.wait_end(YEAR);
-            session.error()
+    fn serve(&self, socket: &UnixStream) -> isize {
+        let served = self.session().and_then(|session| {
+            while !session.wait_end(if self.track { LOOK } else { YEAR }) {
+                answer(socket, &session)?;
+            }
+            Ok(session.error())
         });
         match served {
             Ok(None) => 0,
@@ -81,7 +86,8 @@ impl Work {
     /// Starts a process that serves, and waits for its end: whether it was one in order.
     fn run(&self, socket: &mut UnixStream) -> Result<bool> {
         let mut stack = vec![0; STACK_BYTES];
-        let work = Box::new(|| self.serve());
+        let asked = socket.try_clone()?;
+        let work = Box::new(|| self.serve(&asked));
         #[expect(unsafe_code, reason = "a process that shares the table of descriptors")]
         // SAFETY: this process has one thread, and its child memory of its own.
         let worker =
@@ -121,10 +127,22 @@ impl Work {
     }
 }
 
+/// Tells what has changed, if it is asked for.
+fn answer(mut socket: &UnixStream, session: &Session) -> Result<()> {
+    socket.set_nonblocking(true)?;
+    let asked = std::io::Read::read(&mut socket, &mut [0; 16]);
+    socket.set_nonblocking(false)?;
+    if asked.is_ok_and(|bytes| bytes > 0) {
+        let changes = session.take_changes()?;
+        writeln!(socket, "changes {}", serde_json::to_string(&(changes.written, changes.removed))?)?;
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let mut socket = UnixStream::connect(std::env::args().nth(1).context("SOCKET")?)?;
     let (uffd, text) = descriptors::receive(&socket);
-    let (server, reference, fill, regions, pid) = serde_json::from_str(&text)?;
+    let (server, reference, (fill, track), regions, pid) = serde_json::from_str(&text)?;
     /// Address, length, page size, path, offset, shared object.
     type Region = (usize, usize, usize, String, u64, Option<u32>);
     let regions: Vec<Region> = regions;
@@ -135,7 +153,7 @@ fn main() -> Result<()> {
     let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
     let regions = regions.into_iter().map(region).collect();
     descriptors::send(&socket, state.as_fd(), "state");
-    let work = Work { uffd, state, server, reference, fill, regions, pid };
+    let work = Work { uffd, state, server, reference, fill, track, regions, pid };
     while !work.run(&mut socket)? {
         work.close_leftovers(&socket)?;
     }

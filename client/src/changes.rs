@@ -1,0 +1,134 @@
+//! What has become of memory since the restore: what was written to, which the page tables tell, and what was removed,
+//! which the pager has been told.
+
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::session::Shared;
+use postcopy_proto::page::PAGE_BYTES;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Between attempts of the kernel's that were put off.
+const PAUSE: Duration = Duration::from_micros(200);
+
+/// What has become of memory, as runs of bytes, whole pages: from a region's beginning ([`crate::Region::changes`]), or
+/// addresses of another process ([`crate::Session::changes`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Written to, by the program or by the kernel for it. Pages that were only read are not among these, nor are those
+    /// that are absent.
+    pub written: Vec<Range<usize>>,
+    /// Given back by madvise(2), whatever was written there before or after. A page that is removed and not written is
+    /// zero (after MADV_FREE: zero or as it was). A madvise that is still in progress may be told of before it has taken
+    /// effect: whoever copies what has changed must not let one overlap that.
+    pub removed: Vec<Range<usize>>,
+}
+
+/// What was written to and removed since it was installed, or since this was last called with `reset`.
+pub(crate) fn of_region(region: &RegionState, shared: &Shared, reset: bool) -> io::Result<Changes> {
+    // All but poison, which looks as if it had been written to. Absent, too: whoever touched a page may go on a little
+    // before it is noted as resident.
+    const NOT_LOST: [PageState; 3] = [PageState::Absent, PageState::Resident, PageState::Removed];
+    if region.removals().is_none() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    // Whoever removes something goes on when the pager has read that; in the gate it is done with it.
+    let Some(pass) = shared.gate.enter() else { return Err(io::Error::other("the session has ended")) };
+    // Before the look at what was written: what is removed after it is of the next time, as its writes are.
+    let removed = removed(region, reset);
+    drop(pass);
+    let mut found = Vec::new();
+    let mut next = 0;
+    while let Some(run) = region.next_run(next..region.pages(), &NOT_LOST) {
+        next = run.end;
+        let addresses = region.address(run.start)..region.address(run.end);
+        region.space.written(addresses, reset, |range, in_memory| {
+            found.push((region.pages_in(&range), in_memory));
+        })?;
+    }
+    if reset && !region.space.uffd.protects_by_scan() {
+        protect(region, shared, found.iter().map(|(run, _)| run.clone()))?;
+    }
+    let mut written = Vec::new();
+    for (run, in_memory) in found {
+        if in_memory {
+            push_run(&mut written, run);
+            continue;
+        }
+        // Swapped out, or it has been lost meanwhile.
+        let mut next = run.start;
+        while let Some(kept) = region.next_run(next..run.end, &NOT_LOST) {
+            next = kept.end;
+            push_run(&mut written, kept);
+        }
+    }
+    let bytes = |runs: Vec<Range<usize>>| {
+        runs.into_iter().map(|run| run.start * PAGE_BYTES..run.end * PAGE_BYTES).collect()
+    };
+    Ok(Changes { written: bytes(written), removed: bytes(removed) })
+}
+
+/// What has become of the memory of the process that a session was attached to: addresses.
+pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
+    if !shared.options.track_writes {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    let mut all = Changes::default();
+    for region in shared.spaces().regions().iter().filter(|region| region.space.id == 0) {
+        let Changes { written, removed } = of_region(region, shared, reset)?;
+        let start = region.address(0);
+        let placed = |run: Range<usize>| start + run.start..start + run.end;
+        written.into_iter().for_each(|run| push_run(&mut all.written, placed(run)));
+        removed.into_iter().for_each(|run| push_run(&mut all.removed, placed(run)));
+    }
+    Ok(all)
+}
+
+/// The runs of pages that were removed since this was last called with `reset`.
+fn removed(region: &RegionState, reset: bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let Some(removals) = region.removals() else { return runs };
+    let states = region.placed(0..region.pages());
+    let words = states.start / 64..states.end.div_ceil(64);
+    for (index, word) in words.clone().zip(&removals[words]) {
+        let first = states.start.saturating_sub(index * 64);
+        let end = (states.end - index * 64).min(64);
+        let mask = u64::MAX >> (64 - end) & (u64::MAX << first);
+        let bits = if reset { word.fetch_and(!mask, Ordering::AcqRel) } else { word.load(Ordering::Acquire) };
+        for bit in (first..end).filter(|bit| bits >> bit & 1 == 1) {
+            let page = index * 64 + bit - states.start;
+            push_run(&mut runs, page..page + 1);
+        }
+    }
+    runs
+}
+
+/// Protects pages anew that have been written to. A write in between is of what is told now.
+fn protect(
+    region: &RegionState,
+    shared: &Shared,
+    runs: impl Iterator<Item = Range<usize>>,
+) -> io::Result<()> {
+    let started = Instant::now();
+    for run in runs {
+        let addresses = region.address(run.start)..region.address(run.end);
+        // The pager reads the event that is in the way.
+        while !region.space.uffd.protect(addresses.clone())? {
+            if shared.has_ended() || started.elapsed() > shared.options.fault_deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::park_timeout(PAUSE);
+        }
+    }
+    Ok(())
+}
+
+/// Adds a run to others that are before it.
+fn push_run(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
+    match runs.last_mut() {
+        Some(last) if last.end == run.start => last.end = run.end,
+        _ => runs.push(run),
+    }
+}
