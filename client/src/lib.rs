@@ -38,6 +38,7 @@ mod region;
 mod remote;
 mod requests;
 mod session;
+mod shared_pager;
 mod space;
 pub mod state;
 mod sync;
@@ -50,5 +51,6 @@ pub use image::{Content, Image};
 pub use region::Region;
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};
 pub use session::{LossError, LossPolicy, Options, Progress, Session, SessionError};
+pub use shared_pager::SharedPager;
 
 pub use postcopy_proto as proto;

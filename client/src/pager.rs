@@ -83,54 +83,62 @@ struct Watched {
     uffd: AsyncUffd,
 }
 
-impl Pager {
-    /// Starts a session's pager: connects, opens the image, opens the userfaultfd, in this order, so that
-    /// nothing is registered before there is somebody to ask.
+/// What a pager is started with. It connects, opens the image, and opens the userfaultfd, in this order, so that nothing is
+/// registered before there is somebody to ask.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) address: ServerAddress,
+    pub(crate) reference: Reference,
+    pub(crate) options: Options,
+    pub(crate) owner: Owner,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    /// Told whether it serves.
+    pub(crate) reply: std::sync::mpsc::SyncSender<Result<Arc<Shared>, SessionError>>,
+}
+
+impl Start {
+    /// Serves in a thread of its own.
     ///
     /// # Errors
-    /// Whatever of that failed.
-    ///
-    /// # Blocking
-    /// Until all of it is done.
-    pub(crate) fn start(
-        address: ServerAddress,
-        reference: Reference,
-        options: Options,
-        owner: Owner,
-        commands: mpsc::Receiver<Command>,
-    ) -> Result<Arc<Shared>, SessionError> {
-        let system = |what| move |source| SessionError::System { what, source };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .thread_name("postcopy-pager-helper")
-            .build()
-            .map_err(system("a runtime"))?;
-        let (reply, opened) = std::sync::mpsc::sync_channel(1);
-        let thread = move || {
-            runtime.block_on(async move {
-                let opened = Self::open(address.clone(), &reference, options, owner, commands);
-                // Each part of it has a limit of its own; this is the promise of `Session::open`.
-                let opened = match tokio::time::timeout(OPEN, opened).await {
-                    Ok(opened) => opened,
-                    Err(_) => Err(address.wrong("session", format!("not open within {OPEN:?}")).into()),
-                };
-                match opened {
-                    Err(error) => drop(reply.send(Err(error))),
-                    Ok(pager) => {
-                        let shared = Arc::clone(&pager.way_out.shared);
-                        drop(reply.send(Ok(shared)));
-                        // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
-                        // After a panic `WayOut` has done its work by then, and nobody is left to be told.
-                        let _ = tokio::spawn(pager.run()).await;
-                    }
-                }
-            });
-        };
-        let thread = std::thread::Builder::new().name("postcopy-pager".into()).spawn(thread);
-        thread.map_err(system("a thread"))?;
-        opened.recv().map_err(|_| SessionError::Ended)?
+    /// If there is none to be had.
+    pub(crate) fn in_a_thread(self) -> io::Result<()> {
+        let runtime = runtime()?;
+        let thread = std::thread::Builder::new().name("postcopy-pager".into());
+        thread.spawn(move || runtime.block_on(self.serve())).map(drop)
     }
 
+    /// Serves until the session's end.
+    pub(crate) async fn serve(self) {
+        let Self { address, reference, options, owner, commands, reply } = self;
+        let opened = Pager::open(address.clone(), &reference, options, owner, commands);
+        // Each part of it has a limit of its own; this is the promise of `Session::open`.
+        let opened = match tokio::time::timeout(OPEN, opened).await {
+            Ok(opened) => opened,
+            Err(_) => Err(address.wrong("session", format!("not open within {OPEN:?}")).into()),
+        };
+        match opened {
+            Err(error) => drop(reply.send(Err(error))),
+            Ok(pager) => {
+                let shared = Arc::clone(&pager.way_out.shared);
+                drop(reply.send(Ok(shared)));
+                // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
+                // After a panic `WayOut` has done its work by then, and nobody is left to be told.
+                let _ = tokio::spawn(pager.run()).await;
+            }
+        }
+    }
+}
+
+/// What pagers run in: the thread that enters it.
+///
+/// # Errors
+/// If there is no descriptor for it.
+pub(crate) fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().thread_name("postcopy-pager-helper").build()
+}
+
+impl Pager {
     async fn open(
         address: ServerAddress,
         reference: &Reference,

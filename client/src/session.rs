@@ -11,7 +11,7 @@ use crate::fill;
 use crate::gate::Gate;
 use crate::image::Image;
 use crate::page_state::PageState;
-use crate::pager::Pager;
+use crate::pager::Start;
 use crate::region::{Common, Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::space::Spaces;
@@ -439,7 +439,17 @@ impl Session {
         reference: &Reference,
         options: Options,
     ) -> Result<Self, SessionError> {
-        Self::start(address, reference, options, Owner::ThisProcess)
+        Self::open_by(address, reference, options, Start::in_a_thread)
+    }
+
+    /// The same, where `run` starts the pager.
+    pub(crate) fn open_by(
+        address: &ServerAddress,
+        reference: &Reference,
+        options: Options,
+        run: impl FnOnce(Start) -> io::Result<()>,
+    ) -> Result<Self, SessionError> {
+        Self::start(address, reference, options, Owner::ThisProcess, run)
     }
 
     /// Fills memory of another process from an image's files: memory of pages of 4 KiB, for whose missing pages it has
@@ -468,11 +478,22 @@ impl Session {
         options: Options,
         memory: &ForeignMemory<'_>,
     ) -> Result<Self, SessionError> {
+        Self::attach_by(address, reference, options, memory, Start::in_a_thread)
+    }
+
+    /// The same, where `run` starts the pager.
+    pub(crate) fn attach_by(
+        address: &ServerAddress,
+        reference: &Reference,
+        options: Options,
+        memory: &ForeignMemory<'_>,
+        run: impl FnOnce(Start) -> io::Result<()>,
+    ) -> Result<Self, SessionError> {
         let descriptor = |source| SessionError::System { what: "a descriptor", source };
         let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
         let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;
         let owner = Owner::Another { uffd, regions: memory.regions.to_vec(), state, pid: memory.pid };
-        Self::start(address, reference, options, owner)
+        Self::start(address, reference, options, owner, run)
     }
 
     /// Goes on with a session whose process has died, or that could not go on: from its state file, and the
@@ -494,11 +515,21 @@ impl Session {
         state: &File,
         uffds: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
     ) -> Result<Self, SessionError> {
+        Self::resume_by(address, state, uffds, Start::in_a_thread)
+    }
+
+    /// The same, where `run` starts the pager.
+    pub(crate) fn resume_by<'a>(
+        address: &ServerAddress,
+        state: &File,
+        uffds: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
+        run: impl FnOnce(Start) -> io::Result<()>,
+    ) -> Result<Self, SessionError> {
         let (state, contents) = State::open(state)?;
         let uffds = attach::descriptors_left(&contents, uffds)?;
         let name = "image".parse().expect("a name");
         let (reference, options) = (Reference::Digest { name, image: contents.image }, contents.options);
-        Self::start(address, &reference, options, Owner::Left { state, contents, uffds })
+        Self::start(address, &reference, options, Owner::Left { state, contents, uffds }, run)
     }
 
     fn start(
@@ -506,10 +537,15 @@ impl Session {
         reference: &Reference,
         options: Options,
         owner: Owner,
+        run: impl FnOnce(Start) -> io::Result<()>,
     ) -> Result<Self, SessionError> {
         let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
         let (commands, queue) = mpsc::channel(COMMANDS);
-        let shared = Pager::start(address.clone(), reference.clone(), options, owner, queue)?;
+        let (reply, opened) = std::sync::mpsc::sync_channel(1);
+        let (address, reference) = (address.clone(), reference.clone());
+        run(Start { address, reference, options, owner, commands: queue, reply })
+            .map_err(|source| SessionError::System { what: "a thread for the pager", source })?;
+        let shared = opened.recv().map_err(|_| SessionError::Ended)??;
         let session = Self { shared, commands };
         if options.fill
             && let Err(error) = session.fill()

@@ -3,6 +3,7 @@
 //! [`server`] starts `postcopyd` on a store of its own; [`cli`] runs `postcopy`; [`fixtures`] makes files whose bytes
 //! follow from a seed. Everything that is started ends with the value that started it.
 
+pub mod cgroup;
 pub mod chaos;
 pub mod cli;
 pub mod descriptors;
@@ -10,6 +11,7 @@ pub mod faulter;
 pub mod fixtures;
 pub mod keeper;
 pub mod model;
+pub mod mounts;
 pub mod pool;
 pub mod proxy;
 pub mod server;

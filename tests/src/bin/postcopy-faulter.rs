@@ -14,6 +14,7 @@
 //! | `advise ADVICE ADDRESS COUNT` | `done`: madvise, by number |
 //! | `unmap ADDRESS COUNT`, `cover ADDRESS COUNT` | `done`: munmap, or new memory mapped over it |
 //! | `remap ADDRESS COUNT NEW_COUNT FLAGS TO` | the new address: mremap, to a fixed address if that is not 0 |
+//! | `populate COUNT` | `done`: so much private memory is there, which no userfaultfd has |
 //! | `reserve COUNT` | the address of so much that is mapped nowhere |
 //! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
 //! | `exit` | nothing |
@@ -39,13 +40,14 @@ fn pointer(address: usize) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(address)
 }
 
-/// Memory of a kind, so many bytes at an address. `again` maps the last memfd another time.
+/// Memory of a kind, so many bytes at an address. `again` maps the last memfd another time, `file=PATH` a new file, shared.
 #[expect(unsafe_code, reason = "mappings that live as long as the process")]
 fn map(kind: &str, len: usize, last: &mut Option<OwnedFd>) -> Result<usize> {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let (sharing, huge) = match kind {
         "private" | "memfd-private" => (MapFlags::PRIVATE, false),
         "shared" | "memfd" | "again" => (MapFlags::SHARED, false),
+        file if file.starts_with("file=") => (MapFlags::SHARED, false),
         "huge" => (MapFlags::PRIVATE, true),
         "huge-shared" => (MapFlags::SHARED, true),
         _ => bail!("{kind} is no kind of memory"),
@@ -55,7 +57,12 @@ fn map(kind: &str, len: usize, last: &mut Option<OwnedFd>) -> Result<usize> {
     if kind.starts_with("memfd") {
         *last = Some(memfd(len)?);
     }
-    let start = if kind.starts_with("memfd") || kind == "again" {
+    if let Some(path) = kind.strip_prefix("file=") {
+        let file = std::fs::File::create_new(path)?;
+        file.set_len(len as u64)?;
+        *last = Some(std::fs::File::options().read(true).write(true).open(path)?.into());
+    }
+    let start = if kind.starts_with("memfd") || kind == "again" || kind.starts_with("file=") {
         let file = last.as_ref().context("a memfd to be mapped again")?;
         // SAFETY: a new mapping, placed by the kernel where nothing is.
         unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }?
@@ -160,6 +167,15 @@ fn reserve(len: usize) -> Result<usize> {
     Ok(start.expose_provenance())
 }
 
+/// Memory in pages of 4 KiB, written to.
+fn populate(len: usize) -> Result<()> {
+    let start = map("private", len, &mut None)?;
+    const NOHUGEPAGE: i32 = 15;
+    advise(start, len, NOHUGEPAGE)?;
+    (start..start + len).step_by(PAGE).for_each(|page| bytes_mut(page, 1)[0] = 1);
+    Ok(())
+}
+
 /// Forks. The child does only what it is told.
 #[expect(unsafe_code, reason = "fork")]
 fn fork(socket: &Path) -> Result<()> {
@@ -223,6 +239,7 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
         "remap" => {
             remap(number(1)?, pages(2)?, pages(3)?, i32::try_from(number(4)?)?, number(5)?)?.to_string()
         }
+        "populate" => populate(pages(1)?).map(|()| done())?,
         "reserve" => reserve(pages(1)?)?.to_string(),
         "fork" => fork(socket).map(|()| done())?,
         "thread" => {
