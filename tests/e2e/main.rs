@@ -14,6 +14,7 @@ mod huge;
 mod lying;
 mod map;
 mod model;
+mod origins;
 mod pressure;
 mod push;
 mod python;

@@ -17,7 +17,8 @@
 //! | `populate COUNT` | `done`: so much private memory is there, which no userfaultfd has |
 //! | `reserve COUNT` | the address of so much that is mapped nowhere |
 //! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
-//! | `exit` | nothing |
+//! | `dump-to FOLDER` | `done`: a core dump goes there |
+//! | `exit`, `abort` | nothing |
 
 use anyhow::{Context, Result, bail};
 use nix::libc;
@@ -247,7 +248,15 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
             std::thread::Builder::new().spawn(move || serve(&connect(&socket)?, &socket))?;
             done()
         }
+        "dump-to" => {
+            std::env::set_current_dir(words.get(1).context("FOLDER")?)?;
+            let limit = rustix::process::getrlimit(rustix::process::Resource::Core);
+            let limit = rustix::process::Rlimit { current: limit.maximum, ..limit };
+            rustix::process::setrlimit(rustix::process::Resource::Core, limit)?;
+            done()
+        }
         "exit" => std::process::exit(0),
+        "abort" => std::process::abort(),
         other => bail!("{other} is not known"),
     })
 }
