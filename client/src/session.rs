@@ -328,7 +328,7 @@ impl Shared {
         self.outcome().ended
     }
 
-    fn error(&self) -> Option<Arc<str>> {
+    pub(crate) fn error(&self) -> Option<Arc<str>> {
         self.outcome().error.clone()
     }
 

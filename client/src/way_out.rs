@@ -63,6 +63,9 @@ impl Drop for WayOut {
     fn drop(&mut self) {
         let shared = &self.shared;
         shared.gate.close();
+        if self.is_open && !self.in_order && shared.error().is_none() {
+            shared.report("the pager has failed (a panic, which was printed)");
+        }
         let spaces = shared.spaces();
         if shared.state.has_file() && !self.in_order {
             spaces.leave_open();

@@ -6,7 +6,7 @@ use postcopy::{Changes, ForeignMemory, ForeignRegion, LossError, Options, Region
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::keeper::Keeper;
+use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::{is_root, skip};
 use rustix::mm::Advice;
@@ -307,8 +307,8 @@ fn no_write_of_another_process_is_lost_between_intervals() {
     within(WATCHDOG, || {
         let source = foreign_source();
         let (mut faulter, regions) = foreign("private");
-        let mut keeper =
-            Keeper::start(&source.server.address().to_string(), "app", (true, true), &faulter, &regions);
+        let how = Serving { fill: true, track: true, alone: false };
+        let mut keeper = Keeper::start(&source.server.address().to_string(), "app", how, &faulter, &regions);
         faulter.let_go();
         let (mut removed_before, mut must) = (BTreeSet::new(), BTreeSet::new());
         for round in 0..30 {

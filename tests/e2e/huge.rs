@@ -5,7 +5,7 @@ use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Session, Sessi
 use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::keeper::Keeper;
+use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::{is_root, skip};
 use std::time::Duration;
@@ -207,8 +207,13 @@ fn a_killed_pager_of_huge_memory_is_succeeded() {
     with_pool("a_killed_pager_of_huge_memory_is_succeeded", COUNT, |source, _| {
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
             let (mut faulter, regions) = faulter(kind, sharing);
-            let mut keeper =
-                Keeper::start(&source.server.address().to_string(), "app", (true, false), &faulter, &regions);
+            let mut keeper = Keeper::start(
+                &source.server.address().to_string(),
+                "app",
+                Serving { fill: true, ..Serving::default() },
+                &faulter,
+                &regions,
+            );
             faulter.let_go();
             for n in 0..COUNT {
                 // While one is gathered.

@@ -23,3 +23,4 @@ mod serve;
 mod session;
 mod successor;
 mod threads;
+mod ways_out;

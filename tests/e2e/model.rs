@@ -10,7 +10,7 @@ use postcopy_tests::faulter::{
     ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience, read_from_outside,
 };
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::keeper::Keeper;
+use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::model::{Content, Memory};
 use postcopy_tests::{is_root, skip};
 use proptest::prelude::*;
@@ -278,7 +278,8 @@ impl World {
         let lens = REGIONS.map(|pages| format!("private:{}", pages.len()));
         let mut faulter = Faulter::start(features, &lens.each_ref().map(String::as_str));
         let regions = [0, 1].map(|i| faulter.region(i, "mem", (REGIONS[i].start * PAGE) as u64));
-        let keeper = Keeper::start(server, image, (scenario.fill, false), &faulter, &regions);
+        let how = Serving { fill: scenario.fill, ..Serving::default() };
+        let keeper = Keeper::start(server, image, how, &faulter, &regions);
         faulter.let_go();
         let mut memory = Memory::default();
         for (index, pages) in REGIONS.into_iter().enumerate() {

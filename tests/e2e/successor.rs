@@ -5,7 +5,7 @@ use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
-use postcopy_tests::keeper::{Keeper, StoppedPager};
+use postcopy_tests::keeper::{Keeper, Serving, StoppedPager};
 use postcopy_tests::{skip, wait_until};
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl Victim {
         let region = faulter.region(0, "mem", 0);
         let regions = [if shared { faulter.shared_region(0, "mem", 0, 1) } else { region }];
         let server = source.server.address().to_string();
-        let keeper = Keeper::start(&server, "app", (false, false), &faulter, &regions);
+        let keeper = Keeper::start(&server, "app", Serving::default(), &faulter, &regions);
         faulter.let_go();
         Self { source, faulter, keeper }
     }

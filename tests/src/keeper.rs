@@ -13,6 +13,17 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command};
 
+/// How a process serves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Serving {
+    /// With a background fill.
+    pub fill: bool,
+    /// With tracking of writes.
+    pub track: bool,
+    /// Without a state file: no other one comes when it ends, in whatever way.
+    pub alone: bool,
+}
+
 /// See the module. It, and who serves, are killed when it is dropped.
 #[derive(Debug)]
 pub struct Keeper {
@@ -23,7 +34,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Has memory of another process served by a process that may die: with a background fill, with tracking of writes.
+    /// Has memory of another process served by a process that may die.
     ///
     /// # Panics
     /// If it does not come up.
@@ -31,7 +42,7 @@ impl Keeper {
     pub fn start(
         server: &str,
         reference: &str,
-        (fill, track): (bool, bool),
+        how: Serving,
         faulter: &Faulter,
         regions: &[ForeignRegion],
     ) -> Self {
@@ -49,7 +60,13 @@ impl Keeper {
             (r.address, r.len, r.page_bytes, path, r.offset_bytes, object)
         };
         let regions: Vec<_> = regions.iter().map(region).collect();
-        let text = serde_json::to_string(&(server, reference, (fill, track), regions, faulter.main.pid));
+        let text = serde_json::to_string(&(
+            server,
+            reference,
+            (how.fill, how.track, how.alone),
+            regions,
+            faulter.main.pid,
+        ));
         let text = text.expect("plain data");
         descriptors::send(&socket, faulter.uffd(), &text);
         let state = descriptors::receive(&socket).0.into();
@@ -222,6 +239,25 @@ impl StoppedPager {
             wait_for(self.thread);
         }
         instructions
+    }
+}
+
+impl StoppedPager {
+    /// Has the call that it is about to make fail with `errno` instead.
+    ///
+    /// # Panics
+    /// If it is not about to make one.
+    pub fn fail_call(&mut self, errno: i32) {
+        let change = |change: &dyn Fn(&mut nix::libc::user_regs_struct)| {
+            let mut registers = ptrace::getregs(self.thread).expect("it is stopped");
+            change(&mut registers);
+            ptrace::setregs(self.thread, registers).expect("it is stopped");
+        };
+        // No call has this number.
+        change(&|registers| registers.orig_rax = u64::MAX);
+        ptrace::syscall(self.thread, None).expect("it is stopped");
+        wait_for(self.thread);
+        change(&|registers| registers.rax = i64::from(-errno).cast_unsigned());
     }
 }
 

@@ -1,7 +1,7 @@
 //! What outlives a pager: a process that shares its table of descriptors with the one that serves, and starts another
 //! one when that has died.
 //!
-//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, [fill, track],
+//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, [fill, track, alone],
 //! [[address, length, page size, path, offset, shared object or null]…], pid]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
 //! `ended` when one has ended in order. Asked for `changes` the one that serves answers with these, `[written, removed]`.
 
@@ -32,6 +32,7 @@ struct Work {
     reference: String,
     fill: bool,
     track: bool,
+    alone: bool,
     regions: Vec<ForeignRegion>,
     pid: u32,
 }
@@ -44,9 +45,10 @@ impl Work {
             // SAFETY: the keeper has left those open that the state file names, and nobody closes them.
             Some(unsafe { BorrowedFd::borrow_raw(fd) })
         };
-        match Session::resume(&address, &self.state, by_number) {
-            Err(SessionError::State(StateError::Empty)) => {}
-            resumed => return Ok(resumed?),
+        let state = Some(&self.state).filter(|_| !self.alone);
+        match state.map(|state| Session::resume(&address, state, by_number)) {
+            None | Some(Err(SessionError::State(StateError::Empty))) => {}
+            Some(resumed) => return Ok(resumed?),
         }
         let options = Options {
             fill: self.fill,
@@ -54,16 +56,12 @@ impl Work {
             on_loss: LossPolicy::Poison,
             track_writes: self.track,
         };
-        let memory = ForeignMemory {
-            uffd: self.uffd.as_fd(),
-            regions: &self.regions,
-            state: Some(&self.state),
-            pid: Some(self.pid),
-        };
+        let memory =
+            ForeignMemory { uffd: self.uffd.as_fd(), regions: &self.regions, state, pid: Some(self.pid) };
         Ok(Session::attach(&address, &self.reference.parse()?, options, &memory)?)
     }
 
-    fn serve(&self, socket: &UnixStream) -> isize {
+    fn serve(&self, socket: &UnixStream) -> i32 {
         let served = self.session().and_then(|session| {
             while !session.wait_end(if self.track { LOOK } else { YEAR }) {
                 answer(socket, &session)?;
@@ -87,7 +85,15 @@ impl Work {
     fn run(&self, socket: &mut UnixStream) -> Result<bool> {
         let mut stack = vec![0; STACK_BYTES];
         let asked = socket.try_clone()?;
-        let work = Box::new(|| self.serve(&asked));
+        let work = Box::new(|| {
+            let code = self.serve(&asked);
+            #[expect(unsafe_code, reason = "the end of all threads, with this status")]
+            // SAFETY: nothing is to be run or flushed. Returning would end this thread alone, and the process with what
+            // its last thread ends with.
+            unsafe {
+                libc::_exit(code)
+            }
+        });
         #[expect(unsafe_code, reason = "a process that shares the table of descriptors")]
         // SAFETY: this process has one thread, and its child memory of its own.
         let worker =
@@ -142,7 +148,7 @@ fn answer(mut socket: &UnixStream, session: &Session) -> Result<()> {
 fn main() -> Result<()> {
     let mut socket = UnixStream::connect(std::env::args().nth(1).context("SOCKET")?)?;
     let (uffd, text) = descriptors::receive(&socket);
-    let (server, reference, (fill, track), regions, pid) = serde_json::from_str(&text)?;
+    let (server, reference, (fill, track, alone), regions, pid) = serde_json::from_str(&text)?;
     /// Address, length, page size, path, offset, shared object.
     type Region = (usize, usize, usize, String, u64, Option<u32>);
     let regions: Vec<Region> = regions;
@@ -153,8 +159,8 @@ fn main() -> Result<()> {
     let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
     let regions = regions.into_iter().map(region).collect();
     descriptors::send(&socket, state.as_fd(), "state");
-    let work = Work { uffd, state, server, reference, fill, track, regions, pid };
-    while !work.run(&mut socket)? {
+    let work = Work { uffd, state, server, reference, fill, track, alone, regions, pid };
+    while !work.run(&mut socket)? && !work.alone {
         work.close_leftovers(&socket)?;
     }
     writeln!(socket, "ended")?;
