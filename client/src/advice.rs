@@ -42,7 +42,7 @@ impl Callers {
     /// looking for children takes long; so that is done only while some are missing.
     pub(crate) fn calls(&self, count: usize) -> Vec<Call> {
         let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
-        processes.retain(|process| std::fs::exists(format!("/proc/{process}/task")).unwrap_or(false));
+        processes.retain(|process| is_alive(*process));
         if processes.len() < count {
             add_children(&mut processes);
         }
@@ -64,6 +64,15 @@ pub(crate) fn keeps_content(calls: &[Call], event: &Range<usize>) -> Option<bool
 /// Whether one of these calls may have caused the event.
 pub(crate) fn is_covered(calls: &[Call], event: &Range<usize>) -> bool {
     calls.iter().any(|call| call.covers(event))
+}
+
+/// Whether a process has a thread left: those that have exited may stay for a while, until somebody asks how.
+fn is_alive(process: u32) -> bool {
+    let state =
+        |stat: &str| stat.rsplit_once(')').map(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']));
+    let leader = std::fs::read_to_string(format!("/proc/{process}/stat"));
+    let leader_lives = leader.is_ok_and(|stat| state(&stat).unwrap_or(false));
+    leader_lives || std::fs::read_dir(format!("/proc/{process}/task")).is_ok_and(|tasks| tasks.count() > 1)
 }
 
 /// Adds the children of these processes, and theirs.

@@ -142,7 +142,7 @@ fn take_over(
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
         // The others' pids are not known.
         let pid = contents.owner.filter(|_| *id == 0);
-        let uffd = Uffd::adopt(uffd, contents.options.track_writes)?;
+        let uffd = Uffd::adopt(uffd, contents.options.track_writes && *id == 0)?;
         spaces.push(Arc::new(Space::new(*id, uffd, &state).of_process(pid)));
     }
     let [regions, moved, displaced] = left_regions(&image, &state, contents, &spaces)?;

@@ -117,6 +117,11 @@ pub(crate) fn apply(
         // What is left at the old place with MREMAP_DONTUNMAP is zero, or the same if it is shared.
         Event::Remap { from, to } => {
             Arc::make_mut(&mut spaces).move_to(space, &from, to);
+            // It may have been moved before the session was attached, which registered it anew for tracking.
+            let moved = spaces.overlapping(space, &(to..to + from.len())).iter();
+            for region in moved.filter(|region| region.removals().is_some()) {
+                let _ = space.uffd.register(region.address(0), region.len());
+            }
             shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &from);
         }

@@ -537,7 +537,8 @@ impl Uffd {
         let _ = rustix::io::ioctl_fionbio(&child, true);
         // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(child.into_raw_fd()) };
-        let tracking = if matches!(self.tracking, Tracking::Sync) { Tracking::Sync } else { Tracking::Off };
+        // Nobody is told what it writes. What it has inherited that is protected is not so for long.
+        let tracking = Tracking::Off;
         Self { registrar, access: self.access, available: self.available, asked: self.asked, tracking }
     }
 

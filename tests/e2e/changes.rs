@@ -360,6 +360,40 @@ fn no_write_of_another_process_is_lost_between_intervals() {
     });
 }
 
+/// Its registration comes after the move, whose message is still to be read.
+#[test]
+fn memory_that_was_moved_before_the_session_is_tracked_too() {
+    if !is_root() {
+        return skip("changes::memory_that_was_moved_before_the_session_is_tracked_too", "it needs root");
+    }
+    within(WATCHDOG, || {
+        const MAYMOVE: i32 = 1;
+        let source = foreign_source();
+        let (mut faulter, regions) = foreign("private");
+        let to: usize = faulter.main.ask("reserve 100").parse().unwrap();
+        let from = faulter.at(0, 50);
+        faulter.main.tell(&format!("remap {from} 100 100 {MAYMOVE} {to}"));
+        std::thread::park_timeout(Duration::from_millis(50));
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: Some(faulter.main.pid),
+        };
+        let options = Options { track_writes: true, ..Options::default() };
+        let reference = "app".parse().unwrap();
+        let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
+        faulter.let_go();
+        assert_eq!(faulter.main.answer(), Some(to.to_string()));
+        faulter.main.assert_reads(to, &source.bytes[50 * PAGE..150 * PAGE]);
+        assert_eq!(session.take_changes().unwrap(), Changes::default());
+        faulter.main.does(&format!("write {} 1 9", to + 7 * PAGE));
+        let written = vec![to + 7 * PAGE..to + 8 * PAGE];
+        assert_eq!(session.take_changes().unwrap(), Changes { written, removed: vec![] });
+        assert_eq!(session.error(), None);
+    });
+}
+
 #[test]
 fn what_cannot_be_tracked_is_refused_by_name() {
     if !is_root() {

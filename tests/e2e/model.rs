@@ -5,6 +5,7 @@
 //! overtake each other, and sends some twice. The pager is killed now and then, and replaced.
 
 use crate::session::Source;
+use postcopy::Changes;
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{
     ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience, read_from_outside,
@@ -47,6 +48,8 @@ enum Kind {
     KernelWrite,
     Remove,
     Free,
+    Punch,
+    Changes,
     PageOut,
     Cover,
     Unmap,
@@ -62,7 +65,7 @@ enum Kind {
 }
 
 /// How likely each is, and how often it must have been done in [`OPERATIONS`].
-const KINDS: [(u32, Kind, usize); 19] = [
+const KINDS: [(u32, Kind, usize); 21] = [
     (40, Kind::Read, 4000),
     (10, Kind::KernelRead, 500),
     (6, Kind::RemoteRead, 300),
@@ -70,6 +73,8 @@ const KINDS: [(u32, Kind, usize); 19] = [
     (6, Kind::KernelWrite, 200),
     (14, Kind::Remove, 500),
     (4, Kind::Free, 100),
+    (10, Kind::Punch, 50),
+    (6, Kind::Changes, 100),
     (3, Kind::PageOut, 100),
     (4, Kind::Cover, 100),
     (4, Kind::Unmap, 100),
@@ -126,9 +131,21 @@ fn any_operation() -> impl Strategy<Value = Operation> {
 struct Scenario {
     fill: bool,
     source: PageSource,
-    /// Only EVENT_REMOVE is asked for, as Firecracker does, and nothing is done that takes more.
-    removes_only: bool,
+    variant: Variant,
     batches: Vec<Batch>,
+}
+
+/// What the memory is, and what is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Variant {
+    /// Two private regions, and all events.
+    Private,
+    /// Only EVENT_REMOVE is asked for, as Firecracker does, and nothing is done that takes more.
+    RemovesOnly,
+    /// What is written to and removed is to be told of.
+    Tracked,
+    /// The second region is shared memory, which is mapped twice.
+    Shared,
 }
 
 /// What is done at once.
@@ -152,13 +169,29 @@ fn any_scenario() -> impl Strategy<Value = Scenario> {
         .prop_map(|(together, operations)| Batch { together, operations });
     let batches = prop::collection::vec(batch, 100..300);
     let source = prop::sample::select(vec![PageSource::Quick, PageSource::Late, PageSource::Large]);
-    (any::<bool>(), source, prop::bool::weighted(0.2), batches)
-        .prop_map(|(fill, source, removes_only, batches)| Scenario { fill, source, removes_only, batches })
+    let variant = prop::sample::select(vec![
+        Variant::Private,
+        Variant::Private,
+        Variant::RemovesOnly,
+        Variant::Tracked,
+        Variant::Tracked,
+        Variant::Shared,
+        Variant::Shared,
+    ]);
+    (any::<bool>(), source, variant, batches).prop_map(|(fill, source, variant, batches)| Scenario {
+        fill,
+        source,
+        variant,
+        batches,
+    })
 }
 
 struct Process {
     memory: Memory,
     threads: Vec<Toucher>,
+    /// The one that the session was attached to.
+    is_owner: bool,
+    has_forked: bool,
 }
 
 /// What a thread was told, and what it must answer.
@@ -177,10 +210,17 @@ enum Expected {
 enum Effect {
     Write(Range<usize>, u8),
     Remove(Range<usize>),
+    /// Of shared memory.
+    Punch(Vec<usize>),
     Free(Range<usize>),
     Cover(Range<usize>),
     Unmap(Range<usize>),
-    Move { pages: Range<usize>, to: usize, grow: usize, keep: bool },
+    Move {
+        pages: Range<usize>,
+        to: usize,
+        grow: usize,
+        keep: bool,
+    },
 }
 
 /// What has been done and seen in all scenarios.
@@ -210,33 +250,53 @@ fn overlap(claims: &[(usize, Range<usize>)], process: usize, pages: &Range<usize
     claims.iter().any(meets)
 }
 
+/// Stands for the shared memory, whose pages are claimed by their numbers.
+const SHARED: usize = usize::MAX;
+
 impl Claims {
-    fn read(&mut self, process: usize, pages: &Range<usize>) -> bool {
-        let free = !overlap(&self.changes, process, pages) && !self.exits.contains(&process);
+    /// These pages of a process, and those of the shared memory that they are.
+    fn places(process: usize, pages: &Range<usize>, shared: &[usize]) -> Vec<(usize, Range<usize>)> {
+        let shared = shared.iter().map(|page| (SHARED, *page..page + 1));
+        std::iter::once((process, pages.clone())).chain(shared).collect()
+    }
+
+    fn meet(claims: &[(usize, Range<usize>)], places: &[(usize, Range<usize>)]) -> bool {
+        places.iter().any(|(process, pages)| overlap(claims, *process, pages))
+    }
+
+    fn read(&mut self, process: usize, pages: &Range<usize>, shared: &[usize]) -> bool {
+        let places = Self::places(process, pages, shared);
+        let free = !Self::meet(&self.changes, &places) && !self.exits.contains(&process);
         if free {
-            self.reads.push((process, pages.clone()));
+            self.reads.extend(places);
         }
         free
     }
 
     fn remove(&mut self, process: usize, pages: &Range<usize>) -> bool {
-        let free = !overlap(&self.changes, process, pages)
-            && !overlap(&self.removes, process, pages)
+        self.punch(process, pages, &[])
+    }
+
+    fn punch(&mut self, process: usize, pages: &Range<usize>, shared: &[usize]) -> bool {
+        let places = Self::places(process, pages, shared);
+        let free = !Self::meet(&self.changes, &places)
+            && !Self::meet(&self.removes, &places)
             && !self.exits.contains(&process);
         if free {
-            self.removes.push((process, pages.clone()));
+            self.removes.extend(places);
         }
         free
     }
 
-    fn change(&mut self, process: usize, pages: &Range<usize>) -> bool {
-        let free = !overlap(&self.changes, process, pages)
-            && !overlap(&self.removes, process, pages)
-            && !overlap(&self.reads, process, pages)
+    fn change(&mut self, process: usize, pages: &Range<usize>, shared: &[usize]) -> bool {
+        let places = Self::places(process, pages, shared);
+        let free = !Self::meet(&self.changes, &places)
+            && !Self::meet(&self.removes, &places)
+            && !Self::meet(&self.reads, &places)
             && !self.exits.contains(&process)
             && !self.forks.contains(&process);
         if free {
-            self.changes.push((process, pages.clone()));
+            self.changes.extend(places);
         }
         free
     }
@@ -269,26 +329,57 @@ struct World {
     faulter: Faulter,
     processes: Vec<Process>,
     next_mapping: u32,
-    removes_only: bool,
+    variant: Variant,
+    shared: Vec<Content>,
 }
 
 impl World {
     fn start(server: &str, image: &str, scenario: &Scenario) -> Self {
-        let features = if scenario.removes_only { EVENT_REMOVE } else { ALL_EVENTS };
-        let lens = REGIONS.map(|pages| format!("private:{}", pages.len()));
-        let mut faulter = Faulter::start(features, &lens.each_ref().map(String::as_str));
-        let regions = [0, 1].map(|i| faulter.region(i, "mem", (REGIONS[i].start * PAGE) as u64));
-        let how = Serving { fill: scenario.fill, ..Serving::default() };
-        let keeper = Keeper::start(server, image, how, &faulter, &regions);
+        let variant = scenario.variant;
+        let features = if variant == Variant::RemovesOnly { EVENT_REMOVE } else { ALL_EVENTS };
+        let is_shared = variant == Variant::Shared;
+        let [first, second] = REGIONS.map(|pages| pages.len());
+        let kinds = [
+            format!("private:{first}"),
+            format!("{}:{second}", if is_shared { "memfd" } else { "private" }),
+            format!("again:{second}"),
+        ];
+        let kinds: Vec<_> = kinds.iter().map(String::as_str).take(if is_shared { 3 } else { 2 }).collect();
+        let mut faulter = Faulter::start(features, &kinds);
+        let region = |index: usize| {
+            let place = |pages: &Range<usize>| (pages.start * PAGE) as u64;
+            match (index, is_shared) {
+                (0, _) => faulter.region(0, "mem", place(&REGIONS[0])),
+                (_, true) => faulter.shared_region(index, "mem", place(&REGIONS[1]), 1),
+                (_, false) => faulter.region(index, "mem", place(&REGIONS[1])),
+            }
+        };
+        let regions: Vec<_> = (0..kinds.len()).map(region).collect();
+        let track = variant == Variant::Tracked;
+        let how = Serving { fill: scenario.fill, track, ..Serving::default() };
+        let mut keeper = Keeper::start(server, image, how, &faulter, &regions);
+        if track {
+            // Memory that was grown before is registered for tracking in part, and cannot be moved at once then.
+            assert_eq!(keeper.take_changes(), Changes::default());
+        }
         faulter.let_go();
         let mut memory = Memory::default();
-        for (index, pages) in REGIONS.into_iter().enumerate() {
+        for index in 0..regions.len() {
             let mapping = u32::try_from(index).unwrap();
-            memory.map(mapping, faulter.at(index, 0) / PAGE, pages.map(Content::Image));
+            let at = faulter.at(index, 0) / PAGE;
+            match (index, is_shared) {
+                (0, _) => memory.map(mapping, at, REGIONS[0].clone().map(Content::Image)),
+                (_, true) => memory.map_shared(mapping, at, second),
+                (_, false) => memory.map(mapping, at, REGIONS[1].clone().map(Content::Image)),
+            }
+        }
+        if track {
+            memory.track();
         }
         let threads = (0..THREADS).map(|_| faulter.thread()).collect();
-        let (removes_only, processes) = (scenario.removes_only, vec![Process { memory, threads }]);
-        Self { keeper, faulter, processes, next_mapping: 2, removes_only }
+        let processes = vec![Process { memory, threads, is_owner: true, has_forked: false }];
+        let shared = REGIONS[1].clone().map(Content::Image).collect();
+        Self { keeper, faulter, processes, next_mapping: 3, variant, shared }
     }
 
     fn mapping(&mut self) -> u32 {
@@ -302,11 +393,13 @@ impl World {
         let mut told: Vec<(usize, usize, Expected)> = Vec::new();
         let mut effects = Vec::new();
         let mut remote = Vec::new();
-        let mut kill = false;
-        let mut started = false;
+        let (mut kill, mut started, mut changes) = (false, false, false);
+        // Whether content of shared memory is kept or dropped is seen by who calls madvise at the time: two that say
+        // different things make it unknown, which ends a session.
+        let (mut punched, mut advised) = (false, false);
         for operation in &batch.operations {
             let place = if batch.together { &batch.operations[0] } else { operation };
-            if self.removes_only
+            if self.variant == Variant::RemovesOnly
                 && matches!(
                     operation.kind,
                     Kind::Move | Kind::Grow | Kind::MoveAndKeep | Kind::Regrow | Kind::Fork
@@ -322,61 +415,100 @@ impl World {
             let memory = &self.processes[process].memory;
             let pages = memory.run(place.page, operation.pages, false);
             let of_one = memory.run(place.page, operation.pages, true);
+            let shared = memory.shared(&pages);
+            let shared_of_one = memory.shared(&of_one);
+            let advises = matches!(operation.kind, Kind::Remove | Kind::Free | Kind::PageOut);
+            if self.variant == Variant::Shared
+                && (advises && punched || operation.kind == Kind::Punch && advised)
+            {
+                continue;
+            }
+            let is_exit = operation.kind == Kind::Exit;
+            // Its children could not be found any more.
+            if is_exit && self.variant == Variant::Shared && self.processes[process].has_forked {
+                continue;
+            }
             let to = SLOTS_AT / PAGE + operation.other % SLOTS * SLOT_PAGES;
             let grow = 1 + operation.other % 7;
             let byte = u8::try_from(operation.other % 255 + 1).unwrap();
             let at = |pages: &Range<usize>| format!("{} {}", pages.start * PAGE, pages.len());
             let (say, expected, effect) = match operation.kind {
-                Kind::Read if !pages.is_empty() && claims.read(process, &pages) => {
+                Kind::Read if !pages.is_empty() && claims.read(process, &pages, &shared) => {
                     (format!("read {}", at(&pages)), Expected::Digests(pages), None)
                 }
-                Kind::KernelRead if !pages.is_empty() && claims.read(process, &pages) => {
+                Kind::KernelRead if !pages.is_empty() && claims.read(process, &pages, &shared) => {
                     (format!("kernel-read {}", at(&pages)), Expected::Digests(pages), None)
                 }
                 Kind::RemoteRead
-                    if !pages.is_empty() && remote.is_empty() && claims.read(process, &pages) =>
+                    if !pages.is_empty() && remote.is_empty() && claims.read(process, &pages, &shared) =>
                 {
                     remote.push((process, pages));
                     count(seen, operation.kind);
                     continue;
                 }
-                Kind::Write | Kind::KernelWrite if !pages.is_empty() && claims.change(process, &pages) => {
+                Kind::Write | Kind::KernelWrite
+                    if !pages.is_empty() && claims.change(process, &pages, &shared) =>
+                {
                     let how = if operation.kind == Kind::Write { "write" } else { "kernel-write" };
                     let effect = Effect::Write(pages.clone(), byte);
                     (format!("{how} {} {byte}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
                 Kind::Remove if !pages.is_empty() && claims.remove(process, &pages) => {
+                    advised = true;
                     let effect = Effect::Remove(pages.clone());
                     (format!("advise 4 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
-                Kind::Free if !pages.is_empty() && claims.change(process, &pages) => {
+                Kind::Punch
+                    if !of_one.is_empty()
+                        && !punched
+                        && shared_of_one.len() == of_one.len()
+                        && claims.punch(process, &of_one, &shared_of_one) =>
+                {
+                    punched = true;
+                    let effect = Effect::Punch(shared_of_one);
+                    (format!("advise 9 {}", at(&of_one)), Expected::Answer("done".into()), Some(effect))
+                }
+                // Its own turn: when all others are done.
+                Kind::Changes if self.variant == Variant::Tracked => {
+                    changes = true;
+                    count(seen, operation.kind);
+                    continue;
+                }
+                Kind::Free
+                    if !pages.is_empty() && shared.is_empty() && claims.change(process, &pages, &[]) =>
+                {
+                    advised = true;
                     let effect = Effect::Free(pages.clone());
                     (format!("advise 8 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
-                Kind::PageOut if !pages.is_empty() && claims.read(process, &pages) => {
+                Kind::PageOut if !pages.is_empty() && claims.read(process, &pages, &shared) => {
+                    advised = true;
                     (format!("advise 21 {}", at(&pages)), Expected::Answer("done".into()), None)
                 }
-                Kind::Cover if !pages.is_empty() && claims.change(process, &pages) => {
+                Kind::Cover if !pages.is_empty() && claims.change(process, &pages, &[]) => {
                     let effect = Effect::Cover(pages.clone());
                     (format!("cover {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
-                Kind::Unmap if !pages.is_empty() && claims.change(process, &pages) => {
+                Kind::Unmap if !pages.is_empty() && claims.change(process, &pages, &[]) => {
                     let effect = Effect::Unmap(pages.clone());
                     (format!("unmap {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
-                Kind::Shrink if of_one.len() > 1 && claims.change(process, &of_one) => {
+                Kind::Shrink if of_one.len() > 1 && claims.change(process, &of_one, &[]) => {
                     let left = of_one.len() / 2;
                     let effect = Effect::Unmap(of_one.start + left..of_one.end);
                     let same = (of_one.start * PAGE).to_string();
                     (format!("remap {} {left} 0 0", at(&of_one)), Expected::Answer(same), Some(effect))
                 }
+                // Beyond the end of the shared memory there is nothing.
+                Kind::Grow | Kind::Regrow if !shared_of_one.is_empty() => continue,
                 Kind::Move | Kind::Grow | Kind::MoveAndKeep if !of_one.is_empty() => {
                     let grow = if operation.kind == Kind::Grow { grow } else { 0 };
                     let keep = operation.kind == Kind::MoveAndKeep;
                     let (len, new_len) = (of_one.len(), of_one.len() + grow);
                     let target = to..to + new_len;
                     let apart = target.end <= of_one.start || of_one.end <= target.start;
-                    if !apart || !claims.change(process, &of_one) || !claims.change(process, &target) {
+                    let both = apart && claims.change(process, &of_one, &[]);
+                    if !both || !claims.change(process, &target, &[]) {
                         continue;
                     }
                     let flags = if keep { 1 | 4 } else { 1 };
@@ -386,7 +518,7 @@ impl World {
                 }
                 // As realloc does it: to wherever the kernel finds room, which may be where other memory is moved from
                 // or unmapped at the same time.
-                Kind::Regrow if !of_one.is_empty() && claims.change(process, &of_one) => {
+                Kind::Regrow if !of_one.is_empty() && claims.change(process, &of_one, &[]) => {
                     let say = format!("remap {} {} 1 0", at(&of_one), of_one.len() + grow);
                     (say, Expected::Place(of_one, grow), None)
                 }
@@ -457,16 +589,37 @@ impl World {
                     let removed = claims.removes.iter().filter(|(who, _)| *who == process);
                     let removed: Vec<_> = removed.map(|(_, pages)| pages.clone()).collect();
                     let memory = self.processes[process].memory.forked(&removed);
-                    child = Some(Process { memory, threads: vec![thread] });
+                    self.processes[process].has_forked = true;
+                    child =
+                        Some(Process { memory, threads: vec![thread], is_owner: false, has_forked: false });
                 }
             }
         }
         self.take_effects(effects);
+        if kill {
+            // What was removed in this very batch may have been so before.
+            let owner = self.processes.iter_mut().find(|process| process.is_owner);
+            owner.into_iter().for_each(|owner| owner.memory.forget_told());
+        }
         self.processes.extend(child);
         exited.sort_unstable();
         for process in exited.into_iter().rev() {
             self.processes.remove(process);
         }
+        if changes {
+            self.take_changes();
+        }
+    }
+
+    /// Sees that what the first process has changed is told of.
+    fn take_changes(&mut self) {
+        let Some(owner) = self.processes.iter_mut().find(|process| process.is_owner) else { return };
+        let changes = self.keeper.take_changes();
+        let pages = |runs: Vec<Range<usize>>| {
+            runs.into_iter().flat_map(|run| run.start / PAGE..run.end / PAGE).collect()
+        };
+        let told = owner.memory.told(&pages(changes.written), &pages(changes.removed));
+        told.unwrap_or_else(|wrong| panic!("{wrong}"));
     }
 
     fn compare(
@@ -479,8 +632,11 @@ impl World {
     ) {
         assert_eq!(digests.len(), pages.len());
         for (page, digest) in pages.zip(digests) {
-            if !overlap(&claims.removes, process, &(page..page + 1)) {
-                let seen = self.processes[process].memory.seen(page, digest, image);
+            let memory = &mut self.processes[process].memory;
+            let shared = memory.shared(&(page..page + 1));
+            let punched = shared.iter().any(|page| overlap(&claims.removes, SHARED, &(*page..page + 1)));
+            if !punched && !overlap(&claims.removes, process, &(page..page + 1)) {
+                let seen = memory.seen(page, digest, image, &self.shared);
                 seen.unwrap_or_else(|wrong| panic!("process {process}: {wrong}"));
             }
         }
@@ -503,16 +659,20 @@ impl World {
             let mapping = self.mapping();
             let memory = &mut self.processes[process].memory;
             match effect {
-                Effect::Write(pages, byte) => memory.write(pages, Content::Byte(byte)),
+                Effect::Write(pages, byte) => memory.write(pages, Content::Byte(byte), &mut self.shared),
+                Effect::Punch(pages) => pages.into_iter().for_each(|page| self.shared[page] = Content::Zero),
                 Effect::Remove(pages) => memory.remove(pages),
                 Effect::Free(pages) => memory.free(pages),
                 Effect::Cover(pages) => memory.map(mapping, pages.start, pages.map(|_| Content::Zero)),
                 Effect::Unmap(pages) => memory.unmap(pages),
                 Effect::Move { pages, to, grow, keep } => {
-                    moved.push((process, memory.take(&pages), to, pages.len(), grow));
+                    let taken = memory.take(&pages);
                     if keep {
-                        memory.map(mapping, pages.start, pages.map(|_| Content::Zero));
+                        // Shared memory stays in both places.
+                        memory.map(mapping, pages.start, pages.clone().map(|_| Content::Zero));
+                        memory.share(pages.start, &taken);
                     }
+                    moved.push((process, taken, to, pages.len(), grow));
                 }
             }
         }
