@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// The number of madvise(2).
@@ -29,25 +30,36 @@ impl Call {
 /// The processes whose calls are looked at: the memory's owner, and what it has forked.
 #[derive(Debug)]
 pub(crate) struct Callers {
-    /// Changed by the pager alone.
-    processes: Mutex<BTreeSet<u32>>,
+    /// Those that are alive, as far as they have been found, and how many have been found. Changed by the pager alone.
+    found: Mutex<(BTreeSet<u32>, usize)>,
+    /// How many there have been.
+    count: AtomicUsize,
 }
 
 impl Callers {
-    pub(crate) fn of(owner: u32) -> Self {
-        Self { processes: Mutex::new([owner].into()) }
+    /// The owner, and so many that it has forked and they have.
+    pub(crate) fn of(owner: u32, children: usize) -> Self {
+        Self { found: Mutex::new(([owner].into(), 1)), count: AtomicUsize::new(1 + children) }
     }
 
-    /// The calls of madvise in progress in `count` processes. A child cannot be seen yet when its fork is told of, and
-    /// looking for children takes long; so that is done only while some are missing.
-    pub(crate) fn calls(&self, count: usize) -> Vec<Call> {
-        let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
+    /// One more has been forked.
+    pub(crate) fn add_child(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The calls of madvise in progress. A child cannot be seen yet when its fork is told of, and looking for children
+    /// takes long; so that is done only while some have not been found.
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let (processes, count) = &mut *found;
         processes.retain(|process| is_alive(*process));
-        if processes.len() < count {
-            add_children(&mut processes);
+        if *count < self.count.load(Ordering::Relaxed) {
+            let before = processes.len();
+            add_children(processes);
+            *count += processes.len() - before;
         }
         let calls = processes.iter().flat_map(|process| calls_of(*process)).collect();
-        drop(processes);
+        drop(found);
         calls
     }
 }
@@ -89,8 +101,9 @@ fn add_children(processes: &mut BTreeSet<u32>) {
         let before = processes.len();
         let children: Vec<_> = parents
             .iter()
-            .filter(|(_, parent)| processes.contains(parent))
+            .filter(|(child, parent)| processes.contains(parent) && !processes.contains(child))
             .map(|(child, _)| *child)
+            .filter(|child| is_alive(*child))
             .collect();
         processes.extend(children);
         if processes.len() == before {

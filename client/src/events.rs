@@ -6,13 +6,13 @@
 //! and not posted yet, which is answered with EAGAIN, too, and may be told of after what others have done since
 //! ([`Spaces`]).
 
-use crate::advice::{self, Call};
+use crate::advice::{self, Call, Callers};
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::session::Shared;
 use crate::space::{Space, Spaces};
 use crate::state::{MESSAGES, StateError};
-use crate::uffd::{self, Event};
+use crate::uffd::{self, Event, Uffd};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -49,10 +49,10 @@ pub(crate) fn read(
         // end the session, by name.)
         let mut calls = None;
         if let Some(callers) = callers {
-            match space.uffd.waiting().map_err(stopped)? {
+            match waiting(&space.uffd).map_err(stopped)? {
                 uffd::Waiting::Nothing => return Ok(()),
                 uffd::Waiting::Faults => {}
-                uffd::Waiting::Event => calls = Some(callers.calls(shared.spaces().spaces().len())),
+                uffd::Waiting::Event => calls = Some(callers.calls()),
             }
             shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
         }
@@ -69,6 +69,18 @@ pub(crate) fn read(
             return Ok(());
         }
     }
+}
+
+/// What the next message will be. A fault whose page has just come is seen waiting for a moment, before it notices that;
+/// then what looked like an event may have been that. So an event is one that is seen several times.
+fn waiting(uffd: &Uffd) -> std::io::Result<uffd::Waiting> {
+    for _ in 0..3 {
+        let waiting = uffd.waiting()?;
+        if waiting != uffd::Waiting::Event {
+            return Ok(waiting);
+        }
+    }
+    Ok(uffd::Waiting::Event)
 }
 
 fn stopped(error: std::io::Error) -> Stopped {
@@ -93,6 +105,10 @@ pub(crate) fn apply(
         Event::Fault { .. } => {}
         // The content is about to go: nothing of the image may be installed there any more.
         Event::Remove { addresses } => {
+            // Only of what is mapped there is it told: shared memory that was moved from there, and stays.
+            if Arc::make_mut(&mut spaces).take_back_in(space, &addresses) {
+                shared.set_spaces(Arc::clone(&spaces), None).map_err(full)?;
+            }
             for region in spaces.overlapping(space, &addresses) {
                 let pages = region.pages_in(&addresses);
                 if !region.is_shared() {
@@ -126,6 +142,7 @@ pub(crate) fn apply(
             wake(space, &from);
         }
         Event::Fork { child } => {
+            shared.callers.iter().for_each(Callers::add_child);
             let child = space.uffd.of_child(child);
             let id = shared.next_space_id();
             let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, &shared.state));
@@ -158,7 +175,7 @@ fn keeps_content(
     // It may have begun after the look before the reading; it goes on for a while.
     // Where it was ambiguous it stays so: who is there still is not who is meant.
     let seen = calls.is_some_and(|calls| advice::is_covered(calls, addresses));
-    let look = || Some(shared.callers.as_ref()?.calls(shared.spaces().spaces().len()));
+    let look = || Some(shared.callers.as_ref()?.calls());
     let known = known.or_else(|| advice::keeps_content(&look().filter(|_| !seen)?, addresses));
     // A resident page's next fault shows whether it is still there.
     let matters = region.next_run(pages.clone(), &[PageState::Absent, PageState::Poisoned]).is_some();

@@ -88,7 +88,13 @@ pub(crate) fn install(
         }
     }
     if region.is_shared() {
-        // What came through another mapping has woken nobody here.
+        // What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager
+        // may just have seen waiting, and what it reads in their place is an event whose caller it has not looked for.
+        let _pass = match gate.map(Gate::enter) {
+            Some(None) => return Installed::Ended,
+            Some(Some(pass)) => Some(pass),
+            None => None,
+        };
         region.space.uffd.wake(region.address(start), (end - start) * PAGE_BYTES);
     }
     Installed::All

@@ -250,6 +250,7 @@ impl Shared {
         state: State,
         owner: Option<u32>,
     ) -> Self {
+        let children = spaces.spaces().iter().filter(|space| space.id != 0).count();
         Self {
             address,
             image,
@@ -260,7 +261,7 @@ impl Shared {
             spaces: Mutex::new(Arc::new(spaces)),
             next_space_id: AtomicU32::new(next_space_id),
             state,
-            callers: owner.map(Callers::of),
+            callers: owner.map(|owner| Callers::of(owner, children)),
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),

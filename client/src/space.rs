@@ -226,6 +226,15 @@ impl Spaces {
         true
     }
 
+    /// The same for all such places in a range of addresses. Whether there were any.
+    pub(crate) fn take_back_in(&mut self, space: &Space, addresses: &Range<usize>) -> bool {
+        let inside = |left: &Range<usize>| left.start.max(addresses.start)..left.end.min(addresses.end);
+        let places = self.left.iter().filter(|left| left.space.id == space.id).map(|left| left.addresses());
+        let places: Vec<_> = places.map(|left| inside(&left)).filter(|place| !place.is_empty()).collect();
+        let taken = places.into_iter().filter(|place| self.take_back(space, place.start));
+        taken.count() > 0
+    }
+
     /// Whether there is memory that is mapped elsewhere, too.
     pub(crate) fn has_shared(&self) -> bool {
         self.regions.iter().any(|region| region.is_shared())

@@ -380,6 +380,12 @@ fn shared_memory_is_moved_and_unmapped_by_each_for_himself() {
         faulter.main.does(&format!("write {both} 1 9"));
         faulter.main.assert_reads(kept, &[&[9; PAGE], image(101, 19)].concat());
         faulter.main.assert_reads(both + PAGE, image(101, 19));
+        // What is dropped at the old place, which nobody has touched since, is dropped at the new one.
+        let kept = at + 150 * PAGE;
+        let both = faulter.main.ask(&format!("remap {kept} 20 20 {} 0", MAYMOVE | DONTUNMAP));
+        let both: usize = both.parse().unwrap();
+        faulter.main.does(&format!("advise {REMOVE} {} 5", kept + 3 * PAGE));
+        faulter.main.assert_reads(both, &[image(150, 3), &[0; 5 * PAGE], image(158, 12)].concat());
         assert_eq!(session.error(), None);
     });
 }

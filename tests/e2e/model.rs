@@ -396,7 +396,7 @@ impl World {
         let (mut kill, mut started, mut changes) = (false, false, false);
         // Whether content of shared memory is kept or dropped is seen by who calls madvise at the time: two that say
         // different things make it unknown, which ends a session.
-        let (mut punched, mut advised) = (false, false);
+        let mut punched = false;
         for operation in &batch.operations {
             let place = if batch.together { &batch.operations[0] } else { operation };
             if self.variant == Variant::RemovesOnly
@@ -417,9 +417,11 @@ impl World {
             let of_one = memory.run(place.page, operation.pages, true);
             let shared = memory.shared(&pages);
             let shared_of_one = memory.shared(&of_one);
-            let advises = matches!(operation.kind, Kind::Remove | Kind::Free | Kind::PageOut);
+            // And a fault whose page has just come can be taken for the event: then nobody is looked for at the right
+            // time, which ends a session, too. So nothing else is done meanwhile.
+            let is_punch = operation.kind == Kind::Punch;
             if self.variant == Variant::Shared
-                && (advises && punched || operation.kind == Kind::Punch && advised)
+                && (punched || is_punch && !(told.is_empty() && remote.is_empty()))
             {
                 continue;
             }
@@ -454,7 +456,6 @@ impl World {
                     (format!("{how} {} {byte}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
                 Kind::Remove if !pages.is_empty() && claims.remove(process, &pages) => {
-                    advised = true;
                     let effect = Effect::Remove(pages.clone());
                     (format!("advise 4 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
@@ -477,12 +478,10 @@ impl World {
                 Kind::Free
                     if !pages.is_empty() && shared.is_empty() && claims.change(process, &pages, &[]) =>
                 {
-                    advised = true;
                     let effect = Effect::Free(pages.clone());
                     (format!("advise 8 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
                 Kind::PageOut if !pages.is_empty() && claims.read(process, &pages, &shared) => {
-                    advised = true;
                     (format!("advise 21 {}", at(&pages)), Expected::Answer("done".into()), None)
                 }
                 Kind::Cover if !pages.is_empty() && claims.change(process, &pages, &[]) => {

@@ -64,6 +64,9 @@ pub type SharedPages = [Content];
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     pages: BTreeMap<usize, Page>,
+    /// A pager was killed since it was last told what has changed: what is removed while another one takes over counts as
+    /// written, too.
+    was_killed: bool,
 }
 
 impl Memory {
@@ -117,11 +120,13 @@ impl Memory {
             }
             (changes.written, changes.removed) = Default::default();
         }
+        self.was_killed = false;
         Ok(())
     }
 
     /// Who knew what was told of is gone: what was ever removed is told of again, and may have been written.
     pub fn forget_told(&mut self) {
+        self.was_killed = true;
         for changes in self.pages.values_mut().filter_map(|page| page.changes.as_mut()) {
             if changes.ever_removed {
                 (changes.written.may, changes.removed.may) = (true, true);
@@ -173,7 +178,8 @@ impl Memory {
         for (_, page) in self.pages.range_mut(pages).filter(|(_, page)| page.shared.is_none()) {
             (page.can_be, page.lazy) = (vec![Content::Zero], false);
             if let Some(changes) = &mut page.changes {
-                let (written, removed) = (Bounds::exactly(false), Bounds::exactly(true));
+                let (written, removed) =
+                    (Bounds { must: false, may: self.was_killed }, Bounds::exactly(true));
                 *changes = Changed { written, removed, ever_removed: true };
             }
         }
@@ -199,6 +205,7 @@ impl Memory {
             page.lazy = true;
             if let Some(changes) = &mut page.changes {
                 changes.written.must = false;
+                changes.written.may |= self.was_killed;
                 (changes.removed, changes.ever_removed) = (Bounds::exactly(true), true);
             }
         }
