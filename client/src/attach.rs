@@ -67,8 +67,9 @@ pub struct ForeignMemory<'a> {
     /// Where to keep what a successor needs, if this process may die before the session has ended: a file on tmpfs, or
     /// a memfd; what it held is lost. See [`crate::Session::resume`].
     pub state: Option<&'a File>,
-    /// The process, whose page tables and calls of madvise are looked at: what becomes of shared memory cannot be known without. Where
-    /// that has no content yet, and nothing shows what a madvise asks for, the session ends in an error.
+    /// The process, whose page tables and calls of madvise are looked at: what becomes of shared memory, and what is
+    /// written to, cannot be known without. Where shared memory has no content yet, and nothing shows what a madvise
+    /// asks for, the session ends in an error.
     pub pid: Option<u32>,
 }
 

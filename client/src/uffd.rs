@@ -70,7 +70,7 @@ features! {
     MINOR_HUGETLBFS = 9, "5.13", "not used";
     MINOR_SHMEM = 10, "5.14", "not used";
     EXACT_ADDRESS = 11, "5.18", "not used";
-    WP_HUGETLBFS_SHMEM = 12, "5.19", "not used yet";
+    WP_HUGETLBFS_SHMEM = 12, "5.19", "the same for private memory of huge pages and of files";
     WP_UNPOPULATED = 13, "6.4", "not used";
     POISON = 14, "6.6", "a page that cannot be had is SIGBUS, never a silent zero";
     WP_ASYNC = 15, "6.7", "knowing what was written to, if asked for";
