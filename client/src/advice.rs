@@ -2,10 +2,12 @@
 //! for MADV_REMOVE, which drops it. Whoever causes one sleeps in the system call until it is read, and /proc shows the
 //! arguments of system calls.
 
+use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The number of madvise(2).
 #[cfg(target_arch = "x86_64")]
@@ -13,6 +15,14 @@ const MADVISE: u64 = 28;
 #[cfg(not(target_arch = "x86_64"))]
 const MADVISE: u64 = 233;
 const MADV_REMOVE: u64 = 9;
+/// The numbers of all calls that cause events: mmap, munmap, brk, mremap, madvise, clone, fork, vfork, clone3.
+#[cfg(target_arch = "x86_64")]
+const CAUSES: &[u64] = &[9, 11, 12, 25, MADVISE, 56, 57, 58, 435];
+#[cfg(not(target_arch = "x86_64"))]
+const CAUSES: &[u64] = &[214, 215, 216, 220, 222, MADVISE, 435];
+
+/// How long it is waited for somebody who has begun to cause an event, and does not sleep yet.
+const SOON: Duration = Duration::from_millis(2);
 
 /// A madvise in progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,40 +37,68 @@ impl Call {
     }
 }
 
+/// A thread that sleeps in a call that causes an event.
+#[derive(Debug, PartialEq, Eq)]
+struct Asleep {
+    /// Its file under /proc, and what that says.
+    path: PathBuf,
+    call: String,
+}
+
+/// What the threads do.
+#[derive(Debug, Default)]
+struct Look {
+    asleep: Vec<Asleep>,
+    /// Some do not sleep.
+    runs: bool,
+}
+
 /// The processes whose calls are looked at: the memory's owner, and what it has forked.
 #[derive(Debug)]
 pub(crate) struct Callers {
-    /// Those that are alive, as far as they have been found, and how many have been found. Changed by the pager alone.
-    found: Mutex<(BTreeSet<u32>, usize)>,
-    /// How many there have been.
-    count: AtomicUsize,
+    /// Those that are alive, as far as they have been found.
+    found: Mutex<BTreeSet<u32>>,
+    /// Who was seen before the last event was read, and may not have noticed that yet.
+    seen: Mutex<Vec<Asleep>>,
 }
 
 impl Callers {
-    /// The owner, and so many that it has forked and they have.
-    pub(crate) fn of(owner: u32, children: usize) -> Self {
-        Self { found: Mutex::new(([owner].into(), 1)), count: AtomicUsize::new(1 + children) }
+    /// The owner, and whatever it forks.
+    pub(crate) fn of(owner: u32) -> Self {
+        Self { found: Mutex::new([owner].into()), seen: Mutex::default() }
     }
 
-    /// One more has been forked.
-    pub(crate) fn add_child(&self) {
-        self.count.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// The calls of madvise in progress. A child cannot be seen yet when its fork is told of, and looking for children
-    /// takes long; so that is done only while some have not been found.
-    pub(crate) fn calls(&self) -> Vec<Call> {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        let (processes, count) = &mut *found;
-        processes.retain(|process| is_alive(*process));
-        if *count < self.count.load(Ordering::Relaxed) {
-            let before = processes.len();
-            add_children(processes);
-            *count += processes.len() - before;
+    /// The calls of madvise in progress, while an event is under way. Who causes it may not sleep yet, and cannot be seen
+    /// then: so as long as somebody runs, and nobody sleeps who did not before the last event, it looks again.
+    ///
+    /// # Blocking
+    /// For 2 ms at most.
+    pub(crate) fn calls_of_an_event(&self) -> Vec<Call> {
+        let started = Instant::now();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let look = self.look();
+            if !look.runs || look.asleep.iter().any(|new| !seen.contains(new)) || started.elapsed() > SOON {
+                *seen = look.asleep;
+                return seen.iter().filter_map(|asleep| call_of(&asleep.call)).collect();
+            }
+            std::thread::yield_now();
         }
-        let calls = processes.iter().flat_map(|process| calls_of(*process)).collect();
-        drop(found);
-        calls
+    }
+
+    /// The calls of madvise in progress.
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.look().asleep.iter().filter_map(|asleep| call_of(&asleep.call)).collect()
+    }
+
+    /// A child can be seen a moment after its fork is told of; so they are looked for each time.
+    fn look(&self) -> Look {
+        let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        add_children(&mut processes);
+        processes.retain(|process| is_alive(*process));
+        let mut look = Look::default();
+        processes.iter().for_each(|process| look.add_threads_of(*process));
+        look
     }
 }
 
@@ -78,46 +116,70 @@ pub(crate) fn is_covered(calls: &[Call], event: &Range<usize>) -> bool {
     calls.iter().any(|call| call.covers(event))
 }
 
-/// Whether a process has a thread left: those that have exited may stay for a while, until somebody asks how.
+/// Whether a process has a thread left: those that have exited may stay for a while, until somebody asks how. Where that
+/// cannot be read at the moment, it has.
 fn is_alive(process: u32) -> bool {
-    let state =
-        |stat: &str| stat.rsplit_once(')').map(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']));
-    let leader = std::fs::read_to_string(format!("/proc/{process}/stat"));
-    let leader_lives = leader.is_ok_and(|stat| state(&stat).unwrap_or(false));
-    leader_lives || std::fs::read_dir(format!("/proc/{process}/task")).is_ok_and(|tasks| tasks.count() > 1)
+    let has_ended = |stat: &str| {
+        let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+        state.is_some_and(|state| state.starts_with(['Z', 'X']))
+    };
+    match std::fs::read_to_string(format!("/proc/{process}/stat")) {
+        // Its first thread may have ended before the others.
+        Ok(stat) if has_ended(&stat) => {
+            std::fs::read_dir(format!("/proc/{process}/task")).is_ok_and(|tasks| tasks.count() > 1)
+        }
+        Ok(_) => true,
+        Err(error) => !matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)),
+    }
 }
 
 /// Adds the children of these processes, and theirs.
 fn add_children(processes: &mut BTreeSet<u32>) {
-    let numbers = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
-    let all: Vec<u32> = std::fs::read_dir("/proc").into_iter().flatten().filter_map(numbers).collect();
-    let parent_of = |process: &u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-        // The name in parentheses may hold anything.
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok()
-    };
-    let parents: Vec<_> = all.iter().filter_map(|process| Some((*process, parent_of(process)?))).collect();
-    loop {
-        let before = processes.len();
-        let children: Vec<_> = parents
-            .iter()
-            .filter(|(child, parent)| processes.contains(parent) && !processes.contains(child))
-            .map(|(child, _)| *child)
-            .filter(|child| is_alive(*child))
-            .collect();
-        processes.extend(children);
-        if processes.len() == before {
-            return;
-        }
+    // A kernel need not tell of children by themselves.
+    let parents = if Path::new("/proc/1/task/1/children").exists() { None } else { Some(all_parents()) };
+    let mut new: Vec<u32> = processes.iter().copied().collect();
+    while let Some(process) = new.pop() {
+        let children = match &parents {
+            None => children_of(process),
+            Some(parents) => {
+                parents.iter().filter(|(_, of)| *of == process).map(|(child, _)| *child).collect()
+            }
+        };
+        new.extend(children.into_iter().filter(|child| processes.insert(*child)));
     }
 }
 
-fn calls_of(process: u32) -> Vec<Call> {
-    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten();
-    let call = |task: std::io::Result<std::fs::DirEntry>| {
-        call_of(&std::fs::read_to_string(task.ok()?.path().join("syscall")).ok()?)
+fn children_of(process: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
+/// All processes, each with its parent.
+fn all_parents() -> Vec<(u32, u32)> {
+    let number = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
+    let parent = |process: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        // The name in parentheses may hold anything.
+        Some((process, stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?))
     };
-    tasks.filter_map(call).collect()
+    std::fs::read_dir("/proc").into_iter().flatten().filter_map(number).filter_map(parent).collect()
+}
+
+impl Look {
+    fn add_threads_of(&mut self, process: u32) {
+        for task in std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
+            let path = task.path().join("syscall");
+            let Ok(call) = std::fs::read_to_string(&path) else { continue };
+            let number = call.split_whitespace().next();
+            self.runs |= number == Some("running");
+            if number.and_then(|number| number.parse().ok()).is_some_and(|number| CAUSES.contains(&number)) {
+                self.asleep.push(Asleep { path, call });
+            }
+        }
+    }
 }
 
 /// A madvise from a line of /proc/PID/task/TID/syscall: its number in decimal, its arguments in hexadecimal.

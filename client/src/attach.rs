@@ -17,7 +17,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Between attempts of the kernel's that were put off.
 const PAUSE: Duration = Duration::from_micros(200);
@@ -47,7 +47,8 @@ pub struct ForeignRegion {
 /// Whether others see what is written to memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sharing {
-    /// No: private anonymous memory, or a private mapping of a memfd or of a file on tmpfs.
+    /// No: private anonymous memory, or a private mapping of a memfd or of a file on tmpfs. The kernel refuses MADV_FREE of
+    /// the latter after it has told of it: what was absent of that is zero then.
     #[default]
     Private,
     /// Yes: shared anonymous memory, a memfd, a file on tmpfs. Regions with the same number are the same memory where
@@ -183,6 +184,7 @@ fn catch_up(
 /// Which removals had been told of died with the pager that knew: all count as new, and so does what was written since.
 fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
     let spaces = shared.spaces();
+    let started = Instant::now();
     let mut regions: Vec<_> = spaces.regions().iter().filter(|r| r.removals().is_some()).cloned().collect();
     while let Some(region) = regions.pop() {
         if unprotect_removed(&region) {
@@ -191,7 +193,9 @@ fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
         // An event is in the way, which may move or cut regions. Faults come back.
         for space in spaces.spaces() {
             match events::read(shared, space, &mut Vec::new()) {
-                Err(stopped) if !stopped.may_pass => return Err(StateError::Wrong(stopped.reason)),
+                Err(stopped) if !stopped.may_pass || started.elapsed() > shared.options.fault_deadline => {
+                    return Err(StateError::Wrong(stopped.reason));
+                }
                 _ => {}
             }
         }

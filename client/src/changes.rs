@@ -4,9 +4,11 @@
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::session::Shared;
+use crate::uffd::Outcome;
 use postcopy_proto::page::PAGE_BYTES;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -34,22 +36,33 @@ pub(crate) fn of_region(region: &RegionState, shared: &Shared, reset: bool) -> i
     if region.removals().is_none() {
         return Err(io::ErrorKind::Unsupported.into());
     }
-    // Whoever removes something goes on when the pager has read that; in the gate it is done with it.
+    // Whoever removes something goes on when the pager has read that, and is done with it when it lets others in. The pass is
+    // not kept: a signal's handler may touch what is absent, and the pager would wait for this thread.
     let Some(pass) = shared.gate.enter() else { return Err(io::Error::other("the session has ended")) };
+    drop(pass);
     // Before the look at what was written: what is removed after it is of the next time, as its writes are.
     let removed = removed(region, reset);
-    drop(pass);
     let mut found = Vec::new();
     let mut next = 0;
-    while let Some(run) = region.next_run(next..region.pages(), &NOT_LOST) {
-        next = run.end;
-        let addresses = region.address(run.start)..region.address(run.end);
-        region.space.written(addresses, reset, |range, in_memory| {
-            found.push((region.pages_in(&range), in_memory));
-        })?;
-    }
-    if reset && !region.space.uffd.protects_by_scan() {
-        protect(region, shared, found.iter().map(|(run, _)| run.clone()))?;
+    let mut look = || {
+        while let Some(run) = region.next_run(next..region.pages(), &NOT_LOST) {
+            next = run.end;
+            let addresses = region.address(run.start)..region.address(run.end);
+            region.space.written(addresses, reset, |range, in_memory| {
+                found.push((region.pages_in(&range), in_memory));
+            })?;
+        }
+        if reset && !region.space.uffd.protects_by_scan() {
+            protect(region, shared, found.iter().map(|(run, _)| run.clone()))?;
+        }
+        Ok(())
+    };
+    if let Err(error) = look() {
+        if reset {
+            let found: Vec<_> = found.into_iter().map(|(run, _)| run).collect();
+            put_back(shared, region, &found, &removed);
+        }
+        return Err(error);
     }
     let mut written = Vec::new();
     for (run, in_memory) in found {
@@ -75,15 +88,63 @@ pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
     if !shared.options.track_writes {
         return Err(io::ErrorKind::Unsupported.into());
     }
+    loop {
+        let spaces = shared.spaces();
+        let regions: Vec<_> = spaces.regions().iter().filter(|region| region.space.id == 0).collect();
+        let mut told = Vec::new();
+        let looked: io::Result<()> = regions.iter().try_for_each(|region| {
+            told.push(of_region(region, shared, reset)?);
+            Ok(())
+        });
+        // What the pager has read meanwhile is done when it lets others in.
+        drop(shared.gate.enter());
+        let stay = regions.iter().all(|region| region.is_alive() || region.space.is_gone());
+        if looked.is_ok() && stay {
+            return Ok(at_addresses(&regions, told));
+        }
+        if reset {
+            for (region, told) in regions.iter().zip(told) {
+                let pages = |runs: Vec<Range<usize>>| -> Vec<_> {
+                    runs.into_iter().map(|run| run.start / PAGE_BYTES..run.end / PAGE_BYTES).collect()
+                };
+                put_back(shared, region, &pages(told.written), &pages(told.removed));
+            }
+        }
+        // Memory was moved or cut: it is looked at where it is now.
+        if stay {
+            looked?;
+        }
+    }
+}
+
+/// What was told of regions, by addresses.
+fn at_addresses(regions: &[&Arc<RegionState>], told: Vec<Changes>) -> Changes {
     let mut all = Changes::default();
-    for region in shared.spaces().regions().iter().filter(|region| region.space.id == 0) {
-        let Changes { written, removed } = of_region(region, shared, reset)?;
+    for (region, Changes { written, removed }) in regions.iter().zip(told) {
         let start = region.address(0);
         let placed = |run: Range<usize>| start + run.start..start + run.end;
         written.into_iter().for_each(|run| push_run(&mut all.written, placed(run)));
         removed.into_iter().for_each(|run| push_run(&mut all.removed, placed(run)));
     }
-    Ok(all)
+    all
+}
+
+/// Has pages be told of the next time that could not be told of now, wherever they have been moved to.
+fn put_back(shared: &Shared, region: &RegionState, written: &[Range<usize>], removed: &[Range<usize>]) {
+    removed.iter().for_each(|run| region.count_removed(run.clone()));
+    let started = Instant::now();
+    for run in written {
+        let unprotect = || {
+            let spaces = shared.spaces();
+            let places = spaces.regions().iter().filter(|other| other.space.id == region.space.id);
+            let mut places =
+                places.map(|other| other.same_memory(region, run)).filter(|place| !place.is_empty());
+            places.all(|place| region.space.uffd.unprotect(place) != Outcome::Deferred)
+        };
+        while !unprotect() && !shared.has_ended() && started.elapsed() < shared.options.fault_deadline {
+            std::thread::park_timeout(PAUSE);
+        }
+    }
 }
 
 /// The runs of pages that were removed since this was last called with `reset`.
@@ -92,7 +153,9 @@ fn removed(region: &RegionState, reset: bool) -> Vec<Range<usize>> {
     let Some(removals) = region.removals() else { return runs };
     let states = region.placed(0..region.pages());
     let words = states.start / 64..states.end.div_ceil(64);
-    for (index, word) in words.clone().zip(&removals[words]) {
+    for (index, word) in
+        words.clone().zip(&removals[words]).filter(|(_, word)| word.load(Ordering::Acquire) != 0)
+    {
         let first = states.start.saturating_sub(index * 64);
         let end = (states.end - index * 64).min(64);
         let mask = u64::MAX >> (64 - end) & (u64::MAX << first);
@@ -114,9 +177,16 @@ fn protect(
     let started = Instant::now();
     for run in runs {
         let addresses = region.address(run.start)..region.address(run.end);
-        // The pager reads the event that is in the way.
-        while !region.space.uffd.protect(addresses.clone())? {
-            if shared.has_ended() || started.elapsed() > shared.options.fault_deadline {
+        // In the gate, so that it is the region's memory that is there: an event that is not read yet is in the way.
+        let protect = || {
+            let Some(_pass) = shared.gate.enter() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+            if !region.is_alive() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            region.space.uffd.protect(addresses.clone())
+        };
+        while !protect()? {
+            if started.elapsed() > shared.options.fault_deadline {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             std::thread::park_timeout(PAUSE);

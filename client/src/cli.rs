@@ -136,7 +136,9 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
         Command::Bench(args) => bench::bench(server()?, args, output),
         Command::Doctor => doctor::doctor(output),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "postcopy", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "postcopy", &mut script);
+            output::print(&String::from_utf8_lossy(&script))?;
             Ok(ExitCode::SUCCESS)
         }
     }

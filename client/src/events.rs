@@ -6,13 +6,13 @@
 //! and not posted yet, which is answered with EAGAIN, too, and may be told of after what others have done since
 //! ([`Spaces`]).
 
-use crate::advice::{self, Call, Callers};
+use crate::advice::{self, Call};
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::session::Shared;
 use crate::space::{Space, Spaces};
 use crate::state::{MESSAGES, StateError};
-use crate::uffd::{self, Event, Uffd};
+use crate::uffd::{self, Event};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -43,17 +43,16 @@ pub(crate) fn read(
     let callers = shared.callers.as_ref().filter(|_| shared.spaces().has_shared());
     let most = if shared.spaces().has_shared() { 1 } else { MESSAGES };
     loop {
-        // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time,
-        // and none without knowing what it will be: faults come first, and where none waits it is an event, whose
-        // caller is in the kernel already. (A fault can go away by a signal, and an event come, in between: that may
-        // end the session, by name.)
+        // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time;
+        // and as long as an event is under way, none without a look at who is in madvise. (Where none is, what can be
+        // read is a fault. It can go away again, if its page has just come, and an event come right then: that may end
+        // the session, by name.)
         let mut calls = None;
         if let Some(callers) = callers {
-            match waiting(&space.uffd).map_err(stopped)? {
-                uffd::Waiting::Nothing => return Ok(()),
-                uffd::Waiting::Faults => {}
-                uffd::Waiting::Event => calls = Some(callers.calls()),
+            if !space.uffd.is_readable().map_err(stopped)? {
+                return Ok(());
             }
+            calls = space.uffd.has_event().then(|| callers.calls_of_an_event());
             shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
         }
         let received = shared.state.receive(space.id, &space.uffd, most);
@@ -69,18 +68,6 @@ pub(crate) fn read(
             return Ok(());
         }
     }
-}
-
-/// What the next message will be. A fault whose page has just come is seen waiting for a moment, before it notices that;
-/// then what looked like an event may have been that. So an event is one that is seen several times.
-fn waiting(uffd: &Uffd) -> std::io::Result<uffd::Waiting> {
-    for _ in 0..3 {
-        let waiting = uffd.waiting()?;
-        if waiting != uffd::Waiting::Event {
-            return Ok(waiting);
-        }
-    }
-    Ok(uffd::Waiting::Event)
 }
 
 fn stopped(error: std::io::Error) -> Stopped {
@@ -130,6 +117,11 @@ pub(crate) fn apply(
             shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &addresses);
         }
+        // An old size of 0: it is mapped in both places now.
+        Event::Remap { from, to } if from.is_empty() => {
+            Arc::make_mut(&mut spaces).map_again(space, from.start, to);
+            shared.set_spaces(spaces, Some(done)).map_err(full)?;
+        }
         // What is left at the old place with MREMAP_DONTUNMAP is zero, or the same if it is shared.
         Event::Remap { from, to } => {
             Arc::make_mut(&mut spaces).move_to(space, &from, to);
@@ -142,7 +134,6 @@ pub(crate) fn apply(
             wake(space, &from);
         }
         Event::Fork { child } => {
-            shared.callers.iter().for_each(Callers::add_child);
             let child = space.uffd.of_child(child);
             let id = shared.next_space_id();
             let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, &shared.state));

@@ -1,8 +1,8 @@
 //! Who may touch page states and memory when.
 //!
-//! Installers pass the gate together, for one piece of at most 64 KiB each. The pager passes it alone, around
-//! reading events and changing states by them, because reading an event is what lets the other side's madvise go
-//! on: an installer that looked at a page's state before must be done with it by then.
+//! Installers pass the gate together, for one piece of at most 64 KiB (or a page of 2 MiB) each. The pager passes it
+//! alone, around reading events and changing states by them, because reading an event is what lets the other side's
+//! madvise go on: an installer that looked at a page's state before must be done with it by then.
 //!
 //! The pager never waits here. It tries, and is notified when the installers have left; until then new
 //! installers wait in front. The mutex is held for a few instructions, never over a call into the kernel.

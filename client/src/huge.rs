@@ -3,7 +3,8 @@
 
 use crate::chunk::ChunkPages;
 use crate::gate::Gate;
-use crate::install::{Installed, gone, unresolved};
+use crate::install::{Installed, enter, gone, unresolved};
+use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::uffd::{HUGE_BYTES, Outcome};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
@@ -89,11 +90,7 @@ pub(crate) fn install(
     let Some(of_chunk) = region.pages_of(chunk) else { return Installed::All };
     let mut next = of_chunk.start;
     while next < of_chunk.end {
-        let pass = match gate.map(Gate::enter) {
-            Some(None) => return Installed::Ended,
-            Some(Some(pass)) => Some(pass),
-            None => None,
-        };
+        let Ok(pass) = enter(gate) else { return Installed::Ended };
         if !region.is_alive() {
             return Installed::All;
         }
@@ -135,7 +132,13 @@ pub(crate) fn install_gathered(region: &RegionState, first: usize) -> Installed 
     let pages = first..first + HUGE_PAGES;
     let states = region.placed(pages.clone());
     let Some(gathering) = region.gathering() else { return Installed::All };
-    let Some(whole) = gathering.take_whole(states.start) else { return Installed::All };
+    let Some(mut whole) = gathering.take_whole(states.start) else { return Installed::All };
+    // What was removed of it is zero.
+    let mut next = first;
+    while let Some(removed) = region.next_run(next..pages.end, &[PageState::Removed]) {
+        next = removed.end;
+        whole.bytes[(removed.start - first) * PAGE_BYTES..(removed.end - first) * PAGE_BYTES].fill(0);
+    }
     let uffd = &region.space.uffd;
     let address = region.address(first);
     let later = match region.space.counted(uffd.copy(address, &whole.bytes)) {

@@ -4,7 +4,7 @@
 //! touched, at most 64 KiB in one ioctl, so that nobody waits long behind it.
 
 use crate::chunk::{ChunkPages, PIECE_PAGES};
-use crate::gate::Gate;
+use crate::gate::{Gate, InstallerPass};
 use crate::huge;
 use crate::page_state::PageState;
 use crate::region::RegionState;
@@ -40,6 +40,14 @@ pub(crate) enum Installed {
     Ended,
 }
 
+/// Passes as an installer, where there is a gate; None: it is the pager itself that installs.
+///
+/// # Errors
+/// If the pager has ended.
+pub(crate) fn enter(gate: Option<&Gate>) -> Result<Option<InstallerPass<'_>>, Installed> {
+    gate.map(|gate| gate.enter().ok_or(Installed::Ended)).transpose()
+}
+
 /// Installs the pages of a chunk that `region` has and that are unresolved, the piece with region page `first`
 /// before the others, and wakes who waits for them. `content` is what the chunk holds.
 ///
@@ -65,11 +73,7 @@ pub(crate) fn install(
     for part in [middle..end, start..middle] {
         let mut next = part.start;
         while next < part.end {
-            let pass = match gate.map(Gate::enter) {
-                Some(None) => return Installed::Ended,
-                Some(Some(pass)) => Some(pass),
-                None => None,
-            };
+            let Ok(pass) = enter(gate) else { return Installed::Ended };
             if !region.is_alive() {
                 return Installed::All;
             }
@@ -90,11 +94,7 @@ pub(crate) fn install(
     if region.is_shared() {
         // What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager
         // may just have seen waiting, and what it reads in their place is an event whose caller it has not looked for.
-        let _pass = match gate.map(Gate::enter) {
-            Some(None) => return Installed::Ended,
-            Some(Some(pass)) => Some(pass),
-            None => None,
-        };
+        let Ok(_pass) = enter(gate) else { return Installed::Ended };
         region.space.uffd.wake(region.address(start), (end - start) * PAGE_BYTES);
     }
     Installed::All

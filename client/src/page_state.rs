@@ -117,10 +117,12 @@ impl PageStates {
         }
     }
 
-    /// The first run of neighbouring pages in `within` whose state is one of `states`.
+    /// The first run of neighbouring pages in `within` whose state is one of `states`. Never an empty one, also where states
+    /// change meanwhile.
     pub(crate) fn next_run(&self, within: Range<usize>, states: &[PageState]) -> Option<Range<usize>> {
         let start = self.find(within.clone(), states, true)?;
-        let end = self.find(start..within.end, states, false).unwrap_or(within.end);
+        // After the page that was found, which may have changed since.
+        let end = self.find(start + 1..within.end, states, false).unwrap_or(within.end);
         Some(start..end)
     }
 

@@ -25,7 +25,7 @@ use crate::remote::{Remote, RemoteError, SegmentRefused, ServerAddress, take_seg
 use crate::requests::{Late, Refused, Requests};
 use crate::session::{Command, LossPolicy, Options, SessionError, Shared, add};
 use crate::space::{Space, Spaces};
-use crate::uffd::{AsyncUffd, Outcome, Readable};
+use crate::uffd::{AsyncUffd, HUGE_BYTES, Outcome, Readable, SharedAt};
 use crate::way_out::WayOut;
 use bytes::Bytes;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
@@ -315,7 +315,9 @@ impl Pager {
         let Some((region, page)) = spaces.at(space, address) else {
             return self.fault_outside(space, address);
         };
-        match region.state(page) {
+        // Of a page of 2 MiB parts may be removed, and absent ones be left.
+        let absent = region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]);
+        match absent.map_or_else(|| region.state(page), |_| PageState::Absent) {
             PageState::Absent => self.ask(region, page),
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
             // there, its owner has dropped it without being asked to tell, and it is zero, too.
@@ -350,7 +352,16 @@ impl Pager {
     fn fault_outside(&mut self, space: &Arc<Space>, address: usize) {
         let mut spaces = self.shared().spaces();
         if !Arc::make_mut(&mut spaces).take_back(space, address) {
-            return self.zero(space, address);
+            if !spaces.has_shared() {
+                return self.zero(space, address);
+            }
+            let page_bytes = if spaces.has_huge() { HUGE_BYTES } else { PAGE_BYTES };
+            return match space.uffd.shared_at(address, page_bytes) {
+                SharedAt::Private => self.zero(space, address),
+                SharedAt::Absent => self.lose_outside(space, address),
+                SharedAt::There => space.uffd.wake(address, PAGE_BYTES),
+                SharedAt::NotNow => self.put_off(space, address),
+            };
         }
         if let Err(error) = self.shared().set_spaces(Arc::clone(&spaces), None) {
             self.broken.get_or_insert(error.to_string());
@@ -363,14 +374,52 @@ impl Pager {
         }
     }
 
+    /// A fault on what shared memory has grown by, which the session was not told of: zeros would be so for all who have it
+    /// mapped.
+    fn lose_outside(&mut self, space: &Arc<Space>, address: usize) {
+        let shared = Arc::clone(&self.way_out.shared);
+        shared.report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
+        match space.uffd.poison(address, PAGE_BYTES) {
+            Outcome::Deferred | Outcome::NoMemory => return self.put_off(space, address),
+            Outcome::Gone => {
+                if let Some(first) = self.huge_outside(space, address) {
+                    let _ = space.uffd.poison(first, HUGE_BYTES);
+                }
+            }
+            _ => {}
+        }
+        space.uffd.wake(address, PAGE_BYTES);
+    }
+
     /// Installs a page of zeros at an address that nothing of the image belongs to.
     fn zero(&mut self, space: &Arc<Space>, address: usize) {
         match space.counted(space.uffd.zero(address, PAGE_BYTES)) {
             Outcome::Done | Outcome::Partial { .. } => {}
             Outcome::OwnerGone => space.set_gone(),
-            Outcome::AlreadyPresent | Outcome::Gone => space.uffd.wake(address, PAGE_BYTES),
+            Outcome::AlreadyPresent => {
+                // Or a mark is in the way that a child has inherited from memory that is tracked.
+                if self.shared().options.track_writes && !space.uffd.tracks() {
+                    let _ = space.uffd.unprotect(address..address + PAGE_BYTES);
+                }
+                space.uffd.wake(address, PAGE_BYTES);
+            }
+            Outcome::Gone => {
+                if let Some(first) = self.huge_outside(space, address) {
+                    let _ = space.counted(space.uffd.copy(first, &huge::ZEROS));
+                }
+                space.uffd.wake(address, PAGE_BYTES);
+            }
             Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
         }
+    }
+
+    /// The page of 2 MiB that may be at an address which is of no region: where memory of these was moved from, or has
+    /// grown, the kernel takes whole ones.
+    fn huge_outside(&self, space: &Space, address: usize) -> Option<usize> {
+        let spaces = self.shared().spaces();
+        let first = address - address % HUGE_BYTES;
+        let is_free = spaces.overlapping(space, &(first..first + HUGE_BYTES)).is_empty();
+        (spaces.has_huge() && is_free).then_some(first)
     }
 
     /// The same for a page of 2 MiB.
@@ -504,9 +553,11 @@ impl Pager {
         let mut outcome = Installed::All;
         for region in shared.spaces().of_chunk(chunk) {
             let first = Arc::ptr_eq(region, waiting).then_some(*page);
-            let installed = install::install(None, region, chunk, &self.pages, first);
-            if installed != Installed::All {
-                outcome = installed;
+            match install::install(None, region, chunk, &self.pages, first) {
+                Installed::All => {}
+                // Whoever waits for it there touches it again, and has a deadline of his own.
+                Installed::NoMemory if first.is_none() => region.wake_chunk(chunk),
+                installed => outcome = installed,
             }
         }
         match outcome {
@@ -716,10 +767,12 @@ impl Pager {
         self.requests.forget(region, shared.spaces().regions());
         if forbidden.is_ok() && unregistered.is_ok() {
             // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.
-            tokio::task::spawn_blocking(move || {
+            let give_back = move || {
                 shared.gate.pass_through();
                 drop(memory);
-            });
+            };
+            // Without a thread it is given back at once, which nobody waits for here: it is not registered any more.
+            drop(std::thread::Builder::new().name("postcopy-unmap".into()).spawn(give_back));
         } else {
             std::mem::forget(memory);
             self.shared().report("a region could not be unregistered; its address space is not given back");

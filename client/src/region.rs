@@ -138,15 +138,15 @@ impl RegionState {
         }
     }
 
-    /// Whoever was killed while he set the states of a page of 2 MiB began with its first: they are all to be as that.
+    /// Whoever was killed while he set the states of a page of 2 MiB has set some of them: they are all to be resident, or
+    /// poisoned, if one is. Removals are of parts, too, and are done again.
     pub(crate) fn settle(&self) {
         for first in (0..self.pages).step_by(self.unit()).filter(|_| self.unit() > 1) {
             let pages = first..first + self.unit();
-            match self.state(first) {
-                PageState::Absent => {}
-                PageState::Resident => self.set_resident(pages),
-                PageState::Poisoned => self.set_poisoned(pages),
-                PageState::Removed => self.set_removed(pages),
+            if self.next_run(pages.clone(), &[PageState::Resident]).is_some() {
+                self.set_resident(pages);
+            } else if self.next_run(pages.clone(), &[PageState::Poisoned]).is_some() {
+                self.set_poisoned(pages);
             }
         }
     }
@@ -235,12 +235,23 @@ impl RegionState {
         self.address(whole.start)..self.address(whole.end)
     }
 
+    /// Has those who wait for pages of a chunk touch them again.
+    pub(crate) fn wake_chunk(&self, chunk: ChunkIndex) {
+        let pages = self.pages_of(chunk).map_or(0..0, |pages| self.whole(&pages));
+        self.space.uffd.wake(self.address(pages.start), pages.len() * PAGE_BYTES);
+    }
+
     /// Whether the kernel's page that a page is in is mapped there, as far as that can be seen.
     pub(crate) fn is_there(&self, page: usize) -> bool {
         let addresses = self.whole_addresses(page);
-        self.state(page) == PageState::Resident
-            || self.is_shared && self.space.uffd.is_cached(addresses.start, addresses.len())
-            || self.space.is_present(addresses.start)
+        if self.is_shared && self.space.uffd.is_cached(addresses.start, addresses.len()) {
+            return true;
+        }
+        // An owner that was not asked to tell may have dropped it.
+        match self.space.has_pagemap() {
+            true => self.space.is_present(addresses.start),
+            false => !self.is_shared && self.state(page) == PageState::Resident,
+        }
     }
 
     /// The chunk that a page belongs to.
@@ -328,8 +339,13 @@ impl RegionState {
         if let Some(gathering) = self.gathering() {
             gathering.forget(&placed);
         }
+        self.count_removed(placed.start - self.first_state..placed.end - self.first_state);
+    }
+
+    /// Has removals be told of, if that was asked for.
+    pub(crate) fn count_removed(&self, pages: Range<usize>) {
         if let Some(removals) = self.removals() {
-            for state in placed.clone() {
+            for state in self.placed(pages) {
                 removals[state / 64].fetch_or(1 << (state % 64), Ordering::AcqRel);
             }
         }
@@ -360,7 +376,8 @@ impl RegionState {
 ///
 /// # Blocking
 /// Touching it waits for the network. Do not do that while holding a lock that the thread serving you needs, and
-/// not on an async worker.
+/// not on an async worker. Nor in the handler of a signal that may have interrupted a call of this library, which holds
+/// locks for moments.
 #[derive(Debug)]
 pub struct Region {
     // None for an empty span, which has no memory, and once it is dropped.
@@ -479,7 +496,7 @@ impl Drop for Region {
                 command
             }
         };
-        // Closed: the pager has ended and unregistered the memory, which `command` gives back when dropped.
+        // Closed: the pager has ended, and unregistered the memory if it could.
         self.shared.unmap_later(&self.commands, command);
     }
 }

@@ -227,16 +227,20 @@ pub(crate) struct Shared {
     /// Something in `outcome` has changed.
     reported: Condvar,
     fill_started: AtomicBool,
+    /// The pager has ended, and memory is registered still.
+    is_left_open: AtomicBool,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct OutcomeSoFar {
     error: Option<Arc<str>>,
     /// How often something was reported.
     reports: u64,
     ended: bool,
+    /// How often page states have changed while somebody waited for that.
+    changes: u64,
 }
 
 impl Shared {
@@ -250,7 +254,6 @@ impl Shared {
         state: State,
         owner: Option<u32>,
     ) -> Self {
-        let children = spaces.spaces().iter().filter(|space| space.id != 0).count();
         Self {
             address,
             image,
@@ -261,12 +264,13 @@ impl Shared {
             spaces: Mutex::new(Arc::new(spaces)),
             next_space_id: AtomicU32::new(next_space_id),
             state,
-            callers: owner.map(|owner| Callers::of(owner, children)),
+            callers: owner.map(Callers::of),
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
             fill_started: AtomicBool::new(false),
+            is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
         }
     }
@@ -301,8 +305,7 @@ impl Shared {
     /// Tells those who wait for pages that states have changed.
     pub(crate) fn pages_changed(&self) {
         if self.waiters.load(Ordering::SeqCst) > 0 {
-            // The lock orders this after a waiter's look at the states.
-            drop(self.outcome());
+            self.outcome().changes += 1;
             self.changed.notify_all();
         }
     }
@@ -315,6 +318,12 @@ impl Shared {
         drop(outcome);
         self.reported.notify_all();
         self.changed.notify_all();
+    }
+
+    /// Keeps the userfaultfds open: memory stays registered.
+    pub(crate) fn leave_open(&self) {
+        self.is_left_open.store(true, Ordering::Release);
+        self.spaces().leave_open();
     }
 
     /// The pager has ended.
@@ -342,8 +351,15 @@ impl Shared {
         self.waiters.fetch_add(1, Ordering::SeqCst);
         let mut outcome = self.outcome();
         let result = loop {
-            if let Some(result) = done(&outcome) {
+            // Without the lock: it may take long, and the pager does not wait for it.
+            let seen = outcome.clone();
+            drop(outcome);
+            if let Some(result) = done(&seen) {
                 break Some(result);
+            }
+            outcome = self.outcome();
+            if (outcome.changes, outcome.reports, outcome.ended) != (seen.changes, seen.reports, seen.ended) {
+                continue;
             }
             // States change without the lock and only then look for waiters: a second look now and then costs
             // little and needs no proof.
@@ -387,7 +403,12 @@ impl Shared {
     /// Sends `command` when there is room for it; drops it if the pager has ended.
     pub(crate) fn unmap_later(&self, commands: &mpsc::Sender<Command>, command: Command) {
         if commands.is_closed() {
-            return drop(command);
+            // An munmap of memory that is registered would wait for somebody to read its event.
+            return if self.is_left_open.load(Ordering::Acquire) {
+                std::mem::forget(command)
+            } else {
+                drop(command)
+            };
         }
         let commands = commands.clone();
         let sender = std::thread::Builder::new().name("postcopy-unmap".into());
@@ -590,7 +611,8 @@ impl Session {
     }
 
     /// Whether read(2) and the like may be used on absent memory. Where privileges allow user-mode faults only,
-    /// they fail with EFAULT.
+    /// they fail with EFAULT. Of another process's memory its owner decides that when he opens the userfaultfd, which
+    /// cannot be seen: then this is whether he could have.
     #[must_use]
     pub fn serves_kernel_faults(&self) -> bool {
         self.shared.serves_kernel_faults

@@ -6,7 +6,7 @@ use crate::region::RegionState;
 use crate::state::{Answers, State, StateError};
 use crate::uffd::pagemap::Pagemap;
 use crate::uffd::{Outcome, Uffd};
-use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -194,6 +194,23 @@ impl Spaces {
         if space.uffd.tells_of_unmaps() {
             self.displaced.extend(displaced.into_iter().map(Arc::new));
         }
+    }
+
+    /// Shared memory has been mapped another time, by mremap with an old size of 0. How much of it nobody tells: all that
+    /// may be, up to what else is there.
+    pub(crate) fn map_again(&mut self, space: &Space, from: usize, to: usize) {
+        let Some((region, page)) = self.at(space, from) else { return };
+        let (region, most) = (Arc::clone(region), region.address(region.pages()) - from);
+        let other = self.overlapping(space, &(to..to + most)).first().map(|other| other.address(0));
+        let pages = other.map_or(most, |other| other.saturating_sub(to)) / PAGE_BYTES;
+        if pages > 0 {
+            self.add(Arc::new(region.part(page..page + pages, to)));
+        }
+    }
+
+    /// Whether some memory is of huge pages.
+    pub(crate) fn has_huge(&self) -> bool {
+        self.regions.iter().any(|region| region.gathering().is_some())
     }
 
     fn leave(&mut self, region: RegionState) {

@@ -151,13 +151,17 @@ pub(crate) fn may_pass(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
-/// What a userfaultfd has to tell next.
+/// What memory is at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Waiting {
-    Nothing,
-    /// Faults, which are read first.
-    Faults,
-    Event,
+pub(crate) enum SharedAt {
+    /// Nobody else's; or none.
+    Private,
+    /// A page of shared memory, which is there.
+    There,
+    /// Shared memory that has no page there.
+    Absent,
+    /// An event is to be read first.
+    NotNow,
 }
 
 /// How it is known what was written to.
@@ -378,6 +382,11 @@ impl Uffd {
         if let Tracking::Async(pagemap) = &self.tracking { Some(pagemap) } else { None }
     }
 
+    /// Whether what is written to is to be known.
+    pub(crate) fn tracks(&self) -> bool {
+        !matches!(self.tracking, Tracking::Off)
+    }
+
     /// Whether a look at what was written can protect it anew; else [`Uffd::protect`] does.
     pub(crate) fn protects_by_scan(&self) -> bool {
         !matches!(self.tracking, Tracking::Sync)
@@ -454,6 +463,18 @@ impl Uffd {
         matches!(self.map_cached(address, len), Ok(()) | Err(Errno::EXIST))
     }
 
+    /// What is at an address, as far as others may have it mapped, too. A page that is there is mapped then.
+    /// `page_bytes` is the size of the kernel's pages there.
+    pub(crate) fn shared_at(&self, address: usize, page_bytes: usize) -> SharedAt {
+        match self.map_cached(address - address % page_bytes, page_bytes) {
+            Ok(()) | Err(Errno::EXIST) => SharedAt::There,
+            Err(Errno::FAULT) => SharedAt::Absent,
+            Err(Errno::AGAIN) => SharedAt::NotNow,
+            // Private anonymous memory has nothing that could be mapped.
+            Err(_) => SharedAt::Private,
+        }
+    }
+
     /// Whether the pages at an address are of 2 MiB (hugetlb); None: an event is to be read first, or the owner is gone.
     ///
     /// # Errors
@@ -478,23 +499,15 @@ impl Uffd {
         update::<{ abi::IOC_CONTINUE }, _>(self.as_fd(), &mut continue_)
     }
 
-    /// What the next message will be.
+    /// Whether there is a message to be read.
     ///
     /// # Errors
-    /// Whatever poll(2) or reading the descriptor's information answers.
-    pub(crate) fn waiting(&self) -> io::Result<Waiting> {
+    /// Whatever poll(2) answers.
+    pub(crate) fn is_readable(&self) -> io::Result<bool> {
         let mut fds = [PollFd::new(self, PollFlags::IN)];
-        loop {
-            match rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-                Ok(0) => return Ok(Waiting::Nothing),
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.number()))?;
-        let faults = info.lines().find_map(|line| line.strip_prefix("pending:"));
-        Ok(if faults.is_some_and(|faults| faults.trim() != "0") { Waiting::Faults } else { Waiting::Event })
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&now)));
+        Ok(ready? > 0)
     }
 
     /// Installs zeros, at most 64 KiB. A poisoned page counts as present; use [`Uffd::copy`] for it.
@@ -503,23 +516,28 @@ impl Uffd {
         if matches!(self.tracking, Tracking::Sync) {
             return self.copy(address, &ZEROS[..len]);
         }
-        let range = abi::Range { start: address as u64, len: len as u64 };
-        let mode = if matches!(self.tracking, Tracking::Off) { 0 } else { abi::MODE_DONTWAKE };
-        let mut zero = abi::ZeroPage { range, mode, ..Default::default() };
-        let result = update::<{ abi::IOC_ZEROPAGE }, _>(self.as_fd(), &mut zero);
-        let outcome = outcome(result, zero.zeropage, len);
-        let done = match outcome {
-            Outcome::Done => len,
-            Outcome::Partial { bytes } => bytes,
-            _ => 0,
+        let zero = |mode| {
+            let range = abi::Range { start: address as u64, len: len as u64 };
+            let mut zero = abi::ZeroPage { range, mode, ..Default::default() };
+            let result = update::<{ abi::IOC_ZEROPAGE }, _>(self.as_fd(), &mut zero);
+            outcome(result, zero.zeropage, len)
         };
-        if let (Tracking::Async(pagemap), true) = (&self.tracking, done > 0) {
+        let Tracking::Async(pagemap) = &self.tracking else { return zero(0) };
+        let unseen = pagemap.unseen(|| {
+            let outcome = zero(abi::MODE_DONTWAKE);
+            let done = match outcome {
+                Outcome::Done => len,
+                Outcome::Partial { bytes } => bytes,
+                _ => return outcome,
+            };
             // It cannot protect what it installs. Whoever writes before that is done has a page of his own by then,
             // which is not protected. An error leaves them unprotected: they count as written to.
             let _ = pagemap.protect_zeros(address..address + done);
             self.wake(address, done);
-        }
-        outcome
+            outcome
+        });
+        // These take memory, and are protected at once.
+        unseen.unwrap_or_else(|| self.copy(address, &ZEROS[..len]))
     }
 
     /// Makes every later touch of the range's absent pages SIGBUS, also after this fd is closed, and wakes

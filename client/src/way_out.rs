@@ -10,6 +10,9 @@ use crate::space::Space;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+/// Regions that are poisoned. Kept, so that none that comes has the address of one that is done.
+type Done = HashMap<*const RegionState, Arc<RegionState>>;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct WayOut {
@@ -21,19 +24,16 @@ pub(crate) struct WayOut {
 
 impl WayOut {
     /// Poisons what is absent in all regions, also of processes that are forked meanwhile; false if that cannot be done.
-    fn poison(&self) -> bool {
+    fn poison(&self, done: &mut Done) -> bool {
         let shared = &self.shared;
-        // Shared memory that was moved may be mapped at its old place still.
-        let mut spaces = shared.spaces();
-        Arc::make_mut(&mut spaces).take_all_back();
-        if let Err(error) = shared.set_spaces(spaces, None) {
-            shared.report(&error.to_string());
-            return false;
-        }
-        // Kept, so that none that comes has the address of one that is done.
-        let mut done: HashMap<*const RegionState, Arc<RegionState>> = HashMap::new();
         loop {
-            let spaces = shared.spaces();
+            // Shared memory that was moved may be mapped at its old place still.
+            let mut spaces = shared.spaces();
+            Arc::make_mut(&mut spaces).take_all_back();
+            if let Err(error) = shared.set_spaces(Arc::clone(&spaces), None) {
+                shared.report(&error.to_string());
+                return false;
+            }
             let is_left = |region: &&Arc<RegionState>| !done.contains_key(&Arc::as_ptr(region));
             let left: Vec<_> = spaces.regions().iter().filter(is_left).cloned().collect();
             if left.is_empty() {
@@ -66,25 +66,31 @@ impl Drop for WayOut {
         if self.is_open && !self.in_order && shared.error().is_none() {
             shared.report("the pager has failed (a panic, which was printed)");
         }
-        let spaces = shared.spaces();
         if shared.state.has_file() && !self.in_order {
-            spaces.leave_open();
+            shared.leave_open();
             return shared.end();
         }
         if !self.is_open {
             return shared.end();
         }
-        if !self.poison() {
-            spaces.leave_open();
-            return shared.end();
-        }
-        let spaces = shared.spaces();
-        for region in spaces.regions() {
-            // Poison stays. Without this an munmap would wait for somebody to read its event.
-            let _ = region.space.uffd.unregister(region.address(0), region.len());
-        }
-        for space in spaces.spaces() {
-            self.read(space);
+        let mut done = Done::new();
+        loop {
+            if !self.poison(&mut done) {
+                shared.leave_open();
+                return shared.end();
+            }
+            let spaces = shared.spaces();
+            for region in spaces.regions() {
+                // Poison stays. Without this an munmap would wait for somebody to read its event. It waits for a fork that
+                // is copying, whose child is told of after it.
+                let _ = region.space.uffd.unregister(region.address(0), region.len());
+            }
+            for space in spaces.spaces() {
+                self.read(space);
+            }
+            if shared.spaces().regions().iter().all(|region| done.contains_key(&Arc::as_ptr(region))) {
+                break;
+            }
         }
         // Only now nobody has anything to do here any more.
         shared.state.end();

@@ -122,7 +122,9 @@ impl Cli {
             Command::Gc(options) => options.run().await,
             Command::Verify(options) => options.run(),
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "postcopyd", &mut io::stdout());
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "postcopyd", &mut script);
+                say(format_args!("{}", String::from_utf8_lossy(&script).trim_end()))?;
                 Ok(ExitCode::SUCCESS)
             }
         }

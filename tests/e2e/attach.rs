@@ -4,7 +4,7 @@ use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
 use postcopy::{ForeignMemory, LossPolicy, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
-use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
 use postcopy_tests::skip;
@@ -501,5 +501,92 @@ fn private_mappings_of_files_are_filled() {
         child.assert_reads(faulter.at(0, 0), source.pages(103, 197));
         session.wait_resident(Duration::from_secs(30)).unwrap();
         assert_eq!(session.error(), None);
+    });
+}
+
+/// Events are posted after the kernel has let go of its lock: a fork can be told of before a move that came first, and is in
+/// the child.
+#[test]
+fn a_child_forked_during_a_move_has_it_in_one_place() {
+    with_faulter("a_child_forked_during_a_move_has_it_in_one_place", |source, mut faulter| {
+        const TRIES: usize = 1500;
+        let session = source.attach(&faulter, Options::default()).unwrap();
+        faulter.let_go();
+        let mut other = faulter.thread();
+        let slots: usize = faulter.main.ask(&format!("reserve {}", 2 * TRIES)).parse().unwrap();
+        let mut at = faulter.at(0, 20);
+        let image = source.pages(123, 1);
+        let mut counts = [0; 2];
+        for slot in 0..TRIES {
+            let to = slots + 2 * slot * PAGE;
+            other.tell(&format!("remap {at} 1 1 1 {to}"));
+            for _ in 0..fastrand::u32(..4000) {
+                std::hint::spin_loop();
+            }
+            faulter.main.tell("fork");
+            assert_eq!(other.answer(), Some(to.to_string()));
+            let mut child = faulter.forked();
+            let read = |at| read_from_outside(child.pid, at, PAGE);
+            let (old, new) = (read(at), read(to));
+            let is_new = new.is_ok();
+            let (there, gone) = if is_new { (new, old) } else { (old, new) };
+            assert_eq!(gone, Err(nix::Error::EFAULT), "it is in both places");
+            let there = there.unwrap();
+            assert!(there == image, "after {slot}: moved {is_new}, zero: {}", there == [0; PAGE]);
+            counts[usize::from(is_new)] += 1;
+            child.tell("exit");
+            at = to;
+        }
+        assert!(counts.iter().all(|count| *count > 20), "{counts:?}");
+        assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn shared_memory_that_is_mapped_another_time_is_the_same_there() {
+    let test = "shared_memory_that_is_mapped_another_time_is_the_same_there";
+    with_shared(test, |source, mut faulter, session| {
+        // An old size of 0: nothing is moved, and the kernel tells no size.
+        let to: usize = faulter.main.ask("reserve 300").parse().unwrap();
+        let from = faulter.at(0, 40);
+        assert_eq!(faulter.main.ask(&format!("remap {from} 0 100 3 {to}")), to.to_string());
+        faulter.main.assert_reads(to, source.pages(43, 30));
+        faulter.assert_reads(0, 40, source.pages(43, 60));
+        faulter.main.does(&format!("write {} 1 9", to + 70 * PAGE));
+        faulter.assert_reads(1, 110, &[9; PAGE]);
+        faulter.main.does(&format!("advise {REMOVE} {} 10", to + 80 * PAGE));
+        faulter.assert_reads(
+            0,
+            119,
+            &[source.pages(122, 1), &vec![0; 10 * PAGE], source.pages(133, 1)].concat(),
+        );
+        session.fill().unwrap();
+        faulter.assert_reads(0, 131, source.pages(134, 69));
+        assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn shared_memory_that_the_session_was_not_told_of_is_sigbus() {
+    if !is_root() {
+        let test = "attach::shared_memory_that_the_session_was_not_told_of_is_sigbus";
+        return skip(test, "a userfaultfd for all faults needs root");
+    }
+    within(WATCHDOG, || {
+        let source = start();
+        let mut faulter = Faulter::start(ALL_EVENTS, &["memfd:200"]);
+        let mut region = faulter.shared_region(0, "mem", 0, 1);
+        region.len = 100 * PAGE;
+        let pid = Some(faulter.main.pid);
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid };
+        let (address, reference) = (source.server.address(), "app".parse().unwrap());
+        let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
+        faulter.let_go();
+        faulter.assert_reads(0, 90, source.pages(90, 10));
+        let read = |page| read_from_outside(faulter.main.pid, faulter.at(0, page), PAGE);
+        // Zeros would be in the memory for all who have it.
+        assert_eq!((read(100), read(150)), (Err(nix::Error::EFAULT), Err(nix::Error::EFAULT)));
+        assert!(session.error().unwrap().contains("is beyond what the session was told of"));
+        assert!(read(50).unwrap() == source.pages(50, 1));
     });
 }

@@ -8,7 +8,7 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::pool::HugePool;
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{is_root, skip, wait_until};
 use rustix::mm::Advice;
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -137,6 +137,24 @@ fn a_look_at_the_changes_leaves_absent_pages_alone() {
         // Neither are lost pages taken for written ones.
         assert_changes(&region.take_changes().unwrap(), &[], &[]);
         assert!(matches!(region.read_at(322 * PAGE, &mut page), Err(LossError::Lost(_))));
+    });
+}
+
+#[test]
+fn zeros_that_are_just_installed_are_never_taken_for_written() {
+    within(WATCHDOG, || {
+        let source = Source::start(vec![0; 64 << 20], 1 << 20);
+        for _ in 0..4 {
+            let session = open(&source, true);
+            let region = session.map("mem").unwrap();
+            session.fill().unwrap();
+            let mut looks = 0;
+            while region.resident_pages() < region.len() / PAGE {
+                assert_changes(&region.take_changes().unwrap(), &[], &[]);
+                looks += 1;
+            }
+            assert!(looks > 5, "{looks} looks while it was filled");
+        }
     });
 }
 
@@ -275,6 +293,10 @@ fn what_another_process_changes_is_told_exactly() {
             child.does(&format!("write {} 1 1", faulter.at(0, 1601)));
             child.does(&format!("write {} 1 1", faulter.at(0, 200)));
             child.assert_reads(faulter.at(0, 201), &source.bytes[201 * PAGE..202 * PAGE]);
+            // Marks that it has inherited are not in the way of what it gives back.
+            let page = if kind == "huge" { 0 } else { 30 };
+            child.does(&format!("advise {DONTNEED} {} {unit}", faulter.at(0, page)));
+            child.assert_reads(faulter.at(0, page), &vec![0; unit * PAGE]);
             assert_eq!(told(&faulter), nothing, "{kind}: the child's");
             faulter.main.does(&format!("write {} 1 2", faulter.at(0, 6)));
             assert_eq!(told(&faulter).written, [whole(6)], "{kind}: after a fork");
@@ -373,7 +395,8 @@ fn memory_that_was_moved_before_the_session_is_tracked_too() {
         let to: usize = faulter.main.ask("reserve 100").parse().unwrap();
         let from = faulter.at(0, 50);
         faulter.main.tell(&format!("remap {from} 100 100 {MAYMOVE} {to}"));
-        std::thread::park_timeout(Duration::from_millis(50));
+        let main = &faulter.main;
+        wait_until("it waits in mremap", || main.sleeps_in("userfaultfd_event_wait_completion"));
         let memory = ForeignMemory {
             uffd: faulter.uffd(),
             regions: &regions,

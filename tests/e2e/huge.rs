@@ -7,7 +7,7 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::pool::HugePool;
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{is_root, skip, wait_until};
 use std::time::Duration;
 
 const PAGE: usize = 4096;
@@ -177,12 +177,56 @@ fn zeros_of_a_huge_page_wait_for_the_pool_too() {
         let second = faulter.at(0, HUGE_PAGES);
         faulter.main.does(&format!("advise {DONTNEED} {second} {HUGE_PAGES}"));
         faulter.assert_reads(0, 9, source.huge(9, 1));
+        let before = session.progress().faults;
         faulter.main.tell(&format!("read {second} 1"));
-        std::thread::park_timeout(Duration::from_millis(300));
+        wait_until("it has touched it again and again", || session.progress().faults > before + 5);
         assert!(!faulter.main.has_answered(), "there is none left");
         pool.set_free(1);
         faulter.main.assert_answers(second, &[0; PAGE]);
         assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn a_part_of_a_huge_page_can_be_removed() {
+    with_pool("a_part_of_a_huge_page_can_be_removed", COUNT, |source, _| {
+        let (mut faulter, regions) = faulter("huge-shared", Sharing::Shared(1));
+        let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+        faulter.let_go();
+        faulter.assert_reads(0, 0, source.huge(0, 1));
+        // There; absent, with and without its beginning; all of it, in two parts.
+        let removed = [(100, 9), (512 + 5, 100), (1024, 7), (2048, 200), (2248, 312)];
+        let mut expected = source.huge(0, COUNT * HUGE_PAGES).to_vec();
+        for (page, count) in removed {
+            faulter.main.does(&format!("advise {REMOVE} {} {count}", faulter.at(0, page)));
+            expected[page * PAGE..(page + count) * PAGE].fill(0);
+        }
+        faulter.assert_reads(0, 0, &expected);
+        session.fill().unwrap();
+        session.wait_resident(MINUTE).unwrap();
+        faulter.assert_reads(0, 0, &expected);
+        assert_eq!(session.error(), None);
+    });
+}
+
+#[test]
+fn huge_memory_that_the_session_was_not_told_of_is_zero_or_sigbus() {
+    with_pool("huge_memory_that_the_session_was_not_told_of_is_zero_or_sigbus", COUNT, |source, _| {
+        for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
+            let (mut faulter, mut regions) = faulter(kind, sharing);
+            regions[0].len = 2 * HUGE_PAGES * PAGE;
+            let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+            faulter.let_go();
+            faulter.assert_reads(0, 9, source.huge(9, 1));
+            faulter.main.tell(&format!("read {} 1", faulter.at(0, 3 * HUGE_PAGES + 5)));
+            match sharing {
+                Sharing::Private => faulter.main.assert_answers(0, &[0; PAGE]),
+                Sharing::Shared(_) => {
+                    assert_eq!((faulter.main.answer(), faulter.dies_of()), (None, SIGBUS));
+                    assert!(session.error().unwrap().contains("is beyond what the session was told of"));
+                }
+            }
+        }
     });
 }
 

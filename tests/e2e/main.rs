@@ -19,6 +19,7 @@ mod pressure;
 mod push;
 mod python;
 mod scale;
+mod selftests;
 mod serve;
 mod session;
 mod successor;

@@ -4,7 +4,12 @@
 //! the same page; so what memory must be after a batch is known. The source of pages holds answers back, has them
 //! overtake each other, and sends some twice. The pager is killed now and then, and replaced.
 
+mod claims;
+mod operations;
+
 use crate::session::Source;
+use claims::{Claims, SHARED, overlap};
+use operations::{Batch, KINDS, Kind, MAX_PROCESSES, PageSource, Scenario, Variant, any_scenario};
 use postcopy::Changes;
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{
@@ -14,7 +19,6 @@ use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::model::{Content, Memory};
 use postcopy_tests::{is_root, skip};
-use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -32,62 +36,11 @@ const REGIONS: [Range<usize>; 2] = [5..805, 701..1201];
 const SLOTS_AT: usize = 1 << 44;
 const SLOT_PAGES: usize = 32;
 const SLOTS: usize = 64;
-const MAX_PROCESSES: usize = 5;
 const THREADS: usize = 3;
 
 /// What `make test` does at least. `POSTCOPY_SOAK_SECONDS` goes on for so long, `POSTCOPY_SEED` repeats a run as far as
 /// its operations go, `POSTCOPY_NO_SHRINKING` shows the first failure as it came.
 const OPERATIONS: usize = 20_000;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    Read,
-    KernelRead,
-    RemoteRead,
-    Write,
-    KernelWrite,
-    Remove,
-    Free,
-    Punch,
-    Changes,
-    PageOut,
-    Cover,
-    Unmap,
-    Shrink,
-    Move,
-    Grow,
-    MoveAndKeep,
-    Regrow,
-    Fork,
-    Thread,
-    Exit,
-    Kill,
-}
-
-/// How likely each is, and how often it must have been done in [`OPERATIONS`].
-const KINDS: [(u32, Kind, usize); 21] = [
-    (40, Kind::Read, 4000),
-    (10, Kind::KernelRead, 500),
-    (6, Kind::RemoteRead, 300),
-    (14, Kind::Write, 500),
-    (6, Kind::KernelWrite, 200),
-    (14, Kind::Remove, 500),
-    (4, Kind::Free, 100),
-    (10, Kind::Punch, 50),
-    (6, Kind::Changes, 100),
-    (3, Kind::PageOut, 100),
-    (4, Kind::Cover, 100),
-    (4, Kind::Unmap, 100),
-    (2, Kind::Shrink, 50),
-    (6, Kind::Move, 100),
-    (3, Kind::Grow, 50),
-    (4, Kind::MoveAndKeep, 50),
-    (10, Kind::Regrow, 200),
-    (4, Kind::Fork, 100),
-    (3, Kind::Thread, 100),
-    (2, Kind::Exit, 50),
-    (5, Kind::Kill, 200),
-];
 
 /// How often the kernel must have answered or told what.
 const ANSWERS: [(&str, u64); 9] = [
@@ -101,90 +54,6 @@ const ANSWERS: [(&str, u64); 9] = [
     ("remap", 100),
     ("fork", 100),
 ];
-
-/// An operation; what its numbers mean depends on what there is when it is done.
-#[derive(Clone, Copy, Debug)]
-struct Operation {
-    kind: Kind,
-    process: usize,
-    page: usize,
-    pages: usize,
-    other: usize,
-}
-
-fn any_operation() -> impl Strategy<Value = Operation> {
-    let kind = proptest::strategy::Union::new_weighted(
-        KINDS.iter().map(|(weight, kind, _)| (*weight, Just(*kind))).collect(),
-    );
-    (kind, any::<prop::sample::Index>(), any::<u16>(), 1usize..20, any::<u16>()).prop_map(
-        |(kind, process, page, pages, other)| Operation {
-            kind,
-            process: process.index(MAX_PROCESSES),
-            page: page.into(),
-            pages,
-            other: other.into(),
-        },
-    )
-}
-
-#[derive(Clone, Debug)]
-struct Scenario {
-    fill: bool,
-    source: PageSource,
-    variant: Variant,
-    batches: Vec<Batch>,
-}
-
-/// What the memory is, and what is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Variant {
-    /// Two private regions, and all events.
-    Private,
-    /// Only EVENT_REMOVE is asked for, as Firecracker does, and nothing is done that takes more.
-    RemovesOnly,
-    /// What is written to and removed is to be told of.
-    Tracked,
-    /// The second region is shared memory, which is mapped twice.
-    Shared,
-}
-
-/// What is done at once.
-#[derive(Clone, Debug)]
-struct Batch {
-    /// All at the same place, as far as they go together.
-    together: bool,
-    operations: Vec<Operation>,
-}
-
-/// Which image the memory is filled from, and how late its pages come.
-#[derive(Clone, Copy, Debug)]
-enum PageSource {
-    Quick,
-    Late,
-    Large,
-}
-
-fn any_scenario() -> impl Strategy<Value = Scenario> {
-    let batch = (prop::bool::weighted(0.4), prop::collection::vec(any_operation(), 1..6))
-        .prop_map(|(together, operations)| Batch { together, operations });
-    let batches = prop::collection::vec(batch, 100..300);
-    let source = prop::sample::select(vec![PageSource::Quick, PageSource::Late, PageSource::Large]);
-    let variant = prop::sample::select(vec![
-        Variant::Private,
-        Variant::Private,
-        Variant::RemovesOnly,
-        Variant::Tracked,
-        Variant::Tracked,
-        Variant::Shared,
-        Variant::Shared,
-    ]);
-    (any::<bool>(), source, variant, batches).prop_map(|(fill, source, variant, batches)| Scenario {
-        fill,
-        source,
-        variant,
-        batches,
-    })
-}
 
 struct Process {
     memory: Memory,
@@ -230,102 +99,10 @@ struct Seen {
     answers: BTreeMap<&'static str, u64>,
 }
 
-/// The pages that the operations of a batch have to do with.
-#[derive(Default)]
-struct Claims {
-    reads: Vec<(usize, Range<usize>)>,
-    /// Removed or covered, which may be read meanwhile.
-    removes: Vec<(usize, Range<usize>)>,
-    /// Changed otherwise.
-    changes: Vec<(usize, Range<usize>)>,
-    /// Processes that fork, and those that exit.
-    forks: Vec<usize>,
-    exits: Vec<usize>,
-}
-
-fn overlap(claims: &[(usize, Range<usize>)], process: usize, pages: &Range<usize>) -> bool {
-    let meets = |(who, other): &(usize, Range<usize>)| {
-        *who == process && other.start < pages.end && pages.start < other.end
-    };
-    claims.iter().any(meets)
-}
-
-/// Stands for the shared memory, whose pages are claimed by their numbers.
-const SHARED: usize = usize::MAX;
-
-impl Claims {
-    /// These pages of a process, and those of the shared memory that they are.
-    fn places(process: usize, pages: &Range<usize>, shared: &[usize]) -> Vec<(usize, Range<usize>)> {
-        let shared = shared.iter().map(|page| (SHARED, *page..page + 1));
-        std::iter::once((process, pages.clone())).chain(shared).collect()
-    }
-
-    fn meet(claims: &[(usize, Range<usize>)], places: &[(usize, Range<usize>)]) -> bool {
-        places.iter().any(|(process, pages)| overlap(claims, *process, pages))
-    }
-
-    fn read(&mut self, process: usize, pages: &Range<usize>, shared: &[usize]) -> bool {
-        let places = Self::places(process, pages, shared);
-        let free = !Self::meet(&self.changes, &places) && !self.exits.contains(&process);
-        if free {
-            self.reads.extend(places);
-        }
-        free
-    }
-
-    fn remove(&mut self, process: usize, pages: &Range<usize>) -> bool {
-        self.punch(process, pages, &[])
-    }
-
-    fn punch(&mut self, process: usize, pages: &Range<usize>, shared: &[usize]) -> bool {
-        let places = Self::places(process, pages, shared);
-        let free = !Self::meet(&self.changes, &places)
-            && !Self::meet(&self.removes, &places)
-            && !self.exits.contains(&process);
-        if free {
-            self.removes.extend(places);
-        }
-        free
-    }
-
-    fn change(&mut self, process: usize, pages: &Range<usize>, shared: &[usize]) -> bool {
-        let places = Self::places(process, pages, shared);
-        let free = !Self::meet(&self.changes, &places)
-            && !Self::meet(&self.removes, &places)
-            && !Self::meet(&self.reads, &places)
-            && !self.exits.contains(&process)
-            && !self.forks.contains(&process);
-        if free {
-            self.changes.extend(places);
-        }
-        free
-    }
-
-    fn fork(&mut self, process: usize) -> bool {
-        let free = self.forks.is_empty()
-            && !self.exits.contains(&process)
-            && self.changes.iter().all(|(who, _)| *who != process);
-        if free {
-            self.forks.push(process);
-        }
-        free
-    }
-
-    fn exit(&mut self, process: usize) -> bool {
-        let others = [&self.reads, &self.removes, &self.changes];
-        let free = others.iter().all(|claims| claims.iter().all(|(who, _)| *who != process))
-            && !self.forks.contains(&process)
-            && !self.exits.contains(&process);
-        if free {
-            self.exits.push(process);
-        }
-        free
-    }
-}
-
 struct World {
     // Dropped first: what it serves is killed after it.
-    keeper: Keeper,
+    /// None: the process itself.
+    keeper: Option<Keeper>,
     faulter: Faulter,
     processes: Vec<Process>,
     next_mapping: u32,
@@ -336,6 +113,9 @@ struct World {
 impl World {
     fn start(server: &str, image: &str, scenario: &Scenario) -> Self {
         let variant = scenario.variant;
+        if variant == Variant::Own {
+            return Self::start_own(server, image, scenario);
+        }
         let features = if variant == Variant::RemovesOnly { EVENT_REMOVE } else { ALL_EVENTS };
         let is_shared = variant == Variant::Shared;
         let [first, second] = REGIONS.map(|pages| pages.len());
@@ -379,7 +159,20 @@ impl World {
         let threads = (0..THREADS).map(|_| faulter.thread()).collect();
         let processes = vec![Process { memory, threads, is_owner: true, has_forked: false }];
         let shared = REGIONS[1].clone().map(Content::Image).collect();
-        Self { keeper, faulter, processes, next_mapping: 3, variant, shared }
+        Self { keeper: Some(keeper), faulter, processes, next_mapping: 3, variant, shared }
+    }
+
+    fn start_own(server: &str, image: &str, scenario: &Scenario) -> Self {
+        let mut faulter = Faulter::start(ALL_EVENTS, &[]);
+        faulter.let_go();
+        let at = faulter.main.ask(&format!("open {server} {image} {}", scenario.fill));
+        let mut memory = Memory::default();
+        let at = at.parse::<usize>().expect("an address") / PAGE;
+        memory.map(0, at, (0..IMAGE_PAGES).map(Content::Image));
+        memory.track();
+        let threads = (0..THREADS).map(|_| faulter.thread()).collect();
+        let processes = vec![Process { memory, threads, is_owner: true, has_forked: false }];
+        Self { keeper: None, faulter, processes, next_mapping: 3, variant: Variant::Own, shared: Vec::new() }
     }
 
     fn mapping(&mut self) -> u32 {
@@ -399,12 +192,7 @@ impl World {
         let mut punched = false;
         for operation in &batch.operations {
             let place = if batch.together { &batch.operations[0] } else { operation };
-            if self.variant == Variant::RemovesOnly
-                && matches!(
-                    operation.kind,
-                    Kind::Move | Kind::Grow | Kind::MoveAndKeep | Kind::Regrow | Kind::Fork
-                )
-            {
+            if !self.variant.has(operation.kind) {
                 continue;
             }
             let process = place.process % self.processes.len();
@@ -417,12 +205,12 @@ impl World {
             let of_one = memory.run(place.page, operation.pages, true);
             let shared = memory.shared(&pages);
             let shared_of_one = memory.shared(&of_one);
-            // And a fault whose page has just come can be taken for the event: then nobody is looked for at the right
-            // time, which ends a session, too. So nothing else is done meanwhile.
-            let is_punch = operation.kind == Kind::Punch;
-            if self.variant == Variant::Shared
-                && (punched || is_punch && !(told.is_empty() && remote.is_empty()))
-            {
+            let says_otherwise = match operation.kind {
+                Kind::Punch => !claims.removes.is_empty(),
+                Kind::Remove => punched,
+                _ => false,
+            };
+            if self.variant == Variant::Shared && says_otherwise {
                 continue;
             }
             let is_exit = operation.kind == Kind::Exit;
@@ -461,7 +249,6 @@ impl World {
                 }
                 Kind::Punch
                     if !of_one.is_empty()
-                        && !punched
                         && shared_of_one.len() == of_one.len()
                         && claims.punch(process, &of_one, &shared_of_one) =>
                 {
@@ -470,7 +257,7 @@ impl World {
                     (format!("advise 9 {}", at(&of_one)), Expected::Answer("done".into()), Some(effect))
                 }
                 // Its own turn: when all others are done.
-                Kind::Changes if self.variant == Variant::Tracked => {
+                Kind::Changes => {
                     changes = true;
                     count(seen, operation.kind);
                     continue;
@@ -481,7 +268,15 @@ impl World {
                     let effect = Effect::Free(pages.clone());
                     (format!("advise 8 {}", at(&pages)), Expected::Answer("done".into()), Some(effect))
                 }
-                Kind::PageOut if !pages.is_empty() && claims.read(process, &pages, &shared) => {
+                // Half of a page that may be dropped at any time would be gone for who reads it then.
+                Kind::PageOut
+                    if !pages.is_empty()
+                        && if memory.is_lazy(&pages) {
+                            claims.change(process, &pages, &shared)
+                        } else {
+                            claims.read(process, &pages, &shared)
+                        } =>
+                {
                     (format!("advise 21 {}", at(&pages)), Expected::Answer("done".into()), None)
                 }
                 Kind::Cover if !pages.is_empty() && claims.change(process, &pages, &[]) => {
@@ -555,7 +350,7 @@ impl World {
             while Instant::now() < until {
                 std::hint::spin_loop();
             }
-            self.keeper.kill_worker();
+            self.keeper.as_mut().expect("it is another process").kill_worker();
         }
         for (process, pages) in remote {
             self.remote_read(process, &pages, &claims, image);
@@ -613,9 +408,16 @@ impl World {
     /// Sees that what the first process has changed is told of.
     fn take_changes(&mut self) {
         let Some(owner) = self.processes.iter_mut().find(|process| process.is_owner) else { return };
-        let changes = self.keeper.take_changes();
+        let (changes, at) = match &mut self.keeper {
+            Some(keeper) => (keeper.take_changes(), 0),
+            None => {
+                let answer = owner.threads[0].ask("changes");
+                let (written, removed) = serde_json::from_str(&answer).expect("runs");
+                (Changes { written, removed }, owner.memory.runs()[0].start)
+            }
+        };
         let pages = |runs: Vec<Range<usize>>| {
-            runs.into_iter().flat_map(|run| run.start / PAGE..run.end / PAGE).collect()
+            runs.into_iter().flat_map(|run| at + run.start / PAGE..at + run.end / PAGE).collect()
         };
         let told = owner.memory.told(&pages(changes.written), &pages(changes.removed));
         told.unwrap_or_else(|wrong| panic!("{wrong}"));
@@ -702,8 +504,10 @@ impl World {
             }
         }
         let mut seen = seen.lock().unwrap();
-        for (name, count) in postcopy::state::answers(self.keeper.state()).unwrap() {
-            *seen.answers.entry(name).or_default() += count;
+        if let Some(keeper) = &self.keeper {
+            for (name, count) in postcopy::state::answers(keeper.state()).unwrap() {
+                *seen.answers.entry(name).or_default() += count;
+            }
         }
         drop(seen);
         for process in &mut self.processes {
@@ -711,8 +515,10 @@ impl World {
         }
         self.faulter.kill();
         // Takes a second: the exit is looked for so often.
-        if fastrand::u8(..16) == 0 {
-            self.keeper.assert_ends();
+        if let Some(keeper) = &mut self.keeper
+            && fastrand::u8(..16) == 0
+        {
+            keeper.assert_ends();
         }
     }
 }

@@ -5,7 +5,8 @@ use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
-use postcopy_tests::keeper::{Keeper, Serving, StoppedPager};
+use postcopy_tests::keeper::{Keeper, Serving};
+use postcopy_tests::stopped_pager::StoppedPager;
 use postcopy_tests::{skip, wait_until};
 use std::time::Duration;
 
@@ -283,9 +284,8 @@ fn a_fork_for_which_there_is_no_descriptor_waits_for_one() {
         victim.keeper.limit_descriptors(3);
         victim.faulter.main.tell("fork");
         let (pid, address) = (victim.faulter.main.pid, victim.faulter.at(0, 100));
-        let sleeps_in =
-            |what| std::fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|name| name == what);
-        wait_until("it waits in the fork", || sleeps_in("userfaultfd_event_wait_completion"));
+        let main = &victim.faulter.main;
+        wait_until("it waits in the fork", || main.sleeps_in("userfaultfd_event_wait_completion"));
         // From outside: malloc's locks are the forking thread's.
         let other = std::thread::spawn(move || read_from_outside(pid, address, PAGE));
         // As long as the fork is not told of nothing can be installed.

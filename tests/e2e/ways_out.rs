@@ -10,6 +10,7 @@ use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, page_digest, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
+use postcopy_tests::stopped_pager::{Functions, StoppedPager};
 use postcopy_tests::{is_root, skip, wait_until};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -98,14 +99,18 @@ fn fail_a_call(source: &Source, how: Serving, failure: (i64, i32), occurrence: u
     };
     let digest = page_digest(&source.bytes[100 * PAGE..101 * PAGE]);
     assert_eq!(answer, digest, "{failure:?}, {occurrence}");
-    // Later touches, too: by somebody who does not die of them.
+    assert_right_or_poisoned(&faulter, how.alone, source, &format!("{failure:?}, {occurrence}"));
+    Some(true)
+}
+
+/// Sees to later touches, by somebody who does not die of them.
+fn assert_right_or_poisoned(faulter: &Faulter, alone: bool, source: &Source, after: &str) {
     for page in (1..PAGES).step_by(17) {
         let read = read_from_outside(faulter.main.pid, faulter.at(0, page), PAGE);
         let right = &source.bytes[page * PAGE..(page + 1) * PAGE];
-        let poisoned = how.alone && read == Err(nix::Error::EFAULT);
-        assert!(poisoned || read.is_ok_and(|bytes| bytes == right), "page {page}: {failure:?}, {occurrence}");
+        let poisoned = alone && read == Err(nix::Error::EFAULT);
+        assert!(poisoned || read.is_ok_and(|bytes| bytes == right), "page {page}: {after}");
     }
-    Some(true)
 }
 
 fn assert_seen(seen: &BTreeMap<(i64, i32), Ends>) {
@@ -134,6 +139,121 @@ fn a_pager_whose_calls_fail_is_succeeded() {
         return skip("ways_out::a_pager_whose_calls_fail_is_succeeded", "tracing needs root");
     }
     within(WATCHDOG, || assert_seen(&fail_each_call(Serving::default())));
+}
+
+/// Whether a panic here would be one of the pager's: in its own code, or in what it waits for.
+fn may_panic(function: &str) -> bool {
+    let of_pager = ["postcopy::", "<postcopy::"].iter().any(|own| function.starts_with(own));
+    let awaited = ["Interval::poll_tick", "Streaming<T>", "mpsc::chan::Rx", "AsyncFd"];
+    (of_pager || awaited.iter().any(|name| function.contains(name))) && !function.contains("drop")
+}
+
+/// How many of the panics left what.
+#[derive(Debug, Default)]
+struct Panics {
+    right: u32,
+    sigbus: u32,
+    /// Those of functions that the compiler knows not to panic: nobody can catch it.
+    killed: u32,
+}
+
+/// Has each function of the pager panic in place of doing anything, while a fault is outstanding: each time that it is
+/// called until the fault is served.
+fn panic_in_each_function(how: Serving) -> Panics {
+    const MOST: u32 = 6;
+    let source = Source::start(memory_like(PAGES * PAGE, 98), CHUNK);
+    let mut victim = Panicking::start(&source, how);
+    let called = victim.functions_called();
+    println!("{called:?}");
+    let mut panics = Panics::default();
+    for (name, count) in called {
+        for occurrence in 0..count.min(MOST) {
+            Panicking::start(&source, how).panic(&name, occurrence, &source, &mut panics);
+        }
+    }
+    println!("{panics:?}");
+    panics
+}
+
+/// A process, and who serves it and is to panic.
+struct Panicking {
+    // Dropped first: what it serves is killed after it.
+    keeper: Keeper,
+    faulter: Faulter,
+    functions: Functions,
+    alone: bool,
+}
+
+impl Panicking {
+    fn start(source: &Source, how: Serving) -> Self {
+        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{PAGES}")]);
+        let regions = [faulter.region(0, "mem", 0)];
+        let keeper = Keeper::start(&source.server.address().to_string(), "app", how, &faulter, &regions);
+        faulter.let_go();
+        faulter.assert_reads(0, 0, &source.bytes[..PAGE]);
+        let functions = keeper.functions(may_panic);
+        Self { keeper, faulter, functions, alone: how.alone }
+    }
+
+    /// Touches a page of a process, whose pager is stopped then.
+    fn touch(&mut self) -> StoppedPager {
+        let pager = self.keeper.stop_pager();
+        self.faulter.main.tell(&format!("read {} 1", self.faulter.at(0, 100)));
+        pager
+    }
+
+    fn functions_called(&mut self) -> BTreeMap<String, u32> {
+        let mut pager = self.touch();
+        pager.functions_called(&self.functions, || self.faulter.main.has_answered())
+    }
+
+    fn panic(mut self, name: &str, occurrence: u32, source: &Source, panics: &mut Panics) {
+        let instead = self.keeper.functions(|name| name == "postcopy_keeper::in_place_of_another");
+        let mut pager = self.touch();
+        if !pager.run_to(self.functions.address(name), occurrence, || self.faulter.main.has_answered()) {
+            return;
+        }
+        pager.call_instead(instead.address("postcopy_keeper::in_place_of_another"));
+        wait_until("an end", || self.faulter.main.has_answered() || self.alone && self.keeper.has_said());
+        if !self.faulter.main.has_answered() && !self.keeper.has_ended() {
+            panics.killed += 1;
+            return;
+        }
+        let Some(answer) = self.faulter.main.answer() else {
+            assert!(self.alone, "somebody else can serve it: {name}, {occurrence}");
+            assert_eq!(self.faulter.dies_of(), SIGBUS, "{name}, {occurrence}");
+            panics.sigbus += 1;
+            return;
+        };
+        assert_eq!(answer, page_digest(&source.bytes[100 * PAGE..101 * PAGE]), "{name}, {occurrence}");
+        assert_right_or_poisoned(&self.faulter, self.alone, source, &format!("{name}, {occurrence}"));
+        panics.right += 1;
+    }
+}
+
+#[test]
+fn a_pager_that_panics_anywhere_leaves_right_bytes_or_sigbus() {
+    if !is_root() {
+        return skip(
+            "ways_out::a_pager_that_panics_anywhere_leaves_right_bytes_or_sigbus",
+            "tracing needs root",
+        );
+    }
+    within(WATCHDOG, || {
+        let panics = panic_in_each_function(Serving { alone: true, ..Serving::default() });
+        assert!(panics.sigbus > 30, "{panics:?}");
+    });
+}
+
+#[test]
+fn a_pager_that_panics_anywhere_is_succeeded() {
+    if !is_root() {
+        return skip("ways_out::a_pager_that_panics_anywhere_is_succeeded", "tracing needs root");
+    }
+    within(WATCHDOG, || {
+        let panics = panic_in_each_function(Serving::default());
+        assert!(panics.right > 30, "{panics:?}");
+    });
 }
 
 /// What a pager waits for when its session is dropped.

@@ -36,6 +36,21 @@ fn changes_of_neighbouring_pages_are_all_kept() {
 }
 
 #[test]
+fn a_run_of_pages_is_never_empty() {
+    check(|| {
+        let states = Arc::new(states_of(WORD_PAGES + 1));
+        let threads = [
+            spawn(&states, |states| states.set_resident(0..WORD_PAGES + 1)),
+            spawn(&states, |states| {
+                let run = states.next_run(WORD_PAGES - 1..WORD_PAGES + 1, &[PageState::Absent]);
+                assert!(run.is_none_or(|run| !run.is_empty()), "it would be taken for memory that is gone");
+            }),
+        ];
+        join(threads);
+    });
+}
+
+#[test]
 fn a_page_is_never_seen_to_go_back() {
     check(|| {
         let states = Arc::new(states_of(1));

@@ -1,11 +1,10 @@
 //! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
-use crate::{binary, descriptors};
+use crate::{binary, descriptors, is_readable};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use postcopy::{ForeignRegion, Sharing};
 use postcopy_proto::digest::Digest;
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::PidfdFlags;
 use std::io::{BufRead, BufReader, ErrorKind, IoSliceMut, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -72,10 +71,13 @@ impl Toucher {
     /// Whether it has answered, or has ended.
     #[must_use]
     pub fn has_answered(&self) -> bool {
-        let mut fds = [PollFd::new(self.stream.get_ref(), PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        !self.stream.buffer().is_empty()
-            || rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+        is_readable(&self.stream)
+    }
+
+    /// Whether its process's first thread sleeps in this function of the kernel.
+    #[must_use]
+    pub fn sleeps_in(&self, function: &str) -> bool {
+        std::fs::read_to_string(format!("/proc/{}/wchan", self.pid)).is_ok_and(|name| name == function)
     }
 
     /// Tells it something, and gives its answer.
@@ -165,7 +167,10 @@ impl Faulter {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let socket = folder.path().join("socket");
         let listener = UnixListener::bind(&socket).expect("a socket can be made");
-        let mut command = Command::new(binary("postcopy-faulter"));
+        // Another one, of which something is known to be wrong, for `tests/planted`.
+        let program =
+            std::env::var_os("POSTCOPY_FAULTER").map_or_else(|| binary("postcopy-faulter"), Into::into);
+        let mut command = Command::new(program);
         command.arg(&socket).arg(features.to_string()).args(regions);
         let child = command.spawn().expect("it starts");
         let (stream, _) = listener.accept().expect("it connects");

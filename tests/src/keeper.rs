@@ -1,16 +1,16 @@
 //! A session in a process of its own that may be killed: `postcopy-keeper`, and the pager's steps one by one.
 
 use crate::faulter::Faulter;
-use crate::{binary, descriptors};
-use nix::sys::ptrace::{self, Options};
+use crate::stopped_pager::{Functions, StoppedPager};
+use crate::{binary, descriptors, is_readable};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use postcopy::{Changes, ForeignRegion, Sharing};
 use rustix::process::{Resource, Rlimit};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 
 /// How a process serves.
@@ -49,10 +49,10 @@ impl Keeper {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).expect("a socket can be made");
-        // Another one, of which something is known to be wrong, for `tests/planted`.
-        let program =
-            std::env::var_os("POSTCOPY_KEEPER").map_or_else(|| binary("postcopy-keeper"), Into::into);
-        let child = Command::new(program).arg(&path).spawn().expect("it starts");
+        let program = program();
+        // Panics on purpose are many.
+        let mut command = Command::new(program);
+        let child = command.arg(&path).env("RUST_BACKTRACE", "0").spawn().expect("it starts");
         let (socket, _) = listener.accept().expect("it connects");
         let region = |r: &ForeignRegion| {
             let path = String::from_utf8(r.path.clone()).expect("a path of the tests");
@@ -133,8 +133,30 @@ impl Keeper {
     pub fn kill_worker_at(&mut self, pager: StoppedPager) {
         kill(self.worker, Signal::SIGKILL).expect("it lives");
         // Its end is ours to see first.
-        while waitpid(pager.thread, Some(WaitPidFlag::__WALL)).is_ok() {}
+        pager.assert_killed();
         self.next_worker();
+    }
+
+    /// Functions of the process that serves.
+    #[must_use]
+    pub fn functions(&self, wanted: impl Fn(&str) -> bool) -> Functions {
+        Functions::of(&program(), self.worker, wanted)
+    }
+
+    /// Whether it has said something that was not read yet.
+    #[must_use]
+    pub fn has_said(&self) -> bool {
+        is_readable(&self.lines)
+    }
+
+    /// Sees whether the session has ended, which may be by an error, or its process was killed.
+    ///
+    /// # Panics
+    /// If it is neither.
+    pub fn has_ended(&mut self) -> bool {
+        let line = self.line();
+        assert!(["ended", "killed"].contains(&line.as_str()), "the keeper says {line:?}");
+        line == "ended"
     }
 
     /// Waits until the session has ended in order.
@@ -157,10 +179,7 @@ impl Keeper {
             found.is_some()
         });
         let thread = found.expect("it was found");
-        ptrace::seize(thread, Options::PTRACE_O_TRACESYSGOOD).expect("root may trace");
-        ptrace::interrupt(thread).expect("it lives");
-        wait_for(thread);
-        StoppedPager { thread }
+        StoppedPager::stop(thread)
     }
 }
 
@@ -173,6 +192,11 @@ impl Drop for Keeper {
     }
 }
 
+fn program() -> PathBuf {
+    // Another one, of which something is known to be wrong, for `tests/planted`.
+    std::env::var_os("POSTCOPY_KEEPER").map_or_else(|| binary("postcopy-keeper"), Into::into)
+}
+
 /// A pager that sleeps until something happens: it has opened its session then.
 fn find_pager(process: Pid) -> Option<Pid> {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).ok()?;
@@ -181,89 +205,4 @@ fn find_pager(process: Pid) -> Option<Pid> {
         let read = |what| std::fs::read_to_string(format!("/proc/{process}/task/{thread}/{what}"));
         read("comm").is_ok_and(|name| name.trim() == "postcopy-pager")
     })
-}
-
-fn wait_for(thread: Pid) {
-    waitpid(thread, Some(WaitPidFlag::__WALL)).expect("it is traced");
-}
-
-/// What a pager is about to do, or has just done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stop {
-    /// The number of the system call.
-    pub call: u64,
-    /// What it has answered; None: it is about to be called.
-    pub answer: Option<i64>,
-}
-
-/// The thread that serves, which goes on step by step. It goes on alone when this is dropped.
-#[derive(Debug)]
-pub struct StoppedPager {
-    thread: Pid,
-}
-
-impl StoppedPager {
-    /// Lets it go on until it is about to call the kernel, or comes back from it.
-    ///
-    /// # Panics
-    /// If it ends.
-    pub fn next_call(&mut self) -> Stop {
-        ptrace::syscall(self.thread, None).expect("it is stopped");
-        wait_for(self.thread);
-        let info = ptrace::syscall_info(self.thread).expect("it is stopped at a system call");
-        let call = ptrace::getregs(self.thread).expect("it is stopped").orig_rax;
-        match info.op {
-            nix::libc::PTRACE_SYSCALL_INFO_EXIT => {
-                #[expect(unsafe_code, reason = "a union")]
-                // SAFETY: `op` says which one it is.
-                let answer = unsafe { info.u.exit }.sval;
-                Stop { call, answer: Some(answer) }
-            }
-            _ => Stop { call, answer: None },
-        }
-    }
-
-    /// Lets it go on for so many instructions, or until it is about to call the kernel: how many these were.
-    ///
-    /// # Panics
-    /// If it ends.
-    pub fn step(&mut self, instructions: u32) -> u32 {
-        const SYSCALL: i64 = 0x050f;
-        for done in 0..instructions {
-            let at = ptrace::getregs(self.thread).expect("it is stopped").rip;
-            let at = std::ptr::with_exposed_provenance_mut(postcopy_proto::page::to_usize(at));
-            if ptrace::read(self.thread, at).expect("it is stopped at an instruction") & 0xffff == SYSCALL {
-                return done;
-            }
-            ptrace::step(self.thread, None).expect("it is stopped");
-            wait_for(self.thread);
-        }
-        instructions
-    }
-}
-
-impl StoppedPager {
-    /// Has the call that it is about to make fail with `errno` instead.
-    ///
-    /// # Panics
-    /// If it is not about to make one.
-    pub fn fail_call(&mut self, errno: i32) {
-        let change = |change: &dyn Fn(&mut nix::libc::user_regs_struct)| {
-            let mut registers = ptrace::getregs(self.thread).expect("it is stopped");
-            change(&mut registers);
-            ptrace::setregs(self.thread, registers).expect("it is stopped");
-        };
-        // No call has this number.
-        change(&|registers| registers.orig_rax = u64::MAX);
-        ptrace::syscall(self.thread, None).expect("it is stopped");
-        wait_for(self.thread);
-        change(&|registers| registers.rax = i64::from(-errno).cast_unsigned());
-    }
-}
-
-impl Drop for StoppedPager {
-    fn drop(&mut self) {
-        // Fails where it has been killed.
-        let _ = ptrace::detach(self.thread, None);
-    }
 }

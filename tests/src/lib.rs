@@ -15,8 +15,12 @@ pub mod mounts;
 pub mod pool;
 pub mod proxy;
 pub mod server;
+pub mod stopped_pager;
 pub mod store;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+use std::io::{BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 /// The workspace's binary of that name, beside the test's own. `make` builds it first: cargo does not, across
@@ -35,12 +39,20 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// Whether a line, or the end, can be read.
+pub(crate) fn is_readable(lines: &BufReader<UnixStream>) -> bool {
+    let mut fds = [PollFd::new(lines.get_ref(), PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    !lines.buffer().is_empty() || rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
 /// Says loudly that a test cannot run here, and why. In CI (`CI=true`) that is a failure.
 ///
 /// # Panics
 /// In CI.
 pub fn skip(test: &str, why: &str) {
-    eprintln!("SKIPPED {test}: {why}");
+    // Not eprintln!, which nobody sees of a test that passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
     assert!(std::env::var_os("CI").is_none(), "{test} must not be skipped in CI: {why}");
 }
 

@@ -211,6 +211,12 @@ impl Memory {
         }
     }
 
+    /// Whether the kernel may drop one of these at any time.
+    #[must_use]
+    pub fn is_lazy(&self, pages: &Range<usize>) -> bool {
+        self.pages.range(pages.clone()).any(|(_, page)| page.lazy)
+    }
+
     /// Takes pages out, to be put elsewhere.
     pub fn take(&mut self, pages: &Range<usize>) -> Vec<Page> {
         let taken = self.pages.range(pages.clone()).map(|(_, page)| page.clone()).collect();

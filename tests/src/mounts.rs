@@ -3,7 +3,10 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
+
+/// How fast devices may be written to.
+const WRITE_LIMITS: &str = "/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device";
 
 fn run(program: &str, args: &[&str]) {
     let done = Command::new(program).args(args).output().expect("it is part of every system");
@@ -14,7 +17,8 @@ fn run(program: &str, args: &[&str]) {
 /// A swap file, for one test at a time.
 #[derive(Debug)]
 pub struct Swap {
-    file: tempfile::NamedTempFile,
+    slow: Option<LoopDevice>,
+    file: NamedTempFile,
     _lock: File,
 }
 
@@ -25,25 +29,77 @@ impl Swap {
     /// If that cannot be.
     #[must_use]
     pub fn of_mib(mib: usize) -> Self {
+        Self::new(mib, None)
+    }
+
+    /// The same on a device that takes no more than so much; None where the kernel cannot slow it down (cgroups of version 1
+    /// can).
+    ///
+    /// # Panics
+    /// If there cannot be any.
+    #[must_use]
+    pub fn slow(mib: usize, bytes_per_second: usize) -> Option<Self> {
+        Path::new(WRITE_LIMITS).exists().then(|| Self::new(mib, Some(bytes_per_second)))
+    }
+
+    fn new(mib: usize, bytes_per_second: Option<usize>) -> Self {
         let lock = File::create(std::env::temp_dir().join("postcopy-tests-swap.lock")).expect("a file");
         lock.lock().expect("files can be locked");
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        let swap = Self { file, _lock: lock };
+        let file = NamedTempFile::new().expect("a file");
         // Without holes.
-        run("dd", &["if=/dev/zero", &format!("of={}", swap.path()), "bs=1M", &format!("count={mib}")]);
+        run("dd", &["if=/dev/zero", &format!("of={}", path_of(&file)), "bs=1M", &format!("count={mib}")]);
+        let slow = bytes_per_second.map(|speed| LoopDevice::start(path_of(&file), speed));
+        let swap = Self { slow, file, _lock: lock };
         run("/sbin/mkswap", &[swap.path()]);
         run("/sbin/swapon", &[swap.path()]);
         swap
     }
 
     fn path(&self) -> &str {
-        self.file.path().to_str().expect("a plain path")
+        self.slow.as_ref().map_or_else(|| path_of(&self.file), |device| &device.path)
     }
 }
 
 impl Drop for Swap {
     fn drop(&mut self) {
-        let _ = Command::new("/sbin/swapoff").arg(self.file.path()).status();
+        // First, or all that is to be written yet would take its time.
+        self.slow.iter().for_each(|device| device.limit(0));
+        let _ = Command::new("/sbin/swapoff").arg(self.path()).status();
+    }
+}
+
+fn path_of(file: &NamedTempFile) -> &str {
+    file.path().to_str().expect("a plain path")
+}
+
+/// A device over a file that is written to no faster than it is told.
+#[derive(Debug)]
+struct LoopDevice {
+    path: String,
+}
+
+impl LoopDevice {
+    fn start(file: &str, bytes_per_second: usize) -> Self {
+        let made = Command::new("/sbin/losetup").args(["--find", "--show", file]).output().expect("losetup");
+        let path = String::from_utf8(made.stdout).expect("a path").trim().to_owned();
+        assert!(path.starts_with("/dev/loop"), "losetup: {}", String::from_utf8_lossy(&made.stderr));
+        let device = Self { path };
+        device.limit(bytes_per_second);
+        device
+    }
+
+    /// 0: no limit.
+    fn limit(&self, bytes_per_second: usize) {
+        const LOOP: u32 = 7;
+        let number = self.path.trim_start_matches("/dev/loop");
+        let limit = format!("{LOOP}:{number} {bytes_per_second}");
+        std::fs::write(WRITE_LIMITS, limit).expect("root may");
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("/sbin/losetup").args(["--detach", &self.path]).status();
     }
 }
 

@@ -9,15 +9,19 @@ pub(crate) struct Output {
     pub(crate) json: bool,
 }
 
+/// Prints a text that may end with a line's end.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    // A reader that has gone, like `head`, is no error of ours, and no reason to panic.
+    match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
 impl Output {
     /// Prints `value` as JSON, or `text` as it is.
     pub(crate) fn show(self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        let shown = if self.json { serde_json::to_string_pretty(value)? } else { text() };
-        // A reader that has gone, like `head`, is no error of ours, and no reason to panic.
-        match writeln!(std::io::stdout(), "{}", shown.trim_end()) {
-            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-            _ => Ok(()),
-        }
+        print(&if self.json { serde_json::to_string_pretty(value)? } else { text() })
     }
 
     /// Prints an error with its causes and, where there is one, what to do next.
@@ -40,7 +44,7 @@ fn next_step(error: &str) -> Option<&'static str> {
         )
     } else if error.contains("userfaultfd") {
         Some("`postcopy doctor` says what this machine allows, and how to get what is missing.")
-    } else if error.contains("of the image") {
+    } else if error.contains("of the image") && !error.contains("of the image's chunks") {
         Some("`postcopy inspect` lists the paths of an image.")
     } else if error.contains("entity was not found") || error.contains("no such reference") {
         Some("`postcopy ls` lists what the server has.")

@@ -8,22 +8,29 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError, TryLockError};
 
 /// Ranges that are asked for at once.
 const RANGES: usize = 256;
+/// So many bytes are looked at at once, so that nobody waits long behind that.
+const WINDOW: u64 = 64 << 20;
 
 /// A process's /proc/PID/pagemap.
 #[derive(Debug)]
-pub(crate) struct Pagemap(File);
+pub(crate) struct Pagemap {
+    file: File,
+    /// Held over each look at what was written, and over [`Pagemap::unseen`].
+    looking: Mutex<()>,
+}
 
 impl Pagemap {
     pub(crate) fn open() -> io::Result<Self> {
-        Ok(Self(File::open("/proc/self/pagemap")?))
+        Ok(Self { file: File::open("/proc/self/pagemap")?, looking: Mutex::default() })
     }
 
     /// Another process's, which is to be alive.
     pub(crate) fn of(pid: u32) -> io::Result<Self> {
-        Ok(Self(File::open(format!("/proc/{pid}/pagemap"))?))
+        Ok(Self { file: File::open(format!("/proc/{pid}/pagemap"))?, looking: Mutex::default() })
     }
 
     /// Whether the page at an address is mapped; false, too, if the kernel does not say.
@@ -31,7 +38,7 @@ impl Pagemap {
         const PRESENT: u64 = 1 << 63;
         let mut entry = [0; size_of::<u64>()];
         let at = (address / PAGE_BYTES * size_of::<u64>()) as u64;
-        let read = rustix::io::retry_on_intr(|| rustix::io::pread(&self.0, &mut entry, at));
+        let read = rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut entry, at));
         read == Ok(entry.len()) && u64::from_ne_bytes(entry) & PRESENT != 0
     }
 
@@ -53,7 +60,18 @@ impl Pagemap {
             return_mask: abi::PAGE_IS_WRITTEN | abi::PAGE_IS_PRESENT,
             ..Default::default()
         };
-        self.scan(addresses, scan, &mut give)
+        self.scan(addresses, scan, Some(&self.looking), &mut give)
+    }
+
+    /// Does something that nobody who asks what was written is to see half of. None: somebody is looking. He is not waited
+    /// for: a signal's handler of his may wait for this thread.
+    pub(crate) fn unseen<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+        let _unseen = match self.looking.try_lock() {
+            Ok(unseen) => unseen,
+            Err(TryLockError::Poisoned(unseen)) => unseen.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(work())
     }
 
     /// Write-protects the pages of zeros among these that take no memory.
@@ -67,13 +85,14 @@ impl Pagemap {
             return_mask: abi::PAGE_IS_PFNZERO,
             ..Default::default()
         };
-        self.scan(addresses, scan, &mut |_, _| {})
+        self.scan(addresses, scan, None, &mut |_, _| {})
     }
 
     fn scan(
         &self,
         addresses: Range<usize>,
         scan: abi::PagemapScan,
+        lock: Option<&Mutex<()>>,
         give: &mut dyn FnMut(Range<usize>, bool),
     ) -> io::Result<()> {
         let mut ranges = [abi::PageRegion::default(); RANGES];
@@ -82,12 +101,15 @@ impl Pagemap {
             let mut scan = abi::PagemapScan {
                 size: size_of::<abi::PagemapScan>() as u64,
                 start: next,
-                end: addresses.end as u64,
+                end: (addresses.end as u64).min(next + WINDOW),
                 vec: ranges.as_mut_ptr().expose_provenance() as u64,
                 vec_len: RANGES as u64,
                 ..scan
             };
-            match update::<{ abi::IOC_PAGEMAP_SCAN }, _>(self.0.as_fd(), &mut scan) {
+            let locked = lock.map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner));
+            let result = update::<{ abi::IOC_PAGEMAP_SCAN }, _>(self.file.as_fd(), &mut scan);
+            drop(locked);
+            match result {
                 Ok(()) => {}
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
@@ -110,5 +132,5 @@ pub fn works() -> bool {
     // An empty range: nothing is looked at, and old kernels answer ENOTTY.
     let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
     Pagemap::open()
-        .is_ok_and(|pagemap| update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.0.as_fd(), &mut scan).is_ok())
+        .is_ok_and(|pagemap| update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.file.as_fd(), &mut scan).is_ok())
 }

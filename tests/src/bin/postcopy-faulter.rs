@@ -18,11 +18,14 @@
 //! | `reserve COUNT` | the address of so much that is mapped nowhere |
 //! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
 //! | `dump-to FOLDER` | `done`: a core dump goes there |
+//! | `open SERVER IMAGE FILL` | the address of its file `mem`: this process's own session fills it, and tracks writes |
+//! | `changes` | what has been written to and removed there since this was last asked for |
 //! | `exit`, `abort` | nothing |
 
 use anyhow::{Context, Result, bail};
 use nix::libc;
 use postcopy::proto::digest::Digest;
+use postcopy::{Options, Region, Session};
 use postcopy_tests::descriptors;
 use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -31,6 +34,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
@@ -255,10 +259,26 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
             rustix::process::setrlimit(rustix::process::Resource::Core, limit)?;
             done()
         }
+        "open" => open(words[1], words[2], words[3] == "true")?.to_string(),
+        "changes" => {
+            let region = &OWN.get().context("nothing was opened")?.1;
+            let changes = region.take_changes()?;
+            serde_json::to_string(&(changes.written, changes.removed))?
+        }
         "exit" => std::process::exit(0),
         "abort" => std::process::abort(),
         other => bail!("{other} is not known"),
     })
+}
+
+/// What this process fills itself, as long as it lives.
+static OWN: OnceLock<(Session, Region)> = OnceLock::new();
+
+fn open(server: &str, image: &str, fill: bool) -> Result<usize> {
+    let options = Options { fill, track_writes: true, ..Options::default() };
+    let session = Session::open(&server.parse()?, &image.parse()?, options)?;
+    let region = session.map("mem")?;
+    Ok(OWN.get_or_init(|| (session, region)).1.as_ptr().expose_provenance())
 }
 
 fn main() -> Result<()> {

@@ -1,0 +1,169 @@
+//! Which operations there are, and random ones.
+
+use proptest::prelude::*;
+
+pub(super) const MAX_PROCESSES: usize = 5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Read,
+    KernelRead,
+    RemoteRead,
+    Write,
+    KernelWrite,
+    Remove,
+    Free,
+    Punch,
+    Changes,
+    PageOut,
+    Cover,
+    Unmap,
+    Shrink,
+    Move,
+    Grow,
+    MoveAndKeep,
+    Regrow,
+    Fork,
+    Thread,
+    Exit,
+    Kill,
+}
+
+/// How likely each is, and how often it must have been done in [`OPERATIONS`].
+pub(super) const KINDS: [(u32, Kind, usize); 21] = [
+    (40, Kind::Read, 4000),
+    (10, Kind::KernelRead, 500),
+    (6, Kind::RemoteRead, 300),
+    (14, Kind::Write, 500),
+    (6, Kind::KernelWrite, 200),
+    (14, Kind::Remove, 500),
+    (4, Kind::Free, 100),
+    (10, Kind::Punch, 50),
+    (6, Kind::Changes, 100),
+    (3, Kind::PageOut, 100),
+    (4, Kind::Cover, 100),
+    (4, Kind::Unmap, 100),
+    (2, Kind::Shrink, 50),
+    (6, Kind::Move, 100),
+    (3, Kind::Grow, 50),
+    (4, Kind::MoveAndKeep, 50),
+    (10, Kind::Regrow, 200),
+    (4, Kind::Fork, 100),
+    (3, Kind::Thread, 100),
+    (2, Kind::Exit, 50),
+    (5, Kind::Kill, 200),
+];
+
+/// An operation; what its numbers mean depends on what there is when it is done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operation {
+    pub(super) kind: Kind,
+    pub(super) process: usize,
+    pub(super) page: usize,
+    pub(super) pages: usize,
+    pub(super) other: usize,
+}
+
+pub(super) fn any_operation() -> impl Strategy<Value = Operation> {
+    let kind = proptest::strategy::Union::new_weighted(
+        KINDS.iter().map(|(weight, kind, _)| (*weight, Just(*kind))).collect(),
+    );
+    (kind, any::<prop::sample::Index>(), any::<u16>(), 1usize..20, any::<u16>()).prop_map(
+        |(kind, process, page, pages, other)| Operation {
+            kind,
+            process: process.index(MAX_PROCESSES),
+            page: page.into(),
+            pages,
+            other: other.into(),
+        },
+    )
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Scenario {
+    pub(super) fill: bool,
+    pub(super) source: PageSource,
+    pub(super) variant: Variant,
+    pub(super) batches: Vec<Batch>,
+}
+
+/// What the memory is, and what is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Variant {
+    /// Two private regions, and all events.
+    Private,
+    /// Only EVENT_REMOVE is asked for, as Firecracker does, and nothing is done that takes more.
+    RemovesOnly,
+    /// What is written to and removed is to be told of.
+    Tracked,
+    /// The second region is shared memory, which is mapped twice.
+    Shared,
+    /// The process fills its own memory, and wants to be told as if it were tracked. Nothing is done that its owner could
+    /// not know of, and nobody can succeed it.
+    Own,
+}
+
+impl Variant {
+    pub(super) fn has(self, kind: Kind) -> bool {
+        match self {
+            Self::RemovesOnly => !matches!(
+                kind,
+                Kind::Move | Kind::Grow | Kind::MoveAndKeep | Kind::Regrow | Kind::Fork | Kind::Changes
+            ),
+            Self::Tracked => true,
+            Self::Own => matches!(
+                kind,
+                Kind::Read
+                    | Kind::KernelRead
+                    | Kind::RemoteRead
+                    | Kind::Write
+                    | Kind::KernelWrite
+                    | Kind::Remove
+                    | Kind::Free
+                    | Kind::Changes
+                    | Kind::PageOut
+                    | Kind::Thread
+            ),
+            Self::Private | Self::Shared => kind != Kind::Changes,
+        }
+    }
+}
+
+/// What is done at once.
+#[derive(Clone, Debug)]
+pub(super) struct Batch {
+    /// All at the same place, as far as they go together.
+    pub(super) together: bool,
+    pub(super) operations: Vec<Operation>,
+}
+
+/// Which image the memory is filled from, and how late its pages come.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum PageSource {
+    Quick,
+    Late,
+    Large,
+}
+
+pub(super) fn any_scenario() -> impl Strategy<Value = Scenario> {
+    let batch = (prop::bool::weighted(0.4), prop::collection::vec(any_operation(), 1..6))
+        .prop_map(|(together, operations)| Batch { together, operations });
+    let batches = prop::collection::vec(batch, 100..300);
+    let source = prop::sample::select(vec![PageSource::Quick, PageSource::Late, PageSource::Large]);
+    let variant = prop::sample::select(vec![
+        Variant::Private,
+        Variant::Private,
+        Variant::RemovesOnly,
+        Variant::Tracked,
+        Variant::Tracked,
+        Variant::Shared,
+        Variant::Shared,
+        Variant::Own,
+    ]);
+    (any::<bool>(), source, variant, batches).prop_map(|(fill, source, variant, batches)| Scenario {
+        fill,
+        source,
+        variant,
+        batches,
+    })
+}
