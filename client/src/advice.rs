@@ -3,6 +3,7 @@
 //! arguments of system calls.
 
 use rustix::io::Errno;
+use rustix::process::{Pid, Signal};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -89,6 +90,17 @@ impl Callers {
     /// The calls of madvise in progress.
     pub(crate) fn calls(&self) -> Vec<Call> {
         self.look().asleep.iter().filter_map(|asleep| call_of(&asleep.call)).collect()
+    }
+
+    /// Sends a signal to the owner, and to all that it has forked: false if none of them is there.
+    pub(crate) fn signal(&self, signal: Signal) -> bool {
+        let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        add_children(&mut processes);
+        let mut sent = false;
+        for process in processes.iter().filter_map(|process| Pid::from_raw(process.cast_signed())) {
+            sent |= rustix::process::kill_process(process, signal).is_ok();
+        }
+        sent
     }
 
     /// A child can be seen a moment after its fork is told of; so they are looked for each time.

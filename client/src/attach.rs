@@ -72,6 +72,9 @@ pub struct ForeignMemory<'a> {
     /// written to, cannot be known without. Where shared memory has no content yet, and nothing shows what a madvise
     /// asks for, the session ends in an error.
     pub pid: Option<u32>,
+    /// Whether the regions are registered with the userfaultfd. If not they will be, one by one, before they are first
+    /// touched, and [`crate::Session::settle`] is called when all are; until then there should be no background fill.
+    pub is_registered: bool,
 }
 
 /// Whose memory it is.
@@ -83,6 +86,7 @@ pub(crate) enum Owner {
         regions: Vec<ForeignRegion>,
         state: Option<File>,
         pid: Option<u32>,
+        is_settled: bool,
     },
     /// Its descriptors by the numbers that the state file has for them.
     Left {
@@ -113,14 +117,18 @@ impl Owner {
                 let spaces = Spaces::new(vec![space], Vec::new());
                 Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }
-            Self::Another { uffd, regions, state, pid } => {
+            Self::Another { uffd, regions, state, pid, is_settled } => {
                 let tracks = options.track_writes;
                 let uffd = Uffd::adopt(uffd, tracks)?;
                 let state = match state {
                     None => State::own(),
                     Some(file) => State::create(file, &image.digest(), &options, pid)?,
                 };
-                let space = Arc::new(Space::new(0, uffd, &state).of_process(pid));
+                let space = Space::new(0, uffd, &state).of_process(pid);
+                let space = Arc::new(if is_settled { space } else { space.unsettled() });
+                if is_settled {
+                    state.settle();
+                }
                 let regions = self::regions(&image, &space, &regions, &state, tracks)?;
                 let spaces = Spaces::new(vec![space], regions);
                 state.write(&spaces, 1, None)?;
@@ -145,7 +153,8 @@ fn take_over(
         // The others' pids are not known.
         let pid = contents.owner.filter(|_| *id == 0);
         let uffd = Uffd::adopt(uffd, contents.options.track_writes && *id == 0)?;
-        spaces.push(Arc::new(Space::new(*id, uffd, &state).of_process(pid)));
+        let space = Space::new(*id, uffd, &state).of_process(pid);
+        spaces.push(Arc::new(if contents.is_settled { space } else { space.unsettled() }));
     }
     let [regions, moved, displaced] = left_regions(&image, &state, contents, &spaces)?;
     let spaces = Spaces::new(spaces, regions).with(moved, displaced);
@@ -337,9 +346,11 @@ fn regions(
             }
             *span = span.start.min(pages.start)..span.end.max(pages.end);
         }
-        let is_huge = space.uffd.is_huge(address);
-        let found =
-            is_huge.map_err(|_| wrong("there is no memory registered with this userfaultfd".into()))?;
+        let not_registered = || wrong("there is no memory registered with this userfaultfd".into());
+        let found = match space.uffd.is_huge(address) {
+            Err(_) if !space.is_settled() => None,
+            is_huge => is_huge.map_err(|_| not_registered())?,
+        };
         if tracks && region.sharing != Sharing::Private {
             let reason = format!("region {index} is shared memory, which others can write to unseen");
             return Err(SessionError::NoTracking(reason));

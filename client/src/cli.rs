@@ -1,6 +1,7 @@
 //! The command line: what there is to say is here, what it does in `cli/*.rs` and in the library.
 
 mod bench;
+mod daemons;
 mod doctor;
 mod images;
 mod output;
@@ -87,9 +88,21 @@ enum Command {
     /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
     #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]
     Bench(bench::BenchArgs),
+    /// Restore microVMs: serve the memory of Firecracker's snapshots
+    #[command(after_help = "Example:\n  postcopy firecracker --socket /run/vm.sock --image vm/web:v1")]
+    Firecracker(daemons::FirecrackerArgs),
+    /// Restore processes: in place of `criu lazy-pages`
+    #[command(
+        after_help = "Example:\n  postcopy pull app:v1 images --criu\n  postcopy criu -D images --image app:v1 &\n  criu restore -D images --lazy-pages"
+    )]
+    Criu(daemons::CriuArgs),
     /// Say what this kernel and these privileges allow
-    #[command(after_help = "Example:\n  postcopy doctor")]
-    Doctor,
+    #[command(after_help = "Example:\n  postcopy doctor\n  postcopy doctor --pid 4711")]
+    Doctor {
+        /// Also say whether this shell is outside of that process's memory cgroup and freezer
+        #[arg(long)]
+        pid: Option<u32>,
+    },
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  postcopy completions bash > /etc/bash_completion.d/postcopy")]
     Completions {
@@ -105,11 +118,17 @@ fn chunk_size(text: &str) -> Result<ChunkSize, String> {
 
 /// Does what the command line says; the exit status is 0 only if all of it was done and every byte was right.
 pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match &cli.command {
+        Command::Firecracker(_) => "info",
+        Command::Criu(args) => daemons::log_level(args.verbosity),
+        _ => "error",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("POSTCOPY_LOG");
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_env("POSTCOPY_LOG"))
+        .with_env_filter(filter.unwrap_or_else(|_| level.into()))
         .with_writer(std::io::stderr)
         .init();
-    let cli = Cli::parse();
     let output = Output { json: cli.json };
     match run(cli, output) {
         Ok(code) => code,
@@ -134,7 +153,9 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
         Command::Rm { reference } => images::remove(server()?, &reference, output),
         Command::Tag { source, target } => images::tag(server()?, &source, &target, output),
         Command::Bench(args) => bench::bench(server()?, args, output),
-        Command::Doctor => doctor::doctor(output),
+        Command::Firecracker(args) => daemons::firecracker(server()?, &args),
+        Command::Criu(args) => daemons::criu(server, &args),
+        Command::Doctor { pid } => doctor::doctor(pid, output),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "postcopy", &mut script);

@@ -1,10 +1,12 @@
 //! An image as a client knows it: the root, and the segments that have come so far.
 
+use crate::remote::{Remote, RemoteError, ServerAddress};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, FileEntry, ManifestError, Root, Segment};
 use postcopy_proto::page::ChunkIndex;
-use std::sync::OnceLock;
+use postcopy_proto::reference::Reference;
+use std::sync::{Arc, OnceLock};
 
 /// An image's manifest, filled in as segments arrive; each is checked against the root before it is kept.
 #[derive(Debug)]
@@ -19,6 +21,26 @@ impl Image {
     pub fn new(root: Root) -> Self {
         let segments = root.segment_digests().iter().map(|_| OnceLock::new()).collect();
         Self { root, segments }
+    }
+
+    /// Opens an image of a server's, with all of its manifest that the server has at hand.
+    ///
+    /// # Errors
+    /// [`RemoteError`]: the server cannot be reached, does not have it, or sent something else.
+    pub async fn open(address: &ServerAddress, reference: &Reference) -> Result<Arc<Self>, RemoteError> {
+        Self::open_with(address, reference, true).await
+    }
+
+    /// The same; segments can also be left to be asked for when they are needed.
+    pub(crate) async fn open_with(
+        address: &ServerAddress,
+        reference: &Reference,
+        all_segments: bool,
+    ) -> Result<Arc<Self>, RemoteError> {
+        let remote = Remote::connect(address.clone()).await?;
+        let (image, segments) = remote.open(reference, &[], all_segments).await?;
+        segments.all_into(&image).await?;
+        Ok(image)
     }
 
     /// The image's digest.

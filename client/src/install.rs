@@ -250,10 +250,10 @@ fn poison_run(region: &RegionState, address: usize, len: usize) -> Outcome {
 }
 
 /// A page is no longer registered, or not mapped. If an event is to be read yet, that decides what becomes of it, which
-/// may be that it has only been moved; else nothing will tell of it, and it is final.
+/// may be that it has only been moved; else nothing will tell of it, and it is final. Or it is still to be registered.
 pub(crate) fn gone(region: &RegionState, page: usize) {
     let uffd = &region.space.uffd;
-    if !uffd.has_event() && !region.is_shared() {
+    if !uffd.has_event() && !region.is_shared() && region.space.is_settled() {
         region.set_removed(region.whole(&(page..page + 1)));
     }
     let addresses = region.whole_addresses(page);

@@ -50,7 +50,7 @@ pub use changes::Changes;
 pub use image::{Content, Image};
 pub use region::Region;
 pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};
-pub use session::{LossError, LossPolicy, Options, Progress, Session, SessionError};
+pub use session::{ImageSource, LossError, LossPolicy, Options, Progress, Session, SessionError};
 pub use shared_pager::SharedPager;
 
 pub use postcopy_proto as proto;

@@ -21,15 +21,15 @@ use crate::install::{self, Installed};
 use crate::lane::{DemandLane, frame_of, may_pass};
 use crate::page_state::PageState;
 use crate::region::RegionState;
-use crate::remote::{Remote, RemoteError, SegmentRefused, ServerAddress, take_segment};
+use crate::remote::{SegmentRefused, ServerAddress, take_segment};
 use crate::requests::{Late, Refused, Requests};
-use crate::session::{Command, LossPolicy, Options, SessionError, Shared, add};
+use crate::session::{Command, ImageSource, LossPolicy, Options, SessionError, Shared, add};
 use crate::space::{Space, Spaces};
 use crate::uffd::{AsyncUffd, HUGE_BYTES, Outcome, Readable, SharedAt};
 use crate::way_out::WayOut;
 use bytes::Bytes;
+use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
-use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
 use std::collections::BTreeMap;
 use std::io;
@@ -76,6 +76,13 @@ pub(crate) struct Pager {
     commands: mpsc::Receiver<Command>,
 }
 
+/// What becomes of a fault that is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Poison,
+    Wait,
+}
+
 /// A space and its userfaultfd, as the runtime watches it.
 #[derive(Debug)]
 struct Watched {
@@ -88,7 +95,7 @@ struct Watched {
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) address: ServerAddress,
-    pub(crate) reference: Reference,
+    pub(crate) image: ImageSource,
     pub(crate) options: Options,
     pub(crate) owner: Owner,
     pub(crate) commands: mpsc::Receiver<Command>,
@@ -109,8 +116,8 @@ impl Start {
 
     /// Serves until the session's end.
     pub(crate) async fn serve(self) {
-        let Self { address, reference, options, owner, commands, reply } = self;
-        let opened = Pager::open(address.clone(), &reference, options, owner, commands);
+        let Self { address, image, options, owner, commands, reply } = self;
+        let opened = Pager::open(address.clone(), image, options, owner, commands);
         // Each part of it has a limit of its own; this is the promise of `Session::open`.
         let opened = match tokio::time::timeout(OPEN, opened).await {
             Ok(opened) => opened,
@@ -141,19 +148,28 @@ pub(crate) fn runtime() -> io::Result<tokio::runtime::Runtime> {
 impl Pager {
     async fn open(
         address: ServerAddress,
-        reference: &Reference,
+        image: ImageSource,
         options: Options,
         owner: Owner,
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, SessionError> {
-        let image = open_image(&address, reference).await?;
-        let lane = DemandLane::open(&address, &image.digest()).await?;
+        let (image, lane) = match image {
+            ImageSource::Opened(image) => {
+                let lane = reach(address.clone(), image.digest(), Duration::ZERO);
+                (image, Err(lane))
+            }
+            ImageSource::Named(reference) => {
+                let image = Image::open_with(&address, &reference, false).await?;
+                let lane = DemandLane::open(&address, &image.digest()).await?;
+                (image, Ok(lane))
+            }
+        };
         let is_foreign = !matches!(owner, Owner::ThisProcess);
         let shared = Arc::new(owner.share(address, image, options)?);
         let mut pager = Self {
             watched: Vec::new(),
             is_foreign,
-            lane: Ok(lane),
+            lane,
             reconnect_pause: RECONNECT.start,
             requests: Requests::new(shared.options.fault_deadline),
             put_off: BTreeMap::new(),
@@ -225,7 +241,8 @@ impl Pager {
                 },
                 lane = next_answer(&mut self.lane) => self.lane_answers(lane),
                 command = self.commands.recv() => match command {
-                    None => return self.way_out.in_order = true,
+                    None | Some(Command::End) => return self.way_out.in_order = true,
+                    Some(Command::Leave) => return,
                     Some(command) => self.command(command),
                 },
                 _ = retry.tick(), if put_off => self.retry_put_off(),
@@ -514,18 +531,9 @@ impl Pager {
 
     /// Gets another lane, in the background; the faults' deadlines go on.
     fn reconnect(&mut self) {
-        let (sender, receiver) = oneshot::channel();
-        let (address, image) = (self.shared().address.clone(), self.shared().image.digest());
         let pause = self.reconnect_pause;
         self.reconnect_pause = (pause * 2).min(RECONNECT.end);
-        self.lane = Err(receiver);
-        // Ends with the runtime at the latest. Dropping the sender makes the pager try again.
-        tokio::spawn(async move {
-            tokio::time::sleep(pause).await;
-            if let Ok(lane) = DemandLane::open(&address, &image).await {
-                let _ = sender.send(lane);
-            }
-        });
+        self.lane = Err(reach(self.shared().address.clone(), self.shared().image.digest(), pause));
     }
 
     /// Takes the answer for a chunk.
@@ -631,19 +639,32 @@ impl Pager {
         }
     }
 
+    /// What becomes of a fault that is lost. Who is killed or stopped is so now.
+    fn fate(&self) -> Fate {
+        use rustix::process::Signal;
+        let shared = self.shared();
+        match shared.options.on_loss {
+            LossPolicy::Poison => return Fate::Poison,
+            LossPolicy::Wait => {}
+            LossPolicy::Kill => drop(shared.signal_owners(Signal::KILL)),
+            LossPolicy::Pause => drop(shared.signal_owners(Signal::STOP)),
+        }
+        Fate::Wait
+    }
+
     /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.
     fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
         let shared = Arc::clone(&self.way_out.shared);
         let image = shared.image.digest();
         shared.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
-        match shared.options.on_loss {
-            LossPolicy::Poison => {
+        match self.fate() {
+            Fate::Poison => {
                 self.requests.chunk_done(chunk);
                 for region in shared.spaces().of_chunk(chunk) {
                     self.poison_chunk(region, chunk);
                 }
             }
-            LossPolicy::Wait => self.requests.chunk_later(chunk, Instant::now()),
+            Fate::Wait => self.requests.chunk_later(chunk, Instant::now()),
         }
         shared.pages_changed();
     }
@@ -652,14 +673,14 @@ impl Pager {
         let shared = Arc::clone(&self.way_out.shared);
         let image = shared.image.digest();
         shared.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
-        match shared.options.on_loss {
-            LossPolicy::Poison => {
+        match self.fate() {
+            Fate::Poison => {
                 for (region, page) in self.requests.segment_done(index) {
                     // The whole chunk, as when a chunk is lost: one page stands for all that were asked for.
                     self.poison_chunk(&region, region.chunk_of(page));
                 }
             }
-            LossPolicy::Wait => self.requests.segment_later(index, Instant::now()),
+            Fate::Wait => self.requests.segment_later(index, Instant::now()),
         }
         shared.pages_changed();
     }
@@ -669,7 +690,7 @@ impl Pager {
         let shared = Arc::clone(&self.way_out.shared);
         let deadline = shared.options.fault_deadline;
         shared.report(&format!("the page at {address:#x}: the kernel had no memory for {deadline:?}"));
-        if shared.options.on_loss == LossPolicy::Wait {
+        if self.fate() == Fate::Wait {
             return self.put_off(space, address);
         }
         match shared.spaces().at(space, address) {
@@ -741,6 +762,7 @@ impl Pager {
                 // The program waits for it, in `Session::map`.
                 let _ = reply.try_send(registered);
             }
+            Command::End | Command::Leave => unreachable!("the loop ends with it"),
             Command::Unmap { region, memory } => self.unmap(&region, memory),
             Command::Bring { region, pages } => {
                 let mut next = pages.start;
@@ -813,9 +835,15 @@ async fn next_answer(lane: &mut Result<DemandLane, oneshot::Receiver<DemandLane>
     }
 }
 
-async fn open_image(address: &ServerAddress, reference: &Reference) -> Result<Arc<Image>, RemoteError> {
-    let remote = Remote::connect(address.clone()).await?;
-    let (image, segments) = remote.open(reference, &[], false).await?;
-    segments.all_into(&image).await?;
-    Ok(image)
+/// Opens a lane after a pause. Where that fails nothing is sent: then try again.
+fn reach(address: ServerAddress, image: Digest, pause: Duration) -> oneshot::Receiver<DemandLane> {
+    let (sender, receiver) = oneshot::channel();
+    // Ends with the runtime at the latest.
+    tokio::spawn(async move {
+        tokio::time::sleep(pause).await;
+        if let Ok(lane) = DemandLane::open(&address, &image).await {
+            let _ = sender.send(lane);
+        }
+    });
+    receiver
 }

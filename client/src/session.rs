@@ -45,6 +45,12 @@ pub enum LossPolicy {
     Poison,
     /// It stays pending, is reported by [`Session::error`], and is tried again every second.
     Wait,
+    /// The process that owns the memory, and all that it has forked, are killed: SIGKILL. Where that process is not known
+    /// ([`crate::ForeignMemory::pid`]), as [`LossPolicy::Wait`].
+    Kill,
+    /// They are stopped (SIGSTOP), and the fault stays pending and is tried again. Where the process is not known, or is
+    /// this one, as [`LossPolicy::Wait`].
+    Pause,
 }
 
 /// How a session behaves.
@@ -71,6 +77,28 @@ impl Default for Options {
             fill: false,
             track_writes: false,
         }
+    }
+}
+
+/// What a session is filled from.
+#[derive(Clone, Debug)]
+pub enum ImageSource {
+    /// What the server has under this reference.
+    Named(Reference),
+    /// An image of the server's that was opened before ([`Image::open`]). The session begins without a word from the
+    /// server; faults wait until it is there.
+    Opened(Arc<Image>),
+}
+
+impl From<&Reference> for ImageSource {
+    fn from(reference: &Reference) -> Self {
+        Self::Named(reference.clone())
+    }
+}
+
+impl From<Arc<Image>> for ImageSource {
+    fn from(image: Arc<Image>) -> Self {
+        Self::Opened(image)
     }
 }
 
@@ -200,6 +228,10 @@ pub(crate) enum Command {
     Unmap { region: Arc<RegionState>, memory: Memory },
     /// Bring these pages as if they had been touched.
     Bring { region: Arc<RegionState>, pages: Range<usize> },
+    /// End in order, although there may be regions.
+    End,
+    /// End, and leave all as it is to whoever takes the session over.
+    Leave,
 }
 
 /// What the pager, the installers and the program's threads have in common.
@@ -227,6 +259,8 @@ pub(crate) struct Shared {
     /// Something in `outcome` has changed.
     reported: Condvar,
     fill_started: AtomicBool,
+    /// Nobody can take the session over, although there is a state file.
+    has_no_successor: AtomicBool,
     /// The pager has ended, and memory is registered still.
     is_left_open: AtomicBool,
     /// There is new work for the fill.
@@ -270,6 +304,7 @@ impl Shared {
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
             fill_started: AtomicBool::new(false),
+            has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
         }
@@ -318,6 +353,16 @@ impl Shared {
         drop(outcome);
         self.reported.notify_all();
         self.changed.notify_all();
+    }
+
+    /// Whether somebody can take the session over when this process ends.
+    pub(crate) fn has_successor(&self) -> bool {
+        self.state.has_file() && !self.has_no_successor.load(Ordering::Acquire)
+    }
+
+    /// Sends a signal to those whose memory it is; false if nobody knows who that is.
+    pub(crate) fn signal_owners(&self, signal: rustix::process::Signal) -> bool {
+        self.callers.as_ref().is_some_and(|callers| callers.signal(signal))
     }
 
     /// Keeps the userfaultfds open: memory stays registered.
@@ -471,7 +516,7 @@ impl Session {
         options: Options,
         run: impl FnOnce(Start) -> io::Result<()>,
     ) -> Result<Self, SessionError> {
-        Self::start(address, reference, options, Owner::ThisProcess, run)
+        Self::start(address, reference.into(), options, Owner::ThisProcess, run)
     }
 
     /// Fills memory of another process from an image's files: memory of pages of 4 KiB, for whose missing pages it has
@@ -496,17 +541,17 @@ impl Session {
     /// As [`Session::open`].
     pub fn attach(
         address: &ServerAddress,
-        reference: &Reference,
+        image: impl Into<ImageSource>,
         options: Options,
         memory: &ForeignMemory<'_>,
     ) -> Result<Self, SessionError> {
-        Self::attach_by(address, reference, options, memory, Start::in_a_thread)
+        Self::attach_by(address, image.into(), options, memory, Start::in_a_thread)
     }
 
     /// The same, where `run` starts the pager.
     pub(crate) fn attach_by(
         address: &ServerAddress,
-        reference: &Reference,
+        image: ImageSource,
         options: Options,
         memory: &ForeignMemory<'_>,
         run: impl FnOnce(Start) -> io::Result<()>,
@@ -514,8 +559,9 @@ impl Session {
         let descriptor = |source| SessionError::System { what: "a descriptor", source };
         let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
         let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;
-        let owner = Owner::Another { uffd, regions: memory.regions.to_vec(), state, pid: memory.pid };
-        Self::start(address, reference, options, owner, run)
+        let (regions, pid) = (memory.regions.to_vec(), memory.pid);
+        let owner = Owner::Another { uffd, regions, state, pid, is_settled: memory.is_registered };
+        Self::start(address, image, options, owner, run)
     }
 
     /// Goes on with a session whose process has died, or that could not go on: from its state file, and the
@@ -524,7 +570,8 @@ impl Session {
     /// and nobody has read from them.
     ///
     /// Duplicates of them are kept, and stand in the file from then on. If this fails nothing is lost, as long as the
-    /// caller keeps his own.
+    /// caller keeps his own. `known` are images that have been opened: where the session's is among them, it begins
+    /// without a word from the server.
     ///
     /// # Errors
     /// As [`Session::attach`]; [`StateError::Empty`]: the session was never there, and is to be attached;
@@ -534,15 +581,17 @@ impl Session {
     /// As [`Session::open`].
     pub fn resume<'a>(
         address: &ServerAddress,
+        known: &[Arc<Image>],
         state: &File,
         uffds: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
     ) -> Result<Self, SessionError> {
-        Self::resume_by(address, state, uffds, Start::in_a_thread)
+        Self::resume_by(address, known, state, uffds, Start::in_a_thread)
     }
 
     /// The same, where `run` starts the pager.
     pub(crate) fn resume_by<'a>(
         address: &ServerAddress,
+        known: &[Arc<Image>],
         state: &File,
         uffds: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
         run: impl FnOnce(Start) -> io::Result<()>,
@@ -550,13 +599,17 @@ impl Session {
         let (state, contents) = State::open(state)?;
         let uffds = attach::descriptors_left(&contents, uffds)?;
         let name = "image".parse().expect("a name");
-        let (reference, options) = (Reference::Digest { name, image: contents.image }, contents.options);
-        Self::start(address, &reference, options, Owner::Left { state, contents, uffds }, run)
+        let image = match known.iter().find(|known| known.digest() == contents.image) {
+            Some(known) => ImageSource::Opened(Arc::clone(known)),
+            None => ImageSource::Named(Reference::Digest { name, image: contents.image }),
+        };
+        let options = contents.options;
+        Self::start(address, image, options, Owner::Left { state, contents, uffds }, run)
     }
 
     fn start(
         address: &ServerAddress,
-        reference: &Reference,
+        image: ImageSource,
         options: Options,
         owner: Owner,
         run: impl FnOnce(Start) -> io::Result<()>,
@@ -564,8 +617,8 @@ impl Session {
         let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
         let (commands, queue) = mpsc::channel(COMMANDS);
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
-        let (address, reference) = (address.clone(), reference.clone());
-        run(Start { address, reference, options, owner, commands: queue, reply })
+        let address = address.clone();
+        run(Start { address, image, options, owner, commands: queue, reply })
             .map_err(|source| SessionError::System { what: "a thread for the pager", source })?;
         let shared = opened.recv().map_err(|_| SessionError::Ended)??;
         let session = Self { shared, commands };
@@ -715,6 +768,53 @@ impl Session {
         let Self { shared, commands } = self;
         drop(commands);
         shared.wait(Instant::now().checked_add(timeout), |outcome| outcome.ended.then_some(())).is_some()
+    }
+
+    /// All memory of the process is registered: see [`ForeignMemory::is_registered`].
+    pub fn settle(&self) {
+        self.shared.spaces().spaces().iter().for_each(|space| space.settle());
+        self.shared.state.settle();
+    }
+
+    /// Nobody can take the session over any more, although it has a state file: when it cannot go on, what is absent is
+    /// made SIGBUS instead of being left.
+    pub fn has_no_successor(&self) {
+        self.shared.has_no_successor.store(true, Ordering::Release);
+    }
+
+    /// Ends the session and leaves its memory as it is, to whoever takes it over from its state file; waits for that at
+    /// most for `timeout`: whether it has ended. Descriptors that the file names stay open.
+    #[must_use]
+    pub fn leave(&self, timeout: Duration) -> bool {
+        // It may have ended already.
+        let _ = self.commands.blocking_send(Command::Leave);
+        self.wait_end(timeout)
+    }
+
+    /// Ends the session in order, as [`Session::end`], for those who share it. Memory of another process has no regions
+    /// that it would wait for.
+    #[must_use]
+    pub fn close(&self, timeout: Duration) -> bool {
+        let _ = self.commands.blocking_send(Command::End);
+        self.wait_end(timeout)
+    }
+
+    /// Whether it has ended and left its memory to be taken over: it could not go on.
+    #[must_use]
+    pub fn is_left(&self) -> bool {
+        self.shared.has_ended() && self.shared.is_left_open.load(Ordering::Acquire)
+    }
+
+    /// Whether every page of every region is resident or was given back.
+    #[must_use]
+    pub fn is_resident(&self) -> bool {
+        self.shared.spaces().regions().iter().all(|region| region.is_resolved())
+    }
+
+    /// Sends a signal to the process whose memory it is, and to all that it has forked. False: nobody has told who that
+    /// is.
+    pub fn signal_owners(&self, signal: rustix::process::Signal) -> bool {
+        self.shared.signal_owners(signal)
     }
 
     /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over another

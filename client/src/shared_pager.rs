@@ -1,13 +1,15 @@
 //! One thread for the pagers of several sessions, where their owner asks for that.
 
 use crate::attach::ForeignMemory;
+use crate::image::Image;
 use crate::pager::Start;
 use crate::remote::ServerAddress;
-use crate::session::{Options, Session, SessionError};
+use crate::session::{ImageSource, Options, Session, SessionError};
 use postcopy_proto::reference::Reference;
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -80,11 +82,11 @@ impl SharedPager {
     pub fn attach(
         &self,
         address: &ServerAddress,
-        reference: &Reference,
+        image: impl Into<ImageSource>,
         options: Options,
         memory: &ForeignMemory<'_>,
     ) -> Result<Session, SessionError> {
-        Session::attach_by(address, reference, options, memory, |start| self.start(start))
+        Session::attach_by(address, image.into(), options, memory, |start| self.start(start))
     }
 
     /// As [`Session::resume`], on this thread.
@@ -97,10 +99,11 @@ impl SharedPager {
     pub fn resume<'a>(
         &self,
         address: &ServerAddress,
+        known: &[Arc<Image>],
         state: &File,
         uffds: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
     ) -> Result<Session, SessionError> {
-        Session::resume_by(address, state, uffds, |start| self.start(start))
+        Session::resume_by(address, known, state, uffds, |start| self.start(start))
     }
 
     fn start(&self, start: Start) -> io::Result<()> {

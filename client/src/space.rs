@@ -20,6 +20,8 @@ pub(crate) struct Space {
     pub(crate) uffd: Arc<Uffd>,
     answers: Answers,
     gone: AtomicBool,
+    /// Its memory is registered; if not, what is not registered is so because that is still to come.
+    settled: AtomicBool,
     /// What its process has mapped, where that process is known.
     pagemap: Option<Pagemap>,
 }
@@ -27,8 +29,24 @@ pub(crate) struct Space {
 impl Space {
     /// A space of a session with this state.
     pub(crate) fn new(id: u32, uffd: Uffd, state: &State) -> Self {
-        let (answers, gone) = (state.answers(), AtomicBool::new(false));
-        Self { id, uffd: Arc::new(uffd), answers, gone, pagemap: None }
+        let (answers, gone, settled) = (state.answers(), AtomicBool::new(false), AtomicBool::new(true));
+        Self { id, uffd: Arc::new(uffd), answers, gone, settled, pagemap: None }
+    }
+
+    /// The same, where memory is still to be registered.
+    pub(crate) fn unsettled(self) -> Self {
+        self.settled.store(false, Ordering::Release);
+        self
+    }
+
+    /// All memory is registered.
+    pub(crate) fn settle(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
+
+    /// Whether it is.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
     }
 
     /// The same, of a process that is known by its pid.

@@ -46,6 +46,7 @@ const AT_ON_LOSS: usize = 7;
 const AT_FILL: usize = 8;
 const AT_ENDED: usize = 9;
 const AT_OWNER: usize = 10;
+const AT_SETTLED: usize = 11;
 const AT_COMMIT: usize = 16;
 const AT_MESSAGES_OF: usize = 24;
 const AT_MESSAGES: usize = 32;
@@ -62,6 +63,9 @@ const TABLE_WORDS: usize = TABLE_HEAD_WORDS + MAX_SPACES * SPACE_WORDS + MAX_REG
 const AT_STATES: usize = AT_TABLES + 2 * TABLE_WORDS;
 /// 4 GiB, of which only what is used takes memory: page states for 64 TiB.
 const FILE_WORDS: usize = 1 << 29;
+
+/// By their numbers in the file.
+const ON_LOSS: [LossPolicy; 4] = [LossPolicy::Poison, LossPolicy::Wait, LossPolicy::Kill, LossPolicy::Pause];
 
 /// What the kernel can answer or tell, in the order of their counts in the file.
 const ANSWERS: [&str; 12] = [
@@ -266,7 +270,8 @@ impl State {
             AT_DEADLINE_MS,
             u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX).max(1),
         );
-        state.set(AT_ON_LOSS, u64::from(options.on_loss == LossPolicy::Wait));
+        let on_loss = ON_LOSS.iter().position(|policy| *policy == options.on_loss);
+        state.set(AT_ON_LOSS, on_loss.expect("all are listed") as u64);
         state.set(AT_FILL, u64::from(options.fill) | u64::from(options.track_writes) << 1);
         state.set(AT_OWNER, owner.unwrap_or(0).into());
         state.set(AT_VERSION, VERSION);
@@ -306,6 +311,11 @@ impl State {
     /// Whether somebody can take the session over.
     pub(crate) fn has_file(&self) -> bool {
         self.file.is_some()
+    }
+
+    /// All memory of the process is registered.
+    pub(crate) fn settle(&self) {
+        self.set(AT_SETTLED, 1);
     }
 
     /// The session ends in order: nobody is to take it over.

@@ -66,7 +66,7 @@ impl Drop for WayOut {
         if self.is_open && !self.in_order && shared.error().is_none() {
             shared.report("the pager has failed (a panic, which was printed)");
         }
-        if shared.state.has_file() && !self.in_order {
+        if shared.has_successor() && !self.in_order {
             shared.leave_open();
             return shared.end();
         }

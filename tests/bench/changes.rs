@@ -66,7 +66,8 @@ pub(crate) fn first_write() -> Result<Figure> {
         let options = Options { track_writes, fill: true, ..Options::default() };
         let regions = [faulter.region(0, "mem", 0)];
         let pid = Some(faulter.main.pid);
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid };
+        let memory =
+            ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid, is_registered: true };
         let session = Session::attach(server.address(), &"mem".parse()?, options, &memory)?;
         session.wait_resident(Duration::from_secs(60))?;
         Ok((faulter, session))

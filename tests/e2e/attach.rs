@@ -36,7 +36,13 @@ impl Source {
         let regions =
             [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
         let reference = "app".parse().unwrap();
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: None,
+            is_registered: true,
+        };
         Session::attach(self.server.address(), &reference, options, &memory)
     }
 
@@ -134,7 +140,13 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
         let chaos = Chaos::start(source.server.address(), lies);
         let regions = [faulter.region(1, "mem", 0)];
         let reference = "app".parse().unwrap();
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: None,
+            is_registered: true,
+        };
         let session = Session::attach(chaos.address(), &reference, Options::default(), &memory).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(0, 32));
@@ -167,7 +179,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         let reference = "app".parse().unwrap();
         let address = source.server.address();
         let attach = |uffd, regions: &[_]| {
-            let memory = ForeignMemory { uffd, regions, state: None, pid: None };
+            let memory = ForeignMemory { uffd, regions, state: None, pid: None, is_registered: true };
             Session::attach(address, &reference, Options::default(), &memory)
         };
         for (regions, which, why) in cases {
@@ -181,7 +193,8 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         assert!(error.contains("is no userfaultfd"), "{error}");
         let nowhere = "http://127.0.0.1:1".parse().unwrap();
         let regions = std::slice::from_ref(&first);
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid: None };
+        let memory =
+            ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid: None, is_registered: true };
         Session::attach(&nowhere, &reference, Options::default(), &memory).unwrap_err();
 
         // A touch during all of that waits, and is right in the end.
@@ -310,6 +323,7 @@ fn with_shared(test: &str, work: impl FnOnce(Source, Faulter, Session) + Send + 
             regions: &regions,
             state: None,
             pid: Some(faulter.main.pid),
+            is_registered: true,
         };
         let reference = "app".parse().unwrap();
         let session =
@@ -419,7 +433,13 @@ fn a_removal_of_shared_memory_that_nobody_can_see_ends_the_session() {
             drop(session);
             let mut blind = Faulter::start(ALL_EVENTS, &["shared:100"]);
             let regions = [blind.shared_region(0, "mem", 0, 1)];
-            let memory = ForeignMemory { uffd: blind.uffd(), regions: &regions, state: None, pid: None };
+            let memory = ForeignMemory {
+                uffd: blind.uffd(),
+                regions: &regions,
+                state: None,
+                pid: None,
+                is_registered: true,
+            };
             let reference = "app".parse().unwrap();
             let session =
                 Session::attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
@@ -456,7 +476,7 @@ fn transparent_huge_pages_do_not_swallow_what_is_absent() {
             faulter.main.does(&format!("advise {HUGEPAGE} {} {}", faulter.at(0, 0), 3 * HUGE_PAGES));
             let uffd = faulter.uffd();
             let pid = Some(faulter.main.pid);
-            let memory = ForeignMemory { uffd, regions: &[region], state: None, pid };
+            let memory = ForeignMemory { uffd, regions: &[region], state: None, pid, is_registered: true };
             let reference = "app".parse().unwrap();
             let options = Options::default();
             let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
@@ -578,7 +598,8 @@ fn shared_memory_that_the_session_was_not_told_of_is_sigbus() {
         let mut region = faulter.shared_region(0, "mem", 0, 1);
         region.len = 100 * PAGE;
         let pid = Some(faulter.main.pid);
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid };
+        let memory =
+            ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid, is_registered: true };
         let (address, reference) = (source.server.address(), "app".parse().unwrap());
         let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
         faulter.let_go();

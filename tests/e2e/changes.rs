@@ -265,6 +265,7 @@ fn what_another_process_changes_is_told_exactly() {
                 regions: &regions,
                 state: None,
                 pid: Some(faulter.main.pid),
+                is_registered: true,
             };
             let reference = "app".parse().unwrap();
             let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
@@ -402,6 +403,7 @@ fn memory_that_was_moved_before_the_session_is_tracked_too() {
             regions: &regions,
             state: None,
             pid: Some(faulter.main.pid),
+            is_registered: true,
         };
         let options = Options { track_writes: true, ..Options::default() };
         let reference = "app".parse().unwrap();
@@ -432,7 +434,13 @@ fn what_cannot_be_tracked_is_refused_by_name() {
             let faulter = Faulter::start(ALL_EVENTS, &[&format!("{kind}:{FOREIGN_PAGES}")]);
             let region = ForeignRegion { sharing, ..faulter.region(0, "mem", 0) };
             let pid = with_pid.then_some(faulter.main.pid);
-            let memory = ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid };
+            let memory = ForeignMemory {
+                uffd: faulter.uffd(),
+                regions: &[region],
+                state: None,
+                pid,
+                is_registered: true,
+            };
             let options = Options { track_writes: true, ..Options::default() };
             let reference = "app".parse().unwrap();
             let error = Session::attach(source.server.address(), &reference, options, &memory).unwrap_err();

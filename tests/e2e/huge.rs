@@ -43,7 +43,7 @@ impl Source {
         options: Options,
     ) -> Result<Session, SessionError> {
         let pid = Some(faulter.main.pid);
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid };
+        let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid, is_registered: true };
         Session::attach(self.server.address(), &"app".parse().unwrap(), options, &memory)
     }
 }

@@ -9,6 +9,7 @@ mod connection;
 mod damage;
 mod documents;
 mod durability;
+mod firecracker;
 mod gc;
 mod huge;
 mod lying;

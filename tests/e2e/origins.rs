@@ -194,7 +194,8 @@ fn a_core_dump_of_a_half_restored_process_has_what_was_there() {
         let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{pages}")]);
         let region = faulter.region(0, "mem", 0);
         let pid = Some(faulter.main.pid);
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid };
+        let memory =
+            ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid, is_registered: true };
         let reference = "app".parse().unwrap();
         let address = source.server.address();
         let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();

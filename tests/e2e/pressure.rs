@@ -41,7 +41,8 @@ fn attach(source: &Source, kind: &str, options: Options) -> (Faulter, Session) {
     let mut region = faulter.region(0, "mem", 0);
     region.sharing = sharing_of(kind);
     let pid = Some(faulter.main.pid);
-    let memory = ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid };
+    let memory =
+        ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid, is_registered: true };
     let reference = "app".parse().unwrap();
     let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
     faulter.let_go();

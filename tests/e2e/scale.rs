@@ -74,7 +74,13 @@ fn sessions_that_share_a_pager_are_lost_each_for_itself() {
         let (good, bad) = (open(source.server.address()), open(liar.address()));
         let mut faulter = Faulter::start(ALL_EVENTS, &["private:64"]);
         let regions = [faulter.region(0, "mem", 0)];
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: None,
+            is_registered: true,
+        };
         let attached =
             pager.attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
         faulter.let_go();
@@ -107,7 +113,13 @@ impl Neighbours {
         let attach = || {
             let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{}", Self::PAGES)]);
             let regions = [faulter.region(0, "mem", 0)];
-            let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
+            let memory = ForeignMemory {
+                uffd: faulter.uffd(),
+                regions: &regions,
+                state: None,
+                pid: None,
+                is_registered: true,
+            };
             let reference = "app".parse().unwrap();
             let address = source.server.address();
             let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
@@ -225,7 +237,13 @@ fn ten_thousand_regions_are_served_forked_and_filled() {
             ForeignRegion { address: whole.address + 2 * index * PAGE, len: 2 * PAGE, ..whole }
         };
         let regions: Vec<_> = (0..REGIONS).map(region).collect();
-        let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: None,
+            is_registered: true,
+        };
         let reference = "app".parse().unwrap();
         let address = source.server.address();
         let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();

@@ -62,7 +62,8 @@ fn faulter(kind: &str) -> (Faulter, ForeignRegion) {
 fn attach(server: &ServerAddress, faulter: &mut Faulter, region: ForeignRegion, options: Options) -> Session {
     let pid = Some(faulter.main.pid);
     let regions = [region];
-    let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid };
+    let memory =
+        ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid, is_registered: true };
     let session = Session::attach(server, &"app".parse().unwrap(), options, &memory).unwrap();
     faulter.let_go();
     session

@@ -274,7 +274,13 @@ fn a_session_that_is_dropped_while_faults_wait_leaves_sigbus() {
             let chaos = Chaos::start(source.server.address(), lies);
             let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{PAGES}")]);
             let regions = [faulter.region(0, "mem", 0)];
-            let memory = ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid: None };
+            let memory = ForeignMemory {
+                uffd: faulter.uffd(),
+                regions: &regions,
+                state: None,
+                pid: None,
+                is_registered: true,
+            };
             let options = Options { on_loss: LossPolicy::Wait, ..Options::default() };
             let session =
                 Session::attach(chaos.address(), &"app".parse().unwrap(), options, &memory).unwrap();

@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod chaos;
 pub mod cli;
+pub mod daemon;
 pub mod descriptors;
 pub mod faulter;
 pub mod fixtures;
@@ -17,6 +18,7 @@ pub mod proxy;
 pub mod server;
 pub mod stopped_pager;
 pub mod store;
+pub mod vmm;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::io::{BufReader, Write};

@@ -1,6 +1,7 @@
 //! `postcopy doctor`: what this kernel and these privileges allow, what that means, and how to get what is missing.
 
 use super::output::Output;
+use crate::daemon::surroundings;
 use anyhow::Result;
 use postcopy::uffd::{self, Access, FEATURES};
 use serde::Serialize;
@@ -35,8 +36,9 @@ struct Report {
     features: Vec<FeatureFound>,
 }
 
-pub(crate) fn doctor(output: Output) -> Result<ExitCode> {
-    let report = examine();
+pub(crate) fn doctor(pid: Option<u32>, output: Output) -> Result<ExitCode> {
+    let mut report = examine();
+    report.findings.extend(daemons(pid));
     output.show(&report, || text(&report))?;
     Ok(if report.can_map { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -182,6 +184,17 @@ fn huge_pages(feature: bool) -> Finding {
 fn transparent_huge_pages() -> Finding {
     let setting = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_else(|| "absent".to_owned());
     Finding { what: "transparent huge pages", ok: true, found: setting, advice: String::new() }
+}
+
+/// What a daemon started from here would have.
+fn daemons(pid: Option<u32>) -> Vec<Finding> {
+    let outside = pid.map(surroundings::is_outside_of).unwrap_or_default();
+    let finding = |found: surroundings::Finding| {
+        let advice = if found.is_good { "" } else { "daemons that restore other programs are safer with it" };
+        Finding { what: found.what, ok: found.is_good, found: found.text, advice: advice.to_owned() }
+    };
+    // This process ends soon: what it does for itself shows what a daemon could.
+    surroundings::prepare().into_iter().chain(outside).map(finding).collect()
 }
 
 fn is_capable() -> bool {

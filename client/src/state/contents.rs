@@ -2,13 +2,14 @@
 
 use super::{
     AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_MAGIC, AT_MESSAGES, AT_MESSAGES_OF,
-    AT_ON_LOSS, AT_OWNER, AT_STATES, AT_VERSION, CALL_WORDS, MAGIC, MAX_CALLS, MAX_REGIONS, MAX_SPACES,
-    MESSAGES, REGION_WORDS, SPACE_WORDS, StateError, TABLE_HEAD_WORDS, VERSION, table_range, wrong,
+    AT_ON_LOSS, AT_OWNER, AT_SETTLED, AT_STATES, AT_VERSION, CALL_WORDS, MAGIC, MAX_CALLS, MAX_REGIONS,
+    MAX_SPACES, MESSAGES, ON_LOSS, REGION_WORDS, SPACE_WORDS, StateError, TABLE_HEAD_WORDS, VERSION,
+    table_range, wrong,
 };
 use crate::advice::Call;
 use crate::huge::HUGE_PAGES;
 use crate::page_state::WORD_PAGES;
-use crate::session::{LossPolicy, Options};
+use crate::session::Options;
 use crate::uffd::{Event, MESSAGE_WORDS};
 use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
@@ -116,6 +117,8 @@ pub(crate) struct Contents {
     pub(crate) options: Options,
     /// The process that owned the first space, if that was known.
     pub(crate) owner: Option<u32>,
+    /// All memory is registered.
+    pub(crate) is_settled: bool,
     /// Each with its id and the number of its userfaultfd, in the order of their ids.
     pub(crate) spaces: Vec<(u32, RawFd)>,
     pub(crate) next_space: u32,
@@ -214,6 +217,8 @@ impl Contents {
             let [start, end, advice] = std::array::from_fn(|i| word(AT_CALLS + index * CALL_WORDS + i));
             Call { addresses: to_usize(start)..to_usize(end), advice }
         };
+        let on_loss = ON_LOSS.get(to_usize(word(AT_ON_LOSS)));
+        let Some(on_loss) = on_loss else { return wrong(format!("loss policy {}", word(AT_ON_LOSS))) };
         let mut image = [0; DIGEST_BYTES];
         for (index, bytes) in image.chunks_mut(8).enumerate() {
             bytes.copy_from_slice(&word(AT_IMAGE + index).to_le_bytes());
@@ -222,11 +227,12 @@ impl Contents {
             image: image.into(),
             options: Options {
                 fault_deadline: Duration::from_millis(word(AT_DEADLINE_MS)),
-                on_loss: if word(AT_ON_LOSS) == 0 { LossPolicy::Poison } else { LossPolicy::Wait },
+                on_loss: *on_loss,
                 fill: word(AT_FILL) & 1 != 0,
                 track_writes: word(AT_FILL) & 2 != 0,
             },
             owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
+            is_settled: word(AT_SETTLED) != 0,
             spaces,
             next_space,
             regions,

@@ -46,7 +46,7 @@ impl Work {
             Some(unsafe { BorrowedFd::borrow_raw(fd) })
         };
         let state = Some(&self.state).filter(|_| !self.alone);
-        match state.map(|state| Session::resume(&address, state, by_number)) {
+        match state.map(|state| Session::resume(&address, &[], state, by_number)) {
             None | Some(Err(SessionError::State(StateError::Empty))) => {}
             Some(resumed) => return Ok(resumed?),
         }
@@ -56,8 +56,13 @@ impl Work {
             on_loss: LossPolicy::Poison,
             track_writes: self.track,
         };
-        let memory =
-            ForeignMemory { uffd: self.uffd.as_fd(), regions: &self.regions, state, pid: Some(self.pid) };
+        let memory = ForeignMemory {
+            uffd: self.uffd.as_fd(),
+            regions: &self.regions,
+            state,
+            pid: Some(self.pid),
+            is_registered: true,
+        };
         Ok(Session::attach(&address, &self.reference.parse()?, options, &memory)?)
     }
 

@@ -1,0 +1,328 @@
+//! `postcopy firecracker` and `postcopy criu`: from the command line to a daemon.
+
+use crate::daemon::criu::Criu;
+use crate::daemon::firecracker::{self, Backing, Firecracker};
+use crate::daemon::runtime_dir::{self, RuntimeDir};
+use crate::daemon::{Program, Setup, ask_to_drain};
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Subcommand, ValueEnum};
+use postcopy::proto::reference::Reference;
+use postcopy::{Image, LossPolicy, Options, ServerAddress};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a session brings beyond faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Fill {
+    /// Nothing: a page comes when it is touched
+    Nothing,
+    /// Everything, in the background
+    All,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OnLoss {
+    /// Its page is SIGBUS
+    Poison,
+    /// The program is killed
+    Kill,
+    /// The program is stopped (SIGSTOP), the fault stays pending
+    Pause,
+    /// It stays pending, and is reported
+    Wait,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DaemonArgs {
+    /// How long a fault may take before --on-loss decides
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    fault_deadline: Duration,
+    /// What becomes of a fault that is lost
+    #[arg(long, value_enum, default_value_t = OnLoss::Wait)]
+    on_loss: OnLoss,
+    /// After SIGTERM: how long programs have to become complete
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    grace: Duration,
+    /// Where daemons keep what outlives their workers: on tmpfs [default: /run/postcopy, or below $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+}
+
+impl DaemonArgs {
+    fn root(&self) -> PathBuf {
+        self.runtime_dir.clone().unwrap_or_else(runtime_dir::default_root)
+    }
+
+    fn options(&self, fill: bool) -> Options {
+        let on_loss = match self.on_loss {
+            OnLoss::Poison => LossPolicy::Poison,
+            OnLoss::Kill => LossPolicy::Kill,
+            OnLoss::Pause => LossPolicy::Pause,
+            OnLoss::Wait => LossPolicy::Wait,
+        };
+        Options { fault_deadline: self.fault_deadline, on_loss, fill, track_writes: false }
+    }
+
+    fn setup(
+        &self,
+        server: ServerAddress,
+        images: &[Arc<Image>],
+        fill: bool,
+        runtime: RuntimeDir,
+    ) -> Result<Setup> {
+        Setup::new(server, images.to_vec(), self.options(fill), self.grace, runtime)
+    }
+}
+
+/// Opens images, each once. No thread is left afterwards.
+fn open_images(server: &ServerAddress, references: &[Reference]) -> Result<Vec<Arc<Image>>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+    let mut opened: BTreeMap<String, Arc<Image>> = BTreeMap::new();
+    let mut images = Vec::new();
+    for reference in references {
+        let name = reference.to_string();
+        if !opened.contains_key(&name) {
+            let image = runtime.block_on(Image::open(server, reference))?;
+            opened.insert(name.clone(), image);
+        }
+        images.push(Arc::clone(&opened[&name]));
+    }
+    Ok(images)
+}
+
+fn tell_systemd() {
+    // Where nobody listens there is nothing to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+fn exit_code(status: i32) -> ExitCode {
+    u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FirecrackerArgs {
+    /// Where Firecracker connects (`backend_path` of its mem_backend); may be given several times
+    #[arg(long, value_name = "PATH", required_unless_present = "adopt")]
+    socket: Vec<PathBuf>,
+    /// The snapshot: one for all sockets, or one for each, in their order
+    #[arg(long, value_name = "REF", required = true)]
+    image: Vec<Reference>,
+    /// The memory's file in the image, where several are as long as the guest's memory; one for all images, or one for each
+    #[arg(long, value_name = "PATH")]
+    file: Vec<String>,
+    /// Take over the microVM of this Firecracker process, whose daemon has died altogether
+    #[arg(long, value_name = "PID", conflicts_with = "socket")]
+    adopt: Option<u32>,
+    /// With --adopt, and no state file: no page was ever given back by a balloon or the like
+    #[arg(long, requires = "adopt")]
+    nothing_was_removed: bool,
+    /// What is brought beyond what is touched
+    #[arg(long, value_enum, default_value_t = Fill::Nothing)]
+    fill: Fill,
+    #[command(flatten)]
+    daemon: DaemonArgs,
+}
+
+pub(crate) fn firecracker(server: ServerAddress, args: &FirecrackerArgs) -> Result<ExitCode> {
+    let count = args.socket.len().max(1);
+    let each = |given: usize, what: &str| {
+        ensure!(
+            given <= 1 || given == count,
+            "{given} {what} for {count} sockets: give one, or one for each"
+        );
+        Ok(())
+    };
+    each(args.image.len(), "images")?;
+    each(args.file.len(), "files")?;
+    let images = open_images(&server, &args.image)?;
+    let backing = |index: usize| {
+        let of = |len: usize| index.min(len - 1);
+        let image = of(images.len());
+        Backing {
+            image: Arc::clone(&images[image]),
+            reference: args.image[image].to_string(),
+            file: if args.file.is_empty() { None } else { Some(args.file[of(args.file.len())].clone()) },
+        }
+    };
+    let backings: Vec<_> = (0..count).map(backing).collect();
+    for backing in &backings {
+        if let Some(file) = &backing.file {
+            let found = backing.image.file(file.as_bytes());
+            found.with_context(|| format!("--file: {} has no file {file:?}", backing.reference))?;
+        }
+    }
+    let root = args.daemon.root();
+    let runtime = firecracker::runtime_dir(&root)?;
+    let mut setup = args.daemon.setup(server, &images, args.fill == Fill::All, runtime)?;
+    for path in &args.socket {
+        setup.listen(path)?;
+    }
+    let adopted = args.adopt.map(|pid| firecracker::adopt(&mut setup, &root, pid, args.nothing_was_removed));
+    let program: Arc<dyn Program> = Arc::new(Firecracker { backings, adopted: adopted.transpose()? });
+    Ok(exit_code(setup.run(program, tell_systemd)?))
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct CriuArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<CriuCommand>,
+    /// The directory that `postcopy pull --criu` has made
+    #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
+    images_dir: PathBuf,
+    /// Where the socket is made, and other files; as for `criu restore` [default: --images-dir]
+    #[arg(short = 'W', long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// What was pushed
+    #[arg(long, value_name = "REF", required = true)]
+    image: Option<Reference>,
+    /// Write the daemon's pid to this file
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// Write a zero byte to this descriptor when it is ready
+    #[arg(long, value_name = "FD")]
+    status_fd: Option<RawFd>,
+    /// Go on in the background once it is ready
+    #[arg(short = 'd', long)]
+    daemon: bool,
+    /// Where the log goes
+    #[arg(short = 'o', long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+    /// 0 to 4, or as many v's: errors, warnings, information, debugging
+    #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "v", value_parser = verbosity)]
+    pub(crate) verbosity: Option<u8>,
+    /// What is brought beyond what is touched
+    #[arg(long, value_enum, default_value_t = Fill::All)]
+    fill: Fill,
+    #[command(flatten)]
+    common: DaemonArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CriuCommand {
+    /// Bring all memory of processes that are being restored, now; ends when it is there
+    #[command(after_help = "Example:\n  criu dump -t PID --action-script 'postcopy criu drain'")]
+    Drain {
+        /// The processes; those that they have forked, too. In a script of `criu dump`: the one that is dumped
+        pids: Vec<u32>,
+        /// Where the daemons keep what outlives their workers
+        #[arg(long, value_name = "DIR")]
+        runtime_dir: Option<PathBuf>,
+    },
+}
+
+fn verbosity(text: &str) -> Result<u8, String> {
+    match text.parse() {
+        Ok(level) => Ok(level),
+        // -v is 1, -vv is 2: the first one is the option itself.
+        Err(_) if text.bytes().all(|byte| byte == b'v') => Ok(u8::try_from(text.len()).unwrap_or(u8::MAX)),
+        Err(_) => Err("a number, or v's".to_owned()),
+    }
+}
+
+/// What CRIU's levels are here.
+pub(crate) fn log_level(verbosity: Option<u8>) -> &'static str {
+    match verbosity {
+        Some(0 | 1) => "error",
+        Some(2) => "warn",
+        None | Some(3) => "info",
+        Some(_) => "debug",
+    }
+}
+
+pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuArgs) -> Result<ExitCode> {
+    if let Some(CriuCommand::Drain { pids, runtime_dir }) = &args.command {
+        let root = runtime_dir.clone().unwrap_or_else(runtime_dir::default_root);
+        return drain(&root, pids);
+    }
+    let (server, reference) = (server()?, args.image.clone().context("--image")?);
+    let images = open_images(&server, &[reference])?;
+    let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, args.fill == Fill::All)?;
+    let status = args.status_fd.map(status_file).transpose()?;
+    let root = std::path::absolute(args.common.root())?;
+    let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
+    // As criu does: other paths are taken from there.
+    std::env::set_current_dir(work_dir).with_context(|| work_dir.display().to_string())?;
+    let mut setup = args.common.setup(server, &images, false, RuntimeDir::create(&root, "criu")?)?;
+    setup.listen(Path::new("lazy-pages.socket"))?;
+    if args.daemon {
+        // Whoever waits for that finds the socket.
+        nix::unistd::daemon(true, false).context("going on in the background")?;
+    }
+    if let Some(path) = &args.log_file {
+        let log = File::create(path).with_context(|| path.display().to_string())?;
+        rustix::stdio::dup2_stderr(&log).with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &args.pidfile {
+        std::fs::write(path, std::process::id().to_string()).with_context(|| path.display().to_string())?;
+    }
+    let on_ready = || {
+        tell_systemd();
+        if let Some(mut status) = status.as_ref() {
+            // Whoever was to be told may have gone.
+            let _ = status.write_all(&[0]);
+        }
+    };
+    let ended = setup.run(Arc::new(criu), on_ready);
+    if let Some(path) = &args.pidfile {
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(exit_code(ended?))
+}
+
+/// The descriptor that the caller has opened for this.
+fn status_file(fd: RawFd) -> Result<File> {
+    let path = format!("/proc/self/fd/{fd}");
+    File::options().write(true).open(&path).with_context(|| format!("--status-fd {fd}"))
+}
+
+/// For people, and as a script of `criu dump`, which says what it is called for in its environment.
+fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
+    let mut pids = pids.to_vec();
+    if pids.is_empty() {
+        let action =
+            std::env::var("CRTOOLS_SCRIPT_ACTION").context("say which processes: postcopy criu drain PID")?;
+        if action != "pre-dump" {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let pid =
+            std::env::var("CRTOOLS_INIT_PID").context("CRTOOLS_INIT_PID: criu does not say which process")?;
+        pids.push(pid.parse().with_context(|| format!("CRTOOLS_INIT_PID is {pid:?}"))?);
+    }
+    ask_to_drain(root, &with_children(&pids)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// These processes and all that they have forked, parents first.
+fn with_children(pids: &[u32]) -> Result<Vec<u32>> {
+    let mut found = pids.to_vec();
+    let mut next = 0;
+    while let Some(pid) = found.get(next).copied() {
+        next += 1;
+        let tasks = match std::fs::read_dir(format!("/proc/{pid}/task")) {
+            // It has exited since.
+            Err(_) if next > pids.len() => continue,
+            tasks => tasks.with_context(|| format!("process {pid}"))?,
+        };
+        for task in tasks.flatten() {
+            let children = std::fs::read_to_string(task.path().join("children"));
+            let children = children.context("the kernel does not tell of children (CONFIG_PROC_CHILDREN)");
+            let children = match children {
+                Err(_) if !task.path().exists() => continue,
+                children => children?,
+            };
+            for child in children.split_whitespace().filter_map(|child| child.parse().ok()) {
+                if !found.contains(&child) {
+                    found.push(child);
+                }
+            }
+        }
+    }
+    Ok(found)
+}

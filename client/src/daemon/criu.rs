@@ -1,0 +1,288 @@
+//! CRIU: `criu restore --lazy-pages` connects to `lazy-pages.socket` in its work directory, and every task that it restores
+//! sends its pid and its userfaultfd. When all have been restored it says so, and only from then on all of their memory is
+//! registered. This daemon stands in for `criu lazy-pages`; docs/CRIU.md tells how to use it.
+
+mod images;
+
+pub(crate) use images::Dump;
+
+use super::runtime_dir::{self, SessionName};
+use super::served::{Served, Status};
+use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
+use anyhow::{Context, Result, ensure};
+use postcopy::proto::digest::Digest;
+use postcopy::{Content, ForeignRegion, Image, Sharing};
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What `criu restore` says when all is restored ("RSTF").
+const RESTORE_FINISHED: i32 = 0x5253_5446;
+const PID_BYTES: usize = 4;
+/// A byte comes with each descriptor.
+const TASK_BYTES: usize = PID_BYTES + 1;
+const KIND: &str = "task";
+/// How often sessions are looked at that are being filled.
+const FILL_LOOK: Duration = Duration::from_millis(10);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Criu {
+    pub(crate) image: Arc<Image>,
+    /// Where in the image the images are: empty, or a path that ends in a slash.
+    pub(crate) prefix: String,
+    pub(crate) dump: Dump,
+    /// Bring everything in the background once all is restored.
+    pub(crate) fill: bool,
+}
+
+/// What comes next over the connection.
+#[derive(Debug)]
+enum Message {
+    /// A task that has been restored, by the pid that its image has, and its userfaultfd.
+    Task { image_pid: u32, pid: u32, uffd: std::os::fd::OwnedFd },
+    /// A task without memory.
+    Zombie,
+    /// All have been restored.
+    Finished,
+}
+
+fn parse(peeked: &mut inbox::Peeked) -> Result<Option<Message>> {
+    let Some(pid) = peeked.bytes.first_chunk::<PID_BYTES>() else { return Ok(None) };
+    match i32::from_ne_bytes(*pid) {
+        RESTORE_FINISHED => Ok(Some(Message::Finished)),
+        0 => anyhow::bail!("it sends a task with pid 0"),
+        zombie if zombie < 0 => Ok(Some(Message::Zombie)),
+        image_pid => {
+            if peeked.bytes.len() < TASK_BYTES {
+                return Ok(None);
+            }
+            // Those of the tasks after it may have come, too.
+            ensure!(!peeked.fds.is_empty(), "it sends task {image_pid} without a userfaultfd");
+            let uffd = peeked.fds.swap_remove(0);
+            let sender = peeked.sender.with_context(|| format!("nobody says who sends task {image_pid}"))?;
+            let pid = sender.as_raw_nonzero().get().cast_unsigned();
+            Ok(Some(Message::Task { image_pid: image_pid.cast_unsigned(), pid, uffd }))
+        }
+    }
+}
+
+impl Criu {
+    /// Reads what is to be known of the images in `directory`, which the image was made from.
+    ///
+    /// # Errors
+    /// Where the image is of other images.
+    pub(crate) fn new(image: Arc<Image>, directory: &Path, fill: bool) -> Result<Self> {
+        let prefix = prefix_in(&image)?;
+        let dump = Dump::read(directory)?;
+        for entry in fs::read_dir(directory)?.flatten() {
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|name| images::pid_of_pagemap(name).is_some()) {
+                let path = [prefix.as_bytes(), name.as_bytes()].concat();
+                let bytes = fs::read(entry.path())?;
+                ensure!(
+                    is_same(&image, &path, &bytes),
+                    "{} is not that of image {}: pull that one's with `postcopy pull --criu`",
+                    entry.path().display(),
+                    image.digest()
+                );
+            }
+        }
+        Ok(Self { image, prefix, dump, fill })
+    }
+
+    /// The lazy memory of a task.
+    fn regions(&self, image_pid: u32) -> Result<Vec<ForeignRegion>> {
+        let extents = self.dump.task(image_pid);
+        let extents = extents.with_context(|| format!("there is no pagemap-{image_pid}.img"))?;
+        let region = |extent: &images::Extent| {
+            let file = extent.file.as_os_str().as_bytes();
+            Ok(ForeignRegion {
+                address: usize::try_from(extent.address)?,
+                len: usize::try_from(extent.pages)? * 4096,
+                page_bytes: 4096,
+                path: [self.prefix.as_bytes(), file].concat(),
+                offset_bytes: extent.offset,
+                sharing: Sharing::Private,
+            })
+        };
+        extents.iter().filter(|extent| extent.is_lazy).map(region).collect()
+    }
+
+    /// Serves the tasks of a restore until all of them are complete or gone; whether none has lost anything.
+    fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<bool> {
+        let mut tasks = Vec::new();
+        for name in worker.left_by(connection.cookie) {
+            tasks.extend(Served::resume(&worker.setup, name, worker.turn)?.map(|served| worker.add(served)));
+        }
+        let marker = worker.setup.runtime.path().join("finished");
+        if !marker.exists() {
+            if let Err(error) = self.take_tasks(worker, connection, &mut tasks) {
+                // Nobody goes on with them: whatever of them is left must not read zeros.
+                tasks.iter().for_each(|served| served.end());
+                return Err(error);
+            }
+            // Before the message is taken: a successor must know.
+            fs::write(&marker, []).with_context(|| marker.display().to_string())?;
+        }
+        inbox::take(&connection.stream, PID_BYTES)?;
+        tasks.iter().for_each(|served| served.session().settle());
+        tracing::info!("all {} tasks have been restored", tasks.len());
+        Ok(self.complete(worker, tasks))
+    }
+
+    /// Takes on one task after another, until all have been restored.
+    fn take_tasks(
+        &self,
+        worker: &Arc<Worker>,
+        connection: &Connection,
+        tasks: &mut Vec<Arc<Served>>,
+    ) -> Result<()> {
+        loop {
+            match self.next(worker, connection)? {
+                Message::Finished => return Ok(()),
+                Message::Zombie => drop(inbox::take(&connection.stream, PID_BYTES)?),
+                Message::Task { image_pid, pid, uffd } => {
+                    let start = runtime_dir::start_of(pid).with_context(|| format!("process {pid}"))?;
+                    let name = SessionName { kind: KIND.into(), pid, start, cookie: connection.cookie };
+                    // A worker before may have come so far, and no further.
+                    if !tasks.iter().any(|served| served.name == name) {
+                        let regions = self.regions(image_pid)?;
+                        let outside = surroundings::is_outside_of(pid);
+                        outside
+                            .iter()
+                            .filter(|finding| !finding.is_good)
+                            .for_each(surroundings::Finding::log);
+                        let served =
+                            Served::attach(&worker.setup, name, &self.image, uffd.as_fd(), &regions, false)
+                                .with_context(|| format!("task {image_pid}"))?;
+                        let bytes: usize = regions.iter().map(|region| region.len).sum();
+                        tracing::info!(
+                            "task {image_pid}, process {pid}: {} KiB in {} regions",
+                            bytes >> 10,
+                            regions.len()
+                        );
+                        tasks.push(worker.add(served));
+                    }
+                    inbox::take(&connection.stream, TASK_BYTES)?;
+                }
+            }
+        }
+    }
+
+    /// A restore may take as long as it takes between two tasks; within a message it may not.
+    fn next(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Message> {
+        while inbox::peek(&connection.stream, 1)?.bytes.is_empty() {
+            let ended = inbox::peek(&connection.stream, 1)?.ended;
+            ensure!(!ended, "criu restore has hung up before all was restored: it has failed");
+            ensure!(!worker.is_past_deadline(), "the daemon ends");
+            worker.wait(Some(&connection.stream), LOOK);
+        }
+        connection.wait_for(worker, TASK_BYTES, parse)
+    }
+
+    /// Watches over tasks until each is complete or gone: whether none has lost anything.
+    fn complete(&self, worker: &Worker, mut tasks: Vec<Arc<Served>>) -> bool {
+        let mut is_whole = true;
+        while !tasks.is_empty() {
+            for served in &tasks {
+                let fills = self.fill || worker.is_stopping();
+                if fills && let Err(error) = served.session().fill() {
+                    tracing::warn!("process {}: {error}", served.name.pid);
+                }
+            }
+            worker.wait(None, if self.fill { FILL_LOOK } else { LOOK });
+            tasks.retain(|served| {
+                let pid = served.name.pid;
+                match served.look() {
+                    Status::Serving if worker.is_past_deadline() => {
+                        println!(
+                            "left: process {pid}; what of its memory had not arrived is SIGBUS from here on"
+                        );
+                        served.end();
+                    }
+                    Status::Serving => return true,
+                    Status::Resident => {
+                        served.end();
+                        tracing::info!("process {pid}: all of its memory is there");
+                    }
+                    Status::Ended => tracing::info!("process {pid}: is gone, or was drained"),
+                }
+                is_whole &= served.session().progress().poisoned_pages == 0;
+                worker.remove(&served.name);
+                false
+            });
+        }
+        is_whole
+    }
+}
+
+impl Program for Criu {
+    fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32> {
+        match self.restore(worker, &connection) {
+            Ok(is_whole) => Some(i32::from(!is_whole)),
+            Err(error) => {
+                tracing::error!("criu restore (process {}): {error:#}", connection.peer);
+                Some(1)
+            }
+        }
+    }
+
+    fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
+        // Its connection is kept for as long as it is served: this is of one that could not be accepted any more.
+        match Served::resume(&worker.setup, session, worker.turn) {
+            Ok(served) => {
+                let tasks = served.into_iter().map(|served| worker.add(served)).collect();
+                Some(i32::from(!self.complete(worker, tasks)))
+            }
+            Err(error) => {
+                tracing::error!("{error:#}");
+                Some(1)
+            }
+        }
+    }
+
+    fn begin(&self, worker: &Arc<Worker>) -> Result<()> {
+        for (_, path) in &worker.setup.listeners {
+            println!("ready: {} ({})", path.display(), self.image.digest());
+        }
+        Ok(())
+    }
+}
+
+/// Where in an image CRIU's images are.
+///
+/// # Errors
+/// If there are none, or several.
+pub(crate) fn prefix_in(image: &Image) -> Result<String> {
+    let is_parent = |prefix: &str| prefix.split('/').any(|part| part == "parent");
+    let prefixes: BTreeSet<String> = image
+        .root()
+        .files()
+        .filter_map(|(path, _)| Some(path.to_string().strip_suffix("pstree.img")?.to_owned()))
+        .filter(|prefix| (prefix.is_empty() || prefix.ends_with('/')) && !is_parent(prefix))
+        .collect();
+    let mut prefixes = prefixes.into_iter();
+    let first = prefixes.next().context("there is no pstree.img in the image: it is not of CRIU's images")?;
+    ensure!(prefixes.next().is_none(), "the image has several directories of CRIU's images");
+    Ok(first)
+}
+
+/// Whether a file of the image has these bytes.
+fn is_same(image: &Image, path: &[u8], bytes: &[u8]) -> bool {
+    let Some(file) = image.file(path).filter(|file| file.size_bytes == bytes.len() as u64) else {
+        return false;
+    };
+    let chunks = bytes.chunks(image.root().chunk_size().bytes());
+    chunks.zip(file.first_chunk.0..).all(|(chunk, index)| {
+        match image.content(postcopy::proto::page::ChunkIndex(index)) {
+            Content::Zero => chunk.iter().all(|byte| *byte == 0),
+            Content::Data(digest) => digest == Digest::of(chunk),
+            _ => false,
+        }
+    })
+}

@@ -1,0 +1,349 @@
+//! What CRIU's images say of memory: pagemap-PID.img tells which pages of a task are in which pages-N.img, and which of
+//! these are lazy.
+//!
+//! A file is a header of one or two magic numbers, and messages of protocol buffers, each after its length (u32, as the
+//! machine has it). See CRIU's images/pagemap.proto and its wiki, "Images".
+
+use anyhow::{Context, Result, bail, ensure};
+use prost::Message;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+const PAGE: u64 = 4096;
+/// Dumps that one may be built upon; the next one is a loop of links.
+const MAX_PARENTS: usize = 64;
+
+const PE_PARENT: u32 = 1;
+const PE_LAZY: u32 = 2;
+const PE_PRESENT: u32 = 4;
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapHead {
+    #[prost(uint32, required, tag = "1")]
+    pages_id: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapEntry {
+    #[prost(uint64, required, tag = "1")]
+    vaddr: u64,
+    #[prost(uint32, tag = "2")]
+    compat_nr_pages: u32,
+    #[prost(bool, tag = "3")]
+    in_parent: bool,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    nr_pages: Option<u64>,
+}
+
+/// Pages of a task that follow one another, in memory and in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) address: u64,
+    pub(crate) pages: u64,
+    /// The file that holds them, relative to the directory of the images.
+    pub(crate) file: PathBuf,
+    pub(crate) offset: u64,
+    /// They come when they are touched; the others are read by `criu restore`.
+    pub(crate) is_lazy: bool,
+}
+
+/// A run of pages of one dump.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Run {
+    address: u64,
+    pages: u64,
+    /// Where in the dump's own pages-N.img; None: in the parent's.
+    offset: Option<u64>,
+    is_lazy: bool,
+}
+
+#[derive(Debug)]
+struct Pagemap {
+    pages_file: String,
+    runs: Vec<Run>,
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+
+/// The messages of a file, one after another.
+fn messages(bytes: &[u8], magic: u32) -> Result<Vec<&[u8]>> {
+    let first = u32_at(bytes, 0).context("it is too short")?;
+    // Since CRIU 2.0 there is a common number before its own.
+    let (found, mut at) = match first {
+        IMG_COMMON_MAGIC => (u32_at(bytes, 4).context("it is too short")?, 8),
+        other => (other, 4),
+    };
+    ensure!(found == magic, "its magic number is {found:#x}, not {magic:#x}");
+    let mut messages = Vec::new();
+    while at < bytes.len() {
+        let len = u32_at(bytes, at).context("it ends within a length")?;
+        let len = usize::try_from(len).context("a length")?;
+        let message = bytes.get(at + 4..).and_then(|rest| rest.get(..len));
+        messages.push(message.context("it ends within a message")?);
+        at += 4 + len;
+    }
+    Ok(messages)
+}
+
+fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
+    let mut messages = messages(bytes, PAGEMAP_MAGIC)?.into_iter();
+    let head = PagemapHead::decode(messages.next().context("it has no head")?).context("its head")?;
+    let mut runs: Vec<Run> = Vec::new();
+    let mut offset = 0_u64;
+    for (index, message) in messages.enumerate() {
+        let entry = PagemapEntry::decode(message).with_context(|| format!("entry {index}"))?;
+        let pages = entry.nr_pages.unwrap_or(entry.compat_nr_pages.into());
+        let end = pages.checked_mul(PAGE).and_then(|len| entry.vaddr.checked_add(len));
+        ensure!(
+            end.is_some() && entry.vaddr.is_multiple_of(PAGE),
+            "entry {index}: {pages} pages at {:#x}",
+            entry.vaddr
+        );
+        let last_end = runs.last().map_or(0, |last| last.address + last.pages * PAGE);
+        ensure!(entry.vaddr >= last_end, "entry {index} is not after the one before");
+        // Without flags they are older than these.
+        let flags = entry.flags.unwrap_or(if entry.in_parent { PE_PARENT } else { PE_PRESENT });
+        let is_in_parent = entry.in_parent || flags & PE_PARENT != 0;
+        let is_here = !is_in_parent && flags & PE_PRESENT != 0;
+        if is_here || is_in_parent {
+            let run = Run {
+                address: entry.vaddr,
+                pages,
+                offset: is_here.then_some(offset),
+                is_lazy: flags & PE_LAZY != 0,
+            };
+            runs.push(run);
+        }
+        if is_here {
+            offset = offset.checked_add(pages * PAGE).context("more pages than a file can have")?;
+        }
+    }
+    Ok(Pagemap { pages_file: format!("pages-{}.img", head.pages_id), runs })
+}
+
+/// A directory of images: the tasks' memory.
+#[derive(Debug)]
+pub(crate) struct Dump {
+    /// By the pid that the image has for it.
+    tasks: BTreeMap<u32, Vec<Extent>>,
+}
+
+impl Dump {
+    /// Reads what the images in `directory` say.
+    ///
+    /// # Errors
+    /// Which file is not there, or is not what it should be.
+    pub(crate) fn read(directory: &Path) -> Result<Self> {
+        let shown = || directory.display().to_string();
+        let mut tasks = BTreeMap::new();
+        for entry in fs::read_dir(directory).with_context(shown)? {
+            let name = entry.with_context(shown)?.file_name();
+            let Some(pid) = name.to_str().and_then(pid_of_pagemap) else { continue };
+            tasks.insert(pid, read_task(directory, pid)?);
+        }
+        ensure!(
+            !tasks.is_empty(),
+            "{}: there is no pagemap-PID.img: not a directory of CRIU's images",
+            shown()
+        );
+        Ok(Self { tasks })
+    }
+
+    /// The memory of a task.
+    pub(crate) fn task(&self, pid: u32) -> Option<&[Extent]> {
+        self.tasks.get(&pid).map(Vec::as_slice)
+    }
+
+    /// The memory of all tasks.
+    pub(crate) fn extents(&self) -> impl Iterator<Item = &Extent> {
+        self.tasks.values().flatten()
+    }
+}
+
+/// The pid in the name of a task's pagemap; shared memory has pagemaps of other names.
+pub(crate) fn pid_of_pagemap(name: &str) -> Option<u32> {
+    name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
+}
+
+fn read_task(directory: &Path, pid: u32) -> Result<Vec<Extent>> {
+    let mut chain = Vec::new();
+    let mut below = PathBuf::new();
+    loop {
+        let path = directory.join(&below).join(format!("pagemap-{pid}.img"));
+        let shown = path.display().to_string();
+        match fs::read(&path) {
+            Ok(bytes) => chain.push((below.clone(), parse_pagemap(&bytes).context(shown)?)),
+            // The task did not exist when its parent was dumped.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !chain.is_empty() => break,
+            Err(error) => return Err(error).context(shown),
+        }
+        below = below.join("parent");
+        if !directory.join(&below).exists() {
+            break;
+        }
+        ensure!(chain.len() < MAX_PARENTS, "{}: more than {MAX_PARENTS} parents", directory.display());
+    }
+    let mut extents = Vec::new();
+    for run in &chain[0].1.runs {
+        resolve(&chain, run.address, run.pages, run.is_lazy, &mut extents)
+            .with_context(|| format!("{}: pagemap-{pid}.img", directory.display()))?;
+    }
+    Ok(extents)
+}
+
+/// Finds pages in the first of the dumps that has them.
+fn resolve(
+    chain: &[(PathBuf, Pagemap)],
+    address: u64,
+    pages: u64,
+    is_lazy: bool,
+    extents: &mut Vec<Extent>,
+) -> Result<()> {
+    let Some(((directory, pagemap), parents)) = chain.split_first() else {
+        bail!("{pages} pages at {address:#x} are said to be in a parent that is not there");
+    };
+    let (mut at, end) = (address, address + pages * PAGE);
+    let first = pagemap.runs.partition_point(|run| run.address + run.pages * PAGE <= address);
+    for run in &pagemap.runs[first..] {
+        if at == end {
+            break;
+        }
+        ensure!(
+            run.address <= at,
+            "the page at {at:#x} is said to be in {}, which lacks it",
+            directory.display()
+        );
+        let skipped = (at - run.address) / PAGE;
+        let count = (run.pages - skipped).min((end - at) / PAGE);
+        match run.offset {
+            Some(offset) => extents.push(Extent {
+                address: at,
+                pages: count,
+                file: directory.join(&pagemap.pages_file),
+                offset: offset + skipped * PAGE,
+                is_lazy,
+            }),
+            None => resolve(parents, at, count, is_lazy, extents)?,
+        }
+        at += count * PAGE;
+    }
+    ensure!(at == end, "the page at {at:#x} is said to be in {}, which lacks it", directory.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn image(magic: &[u32], messages: &[Vec<u8>]) -> Vec<u8> {
+        let mut bytes: Vec<u8> = magic.iter().flat_map(|magic| magic.to_ne_bytes()).collect();
+        for message in messages {
+            bytes.extend(u32::try_from(message.len()).unwrap().to_ne_bytes());
+            bytes.extend(message);
+        }
+        bytes
+    }
+
+    fn entry(page: u64, pages: u64, flags: u32) -> Vec<u8> {
+        let (compat, in_parent) = (u32::try_from(pages).unwrap(), flags & PE_PARENT != 0);
+        let entry = PagemapEntry {
+            vaddr: page * PAGE,
+            compat_nr_pages: compat,
+            in_parent,
+            flags: Some(flags),
+            nr_pages: Some(pages),
+        };
+        entry.encode_to_vec()
+    }
+
+    fn pagemap(pages_id: u32, entries: &[Vec<u8>]) -> Vec<u8> {
+        let mut messages = vec![PagemapHead { pages_id }.encode_to_vec()];
+        messages.extend_from_slice(entries);
+        image(&[IMG_COMMON_MAGIC, PAGEMAP_MAGIC], &messages)
+    }
+
+    #[test]
+    fn pages_are_found_in_their_dump_or_in_its_parents() {
+        let folder = tempfile::tempdir().unwrap();
+        let parent = folder.path().join("parent");
+        fs::create_dir(&parent).unwrap();
+        let lazy = PE_PRESENT | PE_LAZY;
+        let top =
+            [entry(10, 4, lazy), entry(14, 6, PE_PARENT), entry(100, 2, PE_PRESENT), entry(200, 3, lazy)];
+        fs::write(folder.path().join("pagemap-7.img"), pagemap(3, &top)).unwrap();
+        let below = [entry(8, 8, lazy), entry(16, 10, PE_PRESENT)];
+        fs::write(parent.join("pagemap-7.img"), pagemap(1, &below)).unwrap();
+        fs::write(folder.path().join("pagemap-shmem-9.img"), b"another kind").unwrap();
+        let dump = Dump::read(folder.path()).unwrap();
+        let found: Vec<_> = dump
+            .task(7)
+            .unwrap()
+            .iter()
+            .map(|e| (e.address / PAGE, e.pages, e.file.to_str().unwrap(), e.offset / PAGE, e.is_lazy))
+            .collect();
+        let expected = [
+            (10, 4, "pages-3.img", 0, true),
+            (14, 2, "parent/pages-1.img", 6, false),
+            (16, 4, "parent/pages-1.img", 8, false),
+            (100, 2, "pages-3.img", 4, false),
+            (200, 3, "pages-3.img", 6, true),
+        ];
+        assert_eq!(found, expected);
+        assert!(dump.task(8).is_none());
+    }
+
+    #[test]
+    fn what_a_parent_lacks_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("pagemap-7.img"), pagemap(1, &[entry(10, 4, PE_PARENT)])).unwrap();
+        let error = format!("{:#}", Dump::read(folder.path()).unwrap_err());
+        assert!(error.contains("parent that is not there"), "{error}");
+        fs::create_dir(folder.path().join("parent")).unwrap();
+        fs::write(folder.path().join("parent/pagemap-7.img"), pagemap(1, &[entry(10, 3, PE_PRESENT)]))
+            .unwrap();
+        let error = format!("{:#}", Dump::read(folder.path()).unwrap_err());
+        assert!(error.contains("0xd000") && error.contains("lacks it"), "{error}");
+    }
+
+    #[test]
+    fn images_of_before_criu_2_are_read() {
+        let old =
+            PagemapEntry { vaddr: 0, compat_nr_pages: 2, in_parent: false, flags: None, nr_pages: None };
+        let bytes =
+            image(&[PAGEMAP_MAGIC], &[PagemapHead { pages_id: 1 }.encode_to_vec(), old.encode_to_vec()]);
+        let read = parse_pagemap(&bytes).unwrap();
+        assert_eq!(read.runs, [Run { address: 0, pages: 2, offset: Some(0), is_lazy: false }]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_pagemap_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..200), good in any::<bool>()) {
+            let mut image = if good { pagemap(1, &[entry(3, 2, PE_PRESENT)]) } else { Vec::new() };
+            image.extend(bytes);
+            let _ = parse_pagemap(&image);
+        }
+
+        #[test]
+        fn any_entries_are_resolved_or_refused(entries in proptest::collection::vec((0..40_u64, 0..9_u64, 0..8_u32), 0..9)) {
+            let entries: Vec<_> = entries.into_iter().map(|(page, pages, flags)| entry(page, pages, flags)).collect();
+            if let Ok(read) = parse_pagemap(&pagemap(1, &entries)) {
+                let chain = [(PathBuf::new(), read)];
+                for run in &chain[0].1.runs {
+                    let mut extents = Vec::new();
+                    if resolve(&chain, run.address, run.pages, run.is_lazy, &mut extents).is_ok() {
+                        prop_assert_eq!(extents.iter().map(|e| e.pages).sum::<u64>(), run.pages);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! Firecracker: a microVM whose snapshot is loaded with a memory backend of type `Uffd` connects to the daemon's socket and
+//! says in one message what lies where, in JSON, with its userfaultfd. It never reads from that socket, and closes it when it
+//! exits. docs/FIRECRACKER.md tells how to use it.
+
+use super::runtime_dir::{self, RuntimeDir, SessionName};
+use super::served::{Served, Status};
+use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
+use anyhow::{Context, Result, bail, ensure};
+use postcopy::{ForeignRegion, Image, Sharing};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use serde::Deserialize;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The most bytes that a handshake may have: some hundred regions.
+const MAX_HANDSHAKE: usize = 64 << 10;
+const PAGE: u64 = 4096;
+
+const KIND: &str = "vm";
+
+/// What a virtual machine is filled from.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    pub(crate) image: Arc<Image>,
+    /// The name of the image, for people.
+    pub(crate) reference: String,
+    /// The memory's file, where it was named.
+    pub(crate) file: Option<String>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Firecracker {
+    /// For each socket.
+    pub(crate) backings: Vec<Backing>,
+    /// A machine that was taken over, and what is known of its memory where it left no state file.
+    pub(crate) adopted: Option<(SessionName, Vec<Mapping>)>,
+}
+
+/// A span of a guest's memory, as Firecracker tells of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub(crate) struct Mapping {
+    base_host_virt_addr: u64,
+    size: u64,
+    /// In the memory's file.
+    offset: u64,
+    /// In bytes.
+    page_size: Option<u64>,
+    /// What older versions have instead: in bytes, too, whatever its name says.
+    page_size_kib: Option<u64>,
+}
+
+impl Mapping {
+    fn page_bytes(&self) -> u64 {
+        match self.page_size.or(self.page_size_kib).unwrap_or(PAGE) {
+            // Should a version mean what the name says.
+            kib @ 1..PAGE => kib << 10,
+            bytes => bytes,
+        }
+    }
+
+    fn region(&self, file: &str) -> Result<ForeignRegion> {
+        let number = |n: u64, what| usize::try_from(n).with_context(|| format!("{what} {n}"));
+        Ok(ForeignRegion {
+            address: number(self.base_host_virt_addr, "base_host_virt_addr")?,
+            len: number(self.size, "size")?,
+            page_bytes: number(self.page_bytes(), "page_size")?,
+            path: file.into(),
+            offset_bytes: self.offset,
+            sharing: Sharing::Private,
+        })
+    }
+}
+
+/// The mappings that a handshake says; None: it is not complete.
+fn parse(bytes: &[u8]) -> Result<Option<Vec<Mapping>>> {
+    let mut values = serde_json::Deserializer::from_slice(bytes).into_iter::<Vec<Mapping>>();
+    match values.next() {
+        None => Ok(None),
+        Some(Err(error)) if error.is_eof() => Ok(None),
+        Some(Err(error)) => Err(error).context("its handshake is not what Firecracker sends"),
+        Some(Ok(mappings)) => {
+            let rest = &bytes[values.byte_offset()..];
+            ensure!(rest.iter().all(u8::is_ascii_whitespace), "something follows its handshake");
+            ensure!(!mappings.is_empty(), "its handshake has no memory");
+            Ok(Some(mappings))
+        }
+    }
+}
+
+/// The file of the image that is a guest's memory: the one that was named, or the only one that is as long.
+fn memory_file(backing: &Backing, mappings: &[Mapping]) -> Result<String> {
+    if let Some(file) = &backing.file {
+        return Ok(file.clone());
+    }
+    let end = |mapping: &Mapping| mapping.offset.checked_add(mapping.size);
+    let ends: Option<Vec<u64>> = mappings.iter().map(end).collect();
+    let size = ends.and_then(|ends| ends.into_iter().max()).context("a region ends beyond all offsets")?;
+    let files: Vec<_> = backing.image.root().files().collect();
+    let fitting: Vec<_> = files.iter().filter(|(_, file)| file.size_bytes == size).collect();
+    match fitting.as_slice() {
+        [(path, _)] => Ok(path.to_string()),
+        [] => {
+            let all = files.iter().map(|(path, file)| format!("{path} ({} bytes)", file.size_bytes));
+            let all = all.collect::<Vec<_>>().join(", ");
+            bail!(
+                "the guest has {size} bytes of memory, and no file of {} has as many: {all}",
+                backing.reference
+            )
+        }
+        several => {
+            let all = several.iter().map(|(path, _)| path.to_string()).collect::<Vec<_>>().join(", ");
+            bail!("several files of {} may be its memory: {all}; name one with --file", backing.reference)
+        }
+    }
+}
+
+impl Firecracker {
+    /// Takes a machine's memory on, over the connection or as another worker has left it.
+    fn open(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Arc<Served>> {
+        for name in worker.left_by(connection.cookie) {
+            if let Some(served) = Served::resume(&worker.setup, name, worker.turn)? {
+                inbox::take(&connection.stream, MAX_HANDSHAKE)?;
+                return Ok(worker.add(served));
+            }
+        }
+        let (mappings, uffd, count) = connection.wait_for(worker, MAX_HANDSHAKE, |peeked| {
+            let Some(mappings) = parse(&peeked.bytes)? else { return Ok(None) };
+            ensure!(peeked.fds.len() == 1, "{} descriptors came, and one is a userfaultfd", peeked.fds.len());
+            let uffd = peeked.fds.pop().expect("one");
+            Ok(Some((mappings, uffd, peeked.bytes.len())))
+        })?;
+        let start = runtime_dir::start_of(connection.peer).context("it has exited")?;
+        let name = SessionName { kind: KIND.into(), pid: connection.peer, start, cookie: connection.cookie };
+        let backing = &self.backings[connection.listener.min(self.backings.len() - 1)];
+        let served = attach(worker, name, backing, &mappings, uffd.as_fd())?;
+        // What it has said is in the state file.
+        inbox::take(&connection.stream, count)?;
+        Ok(served)
+    }
+
+    /// Takes on a machine that was taken over without a state file.
+    fn attach_adopted(
+        &self,
+        worker: &Arc<Worker>,
+        name: SessionName,
+        mappings: &[Mapping],
+    ) -> Result<Arc<Served>> {
+        let uffd = worker.setup.adopted.as_ref().context("its userfaultfd")?;
+        attach(worker, name, &self.backings[0], mappings, uffd.borrow())
+    }
+
+    /// Watches over a machine until it is gone.
+    fn watch(&self, worker: &Worker, served: &Served, mut stream: Option<&UnixStream>) {
+        let pid = served.name.pid;
+        loop {
+            worker.wait(stream, LOOK);
+            if let Some(socket) = stream {
+                let taken = inbox::take(socket, MAX_HANDSHAKE).unwrap_or(0);
+                // Its end is told of by the userfaultfd; this tells sooner.
+                if taken == 0 && inbox::peek(socket, 1).is_ok_and(|peeked| peeked.ended) {
+                    stream = None;
+                }
+            }
+            match served.look() {
+                Status::Ended => {
+                    tracing::info!("vm {pid}: is gone");
+                    return worker.remove(&served.name);
+                }
+                Status::Resident if worker.is_stopping() => {
+                    served.end();
+                    tracing::info!("vm {pid}: all of its memory is there; it needs nobody any more");
+                    return worker.remove(&served.name);
+                }
+                _ => {}
+            }
+            if !worker.is_stopping() {
+                // It is gone, unless only the connection is: looking tells at once.
+                if stream.is_none() && !served.name.is_alive() {
+                    served.end();
+                    tracing::info!("vm {pid}: is gone");
+                    return worker.remove(&served.name);
+                }
+                continue;
+            }
+            // Without memory it would sleep for ever.
+            if let Err(error) = served.session().fill() {
+                tracing::warn!("vm {pid}: {error}");
+            }
+            if worker.is_past_deadline() {
+                served.leave();
+                let reference = self.backings.first().map_or("REF", |backing| &backing.reference);
+                println!(
+                    "left: vm {pid}, which sleeps until it is taken over: \
+                     postcopy firecracker --adopt {pid} --image {reference}"
+                );
+                return;
+            }
+        }
+    }
+}
+
+fn attach(
+    worker: &Arc<Worker>,
+    name: SessionName,
+    backing: &Backing,
+    mappings: &[Mapping],
+    uffd: std::os::fd::BorrowedFd<'_>,
+) -> Result<Arc<Served>> {
+    let file = memory_file(backing, mappings)?;
+    let regions: Vec<_> = mappings.iter().map(|mapping| mapping.region(&file)).collect::<Result<_>>()?;
+    surroundings::is_outside_of(name.pid).iter().filter(|finding| !finding.is_good).for_each(|f| f.log());
+    let served = Served::attach(&worker.setup, name, &backing.image, uffd, &regions, true)?;
+    let (pid, bytes) = (served.name.pid, mappings.iter().map(|mapping| mapping.size).sum::<u64>());
+    tracing::info!("vm {pid}: {} MiB of {} in {} regions", bytes >> 20, backing.reference, regions.len());
+    Ok(worker.add(served))
+}
+
+impl Program for Firecracker {
+    fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32> {
+        match self.open(worker, &connection) {
+            Ok(served) => self.watch(worker, &served, Some(&connection.stream)),
+            Err(error) => tracing::error!("process {}: {error:#}", connection.peer),
+        }
+        None
+    }
+
+    fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
+        let pid = session.pid;
+        let served = match self.adopted.as_ref().filter(|_| !worker.turn.is_successor) {
+            Some((_, mappings)) if !mappings.is_empty() => {
+                self.attach_adopted(worker, session, mappings).map(Some)
+            }
+            _ => Served::resume(&worker.setup, session, worker.turn).map(|served| Some(worker.add(served?))),
+        };
+        let is_served = match served {
+            Ok(Some(served)) => {
+                if self.adopted.is_some() && !worker.turn.is_successor {
+                    println!("ready: vm {pid} is served again");
+                }
+                self.watch(worker, &served, None);
+                true
+            }
+            Ok(None) => {
+                tracing::error!("vm {pid}: its state file says that it was not served, or that it is done");
+                false
+            }
+            Err(error) => {
+                tracing::error!("vm {pid}: {error:#}");
+                false
+            }
+        };
+        // There are no others.
+        self.adopted.is_some().then_some(i32::from(!is_served))
+    }
+
+    fn begin(&self, worker: &Arc<Worker>) -> Result<()> {
+        for ((_, path), backing) in worker.setup.listeners.iter().zip(&self.backings) {
+            println!("ready: {} serves {} ({})", path.display(), backing.reference, backing.image.digest());
+        }
+        let Some((name, _)) = self.adopted.clone() else { return Ok(()) };
+        let (worker, program) = (Arc::clone(worker), Arc::clone(&worker.program));
+        let spawner = Arc::clone(&worker);
+        spawner.spawn("session", move || program.serve_again(&worker, name))
+    }
+}
+
+/// Takes a machine over whose daemon has died altogether: by the userfaultfd that it has kept itself, and the state file that
+/// is left; without one by what its mappings look like, if the caller vouches that nothing was ever removed.
+///
+/// # Errors
+/// If there is nothing to be taken over, or its daemon lives.
+pub(crate) fn adopt(
+    setup: &mut Setup,
+    root: &Path,
+    pid: u32,
+    nothing_was_removed: bool,
+) -> Result<(SessionName, Vec<Mapping>)> {
+    let uffd = uffd_of(pid)?;
+    let left = runtime_dir::take_over(root, pid, &setup.runtime)?;
+    setup.adopted = Some(Adopted { uffd });
+    if let Some(name) = left {
+        return Ok((name, Vec::new()));
+    }
+    ensure!(
+        nothing_was_removed,
+        "there is no state file of process {pid} below {}: pages that its balloon gave back look as if they had never \
+         come. Say --nothing-was-removed if there were none",
+        root.display()
+    );
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).context("its mappings")?;
+    let mappings = registered(&smaps)?;
+    let start = runtime_dir::start_of(pid).with_context(|| format!("process {pid}"))?;
+    Ok((SessionName { kind: KIND.into(), pid, start, cookie: 0 }, mappings))
+}
+
+/// A duplicate of the userfaultfd that a process has open.
+fn uffd_of(pid: u32) -> Result<OwnedFd> {
+    let process = Pid::from_raw(pid.cast_signed()).context("a pid is above 0")?;
+    let process = pidfd_open(process, PidfdFlags::empty()).with_context(|| format!("process {pid}"))?;
+    let directory = format!("/proc/{pid}/fd");
+    let entries = std::fs::read_dir(&directory).with_context(|| directory.clone())?;
+    let is_uffd = |fd: &RawFd| {
+        let target = std::fs::read_link(format!("{directory}/{fd}"));
+        target.is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+    };
+    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_uffd);
+    match *numbers.collect::<Vec<RawFd>>().as_slice() {
+        [number] => pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).context("its userfaultfd"),
+        [] => bail!("process {pid} has no userfaultfd"),
+        _ => bail!("process {pid} has several userfaultfds"),
+    }
+}
+
+/// The guest's memory by what is registered with a userfaultfd (`um` among the VmFlags): one span, or the first 3 GiB and the
+/// rest.
+fn registered(smaps: &str) -> Result<Vec<Mapping>> {
+    let mut spans: Vec<(u64, u64, u64)> = Vec::new();
+    let (mut span, mut page_bytes) = ((0, 0), PAGE);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let addresses = first.split_once('-').and_then(|(a, b)| Some((hex(a)?, hex(b)?)));
+        if let Some((start, end)) = addresses.filter(|(start, end)| start < end) {
+            (span, page_bytes) = ((start, end), PAGE);
+        } else if first == "KernelPageSize:" {
+            page_bytes = words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(4) << 10;
+        } else if first == "VmFlags:" && words.any(|flag| flag == "um") {
+            match spans.last_mut() {
+                // A madvise of a part has split it.
+                Some(last) if last.1 == span.0 && last.2 == page_bytes => last.1 = span.1,
+                _ => spans.push((span.0, span.1, page_bytes)),
+            }
+        }
+    }
+    const LOW: u64 = 3 << 30;
+    spans.sort_by_key(|(start, end, _)| end - start != LOW);
+    let is_known = spans.len() == 1 || spans.len() == 2 && spans[0].1 - spans[0].0 == LOW;
+    ensure!(is_known, "{} spans of its memory are registered: which is which cannot be seen", spans.len());
+    let mut offset = 0;
+    let mapping = |(start, end, page_size): (u64, u64, u64)| {
+        let mapping = Mapping {
+            base_host_virt_addr: start,
+            size: end - start,
+            offset,
+            page_size: Some(page_size),
+            page_size_kib: None,
+        };
+        offset += end - start;
+        mapping
+    };
+    Ok(spans.into_iter().map(mapping).collect())
+}
+
+/// Makes the runtime directory of a daemon for Firecracker.
+///
+/// # Errors
+/// As [`RuntimeDir::create`].
+pub(crate) fn runtime_dir(root: &Path) -> Result<RuntimeDir> {
+    RuntimeDir::create(root, "firecracker")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const HUGE: u64 = 2 << 20;
+    const RECORDED: &str = r#"[{"base_host_virt_addr":139975064551424,"size":536870912,"offset":0,"page_size":4096,"page_size_kib":4096}]"#;
+
+    #[test]
+    fn what_firecracker_sends_is_understood_in_all_its_versions() {
+        let mappings = parse(RECORDED.as_bytes()).unwrap().unwrap();
+        assert_eq!((mappings.len(), mappings[0].size, mappings[0].page_bytes()), (1, 512 << 20, 4096));
+        for (text, bytes) in [
+            (r#""page_size_kib":4096"#, 4096),
+            (r#""page_size_kib":2097152"#, HUGE),
+            (r#""page_size":2097152,"page_size_kib":2097152"#, HUGE),
+            (r#""page_size_kib":2048"#, HUGE),
+            (r#""something_new":[1]"#, 4096),
+        ] {
+            let text = format!(r#"[{{"base_host_virt_addr":4096,"size":8192,"offset":0,{text}}}]"#);
+            assert_eq!(parse(text.as_bytes()).unwrap().unwrap()[0].page_bytes(), bytes, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_handshake_is_waited_for_and_garbage_is_not() {
+        for end in 0..RECORDED.len() {
+            assert!(parse(&RECORDED.as_bytes()[..end]).unwrap().is_none(), "{end}");
+        }
+        for garbage in ["{}", "[]", "hello", "[1]", r#"[{"size":1}]"#, "[] []", "\0"] {
+            assert!(parse(garbage.as_bytes()).is_err(), "{garbage:?}");
+        }
+        let twice = format!("{RECORDED}{RECORDED}");
+        assert!(parse(twice.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_guest_s_memory_is_found_among_its_mappings() {
+        let vma = |start: u64, end: u64, kib: u64, flags: &str| {
+            format!(
+                "{start:x}-{end:x} rw-p 00000000 00:00 0 \nSize: 4 kB\nKernelPageSize: {kib} kB\nVmFlags: rd wr {flags}\n"
+            )
+        };
+        let one = vma(0x1000, 0x2000, 4, "")
+            + &vma(0x10_0000, 0x18_0000, 4, "um")
+            + &vma(0x18_0000, 0x20_0000, 4, "um");
+        let found = registered(&one).unwrap();
+        assert_eq!((found.len(), found[0].base_host_virt_addr, found[0].size), (1, 0x10_0000, 0x10_0000));
+        let (low, high) = (0x7f00_0000_0000, 0x7e00_0000_0000);
+        let two = vma(high, high + (1 << 30), 2048, "um") + &vma(low, low + (3 << 30), 2048, "um");
+        let found = registered(&two).unwrap();
+        let offsets: Vec<_> =
+            found.iter().map(|m| (m.base_host_virt_addr, m.offset, m.page_bytes())).collect();
+        assert_eq!(offsets, [(low, 0, HUGE), (high, 3 << 30, HUGE)]);
+        assert!(registered(&vma(0, 4096, 4, "")).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_handshake_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&bytes);
+        }
+
+        #[test]
+        fn any_smaps_are_understood_or_refused(text in "([0-9a-f]{1,16}-[0-9a-f]{1,16}|VmFlags: um|KernelPageSize: [0-9]{1,20}|\n| ){0,20}") {
+            let _ = registered(&text);
+        }
+    }
+}

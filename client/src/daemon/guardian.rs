@@ -1,0 +1,117 @@
+//! The guardian: the small process that outlives a worker's death.
+//!
+//! The daemon is two processes with one table of descriptors. This one has a single thread, allocates nothing after its
+//! start, and does nothing but wait: when the worker is killed it clones another one, from its own memory as it was at
+//! the start, so that options, images and sockets are there at once. The worker has the sessions. What it has left (state
+//! files, descriptors, handshakes that nobody has taken) its successor finds in the table and in the runtime directory,
+//! and takes over: [`super::leftovers`].
+//!
+//! Whoever survives acts. When the guardian dies, its worker is told by a pidfd and goes on alone. When workers die one after
+//! another for as long as a fault may take, the guardian has one do what the loss policy says, and goes on trying.
+
+use super::kernel;
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid};
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+/// Before a worker is cloned that follows one which has not lived for long.
+const PAUSES: std::ops::Range<Duration> = Duration::from_millis(5)..Duration::from_secs(1);
+/// A worker that has lived so long has not died of what its predecessor died of.
+const LONG: Duration = Duration::from_secs(5);
+
+/// How a worker is started.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Turn {
+    /// It follows another one.
+    pub(crate) is_successor: bool,
+    /// Workers have died for as long as a fault may take: what is unresolved is lost.
+    pub(crate) is_last_resort: bool,
+    /// Who has started it.
+    pub(crate) guardian: Pid,
+}
+
+/// The signals that the daemon waits for. They are blocked in all of its threads.
+pub(crate) fn signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGUSR1].into_iter().collect()
+}
+
+/// Has `work` done by a worker, and by another one when that is killed, until one ends by itself; gives the status that it
+/// ends with. `on_ready` is called once, when a worker has told that it serves ([`tell_ready`]).
+///
+/// # Errors
+/// If this process has other threads, or no first worker can be had.
+pub(crate) fn guard(
+    patience: Duration,
+    mut on_ready: impl FnMut(),
+    mut work: impl FnMut(Turn) -> i32,
+) -> Result<i32> {
+    let threads = std::fs::read_dir("/proc/self/task").context("/proc/self/task")?.count();
+    ensure!(threads == 1, "the guardian has {threads} threads, and can have one only");
+    let signals = signals();
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None).context("blocking signals")?;
+    let mut turn = Turn { is_successor: false, is_last_resort: false, guardian: getpid() };
+    let mut pause = PAUSES.start;
+    let mut failing_since = None;
+    let mut is_ready = false;
+    loop {
+        let started = Instant::now();
+        let worker = start(turn, &mut work)?;
+        let end = loop {
+            // Fails for wrong arguments alone.
+            match signals.wait().context("waiting for signals")? {
+                Signal::SIGUSR1 if !is_ready => {
+                    is_ready = true;
+                    on_ready();
+                }
+                Signal::SIGTERM | Signal::SIGINT => drop(kill(worker, Signal::SIGTERM)),
+                Signal::SIGCHLD => match waitpid(worker, Some(WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::StillAlive) | Err(nix::Error::EINTR) => {}
+                    Ok(end) => break end,
+                    Err(error) => return Err(error).context("waiting for the worker"),
+                },
+                _ => {}
+            }
+        };
+        if let WaitStatus::Exited(_, status) = end {
+            return Ok(status);
+        }
+        eprintln!("postcopy: the worker {worker} was killed; another one takes over");
+        if started.elapsed() > LONG {
+            (pause, failing_since) = (PAUSES.start, None);
+        } else {
+            std::thread::park_timeout(pause);
+            pause = (pause * 2).min(PAUSES.end);
+        }
+        let since = *failing_since.get_or_insert_with(Instant::now);
+        // Once for each time that patience ends.
+        let is_last_resort = since.elapsed() > patience;
+        if is_last_resort {
+            failing_since = None;
+        }
+        turn = Turn { is_successor: true, is_last_resort, ..turn };
+    }
+}
+
+fn start(turn: Turn, work: &mut impl FnMut(Turn) -> i32) -> Result<Pid> {
+    #[expect(unsafe_code, reason = "a fork")]
+    // SAFETY: this process has one thread, which `guard` has seen to.
+    let child = unsafe { kernel::fork_sharing_descriptors() };
+    if let Some(worker) = child.context("starting a worker")? {
+        return Ok(worker);
+    }
+    let work = AssertUnwindSafe(|| work(turn));
+    match std::panic::catch_unwind(work) {
+        Ok(status) => kernel::exit_at_once(status),
+        // As if it had been killed: what it has left is taken over.
+        Err(_) => std::process::abort(),
+    }
+}
+
+/// Tells the guardian that this worker serves.
+pub(crate) fn tell_ready(turn: Turn) {
+    // It may have died.
+    let _ = kill(turn.guardian, Signal::SIGUSR1);
+}

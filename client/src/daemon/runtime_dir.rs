@@ -1,0 +1,237 @@
+//! The runtime directory: what outlives a daemon's worker, and what another daemon may take over.
+//!
+//! Each daemon has a directory of its own, on tmpfs: `lock`, which it holds as long as one of its two processes lives;
+//! `control`, a socket; and a state file for each session, named `KIND-PID-START-COOKIE`: the process and the time of its
+//! start, and the connection that it came over (SO_COOKIE), which are the same for every worker.
+
+use anyhow::{Context, Result, ensure};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct RuntimeDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// The name of a session.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SessionName {
+    /// What kind of program it is of: `vm` or `task`.
+    pub(crate) kind: String,
+    /// Its process.
+    pub(crate) pid: u32,
+    /// When that was started, in clock ticks since boot: another process with its pid has another time.
+    pub(crate) start: u64,
+    /// The connection that it came over; 0: none.
+    pub(crate) cookie: u64,
+}
+
+impl fmt::Display for SessionName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}-{:x}", self.kind, self.pid, self.start, self.cookie)
+    }
+}
+
+impl FromStr for SessionName {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let words: Vec<_> = text.split('-').collect();
+        let &[kind, pid, start, cookie] = words.as_slice() else { return Err(()) };
+        let name = Self {
+            kind: kind.to_owned(),
+            pid: pid.parse().map_err(drop)?,
+            start: start.parse().map_err(drop)?,
+            cookie: u64::from_str_radix(cookie, 16).map_err(drop)?,
+        };
+        // There is one way to write it.
+        if !kind.is_empty() && name.to_string() == text { Ok(name) } else { Err(()) }
+    }
+}
+
+impl SessionName {
+    /// Whether its process is alive.
+    pub(crate) fn is_alive(&self) -> bool {
+        start_of(self.pid).is_ok_and(|start| start == self.start)
+    }
+}
+
+/// When a process was started, in clock ticks since boot: field 22 of proc_pid_stat(5).
+///
+/// # Errors
+/// If there is no such process.
+pub(crate) fn start_of(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name in parentheses may hold anything; the state after it is field 3.
+    let start = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok());
+    start.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Where daemons have their directories unless they are told otherwise.
+pub(crate) fn default_root() -> PathBuf {
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !rustix::process::geteuid().is_root());
+    of_user.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("postcopy")
+}
+
+impl RuntimeDir {
+    /// Makes one below `root`, and removes those of daemons that have died and can be of no use.
+    ///
+    /// # Errors
+    /// If it cannot be made, or is not in memory.
+    pub(crate) fn create(root: &Path, name: &str) -> Result<Self> {
+        let shown = root.display();
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(root).with_context(|| shown.to_string())?;
+        let kind = rustix::fs::statfs(root).with_context(|| shown.to_string())?.f_type;
+        ensure!(
+            [TMPFS_MAGIC, RAMFS_MAGIC].contains(&i128::from(kind)),
+            "{shown} is not on tmpfs: page states are kept there (--runtime-dir)"
+        );
+        clean(root);
+        let directory = |n: u32| {
+            let path = root.join(format!("{name}-{}-{n}", std::process::id()));
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                // Of another daemon whose starter had this pid.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => None,
+                created => Some(created.map(|()| path.clone()).with_context(|| path.display().to_string())),
+            }
+        };
+        let path = (0..).find_map(directory).expect("some number is free")?;
+        let lock = lock(&path)?.context("its lock is taken")?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The state file of a session, made if there is none.
+    ///
+    /// # Errors
+    /// Whatever open(2) answers.
+    pub(crate) fn state(&self, session: &SessionName) -> io::Result<File> {
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.path.join(session.to_string()))
+    }
+
+    /// The sessions that have a state file.
+    ///
+    /// # Errors
+    /// Whatever readdir(3) answers.
+    pub(crate) fn sessions(&self) -> io::Result<Vec<SessionName>> {
+        sessions_in(&self.path)
+    }
+
+    /// Removes the state file of a session that has ended.
+    pub(crate) fn remove(&self, session: &SessionName) {
+        // It may not have had one yet.
+        let _ = fs::remove_file(self.path.join(session.to_string()));
+    }
+
+    /// The daemon ends: nothing stays but the state files of what somebody may take over.
+    pub(crate) fn leave(&self) {
+        for name in ["control", "finished"] {
+            let _ = fs::remove_file(self.path.join(name));
+        }
+        if self.sessions().is_ok_and(|sessions| sessions.is_empty()) {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+const TMPFS_MAGIC: i128 = 0x0102_1994;
+const RAMFS_MAGIC: i128 = 0x8584_58f6;
+
+/// Takes a directory's lock; None: its daemon lives.
+fn lock(directory: &Path) -> Result<Option<File>> {
+    let path = directory.join("lock");
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR);
+    let file: File = file.with_context(|| path.display().to_string())?.into();
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error).with_context(|| path.display().to_string()),
+    }
+}
+
+fn sessions_in(directory: &Path) -> io::Result<Vec<SessionName>> {
+    let names = fs::read_dir(directory)?.flatten().map(|entry| entry.file_name());
+    Ok(names.filter_map(|name| name.to_str()?.parse().ok()).collect())
+}
+
+/// The directories of all daemons, those that have died, too.
+pub(crate) fn all(root: &Path) -> Vec<PathBuf> {
+    fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// Removes what no one can use of daemons that have died: state files of programs that have ended, and of CRIU's, whose
+/// userfaultfd has died with their daemon.
+fn clean(root: &Path) {
+    for directory in all(root) {
+        let Ok(Some(_lock)) = lock(&directory) else { continue };
+        let sessions = sessions_in(&directory).unwrap_or_default();
+        let is_useful = |session: &SessionName| session.kind == "vm" && session.is_alive();
+        for session in sessions.iter().filter(|session| !is_useful(session)) {
+            let _ = fs::remove_file(directory.join(session.to_string()));
+        }
+        if !sessions.iter().any(is_useful) {
+            let _ = fs::remove_dir_all(&directory);
+        }
+    }
+}
+
+/// The state file of a virtual machine whose daemon has died altogether: moves it to `to`.
+///
+/// # Errors
+/// If its daemon lives, or it cannot be moved.
+pub(crate) fn take_over(root: &Path, pid: u32, to: &RuntimeDir) -> Result<Option<SessionName>> {
+    for directory in all(root) {
+        let of_pid = |session: &SessionName| session.kind == "vm" && session.pid == pid && session.is_alive();
+        let sessions = sessions_in(&directory).unwrap_or_default();
+        let Some(session) = sessions.into_iter().find(of_pid) else { continue };
+        let held = lock(&directory)?;
+        ensure!(held.is_some(), "process {pid} is served by a daemon that lives: {}", directory.display());
+        let adopted = SessionName { cookie: 0, ..session.clone() };
+        fs::rename(directory.join(session.to_string()), to.path.join(adopted.to_string()))
+            .with_context(|| format!("the state file {session}"))?;
+        return Ok(Some(adopted));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn this_process_is_alive_and_its_pid_at_another_time_is_not() {
+        let pid = std::process::id();
+        let name = SessionName { kind: "vm".into(), pid, start: start_of(pid).unwrap(), cookie: 0xabc };
+        assert!(name.is_alive());
+        assert!(!SessionName { start: name.start + 1, ..name.clone() }.is_alive());
+        assert_eq!(name.to_string().parse(), Ok(name));
+    }
+
+    proptest! {
+        #[test]
+        fn any_name_is_a_session_s_or_none(name in "(vm|task|)?(-[0-9a-fx+]{0,20}){0,5}") {
+            if let Ok(session) = name.parse::<SessionName>() {
+                prop_assert_eq!(session.to_string(), name);
+            }
+        }
+    }
+}

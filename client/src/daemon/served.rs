@@ -1,0 +1,209 @@
+//! A session that is brought back when it fails: the daemon's view of one.
+
+use super::Setup;
+use super::guardian::Turn;
+use super::kernel;
+use super::runtime_dir::SessionName;
+use anyhow::{Context, Result};
+use postcopy::state::{self, StateError};
+use postcopy::{ForeignMemory, ForeignRegion, Image, LossPolicy, Session, SessionError};
+use rustix::process::Signal;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Between attempts to bring a session back that fails at once.
+const PAUSE: Duration = Duration::from_millis(20);
+/// Making 64 GiB SIGBUS takes 3 s.
+const END: Duration = Duration::from_secs(60);
+
+/// What a look at a session has shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// It serves.
+    Serving,
+    /// It serves, and all is there.
+    Resident,
+    /// Its processes have exited, or it has been ended.
+    Ended,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) name: SessionName,
+    setup: Arc<Setup>,
+    state: File,
+    /// Held for taking and replacing it alone.
+    session: Mutex<Arc<Session>>,
+    /// Since when it has failed again and again.
+    failing: Mutex<Option<Instant>>,
+    has_reported: AtomicBool,
+    is_alone: AtomicBool,
+}
+
+impl Served {
+    /// Takes memory of a process on.
+    ///
+    /// # Errors
+    /// As [`Session::attach`].
+    pub(crate) fn attach(
+        setup: &Arc<Setup>,
+        name: SessionName,
+        image: &Arc<Image>,
+        uffd: BorrowedFd<'_>,
+        regions: &[ForeignRegion],
+        is_registered: bool,
+    ) -> Result<Self> {
+        let state = setup.runtime.state(&name).with_context(|| format!("the state file {name}"))?;
+        let memory = ForeignMemory { uffd, regions, state: Some(&state), pid: Some(name.pid), is_registered };
+        match Session::attach(&setup.address, Arc::clone(image), setup.options, &memory) {
+            Ok(session) => Ok(Self::new(setup, name, state, session)),
+            Err(error) => {
+                setup.runtime.remove(&name);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes on what another worker has left; None: it had not begun with this one.
+    ///
+    /// # Errors
+    /// As [`Session::resume`].
+    pub(crate) fn resume(setup: &Arc<Setup>, name: SessionName, turn: Turn) -> Result<Option<Self>> {
+        let state = setup.runtime.state(&name).with_context(|| format!("the state file {name}"))?;
+        let session = match resume(setup, &state) {
+            Ok(session) => session,
+            Err(SessionError::State(StateError::Empty)) => return Ok(None),
+            Err(SessionError::State(StateError::Ended)) => {
+                setup.runtime.remove(&name);
+                return Ok(None);
+            }
+            Err(error) => return Err(error).with_context(|| format!("session {name}")),
+        };
+        let served = Self::new(setup, name, state, session);
+        if turn.is_last_resort {
+            served.lose();
+        }
+        Ok(Some(served))
+    }
+
+    fn new(setup: &Arc<Setup>, name: SessionName, state: File, session: Session) -> Self {
+        Self {
+            name,
+            setup: Arc::clone(setup),
+            state,
+            session: Mutex::new(Arc::new(session)),
+            failing: Mutex::default(),
+            has_reported: AtomicBool::new(false),
+            is_alone: AtomicBool::new(false),
+        }
+    }
+
+    /// The session as it is at the moment.
+    pub(crate) fn session(&self) -> Arc<Session> {
+        Arc::clone(&self.session.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Nobody comes after this worker.
+    pub(crate) fn set_alone(&self) {
+        self.is_alone.store(true, Ordering::Release);
+        self.session().has_no_successor();
+    }
+
+    /// Looks how it is; brings it back if it has failed.
+    pub(crate) fn look(&self) -> Status {
+        let session = self.session();
+        if let Some(reason) = session.error()
+            && !self.has_reported.swap(true, Ordering::Relaxed)
+        {
+            tracing::error!("process {}: {reason}", self.name.pid);
+        }
+        if session.is_left() {
+            self.bring_back();
+            return Status::Serving;
+        }
+        match session.wait_end(Duration::ZERO) {
+            true => Status::Ended,
+            false if session.is_resident() => Status::Resident,
+            false => Status::Serving,
+        }
+    }
+
+    fn bring_back(&self) {
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = *failing.get_or_insert_with(Instant::now);
+        std::thread::park_timeout(PAUSE);
+        match resume(&self.setup, &self.state) {
+            Ok(session) => {
+                tracing::warn!("process {}: its session has failed, and goes on", self.name.pid);
+                *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(session);
+                self.has_reported.store(false, Ordering::Relaxed);
+                if self.is_alone.load(Ordering::Acquire) {
+                    self.set_alone();
+                }
+            }
+            Err(error) => {
+                let error = anyhow::Error::from(error);
+                tracing::error!(
+                    "process {}: its session has failed, and does so again: {error:#}",
+                    self.name.pid
+                );
+            }
+        }
+        if since.elapsed() > self.setup.options.fault_deadline {
+            self.lose();
+            *failing = None;
+        }
+    }
+
+    /// Nobody can serve it: does what the loss policy says.
+    fn lose(&self) {
+        let session = self.session();
+        match self.setup.options.on_loss {
+            LossPolicy::Wait => return,
+            LossPolicy::Kill => drop(session.signal_owners(Signal::KILL)),
+            LossPolicy::Pause => drop(session.signal_owners(Signal::STOP)),
+            LossPolicy::Poison => drop(session.close(END)),
+        }
+        tracing::error!("process {}: its memory is lost: {:?}", self.name.pid, self.setup.options.on_loss);
+    }
+
+    /// Ends it in order: what is absent is SIGBUS from then on.
+    pub(crate) fn end(&self) {
+        if !self.session().close(END) {
+            tracing::error!("process {}: its session does not end", self.name.pid);
+        }
+        self.setup.runtime.remove(&self.name);
+    }
+
+    /// Ends serving it, and leaves it to whoever takes it over.
+    pub(crate) fn leave(&self) {
+        if !self.session().leave(END) {
+            tracing::error!("process {}: its session does not end", self.name.pid);
+        }
+    }
+}
+
+/// Goes on with a session, and closes the descriptors that it was served by before.
+fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
+    let listed = state::descriptors(file)?;
+    #[expect(unsafe_code, reason = "descriptors by number")]
+    let by_number = |fd| {
+        // SAFETY: whoever had it has left it open, and nobody closes it before the session has been resumed.
+        Some(
+            setup.adopted.as_ref().map_or_else(|| unsafe { kernel::borrow_number(fd) }, |uffd| uffd.borrow()),
+        )
+    };
+    let session = Session::resume(&setup.address, &setup.images, file, by_number)?;
+    for fd in listed.into_iter().filter(|fd| !setup.base.contains(fd)) {
+        #[expect(unsafe_code, reason = "a descriptor that nobody owns")]
+        // SAFETY: it was left open, and the session has a duplicate of it.
+        unsafe {
+            kernel::close_number(fd);
+        }
+    }
+    Ok(session)
+}

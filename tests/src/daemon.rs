@@ -1,0 +1,218 @@
+//! `postcopy firecracker` and `postcopy criu`: a guardian and its worker.
+
+use crate::cli::postcopy;
+use crate::wait_until;
+use postcopy::ServerAddress;
+use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use tempfile::TempDir;
+
+/// A running daemon; both of its processes are killed when it is dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    said: Arc<Mutex<Vec<String>>>,
+    runtime: Option<TempDir>,
+    root: PathBuf,
+    /// Every worker that was seen.
+    worker: Option<Pid>,
+}
+
+/// A directory for daemons, in memory.
+///
+/// # Panics
+/// If there is none to be had.
+#[must_use]
+pub fn runtime_root() -> TempDir {
+    tempfile::Builder::new().prefix("postcopy-").tempdir_in("/dev/shm").expect("memory")
+}
+
+impl Daemon {
+    /// Starts one with these arguments, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not come up; with what it said.
+    #[must_use]
+    pub fn start<A: AsRef<OsStr>>(server: &ServerAddress, args: impl IntoIterator<Item = A>) -> Self {
+        let runtime = runtime_root();
+        let mut daemon = Self::start_in(runtime.path(), server, args);
+        daemon.runtime = Some(runtime);
+        daemon
+    }
+
+    /// The same with a runtime directory.
+    ///
+    /// # Panics
+    /// As there.
+    #[must_use]
+    pub fn start_in<A: AsRef<OsStr>>(
+        root: &Path,
+        server: &ServerAddress,
+        args: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let daemon = Self::spawn(root, server, args);
+        let started = std::time::Instant::now();
+        while !daemon.has_said("ready: ") {
+            let ended = rustix::process::test_kill_process(Pid::from_child(&daemon.child)).is_err();
+            assert!(!ended && started.elapsed().as_secs() < 60, "it does not serve: {:?}", daemon.said());
+            std::thread::park_timeout(std::time::Duration::from_millis(2));
+            if daemon.said().iter().any(|line| line.starts_with("error")) {
+                panic!("it does not serve: {:?}", daemon.said());
+            }
+        }
+        daemon
+    }
+
+    /// Starts one, and does not wait.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn spawn<A: AsRef<OsStr>>(
+        root: &Path,
+        server: &ServerAddress,
+        args: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let mut command = postcopy(server, args);
+        command.arg("--runtime-dir").arg(root).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("it can be started");
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        read_into(&said, stdout);
+        read_into(&said, stderr);
+        Self { child, said, runtime: None, root: root.to_owned(), worker: None }
+    }
+
+    /// What it has said so far, on both of its streams.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn said(&self) -> Vec<String> {
+        self.said.lock().expect("nobody panics with it").clone()
+    }
+
+    /// Whether it has said something.
+    #[must_use]
+    pub fn has_said(&self, what: &str) -> bool {
+        self.said().iter().any(|line| line.contains(what))
+    }
+
+    /// Waits until it has said something.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn assert_says(&self, what: &str) {
+        let started = std::time::Instant::now();
+        while !self.has_said(what) {
+            assert!(started.elapsed().as_secs() < 60, "it does not say {what:?}: {:#?}", self.said());
+            std::thread::park_timeout(std::time::Duration::from_millis(3));
+        }
+    }
+
+    /// Its runtime directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Its guardian.
+    #[must_use]
+    pub fn guardian(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its worker, as it is now.
+    ///
+    /// # Panics
+    /// If there is none within a minute.
+    pub fn worker(&mut self) -> Pid {
+        let path = format!("/proc/{0}/task/{0}/children", self.guardian());
+        let mut found = None;
+        wait_until("a worker", || {
+            let children = std::fs::read_to_string(&path).unwrap_or_default();
+            found = children.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+            found.is_some()
+        });
+        self.worker = found;
+        found.expect("it was found")
+    }
+
+    /// Kills its worker; another one comes.
+    pub fn kill_worker(&mut self) {
+        let worker = self.worker();
+        let _ = kill_process(worker, Signal::KILL);
+    }
+
+    /// Kills its guardian alone.
+    pub fn kill_guardian(&mut self) {
+        self.worker();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Kills both at once: the guardian first, so that no other worker comes.
+    pub fn kill(&mut self) {
+        if self.worker.is_none() && matches!(self.child.try_wait(), Ok(None)) {
+            self.worker();
+        }
+        let worker = match self.child.try_wait() {
+            Ok(None) => {
+                let _ = kill_process(Pid::from_child(&self.child), Signal::STOP);
+                Some(self.worker_now().or(self.worker))
+            }
+            _ => Some(self.worker),
+        };
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if let Some(worker) = worker.flatten() {
+            let _ = kill_process(worker, Signal::KILL);
+        }
+    }
+
+    fn worker_now(&self) -> Option<Pid> {
+        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.guardian()));
+        children.ok()?.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?))
+    }
+
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Panics
+    /// If it does not within a minute.
+    pub fn wait(&mut self) -> ExitStatus {
+        let mut ended = None;
+        let started = std::time::Instant::now();
+        while ended.is_none() {
+            assert!(started.elapsed().as_secs() < 60, "it does not end: {:#?}", self.said());
+            ended = self.child.try_wait().expect("it is our child");
+            std::thread::park_timeout(std::time::Duration::from_millis(3));
+        }
+        self.worker = None;
+        ended.expect("it has ended")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn read_into(said: &Arc<Mutex<Vec<String>>>, stream: impl std::io::Read + Send + 'static) {
+    let said = Arc::clone(said);
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            eprintln!("{line}");
+            said.lock().expect("nobody panics with it").push(line);
+        }
+    });
+}
