@@ -1,5 +1,6 @@
 //! The command line: what there is to say is here, what it does in `cli/*.rs` and in the library.
 
+mod archive;
 mod bench;
 mod daemons;
 mod doctor;
@@ -34,7 +35,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Store a file or a directory tree as an image
+    /// Store a file or a directory tree as an image; a checkpoint's archive (.tar, .tar.gz, .tar.zst) as what is in it
     #[command(after_help = "Example:\n  postcopy push ./snapshot vm/web:v1 --chunk-size 65536")]
     Push {
         /// The file or directory
@@ -49,12 +50,20 @@ enum Command {
         level: i32,
     },
     /// Write an image's files to a new directory
-    #[command(after_help = "Example:\n  postcopy pull vm/web:v1 ./snapshot")]
+    #[command(
+        after_help = "Examples:\n  postcopy pull vm/web:v1 ./snapshot\n  postcopy pull vm/web:v1 ./state --only '*.state'\n  postcopy pull app:v1 ./images --criu"
+    )]
     Pull {
         /// name, name:tag or name@blake3:…
         reference: Reference,
         /// The directory: does not exist, or is empty
         directory: PathBuf,
+        /// Only the files whose paths match: * and ? within a name, ** across directories; may be given several times
+        #[arg(long, value_name = "GLOB")]
+        only: Vec<globset::Glob>,
+        /// CRIU's images without the lazy memory: what `criu restore --lazy-pages` reads itself
+        #[arg(long, conflicts_with = "only")]
+        criu: bool,
     },
     /// List the references of the server
     #[command(after_help = "Example:\n  postcopy ls --json")]
@@ -127,6 +136,8 @@ pub(crate) fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("POSTCOPY_LOG");
     tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|_| level.into()))
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
         .with_writer(std::io::stderr)
         .init();
     let output = Output { json: cli.json };
@@ -146,7 +157,10 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
             let options = postcopy::push::PushOptions { chunk_size, level };
             images::push(server()?, &path, &reference, options, output)
         }
-        Command::Pull { reference, directory } => images::pull(server()?, &reference, &directory, output),
+        Command::Pull { reference, directory, only, criu } => {
+            let part = if criu { images::Part::Criu } else { images::Part::of(only)? };
+            images::pull(server()?, &reference, &directory, part, output)
+        }
         Command::Ls => images::list(server()?, output),
         Command::Inspect { reference } => images::inspect(server()?, &reference, output),
         Command::Verify { reference } => images::verify(server()?, &reference, output),

@@ -10,6 +10,7 @@ use postcopy_proto::path::ImagePath;
 use postcopy_proto::v1;
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::task::JoinSet;
 
 /// The most chunks of one request, and so the most that are in flight beside those being decoded: 32 MiB at 64 KiB.
@@ -30,6 +31,15 @@ pub struct Damage {
     pub chunk: ChunkIndex,
     /// What is wrong.
     pub reason: String,
+}
+
+/// What fetching has brought.
+#[derive(Debug, Default)]
+pub(crate) struct Fetched {
+    /// What could not be fetched.
+    pub(crate) damaged: Vec<Damage>,
+    /// Bytes of the frames that came.
+    pub(crate) frame_bytes: u64,
 }
 
 /// The chunks of an image that are not zero, each digest once if `distinct`.
@@ -60,16 +70,16 @@ pub(crate) async fn fetch(
     image: &Arc<Image>,
     chunks: Vec<u64>,
     sink: Arc<Sink>,
-) -> Result<Vec<Damage>, RemoteError> {
+) -> Result<Fetched, RemoteError> {
     let files = image.root().files().filter(|(_, file)| file.size_bytes > 0);
     let files: Arc<[_]> = files.map(|(path, file)| (path.clone(), *file)).collect();
-    let fetch = Fetch { image: Arc::clone(image), files, sink };
-    let damaged = fetch.pass(address, &chunks, 0).await?;
-    if damaged.is_empty() {
-        return Ok(damaged);
+    let fetch = Fetch { image: Arc::clone(image), files, sink, frame_bytes: Arc::default() };
+    let mut damaged = fetch.pass(address, &chunks, 0).await?;
+    if !damaged.is_empty() {
+        let again: Vec<u64> = damaged.iter().map(|damage| damage.chunk.0).collect();
+        damaged = fetch.pass(address, &again, 1).await?;
     }
-    let again: Vec<u64> = damaged.iter().map(|damage| damage.chunk.0).collect();
-    fetch.pass(address, &again, 1).await
+    Ok(Fetched { damaged, frame_bytes: fetch.frame_bytes.load(Ordering::Relaxed) })
 }
 
 #[derive(Clone)]
@@ -77,6 +87,7 @@ struct Fetch {
     image: Arc<Image>,
     files: Arc<[(ImagePath, FileEntry)]>,
     sink: Arc<Sink>,
+    frame_bytes: Arc<AtomicU64>,
 }
 
 impl Fetch {
@@ -160,6 +171,7 @@ impl Fetch {
             return Err("it was not asked for".into());
         };
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
+        self.frame_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
         pages.decode(&self.image, file, chunk, &digest, frame)?;
         let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
         (self.sink)(path, offset as u64, pages)

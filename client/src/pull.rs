@@ -2,14 +2,17 @@
 
 use crate::chunk::ChunkPages;
 use crate::fetch::{Damage, data_chunks, fetch};
-use crate::image::Image;
+use crate::image::{Content, Image};
 use crate::remote::{Remote, RemoteError};
-use postcopy_proto::manifest::EntryKind;
+use postcopy_proto::manifest::{Entry, EntryKind};
+use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::path::ImagePath;
 use postcopy_proto::reference::Reference;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -45,10 +48,12 @@ pub struct PullReport {
     pub image: postcopy_proto::digest::Digest,
     /// Number of entries: files, symbolic links and empty directories.
     pub entries: usize,
-    /// Bytes of all files.
+    /// Bytes of these files.
     pub size_bytes: u64,
     /// Chunks that were fetched and verified.
     pub chunks: u64,
+    /// Bytes of their frames: what came over the wire, but for manifests and headers.
+    pub frame_bytes: u64,
 }
 
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PullError {
@@ -63,76 +68,185 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PullError {
 pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport, PullError> {
     let (image, segments) = remote.open(reference, &[], true).await?;
     segments.all_into(&image).await?;
-    let chunks = chunks_of(remote, &image, true)?;
-    fetch_all(remote, &image, chunks, Arc::new(|_, _, _| Ok(()))).await
+    let chunks = data_chunks(&image, true).map_err(|segment| missing(remote, &image, segment))?;
+    let (entries, size_bytes) = (image.root().entries().len(), image.root().size_bytes());
+    let mut report = PullReport { image: image.digest(), entries, size_bytes, chunks: 0, frame_bytes: 0 };
+    fetch_into(&mut report, remote, &image, chunks, Arc::new(|_, _, _| Ok(()))).await?;
+    Ok(report)
 }
 
-/// Writes the files of an image to the directory `target`, which must not exist or be empty. The zeros of files become
-/// holes. The files appear in a directory beside the target, or in it where it is there, and are renamed when all are
-/// complete.
+/// Writes the files of an image to the directory `target`, which must not exist or be empty.
 ///
 /// # Errors
 /// [`PullError`]; the target is as it was then.
 pub async fn pull(remote: &Remote, reference: &Reference, target: &Path) -> Result<PullReport, PullError> {
-    let occupied = match fs::read_dir(target) {
-        Ok(mut entries) => entries.next().is_some(),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    };
-    if occupied {
-        return Err(PullError::Exists(target.to_owned()));
-    }
-    let (image, segments) = remote.open(reference, &[], true).await?;
-    segments.all_into(&image).await?;
-    let chunks = chunks_of(remote, &image, false)?;
+    let mut pulling = Pulling::begin(remote, reference, target, |_| true).await?;
+    let all = pulling.extents_of(|_| true);
+    pulling.fetch(all).await?;
+    pulling.finish()
+}
 
-    let partial = Partial::create(target)?;
-    create_entries(&image, &partial.0)?;
-    let directory = partial.0.clone();
-    // Opened for each chunk: an image may have more files than a process may have open.
-    let sink = move |path: &ImagePath, offset: u64, pages: &ChunkPages| {
-        let file = File::options().write(true).open(local(&directory, path)).map_err(|e| e.to_string())?;
-        for (at, bytes) in pages.held_bytes() {
-            file.write_all_at(bytes, offset + at as u64).map_err(|e| e.to_string())?;
+/// A part of a file: its path in the image, and which of its bytes.
+pub type Extent = (ImagePath, Range<u64>);
+
+/// Files of an image that are being written to a directory. The zeros of files, and what is not fetched, are holes. They
+/// appear in a directory beside the target, or in it where it is there, and are renamed when all are complete; if this is
+/// dropped before, nothing has happened.
+#[derive(Debug)]
+pub struct Pulling {
+    remote: Remote,
+    image: Arc<Image>,
+    partial: Partial,
+    target: PathBuf,
+    wanted: Vec<Entry>,
+    report: PullReport,
+}
+
+impl Pulling {
+    /// Makes the files that `is_wanted`, of the lengths that they have; the target must not exist, or be empty.
+    ///
+    /// # Errors
+    /// [`PullError`]; nothing has happened then.
+    pub async fn begin(
+        remote: &Remote,
+        reference: &Reference,
+        target: &Path,
+        is_wanted: impl Fn(&ImagePath) -> bool,
+    ) -> Result<Self, PullError> {
+        let occupied = match fs::read_dir(target) {
+            Ok(mut entries) => entries.next().is_some(),
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        };
+        if occupied {
+            return Err(PullError::Exists(target.to_owned()));
         }
-        Ok(())
-    };
-    let report = fetch_all(remote, &image, chunks, Arc::new(sink)).await?;
-    for (path, _) in image.root().files() {
-        let path = local(&partial.0, path);
-        File::open(&path).and_then(|file| file.sync_all()).map_err(file_error(&path))?;
+        let (image, segments) = remote.open(reference, &[], true).await?;
+        segments.all_into(&image).await?;
+        let wanted: Vec<_> =
+            image.root().entries().iter().filter(|entry| is_wanted(&entry.path)).cloned().collect();
+        let partial = Partial::create(target)?;
+        create_entries(&wanted, &partial.0)?;
+        let size_bytes = wanted.iter().map(size_of_entry).sum();
+        let report = PullReport {
+            image: image.digest(),
+            entries: wanted.len(),
+            size_bytes,
+            chunks: 0,
+            frame_bytes: 0,
+        };
+        Ok(Self { remote: remote.clone(), image, partial, target: target.to_owned(), wanted, report })
     }
-    partial.rename(target)?;
-    Ok(report)
+
+    /// The image.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// Where the files are for the time being.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.partial.0
+    }
+
+    /// All of those files that were made and that `is_meant`.
+    pub fn extents_of(&self, is_meant: impl Fn(&ImagePath) -> bool) -> Vec<Extent> {
+        let meant = self.wanted.iter().filter(|entry| is_meant(&entry.path));
+        meant.map(|entry| (entry.path.clone(), 0..size_of_entry(entry))).collect()
+    }
+
+    /// Fetches parts of files that were made, and writes them. What lies beyond a file's end is nothing.
+    ///
+    /// # Errors
+    /// [`PullError`].
+    pub async fn fetch(&mut self, extents: Vec<Extent>) -> Result<(), PullError> {
+        let mut parts: BTreeMap<ImagePath, Vec<Range<u64>>> = BTreeMap::new();
+        for (path, bytes) in extents {
+            parts.entry(path).or_default().push(bytes);
+        }
+        let chunk_bytes = self.image.root().chunk_size().bytes() as u64;
+        let mut chunks = BTreeSet::new();
+        for (path, parts) in &parts {
+            let Some(file) = self.image.file(path.as_bytes()) else { continue };
+            for bytes in parts {
+                let end = bytes.end.min(file.size_bytes).div_ceil(chunk_bytes);
+                let first = file.first_chunk.0;
+                chunks.extend(first + bytes.start / chunk_bytes..first + end);
+            }
+        }
+        let mut data = Vec::new();
+        for chunk in chunks {
+            match self.image.content(ChunkIndex(chunk)) {
+                Content::Data(_) => data.push(chunk),
+                Content::Zero => {}
+                Content::SegmentMissing(segment) => {
+                    return Err(missing(&self.remote, &self.image, segment).into());
+                }
+                Content::OutOfRange => unreachable!("bounded by the file's length"),
+            }
+        }
+        let directory = self.partial.0.clone();
+        // Opened for each chunk: an image may have more files than a process may have open.
+        let sink = move |path: &ImagePath, offset: u64, pages: &ChunkPages| {
+            let file =
+                File::options().write(true).open(local(&directory, path)).map_err(|e| e.to_string())?;
+            for (at, bytes) in pages.held_bytes() {
+                let start = offset + at as u64;
+                for part in &parts[path] {
+                    let (from, to) = (part.start.max(start), part.end.min(start + bytes.len() as u64));
+                    if from < to {
+                        let bytes = &bytes[to_usize(from - start)..to_usize(to - start)];
+                        file.write_all_at(bytes, from).map_err(|e| e.to_string())?;
+                    }
+                }
+            }
+            Ok(())
+        };
+        fetch_into(&mut self.report, &self.remote, &self.image, data, Arc::new(sink)).await
+    }
+
+    /// Nothing more is to come: the files are the target's from here on.
+    ///
+    /// # Errors
+    /// [`PullError::File`].
+    pub fn finish(self) -> Result<PullReport, PullError> {
+        for entry in self.wanted.iter().filter(|entry| matches!(entry.kind, EntryKind::File(_))) {
+            let path = local(&self.partial.0, &entry.path);
+            File::open(&path).and_then(|file| file.sync_all()).map_err(file_error(&path))?;
+        }
+        self.partial.rename(&self.target)?;
+        Ok(self.report)
+    }
 }
 
-fn chunks_of(remote: &Remote, image: &Image, distinct: bool) -> Result<Vec<u64>, RemoteError> {
-    data_chunks(image, distinct).map_err(|segment| {
-        remote
-            .address()
-            .wrong(format!("manifest of {}", image.digest()), format!("segment {segment} is left out"))
-    })
+fn size_of_entry(entry: &Entry) -> u64 {
+    if let EntryKind::File(file) = &entry.kind { file.size_bytes } else { 0 }
 }
 
-async fn fetch_all(
+fn missing(remote: &Remote, image: &Image, segment: u32) -> RemoteError {
+    let what = format!("manifest of {}", image.digest());
+    remote.address().wrong(what, format!("segment {segment} is left out"))
+}
+
+async fn fetch_into(
+    report: &mut PullReport,
     remote: &Remote,
     image: &Arc<Image>,
     chunks: Vec<u64>,
     sink: Arc<crate::fetch::Sink>,
-) -> Result<PullReport, PullError> {
+) -> Result<(), PullError> {
     let count = chunks.len() as u64;
-    let damaged = fetch(remote.address(), image, chunks, sink).await?;
-    if !damaged.is_empty() {
-        return Err(PullError::Damaged(damaged));
+    let fetched = fetch(remote.address(), image, chunks, sink).await?;
+    if !fetched.damaged.is_empty() {
+        return Err(PullError::Damaged(fetched.damaged));
     }
-    Ok(PullReport {
-        image: image.digest(),
-        entries: image.root().entries().len(),
-        size_bytes: image.root().size_bytes(),
-        chunks: count,
-    })
+    report.chunks += count;
+    report.frame_bytes += fetched.frame_bytes;
+    Ok(())
 }
 
 /// A directory beside the target, or in it where it is there, that is removed unless it becomes the target.
+#[derive(Debug)]
 struct Partial(PathBuf);
 
 impl Partial {
@@ -186,8 +300,8 @@ fn local(directory: &Path, path: &ImagePath) -> PathBuf {
     directory.join(OsStr::from_bytes(path.as_bytes()))
 }
 
-fn create_entries(image: &Image, directory: &Path) -> Result<(), PullError> {
-    for entry in image.root().entries() {
+fn create_entries(entries: &[Entry], directory: &Path) -> Result<(), PullError> {
+    for entry in entries {
         let path = local(directory, &entry.path);
         let parent = path.parent().unwrap_or(directory);
         fs::create_dir_all(parent).map_err(file_error(parent))?;

@@ -40,6 +40,8 @@ const PACK_BYTES: usize = 16 << 20;
 const UPLOADS: usize = 3;
 /// How often a commit is tried whose chunks were collected as garbage meanwhile.
 const COMMITS: usize = 4;
+/// Where a path is taken for one that goes round and round.
+const MAX_PATH_BYTES: usize = 1024;
 
 /// How to push.
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +109,9 @@ pub enum PushError {
     /// A name that images cannot have.
     #[error(transparent)]
     Path(#[from] PathError),
+    /// A chain of CRIU's incremental images that does not end.
+    #[error("{0}: the links of incremental images lead round and round")]
+    Parents(PathBuf),
     /// An image that cannot be.
     #[error("the image cannot be made")]
     Manifest(#[from] ManifestError),
@@ -126,7 +131,8 @@ pub type OnProgress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 /// Pushes the file or the directory tree at `path` as `reference`.
 ///
 /// Symbolic links and empty directories are kept, the executable bit, too; owners and times are not. A single file is
-/// stored under its own name.
+/// stored under its own name. In a directory of CRIU's images the link `parent` is followed: what it leads to is stored as
+/// the directory `parent`.
 ///
 /// # Errors
 /// [`PushError`]; the reference is as it was then.
@@ -176,6 +182,14 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
         return Err(PushError::Kind(root.to_owned()));
     }
     let mut sources = Vec::new();
+    collect_below(root, &[], &mut sources)?;
+    sources.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(sources)
+}
+
+/// What is below a directory; `prefix` comes before its paths.
+fn collect_below(root: &Path, prefix: &[u8], sources: &mut Vec<Source>) -> Result<(), PushError> {
+    let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
     for entry in walkdir::WalkDir::new(root).min_depth(1).follow_root_links(true) {
         let entry = entry.map_err(|e| {
             let path = e.path().unwrap_or(root).to_owned();
@@ -183,6 +197,16 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
         })?;
         let from = entry.path().to_owned();
         let metadata = entry.metadata().map_err(|e| file_error(&from, e.into()))?;
+        let relative = from.strip_prefix(root).expect("walkdir stays below its root");
+        let path = [prefix, relative.as_os_str().as_bytes()].concat();
+        if metadata.is_symlink() && is_criu_parent(&from) {
+            if path.len() > MAX_PATH_BYTES {
+                return Err(PushError::Parents(from));
+            }
+            from.metadata().map_err(|e| file_error(&from, e))?;
+            collect_below(&from, &[&path[..], b"/"].concat(), sources)?;
+            continue;
+        }
         let kind = if metadata.is_file() {
             SourceKind::File { size_bytes: metadata.len(), executable: metadata.mode() & 0o100 != 0 }
         } else if metadata.is_symlink() {
@@ -194,11 +218,14 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
         } else {
             continue;
         };
-        let relative = from.strip_prefix(root).expect("walkdir stays below its root");
-        sources.push(Source { path: ImagePath::try_from(relative.as_os_str().as_bytes())?, from, kind });
+        sources.push(Source { path: ImagePath::try_from(&path[..])?, from, kind });
     }
-    sources.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(sources)
+    Ok(())
+}
+
+/// Whether a link is that of CRIU's incremental images to those that they are built upon: these have to come, too.
+fn is_criu_parent(link: &Path) -> bool {
+    link.file_name().is_some_and(|name| name == "parent") && link.with_file_name("inventory.img").exists()
 }
 
 /// Chunks that have been read together.

@@ -6,6 +6,7 @@ mod attach;
 mod changes;
 mod cli;
 mod connection;
+mod criu;
 mod damage;
 mod documents;
 mod durability;

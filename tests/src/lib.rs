@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod chaos;
 pub mod cli;
+pub mod criu;
 pub mod daemon;
 pub mod descriptors;
 pub mod faulter;

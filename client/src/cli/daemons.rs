@@ -50,7 +50,7 @@ pub(crate) struct DaemonArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     grace: Duration,
     /// Where daemons keep what outlives their workers: on tmpfs [default: /run/postcopy, or below $XDG_RUNTIME_DIR]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
 }
 
@@ -207,12 +207,14 @@ pub(crate) struct CriuArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum CriuCommand {
     /// Bring all memory of processes that are being restored, now; ends when it is there
-    #[command(after_help = "Example:\n  criu dump -t PID --action-script 'postcopy criu drain'")]
+    #[command(
+        after_help = "Example:\n  postcopy criu drain 4711\n  criu dump -t 4711 -D images --action-script postcopy-criu-drain"
+    )]
     Drain {
         /// The processes; those that they have forked, too. In a script of `criu dump`: the one that is dumped
         pids: Vec<u32>,
         /// Where the daemons keep what outlives their workers
-        #[arg(long, value_name = "DIR")]
+        #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
         runtime_dir: Option<PathBuf>,
     },
 }

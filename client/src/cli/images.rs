@@ -1,21 +1,27 @@
 //! What is done with whole images.
 
 use super::output::{Output, bytes, time};
+use crate::daemon::criu;
 use anyhow::{Context, Result};
+use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 use indicatif::{ProgressBar, ProgressStyle};
 use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::EntryKind;
+use postcopy::proto::path::ImagePath;
 use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::proto::v1;
-use postcopy::pull::{self, PullReport};
+use postcopy::pull::{self, PullReport, Pulling};
 use postcopy::push::{self, PushOptions};
 use postcopy::{Remote, ServerAddress};
 use serde::Serialize;
+use std::ffi::OsStr;
 use std::fmt::Write;
 use std::future::Future;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use tempfile::TempDir;
 
 /// Connects, and runs `work` on all cores.
 fn with_remote<T, W: Future<Output = Result<T>>>(
@@ -42,6 +48,8 @@ pub(crate) fn push(
     options: PushOptions,
     output: Output,
 ) -> Result<ExitCode> {
+    let unpacked = super::archive::unpack(path)?;
+    let path = unpacked.as_ref().map_or(path, TempDir::path);
     // Not drawn where stderr is no terminal.
     let bar = if output.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
@@ -105,28 +113,96 @@ fn show_pulled(output: Output, what: &str, report: &PullReport) -> Result<ExitCo
         entries: usize,
         size_bytes: u64,
         chunks: u64,
+        frame_bytes: u64,
     }
     let pulled = Pulled {
         image: report.image.to_string(),
         entries: report.entries,
         size_bytes: report.size_bytes,
         chunks: report.chunks,
+        frame_bytes: report.frame_bytes,
     };
     output.show(&pulled, || {
-        let PullReport { image, entries, size_bytes, chunks } = report;
-        format!("{what}: {image}, {entries} entries, {}, {chunks} chunks verified", bytes(*size_bytes))
+        let PullReport { image, entries, size_bytes, chunks, frame_bytes } = report;
+        format!(
+            "{what}: {image}, {entries} entries, {}, {chunks} chunks verified, {} over the wire",
+            bytes(*size_bytes),
+            bytes(*frame_bytes)
+        )
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What of an image is to be pulled.
+#[derive(Debug)]
+pub(crate) enum Part {
+    All,
+    /// Files whose paths match.
+    Only(GlobSet),
+    /// CRIU's images without the lazy memory.
+    Criu,
+}
+
+impl Part {
+    pub(crate) fn of(globs: Vec<Glob>) -> Result<Self> {
+        if globs.is_empty() {
+            return Ok(Self::All);
+        }
+        let mut only = GlobSetBuilder::new();
+        for glob in globs {
+            // As it was written, but for what a * matches.
+            only.add(GlobBuilder::new(glob.glob()).literal_separator(true).build()?);
+        }
+        Ok(Self::Only(only.build()?))
+    }
+}
+
+async fn pull_part(
+    remote: &Remote,
+    reference: &Reference,
+    directory: &Path,
+    part: &Part,
+) -> Result<PullReport> {
+    let is_wanted = |path: &ImagePath| match part {
+        Part::Only(globs) => globs.is_match(OsStr::from_bytes(path.as_bytes())),
+        Part::All | Part::Criu => true,
+    };
+    let mut pulling = Pulling::begin(remote, reference, directory, is_wanted).await?;
+    if !matches!(part, Part::Criu) {
+        let all = pulling.extents_of(|_| true);
+        pulling.fetch(all).await?;
+        let report = pulling.finish()?;
+        anyhow::ensure!(report.entries > 0 || matches!(part, Part::All), "no file of {reference} matches");
+        return Ok(report);
+    }
+    let prefix = criu::prefix_in(pulling.image())?;
+    let is_pages = |path: &ImagePath| {
+        let path = path.to_string();
+        let name = path.rsplit('/').next().unwrap_or_default();
+        path.starts_with(&prefix) && name.starts_with("pages-") && name.ends_with(".img")
+    };
+    let rest = pulling.extents_of(|path| !is_pages(path));
+    pulling.fetch(rest).await?;
+    let dump = criu::Dump::read(&pulling.directory().join(&prefix))?;
+    let eager = dump.eager().map(|(file, bytes)| {
+        let path = [prefix.as_bytes(), file.as_os_str().as_bytes()].concat();
+        Ok((ImagePath::try_from(&path[..])?, bytes))
+    });
+    let eager = eager.collect::<Result<Vec<_>>>()?;
+    pulling.fetch(eager).await?;
+    Ok(pulling.finish()?)
 }
 
 pub(crate) fn pull(
     server: ServerAddress,
     reference: &Reference,
     directory: &Path,
+    part: Part,
     output: Output,
 ) -> Result<ExitCode> {
+    let part = &part;
     let pulled =
-        with_remote(server, |remote| async move { Ok(pull::pull(&remote, reference, directory).await?) });
+        with_remote(server, |remote| async move { pull_part(&remote, reference, directory, part).await });
     show_pulled(output, &format!("{reference} -> {}", directory.display()), &pulled?)
 }
 

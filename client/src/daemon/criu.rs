@@ -204,6 +204,8 @@ impl Criu {
                             "left: process {pid}; what of its memory had not arrived is SIGBUS from here on"
                         );
                         served.end();
+                        worker.remove(&served.name);
+                        return false;
                     }
                     Status::Serving => return true,
                     Status::Resident => {

@@ -9,6 +9,7 @@ use prost::Message;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
@@ -134,6 +135,8 @@ fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
 pub(crate) struct Dump {
     /// By the pid that the image has for it.
     tasks: BTreeMap<u32, Vec<Extent>>,
+    /// Shared memory, which is never lazy.
+    shared: Vec<Extent>,
 }
 
 impl Dump {
@@ -143,18 +146,23 @@ impl Dump {
     /// Which file is not there, or is not what it should be.
     pub(crate) fn read(directory: &Path) -> Result<Self> {
         let shown = || directory.display().to_string();
-        let mut tasks = BTreeMap::new();
+        let (mut tasks, mut shared) = (BTreeMap::new(), Vec::new());
         for entry in fs::read_dir(directory).with_context(shown)? {
             let name = entry.with_context(shown)?.file_name();
-            let Some(pid) = name.to_str().and_then(pid_of_pagemap) else { continue };
-            tasks.insert(pid, read_task(directory, pid)?);
+            let Some(name) = name.to_str() else { continue };
+            if let Some(pid) = pid_of_pagemap(name) {
+                tasks.insert(pid, read_chain(directory, name)?);
+            } else if name.starts_with("pagemap-shmem-") && name.ends_with(".img") {
+                let extents = read_chain(directory, name)?;
+                shared.extend(extents.into_iter().map(|extent| Extent { is_lazy: false, ..extent }));
+            }
         }
         ensure!(
             !tasks.is_empty(),
             "{}: there is no pagemap-PID.img: not a directory of CRIU's images",
             shown()
         );
-        Ok(Self { tasks })
+        Ok(Self { tasks, shared })
     }
 
     /// The memory of a task.
@@ -162,9 +170,11 @@ impl Dump {
         self.tasks.get(&pid).map(Vec::as_slice)
     }
 
-    /// The memory of all tasks.
-    pub(crate) fn extents(&self) -> impl Iterator<Item = &Extent> {
-        self.tasks.values().flatten()
+    /// What `criu restore` reads itself: parts of files that hold pages.
+    pub(crate) fn eager(&self) -> impl Iterator<Item = (&Path, Range<u64>)> {
+        let all = self.tasks.values().flatten().chain(&self.shared);
+        let eager = all.filter(|extent| !extent.is_lazy);
+        eager.map(|extent| (extent.file.as_path(), extent.offset..extent.offset + extent.pages * PAGE))
     }
 }
 
@@ -173,15 +183,16 @@ pub(crate) fn pid_of_pagemap(name: &str) -> Option<u32> {
     name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
 }
 
-fn read_task(directory: &Path, pid: u32) -> Result<Vec<Extent>> {
+/// What a pagemap says, and those of the same name in the dumps that this one is built upon.
+fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
     let mut chain = Vec::new();
     let mut below = PathBuf::new();
     loop {
-        let path = directory.join(&below).join(format!("pagemap-{pid}.img"));
+        let path = directory.join(&below).join(name);
         let shown = path.display().to_string();
         match fs::read(&path) {
             Ok(bytes) => chain.push((below.clone(), parse_pagemap(&bytes).context(shown)?)),
-            // The task did not exist when its parent was dumped.
+            // It did not exist when the parent was dumped.
             Err(error) if error.kind() == io::ErrorKind::NotFound && !chain.is_empty() => break,
             Err(error) => return Err(error).context(shown),
         }
@@ -194,8 +205,18 @@ fn read_task(directory: &Path, pid: u32) -> Result<Vec<Extent>> {
     let mut extents = Vec::new();
     for run in &chain[0].1.runs {
         resolve(&chain, run.address, run.pages, run.is_lazy, &mut extents)
-            .with_context(|| format!("{}: pagemap-{pid}.img", directory.display()))?;
+            .with_context(|| format!("{}: {name}", directory.display()))?;
     }
+    // CRIU writes what one pipe holds as an entry of its own.
+    extents.dedup_by(|next, last: &mut Extent| {
+        let len = last.pages * PAGE;
+        let follows = last.address + len == next.address && last.offset + len == next.offset;
+        let joins = follows && last.file == next.file && last.is_lazy == next.is_lazy;
+        if joins {
+            last.pages += next.pages;
+        }
+        joins
+    });
     Ok(extents)
 }
 
@@ -282,7 +303,7 @@ mod tests {
         fs::write(folder.path().join("pagemap-7.img"), pagemap(3, &top)).unwrap();
         let below = [entry(8, 8, lazy), entry(16, 10, PE_PRESENT)];
         fs::write(parent.join("pagemap-7.img"), pagemap(1, &below)).unwrap();
-        fs::write(folder.path().join("pagemap-shmem-9.img"), b"another kind").unwrap();
+        fs::write(folder.path().join("pagemap-shmem-9.img"), pagemap(4, &[entry(0, 5, PE_PRESENT)])).unwrap();
         let dump = Dump::read(folder.path()).unwrap();
         let found: Vec<_> = dump
             .task(7)
@@ -299,6 +320,10 @@ mod tests {
         ];
         assert_eq!(found, expected);
         assert!(dump.task(8).is_none());
+        let eager: Vec<_> =
+            dump.eager().map(|(file, bytes)| (file.to_str().unwrap(), bytes.end / PAGE)).collect();
+        let files = ["parent/pages-1.img", "parent/pages-1.img", "pages-3.img", "pages-4.img"];
+        assert_eq!(eager, files.into_iter().zip([8, 12, 6, 5]).collect::<Vec<_>>());
     }
 
     #[test]

@@ -1,0 +1,423 @@
+//! `postcopy criu`, with the real CRIU: programs that are dumped, stored, and restored while their memory arrives.
+
+use nix::sys::signal::Signal;
+use postcopy_tests::cli::{fail, run};
+use postcopy_tests::criu::{
+    Criu, Program, Restored, assert_success, compile, numbers, status, wait_for_status,
+};
+use postcopy_tests::daemon::Daemon;
+use postcopy_tests::server::Server;
+use postcopy_tests::{is_root, skip, wait_until};
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Runs a test where CRIU runs.
+fn with_criu(test: &str, work: impl FnOnce(&Bench)) {
+    if !is_root() {
+        return skip(&format!("criu::{test}"), "restoring processes needs root");
+    }
+    match Criu::find() {
+        Ok(criu) => work(&Bench { criu, server: Server::start(), folder: tempfile::tempdir().unwrap() }),
+        Err(why) => skip(&format!("criu::{test}"), &why),
+    }
+}
+
+/// What a test works with.
+struct Bench {
+    criu: Criu,
+    server: Server,
+    folder: TempDir,
+}
+
+impl Bench {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Dumps a program and stores the images as `app`.
+    fn dump(&self, program: Program) {
+        self.dump_as(program, "images");
+        self.push(&self.path("images"), "app");
+    }
+
+    fn dump_as(&self, mut program: Program, name: &str) {
+        self.criu.dump(program.pid(), &self.path(name));
+        program.wait();
+    }
+
+    fn push(&self, images: &Path, reference: &str) {
+        let _ = run(self.server.address(), [OsStr::new("push"), images.as_os_str(), OsStr::new(reference)]);
+    }
+
+    fn pull(&self, reference: &str, name: &str) -> (PathBuf, serde_json::Value) {
+        let path = self.path(name);
+        let args = [OsStr::new("pull"), OsStr::new(reference), path.as_os_str(), OsStr::new("--criu")];
+        let pulled = run(self.server.address(), args);
+        (path, pulled)
+    }
+
+    /// A daemon for a restore from `images`.
+    fn daemon(&self, images: &Path, reference: &str, more: &[&str]) -> Daemon {
+        let images = images.to_str().unwrap();
+        let args = ["criu", "-D", images, "--image", reference];
+        Daemon::start(self.server.address(), args.iter().chain(more).copied())
+    }
+
+    /// Restores `app` in the ordinary way.
+    fn restore_plainly(&self) -> Restored {
+        let mut restored = self.criu.restore(&self.path("images"), [""; 0]);
+        restored.assert_runs();
+        restored
+    }
+
+    /// Restores `app` lazily, from images in a directory of this name that hold no lazy memory.
+    fn restore_lazily(&self, name: &str, more: &[&str]) -> (Daemon, Restored) {
+        let (images, _) = self.pull("app", name);
+        let daemon = self.daemon(&images, "app", more);
+        let mut restored = self.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        (daemon, restored)
+    }
+
+    /// The same where it can be dumped again, with nothing but what is touched.
+    fn restore_lazily_here(&self, name: &str) -> (Daemon, Restored) {
+        let (images, _) = self.pull("app", name);
+        let daemon = self.daemon(&images, "app", &["--fill", "nothing"]);
+        (daemon, self.criu.restore_here(&images, ["--lazy-pages"]))
+    }
+
+    /// Dumps with the script that docs/CRIU.md tells of; the daemon has its runtime directory in `root`.
+    fn dump_with_script(&self, pid: u32, name: &str, root: &Path) -> Output {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/scripts/postcopy-criu-drain");
+        let programs = postcopy_tests::binary("postcopy").parent().unwrap().to_owned();
+        let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+        let variables = [("PATH", path.as_str()), ("POSTCOPY_RUNTIME_DIR", root.to_str().unwrap())];
+        let more = ["--action-script", script.to_str().unwrap()];
+        self.criu.try_dump(pid, &self.path(name), &more, &variables)
+    }
+
+    fn heap(&self, mib: u32) -> Heap {
+        self.heap_that_touches(mib, 200)
+    }
+
+    /// One that touches so many pages in each turn.
+    fn heap_that_touches(&self, mib: u32, pages: u32) -> Heap {
+        let program = compile("heap", self.folder.path());
+        let status = self.path("status");
+        let mut command = Command::new(program);
+        command.arg(mib.to_string()).arg(&status).arg(pages.to_string());
+        let program = Program::start(&command);
+        wait_for_status(&status);
+        Heap { program, status }
+    }
+}
+
+/// A program that knows what each word of its memory must be.
+struct Heap {
+    program: Program,
+    status: PathBuf,
+}
+
+/// Has it check all of its memory.
+fn assert_all_right(path: &Path, restored: &Restored) {
+    // What is there may be of another one that was restored before it.
+    wait_for_status(path);
+    let [_, _, checks_before] = status(path);
+    restored.signal(Signal::SIGUSR1);
+    wait_until("a check of all memory", || status::<3>(path)[2] > checks_before);
+    let [checked, wrong, _] = status(path);
+    assert_eq!(wrong, 0, "{wrong} pages were wrong; it had checked {checked}, and all of them");
+}
+
+#[test]
+fn a_checked_heap_of_256_mib_is_restored_from_images_that_lack_it() {
+    with_criu("a_checked_heap_of_256_mib_is_restored_from_images_that_lack_it", |bench| {
+        let Heap { program, status } = bench.heap(256);
+        bench.dump(program);
+        let plain = bench.restore_plainly();
+        assert_all_right(&status, &plain);
+        drop(plain);
+        let (images, pulled) = bench.pull("app", "lazy");
+        let wire = pulled["frame_bytes"].as_u64().unwrap();
+        assert!(wire < 1 << 20, "{wire} bytes came over the wire for what restore itself reads");
+        let held: u64 =
+            fs::read_dir(&images).unwrap().map(|e| e.unwrap().metadata().unwrap().blocks() * 512).sum();
+        assert!(held < 2 << 20, "{held} bytes of images");
+        let mut daemon = bench.daemon(&images, "app", &[]);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        assert_all_right(&status, &restored);
+        assert_eq!(daemon.wait().code(), Some(0), "all has come");
+        daemon.assert_says("all of its memory is there");
+        // It needs nobody any more, and nothing is left of who served it.
+        assert_all_right(&status, &restored);
+        assert!(fs::read_dir(daemon.root()).unwrap().next().is_none());
+        assert!(!images.join("lazy-pages.socket").exists());
+    });
+}
+
+#[test]
+fn workers_are_killed_at_any_moment_of_a_restore() {
+    with_criu("workers_are_killed_at_any_moment_of_a_restore", |bench| {
+        let Heap { program, status } = bench.heap(64);
+        bench.dump(program);
+        for round in 0..8 {
+            let (images, _) = bench.pull("app", &format!("lazy-{round}"));
+            // Every second time all of it has to be touched.
+            let fill = if round % 2 == 0 { "all" } else { "nothing" };
+            let mut daemon = bench.daemon(&images, "app", &["--fill", fill]);
+            let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+            // From before the first handshake on to long after the last one.
+            for kill in 0..4 {
+                std::thread::park_timeout(Duration::from_millis(fastrand::u64(..40) * (kill + 1)));
+                if daemon.has_said("all of its memory is there") {
+                    break;
+                }
+                daemon.kill_worker();
+            }
+            restored.assert_runs();
+            assert_all_right(&status, &restored);
+            if fill == "nothing" {
+                // What it never touches would be waited for.
+                daemon.terminate();
+            }
+            assert_eq!(daemon.wait().code(), Some(0), "round {round}");
+            assert_all_right(&status, &restored);
+        }
+    });
+}
+
+#[test]
+fn one_image_is_restored_many_times_at_once() {
+    with_criu("one_image_is_restored_many_times_at_once", |bench| {
+        let Heap { program, status: path } = bench.heap(32);
+        bench.dump(program);
+        let mut all: Vec<_> = (0..4).map(|n| bench.restore_lazily(&format!("lazy-{n}"), &[])).collect();
+        for (daemon, restored) in &mut all {
+            // They all write to the same file: what counts is that each of them goes on, and finds nothing wrong.
+            assert_eq!(daemon.wait().code(), Some(0));
+            restored.signal(Signal::SIGUSR1);
+            assert!(!restored.has_ended());
+        }
+        wait_for_status(&path);
+        let [seen, ..] = status::<2>(&path);
+        wait_until("progress", || status::<2>(&path)[0] > seen + 2000);
+        assert_eq!(status::<2>(&path)[1], 0);
+    });
+}
+
+#[test]
+fn a_tree_of_processes_that_fork_move_and_unmap_is_restored() {
+    with_criu("a_tree_of_processes_that_fork_move_and_unmap_is_restored", |bench| {
+        let program = compile("tree", bench.folder.path());
+        let mut command = Command::new(program);
+        command.arg("32").arg(bench.path("status"));
+        let program = Program::start(&command);
+        let files: Vec<_> = (0..4).map(|process| bench.path(&format!("status.{process}"))).collect();
+        let go_on = |more: u64| {
+            for file in &files {
+                wait_for_status(file);
+                let [turns, _] = status(file);
+                wait_until("turns", || status::<1>(file)[0] >= turns + more);
+                let [_, wrong] = status(file);
+                assert_eq!(wrong, 0, "pages of {} were wrong", file.display());
+            }
+        };
+        go_on(7);
+        bench.dump(program);
+        let plain = bench.restore_plainly();
+        go_on(40);
+        drop(plain);
+        for fill in ["all", "nothing"] {
+            let (mut daemon, mut restored) = bench.restore_lazily(&format!("lazy-{fill}"), &["--fill", fill]);
+            go_on(20);
+            if !daemon.has_said("all of its memory is there") {
+                daemon.kill_worker();
+            }
+            go_on(60);
+            assert!(!restored.has_ended());
+            restored.kill();
+            assert_eq!(daemon.wait().code(), Some(0), "its programs are gone");
+        }
+    });
+}
+
+#[test]
+fn python_goes_on_in_the_middle_of_a_computation_with_threads() {
+    with_criu("python_goes_on_in_the_middle_of_a_computation_with_threads", |bench| {
+        let result = bench.path("result");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/threads.py");
+        let mut command = Command::new("python3");
+        command.arg(script).arg(&result);
+        let mut undisturbed = Program::start(&command);
+        undisturbed.wait();
+        let expected = fs::read_to_string(&result).unwrap();
+        fs::remove_file(&result).unwrap();
+        let program = Program::start(&command);
+        let resident = || {
+            let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0").to_owned();
+            line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0)
+        };
+        wait_until("objects", || resident() > 40_000);
+        bench.dump(program);
+        assert!(!result.exists(), "it was dumped in the middle");
+        let mut plain = bench.restore_plainly();
+        wait_until("the end", || plain.has_ended());
+        assert_eq!(fs::read_to_string(&result).unwrap(), expected);
+        fs::remove_file(&result).unwrap();
+        let (mut daemon, mut restored) = bench.restore_lazily("lazy", &[]);
+        if !daemon.has_said("all of its memory is there") {
+            daemon.kill_worker();
+        }
+        wait_until("the end", || restored.has_ended());
+        assert_eq!(fs::read_to_string(&result).unwrap(), expected);
+        assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+#[test]
+fn a_shell_pipeline_is_restored() {
+    with_criu("a_shell_pipeline_is_restored", |bench| {
+        let result = bench.path("result");
+        let count = 3_000_000_u64;
+        let script = format!(
+            "seq 1 {count} | awk '{{ s += $1; a[$1 % 50000] = a[$1 % 50000] $1 }} NR % 100000 == 0 {{ printf \"%d %.0f\\n\", NR, s > \"{0}.new\"; close(\"{0}.new\"); system(\"mv {0}.new {0}\") }}'; true",
+            result.display()
+        );
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]);
+        let program = Program::start(&command);
+        wait_until("a beginning", || numbers(&result).first() >= Some(&500_000));
+        bench.dump(program);
+        assert!(numbers(&result)[0] < count, "it was dumped in the middle");
+        let (mut daemon, mut restored) = bench.restore_lazily("lazy", &[]);
+        wait_until("the end", || restored.has_ended());
+        assert_eq!(numbers(&result), [count, count * (count + 1) / 2]);
+        assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+#[test]
+fn a_restore_that_fails_ends_the_daemon_with_an_error() {
+    with_criu("a_restore_that_fails_ends_the_daemon_with_an_error", |bench| {
+        let Heap { program, .. } = bench.heap(8);
+        bench.dump(program);
+        let (images, _) = bench.pull("app", "lazy");
+        let mut daemon = bench.daemon(&images, "app", &[]);
+        let core = fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path());
+        let core =
+            core.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("fdinfo")).next();
+        fs::write(core.unwrap(), b"nothing of the kind").unwrap();
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        wait_until("its end", || restored.has_ended());
+        assert_eq!(daemon.wait().code(), Some(1));
+        daemon.assert_says("it has failed");
+    });
+}
+
+#[test]
+fn images_that_are_not_the_stored_ones_are_refused() {
+    with_criu("images_that_are_not_the_stored_ones_are_refused", |bench| {
+        let Heap { program, .. } = bench.heap(8);
+        bench.dump(program);
+        let (images, _) = bench.pull("app", "lazy");
+        let is_pagemap = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("pagemap-");
+        let pagemap =
+            fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path()).find(is_pagemap).unwrap();
+        let mut bytes = fs::read(&pagemap).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&pagemap, bytes).unwrap();
+        let images = images.to_str().unwrap();
+        let root = postcopy_tests::daemon::runtime_root();
+        let root = root.path().to_str().unwrap();
+        let said =
+            fail(bench.server.address(), ["criu", "-D", images, "--image", "app", "--runtime-dir", root]);
+        assert!(said.contains("pagemap-"), "{said}");
+        let said =
+            fail(bench.server.address(), ["criu", "-D", "/nowhere", "--image", "app", "--runtime-dir", root]);
+        assert!(said.contains("/nowhere"), "{said}");
+    });
+}
+
+#[test]
+fn a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained() {
+    with_criu("a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(64, 0);
+        bench.dump(program);
+        let size = |images: &Path| {
+            let pages = fs::read_dir(images).unwrap().map(|entry| entry.unwrap());
+            let pages = pages.filter(|entry| entry.file_name().to_str().unwrap().starts_with("pages-"));
+            pages.map(|entry| entry.metadata().unwrap().len()).sum::<u64>()
+        };
+        // Without: criu says nothing, and memory is lost.
+        let (daemon, restored) = bench.restore_lazily_here("lazy-1");
+        let dumped = bench.criu.try_dump(restored.pid(), &bench.path("lost"), &[], &[]);
+        assert_success(&dumped, &bench.path("lost"));
+        assert!(size(&bench.path("lost")) < 60 << 20, "{}", size(&bench.path("lost")));
+        drop((daemon, restored));
+        // With the script it fails where nobody can bring it,
+        let (mut daemon, restored) = bench.restore_lazily_here("lazy-2");
+        let elsewhere = postcopy_tests::daemon::runtime_root();
+        let refused = bench.dump_with_script(restored.pid(), "no", elsewhere.path());
+        assert!(!refused.status.success());
+        // and is whole where somebody does.
+        let dumped = bench.dump_with_script(restored.pid(), "whole", daemon.root());
+        assert_success(&dumped, &bench.path("whole"));
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert!(size(&bench.path("whole")) >= 64 << 20);
+        drop(restored);
+        let mut whole = bench.criu.restore(&bench.path("whole"), [""; 0]);
+        whole.assert_runs();
+        assert_all_right(&status, &whole);
+    });
+}
+
+#[test]
+fn a_daemon_that_is_asked_to_end_fills_first() {
+    with_criu("a_daemon_that_is_asked_to_end_fills_first", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(64, 0);
+        bench.dump(program);
+        let (mut daemon, restored) = bench.restore_lazily("lazy", &["--fill", "nothing"]);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+    });
+}
+
+#[test]
+fn a_daemon_that_cannot_fill_in_time_leaves_sigbus_and_no_zeros() {
+    with_criu("a_daemon_that_cannot_fill_in_time_leaves_sigbus_and_no_zeros", |bench| {
+        let Heap { program, status: path } = bench.heap_that_touches(32, 0);
+        bench.dump(program);
+        let store = bench.server.store().to_owned();
+        let socket = format!("unix:{}", bench.path("server.sock").display());
+        let mut server = Server::on(&store, &socket);
+        let (images, _) = bench.pull("app", "lazy");
+        let args =
+            ["criu", "-D", images.to_str().unwrap(), "--image", "app", "--fill", "nothing", "--grace", "1s"];
+        let mut daemon = Daemon::start(server.address(), args);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        server.kill();
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        daemon.assert_says("left: process");
+        // It writes its status all the time, and checks nothing; what it touches for that may be what it dies of.
+        wait_until("its end", || {
+            let runs = !restored.has_ended();
+            if runs {
+                restored.try_signal(Signal::SIGUSR1);
+            }
+            !runs
+        });
+        let [_, wrong] = status(&path);
+        assert_eq!(wrong, 0, "it has seen nothing wrong");
+    });
+}
