@@ -91,7 +91,7 @@ pub(crate) enum Owner {
     /// Its descriptors by the numbers that the state file has for them.
     Left {
         state: State,
-        contents: Contents,
+        contents: Box<Contents>,
         uffds: HashMap<RawFd, OwnedFd>,
     },
 }

@@ -604,7 +604,7 @@ impl Session {
             None => ImageSource::Named(Reference::Digest { name, image: contents.image }),
         };
         let options = contents.options;
-        Self::start(address, image, options, Owner::Left { state, contents, uffds }, run)
+        Self::start(address, image, options, Owner::Left { state, contents: Box::new(contents), uffds }, run)
     }
 
     fn start(

@@ -8,9 +8,12 @@ use postcopy_tests::criu::{
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip, wait_until};
+use prost::Message;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -310,9 +313,8 @@ fn a_restore_that_fails_ends_the_daemon_with_an_error() {
         bench.dump(program);
         let (images, _) = bench.pull("app", "lazy");
         let mut daemon = bench.daemon(&images, "app", &[]);
-        let core = fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path());
-        let core =
-            core.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("fdinfo")).next();
+        let is_fdinfo = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("fdinfo");
+        let core = fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path()).find(is_fdinfo);
         fs::write(core.unwrap(), b"nothing of the kind").unwrap();
         let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
         wait_until("its end", || restored.has_ended());
@@ -419,5 +421,213 @@ fn a_daemon_that_cannot_fill_in_time_leaves_sigbus_and_no_zeros() {
         });
         let [_, wrong] = status(&path);
         assert_eq!(wrong, 0, "it has seen nothing wrong");
+    });
+}
+
+/// Gives commands to Redis over its socket, all at once; each answer is a line, or the text that it announces.
+fn redis(socket: &Path, commands: &[Vec<String>]) -> Vec<String> {
+    let stream = UnixStream::connect(socket).unwrap();
+    let mut writer = BufWriter::new(stream.try_clone().unwrap());
+    let mut answers = Vec::new();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut lines = BufReader::new(&stream);
+            let mut next = |len: Option<usize>| {
+                let mut bytes = vec![0; len.map_or(0, |len| len + 2)];
+                match len {
+                    None => lines.read_until(b'\n', &mut bytes).map(drop).unwrap(),
+                    Some(_) => lines.read_exact(&mut bytes).unwrap(),
+                }
+                bytes.truncate(bytes.len() - 2);
+                String::from_utf8(bytes).unwrap()
+            };
+            let answer = |_| {
+                let line = next(None);
+                match line.strip_prefix('$').map(|len| usize::try_from(len.parse::<i64>().unwrap()).ok()) {
+                    Some(Some(len)) => next(Some(len)),
+                    _ => line,
+                }
+            };
+            commands.iter().map(answer).collect::<Vec<_>>()
+        });
+        for command in commands {
+            write!(writer, "*{}\r\n", command.len()).unwrap();
+            command.iter().for_each(|word| write!(writer, "${}\r\n{word}\r\n", word.len()).unwrap());
+        }
+        writer.flush().unwrap();
+        answers = reader.join().unwrap();
+    });
+    answers
+}
+
+#[test]
+fn redis_keeps_all_of_its_keys_and_takes_new_ones() {
+    with_criu("redis_keeps_all_of_its_keys_and_takes_new_ones", |bench| {
+        const KEYS: usize = 20_000;
+        let socket = bench.path("redis.sock");
+        let mut command = bench.criu.command_to_dump("usr/bin/redis-server", bench.folder.path());
+        command.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]).arg(&socket);
+        let program = Program::start(&command);
+        wait_until("redis", || UnixStream::connect(&socket).is_ok());
+        let value = |key: usize| format!("{key} ").repeat(100 + key % 300);
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let set = |key: usize| words(&["SET", &format!("key:{key}"), &value(key)]);
+        let answers = redis(&socket, &(0..KEYS).map(set).collect::<Vec<_>>());
+        assert!(answers.iter().all(|answer| answer == "+OK"));
+        bench.dump(program);
+        let assert_whole = |from: usize| {
+            let gets: Vec<_> = (0..KEYS).map(|key| words(&["GET", &format!("key:{key}")])).collect();
+            let found = redis(&socket, &gets);
+            let wrong = (from..KEYS).filter(|key| found[*key] != value(*key)).count();
+            assert_eq!(wrong, 0, "keys with other values");
+            assert_eq!(redis(&socket, &[words(&["DBSIZE"])]), [format!(":{KEYS}")]);
+        };
+        let plain = bench.restore_plainly();
+        assert_whole(0);
+        drop(plain);
+        for fill in ["all", "nothing"] {
+            let (mut daemon, _restored) = bench.restore_lazily(&format!("lazy-{fill}"), &["--fill", fill]);
+            if !daemon.has_said("all of its memory is there") {
+                daemon.kill_worker();
+            }
+            assert_whole(0);
+            let changed: Vec<_> =
+                (0..5000).map(|key| words(&["SET", &format!("key:{key}"), "changed"])).collect();
+            assert!(redis(&socket, &changed).iter().all(|answer| answer == "+OK"));
+            assert_whole(5000);
+            assert_eq!(redis(&socket, &[words(&["GET", "key:17"])]), ["changed"]);
+            daemon.terminate();
+            assert_eq!(daemon.wait().code(), Some(0));
+            assert_whole(5000);
+        }
+    });
+}
+
+/// An entry of a pagemap, as far as it is needed to make a chain of one.
+#[derive(Clone, PartialEq, prost::Message)]
+struct PagemapEntry {
+    #[prost(uint64, required, tag = "1")]
+    vaddr: u64,
+    #[prost(uint32, required, tag = "2")]
+    compat_nr_pages: u32,
+    #[prost(bool, optional, tag = "3")]
+    in_parent: Option<bool>,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    nr_pages: Option<u64>,
+}
+
+/// Moves every other entry of a dump's pagemap, and its pages, to a parent: what an incremental dump looks like, of which
+/// this kernel cannot make one.
+fn split(images: &Path, parent: &Path) {
+    const PARENT: u32 = 1;
+    fs::create_dir(parent).unwrap();
+    let names =
+        || fs::read_dir(images).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let pagemap = names().find(|name| name.starts_with("pagemap-")).unwrap();
+    let pages = names().find(|name| name.starts_with("pages-")).unwrap();
+    fs::copy(images.join("inventory.img"), parent.join("inventory.img")).unwrap();
+    let (bytes, all) = (fs::read(images.join(&pagemap)).unwrap(), fs::read(images.join(&pages)).unwrap());
+    let mut messages = Vec::new();
+    let mut at = 8;
+    while at < bytes.len() {
+        let len = u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+        messages.push(&bytes[at + 4..at + 4 + len]);
+        at += 4 + len;
+    }
+    let message = |bytes: &[u8]| [&u32::try_from(bytes.len()).unwrap().to_ne_bytes(), bytes].concat();
+    let head = [&bytes[..8], &message(messages[0])].concat();
+    let (mut own, mut own_pages, mut other, mut other_pages) = (head.clone(), Vec::new(), head, Vec::new());
+    let mut offset = 0;
+    for (index, bytes) in messages[1..].iter().enumerate() {
+        let entry = PagemapEntry::decode(*bytes).unwrap();
+        let count = entry.nr_pages.unwrap_or(entry.compat_nr_pages.into());
+        let is_here = entry.in_parent != Some(true) && entry.flags.is_none_or(|flags| flags & PARENT == 0);
+        let len = if is_here { usize::try_from(count).unwrap() * 4096 } else { 0 };
+        let held = &all[offset..offset + len];
+        offset += len;
+        if index % 2 == 0 || !is_here {
+            own.extend(message(bytes));
+            own_pages.extend_from_slice(held);
+        } else {
+            other.extend(message(bytes));
+            other_pages.extend_from_slice(held);
+            let moved = PagemapEntry { in_parent: Some(true), flags: Some(PARENT), ..entry };
+            own.extend(message(&moved.encode_to_vec()));
+        }
+    }
+    for (directory, pagemap_bytes, pages_bytes) in [(images, own, own_pages), (parent, other, other_pages)] {
+        fs::write(directory.join(&pagemap), pagemap_bytes).unwrap();
+        fs::write(directory.join(&pages), pages_bytes).unwrap();
+    }
+}
+
+#[test]
+fn a_chain_of_three_incremental_images_is_restored() {
+    with_criu("a_chain_of_three_incremental_images_is_restored", |bench| {
+        let Heap { program, status } = bench.heap(32);
+        bench.dump_as(program, "3");
+        split(&bench.path("3"), &bench.path("2"));
+        symlink("../2", bench.path("3/parent")).unwrap();
+        split(&bench.path("2"), &bench.path("1"));
+        symlink("../1", bench.path("2/parent")).unwrap();
+        let mut plain = bench.criu.restore(&bench.path("3"), [""; 0]);
+        plain.assert_runs();
+        assert_all_right(&status, &plain);
+        drop(plain);
+        bench.push(&bench.path("3"), "app");
+        for directory in ["1", "2", "3"] {
+            fs::remove_dir_all(bench.path(directory)).unwrap();
+        }
+        let (mut daemon, restored) = bench.restore_lazily("lazy", &[]);
+        assert_all_right(&status, &restored);
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+    });
+}
+
+#[test]
+fn a_checkpoint_s_archive_is_stored_as_what_is_in_it() {
+    with_criu("a_checkpoint_s_archive_is_stored_as_what_is_in_it", |bench| {
+        let Heap { program, status } = bench.heap(16);
+        // As podman and CRI-O have it.
+        bench.dump_as(program, "tree/checkpoint");
+        fs::write(bench.path("tree/config.dump"), "{}").unwrap();
+        for (name, how) in [("app.tar", "-cf"), ("app.tar.gz", "-czf")] {
+            let archive = bench.path(name);
+            let packed = Command::new("tar")
+                .arg(how)
+                .arg(&archive)
+                .arg("-C")
+                .arg(bench.path("tree"))
+                .arg(".")
+                .status();
+            assert!(packed.unwrap().success());
+            bench.push(&archive, "app");
+        }
+        fs::remove_dir_all(bench.path("tree")).unwrap();
+        let (directory, _) = bench.pull("app", "lazy");
+        assert_eq!(fs::read_to_string(directory.join("config.dump")).unwrap(), "{}");
+        let images = directory.join("checkpoint");
+        let mut daemon = bench.daemon(&images, "app", &[]);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        assert_all_right(&status, &restored);
+        assert_eq!(daemon.wait().code(), Some(0));
+        // Another archive is a file like any other one.
+        fs::write(bench.path("plain"), "something").unwrap();
+        let other = bench.path("other.tar");
+        let packed = Command::new("tar")
+            .arg("-cf")
+            .arg(&other)
+            .arg("-C")
+            .arg(bench.folder.path())
+            .arg("plain")
+            .status();
+        assert!(packed.unwrap().success());
+        bench.push(&other, "other");
+        let inspected = run(bench.server.address(), ["inspect", "other"]);
+        assert_eq!(inspected["entries"][0]["path"], "other.tar");
     });
 }

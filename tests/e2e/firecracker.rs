@@ -1,13 +1,19 @@
 //! `postcopy firecracker`, against a stand-in for Firecracker: every byte of guests that run, with workers that are killed.
 
-use postcopy_tests::cli::run;
+use postcopy_tests::cli::{fail, run};
 use postcopy_tests::daemon::Daemon;
+use postcopy_tests::descriptors;
+use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::{is_root, skip, wait_until};
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -100,7 +106,7 @@ fn workers_are_killed_again_and_again_under_machines_that_run() {
         for round in 0..6 {
             vmms.iter_mut().for_each(|vmm| vmm.tell(&format!("run 2 0.5 {round}")));
             daemon.kill_worker();
-            assert_eq!(vmms[0].has_ended(), false);
+            assert!(!vmms[0].has_ended());
             for vmm in &mut vmms {
                 let touches = vmm.touches();
                 assert_eq!(touches.wrong, 0, "{touches:?}");
@@ -254,4 +260,132 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
             assert_eq!(daemon.wait().code(), Some(0));
         }
     });
+}
+
+#[test]
+fn handshakes_that_cannot_be_are_refused_by_the_name_of_their_process() {
+    with_root("handshakes_that_cannot_be_are_refused_by_the_name_of_their_process", || {
+        let snapshot = Snapshot::push(4);
+        let daemon = snapshot.daemon(&[]);
+        let socket = snapshot.socket();
+        let mut good = snapshot.vmm(&["small:4"]);
+        // One that says nothing is in nobody's way.
+        let silent = UnixStream::connect(&socket).unwrap();
+        let faulter = Faulter::start(EVENT_REMOVE, &["private:1024"]);
+        let address = faulter.at(0, 0);
+        let mapping = |address: usize, size: usize, offset: usize| {
+            format!(
+                r#"{{"base_host_virt_addr":{address},"size":{size},"offset":{offset},"page_size_kib":4096}}"#
+            )
+        };
+        let (half, whole) = (2 << 20, 4 << 20);
+        let all = mapping(address, whole, 0);
+        let overlapping = format!("[{all},{}]", mapping(address + half, half, half));
+        let beyond = format!("[{},{}]", mapping(address, half, 0), mapping(address + half, half, whole));
+        let odd = format!("[{}]", mapping(address + 1, whole, 0));
+        let elsewhere = format!("[{}]", mapping(0x1000_0000, whole, 0));
+        let no_uffd = File::open("/dev/null").unwrap();
+        let cases: [(&str, BorrowedFd<'_>, &str); 7] = [
+            ("hello, here is a machine", faulter.uffd(), "not what Firecracker sends"),
+            ("[]", faulter.uffd(), "no memory"),
+            (&overlapping, faulter.uffd(), "overlaps"),
+            (&beyond, faulter.uffd(), "no file of vm:latest has as many"),
+            (&odd, faulter.uffd(), "multiples of 4096"),
+            (&elsewhere, faulter.uffd(), "no memory registered"),
+            (&format!("[{all}]"), no_uffd.as_fd(), "userfaultfd"),
+        ];
+        for (text, fd, reason) in cases {
+            let stream = UnixStream::connect(&socket).unwrap();
+            descriptors::send(&stream, fd, text);
+            daemon.assert_says(reason);
+        }
+        let mut without = UnixStream::connect(&socket).unwrap();
+        without.write_all(format!("[{all}]").as_bytes()).unwrap();
+        daemon.assert_says("0 descriptors came");
+        assert!(daemon.has_said(&format!("process {}: ", std::process::id())), "{:#?}", daemon.said());
+        drop(silent);
+        daemon.assert_says("hung up after 0 bytes");
+        good.assert_right();
+    });
+}
+
+#[test]
+fn a_handshake_that_comes_in_pieces_is_put_together() {
+    with_root("a_handshake_that_comes_in_pieces_is_put_together", || {
+        let snapshot = Snapshot::push(4);
+        let mut daemon = snapshot.daemon(&[]);
+        let mut faulter = Faulter::start(EVENT_REMOVE, &["private:1024"]);
+        let text = format!(
+            r#"[{{"base_host_virt_addr":{},"size":{},"offset":0,"page_size":4096}}]"#,
+            faulter.at(0, 0),
+            4 << 20
+        );
+        let mut stream = UnixStream::connect(snapshot.socket()).unwrap();
+        descriptors::send(&stream, faulter.uffd(), &text[..1]);
+        // A worker that dies after the first piece has lost nothing of it.
+        daemon.kill_worker();
+        stream.write_all(&text.as_bytes()[1..40]).unwrap();
+        daemon.kill_worker();
+        stream.write_all(&text.as_bytes()[40..]).unwrap();
+        faulter.let_go();
+        let bytes = std::fs::read(snapshot.memory()).unwrap();
+        faulter.assert_reads(0, 0, &bytes);
+    });
+}
+
+#[test]
+fn one_daemon_serves_several_sockets_each_from_its_own_image() {
+    with_root("one_daemon_serves_several_sockets_each_from_its_own_image", || {
+        let snapshot = Snapshot::push(8);
+        let other = snapshot.folder.path().join("other");
+        std::fs::create_dir(&other).unwrap();
+        for (name, seed) in [("a.mem", 910), ("b.mem", 911)] {
+            std::fs::write(other.join(name), memory_like(8 << 20, seed)).unwrap();
+        }
+        let _ = run(snapshot.server.address(), [OsStr::new("push"), other.as_os_str(), OsStr::new("other")]);
+        let sockets = ["1", "2"].map(|name| snapshot.folder.path().join(name));
+        let [first, second] = sockets.each_ref().map(|path| path.to_str().unwrap());
+        let args =
+            ["firecracker", "--socket", first, "--image", "vm", "--socket", second, "--image", "other"];
+        let ambiguous = Daemon::start(snapshot.server.address(), args);
+        let _waits = Vmm::start(&sockets[1], &other.join("b.mem"), "new", &["small:8"]);
+        ambiguous.assert_says("a.mem, b.mem; name one with --file");
+        let mut fine = Vmm::start(&sockets[0], &snapshot.memory(), "new", &["small:8"]);
+        fine.loaded();
+        fine.assert_right();
+        drop(ambiguous);
+        let args = args.into_iter().chain(["--file", "guest.mem", "--file", "b.mem"]);
+        let _daemon = Daemon::start(snapshot.server.address(), args);
+        let mut vmm = Vmm::start(&sockets[1], &other.join("b.mem"), "new", &["small:8"]);
+        vmm.loaded();
+        vmm.assert_right();
+    });
+}
+
+#[test]
+fn what_must_be_local_before_a_machine_starts_is_pulled_alone() {
+    let snapshot = Snapshot::push(8);
+    let target = snapshot.folder.path().join("local");
+    let args = [
+        OsStr::new("pull"),
+        OsStr::new("vm"),
+        target.as_os_str(),
+        OsStr::new("--only"),
+        OsStr::new("*.state"),
+    ];
+    let pulled = run(snapshot.server.address(), args);
+    assert_eq!((&pulled["entries"], &pulled["size_bytes"]), (&1.into(), &40_000.into()));
+    let bytes = std::fs::read(target.join("guest.state")).unwrap();
+    assert_eq!(bytes, std::fs::read(snapshot.folder.path().join("snapshot/guest.state")).unwrap());
+    assert_eq!(std::fs::read_dir(&target).unwrap().count(), 1);
+    let none = snapshot.folder.path().join("none");
+    let args = [
+        OsStr::new("pull"),
+        OsStr::new("vm"),
+        none.as_os_str(),
+        OsStr::new("--only"),
+        OsStr::new("*.nothing"),
+    ];
+    assert!(fail(snapshot.server.address(), args).contains("no file of vm:latest matches"));
+    assert!(!none.exists());
 }

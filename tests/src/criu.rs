@@ -37,11 +37,28 @@ impl Criu {
         if checked.status.success() { Ok(criu) } else { Err(String::from_utf8_lossy(&said).into_owned()) }
     }
 
-    /// A program of that folder, with its own loader and libraries.
+    /// A program of that folder, with its own libraries.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
+        self.command_by(&self.folder.join("usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"), program)
+    }
+
+    /// The same, to be dumped: by a loader of its own, which is made in `folder`. What runs by the same one as criu cannot be
+    /// restored by it (PR_SET_MM_MAP: EBUSY).
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn command_to_dump(&self, program: &str, folder: &Path) -> Command {
+        let loader = folder.join("loader");
+        let made = fs::copy(self.folder.join("usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"), &loader);
+        made.expect("a file can be copied");
+        self.command_by(&loader, program)
+    }
+
+    fn command_by(&self, loader: &Path, program: &str) -> Command {
         let libraries = self.folder.join("usr/lib/x86_64-linux-gnu");
-        let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+        let mut command = Command::new(loader);
         command.arg("--library-path").arg(&libraries).arg(self.folder.join(program)).stdin(Stdio::null());
         command
     }

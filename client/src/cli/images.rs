@@ -170,10 +170,9 @@ async fn pull_part(
     let mut pulling = Pulling::begin(remote, reference, directory, is_wanted).await?;
     if !matches!(part, Part::Criu) {
         let all = pulling.extents_of(|_| true);
+        anyhow::ensure!(!all.is_empty() || matches!(part, Part::All), "no file of {reference} matches");
         pulling.fetch(all).await?;
-        let report = pulling.finish()?;
-        anyhow::ensure!(report.entries > 0 || matches!(part, Part::All), "no file of {reference} matches");
-        return Ok(report);
+        return Ok(pulling.finish()?);
     }
     let prefix = criu::prefix_in(pulling.image())?;
     let is_pages = |path: &ImagePath| {
