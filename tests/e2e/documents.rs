@@ -1,5 +1,7 @@
-//! README.md and the demo do what they say.
+//! README.md, the guides and the demo do what they say.
 
+use postcopy_tests::criu::Criu;
+use postcopy_tests::daemon::runtime_root;
 use postcopy_tests::{binary, is_root, skip, wait_until};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -11,9 +13,13 @@ fn workspace() -> PathBuf {
 
 /// The fenced blocks of README.md in that language.
 fn blocks(language: &str) -> Vec<String> {
-    let readme = std::fs::read_to_string(workspace().join("README.md")).unwrap();
+    blocks_of("README.md", language)
+}
+
+fn blocks_of(document: &str, language: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(workspace().join(document)).unwrap();
     let fence = format!("```{language}\n");
-    readme.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
+    text.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
 }
 
 fn show(output: &Output) -> String {
@@ -143,4 +149,83 @@ fn the_demo_ends_its_server_and_leaves_nothing() {
         .unwrap();
     assert!(output.status.success(), "{}", show(&output));
     wait_until("the demo's scratch folder is gone", || std::fs::read_dir(&scratch).unwrap().next().is_none());
+}
+
+/// Runs the commands of a guide in `folder`, with these programs in its `bin` before all others.
+fn run_guide(document: &str, folder: &Path, programs: &[(&str, &str)]) -> String {
+    let bin = folder.join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    for (name, script) in programs {
+        std::fs::write(bin.join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(bin.join(name), PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let runtime = runtime_root();
+    let script = String::from("set -eu\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n")
+        + &blocks_of(document, "sh").concat();
+    let ours = binary("postcopy").parent().unwrap().to_owned();
+    let path = format!("{}:{}:{}", bin.display(), ours.display(), std::env::var("PATH").unwrap());
+    let output = Command::new("timeout")
+        .args(["60", "bash", "-c", &script])
+        .current_dir(folder)
+        .env("PATH", path)
+        .env("POSTCOPY_RUNTIME_DIR", runtime.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let shown = show(&output);
+    assert!(output.status.success(), "{shown}");
+    shown
+}
+
+#[test]
+fn the_guide_to_criu_leads_to_a_lazy_restore() {
+    let name = "documents::the_guide_to_criu_leads_to_a_lazy_restore";
+    if !is_root() {
+        return skip(name, "restoring processes needs root");
+    }
+    let criu = match Criu::find() {
+        Ok(criu) => criu.command("usr/sbin/criu"),
+        Err(why) => return skip(name, &why),
+    };
+    let words = [criu.get_program()].into_iter().chain(criu.get_args()).map(|word| word.to_str().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    run_guide(
+        "docs/CRIU.md",
+        folder.path(),
+        &[("criu", &format!("exec {} \"$@\"", words.collect::<Vec<_>>().join(" ")))],
+    );
+    let expected: u64 = (0..20_000).map(|page| page % 251).sum();
+    assert_eq!(std::fs::read_to_string(folder.path().join("answer")).unwrap(), expected.to_string());
+}
+
+#[test]
+fn the_guide_to_firecracker_leads_to_a_lazy_restore() {
+    let name = "documents::the_guide_to_firecracker_leads_to_a_lazy_restore";
+    if !is_root() {
+        return skip(name, "a userfaultfd for all faults needs root");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let snapshot = folder.path().join("snapshot");
+    std::fs::create_dir(&snapshot).unwrap();
+    std::fs::write(snapshot.join("guest.mem"), postcopy_tests::fixtures::memory_like(16 << 20, 9)).unwrap();
+    std::fs::write(snapshot.join("guest.state"), "state").unwrap();
+    // In their place: the stand-in loads what curl is told to have loaded.
+    let control = std::os::unix::net::UnixListener::bind(folder.path().join("control")).unwrap();
+    let backend = r#"$(sed -n 's/.*"backend_path": "\(.*\)".*/\1/p' load.json)"#;
+    let vmm = binary("postcopy-vmm");
+    let load = format!("exec {} control {backend} snapshot/guest.mem new small:16", vmm.display());
+    let listen = "exec python3 -c 'import socket,time; s=socket.socket(socket.AF_UNIX); s.bind(\"firecracker.sock\"); time.sleep(60)'";
+    let machine = std::thread::spawn(move || {
+        use std::io::{BufRead, BufReader, Write};
+        let (mut stream, _) = control.accept().unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        let loaded = lines.next().unwrap().unwrap();
+        stream.write_all(b"check\n").unwrap();
+        let checked = lines.next().unwrap().unwrap();
+        stream.write_all(b"exit\n").unwrap();
+        (loaded, checked)
+    });
+    run_guide("docs/FIRECRACKER.md", folder.path(), &[("firecracker", listen), ("curl", &load)]);
+    assert_eq!(machine.join().unwrap(), ("loaded [true, true]".to_owned(), "wrong 0".to_owned()));
+    assert_eq!(std::fs::read_to_string(folder.path().join("local/guest.state")).unwrap(), "state");
 }

@@ -49,7 +49,7 @@ pub(crate) struct DaemonArgs {
     /// After SIGTERM: how long programs have to become complete
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     grace: Duration,
-    /// Where daemons keep what outlives their workers: on tmpfs [default: /run/postcopy, or below $XDG_RUNTIME_DIR]
+    /// Where daemons keep what outlives their workers: on tmpfs [default: postcopy below $XDG_RUNTIME_DIR, /run or /dev/shm]
     #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
 }

@@ -74,10 +74,18 @@ pub(crate) fn start_of(pid: u32) -> io::Result<u64> {
     start.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Where daemons have their directories unless they are told otherwise.
+/// Where daemons have their directories unless they are told otherwise: below the user's runtime directory, or /run, or
+/// where that is not in memory below /dev/shm.
 pub(crate) fn default_root() -> PathBuf {
     let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !rustix::process::geteuid().is_root());
-    of_user.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("postcopy")
+    let run = of_user.map_or_else(|| PathBuf::from("/run"), PathBuf::from);
+    let is_usable = is_in_memory(&run).unwrap_or(false);
+    if is_usable { run } else { PathBuf::from("/dev/shm") }.join("postcopy")
+}
+
+fn is_in_memory(path: &Path) -> io::Result<bool> {
+    let kind = rustix::fs::statfs(path)?.f_type;
+    Ok([TMPFS_MAGIC, RAMFS_MAGIC].contains(&i128::from(kind)))
 }
 
 impl RuntimeDir {
@@ -88,11 +96,8 @@ impl RuntimeDir {
     pub(crate) fn create(root: &Path, name: &str) -> Result<Self> {
         let shown = root.display();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(root).with_context(|| shown.to_string())?;
-        let kind = rustix::fs::statfs(root).with_context(|| shown.to_string())?.f_type;
-        ensure!(
-            [TMPFS_MAGIC, RAMFS_MAGIC].contains(&i128::from(kind)),
-            "{shown} is not on tmpfs: page states are kept there (--runtime-dir)"
-        );
+        let in_memory = is_in_memory(root).with_context(|| shown.to_string())?;
+        ensure!(in_memory, "{shown} is not on tmpfs: page states are kept there (--runtime-dir)");
         clean(root);
         let directory = |n: u32| {
             let path = root.join(format!("{name}-{}-{n}", std::process::id()));
