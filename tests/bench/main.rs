@@ -2,10 +2,13 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, push, memory, changes. Prints a table in Markdown and, with `--json FILE`, the raw values.
+//! all, or those named: touch, fill, push, memory, changes, kills,
+//! machines, criu, criu-remote. Prints a table in Markdown and, with `--json FILE`, the raw values.
 
 mod changes;
 mod cpu;
+mod criu;
+mod daemons;
 mod fill;
 mod floor;
 mod memory;
@@ -51,6 +54,18 @@ fn main() -> Result<()> {
     if wanted("changes") {
         figures.push(changes::measure()?);
         figures.push(changes::first_write()?);
+    }
+    if wanted("kills") {
+        figures.push(daemons::kills()?);
+    }
+    if wanted("machines") {
+        figures.extend(daemons::touches()?);
+    }
+    if wanted("criu") {
+        figures.extend(criu::local()?);
+    }
+    if wanted("criu-remote") {
+        figures.extend(criu::remote()?);
     }
     println!("| figure | measured | bar | |\n|---|---|---|---|");
     for Figure { name, value, bar, met, .. } in &figures {

@@ -12,6 +12,7 @@ pub mod descriptors;
 pub mod faulter;
 pub mod fixtures;
 pub mod keeper;
+pub mod link;
 pub mod model;
 pub mod mounts;
 pub mod pool;

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 /// Before a worker is cloned that follows one which has not lived for long.
 const PAUSES: std::ops::Range<Duration> = Duration::from_millis(5)..Duration::from_secs(1);
-/// A worker that has lived so long has not died of what its predecessor died of.
-const LONG: Duration = Duration::from_secs(5);
+/// A worker that has lived so long has served, and not died of what it was started with.
+const LONG: Duration = Duration::from_millis(100);
 
 /// How a worker is started.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,224 @@
+//! `postcopy criu` beside criu's own ways: a plain restore, and `criu lazy-pages`.
+
+use crate::{Figure, median};
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use postcopy_tests::cli::run;
+use postcopy_tests::criu::{Criu, Program, Restored, compile, status, wait_for_status};
+use postcopy_tests::daemon::Daemon;
+use postcopy_tests::link::{Link, Quality};
+use postcopy_tests::server::Server;
+use serde_json::json;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const ROUNDS: usize = 10;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A program that was dumped.
+struct Dumped {
+    criu: Criu,
+    folder: TempDir,
+    server: Server,
+}
+
+/// How long parts of a restore took, in seconds since it began.
+#[derive(Default)]
+struct Times {
+    heartbeat: Vec<f64>,
+    quarter: Vec<f64>,
+    drained: Vec<f64>,
+}
+
+impl Dumped {
+    fn new(mib: u32) -> Result<Self> {
+        let criu = Criu::find().map_err(anyhow::Error::msg)?;
+        let folder = tempfile::tempdir()?;
+        let mut command = Command::new(compile("heap", folder.path()));
+        command.arg(mib.to_string()).arg(folder.path().join("status")).arg("0");
+        let mut program = Program::start(&command);
+        wait_for_status(&folder.path().join("status"));
+        criu.dump(program.pid(), &folder.path().join("images"));
+        program.wait();
+        let server = Server::start();
+        let images = folder.path().join("images");
+        let _ = run(server.address(), ["push".as_ref(), images.as_os_str(), "app".as_ref()]);
+        Ok(Self { criu, folder, server })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Restores and measures the time to the first heartbeat, and until a quarter of the pages has been touched.
+    fn restore(&self, images: &Path, more: &[&str], times: &mut Times) -> Result<(Restored, Instant)> {
+        let path = self.path("status");
+        let file = std::fs::File::options().write(true).open(&path)?;
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0; 8], 0)?;
+        let started = Instant::now();
+        let restored = self.criu.restore_here(images, more);
+        wait(|| status::<1>(&path)[0] != 0)?;
+        times.heartbeat.push(started.elapsed().as_secs_f64());
+        let [_, _, _, quarters] = status(&path);
+        restored.signal(Signal::SIGUSR2);
+        wait(|| status::<4>(&path)[3] != quarters)?;
+        times.quarter.push(started.elapsed().as_secs_f64());
+        ensure!(status::<2>(&path)[1] == 0, "wrong bytes");
+        Ok((restored, started))
+    }
+}
+
+fn wait(mut done: impl FnMut() -> bool) -> Result<()> {
+    let started = Instant::now();
+    while !done() {
+        ensure!(started.elapsed() < PATIENCE, "it hangs");
+        std::thread::park_timeout(Duration::from_micros(500));
+    }
+    Ok(())
+}
+
+/// Local images in the page cache.
+pub(crate) fn local() -> Result<Vec<Figure>> {
+    let (dumped, empty) = (Dumped::new(256)?, Dumped::new(1)?);
+    let (mut ours, mut theirs, mut plain, mut nothing) =
+        (Times::default(), Times::default(), Times::default(), Times::default());
+    for round in 0..ROUNDS {
+        drop(empty.restore(&empty.path("images"), &[], &mut nothing)?);
+        drop(dumped.restore(&dumped.path("images"), &[], &mut plain)?);
+        // criu's own daemon.
+        let images = dumped.path("images");
+        let socket = images.join("lazy-pages.socket");
+        let _ = std::fs::remove_file(&socket);
+        let mut daemon = dumped
+            .criu
+            .command("usr/sbin/criu")
+            .args(["lazy-pages", "-D"])
+            .arg(&images)
+            .stderr(std::process::Stdio::null())
+            .spawn()?;
+        wait(|| socket.exists())?;
+        let (restored, started) = dumped.restore(&images, &["--lazy-pages"], &mut theirs)?;
+        daemon.wait()?;
+        theirs.drained.push(started.elapsed().as_secs_f64());
+        drop(restored);
+        // And ours.
+        let images = dumped.path(&format!("lazy-{round}"));
+        let args = ["pull".as_ref(), "app".as_ref(), images.as_os_str(), "--criu".as_ref()];
+        let _ = run(dumped.server.address(), args);
+        let args = ["criu", "-D", images.to_str().expect("a path of ours"), "--image", "app"];
+        let mut daemon = Daemon::start(dumped.server.address(), args);
+        let (restored, started) = dumped.restore(&images, &["--lazy-pages"], &mut ours)?;
+        daemon.wait();
+        ours.drained.push(started.elapsed().as_secs_f64());
+        drop(restored);
+    }
+    let more_ms = (median(&mut ours.heartbeat) - median(&mut nothing.heartbeat)) * 1000.0;
+    let heartbeat = Figure {
+        name: "CRIU, 256 MiB, local images: first heartbeat, more than a plain restore of an empty program takes".into(),
+        value: format!(
+            "**{more_ms:.0} ms** ({:.0} ms beside {:.0} ms; a plain restore of this one {:.0} ms, criu's lazy one {:.0} ms)",
+            median(&mut ours.heartbeat) * 1000.0,
+            median(&mut nothing.heartbeat) * 1000.0,
+            median(&mut plain.heartbeat) * 1000.0,
+            median(&mut theirs.heartbeat) * 1000.0
+        ),
+        bar: "≤ 15 ms".into(),
+        met: more_ms <= 15.0,
+        raw: json!({ "ours": ours.heartbeat, "empty": nothing.heartbeat, "plain": plain.heartbeat, "criu": theirs.heartbeat }),
+    };
+    let beside = |name: &str, ours: &mut Vec<f64>, theirs: &mut Vec<f64>, bar: f64| {
+        let ratio = median(ours) / median(theirs);
+        Figure {
+            name: format!("the same: {name}, beside `criu lazy-pages` on the same dump"),
+            value: format!("**{ratio:.2} x** ({:.2} s beside {:.2} s)", median(ours), median(theirs)),
+            bar: format!("≤ {bar} x"),
+            met: ratio <= bar,
+            raw: json!({ "ours": ours, "criu": theirs }),
+        }
+    };
+    let quarter = beside("25 % of the pages touched at random", &mut ours.quarter, &mut theirs.quarter, 1.0);
+    let drained = beside("all transferred", &mut ours.drained, &mut theirs.drained, 0.7);
+    Ok(vec![heartbeat, quarter, drained])
+}
+
+/// A store that is 1 ms away, over 1 Gbit/s.
+pub(crate) fn remote() -> Result<Vec<Figure>> {
+    let dumped = Dumped::new(256)?;
+    let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: 125e6 };
+    let images = dumped.path("images");
+    let bytes: u64 =
+        std::fs::read_dir(&images)?.map(|entry| Ok(entry?.metadata()?.len())).sum::<Result<u64>>()?;
+    let (mut ours, mut copied, mut wire) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let mut times = Times::default();
+        let started = Instant::now();
+        copy(bytes, quality)?;
+        let copying = started.elapsed().as_secs_f64();
+        drop(dumped.restore(&images, &[], &mut times)?);
+        copied.push(copying + times.heartbeat[0]);
+
+        let link = Link::to(&dumped.server.address().to_string(), quality);
+        let lazy = dumped.path(&format!("remote-{round}"));
+        let started = Instant::now();
+        let args = ["pull".as_ref(), "app".as_ref(), lazy.as_os_str(), "--criu".as_ref()];
+        let _ = run(link.address(), args);
+        let args = ["criu", "-D", lazy.to_str().expect("a path of ours"), "--image", "app"];
+        let mut daemon = Daemon::start(link.address(), args);
+        let before = started.elapsed().as_secs_f64();
+        let mut times = Times::default();
+        let (restored, _) = dumped.restore(&lazy, &["--lazy-pages"], &mut times)?;
+        ours.push(before + times.heartbeat[0]);
+        daemon.wait();
+        drop(restored);
+        #[expect(clippy::cast_precision_loss, reason = "a ratio")]
+        wire.push(link.received() as f64 / bytes as f64);
+    }
+    let ratio = median(&mut ours) / median(&mut copied);
+    let wire_ratio = median(&mut wire);
+    Ok(vec![
+        Figure {
+            name: "CRIU, 256 MiB, 1 ms and 1 Gbit/s away: first heartbeat (images pulled, daemon started, restored) beside copying the images and restoring".into(),
+            value: format!("**{ratio:.2} x** ({:.2} s beside {:.2} s)", median(&mut ours), median(&mut copied)),
+            bar: "≤ 0.15 x".into(),
+            met: ratio <= 0.15,
+            raw: json!({ "ours": ours, "copied": copied }),
+        },
+        Figure {
+            name: "the same: bytes over the wire until all is there, beside the images'".into(),
+            value: format!("**{wire_ratio:.2} x**"),
+            bar: "≤ 0.5 x".into(),
+            met: wire_ratio <= 0.5,
+            raw: json!({ "ratios": wire }),
+        },
+    ])
+}
+
+/// Sends so many bytes over a link.
+fn copy(bytes: u64, quality: Quality) -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let link = Link::to(&format!("http://{}", listener.local_addr()?), quality);
+    let sender = std::thread::spawn(move || -> Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        let piece = vec![7; 1 << 20];
+        let mut left = bytes;
+        while left > 0 {
+            let count = usize::try_from(left)?.min(piece.len());
+            stream.write_all(&piece[..count])?;
+            left -= count as u64;
+        }
+        Ok(())
+    });
+    let address = link.address().to_string();
+    let mut stream = TcpStream::connect(address.trim_start_matches("http://"))?;
+    let (mut piece, mut received) = (vec![0; 1 << 20], 0);
+    while received < bytes {
+        let count = stream.read(&mut piece)?;
+        ensure!(count > 0, "the link has ended");
+        received += count as u64;
+    }
+    sender.join().expect("it does not panic")
+}

@@ -1,0 +1,169 @@
+//! `postcopy firecracker`: what a killed worker costs, and how soon a machine has touched what it needs.
+
+use crate::{Figure, median, percentile};
+use anyhow::{Result, ensure};
+use postcopy_tests::cli::run;
+use postcopy_tests::daemon::Daemon;
+use postcopy_tests::descriptors;
+use postcopy_tests::fixtures::memory_like;
+use postcopy_tests::server::Server;
+use postcopy_tests::vmm::Vmm;
+use serde_json::json;
+use std::ffi::c_void;
+use std::fs::File;
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use userfaultfd::{Event, Uffd};
+
+const PAGE: usize = 4096;
+const KILLS: usize = 100;
+const ROUNDS: usize = 10;
+
+struct Snapshot {
+    server: Server,
+    folder: TempDir,
+}
+
+impl Snapshot {
+    fn push(mib: usize, chunk_bytes: usize) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let memory = folder.path().join("mem");
+        std::fs::write(&memory, memory_like(mib << 20, 5))?;
+        let server = Server::start();
+        let chunk_bytes = chunk_bytes.to_string();
+        let args = [
+            "push".as_ref(),
+            memory.as_os_str(),
+            "vm".as_ref(),
+            "--chunk-size".as_ref(),
+            chunk_bytes.as_ref(),
+        ];
+        let _ = run(server.address(), args);
+        Ok(Self { server, folder })
+    }
+
+    fn memory(&self) -> PathBuf {
+        self.folder.path().join("mem")
+    }
+
+    fn daemon(&self, fill: &str) -> (Daemon, PathBuf) {
+        let socket = self.folder.path().join("socket");
+        let path = socket.to_str().expect("a path of ours");
+        let args = ["firecracker", "--socket", path, "--image", "vm", "--fill", fill];
+        (Daemon::start(self.server.address(), args), socket)
+    }
+}
+
+/// The longest touch while a worker is killed, and in as long a time in which none is.
+pub(crate) fn kills() -> Result<Figure> {
+    // Each touch of a page is a fault.
+    let snapshot = Snapshot::push(256, PAGE)?;
+    let (mut waits, mut undisturbed) = (Vec::new(), Vec::new());
+    let (mut daemon, socket) = snapshot.daemon("nothing");
+    while waits.len() < KILLS {
+        let mut vmm = Vmm::start(&socket, &snapshot.memory(), "new", &["small:256"]);
+        vmm.loaded();
+        for round in 0..20 {
+            for kill in [false, true] {
+                vmm.tell(&format!("run 1 0.1 {round}{}", u8::from(kill)));
+                if kill {
+                    std::thread::park_timeout(Duration::from_millis(20));
+                    daemon.kill_worker();
+                }
+                let touches = vmm.touches();
+                ensure!(touches.wrong == 0, "wrong bytes");
+                #[expect(clippy::cast_precision_loss, reason = "some milliseconds")]
+                let longest = touches.longest_us as f64 / 1000.0;
+                if kill { &mut waits } else { &mut undisturbed }.push(longest);
+            }
+        }
+    }
+    let (p50, p99) = (percentile(&mut waits, 50), percentile(&mut waits, 99));
+    Ok(Figure {
+        name: format!(
+            "{} kill -9s of the worker of a machine that faults all the time: the longest wait",
+            waits.len()
+        ),
+        value: format!(
+            "p50 **{p50:.0} ms**, p99 **{p99:.0} ms** (without: p50 {:.1} ms, p99 {:.1} ms)",
+            percentile(&mut undisturbed, 50),
+            percentile(&mut undisturbed, 99)
+        ),
+        bar: "p99 < 50 ms".into(),
+        met: p99 < 50.0,
+        raw: json!({ "waits_ms": waits, "undisturbed_ms": undisturbed }),
+    })
+}
+
+/// A handler as Firecracker's example is one: it copies each page from a map of the local file.
+fn example_handler(socket: &Path, memory: &Path) -> Result<std::thread::JoinHandle<()>> {
+    let (listener, file) = (UnixListener::bind(socket)?, File::open(memory)?);
+    Ok(std::thread::spawn(move || {
+        #[expect(unsafe_code, reason = "a map of a file that nobody changes")]
+        // SAFETY: the file is the benchmark's own.
+        let map = unsafe { memmap2::Mmap::map(&file) }.expect("a file can be mapped");
+        let (stream, _) = listener.accept().expect("a machine connects");
+        let (uffd, text) = descriptors::receive(&stream);
+        let regions: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let base =
+            usize::try_from(regions[0]["base_host_virt_addr"].as_u64().expect("a number")).expect("64 bits");
+        rustix::io::ioctl_fionbio(&uffd, false).expect("a descriptor");
+        #[expect(unsafe_code, reason = "a userfaultfd that was received")]
+        // SAFETY: `uffd` gives its descriptor up.
+        let uffd = unsafe { <Uffd as std::os::fd::FromRawFd>::from_raw_fd(uffd.into_raw_fd()) };
+        while let Ok(Some(event)) = uffd.read_event() {
+            let Event::Pagefault { addr, .. } = event else { continue };
+            let page = addr.addr() - addr.addr() % PAGE;
+            let source: *const c_void = map[page - base..].as_ptr().cast();
+            #[expect(unsafe_code, reason = "as the crate has it")]
+            // SAFETY: the map has a page there.
+            let copied =
+                unsafe { uffd.copy(source, std::ptr::with_exposed_provenance_mut(page), PAGE, true) };
+            if copied.is_err() {
+                return;
+            }
+        }
+    }))
+}
+
+/// 64 MiB of 512, touched page by page at random.
+pub(crate) fn touches() -> Result<Vec<Figure>> {
+    let snapshot = Snapshot::push(512, 64 << 10)?;
+    let touch = |socket: &Path, round: usize| -> Result<f64> {
+        let started = Instant::now();
+        let mut vmm = Vmm::start(socket, &snapshot.memory(), "new", &["small:512"]);
+        vmm.loaded();
+        vmm.tell(&format!("touch 64 {round}"));
+        ensure!(vmm.touches().wrong == 0, "wrong bytes");
+        Ok(started.elapsed().as_secs_f64())
+    };
+    let (mut example, mut lazy, mut filled) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let socket = snapshot.folder.path().join(format!("example-{round}"));
+        let handler = example_handler(&socket, &snapshot.memory())?;
+        example.push(touch(&socket, round)?);
+        // It ends with its machine, or sleeps on in its read.
+        drop(handler);
+        for (fill, times) in [("nothing", &mut lazy), ("all", &mut filled)] {
+            let (_daemon, socket) = snapshot.daemon(fill);
+            times.push(touch(&socket, round)?);
+        }
+    }
+    let base = median(&mut example);
+    let figure = |name: &str, times: &mut Vec<f64>, bar: f64| {
+        let ratio = median(times) / base;
+        Figure {
+            name: format!(
+                "64 MiB of 512 touched at random, {name}, beside a handler that copies 4 KiB from the local file"
+            ),
+            value: format!("**{ratio:.2} x** ({:.2} s beside {base:.2} s)", median(times)),
+            bar: format!("≤ {bar} x"),
+            met: ratio <= bar,
+            raw: json!({ "seconds": times, "example_seconds": example }),
+        }
+    };
+    Ok(vec![figure("with background fill", &mut filled, 0.5), figure("without", &mut lazy, 1.6)])
+}

@@ -1,0 +1,116 @@
+//! A network between two machines, as far as one machine can have it: a TCP proxy on loopback that delays bytes, and lets no
+//! more of them through than the link carries.
+
+use postcopy::ServerAddress;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Bytes that are forwarded together: what a large segment holds.
+const PIECE_BYTES: usize = 64 << 10;
+/// Pieces on their way: 16 MiB, more than any product of rate and delay here.
+const PIECES: usize = 256;
+
+/// What a link is like. All connections share its rate.
+#[derive(Clone, Copy, Debug)]
+pub struct Quality {
+    /// There and back.
+    pub round_trip: Duration,
+    /// Each way.
+    pub bytes_per_second: f64,
+}
+
+/// See the module. Its threads end with the connections.
+#[derive(Debug)]
+pub struct Link {
+    address: ServerAddress,
+    /// Bytes that went to the clients.
+    received: Arc<AtomicU64>,
+}
+
+/// One way of the link: when it will have carried what it has been given.
+#[derive(Debug)]
+struct Way {
+    quality: Quality,
+    free_at: Mutex<Instant>,
+}
+
+impl Way {
+    /// When these bytes arrive at the other end.
+    fn arrival(&self, bytes: usize) -> Instant {
+        let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        #[expect(clippy::cast_precision_loss, reason = "less than 64 KiB")]
+        let takes = Duration::from_secs_f64(bytes as f64 / self.quality.bytes_per_second);
+        *free_at = (*free_at).max(Instant::now()) + takes;
+        *free_at + self.quality.round_trip / 2
+    }
+}
+
+impl Link {
+    /// A link to the server at `address`, which is `http://host:port`.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn to(address: &str, quality: Quality) -> Self {
+        let target = address.trim_start_matches("http://").to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port of loopback");
+        let own = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let received = Arc::new(AtomicU64::new(0));
+        let way = || Arc::new(Way { quality, free_at: Mutex::new(Instant::now()) });
+        let (there, back, counter) = (way(), way(), Arc::clone(&received));
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let Ok(server) = TcpStream::connect(&target) else { continue };
+                for stream in [&client, &server] {
+                    stream.set_nodelay(true).expect("a socket");
+                }
+                let (client_in, server_in) =
+                    (client.try_clone().expect("a descriptor"), server.try_clone().expect("a descriptor"));
+                forward(client_in, server, Arc::clone(&there), Arc::default());
+                forward(server_in, client, Arc::clone(&back), Arc::clone(&counter));
+            }
+        });
+        Self { address: own.parse().expect("an address"), received }
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn address(&self) -> &ServerAddress {
+        &self.address
+    }
+
+    /// How many bytes have come to clients so far.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+}
+
+fn forward(mut from: TcpStream, mut to: TcpStream, way: Arc<Way>, counter: Arc<AtomicU64>) {
+    let (sender, pieces) = sync_channel::<(Instant, Vec<u8>)>(PIECES);
+    std::thread::spawn(move || {
+        let mut piece = vec![0; PIECE_BYTES];
+        while let Ok(bytes @ 1..) = from.read(&mut piece) {
+            counter.fetch_add(bytes as u64, Ordering::Relaxed);
+            if sender.send((way.arrival(bytes), piece[..bytes].to_vec())).is_err() {
+                break;
+            }
+        }
+    });
+    std::thread::spawn(move || {
+        for (arrival, piece) in pieces {
+            let wait = arrival.saturating_duration_since(Instant::now());
+            if !wait.is_zero() {
+                std::thread::park_timeout(wait);
+            }
+            if to.write_all(&piece).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    });
+}
