@@ -9,7 +9,7 @@ FILE ?=
 .PHONY: help build demo test soak test-list lint bench clean
 
 help:
-	@echo "make demo    push a large file, serve it, use it lazily (FILE=... for one of yours)"
+	@echo "make demo    push a large file and use it lazily (FILE=... for one of yours); restore a Redis, where CRIU runs"
 	@echo "make test    all tests"
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting and clippy"
@@ -21,6 +21,7 @@ build:
 	$(CARGO) build --workspace --bins --examples
 
 demo: build
+	@tests/setup demo
 	@tests/demo "$(FILE)"
 
 # The binaries first: the end-to-end tests start them, and cargo does not build them for another package.

@@ -145,6 +145,14 @@ fn is_alive(process: u32) -> bool {
     }
 }
 
+/// These processes, and all that they have forked that is alive.
+#[must_use]
+pub fn with_descendants(processes: impl IntoIterator<Item = u32>) -> BTreeSet<u32> {
+    let mut all = processes.into_iter().collect();
+    add_children(&mut all);
+    all
+}
+
 /// Adds the children of these processes, and theirs.
 fn add_children(processes: &mut BTreeSet<u32>) {
     // A kernel need not tell of children by themselves.

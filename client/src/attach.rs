@@ -132,6 +132,8 @@ impl Owner {
                 let regions = self::regions(&image, &space, &regions, &state, tracks)?;
                 let spaces = Spaces::new(vec![space], regions);
                 state.write(&spaces, 1, None)?;
+                // Of faults that somebody has read who served it before.
+                wake_everybody(&spaces);
                 Ok(Shared::new(address, image, options, spaces, 1, state, pid))
             }
             Self::Left { state, contents, uffds } => take_over(address, image, state, &contents, uffds),

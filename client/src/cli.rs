@@ -138,6 +138,8 @@ pub(crate) fn main() -> ExitCode {
         .with_env_filter(filter.unwrap_or_else(|_| level.into()))
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
+        // That would be a panic where nobody reads stderr any more.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .init();
     let output = Output { json: cli.json };

@@ -13,7 +13,7 @@ pub(crate) mod criu;
 pub(crate) mod firecracker;
 pub(crate) mod guardian;
 mod inbox;
-mod kernel;
+pub(crate) mod kernel;
 mod leftovers;
 pub(crate) mod runtime_dir;
 mod served;
@@ -23,16 +23,16 @@ pub(crate) use control::ask_to_drain;
 
 use anyhow::{Context, Result};
 use guardian::Turn;
-use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use postcopy::{Image, Options, ServerAddress};
 use runtime_dir::{RuntimeDir, SessionName};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 use served::Served;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -99,7 +99,9 @@ impl Setup {
     /// If somebody listens there, or it cannot be made.
     pub(crate) fn listen(&mut self, path: &Path) -> Result<()> {
         let shown = || path.display().to_string();
-        if UnixStream::connect(path).is_ok() {
+        // Of another type, so that whoever listens there is not told of a connection.
+        let probed = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
+        if probed.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::PROTOTYPE)) {
             anyhow::bail!("{}: somebody listens there already", shown());
         }
         match std::fs::remove_file(path) {
@@ -127,10 +129,17 @@ impl Setup {
         let patience = setup.options.fault_deadline;
         let status = guardian::guard(patience, on_ready, |turn| {
             let worker = Worker::new(Arc::clone(&setup), Arc::clone(&program), turn);
-            worker.and_then(|worker| Arc::new(worker).run()).unwrap_or_else(|error| {
-                tracing::error!("{error:#}");
-                1
-            })
+            let status = worker.and_then(|worker| Arc::new(worker).run());
+            match status {
+                Ok(status) => status,
+                Err(error) => {
+                    tracing::error!("{error:#}");
+                    // What is served must not end with this: another worker tries again.
+                    let serves =
+                        turn.is_successor || setup.runtime.sessions().is_ok_and(|all| !all.is_empty());
+                    if serves { std::process::abort() } else { 1 }
+                }
+            }
         });
         for (_, path) in &setup.listeners {
             // The worker may have done so.
@@ -262,6 +271,9 @@ impl Worker {
             findings.iter().for_each(surroundings::Finding::log);
         }
         guardian::tell_ready(self.turn);
+        if let Some(since) = self.turn.stopping_since {
+            self.stop(since);
+        }
         let mut guardian = guardian;
         if guardian.is_none() {
             self.guardian_has_died();
@@ -295,11 +307,8 @@ impl Worker {
         drop(fds);
         if ready[0] {
             while let Ok(Some(signal)) = signals.read_signal() {
-                if [Signal::SIGTERM, Signal::SIGINT]
-                    .iter()
-                    .any(|end| i64::from(signal.ssi_signo) == *end as i64)
-                {
-                    self.stop();
+                if guardian::ENDS.iter().any(|end| i64::from(signal.ssi_signo) == *end as i64) {
+                    self.stop(Instant::now());
                 }
             }
         }
@@ -310,14 +319,19 @@ impl Worker {
             && let Ok((stream, _)) = self.setup.control.accept()
         {
             let worker = Arc::clone(self);
-            self.spawn("control", move || {
+            let answer = move || {
                 control::answer(&worker, stream);
                 None
-            })?;
+            };
+            self.spawn("control", answer).unwrap_or_else(|error| tracing::error!("a request: {error:#}"));
         }
         for (index, (listener, _)) in listeners.iter().enumerate().filter(|(index, _)| ready[3 + index]) {
             match listener.accept() {
-                Ok((stream, _)) => self.serve(stream, index)?,
+                Ok((stream, _)) => {
+                    // Others are served on.
+                    self.serve(stream, index)
+                        .unwrap_or_else(|error| tracing::error!("a connection: {error:#}"));
+                }
                 // Of descriptors, say: others may be given back.
                 Err(error) => {
                     tracing::error!("a connection cannot be accepted: {error}");
@@ -378,6 +392,10 @@ impl Worker {
             names.retain(|name| name.cookie != cookie);
             self.serve(stream, listener)?;
         }
+        if names.is_empty() && self.setup.adopted.is_some() {
+            // The one before has not come so far.
+            return self.program.begin(self);
+        }
         for name in names {
             let worker = Arc::clone(self);
             self.spawn("session", move || worker.program.serve_again(&worker, name))?;
@@ -391,9 +409,9 @@ impl Worker {
         self.sessions().iter().for_each(|served| served.set_alone());
     }
 
-    fn stop(&self) {
+    fn stop(&self, since: Instant) {
         let grace = self.setup.grace;
-        if self.deadline.set(Instant::now() + grace).is_err() {
+        if self.deadline.set(since + grace).is_err() {
             return;
         }
         for (_, path) in &self.setup.listeners {
@@ -456,6 +474,12 @@ impl Worker {
         fds.extend(stream.map(|stream| PollFd::new(stream, PollFlags::IN)));
         poll_for(&mut fds, timeout);
     }
+}
+
+/// Says something on stdout, to whoever may still listen there.
+pub(crate) fn say(text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// What a session may take to end.

@@ -45,6 +45,7 @@ mod sync;
 pub mod uffd;
 mod way_out;
 
+pub use advice::with_descendants;
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};
 pub use changes::Changes;
 pub use image::{Content, Image};

@@ -178,7 +178,7 @@ impl Pager {
             faults: Vec::new(),
             pages: ChunkPages::default(),
             commands,
-            way_out: WayOut { shared, is_open: false, in_order: false },
+            way_out: WayOut { shared, is_open: false, in_order: false, leaves: false },
         };
         pager.watch().map_err(|source| SessionError::System { what: "epoll", source })?;
         pager.way_out.is_open = true;
@@ -242,7 +242,7 @@ impl Pager {
                 lane = next_answer(&mut self.lane) => self.lane_answers(lane),
                 command = self.commands.recv() => match command {
                     None | Some(Command::End) => return self.way_out.in_order = true,
-                    Some(Command::Leave) => return,
+                    Some(Command::Leave) => return self.way_out.leaves = true,
                     Some(command) => self.command(command),
                 },
                 _ = retry.tick(), if put_off => self.retry_put_off(),

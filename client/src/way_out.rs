@@ -20,6 +20,8 @@ pub(crate) struct WayOut {
     /// Until then whoever opens the session has its descriptors, too.
     pub(crate) is_open: bool,
     pub(crate) in_order: bool,
+    /// It was asked to leave all to whoever takes it over.
+    pub(crate) leaves: bool,
 }
 
 impl WayOut {
@@ -66,7 +68,7 @@ impl Drop for WayOut {
         if self.is_open && !self.in_order && shared.error().is_none() {
             shared.report("the pager has failed (a panic, which was printed)");
         }
-        if shared.has_successor() && !self.in_order {
+        if !self.in_order && (shared.has_successor() || self.leaves && shared.state.has_file()) {
             shared.leave_open();
             return shared.end();
         }

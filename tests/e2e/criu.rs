@@ -324,6 +324,33 @@ fn a_restore_that_fails_ends_the_daemon_with_an_error() {
 }
 
 #[test]
+fn what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way() {
+    with_criu("what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(32, 0);
+        bench.dump(program);
+        let (images, _) = bench.pull("app", "lazy");
+        let mut daemon = bench.daemon(&images, "app", &["--fill", "nothing"]);
+        let socket = images.join("lazy-pages.socket");
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        drop(UnixStream::connect(&socket).unwrap());
+        let mut second = UnixStream::connect(&socket).unwrap();
+        second.write_all(&7_i32.to_ne_bytes()).unwrap();
+        daemon.assert_says("another restore is served here");
+        let root = postcopy_tests::daemon::runtime_root();
+        let args = ["criu", "-D", images.to_str().unwrap(), "--image", "app", "--runtime-dir"];
+        let root = root.path().to_str().unwrap();
+        let said = fail(bench.server.address(), args.into_iter().chain([root]));
+        assert!(said.contains("somebody listens there already"), "{said}");
+        daemon.kill_worker();
+        assert_all_right(&status, &restored);
+        daemon.hang_up();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+    });
+}
+
+#[test]
 fn images_that_are_not_the_stored_ones_are_refused() {
     with_criu("images_that_are_not_the_stored_ones_are_refused", |bench| {
         let Heap { program, .. } = bench.heap(8);

@@ -184,6 +184,11 @@ impl Daemon {
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
     }
 
+    /// Has it lose its terminal.
+    pub fn hang_up(&self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::HUP);
+    }
+
     /// Waits until it has ended.
     ///
     /// # Panics

@@ -21,36 +21,50 @@ pub(crate) fn unpack(path: &Path) -> Result<Option<TempDir>> {
     if !is_archive || !path.is_file() {
         return Ok(None);
     }
+    // What cannot be read as an archive is none.
+    if !open(path).and_then(has_images).unwrap_or(false) {
+        return Ok(None);
+    }
     let shown = || path.display().to_string();
-    let mut file = File::open(path).with_context(shown)?;
-    let mut magic = [0; 4];
-    // A shorter file has no archive in it either way.
-    let _ = file.read_exact(&mut magic);
-    file.seek(SeekFrom::Start(0)).with_context(shown)?;
-    let file = BufReader::new(file);
-    let reader: Box<dyn Read> = if magic.starts_with(&GZIP_MAGIC) {
-        Box::new(flate2::bufread::MultiGzDecoder::new(file))
-    } else if magic == ZSTD_MAGIC {
-        Box::new(zstd::stream::read::Decoder::with_buffer(file).with_context(shown)?)
-    } else {
-        Box::new(file)
-    };
     let folder =
         tempfile::Builder::new().prefix("postcopy-checkpoint-").tempdir().context("a scratch folder")?;
-    let has_images = unpack_into(reader, folder.path()).with_context(shown)?;
-    Ok(has_images.then_some(folder))
+    unpack_into(open(path).with_context(shown)?, folder.path()).with_context(shown)?;
+    Ok(Some(folder))
 }
 
-/// Whether there were CRIU's images in it.
-fn unpack_into(reader: impl Read, folder: &Path) -> Result<bool> {
+/// The archive's bytes, not compressed any more.
+fn open(path: &Path) -> Result<Box<dyn Read>> {
+    let mut file = File::open(path)?;
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic)?;
+    file.seek(SeekFrom::Start(0))?;
+    let file = BufReader::new(file);
+    Ok(if magic.starts_with(&GZIP_MAGIC) {
+        Box::new(flate2::bufread::MultiGzDecoder::new(file))
+    } else if magic == ZSTD_MAGIC {
+        Box::new(zstd::stream::read::Decoder::with_buffer(file)?)
+    } else {
+        Box::new(file)
+    })
+}
+
+/// Whether there are CRIU's images in it.
+fn has_images(reader: Box<dyn Read>) -> Result<bool> {
+    for entry in tar::Archive::new(reader).entries()? {
+        if entry?.path()?.file_name().is_some_and(|name| name == "pstree.img") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn unpack_into(reader: impl Read, folder: &Path) -> Result<()> {
     let mut archive = tar::Archive::new(reader);
     archive.set_preserve_mtime(false);
     archive.set_unpack_xattrs(false);
-    let mut has_images = false;
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
-        has_images |= path.file_name().is_some_and(|name| name == "pstree.img");
         use EntryType::{Continuous, Directory, GNUSparse, Link, Regular, Symlink, XGlobalHeader, XHeader};
         match entry.header().entry_type() {
             XGlobalHeader | XHeader => continue,
@@ -60,5 +74,5 @@ fn unpack_into(reader: impl Read, folder: &Path) -> Result<bool> {
         let is_within = entry.unpack_in(folder).with_context(|| path.display().to_string())?;
         ensure!(is_within, "{} leads out of the archive", path.display());
     }
-    Ok(has_images)
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use crate::daemon::criu::Criu;
 use crate::daemon::firecracker::{self, Backing, Firecracker};
 use crate::daemon::runtime_dir::{self, RuntimeDir};
-use crate::daemon::{Program, Setup, ask_to_drain};
+use crate::daemon::{Program, Setup, ask_to_drain, kernel};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use postcopy::proto::reference::Reference;
@@ -195,7 +195,7 @@ pub(crate) struct CriuArgs {
     #[arg(short = 'o', long, value_name = "FILE")]
     log_file: Option<PathBuf>,
     /// 0 to 4, or as many v's: errors, warnings, information, debugging
-    #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "v", value_parser = verbosity)]
+    #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "1", value_parser = verbosity)]
     pub(crate) verbosity: Option<u8>,
     /// What is brought beyond what is touched
     #[arg(long, value_enum, default_value_t = Fill::All)]
@@ -223,7 +223,9 @@ fn verbosity(text: &str) -> Result<u8, String> {
     match text.parse() {
         Ok(level) => Ok(level),
         // -v is 1, -vv is 2: the first one is the option itself.
-        Err(_) if text.bytes().all(|byte| byte == b'v') => Ok(u8::try_from(text.len()).unwrap_or(u8::MAX)),
+        Err(_) if text.bytes().all(|byte| byte == b'v') => {
+            Ok(u8::try_from(text.len() + 1).unwrap_or(u8::MAX))
+        }
         Err(_) => Err("a number, or v's".to_owned()),
     }
 }
@@ -264,9 +266,10 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     if let Some(path) = &args.pidfile {
         std::fs::write(path, std::process::id().to_string()).with_context(|| path.display().to_string())?;
     }
+    let mut status = status;
     let on_ready = || {
         tell_systemd();
-        if let Some(mut status) = status.as_ref() {
+        if let Some(mut status) = status.take() {
             // Whoever was to be told may have gone.
             let _ = status.write_all(&[0]);
         }
@@ -278,10 +281,16 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     Ok(exit_code(ended?))
 }
 
-/// The descriptor that the caller has opened for this.
+/// The descriptor that the caller has opened for this, and that is closed when it has been told.
 fn status_file(fd: RawFd) -> Result<File> {
     let path = format!("/proc/self/fd/{fd}");
-    File::options().write(true).open(&path).with_context(|| format!("--status-fd {fd}"))
+    ensure!(
+        fd > 2 && std::fs::symlink_metadata(path).is_ok(),
+        "--status-fd {fd}: it is not open, or not for this"
+    );
+    #[expect(unsafe_code, reason = "a descriptor by number")]
+    // SAFETY: it is open, and was given to this process for nothing else.
+    Ok(unsafe { kernel::own_number(fd) }.into())
 }
 
 /// For people, and as a script of `criu dump`, which says what it is called for in its environment.
@@ -297,34 +306,9 @@ fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
             std::env::var("CRTOOLS_INIT_PID").context("CRTOOLS_INIT_PID: criu does not say which process")?;
         pids.push(pid.parse().with_context(|| format!("CRTOOLS_INIT_PID is {pid:?}"))?);
     }
-    ask_to_drain(root, &with_children(&pids)?)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// These processes and all that they have forked, parents first.
-fn with_children(pids: &[u32]) -> Result<Vec<u32>> {
-    let mut found = pids.to_vec();
-    let mut next = 0;
-    while let Some(pid) = found.get(next).copied() {
-        next += 1;
-        let tasks = match std::fs::read_dir(format!("/proc/{pid}/task")) {
-            // It has exited since.
-            Err(_) if next > pids.len() => continue,
-            tasks => tasks.with_context(|| format!("process {pid}"))?,
-        };
-        for task in tasks.flatten() {
-            let children = std::fs::read_to_string(task.path().join("children"));
-            let children = children.context("the kernel does not tell of children (CONFIG_PROC_CHILDREN)");
-            let children = match children {
-                Err(_) if !task.path().exists() => continue,
-                children => children?,
-            };
-            for child in children.split_whitespace().filter_map(|child| child.parse().ok()) {
-                if !found.contains(&child) {
-                    found.push(child);
-                }
-            }
-        }
+    for pid in &pids {
+        ensure!(Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is not there");
     }
-    Ok(found)
+    ask_to_drain(root, &postcopy::with_descendants(pids))?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -6,12 +6,14 @@
 use super::Worker;
 use super::runtime_dir;
 use super::served::{Served, Status};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The most bytes of a line.
 const MAX_LINE: u64 = 64 << 10;
@@ -39,32 +41,45 @@ fn carry_out(worker: &Arc<Worker>, line: &str) -> Result<String> {
     let pids = words.map(|pid| pid.parse().with_context(|| format!("{pid:?} is no pid")));
     let pids: Vec<u32> = pids.collect::<Result<_>>()?;
     let served = worker.sessions();
-    let served: Vec<_> = served.into_iter().filter(|served| pids.contains(&served.name.pid)).collect();
+    // What a process has left behind that has exited is its children's.
+    let is_meant = |served: &Arc<Served>| pids.contains(&served.name.pid) || !served.name.is_alive();
+    let served: Vec<_> = served.into_iter().filter(is_meant).collect();
     if served.is_empty() {
         return Ok("unknown".into());
     }
     for served in served {
-        drain(&served)?;
+        drain(worker, &served)?;
     }
     Ok("ok".into())
 }
 
 /// Fills a session and ends it.
-fn drain(served: &Served) -> Result<()> {
+fn drain(worker: &Worker, served: &Served) -> Result<()> {
+    let pid = served.name.pid;
+    let (mut most, mut progressed) = (0, Instant::now());
     loop {
         // After a failure it is another one.
-        served.session().fill()?;
-        match served.look() {
-            Status::Ended => return Ok(()),
-            Status::Resident => {
-                served.end();
-                return Ok(());
-            }
-            Status::Serving => {}
+        let session = served.session();
+        session.fill()?;
+        let status = served.look();
+        let progress = session.progress();
+        if status == Status::Resident {
+            // Whoever watches over it notices.
+            let _ = served.end();
         }
-        if let Some(reason) = served.session().error() {
-            bail!("process {}: {reason}", served.name.pid);
+        ensure!(
+            progress.poisoned_pages == 0,
+            "process {pid}: {} of its pages are lost",
+            progress.poisoned_pages
+        );
+        if status != Status::Serving {
+            return Ok(());
         }
+        if progress.resident_pages > most {
+            (most, progressed) = (progress.resident_pages, Instant::now());
+        }
+        let reason = session.error().unwrap_or_else(|| "nothing comes".into());
+        ensure!(progressed.elapsed() < worker.setup.options.fault_deadline, "process {pid}: {reason}");
         std::thread::park_timeout(LOOK);
     }
 }
@@ -73,29 +88,26 @@ fn drain(served: &Served) -> Result<()> {
 ///
 /// # Errors
 /// What a daemon says; or that a process has absent memory, and no daemon says that it serves it.
-pub(crate) fn ask_to_drain(root: &Path, pids: &[u32]) -> Result<()> {
-    for pid in pids {
-        let mut attempt = 0;
-        while !drain_one(root, *pid)? {
-            if !has_absent_memory(*pid) {
-                break;
-            }
-            attempt += 1;
-            if attempt > ATTEMPTS {
-                bail!(
-                    "process {pid} has memory that has not arrived, and no daemon below {} serves it: \
-                     a dump would lack that memory",
-                    root.display()
-                );
-            }
-            std::thread::park_timeout(PATIENCE);
+pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
+    for _ in 0..ATTEMPTS {
+        // That of a process that was forked comes with its parent's.
+        pids.iter().try_for_each(|pid| drain_one(root, *pid))?;
+        let absent = pids.iter().map(|pid| has_absent_memory(*pid)).collect::<Result<Vec<_>>>()?;
+        if !absent.contains(&true) {
+            return Ok(());
         }
+        std::thread::park_timeout(PATIENCE);
     }
-    Ok(())
+    let has_absent = |pid: &&u32| has_absent_memory(**pid).unwrap_or(true);
+    let pid = pids.iter().find(has_absent).context("it has come after all: ask again")?;
+    bail!(
+        "process {pid} has memory that has not arrived, and no daemon below {} serves it: a dump would lack that memory",
+        root.display()
+    )
 }
 
-/// Whether a daemon has drained it.
-fn drain_one(root: &Path, pid: u32) -> Result<bool> {
+/// Has it drained by the daemon that serves it, if there is one.
+fn drain_one(root: &Path, pid: u32) -> Result<()> {
     for directory in runtime_dir::all(root) {
         let Ok(mut stream) = UnixStream::connect(directory.join("control")) else { continue };
         let mut line = String::new();
@@ -110,17 +122,26 @@ fn drain_one(root: &Path, pid: u32) -> Result<bool> {
             Ok(_) => {}
         }
         match line.trim().split_once(' ').unwrap_or((line.trim(), "")) {
-            ("ok", _) => return Ok(true),
+            ("ok", _) => return Ok(()),
             ("error", reason) => bail!("{reason}"),
             _ => {}
         }
     }
-    Ok(false)
+    Ok(())
 }
 
 /// Whether a process has memory that a userfaultfd tells of (`um` among the VmFlags of proc_pid_smaps(5)).
-fn has_absent_memory(pid: u32) -> bool {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
-    flags.flat_map(str::split_whitespace).any(|flag| flag == "um")
+fn has_absent_memory(pid: u32) -> Result<bool> {
+    let smaps = match std::fs::read(format!("/proc/{pid}/smaps")) {
+        Ok(smaps) => smaps,
+        // It has exited.
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => {
+            return Ok(false);
+        }
+        Err(error) => return Err(error).with_context(|| format!("the mappings of process {pid}")),
+    };
+    let smaps = String::from_utf8_lossy(&smaps);
+    let mut flags =
+        smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:")).flat_map(str::split_whitespace);
+    Ok(flags.any(|flag| flag == "um"))
 }

@@ -8,7 +8,7 @@ pub(crate) use images::Dump;
 
 use super::runtime_dir::{self, SessionName};
 use super::served::{Served, Status};
-use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
+use super::{Connection, LOOK, Program, Worker, inbox, say, surroundings};
 use anyhow::{Context, Result, ensure};
 use postcopy::proto::digest::Digest;
 use postcopy::{Content, ForeignRegion, Image, Sharing};
@@ -18,6 +18,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// What `criu restore` says when all is restored ("RSTF").
@@ -38,6 +39,8 @@ pub(crate) struct Criu {
     pub(crate) dump: Dump,
     /// Bring everything in the background once all is restored.
     pub(crate) fill: bool,
+    /// A restore is served: there are no others.
+    is_taken: AtomicBool,
 }
 
 /// What comes next over the connection.
@@ -92,7 +95,7 @@ impl Criu {
                 );
             }
         }
-        Ok(Self { image, prefix, dump, fill })
+        Ok(Self { image, prefix, dump, fill, is_taken: AtomicBool::new(false) })
     }
 
     /// The lazy memory of a task.
@@ -119,13 +122,9 @@ impl Criu {
         for name in worker.left_by(connection.cookie) {
             tasks.extend(Served::resume(&worker.setup, name, worker.turn)?.map(|served| worker.add(served)));
         }
-        let marker = worker.setup.runtime.path().join("finished");
+        let marker = worker.setup.runtime.finished(connection.cookie);
         if !marker.exists() {
-            if let Err(error) = self.take_tasks(worker, connection, &mut tasks) {
-                // Nobody goes on with them: whatever of them is left must not read zeros.
-                tasks.iter().for_each(|served| served.end());
-                return Err(error);
-            }
+            self.take_tasks(worker, connection, &mut tasks)?;
             // Before the message is taken: a successor must know.
             fs::write(&marker, []).with_context(|| marker.display().to_string())?;
         }
@@ -133,6 +132,25 @@ impl Criu {
         tasks.iter().for_each(|served| served.session().settle());
         tracing::info!("all {} tasks have been restored", tasks.len());
         Ok(self.complete(worker, tasks))
+    }
+
+    /// Whether this is the connection of the restore that is served here: the first one, as for criu's own daemon.
+    fn is_restore(&self, worker: &Arc<Worker>, connection: &Connection) -> bool {
+        let runtime = &worker.setup.runtime;
+        if !worker.left_by(connection.cookie).is_empty() || runtime.finished(connection.cookie).exists() {
+            self.is_taken.store(true, Ordering::Release);
+            return true;
+        }
+        // Of what a worker before has left, another connection is the one.
+        let is_another = worker.turn.is_successor && runtime.sessions().is_ok_and(|all| !all.is_empty());
+        let is_first = !is_another && !self.is_taken.swap(true, Ordering::AcqRel);
+        if !is_first {
+            tracing::error!(
+                "process {}: another restore is served here, and a daemon serves one",
+                connection.peer
+            );
+        }
+        is_first
     }
 
     /// Takes on one task after another, until all have been restored.
@@ -200,16 +218,17 @@ impl Criu {
                 let pid = served.name.pid;
                 match served.look() {
                     Status::Serving if worker.is_past_deadline() => {
-                        println!(
-                            "left: process {pid}; what of its memory had not arrived is SIGBUS from here on"
-                        );
-                        served.end();
+                        if served.end() {
+                            let text = format!("left: process {pid}; what of its memory had not arrived is SIGBUS from here on");
+                            tracing::warn!("{text}");
+                            say(&text);
+                        }
                         worker.remove(&served.name);
                         return false;
                     }
                     Status::Serving => return true,
                     Status::Resident => {
-                        served.end();
+                        let _ = served.end();
                         tracing::info!("process {pid}: all of its memory is there");
                     }
                     Status::Ended => tracing::info!("process {pid}: is gone, or was drained"),
@@ -225,10 +244,17 @@ impl Criu {
 
 impl Program for Criu {
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32> {
+        if !self.is_restore(worker, &connection) {
+            return None;
+        }
         match self.restore(worker, &connection) {
             Ok(is_whole) => Some(i32::from(!is_whole)),
             Err(error) => {
                 tracing::error!("criu restore (process {}): {error:#}", connection.peer);
+                // Nobody goes on with them: whatever of them is left must not read zeros.
+                worker.sessions().iter().for_each(|served| {
+                    let _ = served.end();
+                });
                 Some(1)
             }
         }
@@ -250,7 +276,7 @@ impl Program for Criu {
 
     fn begin(&self, worker: &Arc<Worker>) -> Result<()> {
         for (_, path) in &worker.setup.listeners {
-            println!("ready: {} ({})", path.display(), self.image.digest());
+            say(&format!("ready: {} ({})", path.display(), self.image.digest()));
         }
         Ok(())
     }

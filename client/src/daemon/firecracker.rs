@@ -4,7 +4,7 @@
 
 use super::runtime_dir::{self, RuntimeDir, SessionName};
 use super::served::{Served, Status};
-use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
+use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, say, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::{ForeignRegion, Image, Sharing};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 const MAX_HANDSHAKE: usize = 64 << 10;
 const PAGE: u64 = 4096;
 
-const KIND: &str = "vm";
+pub(crate) const KIND: &str = "vm";
 
 /// What a virtual machine is filled from.
 #[derive(Debug)]
@@ -170,7 +170,7 @@ impl Firecracker {
                     return worker.remove(&served.name);
                 }
                 Status::Resident if worker.is_stopping() => {
-                    served.end();
+                    let _ = served.end();
                     tracing::info!("vm {pid}: all of its memory is there; it needs nobody any more");
                     return worker.remove(&served.name);
                 }
@@ -179,7 +179,7 @@ impl Firecracker {
             if !worker.is_stopping() {
                 // It is gone, unless only the connection is: looking tells at once.
                 if stream.is_none() && !served.name.is_alive() {
-                    served.end();
+                    let _ = served.end();
                     tracing::info!("vm {pid}: is gone");
                     return worker.remove(&served.name);
                 }
@@ -191,11 +191,15 @@ impl Firecracker {
             }
             if worker.is_past_deadline() {
                 served.leave();
-                let reference = self.backings.first().map_or("REF", |backing| &backing.reference);
-                println!(
+                let image = served.session().image().digest();
+                let of = self.backings.iter().find(|backing| backing.image.digest() == image);
+                let reference = of.map_or("REF", |backing| &backing.reference);
+                let text = format!(
                     "left: vm {pid}, which sleeps until it is taken over: \
                      postcopy firecracker --adopt {pid} --image {reference}"
                 );
+                tracing::warn!("{text}");
+                say(&text);
                 return;
             }
         }
@@ -229,16 +233,20 @@ impl Program for Firecracker {
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
         let pid = session.pid;
-        let served = match self.adopted.as_ref().filter(|_| !worker.turn.is_successor) {
-            Some((_, mappings)) if !mappings.is_empty() => {
+        let resumed = Served::resume(&worker.setup, session.clone(), worker.turn);
+        let served = match (resumed, &self.adopted) {
+            (Ok(Some(served)), _) => Ok(Some(worker.add(served))),
+            // Nothing has been known of it until now.
+            (Ok(None), Some((_, mappings))) if !mappings.is_empty() => {
                 self.attach_adopted(worker, session, mappings).map(Some)
             }
-            _ => Served::resume(&worker.setup, session, worker.turn).map(|served| Some(worker.add(served?))),
+            (Ok(None), _) => Ok(None),
+            (Err(error), _) => Err(error),
         };
         let is_served = match served {
             Ok(Some(served)) => {
                 if self.adopted.is_some() && !worker.turn.is_successor {
-                    println!("ready: vm {pid} is served again");
+                    say(&format!("ready: vm {pid} is served again"));
                 }
                 self.watch(worker, &served, None);
                 true
@@ -258,7 +266,12 @@ impl Program for Firecracker {
 
     fn begin(&self, worker: &Arc<Worker>) -> Result<()> {
         for ((_, path), backing) in worker.setup.listeners.iter().zip(&self.backings) {
-            println!("ready: {} serves {} ({})", path.display(), backing.reference, backing.image.digest());
+            say(&format!(
+                "ready: {} serves {} ({})",
+                path.display(),
+                backing.reference,
+                backing.image.digest()
+            ));
         }
         let Some((name, _)) = self.adopted.clone() else { return Ok(()) };
         let (worker, program) = (Arc::clone(worker), Arc::clone(&worker.program));

@@ -14,13 +14,12 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
+use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
-/// Before a worker is cloned that follows one which has not lived for long.
+/// Before a worker is cloned that follows one which has failed by itself.
 const PAUSES: std::ops::Range<Duration> = Duration::from_millis(5)..Duration::from_secs(1);
-/// A worker that has lived so long has served, and not died of what it was started with.
-const LONG: Duration = Duration::from_millis(100);
 
 /// How a worker is started.
 #[derive(Clone, Copy, Debug)]
@@ -29,13 +28,18 @@ pub(crate) struct Turn {
     pub(crate) is_successor: bool,
     /// Workers have died for as long as a fault may take: what is unresolved is lost.
     pub(crate) is_last_resort: bool,
+    /// Since when the daemon is to end.
+    pub(crate) stopping_since: Option<Instant>,
     /// Who has started it.
     pub(crate) guardian: Pid,
 }
 
+/// The signals that ask the daemon to end.
+pub(crate) const ENDS: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
+
 /// The signals that the daemon waits for. They are blocked in all of its threads.
 pub(crate) fn signals() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGUSR1].into_iter().collect()
+    ENDS.into_iter().chain([Signal::SIGCHLD, Signal::SIGUSR1]).collect()
 }
 
 /// Has `work` done by a worker, and by another one when that is killed, until one ends by itself; gives the status that it
@@ -52,21 +56,36 @@ pub(crate) fn guard(
     ensure!(threads == 1, "the guardian has {threads} threads, and can have one only");
     let signals = signals();
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None).context("blocking signals")?;
-    let mut turn = Turn { is_successor: false, is_last_resort: false, guardian: getpid() };
+    let mut turn =
+        Turn { is_successor: false, is_last_resort: false, stopping_since: None, guardian: getpid() };
     let mut pause = PAUSES.start;
     let mut failing_since = None;
     let mut is_ready = false;
     loop {
-        let started = Instant::now();
-        let worker = start(turn, &mut work)?;
+        let worker = match start(turn, &mut work) {
+            Ok(worker) => worker,
+            Err(error) if !turn.is_successor => return Err(error),
+            // There may be processes and memory again.
+            Err(_) => {
+                std::thread::park_timeout(PAUSES.end);
+                continue;
+            }
+        };
+        let mut has_served = false;
         let end = loop {
             // Fails for wrong arguments alone.
             match signals.wait().context("waiting for signals")? {
-                Signal::SIGUSR1 if !is_ready => {
-                    is_ready = true;
-                    on_ready();
+                Signal::SIGUSR1 => {
+                    has_served = true;
+                    if !std::mem::replace(&mut is_ready, true) {
+                        on_ready();
+                    }
                 }
-                Signal::SIGTERM | Signal::SIGINT => drop(kill(worker, Signal::SIGTERM)),
+                end if ENDS.contains(&end) => {
+                    turn.stopping_since.get_or_insert_with(Instant::now);
+                    // It may be dead already: then its successor is told.
+                    let _ = kill(worker, Signal::SIGTERM);
+                }
                 Signal::SIGCHLD => match waitpid(worker, Some(WaitPidFlag::WNOHANG)) {
                     Ok(WaitStatus::StillAlive) | Err(nix::Error::EINTR) => {}
                     Ok(end) => break end,
@@ -78,16 +97,19 @@ pub(crate) fn guard(
         if let WaitStatus::Exited(_, status) = end {
             return Ok(status);
         }
-        eprintln!("postcopy: the worker {worker} was killed; another one takes over");
-        if started.elapsed() > LONG {
+        // Nobody may be left to read it.
+        let _ =
+            writeln!(std::io::stderr(), "postcopy: the worker {worker} was killed; another one takes over");
+        // Killed, and not ended by what it does itself.
+        if has_served && matches!(end, WaitStatus::Signaled(_, Signal::SIGKILL, _)) {
             (pause, failing_since) = (PAUSES.start, None);
         } else {
+            failing_since.get_or_insert_with(Instant::now);
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(PAUSES.end);
         }
-        let since = *failing_since.get_or_insert_with(Instant::now);
         // Once for each time that patience ends.
-        let is_last_resort = since.elapsed() > patience;
+        let is_last_resort = failing_since.is_some_and(|since: Instant| since.elapsed() > patience);
         if is_last_resort {
             failing_since = None;
         }

@@ -3,7 +3,7 @@
 
 use super::{Setup, kernel};
 use anyhow::{Context, Result};
-use postcopy::state;
+use postcopy::state::{self, StateError};
 use rustix::net::{AddressFamily, SocketAddrUnix, getsockname};
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -30,14 +30,22 @@ pub(crate) fn open_descriptors() -> Result<Vec<RawFd>> {
 pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStream, usize)>> {
     let mut keep: BTreeSet<RawFd> = setup.base.iter().copied().collect();
     keep.extend(own.iter().map(AsRawFd::as_raw_fd));
+    let mut is_unreadable = false;
     for name in setup.runtime.sessions().context("the runtime directory")? {
-        // What cannot be read is told of when it is to be resumed.
-        let listed = setup.runtime.state(&name).map(state::descriptors);
-        keep.extend(listed.into_iter().flatten().flatten());
+        match setup.runtime.state(&name).map(state::descriptors) {
+            Ok(Ok(listed)) => keep.extend(listed),
+            Ok(Err(StateError::Empty | StateError::Ended)) => {}
+            // It is told of when it is to be resumed.
+            _ => is_unreadable = true,
+        }
     }
     let names: Vec<_> = setup.listeners.iter().map(|(listener, _)| name_of(listener.as_raw_fd())).collect();
     let mut connections = Vec::new();
     for fd in open_descriptors()?.into_iter().filter(|fd| !keep.contains(fd)) {
+        // It may be one that such a file names.
+        if is_unreadable && is_userfaultfd(fd) {
+            continue;
+        }
         let name = name_of(fd);
         let listener = names.iter().position(|of| of.is_some() && *of == name);
         #[expect(unsafe_code, reason = "descriptors by number")]
@@ -49,6 +57,11 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
         }
     }
     Ok(connections)
+}
+
+fn is_userfaultfd(fd: RawFd) -> bool {
+    let target = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+    target.is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
 /// The name of a unix socket, if that is what it is.

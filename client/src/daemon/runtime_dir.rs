@@ -5,6 +5,7 @@
 //! start, and the connection that it came over (SO_COOKIE), which are the same for every worker.
 
 use anyhow::{Context, Result, ensure};
+use postcopy::state::StateError;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use std::fmt;
 use std::fs::{self, File};
@@ -117,6 +118,11 @@ impl RuntimeDir {
         &self.path
     }
 
+    /// What is there once the restore that came over a connection is done (CRIU).
+    pub(crate) fn finished(&self, cookie: u64) -> PathBuf {
+        self.path.join(format!("finished-{cookie:x}"))
+    }
+
     /// The state file of a session, made if there is none.
     ///
     /// # Errors
@@ -147,9 +153,7 @@ impl RuntimeDir {
 
     /// The daemon ends: nothing stays but the state files of what somebody may take over.
     pub(crate) fn leave(&self) {
-        for name in ["control", "finished"] {
-            let _ = fs::remove_file(self.path.join(name));
-        }
+        let _ = fs::remove_file(self.path.join("control"));
         if self.sessions().is_ok_and(|sessions| sessions.is_empty()) {
             let _ = fs::remove_dir_all(&self.path);
         }
@@ -206,7 +210,13 @@ pub(crate) fn take_over(root: &Path, pid: u32, to: &RuntimeDir) -> Result<Option
     for directory in all(root) {
         let of_pid = |session: &SessionName| session.kind == "vm" && session.pid == pid && session.is_alive();
         let sessions = sessions_in(&directory).unwrap_or_default();
-        let Some(session) = sessions.into_iter().find(of_pid) else { continue };
+        // One that nothing was written to yet says nothing.
+        let is_there = |session: &SessionName| {
+            let state = File::open(directory.join(session.to_string())).map(postcopy::state::descriptors);
+            !matches!(state, Ok(Err(StateError::Empty)))
+        };
+        let mut sessions = sessions.into_iter().filter(of_pid);
+        let Some(session) = sessions.find(is_there) else { continue };
         let held = lock(&directory)?;
         ensure!(held.is_some(), "process {pid} is served by a daemon that lives: {}", directory.display());
         let adopted = SessionName { cookie: 0, ..session.clone() };

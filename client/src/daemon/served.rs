@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// Between attempts to bring a session back that fails at once.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Failures that are further apart have nothing to do with one another.
+const APART: Duration = Duration::from_secs(5);
 /// Making 64 GiB SIGBUS takes 3 s.
 const END: Duration = Duration::from_secs(60);
 
@@ -38,8 +40,8 @@ pub(crate) struct Served {
     state: File,
     /// Held for taking and replacing it alone.
     session: Mutex<Arc<Session>>,
-    /// Since when it has failed again and again.
-    failing: Mutex<Option<Instant>>,
+    /// When it has failed first and last, of failures that follow one another.
+    failing: Mutex<Option<(Instant, Instant)>>,
     has_reported: AtomicBool,
     is_alone: AtomicBool,
 }
@@ -107,8 +109,11 @@ impl Served {
         Arc::clone(&self.session.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Nobody comes after this worker.
+    /// Nobody comes after this worker. (A virtual machine can be taken over all the same.)
     pub(crate) fn set_alone(&self) {
+        if self.name.kind == super::firecracker::KIND {
+            return;
+        }
         self.is_alone.store(true, Ordering::Release);
         self.session().has_no_successor();
     }
@@ -134,7 +139,10 @@ impl Served {
 
     fn bring_back(&self) {
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = *failing.get_or_insert_with(Instant::now);
+        let now = Instant::now();
+        let follows = failing.filter(|(_, last)| now - *last < APART);
+        let since = follows.map_or(now, |(first, _)| first);
+        *failing = Some((since, now));
         std::thread::park_timeout(PAUSE);
         match resume(&self.setup, &self.state) {
             Ok(session) => {
@@ -171,12 +179,21 @@ impl Served {
         tracing::error!("process {}: its memory is lost: {:?}", self.name.pid, self.setup.options.on_loss);
     }
 
-    /// Ends it in order: what is absent is SIGBUS from then on.
-    pub(crate) fn end(&self) {
-        if !self.session().close(END) {
-            tracing::error!("process {}: its session does not end", self.name.pid);
+    /// Ends it in order: what is absent is SIGBUS from then on. False: that could not be done, and its processes were killed,
+    /// which would have read zeros.
+    pub(crate) fn end(&self) -> bool {
+        let session = self.session();
+        let is_safe = session.close(END) && !session.is_left();
+        if !is_safe {
+            let reason = session.error().unwrap_or_else(|| "its session does not end".into());
+            tracing::error!(
+                "process {}: its memory cannot be made safe, it is killed: {reason}",
+                self.name.pid
+            );
+            session.signal_owners(Signal::KILL);
         }
         self.setup.runtime.remove(&self.name);
+        is_safe
     }
 
     /// Ends serving it, and leaves it to whoever takes it over.
@@ -198,7 +215,9 @@ fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
         )
     };
     let session = Session::resume(&setup.address, &setup.images, file, by_number)?;
-    for fd in listed.into_iter().filter(|fd| !setup.base.contains(fd)) {
+    // Of a daemon that has died altogether they are numbers of another table.
+    let own = listed.into_iter().filter(|fd| setup.adopted.is_none() && !setup.base.contains(fd));
+    for fd in own {
         #[expect(unsafe_code, reason = "a descriptor that nobody owns")]
         // SAFETY: it was left open, and the session has a duplicate of it.
         unsafe {
