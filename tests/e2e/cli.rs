@@ -2,17 +2,31 @@
 
 use postcopy::ServerAddress;
 use postcopy_tests::binary;
+use postcopy_tests::cgroup::MemoryCgroup;
 use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{StoreDir, flip, shown};
+use postcopy_tests::{is_root, skip};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
-const COMMANDS: [&str; 10] =
-    ["push", "pull", "ls", "inspect", "verify", "rm", "tag", "bench", "doctor", "completions"];
+const COMMANDS: [&str; 12] = [
+    "push",
+    "pull",
+    "ls",
+    "inspect",
+    "verify",
+    "rm",
+    "tag",
+    "bench",
+    "firecracker",
+    "criu",
+    "doctor",
+    "completions",
+];
 
 fn output(program: &str, args: &[&str]) -> Output {
     Command::new(binary(program))
@@ -267,4 +281,35 @@ fn doctor_says_whether_files_can_be_mapped_here() {
         assert!(!finding["found"].as_str().unwrap().is_empty(), "{finding}");
         assert!(finding["ok"].as_bool().unwrap() || !finding["advice"].is_null(), "no advice: {finding}");
     }
+}
+
+#[test]
+fn doctor_says_whether_it_is_outside_of_what_stops_a_process() {
+    let name = "cli::doctor_says_whether_it_is_outside_of_what_stops_a_process";
+    if !is_root() {
+        return skip(name, "cgroups need root");
+    }
+    let Some(cgroup) = MemoryCgroup::new() else {
+        return skip(name, "there are no memory cgroups of version 1");
+    };
+    let mut target = Command::new("sleep").arg("60").spawn().unwrap();
+    cgroup.add(target.id());
+    let pid = target.id().to_string();
+    let is_outside = |output: Output| {
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let findings = report["findings"].as_array().unwrap();
+        let finding = findings.iter().find(|finding| finding["what"] == "memory cgroup").unwrap();
+        finding["ok"].as_bool().unwrap()
+    };
+    assert!(is_outside(output("postcopy", &["doctor", "--json", "--pid", &pid])));
+    // From within. Its shell waits until it is there.
+    let script = format!("read _; exec {} doctor --json --pid {pid}", binary("postcopy").display());
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut shell = shell.spawn().unwrap();
+    cgroup.add(shell.id());
+    drop(shell.stdin.take().map(|mut stdin| std::io::Write::write_all(&mut stdin, b"\n")));
+    assert!(!is_outside(shell.wait_with_output().unwrap()));
+    target.kill().unwrap();
+    target.wait().unwrap();
 }

@@ -1,6 +1,6 @@
 //! `postcopy firecracker`, against a stand-in for Firecracker: every byte of guests that run, with workers that are killed.
 
-use postcopy_tests::cli::{fail, run};
+use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::descriptors;
 use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
@@ -13,8 +13,9 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// A snapshot on a server.
@@ -389,4 +390,25 @@ fn what_must_be_local_before_a_machine_starts_is_pulled_alone() {
     ];
     assert!(fail(snapshot.server.address(), args).contains("no file of vm:latest matches"));
     assert!(!none.exists());
+}
+
+#[test]
+fn systemd_is_told_when_it_serves() {
+    with_root("systemd_is_told_when_it_serves", || {
+        let snapshot = Snapshot::push(4);
+        let path = snapshot.folder.path().join("notify");
+        let systemd = UnixDatagram::bind(&path).unwrap();
+        systemd.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let root = postcopy_tests::daemon::runtime_root();
+        let mut command = postcopy(snapshot.server.address(), snapshot.args(&snapshot.socket(), &[]));
+        command.env("NOTIFY_SOCKET", &path);
+        let mut daemon = Daemon::spawn_as(root.path(), command);
+        let mut said = [0; 100];
+        let len = systemd.recv(&mut said).unwrap();
+        assert_eq!(std::str::from_utf8(&said[..len]).unwrap().trim(), "READY=1");
+        // Who has connected by then is served.
+        snapshot.vmm(&["small:4"]).assert_right();
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+    });
 }

@@ -184,9 +184,23 @@ impl Drop for Program {
 /// If the compiler does not.
 #[must_use]
 pub fn compile(name: &str, folder: &Path) -> PathBuf {
+    compile_with(name, folder, &[])
+}
+
+/// The same with all of its libraries in it.
+///
+/// # Panics
+/// As there.
+#[must_use]
+pub fn compile_statically(name: &str, folder: &Path) -> PathBuf {
+    compile_with(name, folder, &["-static"])
+}
+
+fn compile_with(name: &str, folder: &Path, more: &[&str]) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(format!("{name}.c"));
     let program = folder.join(name);
-    let compiled = Command::new("cc").args(["-O1", "-pthread", "-o"]).arg(&program).arg(&source).output();
+    let compiled =
+        Command::new("cc").args(["-O1", "-pthread"]).args(more).arg("-o").arg(&program).arg(&source).output();
     let compiled = compiled.expect("there is a compiler");
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
     program

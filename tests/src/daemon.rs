@@ -7,7 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
@@ -77,7 +77,15 @@ impl Daemon {
         server: &ServerAddress,
         args: impl IntoIterator<Item = A>,
     ) -> Self {
-        let mut command = postcopy(server, args);
+        Self::spawn_as(root, postcopy(server, args))
+    }
+
+    /// The same from a command that is not complete yet.
+    ///
+    /// # Panics
+    /// As there.
+    #[must_use]
+    pub fn spawn_as(root: &Path, mut command: Command) -> Self {
         command.arg("--runtime-dir").arg(root).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("it can be started");
         let said = Arc::new(Mutex::new(Vec::new()));
