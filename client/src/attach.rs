@@ -12,7 +12,7 @@ use crate::state::{Contents, RegionRow, State, StateError};
 use crate::uffd::{self, Event, HUGE_BYTES, OpenError, Outcome, Uffd};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -314,6 +314,8 @@ fn regions(
         return Err(SessionError::NoTracking(reason.into()));
     }
     let mut rows: Vec<(RegionRow, FileEntry)> = Vec::new();
+    // By address: the end, and which one it is.
+    let mut placed: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
     // By object and file: the pages of it that regions have.
     let mut objects: HashMap<(u32, u64), Range<usize>> = HashMap::new();
     for (index, region) in regions.iter().enumerate() {
@@ -327,12 +329,13 @@ fn regions(
             let rule = format!("address and length must be multiples of {page_bytes}, the length not zero");
             return Err(wrong(rule));
         }
-        let overlaps = |(other, _): &(RegionRow, _)| {
-            other.address < end && address < other.address + other.pages * PAGE_BYTES
-        };
-        if let Some(other) = rows.iter().position(overlaps) {
+        // None of those before overlaps another, so that only the last one that begins before this one's end can do so.
+        if let Some((_, (other_end, other))) = placed.range(..end).next_back()
+            && address < *other_end
+        {
             return Err(wrong(format!("it overlaps region {other}")));
         }
+        placed.insert(address, (end, index));
         let path = String::from_utf8_lossy(&region.path);
         let file = image.file(&region.path).ok_or_else(|| wrong(format!("no file {path:?} of the image")))?;
         let pages = pages(region.offset_bytes, len)

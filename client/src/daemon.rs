@@ -24,6 +24,7 @@ pub(crate) use control::ask_to_drain;
 use anyhow::{Context, Result};
 use guardian::Turn;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::getppid;
 use postcopy::{Image, Options, ServerAddress};
 use runtime_dir::{RuntimeDir, SessionName};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -131,7 +132,13 @@ impl Setup {
             let worker = Worker::new(Arc::clone(&setup), Arc::clone(&program), turn);
             let status = worker.and_then(|worker| Arc::new(worker).run());
             match status {
-                Ok(status) => status,
+                Ok(status) => {
+                    if getppid() != turn.guardian {
+                        // It has died, and cannot do so.
+                        setup.clean_up();
+                    }
+                    status
+                }
                 Err(error) => {
                     tracing::error!("{error:#}");
                     // What is served must not end with this: another worker tries again.
@@ -141,12 +148,16 @@ impl Setup {
                 }
             }
         });
-        for (_, path) in &setup.listeners {
-            // The worker may have done so.
+        setup.clean_up();
+        status
+    }
+
+    /// Removes what is of no use to anybody.
+    fn clean_up(&self) {
+        for (_, path) in &self.listeners {
             let _ = std::fs::remove_file(path);
         }
-        setup.runtime.leave();
-        status
+        self.runtime.leave();
     }
 }
 

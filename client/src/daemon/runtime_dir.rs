@@ -99,6 +99,9 @@ impl RuntimeDir {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(root).with_context(|| shown.to_string())?;
         let in_memory = is_in_memory(root).with_context(|| shown.to_string())?;
         ensure!(in_memory, "{shown} is not on tmpfs: page states are kept there (--runtime-dir)");
+        // Others that are just making theirs hold no lock yet.
+        let all = File::open(root).with_context(|| shown.to_string())?;
+        flock(&all, FlockOperation::LockExclusive).with_context(|| shown.to_string())?;
         clean(root);
         let directory = |n: u32| {
             let path = root.join(format!("{name}-{}-{n}", std::process::id()));
