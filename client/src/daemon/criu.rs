@@ -120,7 +120,15 @@ impl Criu {
     fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<bool> {
         let mut tasks = Vec::new();
         for name in worker.left_by(connection.cookie) {
-            tasks.extend(Served::resume(&worker.setup, name, worker.turn)?.map(|served| worker.add(served)));
+            match Served::resume(&worker.setup, name.clone(), worker.turn) {
+                Ok(served) => tasks.extend(served.map(|served| worker.add(served))),
+                Err(_) if !name.is_alive() => worker.remove(&name),
+                // Ending here would turn what is absent into zeros: as long as there is a guardian, another worker tries.
+                Err(error) => {
+                    tracing::error!("process {}: {error:#}", name.pid);
+                    std::process::abort();
+                }
+            }
         }
         let marker = worker.setup.runtime.finished(connection.cookie);
         if !marker.exists() {
