@@ -111,10 +111,12 @@ impl Fill {
                 progressed = Instant::now();
                 continue;
             }
+            self.shared.set_filling(true);
             let outcome = self.pass(regions, fruitless_passes).await;
             // All permits are back: nothing is in flight.
             let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
             drop(self.window.acquire_many(all).await);
+            self.shared.set_filling(false);
             if unresolved_pages(regions) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
                 continue;
@@ -376,8 +378,15 @@ impl Installer {
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
-        self.pages.decode(image, &region.file, chunk, &digest, frame)?;
-        self.install(chunk);
+        // A fault may have overtaken it.
+        let is_wanted = |region: &Arc<RegionState>| {
+            let pages = region.pages_of(chunk).expect("a region of the chunk");
+            region.next_run(pages, install::unresolved(region)).is_some()
+        };
+        if shared.spaces().of_chunk(chunk).any(is_wanted) {
+            self.pages.decode(image, &region.file, chunk, &digest, frame)?;
+            self.install(chunk);
+        }
         Ok(())
     }
 

@@ -48,8 +48,8 @@ pub(crate) fn enter(gate: Option<&Gate>) -> Result<Option<InstallerPass<'_>>, In
     gate.map(|gate| gate.enter().ok_or(Installed::Ended)).transpose()
 }
 
-/// Installs the pages of a chunk that `region` has and that are unresolved, the piece with region page `first`
-/// before the others, and wakes who waits for them. `content` is what the chunk holds.
+/// Installs the pages of a chunk that `region` has and that are unresolved, region page `first` alone and before the
+/// others, and wakes who waits for them. `content` is what the chunk holds.
 ///
 /// # Blocking
 /// With a `gate` it passes it as an installer for each piece; without one it must be the pager.
@@ -70,7 +70,8 @@ pub(crate) fn install(
     let middle = first.map_or(start, piece_of);
     // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
     let mut one_page = false;
-    for part in [middle..end, start..middle] {
+    let alone = first.map_or(start..start, |page| page..page + 1);
+    for part in [alone, middle..end, start..middle] {
         let mut next = part.start;
         while next < part.end {
             let Ok(pass) = enter(gate) else { return Installed::Ended };

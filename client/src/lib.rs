@@ -40,6 +40,7 @@ mod requests;
 mod session;
 mod shared_pager;
 mod space;
+mod spin;
 pub mod state;
 mod sync;
 pub mod uffd;

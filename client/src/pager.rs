@@ -25,6 +25,7 @@ use crate::remote::{SegmentRefused, ServerAddress, take_segment};
 use crate::requests::{Late, Refused, Requests};
 use crate::session::{Command, ImageSource, LossPolicy, Options, SessionError, Shared, add};
 use crate::space::{Space, Spaces};
+use crate::spin::Spin;
 use crate::uffd::{AsyncUffd, HUGE_BYTES, Outcome, Readable, SharedAt};
 use crate::way_out::WayOut;
 use bytes::Bytes;
@@ -65,6 +66,7 @@ pub(crate) struct Pager {
     requests: Requests,
     /// Faults on zero and removed pages that the kernel put off: by space and address, each with its deadline.
     put_off: BTreeMap<(u32, usize), (Arc<Space>, Instant)>,
+    spin: Spin,
     /// An event came that this session cannot go on after.
     broken: Option<String>,
     /// Since when and why an event cannot be read.
@@ -173,6 +175,7 @@ impl Pager {
             reconnect_pause: RECONNECT.start,
             requests: Requests::new(shared.options.fault_deadline),
             put_off: BTreeMap::new(),
+            spin: Spin::new(),
             broken: None,
             unreadable: None,
             faults: Vec::new(),
@@ -251,6 +254,7 @@ impl Pager {
                     return self.way_out.in_order = true;
                 },
                 _ = tick.tick(), if waits => self.check_deadlines(),
+                () = tokio::task::yield_now(), if waits && self.spin.is_on(Instant::now()) && !shared.is_filling() => {}
             }
         }
     }
@@ -494,7 +498,11 @@ impl Pager {
         }
         let waiting = (Arc::clone(region), page);
         match self.shared().image.content(chunk) {
-            Content::Data(digest) => self.requests.add_chunk(chunk, digest, waiting, Instant::now()),
+            Content::Data(digest) => {
+                let now = Instant::now();
+                self.requests.add_chunk(chunk, digest, waiting, now);
+                self.spin.asked(now);
+            }
             Content::Zero => self.install_zeros(region, chunk, page),
             Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, Instant::now()),
             Content::OutOfRange => unreachable!("regions are made from the image's own files"),
@@ -540,6 +548,7 @@ impl Pager {
     fn answer(&mut self, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         let Some((digest, _)) = self.requests.chunk(chunk) else { return };
+        self.spin.answered(self.requests.waited_for(chunk, Instant::now()));
         let frame = match frame_of(answer, &digest) {
             Ok(frame) => frame.clone(),
             Err(no) if no.may_pass => return self.requests.chunk_busy(chunk, no.reason, Instant::now()),

@@ -180,6 +180,12 @@ impl Requests {
         self.chunks.get(&chunk).map(|wanted| (wanted.digest, &wanted.first))
     }
 
+    /// How long ago a chunk was asked for first; since then it may have been given up and asked for anew.
+    pub(crate) fn waited_for(&self, chunk: ChunkIndex, now: Instant) -> Duration {
+        let asked = self.chunks.get(&chunk).and_then(|wanted| wanted.deadline.checked_sub(self.patience));
+        asked.map_or(Duration::ZERO, |asked| now.saturating_duration_since(asked))
+    }
+
     /// Nobody waits for the chunk any more.
     pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
         self.chunks.remove(&chunk);

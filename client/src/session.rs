@@ -259,6 +259,7 @@ pub(crate) struct Shared {
     /// Something in `outcome` has changed.
     reported: Condvar,
     fill_started: AtomicBool,
+    is_filling: AtomicBool,
     /// Nobody can take the session over, although there is a state file.
     has_no_successor: AtomicBool,
     /// The pager has ended, and memory is registered still.
@@ -304,6 +305,7 @@ impl Shared {
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
             fill_started: AtomicBool::new(false),
+            is_filling: AtomicBool::new(false),
             has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
@@ -377,6 +379,16 @@ impl Shared {
         self.reported.notify_all();
         self.changed.notify_all();
         self.fill_work.notify_one();
+    }
+
+    /// The fill has work for all cores, or has none any more.
+    pub(crate) fn set_filling(&self, is_filling: bool) {
+        self.is_filling.store(is_filling, Ordering::Relaxed);
+    }
+
+    /// Whether the fill has work for all cores.
+    pub(crate) fn is_filling(&self) -> bool {
+        self.is_filling.load(Ordering::Relaxed)
     }
 
     pub(crate) fn has_ended(&self) -> bool {

@@ -15,7 +15,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// A snapshot on a server.
@@ -261,6 +261,34 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
             daemon.terminate();
             assert_eq!(daemon.wait().code(), Some(0));
         }
+    });
+}
+
+#[test]
+fn a_machine_whose_workers_fail_for_as_long_as_the_deadline_is_lost() {
+    with_root("a_machine_whose_workers_fail_for_as_long_as_the_deadline_is_lost", || {
+        let deadline = Duration::from_millis(300);
+        let snapshot = Snapshot::push(16);
+        let daemon_args = ["--on-loss", "kill", "--fault-deadline", "300ms"];
+        let mut daemon = snapshot.daemon(&daemon_args);
+        let mut vmm = snapshot.vmm(&["small:16"]);
+        // Which worker is the one that has to act depends on when they were killed: that one must live.
+        let is_lost = (0..20).any(|_| {
+            let failing = Instant::now();
+            while failing.elapsed() < deadline {
+                daemon.kill_worker();
+            }
+            let alone = Instant::now();
+            while alone.elapsed() < 2 * deadline && !vmm.has_ended() {
+                std::thread::park_timeout(Duration::from_millis(3));
+            }
+            vmm.has_ended()
+        });
+        assert!(is_lost, "{:#?}", daemon.said());
+        daemon.assert_says("its memory is lost: Kill");
+        drop(vmm);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
     });
 }
 
