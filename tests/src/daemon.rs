@@ -156,6 +156,12 @@ impl Daemon {
         let _ = kill_process(worker, Signal::KILL);
     }
 
+    /// Has its worker fail as if by itself; another one comes.
+    pub fn crash_worker(&mut self) {
+        let worker = self.worker();
+        let _ = kill_process(worker, Signal::ABORT);
+    }
+
     /// Kills its guardian alone.
     pub fn kill_guardian(&mut self) {
         self.worker();

@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 /// Before a worker is cloned that follows one which has failed by itself.
 const PAUSES: std::ops::Range<Duration> = Duration::from_millis(5)..Duration::from_secs(1);
 
+/// A worker that has served for so long has nothing to do with the failures before it.
+const APART: Duration = Duration::from_secs(5);
+
 /// How a worker is started.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Turn {
@@ -71,7 +74,7 @@ pub(crate) fn guard(
                 continue;
             }
         };
-        let mut has_served = false;
+        let (started, mut has_served) = (Instant::now(), false);
         let end = loop {
             // Fails for wrong arguments alone.
             match signals.wait().context("waiting for signals")? {
@@ -101,9 +104,11 @@ pub(crate) fn guard(
         let _ =
             writeln!(std::io::stderr(), "postcopy: the worker {worker} was killed; another one takes over");
         // Killed, and not ended by what it does itself.
-        if has_served && matches!(end, WaitStatus::Signaled(_, Signal::SIGKILL, _)) {
+        let was_killed = matches!(end, WaitStatus::Signaled(_, Signal::SIGKILL, _));
+        if has_served && (was_killed || started.elapsed() > APART) {
             (pause, failing_since) = (PAUSES.start, None);
-        } else {
+        }
+        if !has_served || !was_killed {
             failing_since.get_or_insert_with(Instant::now);
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(PAUSES.end);
