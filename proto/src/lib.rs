@@ -8,6 +8,7 @@
 //! - [`pack`]: many frames in one immutable object, with an index;
 //! - [`manifest`]: which chunks an image's files are made of, and so the image's identity;
 //! - [`proof`]: why a single page belongs to a chunk;
+//! - [`set_frame`]: pages of a working set, compressed together, with their proofs;
 //! - [`v1`]: the messages that all of this travels in, generated from `proto/postcopy/v1/*.proto`.
 //!
 //! Bytes from outside become one of these types once, on entry, or an error that names what is
@@ -22,6 +23,7 @@ pub mod page;
 pub mod path;
 pub mod proof;
 pub mod reference;
+pub mod set_frame;
 
 /// The messages and services of `postcopy.v1`; `tests/bootstrap.rs` makes this code again.
 #[path = "generated/postcopy.v1.rs"]

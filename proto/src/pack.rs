@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! "postcopy"  8 bytes
-//! version     u32 = 1       kind  u32: 0 chunks, 1 a working set (kept for later, refused here)
+//! version     u32 = 1       kind  u32: 0 chunks, 1 a working set
 //! frames, one after another
 //! index, see below
 //! trailer, 64 bytes:
@@ -24,6 +24,9 @@
 //! for each frame:  offset from the pack's beginning u32, length u32
 //! ```
 //!
+//! That of a working set's pack has an entry for each frame ([`crate::set_frame`]), in the order in which they are sent: offset
+//! u32, length u32.
+//!
 //! All integers are little-endian. A pack's name is the BLAKE3 digest of all of its bytes; the index has a
 //! digest of its own, so that opening a pack needs only its end.
 
@@ -40,6 +43,7 @@ const TRAILER_BYTES: usize = 64;
 const TRAILER_MAGIC: &[u8; 16] = b"postcopy pack 1\n";
 const VERSION: u32 = 1;
 const ENTRY_BYTES: usize = DIGEST_BYTES + 4 + 8;
+const SET_ENTRY_BYTES: usize = 8;
 
 /// Bytes that are no pack.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -107,6 +111,122 @@ impl PackEntry {
     }
 }
 
+/// What a pack holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Chunks = 0,
+    WorkingSet = 1,
+}
+
+/// The index of a pack of that kind, whose entries have so many bytes, and where its frames end.
+fn index_of(pack: &[u8], kind: Kind, entry_bytes: usize) -> Result<(&[u8], usize), PackError> {
+    if !(HEADER_BYTES + TRAILER_BYTES..=MAX_PACK_BYTES).contains(&pack.len()) {
+        return Err(PackError::Length(pack.len()));
+    }
+    let (header, trailer_at) = (&pack[..HEADER_BYTES], pack.len() - TRAILER_BYTES);
+    let trailer = &pack[trailer_at..];
+    if header[..8] != HEADER[..8] {
+        return Err(PackError::Header);
+    }
+    if trailer[48..] != TRAILER_MAGIC[..] {
+        return Err(PackError::Trailer);
+    }
+    for version in [u32_at(header, 8), u32_at(trailer, 44)] {
+        if version != VERSION {
+            return Err(PackError::Version(version));
+        }
+    }
+    if u32_at(header, 12) != kind as u32 {
+        return Err(PackError::Kind(u32_at(header, 12)));
+    }
+    let offset = u64::from_le_bytes(trailer[32..40].try_into().expect("eight bytes"));
+    let entries = u32_at(trailer, 40);
+    let start = usize::try_from(offset).ok().filter(|start| (HEADER_BYTES..=trailer_at).contains(start));
+    let start = start.ok_or(PackError::IndexBounds { offset, entries })?;
+    let index = &pack[start..trailer_at];
+    if Digest::of(index).as_bytes()[..] != trailer[..32] {
+        return Err(PackError::IndexDigest);
+    }
+    if index.len() != entries as usize * entry_bytes {
+        return Err(PackError::IndexBounds { offset, entries });
+    }
+    Ok((index, start))
+}
+
+/// Appends an index of so many entries, and the trailer.
+fn finish(mut pack: Vec<u8>, index: &[u8], entries: usize) -> Vec<u8> {
+    let index_at = pack.len();
+    pack.extend_from_slice(index);
+    pack.extend_from_slice(Digest::of(index).as_bytes());
+    pack.extend_from_slice(&(index_at as u64).to_le_bytes());
+    let count = u32::try_from(entries).expect("fewer entries than bytes");
+    pack.extend_from_slice(&count.to_le_bytes());
+    pack.extend_from_slice(&VERSION.to_le_bytes());
+    pack.extend_from_slice(TRAILER_MAGIC);
+    pack
+}
+
+/// Where the frames of a working set's pack lie, in the order in which they are sent.
+///
+/// # Errors
+/// What is wrong with the pack. The frames are not looked at.
+pub fn set_frames(pack: &[u8]) -> Result<Vec<Range<usize>>, PackError> {
+    let (index, frames_end) = index_of(pack, Kind::WorkingSet, SET_ENTRY_BYTES)?;
+    let entries = index.as_chunks::<SET_ENTRY_BYTES>().0.iter().enumerate();
+    let range = |(index, bytes): (usize, &[u8; SET_ENTRY_BYTES])| {
+        let start = u32_at(bytes, 0) as usize;
+        let range = start..start + u32_at(bytes, 4) as usize;
+        if range.is_empty() || range.start < HEADER_BYTES || range.end > frames_end {
+            let reason = "its frame lies outside of the pack's frames";
+            return Err(PackError::Entry { index, reason });
+        }
+        Ok(range)
+    };
+    entries.map(range).collect()
+}
+
+/// Puts a working set's frames together into a pack.
+#[derive(Debug)]
+pub struct SetPackBuilder {
+    bytes: Vec<u8>,
+    index: Vec<u8>,
+}
+
+impl Default for SetPackBuilder {
+    fn default() -> Self {
+        let mut bytes = HEADER.to_vec();
+        bytes[12] = Kind::WorkingSet as u8;
+        Self { bytes, index: Vec::new() }
+    }
+}
+
+impl SetPackBuilder {
+    /// Whether a frame of `frame_bytes` still fits into the longest pack.
+    #[must_use]
+    pub fn fits(&self, frame_bytes: usize) -> bool {
+        self.bytes.len() + frame_bytes + self.index.len() + SET_ENTRY_BYTES + TRAILER_BYTES <= MAX_PACK_BYTES
+    }
+
+    /// Adds the next frame.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub fn push(&mut self, frame: &[u8]) {
+        assert!(self.fits(frame.len()), "the caller asked whether it fits");
+        let le = |n: usize| u32::try_from(n).expect("a pack has at most 64 MiB").to_le_bytes();
+        self.index.extend_from_slice(&le(self.bytes.len()));
+        self.index.extend_from_slice(&le(frame.len()));
+        self.bytes.extend_from_slice(frame);
+    }
+
+    /// The pack's bytes.
+    #[must_use]
+    pub fn finish(self) -> Vec<u8> {
+        let entries = self.index.len() / SET_ENTRY_BYTES;
+        finish(self.bytes, &self.index, entries)
+    }
+}
+
 /// A pack's index, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackIndex {
@@ -123,37 +243,8 @@ impl PackIndex {
     /// # Errors
     /// Whatever is wrong with these. The frames are not looked at.
     pub fn parse(pack: &[u8]) -> Result<Self, PackError> {
-        if !(HEADER_BYTES + TRAILER_BYTES..=MAX_PACK_BYTES).contains(&pack.len()) {
-            return Err(PackError::Length(pack.len()));
-        }
-        let (header, trailer_at) = (&pack[..HEADER_BYTES], pack.len() - TRAILER_BYTES);
-        let trailer = &pack[trailer_at..];
-        if header[..8] != HEADER[..8] {
-            return Err(PackError::Header);
-        }
-        if trailer[48..] != TRAILER_MAGIC[..] {
-            return Err(PackError::Trailer);
-        }
-        for version in [u32_at(header, 8), u32_at(trailer, 44)] {
-            if version != VERSION {
-                return Err(PackError::Version(version));
-            }
-        }
-        if u32_at(header, 12) != 0 {
-            return Err(PackError::Kind(u32_at(header, 12)));
-        }
-        let offset = u64::from_le_bytes(trailer[32..40].try_into().expect("eight bytes"));
-        let entries = u32_at(trailer, 40);
-        let start = usize::try_from(offset).ok().filter(|start| (HEADER_BYTES..=trailer_at).contains(start));
-        let start = start.ok_or(PackError::IndexBounds { offset, entries })?;
-        let index = &pack[start..trailer_at];
-        if Digest::of(index).as_bytes()[..] != trailer[..32] {
-            return Err(PackError::IndexDigest);
-        }
-        if index.len() != entries as usize * ENTRY_BYTES {
-            return Err(PackError::IndexBounds { offset, entries });
-        }
-        Self::parse_entries(index, start)
+        let (index, frames_end) = index_of(pack, Kind::Chunks, ENTRY_BYTES)?;
+        Self::parse_entries(index, frames_end)
     }
 
     fn parse_entries(index: &[u8], frames_end: usize) -> Result<Self, PackError> {
@@ -267,21 +358,14 @@ impl PackBuilder {
     pub fn finish(mut self) -> Vec<u8> {
         self.entries.sort_unstable_by_key(|entry| entry.chunk);
         assert!(self.entries.windows(2).all(|w| w[0].chunk != w[1].chunk), "no chunk is added twice");
-        let index_at = self.bytes.len();
+        let mut index = Vec::with_capacity(self.entries.len() * ENTRY_BYTES);
         for entry in &self.entries {
-            self.bytes.extend_from_slice(entry.chunk.as_bytes());
-            self.bytes.extend_from_slice(&[1, 0, 0, 0]);
-            self.bytes.extend_from_slice(&entry.offset.to_le_bytes());
-            self.bytes.extend_from_slice(&entry.length.to_le_bytes());
+            index.extend_from_slice(entry.chunk.as_bytes());
+            index.extend_from_slice(&[1, 0, 0, 0]);
+            index.extend_from_slice(&entry.offset.to_le_bytes());
+            index.extend_from_slice(&entry.length.to_le_bytes());
         }
-        let digest = Digest::of(&self.bytes[index_at..]);
-        let count = u32::try_from(self.entries.len()).expect("fewer entries than bytes");
-        self.bytes.extend_from_slice(digest.as_bytes());
-        self.bytes.extend_from_slice(&(index_at as u64).to_le_bytes());
-        self.bytes.extend_from_slice(&count.to_le_bytes());
-        self.bytes.extend_from_slice(&VERSION.to_le_bytes());
-        self.bytes.extend_from_slice(TRAILER_MAGIC);
-        self.bytes
+        finish(self.bytes, &index, self.entries.len())
     }
 }
 
@@ -338,11 +422,33 @@ mod tests {
         };
         assert_eq!(with(8, 2), Err(PackError::Version(2)));
         assert_eq!(with(12, 1), Err(PackError::Kind(1)));
+        assert_eq!(set_frames(&pack), Err(PackError::Kind(0)));
         assert_eq!(with(0, b'P'), Err(PackError::Header));
         assert_eq!(with(pack.len() - 1, 0), Err(PackError::Trailer));
     }
 
+    fn set_of(frames: &[Vec<u8>]) -> Vec<u8> {
+        let mut builder = SetPackBuilder::default();
+        frames.iter().for_each(|frame| builder.push(frame));
+        builder.finish()
+    }
+
     proptest! {
+        #[test]
+        fn a_working_set_s_frames_come_back_in_order(
+            frames in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 1..50), 0..20),
+            at in any::<prop::sample::Index>(), bit in 0u8..8,
+        ) {
+            let mut pack = set_of(&frames);
+            let found: Vec<_> = set_frames(&pack).unwrap().into_iter().map(|range| pack[range].to_vec()).collect();
+            prop_assert_eq!(&found, &frames);
+            prop_assert!(set_frames(&pack[..pack.len() - 1]).is_err());
+            let at = at.index(pack.len());
+            pack[at] ^= 1 << bit;
+            let in_frames = at < pack.len() - TRAILER_BYTES - frames.len() * SET_ENTRY_BYTES;
+            prop_assert!(set_frames(&pack).is_err() || in_frames, "byte {} of index or trailer", at);
+        }
+
         #[test]
         fn a_truncated_pack_is_an_error(cut in 1usize..5000) {
             let pack = pack_of(&chunks(3));

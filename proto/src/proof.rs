@@ -47,6 +47,22 @@ pub fn prove(chunk: &[u8], runs: &[PageRun]) -> Result<Vec<u8>, ProofError> {
     Ok(proof)
 }
 
+/// How long the proof is for the pages of `runs`, ascending, in a chunk of `chunk_bytes` bytes.
+#[must_use]
+pub fn proof_bytes(chunk_bytes: usize, runs: &[PageRun]) -> usize {
+    fn values(span: Span, runs: &[PageRun]) -> usize {
+        match span.touches(runs) {
+            false => 1,
+            true if span.is_page() => 0,
+            true => {
+                let (left, right) = span.halves();
+                values(left, runs) + values(right, runs)
+            }
+        }
+    }
+    values(Span { start: 0, len: chunk_bytes }, runs) * DIGEST_BYTES
+}
+
 /// Checks that `pages` (the runs' bytes, one after another, zero pages included, the chunk's last page not
 /// padded) are those of the chunk of `chunk_bytes` bytes with that digest. The length comes from the manifest:
 /// a proof without the chunk's last page does not show it.
@@ -109,6 +125,21 @@ impl Span {
         runs.iter().any(|run| run.start_byte() < self.start + self.len && run.end_byte() > self.start)
     }
 
+    /// Whether all of its pages are in the runs.
+    fn is_in(self, runs: &[PageRun]) -> bool {
+        let mut covered = self.start;
+        for run in runs.iter().filter(|run| run.end_byte() > self.start) {
+            if run.start_byte() > covered {
+                return false;
+            }
+            covered = run.end_byte();
+            if covered >= self.start + self.len {
+                return true;
+            }
+        }
+        false
+    }
+
     fn chaining_value(self, bytes: &[u8]) -> ChainingValue {
         blake3::Hasher::new().set_input_offset(self.start as u64).update(bytes).finalize_non_root()
     }
@@ -133,7 +164,7 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn root(&mut self, chunk_bytes: usize) -> Option<Digest> {
         let span = Span { start: 0, len: chunk_bytes };
-        if span.is_page() {
+        if span.is_in(self.runs) {
             return Some(Digest::of(self.take(chunk_bytes)));
         }
         let (left, right) = span.halves();
@@ -145,7 +176,7 @@ impl Walk<'_> {
         if !span.touches(self.runs) {
             return self.values.next().copied();
         }
-        if span.is_page() {
+        if span.is_in(self.runs) {
             return Some(span.chaining_value(self.take(span.len)));
         }
         let (left, right) = span.halves();
@@ -203,6 +234,7 @@ mod tests {
             let chunk = noise(len);
             let digest = Digest::of(&chunk);
             let proof = prove(&chunk, &runs).unwrap();
+            prop_assert_eq!(proof.len(), proof_bytes(len, &runs));
             let mut pages = pages_of(&chunk, &runs);
             verify(&digest, len, &runs, &pages, &proof).unwrap();
 

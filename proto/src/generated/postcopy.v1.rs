@@ -279,6 +279,9 @@ pub struct StreamChunksRequest {
     /// The chunks, at most 16,384 in all; answered in this order.
     #[prost(message, repeated, tag = "4")]
     pub runs: ::prost::alloc::vec::Vec<ChunkRun>,
+    /// Send the image's working set before them.
+    #[prost(bool, tag = "5")]
+    pub working_set: bool,
 }
 /// Several chunks of one request.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -292,6 +295,12 @@ pub struct StreamChunksResponse {
     /// The next chunks of the request, in its order.
     #[prost(message, repeated, tag = "3")]
     pub chunks: ::prost::alloc::vec::Vec<ChunkAnswer>,
+    /// The next frames of the working set.
+    #[prost(bytes = "bytes", repeated, tag = "4")]
+    pub working_set_frames: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// All of the working set has been sent.
+    #[prost(bool, tag = "5")]
+    pub working_set_ended: bool,
 }
 /// Asks for a file's plain bytes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -563,6 +572,10 @@ pub mod page_service_client {
         /// bounds what is in flight by asking for no more than it wants to receive; a request holds at
         /// most 16,384 chunks. Same statuses.
         ///
+        /// With `working_set` the image's working set comes first, in frames of its own kind (docs/FORMATS.md),
+        /// in the order of first touch; the message that ends it says so. Where there is none, that message
+        /// comes at once.
+        ///
         /// grpcurl -plaintext -d '{"id": 1, "image": "<base64>", "runs": \[{"first": 0, "count": 64}\]}'
         /// 127.0.0.1:7070 postcopy.v1.PageService/StreamChunks
         pub async fn stream_chunks(
@@ -689,6 +702,10 @@ pub mod page_service_server {
         /// The bulk lane: as FetchChunks, with several answers in one message of about 256 KiB. The client
         /// bounds what is in flight by asking for no more than it wants to receive; a request holds at
         /// most 16,384 chunks. Same statuses.
+        ///
+        /// With `working_set` the image's working set comes first, in frames of its own kind (docs/FORMATS.md),
+        /// in the order of first touch; the message that ends it says so. Where there is none, that message
+        /// comes at once.
         ///
         /// grpcurl -plaintext -d '{"id": 1, "image": "<base64>", "runs": \[{"first": 0, "count": 64}\]}'
         /// 127.0.0.1:7070 postcopy.v1.PageService/StreamChunks
@@ -2192,6 +2209,693 @@ pub mod image_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "postcopy.v1.ImageService";
     impl<T> tonic::server::NamedService for ImageServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Neighbouring pages of 4 KiB of one file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PageSpan {
+    /// The file's place among the image's regular files, in the manifest's order, from 0.
+    #[prost(uint32, tag = "1")]
+    pub file: u32,
+    /// The first page, from the file's beginning, from 0.
+    #[prost(uint32, tag = "2")]
+    pub first: u32,
+    /// How many; 0 is refused.
+    #[prost(uint32, tag = "3")]
+    pub count: u32,
+}
+/// A part of a recording; its spans are those of all messages, one after another.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RecordRequest {
+    /// The image's digest, 32 bytes. Needed in the first message; empty later.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub image: ::prost::bytes::Bytes,
+    /// Chosen by the client for one restore, at random: 16 bytes. Needed in the first message.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub id: ::prost::bytes::Bytes,
+    /// Pages that were touched when they were absent, in the order of first touch.
+    #[prost(message, repeated, tag = "3")]
+    pub touched: ::prost::alloc::vec::Vec<PageSpan>,
+    /// Pages that came without having been touched, so that a touch could not be seen.
+    #[prost(message, repeated, tag = "4")]
+    pub unseen: ::prost::alloc::vec::Vec<PageSpan>,
+}
+/// What is known of a working set.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WorkingSet {
+    /// The image's digest.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub image: ::prost::bytes::Bytes,
+    /// How many recordings it was made of.
+    #[prost(uint32, tag = "2")]
+    pub recordings: u32,
+    /// Pages that are sent ahead.
+    #[prost(uint64, tag = "3")]
+    pub pages: u64,
+    /// Of these, those that are zero.
+    #[prost(uint64, tag = "4")]
+    pub zero_pages: u64,
+    /// Bytes that travel: frames with their proofs.
+    #[prost(uint64, tag = "5")]
+    pub frame_bytes: u64,
+}
+/// Asks for a working set.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetWorkingSetRequest {
+    /// `name`, `name:tag` or `name@blake3:<64 hex digits>`.
+    #[prost(string, tag = "1")]
+    pub reference: ::prost::alloc::string::String,
+}
+/// A part of a working set.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetWorkingSetResponse {
+    /// Set in the first message alone.
+    #[prost(message, optional, tag = "1")]
+    pub working_set: ::core::option::Option<WorkingSet>,
+    /// The next pages.
+    #[prost(message, repeated, tag = "2")]
+    pub pages: ::prost::alloc::vec::Vec<PageSpan>,
+}
+/// Asks for all working sets.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListWorkingSetsRequest {}
+/// All working sets.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListWorkingSetsResponse {
+    /// In order of their images' digests.
+    #[prost(message, repeated, tag = "1")]
+    pub working_sets: ::prost::alloc::vec::Vec<WorkingSet>,
+}
+/// Asks for a working set to be forgotten.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteWorkingSetRequest {
+    /// As in GetWorkingSetRequest.
+    #[prost(string, tag = "1")]
+    pub reference: ::prost::alloc::string::String,
+}
+/// It has been forgotten.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteWorkingSetResponse {}
+/// Generated client implementations.
+pub mod working_set_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Takes recordings of what restores touch, and makes working sets of them. The working set itself
+    /// travels on the bulk lane: see StreamChunks.
+    #[derive(Debug, Clone)]
+    pub struct WorkingSetServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl WorkingSetServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> WorkingSetServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> WorkingSetServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            WorkingSetServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Takes what one restore has touched, in the order of first touch. The image's working set is
+        /// made anew before the answer comes: of the pages that were seen in at least half of the
+        /// recordings in which they could be seen (or what share the server was told), in the order of
+        /// first touch. A recording that comes again under the same id replaces the first one.
+        ///
+        /// Ends with INVALID_ARGUMENT: the first message names no image or has no id of 16 bytes, a later
+        /// one names another image, or a span is empty or not in the image; more than 16,777,216 pages.
+        /// NOT_FOUND: the image is not there.
+        /// DATA_LOSS: a chunk of the working set is damaged; the recording is kept.
+        ///
+        /// grpcurl -plaintext -d '{"image": "<base64>", "id": "AAAAAAAAAAAAAAAAAAAAAA==",
+        /// "touched": \[{"file": 0, "first": 7, "count": 1}\]}'
+        /// 127.0.0.1:7070 postcopy.v1.WorkingSetService/Record
+        pub async fn record(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::RecordRequest>,
+        ) -> std::result::Result<tonic::Response<super::WorkingSet>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.WorkingSetService/Record",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("postcopy.v1.WorkingSetService", "Record"));
+            self.inner.client_streaming(req, path, codec).await
+        }
+        /// The working set's pages, in the order in which they are sent. Spans of at most 4 MiB a message.
+        ///
+        /// Ends with NOT_FOUND: no such reference, or no working set of it. INVALID_ARGUMENT: the
+        /// reference is not well-formed.
+        ///
+        /// grpcurl -plaintext -d '{"reference": "app:v1"}'
+        /// 127.0.0.1:7070 postcopy.v1.WorkingSetService/GetWorkingSet
+        pub async fn get_working_set(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetWorkingSetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::GetWorkingSetResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.WorkingSetService/GetWorkingSet",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("postcopy.v1.WorkingSetService", "GetWorkingSet"),
+                );
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// All working sets, by their images' digests.
+        ///
+        /// grpcurl -plaintext 127.0.0.1:7070 postcopy.v1.WorkingSetService/ListWorkingSets
+        pub async fn list_working_sets(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListWorkingSetsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListWorkingSetsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.WorkingSetService/ListWorkingSets",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("postcopy.v1.WorkingSetService", "ListWorkingSets"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Forgets an image's working set and its recordings. Sessions that are filled from it go on.
+        /// Status as GetWorkingSet.
+        ///
+        /// grpcurl -plaintext -d '{"reference": "app:v1"}'
+        /// 127.0.0.1:7070 postcopy.v1.WorkingSetService/DeleteWorkingSet
+        pub async fn delete_working_set(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeleteWorkingSetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeleteWorkingSetResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.WorkingSetService/DeleteWorkingSet",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("postcopy.v1.WorkingSetService", "DeleteWorkingSet"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod working_set_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with WorkingSetServiceServer.
+    #[async_trait]
+    pub trait WorkingSetService: std::marker::Send + std::marker::Sync + 'static {
+        /// Takes what one restore has touched, in the order of first touch. The image's working set is
+        /// made anew before the answer comes: of the pages that were seen in at least half of the
+        /// recordings in which they could be seen (or what share the server was told), in the order of
+        /// first touch. A recording that comes again under the same id replaces the first one.
+        ///
+        /// Ends with INVALID_ARGUMENT: the first message names no image or has no id of 16 bytes, a later
+        /// one names another image, or a span is empty or not in the image; more than 16,777,216 pages.
+        /// NOT_FOUND: the image is not there.
+        /// DATA_LOSS: a chunk of the working set is damaged; the recording is kept.
+        ///
+        /// grpcurl -plaintext -d '{"image": "<base64>", "id": "AAAAAAAAAAAAAAAAAAAAAA==",
+        /// "touched": \[{"file": 0, "first": 7, "count": 1}\]}'
+        /// 127.0.0.1:7070 postcopy.v1.WorkingSetService/Record
+        async fn record(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::RecordRequest>>,
+        ) -> std::result::Result<tonic::Response<super::WorkingSet>, tonic::Status>;
+        /// Server streaming response type for the GetWorkingSet method.
+        type GetWorkingSetStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::GetWorkingSetResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The working set's pages, in the order in which they are sent. Spans of at most 4 MiB a message.
+        ///
+        /// Ends with NOT_FOUND: no such reference, or no working set of it. INVALID_ARGUMENT: the
+        /// reference is not well-formed.
+        ///
+        /// grpcurl -plaintext -d '{"reference": "app:v1"}'
+        /// 127.0.0.1:7070 postcopy.v1.WorkingSetService/GetWorkingSet
+        async fn get_working_set(
+            &self,
+            request: tonic::Request<super::GetWorkingSetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::GetWorkingSetStream>,
+            tonic::Status,
+        >;
+        /// All working sets, by their images' digests.
+        ///
+        /// grpcurl -plaintext 127.0.0.1:7070 postcopy.v1.WorkingSetService/ListWorkingSets
+        async fn list_working_sets(
+            &self,
+            request: tonic::Request<super::ListWorkingSetsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListWorkingSetsResponse>,
+            tonic::Status,
+        >;
+        /// Forgets an image's working set and its recordings. Sessions that are filled from it go on.
+        /// Status as GetWorkingSet.
+        ///
+        /// grpcurl -plaintext -d '{"reference": "app:v1"}'
+        /// 127.0.0.1:7070 postcopy.v1.WorkingSetService/DeleteWorkingSet
+        async fn delete_working_set(
+            &self,
+            request: tonic::Request<super::DeleteWorkingSetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeleteWorkingSetResponse>,
+            tonic::Status,
+        >;
+    }
+    /// Takes recordings of what restores touch, and makes working sets of them. The working set itself
+    /// travels on the bulk lane: see StreamChunks.
+    #[derive(Debug)]
+    pub struct WorkingSetServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> WorkingSetServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for WorkingSetServiceServer<T>
+    where
+        T: WorkingSetService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/postcopy.v1.WorkingSetService/Record" => {
+                    #[allow(non_camel_case_types)]
+                    struct RecordSvc<T: WorkingSetService>(pub Arc<T>);
+                    impl<
+                        T: WorkingSetService,
+                    > tonic::server::ClientStreamingService<super::RecordRequest>
+                    for RecordSvc<T> {
+                        type Response = super::WorkingSet;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::RecordRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkingSetService>::record(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RecordSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.client_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/postcopy.v1.WorkingSetService/GetWorkingSet" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetWorkingSetSvc<T: WorkingSetService>(pub Arc<T>);
+                    impl<
+                        T: WorkingSetService,
+                    > tonic::server::ServerStreamingService<super::GetWorkingSetRequest>
+                    for GetWorkingSetSvc<T> {
+                        type Response = super::GetWorkingSetResponse;
+                        type ResponseStream = T::GetWorkingSetStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetWorkingSetRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkingSetService>::get_working_set(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetWorkingSetSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/postcopy.v1.WorkingSetService/ListWorkingSets" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListWorkingSetsSvc<T: WorkingSetService>(pub Arc<T>);
+                    impl<
+                        T: WorkingSetService,
+                    > tonic::server::UnaryService<super::ListWorkingSetsRequest>
+                    for ListWorkingSetsSvc<T> {
+                        type Response = super::ListWorkingSetsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListWorkingSetsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkingSetService>::list_working_sets(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListWorkingSetsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/postcopy.v1.WorkingSetService/DeleteWorkingSet" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeleteWorkingSetSvc<T: WorkingSetService>(pub Arc<T>);
+                    impl<
+                        T: WorkingSetService,
+                    > tonic::server::UnaryService<super::DeleteWorkingSetRequest>
+                    for DeleteWorkingSetSvc<T> {
+                        type Response = super::DeleteWorkingSetResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeleteWorkingSetRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkingSetService>::delete_working_set(
+                                        &inner,
+                                        request,
+                                    )
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeleteWorkingSetSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for WorkingSetServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "postcopy.v1.WorkingSetService";
+    impl<T> tonic::server::NamedService for WorkingSetServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
