@@ -63,6 +63,9 @@ struct Serve {
     /// Listen at an address that other machines can reach, without encryption or authentication
     #[arg(long)]
     insecure: bool,
+    /// A page is sent ahead that was touched in this share of the recordings of an image
+    #[arg(long, value_name = "0..1", default_value_t = 0.5, value_parser = share)]
+    working_set_share: f64,
 }
 
 #[derive(Debug, Args)]
@@ -87,6 +90,11 @@ struct Verify {
     /// Report in JSON
     #[arg(long)]
     json: bool,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "not a number above 0 and at most 1".to_owned())
 }
 
 /// Reads `90s`, `10m`, `1h`, `7d`; a bare number is seconds.
@@ -164,7 +172,7 @@ impl Serve {
                 _ = interrupt.recv() => {}
             }
         };
-        serve(store, listener, signal).await?;
+        serve(store, listener, self.working_set_share, signal).await?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -180,8 +188,10 @@ impl Gc {
         if self.json {
             return print_json(&collected).map(|()| ExitCode::SUCCESS);
         }
-        let Collected { packs, manifests, left_overs, bytes, waiting } = collected;
-        let deleted = format!("{packs} packs, {manifests} manifests, {left_overs} left-overs");
+        let Collected { packs, manifests, working_sets, left_overs, bytes, waiting } = collected;
+        let deleted = format!(
+            "{packs} packs, {manifests} manifests, {working_sets} working sets, {left_overs} left-overs"
+        );
         let later = if waiting > 0 { " for a run after the grace time" } else { "" };
         say(format_args!("deleted {deleted}: {bytes} bytes; {waiting} objects condemned, waiting{later}"))?;
         Ok(ExitCode::SUCCESS)

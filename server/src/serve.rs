@@ -1,13 +1,14 @@
 //! A server from its first connection to its end.
 
 use crate::listen::Listener;
-use crate::service::{ImageServer, PageServer};
+use crate::service::{ImageServer, PageServer, WorkingSetServer};
 use crate::shutdown::Drain;
 use crate::store::Store;
 use async_stream::stream;
 use futures_util::{Stream, StreamExt};
 use postcopy_proto::v1::image_service_server::ImageServiceServer;
 use postcopy_proto::v1::page_service_server::PageServiceServer;
+use postcopy_proto::v1::working_set_service_server::WorkingSetServiceServer;
 use postcopy_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES};
 use std::fmt::Display;
 use std::future::Future;
@@ -55,20 +56,23 @@ pub enum ServeError {
 }
 
 /// Serves `store` to whoever connects to `listener`, until `signal`. Then health turns NOT_SERVING, the listener is
-/// closed, new requests are refused, and what is in flight finishes within 10 s.
+/// closed, new requests are refused, and what is in flight finishes within 10 s. `working_set_share`: see
+/// [`WorkingSetServer::new`].
 ///
 /// # Errors
 /// [`ServeError`].
 pub async fn serve(
     store: Arc<Store>,
     listener: Listener,
+    working_set_share: f64,
     signal: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let drain = Drain::default();
     let health = HealthReporter::new();
     health.set_serving::<PageServiceServer<PageServer>>().await;
     health.set_serving::<ImageServiceServer<ImageServer>>().await;
-    let router = router(store.clone(), &drain, &health)?;
+    health.set_serving::<WorkingSetServiceServer<WorkingSetServer>>().await;
+    let router = router(store.clone(), working_set_share, &drain, &health)?;
     let stop = stop(signal, drain.clone(), health);
     let too_late = async {
         drain.begun().await;
@@ -106,11 +110,19 @@ async fn forget_deleted(store: Arc<Store>) {
     }
 }
 
-fn router(store: Arc<Store>, drain: &Drain, health: &HealthReporter) -> Result<Router, ServeError> {
+fn router(
+    store: Arc<Store>,
+    share: f64,
+    drain: &Drain,
+    health: &HealthReporter,
+) -> Result<Router, ServeError> {
     let pages = PageServiceServer::new(PageServer::new(store.clone(), drain.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let images = ImageServiceServer::new(ImageServer::new(store, drain.clone()))
+    let images = ImageServiceServer::new(ImageServer::new(store.clone(), drain.clone()))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let working_sets = WorkingSetServiceServer::new(WorkingSetServer::new(store, drain.clone(), share))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let health = tonic_health::server::HealthService::from_health_reporter(health.clone());
@@ -129,6 +141,7 @@ fn router(store: Arc<Store>, drain: &Drain, health: &HealthReporter) -> Result<R
     Ok(server
         .add_service(pages)
         .add_service(images)
+        .add_service(working_sets)
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1()?)
         // Python's grpcio-reflection asks for the older one.
@@ -136,8 +149,13 @@ fn router(store: Arc<Store>, drain: &Drain, health: &HealthReporter) -> Result<R
 }
 
 /// The names that health is reported for: the server as a whole, and each service.
-fn health_names() -> [&'static str; 3] {
-    ["", PageServiceServer::<PageServer>::NAME, ImageServiceServer::<ImageServer>::NAME]
+fn health_names() -> [&'static str; 4] {
+    [
+        "",
+        PageServiceServer::<PageServer>::NAME,
+        ImageServiceServer::<ImageServer>::NAME,
+        WorkingSetServiceServer::<WorkingSetServer>::NAME,
+    ]
 }
 
 /// Ends what the server does in order; done when connections may be told to close.

@@ -14,9 +14,11 @@ mod read_file;
 #[cfg(test)]
 mod tests;
 mod upload;
+mod working_sets;
 
 pub use images::ImageServer;
 pub use pages::PageServer;
+pub use working_sets::WorkingSetServer;
 
 use crate::store::{StoreError, chain};
 use futures_util::Stream;

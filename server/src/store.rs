@@ -23,6 +23,7 @@ mod packs;
 mod references;
 mod verify;
 mod walk;
+mod working_sets;
 
 pub use commit::{CommitOutcome, Missing};
 pub use error::{OpenError, StoreError};
@@ -30,6 +31,7 @@ pub use gc::{Collected, Collector};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use verify::{Damage, Verified, verify};
+pub use working_sets::WorkingSet;
 
 use bytes::Bytes;
 use layout::Layout;
@@ -46,7 +48,7 @@ use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::reference::{Reference, TagReference};
 use rayon::prelude::*;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Frames that one thread checks at a time: enough that its decompressor's state is worth making.
 const FRAMES_PER_TASK: usize = 32;
@@ -59,6 +61,8 @@ pub struct Store {
     packs: Packs,
     manifests: Manifests,
     leases: Leases,
+    /// Held while a working set is made from recordings or removed: one at a time.
+    building: Mutex<()>,
 }
 
 impl Store {
@@ -91,7 +95,7 @@ impl Store {
         let objects = Objects::new(&layout)?;
         let packs = Packs::open(&layout)?;
         let manifests = Manifests::new(&layout);
-        Ok(Self { layout, objects, packs, manifests, leases: Leases::default() })
+        Ok(Self { layout, objects, packs, manifests, leases: Leases::default(), building: Mutex::default() })
     }
 
     /// The image that a reference stands for.

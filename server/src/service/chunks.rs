@@ -40,6 +40,11 @@ impl Chunks {
         Ok(Self { store: store.clone(), root, _lease: lease, last: None })
     }
 
+    /// The image that is served.
+    pub(super) fn image(&self) -> Digest {
+        self.root.image()
+    }
+
     /// Sees that a later message names the same image, or none.
     pub(super) fn check_image(&self, image: &[u8]) -> Result<(), Status> {
         match image.is_empty() || image == self.root.image().as_bytes() {

@@ -7,10 +7,12 @@
 use crate::service::blocking;
 use crate::service::chunks::{Chunks, check_runs, numbers};
 use crate::shutdown::{InFlight, shutting_down};
-use crate::store::Store;
+use crate::store::{Store, chain};
 use async_stream::try_stream;
+use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{Stream, StreamExt};
+use postcopy_proto::digest::Digest;
 use postcopy_proto::v1::{self, chunk_answer, fetch_chunks_response};
 use postcopy_proto::{MAX_BULK_CHUNKS, MAX_DEMAND_CHUNKS};
 use std::future::Future;
@@ -202,6 +204,30 @@ fn answer_bytes(answer: &v1::ChunkAnswer) -> usize {
         }
 }
 
+/// The frames of an image's working set, by messages. None where there is no set, or it is damaged: what it would bring comes
+/// as it is touched.
+async fn working_set(store: &Arc<Store>, image: Digest) -> Result<Vec<Vec<Bytes>>, Status> {
+    let store = Arc::clone(store);
+    let set = blocking(move || {
+        let set = store.working_set(&image);
+        Ok::<_, Status>(set.unwrap_or_else(|error| {
+            tracing::error!("not sent ahead: {}", chain(&error));
+            None
+        }))
+    });
+    let mut messages: Vec<Vec<Bytes>> = Vec::new();
+    let mut bytes = usize::MAX;
+    for frame in set.await?.into_iter().flat_map(|set| set.frames) {
+        if bytes.saturating_add(frame.len()) > BULK_MESSAGE_BYTES {
+            bytes = 0;
+            messages.push(Vec::new());
+        }
+        bytes += frame.len();
+        messages.last_mut().expect("one was begun").push(frame);
+    }
+    Ok(messages)
+}
+
 /// The bulk lane.
 pub(super) fn stream_chunks(
     store: Arc<Store>,
@@ -219,6 +245,12 @@ pub(super) fn stream_chunks(
             };
             chunks.check_image(&request.image)?;
             let (id, attempt) = (request.id, request.attempt);
+            if request.working_set {
+                for frames in working_set(&store, chunks.image()).await? {
+                    yield v1::StreamChunksResponse { id, attempt, working_set_frames: frames, ..Default::default() };
+                }
+                yield v1::StreamChunksResponse { id, attempt, working_set_ended: true, ..Default::default() };
+            }
             let mut answer = BulkAnswer::new(numbers(request.runs), attempt > 0);
             loop {
                 if !answer.fill(&mut chunks, false) {
@@ -231,7 +263,7 @@ pub(super) fn stream_chunks(
                 if message.is_empty() {
                     break;
                 }
-                yield v1::StreamChunksResponse { id, attempt, chunks: message };
+                yield v1::StreamChunksResponse { id, attempt, chunks: message, ..Default::default() };
             }
             bound = Some(chunks);
         }

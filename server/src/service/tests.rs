@@ -9,8 +9,10 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::manifest::Root;
 use postcopy_proto::page::PAGE_BYTES;
+use postcopy_proto::set_frame::SetFrame;
 use postcopy_proto::v1::image_service_client::ImageServiceClient;
 use postcopy_proto::v1::page_service_client::PageServiceClient;
+use postcopy_proto::v1::working_set_service_client::WorkingSetServiceClient;
 use postcopy_proto::v1::{
     self, chunk_answer, fetch_chunks_response, open_image_response, upload_pack_request,
 };
@@ -41,7 +43,7 @@ impl Server {
         let listener = Listener::bind(&Address::Unix(socket.clone()), false).unwrap();
         let (stop, stopped) = oneshot::channel();
         let signal = async { stopped.await.unwrap_or(()) };
-        let served = tokio::spawn(serve(store.clone(), listener, signal));
+        let served = tokio::spawn(serve(store.clone(), listener, 0.5, signal));
         let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).unwrap();
         let channel = endpoint.connect().await.unwrap();
         Self { dir, store, channel, stop, served }
@@ -138,7 +140,8 @@ async fn both_lanes_and_read_file_give_every_byte() {
     assert_eq!(order[0], 16, "the first chunk of a request first");
 
     let runs = vec![v1::ChunkRun { first: 0, count: 17 }];
-    let request = v1::StreamChunksRequest { id: 3, image: image.digest().into(), runs, attempt: 1 };
+    let request =
+        v1::StreamChunksRequest { id: 3, image: image.digest().into(), runs, attempt: 1, working_set: false };
     let mut messages =
         server.pages().stream_chunks(tokio_stream::iter([request])).await.unwrap().into_inner();
     let mut plain = vec![1; image.plain.len()];
@@ -192,7 +195,8 @@ async fn a_bulk_message_holds_about_256_kib() {
     let (server, image) = (Server::start().await, Image::with_more_chunks(5));
     pushed(&server, &image, "a").await;
     let runs = vec![v1::ChunkRun { first: 0, count: 20 }; 20];
-    let request = v1::StreamChunksRequest { id: 1, image: image.digest().into(), runs, attempt: 0 };
+    let request =
+        v1::StreamChunksRequest { id: 1, image: image.digest().into(), runs, attempt: 0, working_set: false };
     let mut messages =
         server.pages().stream_chunks(tokio_stream::iter([request])).await.unwrap().into_inner();
     let (mut sizes, mut chunks) = (Vec::new(), 0);
@@ -578,4 +582,58 @@ async fn a_shutdown_finishes_what_is_in_flight_and_refuses_what_is_new() {
     assert_eq!(status().await, None);
     server.served.await.unwrap().unwrap();
     assert!(!server.dir.path().join("default/socket").exists());
+}
+
+#[tokio::test]
+async fn a_recording_becomes_a_working_set_that_is_streamed_before_chunks() {
+    let server = Server::start().await;
+    let image = Image::of_seed(1);
+    image.push(&server.store, "a:v1");
+    let mut sets = WorkingSetServiceClient::new(server.channel.clone());
+    let named = || v1::GetWorkingSetRequest { reference: "a:v1".into() };
+    let missing = sets.get_working_set(named()).await.unwrap_err();
+    assert_eq!(missing.code(), Code::NotFound);
+
+    let span = |first, count| v1::PageSpan { file: 0, first, count };
+    let touched = [span(9, 1), span(2, 3), span(16, 1), span(13, 1)];
+    let begin = v1::RecordRequest {
+        image: image.digest().into(),
+        id: vec![7; 16].into(),
+        touched: touched[..2].to_vec(),
+        unseen: Vec::new(),
+    };
+    let rest = v1::RecordRequest { touched: touched[2..].to_vec(), ..Default::default() };
+    let set = sets.record(tokio_stream::iter([begin.clone(), rest])).await.unwrap().into_inner();
+    assert_eq!((set.recordings, set.pages, set.zero_pages), (1, 6, 1));
+    let listed = sets.list_working_sets(v1::ListWorkingSetsRequest {}).await.unwrap().into_inner();
+    assert_eq!(listed.working_sets, [set]);
+
+    // Of another image's pages, or none, nothing is kept.
+    for (wrong, field) in [
+        (span(17, 1), "17 pages"),
+        (span(0, 0), "page 0"),
+        (v1::PageSpan { file: 1, first: 0, count: 1 }, "1 files"),
+    ] {
+        let request = v1::RecordRequest { touched: vec![wrong], ..begin.clone() };
+        let status = sets.record(tokio_stream::iter([request])).await.unwrap_err();
+        assert!(status.code() == Code::InvalidArgument && status.message().contains(field), "{status}");
+    }
+
+    let mut pages = server.pages();
+    let runs = vec![v1::ChunkRun { first: 0, count: 1 }];
+    let request =
+        v1::StreamChunksRequest { id: 3, image: image.digest().into(), runs, attempt: 0, working_set: true };
+    let mut answers = pages.stream_chunks(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let first = answers.message().await.unwrap().unwrap();
+    assert_eq!((first.working_set_frames.len(), first.working_set_ended), (1, false));
+    let frame = SetFrame::parse(&first.working_set_frames[0]).unwrap();
+    let sent: Vec<_> = frame.runs().flat_map(|run| run.first..run.first + u32::from(run.count)).collect();
+    assert_eq!(sent, [2, 3, 4, 9, 13, 16], "ascending in one frame");
+    let ended = answers.message().await.unwrap().unwrap();
+    assert!(ended.working_set_ended && ended.chunks.is_empty());
+    assert_eq!(answers.message().await.unwrap().unwrap().chunks.len(), 1);
+
+    let forget = v1::DeleteWorkingSetRequest { reference: "a:v1".into() };
+    sets.delete_working_set(forget.clone()).await.unwrap();
+    assert_eq!(sets.delete_working_set(forget).await.unwrap_err().code(), Code::NotFound);
 }

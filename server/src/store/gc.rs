@@ -12,7 +12,7 @@ use crate::store::layout::{Domain, Layout};
 use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
 use crate::store::packs::Pack;
-use crate::store::{condemned, lease, objects, open_layout, references, walk};
+use crate::store::{condemned, lease, objects, open_layout, references, walk, working_sets};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
 use std::collections::HashSet;
@@ -30,6 +30,8 @@ pub struct Collected {
     pub packs: u64,
     /// Roots and segments deleted.
     pub manifests: u64,
+    /// Working sets deleted: of images that are gone.
+    pub working_sets: u64,
     /// Files deleted that interrupted writes had left.
     pub left_overs: u64,
     /// Bytes of all these.
@@ -120,6 +122,7 @@ impl Collector {
             collected.packs += 1;
             collected.bytes += self.delete(digest, path)?;
         }
+        collected.working_sets = working_sets::remove_orphans(&self.layout)?;
         drop(deleting);
         self.delete_left_overs(grace, &mut collected)?;
         Ok(collected)

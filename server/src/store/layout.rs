@@ -7,6 +7,7 @@
 //! <domain>/refs/<name>/_tags/<tag>   holds a digest
 //! <domain>/condemned/<digest>        empty; its time is when gc condemned the object
 //! <domain>/leases/<image>            empty; locked by who serves the image, see `lease.rs`
+//! <domain>/working-sets/<image>/     see `working_sets.rs`
 //! <domain>/lock                      see `lock.rs`
 //! ```
 
@@ -90,6 +91,31 @@ impl Layout {
 
     pub(crate) fn lease(&self, image: &Digest) -> PathBuf {
         self.leases().join(image.hex())
+    }
+
+    pub(crate) fn working_sets(&self) -> PathBuf {
+        self.domain.join("working-sets")
+    }
+
+    pub(crate) fn working_set(&self, image: &Digest) -> PathBuf {
+        self.working_sets().join(image.hex())
+    }
+
+    pub(crate) fn recordings(&self, image: &Digest) -> PathBuf {
+        self.working_set(image).join("recordings")
+    }
+
+    pub(crate) fn sets(&self, image: &Digest) -> PathBuf {
+        self.working_set(image).join("sets")
+    }
+
+    pub(crate) fn set(&self, image: &Digest, pack: &Digest) -> PathBuf {
+        self.sets(image).join(pack.hex())
+    }
+
+    /// Names the packs that are sent.
+    pub(crate) fn current_set(&self, image: &Digest) -> PathBuf {
+        self.working_set(image).join("current")
     }
 
     pub(crate) fn condemned_dir(&self) -> PathBuf {

@@ -1,0 +1,164 @@
+//! WorkingSetService: what restores touch, and what is made of that.
+
+use crate::service::{Answers, blocking, digest, reference};
+use crate::shutdown::Drain;
+use crate::store::{Store, StoreError, WorkingSet};
+use futures_util::stream;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::reference::Reference;
+use postcopy_proto::v1;
+use postcopy_proto::v1::working_set_service_server::WorkingSetService;
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::{Request, Response, Status, Streaming};
+
+/// The most pages of one recording, touched and unseen: 64 GiB.
+const MAX_PAGES: u64 = 1 << 24;
+/// A recording of which nothing comes for this long ends.
+const MAX_SILENCE: Duration = Duration::from_secs(30);
+/// Spans of one message: at most 18 bytes each.
+const SPANS: usize = 65_536;
+
+/// Takes recordings and tells of working sets.
+#[derive(Debug)]
+pub struct WorkingSetServer {
+    store: Arc<Store>,
+    drain: Drain,
+    share: f64,
+}
+
+impl WorkingSetServer {
+    /// Serves `store` until `drain` begins. A page belongs to a working set that was touched in at least `share` (of 1) of the
+    /// recordings in which that could be seen.
+    #[must_use]
+    pub fn new(store: Arc<Store>, drain: Drain, share: f64) -> Self {
+        Self { store, drain, share }
+    }
+}
+
+fn describe(image: &Digest, set: &WorkingSet) -> v1::WorkingSet {
+    v1::WorkingSet {
+        image: (*image).into(),
+        recordings: u32::try_from(set.recordings).unwrap_or(u32::MAX),
+        pages: set.pages,
+        zero_pages: set.zero_pages,
+        frame_bytes: set.frame_bytes(),
+    }
+}
+
+/// What the messages of one recording say.
+#[derive(Default)]
+struct Received {
+    image: Option<Digest>,
+    id: [u8; 16],
+    touched: Vec<v1::PageSpan>,
+    unseen: Vec<v1::PageSpan>,
+    pages: u64,
+}
+
+impl Received {
+    fn add(&mut self, request: v1::RecordRequest) -> Result<(), Status> {
+        match self.image {
+            None => {
+                self.image = Some(digest("image", &request.image)?);
+                let id = request.id.first_chunk().filter(|_| request.id.len() == 16);
+                self.id = *id.ok_or_else(|| Status::invalid_argument("id: it has 16 bytes"))?;
+            }
+            Some(image) if !request.image.is_empty() && request.image != image.as_bytes()[..] => {
+                return Err(Status::invalid_argument("image: a recording is of one image, this is another"));
+            }
+            Some(_) => {}
+        }
+        for span in request.touched.iter().chain(&request.unseen) {
+            self.pages += u64::from(span.count);
+        }
+        if self.pages > MAX_PAGES {
+            return Err(Status::invalid_argument(format!("more than {MAX_PAGES} pages")));
+        }
+        self.touched.extend(request.touched);
+        self.unseen.extend(request.unseen);
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl WorkingSetService for WorkingSetServer {
+    type GetWorkingSetStream = Answers<v1::GetWorkingSetResponse>;
+
+    async fn record(
+        &self,
+        request: Request<Streaming<v1::RecordRequest>>,
+    ) -> Result<Response<v1::WorkingSet>, Status> {
+        let _in_flight = self.drain.enter()?;
+        let mut requests = request.into_inner();
+        let mut received = Received::default();
+        loop {
+            let request = tokio::time::timeout(MAX_SILENCE, requests.message()).await;
+            match request.map_err(|_| Status::deadline_exceeded("nothing came for 30 s"))?? {
+                Some(request) => received.add(request)?,
+                None => break,
+            }
+        }
+        let Received { image, id, touched, unseen, .. } = received;
+        let image = image.ok_or_else(|| Status::invalid_argument("image: the first message names it"))?;
+        let (store, share) = (Arc::clone(&self.store), self.share);
+        let set = blocking(move || store.record(&image, id, touched, unseen, share)).await?;
+        Ok(Response::new(describe(&image, &set)))
+    }
+
+    async fn get_working_set(
+        &self,
+        request: Request<v1::GetWorkingSetRequest>,
+    ) -> Result<Response<Self::GetWorkingSetStream>, Status> {
+        let _in_flight = self.drain.enter()?;
+        let wanted: Reference = reference(&request.into_inner().reference)?;
+        let store = Arc::clone(&self.store);
+        let (image, set) = blocking(move || -> Result<_, StoreError> {
+            let image = store.resolve(&wanted)?;
+            let set = store.working_set(&image)?;
+            Ok((image, set.ok_or_else(|| StoreError::NotFound(format!("a working set of {wanted}")))?))
+        })
+        .await?;
+        let first =
+            v1::GetWorkingSetResponse { working_set: Some(describe(&image, &set)), pages: Vec::new() };
+        let spans: Vec<_> = set.spans().collect();
+        let parts = spans
+            .chunks(SPANS)
+            .map(|pages| v1::GetWorkingSetResponse { working_set: None, pages: pages.to_vec() });
+        let parts: Vec<_> = std::iter::once(first).chain(parts).map(Ok).collect();
+        Ok(Response::new(Box::pin(stream::iter(parts))))
+    }
+
+    async fn list_working_sets(
+        &self,
+        _request: Request<v1::ListWorkingSetsRequest>,
+    ) -> Result<Response<v1::ListWorkingSetsResponse>, Status> {
+        let _in_flight = self.drain.enter()?;
+        let store = Arc::clone(&self.store);
+        let working_sets = blocking(move || -> Result<Vec<_>, StoreError> {
+            let sets = store.images_with_working_sets()?.into_iter().filter_map(|image| {
+                let set = store.working_set(&image).transpose()?;
+                Some(set.map(|set| describe(&image, &set)))
+            });
+            sets.collect()
+        });
+        Ok(Response::new(v1::ListWorkingSetsResponse { working_sets: working_sets.await? }))
+    }
+
+    async fn delete_working_set(
+        &self,
+        request: Request<v1::DeleteWorkingSetRequest>,
+    ) -> Result<Response<v1::DeleteWorkingSetResponse>, Status> {
+        let _in_flight = self.drain.enter()?;
+        let wanted: Reference = reference(&request.into_inner().reference)?;
+        let store = Arc::clone(&self.store);
+        blocking(move || -> Result<_, StoreError> {
+            let image = store.resolve(&wanted)?;
+            match store.remove_working_set(&image)? {
+                true => Ok(Response::new(v1::DeleteWorkingSetResponse {})),
+                false => Err(StoreError::NotFound(format!("a working set of {wanted}"))),
+            }
+        })
+        .await
+    }
+}

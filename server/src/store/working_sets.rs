@@ -1,0 +1,460 @@
+//! Working sets: what restores of an image touch, as recordings of them, and as a pack that is sent ahead.
+//!
+//! ```text
+//! <domain>/working-sets/<image>/recordings/<id>   an encoded RecordRequest
+//! <domain>/working-sets/<image>/sets/<digest>     packs of frames
+//! <domain>/working-sets/<image>/current           the digests of those that are sent, in order, a line each
+//! ```
+//!
+//! [`Store::record`] writes a recording and makes the set anew: [`choose`] says which pages, the rest here reads
+//! their chunks as a client would and puts them into frames with proofs. `current` is replaced at once, so that who reads
+//! it finds one whole set or another. A set belongs to its image, and goes with it when that is collected as garbage.
+
+mod choose;
+
+use crate::store::Store;
+use crate::store::error::{StoreError, damaged, io_error};
+use crate::store::layout::{Layout, digest_of_name, sync_dir};
+use crate::store::map::{self, Map};
+use crate::store::objects::{self, read_bounded};
+use bytes::Bytes;
+use choose::{Page, Recording};
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
+use postcopy_proto::manifest::{ChunkContent, FileEntry, Root, chunk_len};
+use postcopy_proto::pack::{SetPackBuilder, set_frames};
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, PageRun};
+use postcopy_proto::set_frame::{SetChunk, SetEncoder, SetFrame};
+use postcopy_proto::v1::{self, PageSpan};
+use prost::Message;
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::sync::PoisonError;
+
+/// Pages of one frame: 256 KiB.
+const FRAME_PAGES: usize = 64;
+/// Made once, sent often.
+const LEVEL: i32 = 9;
+/// Recordings that are kept of an image: the newest ones.
+const RECORDINGS: usize = 16;
+/// The longest recording that is read again.
+const MAX_RECORDING_BYTES: usize = 256 << 20;
+/// Packs of one set.
+const MAX_PACKS: usize = 64;
+
+/// A working set as it is sent.
+#[derive(Clone, Debug, Default)]
+pub struct WorkingSet {
+    /// Recordings that there are of the image.
+    pub recordings: usize,
+    /// Its frames, in order: slices of the packs' maps.
+    pub frames: Vec<Bytes>,
+    /// Pages that are sent.
+    pub pages: u64,
+    /// Of these, those that are zero.
+    pub zero_pages: u64,
+}
+
+impl WorkingSet {
+    /// Bytes that travel.
+    #[must_use]
+    pub fn frame_bytes(&self) -> u64 {
+        self.frames.iter().map(|frame| frame.len() as u64).sum()
+    }
+
+    /// Its pages, in the order of its frames.
+    pub fn spans(&self) -> impl Iterator<Item = PageSpan> {
+        let frames = self.frames.iter().filter_map(|frame| SetFrame::parse(frame).ok());
+        frames.flat_map(|frame| {
+            frame.runs().map(|run| PageSpan { file: run.file, first: run.first, count: run.count.into() })
+        })
+    }
+}
+
+fn object(image: &Digest) -> String {
+    format!("the working set of image {image}")
+}
+
+/// A directory's entries by the digests or ids that they are named by, the oldest first; none if there is no such directory.
+fn by_age(dir: &PathBuf) -> Result<Vec<PathBuf>, StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(io_error(dir))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io_error(dir))?;
+        // One that was removed meanwhile has no time.
+        let time = entry.metadata().and_then(|metadata| metadata.modified());
+        if let (Ok(time), Some(_)) = (time, digest_of_name(&entry.file_name())) {
+            found.push((time, entry.path()));
+        }
+    }
+    found.sort_unstable();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+/// Where the pages of an image's files lie.
+struct Files {
+    root: std::sync::Arc<Root>,
+    files: Vec<FileEntry>,
+}
+
+impl Files {
+    fn new(root: std::sync::Arc<Root>) -> Self {
+        let files = root.files().map(|(_, file)| *file).collect();
+        Self { root, files }
+    }
+
+    /// Sees that a span is of a file of the image.
+    fn check(&self, span: &PageSpan) -> Result<(), StoreError> {
+        let pages =
+            self.files.get(span.file as usize).map(|file| file.size_bytes.div_ceil(PAGE_BYTES as u64));
+        let end = u64::from(span.first) + u64::from(span.count);
+        if span.count > 0 && pages.is_some_and(|pages| end <= pages) {
+            return Ok(());
+        }
+        let reason = match pages {
+            None => format!("the image has {} files", self.files.len()),
+            Some(pages) => format!("the file has {pages} pages"),
+        };
+        let object = format!("file {}, page {}, {} pages", span.file, span.first, span.count);
+        Err(StoreError::Invalid { object, reason })
+    }
+
+    /// The chunk of a page, the page of its file that the chunk begins with, and which of its pages it is.
+    fn chunk_of(&self, (file, page): Page) -> (ChunkIndex, u32, u16) {
+        let chunk_pages = u32::try_from(self.root.chunk_size().bytes() / PAGE_BYTES).expect("at most 512");
+        let entry = &self.files[file as usize];
+        let chunk = ChunkIndex(entry.first_chunk.0 + u64::from(page / chunk_pages));
+        let in_chunk = u16::try_from(page % chunk_pages).expect("less than 512");
+        (chunk, page - page % chunk_pages, in_chunk)
+    }
+}
+
+impl Store {
+    /// Keeps what a restore has touched, under an id of 16 bytes that is its own, and makes the image's working set anew: of
+    /// the pages that were touched in at least `share` (of 1) of the recordings in which they could be.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image; nothing is kept.
+    /// [`StoreError::Damaged`]: a chunk cannot be read; the recording is kept.
+    ///
+    /// # Blocking
+    /// Compresses the whole set on all cores, some 10 ms a MiB; one set at a time is made.
+    pub fn record(
+        &self,
+        image: &Digest,
+        id: [u8; 16],
+        touched: Vec<PageSpan>,
+        unseen: Vec<PageSpan>,
+        share: f64,
+    ) -> Result<WorkingSet, StoreError> {
+        let files = Files::new(self.root(image)?);
+        touched.iter().chain(&unseen).try_for_each(|span| files.check(span))?;
+        let recording = v1::RecordRequest { touched, unseen, ..Default::default() };
+        let path = self.layout.recordings(image).join(Digest::of(&id).hex());
+        self.objects.put(&path, recording.encode_to_vec().into())?;
+        let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        let recordings = self.recordings(image, &files)?;
+        let pages = choose::choose(&recordings, share);
+        let packs = self.build(&files, &pages)?;
+        let mut current = String::new();
+        for pack in packs {
+            let digest = Digest::of(&pack);
+            current.push_str(&digest.hex());
+            current.push('\n');
+            self.objects.put(&self.layout.set(image, &digest), pack.into())?;
+        }
+        self.objects.put(&self.layout.current_set(image), current.clone().into())?;
+        for path in by_age(&self.layout.sets(image))? {
+            // Streams that send from it have it mapped.
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if !current.contains(name) {
+                objects::remove(&path)?;
+            }
+        }
+        Ok(self.working_set(image)?.unwrap_or_default())
+    }
+
+    /// The newest recordings; older ones are removed.
+    fn recordings(&self, image: &Digest, files: &Files) -> Result<Vec<Recording>, StoreError> {
+        let mut paths = by_age(&self.layout.recordings(image))?;
+        for path in paths.drain(..paths.len().saturating_sub(RECORDINGS)) {
+            objects::remove(&path)?;
+        }
+        let mut recordings = Vec::new();
+        for path in paths {
+            let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
+            let wrong = |reason: String| damaged(path.display().to_string(), reason);
+            let recording = v1::RecordRequest::decode(&bytes[..]).map_err(|e| wrong(e.to_string()))?;
+            let mut spans = recording.touched.iter().chain(&recording.unseen);
+            spans.try_for_each(|span| files.check(span)).map_err(|e| wrong(e.to_string()))?;
+            recordings.push(Recording { touched: recording.touched, unseen: recording.unseen });
+        }
+        Ok(recordings)
+    }
+
+    /// Packs of the frames of these pages, in this order.
+    fn build(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<u8>>, StoreError> {
+        let frames: Vec<Vec<u8>> = pages
+            .par_chunks(FRAME_PAGES)
+            .map_init(
+                || (SetEncoder::new(LEVEL), FrameDecoder::default()),
+                |(encoder, decoder), pages| self.build_frame(files, pages, encoder, decoder),
+            )
+            .collect::<Result<_, _>>()?;
+        let mut packs = vec![SetPackBuilder::default()];
+        for frame in frames {
+            if !packs.last().expect("not empty").fits(frame.len()) {
+                if packs.len() == MAX_PACKS {
+                    tracing::warn!("a working set is longer than {MAX_PACKS} packs: its end is left out");
+                    break;
+                }
+                packs.push(SetPackBuilder::default());
+            }
+            packs.last_mut().expect("not empty").push(&frame);
+        }
+        Ok(packs.into_iter().map(SetPackBuilder::finish).collect())
+    }
+
+    fn build_frame(
+        &self,
+        files: &Files,
+        pages: &[Page],
+        encoder: &mut SetEncoder,
+        decoder: &mut FrameDecoder,
+    ) -> Result<Vec<u8>, StoreError> {
+        // By file and chunk, ascending.
+        let mut chunks: BTreeMap<(u32, u32), (ChunkIndex, Vec<u16>)> = BTreeMap::new();
+        for page in pages {
+            let (chunk, first_page, in_chunk) = files.chunk_of(*page);
+            chunks.entry((page.0, first_page)).or_insert((chunk, Vec::new())).1.push(in_chunk);
+        }
+        let mut plain = Vec::new();
+        for ((file, _), (chunk, _)) in &chunks {
+            let entry = &files.files[*file as usize];
+            let len = chunk_len(files.root.chunk_size(), entry, *chunk).expect("checked: a page of the file");
+            let mut bytes = vec![0; len];
+            self.read_chunk(&files.root, *chunk, decoder, &mut bytes)?;
+            plain.push(bytes);
+        }
+        let parts = chunks.into_iter().zip(&plain);
+        let parts: Vec<_> = parts
+            .map(|(((file, first_page), (_, pages)), bytes)| SetChunk {
+                file,
+                first_page,
+                bytes,
+                runs: runs_of(pages),
+            })
+            .collect();
+        Ok(encoder.encode(&parts).0)
+    }
+
+    fn read_chunk(
+        &self,
+        root: &Root,
+        chunk: ChunkIndex,
+        decoder: &mut FrameDecoder,
+        bytes: &mut [u8],
+    ) -> Result<(), StoreError> {
+        let Some(ChunkContent::Data(digest)) = self.chunk(root, chunk)? else { return Ok(()) };
+        let frame = self.load_frame(&digest, false)?;
+        let frame = ChunkFrame::parse(&frame);
+        let decoded = frame.and_then(|frame| decoder.decode_verified(&frame, &digest, bytes));
+        decoded.map_err(|e| damaged(format!("chunk {digest}"), e.to_string()))
+    }
+
+    /// The working set of an image, if it has one. Its frames are in memory.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    ///
+    /// # Blocking
+    /// Reads the packs.
+    pub fn working_set(&self, image: &Digest) -> Result<Option<WorkingSet>, StoreError> {
+        let wrong = |reason: String| damaged(object(image), reason);
+        let Some(current) = read_bounded(&self.layout.current_set(image), MAX_PACKS * 65)? else {
+            return Ok(None);
+        };
+        let mut set = WorkingSet {
+            recordings: by_age(&self.layout.recordings(image))?.len().min(RECORDINGS),
+            ..WorkingSet::default()
+        };
+        for line in String::from_utf8_lossy(&current).lines() {
+            let digest = Digest::from_hex(line).map_err(|e| wrong(format!("`current`: {e}")))?;
+            let path = self.layout.set(image, &digest);
+            let map = File::open(&path).and_then(|file| Map::new(&file)).map_err(io_error(&path))?;
+            map::populate(map.bytes()).map_err(io_error(&path))?;
+            for range in set_frames(map.bytes()).map_err(|e| wrong(e.to_string()))? {
+                let frame = map.bytes().slice(range);
+                let parsed = SetFrame::parse(&frame).map_err(|e| wrong(e.to_string()))?;
+                for run in parsed.runs() {
+                    set.pages += u64::from(run.count);
+                    set.zero_pages += if run.is_zero { u64::from(run.count) } else { 0 };
+                }
+                set.frames.push(frame);
+            }
+        }
+        Ok(Some(set))
+    }
+
+    /// The images that have working sets, in order of their digests.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Reads a directory.
+    pub fn images_with_working_sets(&self) -> Result<Vec<Digest>, StoreError> {
+        let mut images = images(&self.layout)?;
+        images.retain(|image| self.layout.current_set(image).exists());
+        images.sort_unstable();
+        Ok(images)
+    }
+
+    /// Forgets the working set of an image and its recordings; false if there was none.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Waits for the disk.
+    pub fn remove_working_set(&self, image: &Digest) -> Result<bool, StoreError> {
+        let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        remove(&self.layout, image)
+    }
+}
+
+/// Ascending page numbers as runs.
+fn runs_of(mut pages: Vec<u16>) -> Vec<PageRun> {
+    pages.sort_unstable();
+    let mut runs: Vec<PageRun> = Vec::new();
+    for first in pages {
+        match runs.last_mut() {
+            Some(last) if last.end_page() == usize::from(first) => last.count += 1,
+            _ => runs.push(PageRun { first, count: 1 }),
+        }
+    }
+    runs
+}
+
+fn images(layout: &Layout) -> Result<Vec<Digest>, StoreError> {
+    let dir = layout.working_sets();
+    let entries = match fs::read_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io_error(&dir))?,
+    };
+    Ok(entries.iter().filter_map(|entry| digest_of_name(&entry.file_name())).collect())
+}
+
+/// Removes the working set of an image.
+fn remove(layout: &Layout, image: &Digest) -> Result<bool, StoreError> {
+    let dir = layout.working_set(image);
+    match fs::remove_dir_all(&dir) {
+        Ok(()) => sync_dir(&layout.working_sets()).map(|()| true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(io_error(&dir)(e)),
+    }
+}
+
+/// Removes the working sets of images that are not there any more.
+pub(crate) fn remove_orphans(layout: &Layout) -> Result<u64, StoreError> {
+    let mut removed = 0;
+    for image in images(layout)? {
+        if !layout.manifest(&image).exists() {
+            removed += u64::from(remove(layout, &image)?);
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{Image, store};
+    use crate::store::{Collector, Domain};
+    use postcopy_proto::page::ChunkSize;
+    use postcopy_proto::set_frame::{Expected, SetDecoder};
+    use std::time::Duration;
+
+    impl Expected for Image {
+        fn chunk_size(&self) -> ChunkSize {
+            ChunkSize::MIN
+        }
+
+        fn file(&self, place: u32) -> Option<FileEntry> {
+            let first_chunk = ChunkIndex(0);
+            (place == 0).then_some(FileEntry {
+                size_bytes: self.plain.len() as u64,
+                first_chunk,
+                executable: false,
+            })
+        }
+
+        fn chunk(&self, chunk: ChunkIndex) -> Option<ChunkContent> {
+            let bytes = self.plain.chunks(PAGE_BYTES).nth(postcopy_proto::page::to_usize(chunk.0))?;
+            let is_zero = postcopy_proto::page::is_zero(bytes);
+            Some(if is_zero { ChunkContent::Zero } else { ChunkContent::Data(Digest::of(bytes)) })
+        }
+    }
+
+    fn span(first: u32, count: u32) -> PageSpan {
+        PageSpan { file: 0, first, count }
+    }
+
+    #[test]
+    fn a_set_holds_the_pages_of_its_recordings_and_goes_with_its_image() {
+        let (dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a");
+        let record = |id: u8, touched: Vec<PageSpan>| {
+            store.record(&image.digest(), [id; 16], touched, Vec::new(), 0.5).unwrap()
+        };
+        record(1, vec![span(0, 17)]);
+        // The same restore, told once more.
+        let set = record(1, vec![span(14, 3), span(3, 1)]);
+        assert_eq!((set.recordings, set.pages, set.zero_pages), (1, 4, 2));
+        let mut decoder = SetDecoder::default();
+        decoder.decode(&SetFrame::parse(&set.frames[0]).unwrap(), &image).unwrap();
+        for (run, bytes) in decoder.pages() {
+            let (start, len) = (run.first as usize * PAGE_BYTES, usize::from(run.count) * PAGE_BYTES);
+            let mut plain = image.plain[start..(start + len).min(image.plain.len())].to_vec();
+            plain.resize(len, 0);
+            assert_eq!(bytes.map_or(vec![0; len], <[u8]>::to_vec), plain);
+        }
+        for id in 2..20 {
+            let set = record(id, vec![span(5, 1)]);
+            assert!(set.recordings <= RECORDINGS);
+        }
+        let set = store.working_set(&image.digest()).unwrap().unwrap();
+        assert_eq!(set.spans().collect::<Vec<_>>(), [span(5, 1)]);
+        assert_eq!(by_age(&store.layout.sets(&image.digest())).unwrap().len(), 1, "older sets are removed");
+
+        store.remove_reference(&"a".parse().unwrap()).unwrap();
+        let collector = Collector::open(dir.path(), Domain::DEFAULT).unwrap();
+        collector.condemn().unwrap();
+        assert_eq!(collector.sweep(Duration::ZERO).unwrap().working_sets, 1);
+        assert!(store.images_with_working_sets().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_set_is_an_error_that_names_its_image() {
+        let (_dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a");
+        store.record(&image.digest(), [1; 16], vec![span(0, 4)], Vec::new(), 0.5).unwrap();
+        let pack = by_age(&store.layout.sets(&image.digest())).unwrap().remove(0);
+        fs::write(&pack, b"postcopy").unwrap();
+        let error = store.working_set(&image.digest()).unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Damaged { object, .. } if object.contains(&image.digest().to_string()))
+        );
+        // The next recording makes it anew.
+        store.record(&image.digest(), [2; 16], vec![span(0, 4)], Vec::new(), 0.5).unwrap();
+        assert_eq!(store.working_set(&image.digest()).unwrap().unwrap().pages, 4);
+    }
+}

@@ -1,0 +1,131 @@
+//! From recordings to a list of pages: pure.
+//!
+//! A page is chosen that was touched in at least a given share of the recordings in which a touch of it could be seen.
+//! What an earlier working set, or a background fill, had brought in a restore could not be seen to be touched there: that
+//! restore says nothing of it. The order is that of the first touches, on average; what was touched beside pages that had been
+//! brought comes after as many.
+
+use postcopy_proto::v1::PageSpan;
+use std::collections::HashMap;
+
+/// A page: its file's place in the image, and its number in the file.
+pub(crate) type Page = (u32, u32);
+
+/// What one restore has touched.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Recording {
+    /// In the order of first touch.
+    pub(crate) touched: Vec<PageSpan>,
+    /// What came without a touch.
+    pub(crate) unseen: Vec<PageSpan>,
+}
+
+pub(crate) fn pages(spans: &[PageSpan]) -> impl Iterator<Item = Page> {
+    // A span's end has been checked to fit.
+    spans.iter().flat_map(|span| (span.first..span.first + span.count).map(|page| (span.file, page)))
+}
+
+/// How many pages the spans have.
+pub(crate) fn count(spans: &[PageSpan]) -> u64 {
+    spans.iter().map(|span| u64::from(span.count)).sum()
+}
+
+#[derive(Default)]
+struct Seen {
+    times: u64,
+    /// Sum of its places in the order.
+    places: u64,
+}
+
+/// The pages of the working set, in the order in which they are to be sent. `share` is of 1.
+pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
+    let mut seen: HashMap<Page, Seen> = HashMap::new();
+    for recording in recordings {
+        let before = count(&recording.unseen);
+        for (place, page) in (before..).zip(pages(&recording.touched)) {
+            let seen = seen.entry(page).or_default();
+            seen.times += 1;
+            seen.places += place;
+        }
+    }
+    let unseen: Vec<_> = recordings.iter().map(|recording| sorted(&recording.unseen)).collect();
+    let is_chosen = |page: &Page, times: u64| {
+        let blind = unseen.iter().filter(|spans| has(spans, *page)).count();
+        #[expect(clippy::cast_precision_loss, reason = "a few recordings")]
+        let (times, could) = (times as f64, recordings.len().saturating_sub(blind) as f64);
+        times >= share * could
+    };
+    let mut chosen: Vec<_> = seen.into_iter().filter(|(page, seen)| is_chosen(page, seen.times)).collect();
+    // The average, as a fraction that is compared exactly; then by address.
+    chosen.sort_unstable_by(|(a, seen_a), (b, seen_b)| {
+        let (left, right) = (
+            u128::from(seen_a.places) * u128::from(seen_b.times),
+            u128::from(seen_b.places) * u128::from(seen_a.times),
+        );
+        left.cmp(&right).then(a.cmp(b))
+    });
+    chosen.into_iter().map(|(page, _)| page).collect()
+}
+
+fn sorted(spans: &[PageSpan]) -> Vec<PageSpan> {
+    let mut spans = spans.to_vec();
+    spans.sort_unstable_by_key(|span| (span.file, span.first));
+    spans
+}
+
+fn has(sorted: &[PageSpan], page: Page) -> bool {
+    let after = sorted.partition_point(|span| (span.file, span.first) <= page);
+    let span = after.checked_sub(1).map(|index| sorted[index]);
+    span.is_some_and(|span| span.file == page.0 && page.1 - span.first < span.count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spans(pages: &[u32]) -> Vec<PageSpan> {
+        pages.iter().map(|&first| PageSpan { file: 0, first, count: 1 }).collect()
+    }
+
+    fn recording(touched: &[u32], unseen: &[u32]) -> Recording {
+        Recording { touched: spans(touched), unseen: spans(unseen) }
+    }
+
+    fn chosen(recordings: &[Recording]) -> Vec<u32> {
+        choose(recordings, 0.5).into_iter().map(|(_, page)| page).collect()
+    }
+
+    #[test]
+    fn one_recording_is_taken_as_it_is() {
+        assert_eq!(chosen(&[recording(&[5, 1, 3], &[])]), [5, 1, 3]);
+        assert!(chosen(&[]).is_empty());
+    }
+
+    #[test]
+    fn half_of_the_recordings_are_enough_and_less_is_not() {
+        let recordings = [recording(&[1, 2], &[]), recording(&[1], &[]), recording(&[1, 3], &[])];
+        assert_eq!(chosen(&recordings), [1]);
+        assert_eq!(chosen(&recordings[..2]), [1, 2]);
+    }
+
+    #[test]
+    fn what_was_brought_is_neither_taken_for_touched_nor_for_untouched() {
+        let first = recording(&[1, 2], &[]);
+        // 1 and 2 came ahead; only 9 was a fault.
+        let replayed = recording(&[9], &[1, 2]);
+        let mut recordings = vec![first, replayed.clone()];
+        assert_eq!(chosen(&recordings), [1, 2, 9], "what came beside them comes after them");
+        // However many restores had them brought.
+        recordings.extend(vec![replayed; 10]);
+        assert_eq!(chosen(&recordings), [1, 2, 9]);
+        // And one that had them brought in none of these says nothing for them.
+        recordings.extend(vec![recording(&[7], &[]); 2]);
+        assert_eq!(chosen(&recordings), [9], "1 and 2 in one of three");
+    }
+
+    #[test]
+    fn the_order_is_that_of_the_average_first_touch() {
+        let recordings = [recording(&[1, 2, 3], &[]), recording(&[3, 2, 1], &[]), recording(&[2, 3, 1], &[])];
+        assert_eq!(chosen(&recordings), [2, 3, 1]);
+    }
+}
