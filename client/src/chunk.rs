@@ -10,11 +10,10 @@ use std::ops::Range;
 /// The most pages that are installed by one ioctl: 64 KiB, some 28 us.
 pub(crate) const PIECE_PAGES: usize = 16;
 
-/// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero. Its memory and the
-/// decoder's are kept from one chunk to the next.
+/// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero. Its memory is kept from one
+/// chunk to the next.
 #[derive(Debug, Default)]
 pub(crate) struct ChunkPages {
-    decoder: FrameDecoder,
     bytes: Vec<u8>,
     chunk_bytes: usize,
     held: [u64; MAX_PAGES_PER_CHUNK / 64],
@@ -28,6 +27,7 @@ impl ChunkPages {
     /// Why the frame is not the chunk's; the content is unspecified then, and must not be used.
     pub(crate) fn decode(
         &mut self,
+        decoder: &mut FrameDecoder,
         image: &Image,
         file: &FileEntry,
         chunk: ChunkIndex,
@@ -45,7 +45,7 @@ impl ChunkPages {
         }
         self.bytes[expected..].fill(0);
         let bytes = &mut self.bytes[..expected];
-        self.decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
+        decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
     }
 
     /// Makes it a chunk of `chunk_bytes` zeros. The bytes themselves are not cleared: none of them is held.
@@ -53,6 +53,26 @@ impl ChunkPages {
         self.held.fill(0);
         self.chunk_bytes = chunk_bytes;
         self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
+    }
+
+    /// Makes it pages that have been proved to be a whole chunk of `chunk_bytes` bytes: runs of pages with their padded bytes,
+    /// or None for zeros.
+    pub(crate) fn set<'a>(
+        &mut self,
+        chunk_bytes: usize,
+        runs: impl Iterator<Item = (Range<usize>, Option<&'a [u8]>)>,
+    ) {
+        self.set_zeros(chunk_bytes);
+        for (pages, bytes) in runs {
+            let Some(bytes) = bytes else { continue };
+            self.bytes[pages.start * PAGE_BYTES..pages.end * PAGE_BYTES].copy_from_slice(bytes);
+            pages.for_each(|page| self.held[page / 64] |= 1 << (page % 64));
+        }
+    }
+
+    /// Bytes of memory that it takes.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.bytes.len()
     }
 
     /// How many pages it has.

@@ -4,8 +4,10 @@ mod archive;
 mod bench;
 mod daemons;
 mod doctor;
+mod heat_map;
 mod images;
 mod output;
+mod working_sets;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
@@ -94,6 +96,9 @@ enum Command {
         /// name or name:tag
         target: TagReference,
     },
+    /// What restores of an image touch, and what of that is sent ahead
+    #[command(subcommand)]
+    WorkingSet(working_sets::WorkingSetCommand),
     /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
     #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]
     Bench(bench::BenchArgs),
@@ -168,6 +173,7 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
         Command::Verify { reference } => images::verify(server()?, &reference, output),
         Command::Rm { reference } => images::remove(server()?, &reference, output),
         Command::Tag { source, target } => images::tag(server()?, &source, &target, output),
+        Command::WorkingSet(command) => working_sets::run(server()?, command, output),
         Command::Bench(args) => bench::bench(server()?, args, output),
         Command::Firecracker(args) => daemons::firecracker(server()?, &args),
         Command::Criu(args) => daemons::criu(server, &args),

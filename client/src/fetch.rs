@@ -4,6 +4,7 @@ use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::lane::{BulkLane, frame_of, runs_of};
 use crate::remote::{RemoteError, ServerAddress, within};
+use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::{FileEntry, chunk_offset};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::path::ImagePath;
@@ -114,7 +115,7 @@ impl Fetch {
                 missing.extend(part);
                 id += 1;
                 let runs = runs_of(part.iter().copied());
-                let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
+                let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
                 // A closed queue is a lost lane: the next message says why.
                 let _ = lane.requests.send(request).await;
             }
@@ -144,11 +145,11 @@ impl Fetch {
     }
 
     fn take(&self, answers: &[v1::ChunkAnswer]) -> Vec<Damage> {
-        let mut pages = ChunkPages::default();
+        let (mut pages, mut decoder) = (ChunkPages::default(), FrameDecoder::default());
         let damaged = answers.iter().filter_map(|answer| {
             let chunk = ChunkIndex(answer.chunk);
             let (path, file) = self.file_of(chunk)?;
-            let reason = self.take_one(path, file, answer, &mut pages).err()?;
+            let reason = self.take_one(path, file, answer, &mut pages, &mut decoder).err()?;
             Some(Damage { path: path.clone(), chunk, reason })
         });
         damaged.collect()
@@ -165,6 +166,7 @@ impl Fetch {
         file: &FileEntry,
         answer: &v1::ChunkAnswer,
         pages: &mut ChunkPages,
+        decoder: &mut FrameDecoder,
     ) -> Result<(), String> {
         let chunk = ChunkIndex(answer.chunk);
         let Content::Data(digest) = self.image.content(chunk) else {
@@ -172,7 +174,7 @@ impl Fetch {
         };
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
         self.frame_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
-        pages.decode(&self.image, file, chunk, &digest, frame)?;
+        pages.decode(decoder, &self.image, file, chunk, &digest, frame)?;
         let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
         (self.sink)(path, offset as u64, pages)
     }

@@ -1,4 +1,5 @@
-//! The background fill: everything that is still absent, over the bulk lane.
+//! What is brought without having been touched, over the bulk lane: the image's working set at once, and then, if that was
+//! asked for, everything that is still absent.
 //!
 //! One thread with a runtime of its own asks for runs of chunks, within a window of plain bytes; as many installer
 //! threads as there are cores take the answers from a queue, decompress, verify and install them. Only this side
@@ -6,14 +7,19 @@
 //! pass. It is reported after three passes that brought nothing, or when the server was lost for the fault deadline.
 
 use crate::chunk::ChunkPages;
-use crate::image::Content;
+use crate::image::{Content, Image};
 use crate::install::{self, Installed};
 use crate::lane::{BulkLane, frame_of, runs_of};
 use crate::region::RegionState;
-use crate::remote::{Remote, RemoteError};
+use crate::remote::{Remote, RemoteError, within};
 use crate::requests::MAX_ATTEMPTS;
 use crate::session::{Shared, add};
+use crate::space::Spaces;
+use bytes::Bytes;
+use postcopy_proto::frame::FrameDecoder;
+use postcopy_proto::manifest::chunk_len;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
+use postcopy_proto::set_frame::{SetDecoder, SetFrame, SetRun};
 use postcopy_proto::v1;
 use std::collections::VecDeque;
 use std::io;
@@ -37,14 +43,14 @@ const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 
 /// What an installer does next. The permit is given back when that is done.
 struct Job {
-    region: Arc<RegionState>,
     work: Work,
     permit: OwnedSemaphorePermit,
 }
 
 enum Work {
-    Frames(Vec<v1::ChunkAnswer>),
+    Frames(Arc<RegionState>, Vec<v1::ChunkAnswer>),
     Zeros(Range<u64>),
+    WorkingSet(Vec<Bytes>),
 }
 
 /// The bulk lane, and the requests on it that have not been answered, in order.
@@ -100,13 +106,16 @@ struct Fill {
 
 impl Fill {
     async fn run(self) {
+        if self.shared.options.working_set {
+            self.bring_working_set().await;
+        }
         let mut progressed = Instant::now();
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
             let spaces = self.shared.spaces();
             let regions = spaces.regions();
             let before = unresolved_pages(regions);
-            if before == 0 {
+            if before == 0 || !self.shared.fills() {
                 self.shared.fill_work.notified().await;
                 progressed = Instant::now();
                 continue;
@@ -114,8 +123,7 @@ impl Fill {
             self.shared.set_filling(true);
             let outcome = self.pass(regions, fruitless_passes).await;
             // All permits are back: nothing is in flight.
-            let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
-            drop(self.window.acquire_many(all).await);
+            self.all_installed().await;
             self.shared.set_filling(false);
             if unresolved_pages(regions) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
@@ -133,6 +141,72 @@ impl Fill {
             }
             // New regions are new work; else it is tried again: what was lost may come back.
             let _ = tokio::time::timeout(pause, self.shared.fill_work.notified()).await;
+        }
+    }
+
+    /// Waits until nothing is in flight: all permits are back.
+    async fn all_installed(&self) {
+        let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
+        drop(self.window.acquire_many(all).await);
+    }
+
+    /// Has the working set come. Where that does not go well its pages come as they are touched.
+    async fn bring_working_set(&self) {
+        // Before there is memory there is nowhere to put it.
+        while !self.shared.has_ended() && self.shared.spaces().regions().is_empty() {
+            self.shared.fill_work.notified().await;
+        }
+        self.shared.set_filling(true);
+        for _ in 0..MAX_ATTEMPTS {
+            if self.shared.has_ended() || self.receive_working_set().await.is_ok() {
+                break;
+            }
+            tokio::time::sleep(RETRY_PASS).await;
+        }
+        self.all_installed().await;
+        self.shared.set_filling(false);
+    }
+
+    async fn receive_working_set(&self) -> Result<(), RemoteError> {
+        let server = &self.shared.address;
+        let spaces = self.shared.spaces();
+        let ask = async {
+            let lane = BulkLane::open(server, &self.shared.image.digest()).await?;
+            let request = v1::StreamChunksRequest { working_set: true, ..Default::default() };
+            // A closed queue is a lost lane: receiving says why.
+            let _ = lane.requests.send(request).await;
+            Ok(lane)
+        };
+        // Frames are proved against segments, which may be still to come.
+        let (lane, segments) = tokio::join!(ask, self.bring_segments(spaces.regions()));
+        segments?;
+        let mut lane = lane?;
+        // What comes meanwhile waits in the lane's window.
+        while !self.shared.has_ended()
+            && !self.shared.spaces().spaces().iter().all(|space| space.is_settled())
+        {
+            self.shared.fill_work.notified().await;
+        }
+        loop {
+            let message = within(server, "working set", lane.answers.message()).await?;
+            let message = message.map_err(server.status("the working set"))?;
+            let message = message.ok_or_else(|| server.wrong("working set", "the stream has ended"))?;
+            if message.working_set_ended || self.shared.has_ended() {
+                return Ok(());
+            }
+            let frames = message.working_set_frames;
+            if frames.is_empty() || frames.iter().map(Bytes::len).sum::<usize>() > WINDOW_BYTES / 2 {
+                return Err(server.wrong("working set", "a message that holds nothing, or too much"));
+            }
+            let pages = frames
+                .iter()
+                .filter_map(|frame| SetFrame::parse(frame).ok())
+                .map(|f| f.pages())
+                .sum::<usize>();
+            let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
+            let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
+            let permit = permit.expect("the window is never closed");
+            self.job(Job { work: Work::WorkingSet(frames), permit }).await;
         }
     }
 
@@ -197,7 +271,7 @@ impl Fill {
                 Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
-                    self.job(Job { region: Arc::clone(region), work: Work::Zeros(chunks), permit }).await;
+                    self.job(Job { work: Work::Zeros(chunks), permit }).await;
                 }
                 Plan::Ask { chunks, pages } => {
                     let permit = self.permit(stream, pages).await?;
@@ -205,7 +279,7 @@ impl Fill {
                     let (id, region, count) = (stream.last_id, Arc::clone(region), chunks.len() as u64);
                     stream.asked.push_back(AskedFor { id, region, chunks: count, permit });
                     let runs = runs_of(chunks);
-                    let request = v1::StreamChunksRequest { id, attempt, image: bytes::Bytes::new(), runs };
+                    let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
                     // A closed queue is a lost lane: receiving says why.
                     let _ = stream.lane.requests.send(request).await;
                 }
@@ -260,7 +334,7 @@ impl Fill {
             stream.asked.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
-        self.job(Job { region, work: Work::Frames(message.chunks), permit }).await;
+        self.job(Job { work: Work::Frames(region, message.chunks), permit }).await;
         Ok(())
     }
 
@@ -325,11 +399,19 @@ struct Installer {
     shared: Arc<Shared>,
     refused: Refused,
     pages: ChunkPages,
+    decoder: FrameDecoder,
+    set: SetDecoder,
 }
 
 impl Installer {
     fn new(shared: Arc<Shared>, refused: Refused) -> Self {
-        Self { shared, refused, pages: ChunkPages::default() }
+        Self {
+            shared,
+            refused,
+            pages: ChunkPages::default(),
+            decoder: FrameDecoder::default(),
+            set: SetDecoder::default(),
+        }
     }
 
     fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
@@ -338,11 +420,12 @@ impl Installer {
             let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
             let Some(job) = job else { return };
             match job.work {
-                Work::Frames(answers) => {
+                Work::Frames(region, answers) => {
                     for answer in &answers {
-                        self.frame(&job.region, answer);
+                        self.frame(&region, answer);
                     }
                 }
+                Work::WorkingSet(frames) => frames.iter().for_each(|frame| self.set_frame(frame)),
                 Work::Zeros(chunks) => {
                     for chunk in chunks {
                         self.zeros(ChunkIndex(chunk));
@@ -358,9 +441,91 @@ impl Installer {
     fn frame(&mut self, region: &RegionState, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         if let Err(reason) = self.verified_frame(region, chunk, answer) {
-            let image = self.shared.image.digest();
-            let reason = format!("chunk {chunk} of image {image}: {reason}");
-            *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+            self.refuse(&format!("chunk {chunk}"), &reason);
+        }
+    }
+
+    fn refuse(&self, what: &str, reason: &str) {
+        let image = self.shared.image.digest();
+        let reason = format!("{what} of image {image}: {reason}");
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+    }
+
+    /// Installs a working set's frame. What is wrong with it leaves its pages to whoever touches them.
+    fn set_frame(&mut self, frame: &Bytes) {
+        add(&self.shared.counters.frame_bytes, frame.len());
+        let shared = Arc::clone(&self.shared);
+        let image = &shared.image;
+        let installed = SetFrame::parse(frame).and_then(|frame| {
+            let spaces = shared.spaces();
+            let mut runs = frame.runs();
+            let is_wanted = |run: SetRun| {
+                set_regions(image, &spaces, run).any(|(region, pages)| {
+                    region.next_run(region.whole(&pages), install::unresolved(region)).is_some()
+                })
+            };
+            // Faults may have overtaken all of it.
+            if runs.any(is_wanted) {
+                self.set.decode(&frame, &**image)?;
+                self.install_set(&spaces);
+            }
+            Ok(())
+        });
+        if let Err(error) = installed {
+            self.refuse("a frame of the working set", &error.to_string());
+        }
+    }
+
+    /// Installs what was decoded last.
+    fn install_set(&mut self, spaces: &Spaces) {
+        let image = Arc::clone(&self.shared.image);
+        for (run, bytes) in self.set.pages() {
+            for (region, pages) in set_regions(&image, spaces, run) {
+                if region.gathering().is_some() {
+                    continue;
+                }
+                let before = region.file_pages(pages.clone()).start - run.first as usize;
+                let bytes =
+                    bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
+                add(&self.shared.counters.working_set_pages, pages.len());
+                self.bring(region, &pages, || {
+                    install::install_pages(&self.shared.gate, region, pages.clone(), bytes)
+                });
+            }
+        }
+        if spaces.has_huge() {
+            self.install_set_chunks(spaces);
+        }
+    }
+
+    /// The same into huge pages, which are gathered by chunks: those that the frame has all of.
+    fn install_set_chunks(&mut self, spaces: &Spaces) {
+        let image = Arc::clone(&self.shared.image);
+        let chunk_size = image.root().chunk_size();
+        let chunk_pages = chunk_size.bytes() / PAGE_BYTES;
+        let runs: Vec<_> = self.set.pages().collect();
+        let place = |run: &SetRun| (run.file, run.first as usize / chunk_pages);
+        for runs in runs.chunk_by(|(a, _), (b, _)| place(a) == place(b)) {
+            let (file, number) = place(&runs[0].0);
+            let file = &image.files()[file as usize];
+            let chunk = ChunkIndex(file.first_chunk.0 + number as u64);
+            let Some(chunk_bytes) = chunk_len(chunk_size, file, chunk) else { continue };
+            let held: usize = runs.iter().map(|(run, _)| usize::from(run.count)).sum();
+            if held < chunk_bytes.div_ceil(PAGE_BYTES) {
+                continue;
+            }
+            let in_chunk = runs.iter().map(|(run, bytes)| {
+                let first = run.first as usize % chunk_pages;
+                (first..first + usize::from(run.count), *bytes)
+            });
+            self.pages.set(chunk_bytes, in_chunk);
+            for region in spaces.of_chunk(chunk).filter(|region| region.gathering().is_some()) {
+                add(&self.shared.counters.working_set_pages, held);
+                let pages = region.pages_of(chunk).expect("a region of the chunk");
+                self.bring(region, &pages, || {
+                    install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
+                });
+            }
         }
     }
 
@@ -384,7 +549,7 @@ impl Installer {
             region.next_run(pages, install::unresolved(region)).is_some()
         };
         if shared.spaces().of_chunk(chunk).any(is_wanted) {
-            self.pages.decode(image, &region.file, chunk, &digest, frame)?;
+            self.pages.decode(&mut self.decoder, image, &region.file, chunk, &digest, frame)?;
             self.install(chunk);
         }
         Ok(())
@@ -399,16 +564,42 @@ impl Installer {
 
     fn install(&self, chunk: ChunkIndex) {
         // Those of other regions over the same file are not asked for then.
-        let started = Instant::now();
         for region in self.shared.spaces().of_chunk(chunk) {
-            // The pager reads the event, or somebody frees memory; else another pass has it.
-            while started.elapsed() < self.shared.options.fault_deadline {
-                match install::install(Some(&self.shared.gate), region, chunk, &self.pages, None) {
-                    Installed::All => break,
-                    Installed::Ended => return,
-                    Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
-                }
+            let pages = region.pages_of(chunk).expect("a region of the chunk");
+            self.bring(region, &pages, || {
+                install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
+            });
+        }
+    }
+
+    /// Installs pages of a region that nobody has touched, as soon as the kernel lets it.
+    fn bring(&self, region: &RegionState, pages: &Range<usize>, install: impl Fn() -> Installed) {
+        if let Some(recorder) = &self.shared.recorder {
+            recorder.brought(&self.shared.image, region, pages.clone());
+        }
+        let started = Instant::now();
+        // The pager reads the event, or somebody frees memory; else another pass has it.
+        while started.elapsed() < self.shared.options.fault_deadline {
+            match install() {
+                Installed::All | Installed::Ended => return,
+                Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
             }
         }
     }
+}
+
+/// The regions that have pages of a run, and which of theirs.
+fn set_regions<'a>(
+    image: &'a Image,
+    spaces: &'a Spaces,
+    run: SetRun,
+) -> impl Iterator<Item = (&'a Arc<RegionState>, Range<usize>)> {
+    let file = image.files().get(run.file as usize);
+    let of_file = move |region: &&Arc<RegionState>| file.is_some_and(|file| *file == region.file);
+    let first = run.first as usize;
+    let pages = move |region: &'a Arc<RegionState>| {
+        let pages = region.pages_of_file(first..first + usize::from(run.count));
+        (!pages.is_empty()).then_some((region, pages))
+    };
+    spaces.regions().iter().filter(of_file).filter_map(pages)
 }

@@ -4,14 +4,17 @@ use crate::remote::{Remote, RemoteError, ServerAddress};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, FileEntry, ManifestError, Root, Segment};
-use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::page::{ChunkIndex, ChunkSize};
 use postcopy_proto::reference::Reference;
+use postcopy_proto::set_frame::Expected;
 use std::sync::{Arc, OnceLock};
 
 /// An image's manifest, filled in as segments arrive; each is checked against the root before it is kept.
 #[derive(Debug)]
 pub struct Image {
     root: Root,
+    /// The regular files, in the manifest's order: a working set names them by their place here.
+    files: Box<[FileEntry]>,
     segments: Box<[OnceLock<Segment>]>,
 }
 
@@ -20,7 +23,8 @@ impl Image {
     #[must_use]
     pub fn new(root: Root) -> Self {
         let segments = root.segment_digests().iter().map(|_| OnceLock::new()).collect();
-        Self { root, segments }
+        let files = root.files().map(|(_, file)| *file).collect();
+        Self { root, files, segments }
     }
 
     /// Opens an image of a server's, with all of its manifest that the server has at hand.
@@ -61,6 +65,17 @@ impl Image {
         self.root.files().find(|(p, _)| p.as_bytes() == path).map(|(_, file)| *file)
     }
 
+    /// The place of a file that has pages among the regular files.
+    pub(crate) fn place_of(&self, file: &FileEntry) -> usize {
+        // Empty ones begin with the same chunk as the next one, and come before it.
+        self.files.partition_point(|other| other.first_chunk <= file.first_chunk) - 1
+    }
+
+    /// The regular files, in the manifest's order.
+    pub(crate) fn files(&self) -> &[FileEntry] {
+        &self.files
+    }
+
     /// Takes segment `index` in, after checking it.
     ///
     /// # Errors
@@ -91,6 +106,24 @@ impl Image {
                 Some(ChunkContent::Zero) => Content::Zero,
                 Some(ChunkContent::Data(digest)) => Content::Data(digest),
             },
+        }
+    }
+}
+
+impl Expected for Image {
+    fn chunk_size(&self) -> ChunkSize {
+        self.root.chunk_size()
+    }
+
+    fn file(&self, place: u32) -> Option<FileEntry> {
+        self.files.get(place as usize).copied()
+    }
+
+    fn chunk(&self, chunk: ChunkIndex) -> Option<ChunkContent> {
+        match self.content(chunk) {
+            Content::Zero => Some(ChunkContent::Zero),
+            Content::Data(digest) => Some(ChunkContent::Data(digest)),
+            Content::SegmentMissing(_) | Content::OutOfRange => None,
         }
     }
 }

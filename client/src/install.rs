@@ -63,40 +63,104 @@ pub(crate) fn install(
     if region.gathering().is_some() {
         return huge::install(gate, region, chunk, content);
     }
-    let Some(Range { start, end }) = region.pages_of(chunk) else { return Installed::All };
-    // A region may begin within a chunk.
-    let place = region.place_in_chunk(start);
-    let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - start);
-    let middle = first.map_or(start, piece_of);
-    // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
-    let mut one_page = false;
-    let alone = first.map_or(start..start, |page| page..page + 1);
-    for part in [alone, middle..end, start..middle] {
-        let mut next = part.start;
-        while next < part.end {
-            let Ok(pass) = enter(gate) else { return Installed::Ended };
-            if !region.is_alive() {
-                return Installed::All;
-            }
-            let Some(run) = region.next_run(next..part.end, unresolved(region)) else { break };
-            let in_chunk = run.start - start + place..run.end - start + place;
-            let (mut piece, held) = content.piece(in_chunk);
-            piece.end = if one_page { piece.start + 1 } else { piece.end };
-            let pages = run.start..run.start + piece.len();
-            let bytes = held.then(|| content.bytes_of(piece));
-            match install_piece(region, pages.clone(), bytes) {
-                Step::Next(page) => (next, one_page) = (page, false),
-                Step::OnePage => one_page = true,
-                Step::Stop(why) => return why,
-            }
-            drop(pass);
+    let Some(all) = region.pages_of(chunk) else { return Installed::All };
+    let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - all.start);
+    let middle = first.map_or(all.start, piece_of);
+    let alone = first.map_or(all.start..all.start, |page| page..page + 1);
+    for part in [alone, middle..all.end, all.start..middle] {
+        match install_part(gate, region, &all, content, part) {
+            Installed::All => {}
+            other => return other,
         }
     }
+    wake_shared(gate, region, all)
+}
+
+/// Installs the one page of a chunk that was touched, and has those who wait for others touch them again.
+pub(crate) fn install_touched(
+    region: &RegionState,
+    chunk: ChunkIndex,
+    content: &ChunkPages,
+    page: usize,
+) -> Installed {
+    let all = region.pages_of(chunk).expect("a page of the chunk");
+    let installed = install_part(None, region, &all, content, page..page + 1);
+    region.space.uffd.wake(region.address(all.start), all.len() * PAGE_BYTES);
+    installed
+}
+
+/// Installs pages `part` of the region's pages `all` of a chunk.
+fn install_part(
+    gate: Option<&Gate>,
+    region: &RegionState,
+    all: &Range<usize>,
+    content: &ChunkPages,
+    part: Range<usize>,
+) -> Installed {
+    // A region may begin within a chunk.
+    let place = region.place_in_chunk(all.start);
+    install_runs(gate, region, part, |run| {
+        let (piece, held) = content.piece(run.start - all.start + place..run.end - all.start + place);
+        let len = piece.len();
+        (len, held.then(|| content.bytes_of(piece)))
+    })
+}
+
+/// Installs these pages of a region, as far as they are unresolved: their padded bytes, or None for zeros.
+///
+/// # Blocking
+/// As [`install`].
+pub(crate) fn install_pages(
+    gate: &Gate,
+    region: &RegionState,
+    pages: Range<usize>,
+    bytes: Option<&[u8]>,
+) -> Installed {
+    let start = pages.start;
+    let installed = install_runs(Some(gate), region, pages.clone(), |run| {
+        let len = run.len().min(PIECE_PAGES);
+        let at = (run.start - start) * PAGE_BYTES;
+        (len, bytes.map(|bytes| &bytes[at..at + len * PAGE_BYTES]))
+    });
+    match installed {
+        Installed::All => wake_shared(Some(gate), region, pages),
+        other => other,
+    }
+}
+
+/// Installs what is unresolved of `pages`. `piece` says of such a run how many of its first pages, at most 64 KiB, are
+/// installed by one ioctl, and gives their bytes, or None for zeros.
+fn install_runs<'a>(
+    gate: Option<&Gate>,
+    region: &RegionState,
+    pages: Range<usize>,
+    piece: impl Fn(Range<usize>) -> (usize, Option<&'a [u8]>),
+) -> Installed {
+    // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
+    let (mut next, mut one_page) = (pages.start, false);
+    while next < pages.end {
+        let Ok(pass) = enter(gate) else { return Installed::Ended };
+        if !region.is_alive() {
+            return Installed::All;
+        }
+        let Some(run) = region.next_run(next..pages.end, unresolved(region)) else { break };
+        let (len, bytes) = piece(run.start..if one_page { run.start + 1 } else { run.end });
+        match install_piece(region, run.start..run.start + len, bytes) {
+            Step::Next(page) => (next, one_page) = (page, false),
+            Step::OnePage => one_page = true,
+            Step::Stop(why) => return why,
+        }
+        drop(pass);
+    }
+    Installed::All
+}
+
+/// What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager may just
+/// have seen waiting, and what it reads in their place is an event whose caller it has not looked for.
+fn wake_shared(gate: Option<&Gate>, region: &RegionState, pages: Range<usize>) -> Installed {
     if region.is_shared() {
-        // What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager
-        // may just have seen waiting, and what it reads in their place is an event whose caller it has not looked for.
         let Ok(_pass) = enter(gate) else { return Installed::Ended };
-        region.space.uffd.wake(region.address(start), (end - start) * PAGE_BYTES);
+        region.space.uffd.wake(region.address(pages.start), pages.len() * PAGE_BYTES);
     }
     Installed::All
 }

@@ -18,6 +18,7 @@ use crate::events::{self, Stopped};
 use crate::huge;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
+use crate::kept::Kept;
 use crate::lane::{DemandLane, frame_of, may_pass};
 use crate::page_state::PageState;
 use crate::region::RegionState;
@@ -30,9 +31,10 @@ use crate::uffd::{AsyncUffd, HUGE_BYTES, Outcome, Readable, SharedAt};
 use crate::way_out::WayOut;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;
@@ -74,6 +76,11 @@ pub(crate) struct Pager {
     /// Addresses of faults that were read and not yet seen to, and their spaces; whether the page is write-protected.
     faults: Vec<(Arc<Space>, usize, bool)>,
     pages: ChunkPages,
+    decoder: FrameDecoder,
+    /// In record mode: chunks of which touched pages are installed one by one.
+    kept: Kept,
+    /// In record mode: chunks that are wanted as a whole.
+    whole: HashSet<ChunkIndex>,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
     commands: mpsc::Receiver<Command>,
 }
@@ -180,6 +187,9 @@ impl Pager {
             unreadable: None,
             faults: Vec::new(),
             pages: ChunkPages::default(),
+            decoder: FrameDecoder::default(),
+            kept: Kept::default(),
+            whole: HashSet::new(),
             commands,
             way_out: WayOut { shared, is_open: false, in_order: false, leaves: false },
         };
@@ -339,7 +349,12 @@ impl Pager {
         // Of a page of 2 MiB parts may be removed, and absent ones be left.
         let absent = region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]);
         match absent.map_or_else(|| region.state(page), |_| PageState::Absent) {
-            PageState::Absent => self.ask(region, page),
+            PageState::Absent => {
+                if let Some(recorder) = &self.shared().recorder {
+                    recorder.touched(&self.shared().image, region, region.whole(&(page..page + 1)));
+                }
+                self.ask(region, page);
+            }
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
             // there, its owner has dropped it without being asked to tell, and it is zero, too.
             PageState::Removed | PageState::Resident if region.gathering().is_some() => {
@@ -496,6 +511,10 @@ impl Pager {
         if self.requests.has_chunk(chunk) {
             return;
         }
+        if let Some(kept) = self.kept.get(chunk) {
+            let installed = install::install_touched(region, chunk, kept, page);
+            return self.one_installed(region, chunk, page, installed);
+        }
         let waiting = (Arc::clone(region), page);
         match self.shared().image.content(chunk) {
             Content::Data(digest) => {
@@ -564,9 +583,22 @@ impl Pager {
     fn install(&mut self, chunk: ChunkIndex, frame: Bytes) {
         let Some((digest, (waiting, page))) = self.requests.chunk(chunk) else { return };
         let shared = &self.way_out.shared;
-        if let Err(reason) = self.pages.decode(&shared.image, &waiting.file, chunk, &digest, &frame) {
+        let decoder = &mut self.decoder;
+        if let Err(reason) = self.pages.decode(decoder, &shared.image, &waiting.file, chunk, &digest, &frame)
+        {
             return self.refuse(chunk, &reason);
         }
+        if self.installs_one(waiting, chunk) {
+            let (region, page) = (Arc::clone(waiting), *page);
+            let installed = install::install_touched(&region, chunk, &self.pages, page);
+            for other in shared.spaces().of_chunk(chunk) {
+                other.wake_chunk(chunk);
+            }
+            self.requests.chunk_done(chunk);
+            self.kept.keep(chunk, std::mem::take(&mut self.pages));
+            return self.one_installed(&region, chunk, page, installed);
+        }
+        self.whole.remove(&chunk);
         let mut outcome = Installed::All;
         for region in shared.spaces().of_chunk(chunk) {
             let first = Arc::ptr_eq(region, waiting).then_some(*page);
@@ -585,9 +617,43 @@ impl Pager {
         self.shared().pages_changed();
     }
 
+    /// Whether the touched page alone is installed: what is touched is recorded, at the grain of the kernel's pages.
+    fn installs_one(&self, region: &RegionState, chunk: ChunkIndex) -> bool {
+        self.shared().recorder.is_some() && region.gathering().is_none() && !self.whole.contains(&chunk)
+    }
+
+    /// One page of a chunk that is kept was to be installed.
+    fn one_installed(
+        &mut self,
+        region: &Arc<RegionState>,
+        chunk: ChunkIndex,
+        page: usize,
+        installed: Installed,
+    ) {
+        match installed {
+            Installed::All => {}
+            Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
+        }
+        let spaces = self.shared().spaces();
+        let is_absent = |region: &Arc<RegionState>| {
+            let pages = region.pages_of(chunk).expect("a region of the chunk");
+            region.next_run(pages, &[PageState::Absent]).is_some()
+        };
+        if !spaces.of_chunk(chunk).any(is_absent) {
+            self.kept.forget(chunk);
+        }
+        self.shared().pages_changed();
+    }
+
     fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
         let shared = &self.way_out.shared;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
+        if self.installs_one(region, chunk) {
+            let installed = install::install_touched(region, chunk, &self.pages, page);
+            return self.one_installed(region, chunk, page, installed);
+        }
+        self.whole.remove(&chunk);
         match install::install(None, region, chunk, &self.pages, Some(page)) {
             Installed::All => {}
             Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
@@ -774,15 +840,36 @@ impl Pager {
             Command::End | Command::Leave => unreachable!("the loop ends with it"),
             Command::Unmap { region, memory } => self.unmap(&region, memory),
             Command::Bring { region, pages } => {
+                let recorder = self.shared().recorder.is_some();
                 let mut next = pages.start;
                 while let Some(run) = region.next_run(next..pages.end, &[PageState::Absent]) {
+                    let chunk = region.chunk_of(run.start);
+                    if recorder {
+                        self.bring_recorded(&region, chunk, &pages);
+                    }
                     self.ask(&region, run.start);
                     // One page of each chunk will do.
-                    let chunk = region.pages_of(region.chunk_of(run.start));
-                    next = chunk.map_or(run.end, |pages| pages.end);
+                    next = region.pages_of(chunk).map_or(run.end, |pages| pages.end);
                 }
             }
         }
+    }
+
+    /// In record mode: these pages, as far as they are of the chunk, count as touched, and the chunk comes as a whole.
+    fn bring_recorded(
+        &mut self,
+        region: &Arc<RegionState>,
+        chunk: ChunkIndex,
+        pages: &std::ops::Range<usize>,
+    ) {
+        let of_chunk = region.pages_of(chunk).expect("a page of the region");
+        if let Some(recorder) = &self.shared().recorder {
+            let image = &self.shared().image;
+            recorder.touched(image, region, of_chunk.start.max(pages.start)..of_chunk.end.min(pages.end));
+            recorder.brought(image, region, of_chunk);
+        }
+        self.kept.forget(chunk);
+        self.whole.insert(chunk);
     }
 
     /// Lets go of a region. Its memory is never unmapped while it is registered: that would wait for this thread.

@@ -259,6 +259,17 @@ impl RegionState {
         ChunkIndex(self.file.first_chunk.0 + ((self.first_page + page) / self.chunk_pages) as u64)
     }
 
+    /// Which pages of the file these are.
+    pub(crate) fn file_pages(&self, pages: Range<usize>) -> Range<usize> {
+        self.first_page + pages.start..self.first_page + pages.end.min(self.pages)
+    }
+
+    /// The region's pages among these of its file.
+    pub(crate) fn pages_of_file(&self, pages: Range<usize>) -> Range<usize> {
+        let page = |page: usize| page.saturating_sub(self.first_page).min(self.pages);
+        page(pages.start)..page(pages.end)
+    }
+
     /// Where in its chunk a page is: 0, the chunk's first page, or after it.
     pub(crate) fn place_in_chunk(&self, page: usize) -> usize {
         (self.first_page + page) % self.chunk_pages

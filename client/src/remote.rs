@@ -9,6 +9,7 @@ use postcopy_proto::manifest::{MAX_ROOT_BYTES, ManifestError, Root};
 use postcopy_proto::v1::image_service_client::ImageServiceClient;
 use postcopy_proto::v1::open_image_response::Part;
 use postcopy_proto::v1::page_service_client::PageServiceClient;
+use postcopy_proto::v1::working_set_service_client::WorkingSetServiceClient;
 use postcopy_proto::v1::{self, segment_answer};
 use postcopy_proto::{MAX_MESSAGE_BYTES, page};
 use std::fmt;
@@ -187,6 +188,12 @@ impl Remote {
     #[must_use]
     pub fn address(&self) -> &ServerAddress {
         &self.address
+    }
+
+    /// The server's working sets, as generated.
+    #[must_use]
+    pub fn working_sets(&self) -> WorkingSetServiceClient<Channel> {
+        WorkingSetServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// The server's image service, as generated.

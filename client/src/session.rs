@@ -12,6 +12,7 @@ use crate::gate::Gate;
 use crate::image::Image;
 use crate::page_state::PageState;
 use crate::pager::Start;
+use crate::recorder::{self, Recorder};
 use crate::region::{Common, Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::space::Spaces;
@@ -60,8 +61,16 @@ pub struct Options {
     pub fault_deadline: Duration,
     /// What happens to a fault that is lost.
     pub on_loss: LossPolicy,
-    /// Bring everything in the background, from the beginning on. Off by default; see also [`Session::fill`].
+    /// Bring the image's working set at once, if the server has one: the pages that earlier restores have touched, in the
+    /// order of their first touches, before all else. Off by default. Of files that are mapped later than the first one it may
+    /// not bring all.
+    pub working_set: bool,
+    /// Bring everything in the background, from the beginning on, after the working set. Off by default; see also
+    /// [`Session::fill`].
     pub fill: bool,
+    /// Note what is touched, for the image's working set, and tell the server. Off by default. Every touched page is a fault
+    /// then, where otherwise one brings its neighbours, too. See [`Session::wait_recorded`].
+    pub record: bool,
     /// Note what is written to and removed: [`Region::changes`], from Linux 6.7 on. Off by default. The first write to a
     /// page takes a fault of about a microsecond more. In another process's memory, which must be private, whoever
     /// writes first to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and it is
@@ -74,7 +83,9 @@ impl Default for Options {
         Self {
             fault_deadline: Duration::from_secs(30),
             on_loss: LossPolicy::default(),
+            working_set: false,
             fill: false,
+            record: false,
             track_writes: false,
         }
     }
@@ -202,6 +213,8 @@ pub struct Progress {
     pub demand_chunks: u64,
     /// Chunks that came over the bulk lane.
     pub bulk_chunks: u64,
+    /// Pages that the working set has brought.
+    pub working_set_pages: u64,
     /// Bytes of the frames that came over both.
     pub frame_bytes: u64,
 }
@@ -212,6 +225,7 @@ pub(crate) struct Counters {
     pub(crate) faults: AtomicU64,
     pub(crate) demand_chunks: AtomicU64,
     pub(crate) bulk_chunks: AtomicU64,
+    pub(crate) working_set_pages: AtomicU64,
     pub(crate) frame_bytes: AtomicU64,
 }
 
@@ -258,6 +272,10 @@ pub(crate) struct Shared {
     waiters: AtomicU64,
     /// Something in `outcome` has changed.
     reported: Condvar,
+    /// Notes what is touched, if that was asked for.
+    pub(crate) recorder: Option<Recorder>,
+    /// A background fill was asked for.
+    fills: AtomicBool,
     fill_started: AtomicBool,
     is_filling: AtomicBool,
     /// Nobody can take the session over, although there is a state file.
@@ -266,6 +284,8 @@ pub(crate) struct Shared {
     is_left_open: AtomicBool,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
+    /// The pager has ended; for the recorder.
+    pub(crate) has_ended: Notify,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -289,6 +309,10 @@ impl Shared {
         state: State,
         owner: Option<u32>,
     ) -> Self {
+        let recorder = options.record.then(|| Recorder::new(&image));
+        if let Some(recorder) = &recorder {
+            recorder.brought_before(&image, spaces.regions());
+        }
         Self {
             address,
             image,
@@ -304,11 +328,14 @@ impl Shared {
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
+            recorder,
+            fills: AtomicBool::new(options.fill),
             fill_started: AtomicBool::new(false),
             is_filling: AtomicBool::new(false),
             has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
+            has_ended: Notify::new(),
         }
     }
 
@@ -379,6 +406,18 @@ impl Shared {
         self.reported.notify_all();
         self.changed.notify_all();
         self.fill_work.notify_one();
+        self.has_ended.notify_one();
+    }
+
+    /// What has been touched has been sent, or that is given up.
+    pub(crate) fn recording_has_ended(&self) {
+        self.outcome().reports += 1;
+        self.changed.notify_all();
+    }
+
+    /// Whether all is to be brought, and not the working set alone.
+    pub(crate) fn fills(&self) -> bool {
+        self.fills.load(Ordering::Acquire)
     }
 
     /// The fill has work for all cores, or has none any more.
@@ -485,6 +524,7 @@ impl Shared {
             faults: self.counters.faults.load(Ordering::Relaxed),
             demand_chunks: self.counters.demand_chunks.load(Ordering::Relaxed),
             bulk_chunks: self.counters.bulk_chunks.load(Ordering::Relaxed),
+            working_set_pages: self.counters.working_set_pages.load(Ordering::Relaxed),
             frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),
             ..Progress::default()
         };
@@ -634,11 +674,16 @@ impl Session {
             .map_err(|source| SessionError::System { what: "a thread for the pager", source })?;
         let shared = opened.recv().map_err(|_| SessionError::Ended)??;
         let session = Self { shared, commands };
-        if options.fill
-            && let Err(error) = session.fill()
+        // It serves already: ending it here would take its memory away.
+        if (options.fill || options.working_set)
+            && let Err(error) = session.start_fill()
         {
-            // It serves already: ending it here would take its memory away.
             session.shared.report(&format!("no background fill: {error}"));
+        }
+        if options.record
+            && let Err(source) = recorder::start(&session.shared)
+        {
+            session.shared.report(&format!("nothing is recorded: {source}"));
         }
         Ok(session)
     }
@@ -750,6 +795,13 @@ impl Session {
     /// [`SessionError::System`] if there is no thread to be had. What goes wrong later is told by
     /// [`Session::wait_resident`] and [`Session::error`].
     pub fn fill(&self) -> Result<(), SessionError> {
+        self.shared.fills.store(true, Ordering::Release);
+        self.start_fill()?;
+        self.shared.fill_work.notify_one();
+        Ok(())
+    }
+
+    fn start_fill(&self) -> Result<(), SessionError> {
         if self.shared.fill_started.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
@@ -758,6 +810,21 @@ impl Session {
             self.shared.fill_started.store(false, Ordering::Release);
         }
         started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
+    }
+
+    /// Waits until what was touched has been told to the server ([`Options::record`]), at most for `timeout`. That is done
+    /// when nothing new was touched for some seconds, and once more at the session's end, which is what this waits for.
+    ///
+    /// # Errors
+    /// Why it could not be told, or that it has not been yet.
+    ///
+    /// # Blocking
+    /// As long as it says; the server makes the working set anew before it answers.
+    pub fn wait_recorded(&self, timeout: Duration) -> Result<(), String> {
+        let Some(recorder) = &self.shared.recorder else { return Ok(()) };
+        let deadline = Instant::now().checked_add(timeout);
+        let outcome = self.shared.wait(deadline, |_| recorder.outcome());
+        outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
     }
 
     /// How far it is.
@@ -786,6 +853,7 @@ impl Session {
     pub fn settle(&self) {
         self.shared.spaces().spaces().iter().for_each(|space| space.settle());
         self.shared.state.settle();
+        self.shared.fill_work.notify_one();
     }
 
     /// Nobody can take the session over any more, although it has a state file: when it cannot go on, what is absent is

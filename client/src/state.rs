@@ -272,7 +272,9 @@ impl State {
         );
         let on_loss = ON_LOSS.iter().position(|policy| *policy == options.on_loss);
         state.set(AT_ON_LOSS, on_loss.expect("all are listed") as u64);
-        state.set(AT_FILL, u64::from(options.fill) | u64::from(options.track_writes) << 1);
+        let Options { fill, track_writes, working_set, record, .. } = *options;
+        let bits = [fill, track_writes, working_set, record].into_iter().enumerate();
+        state.set(AT_FILL, bits.map(|(bit, is_on)| u64::from(is_on) << bit).sum());
         state.set(AT_OWNER, owner.unwrap_or(0).into());
         state.set(AT_VERSION, VERSION);
         state.set(AT_MAGIC, MAGIC);
@@ -521,7 +523,9 @@ mod tests {
         let options = Options {
             fault_deadline: Duration::from_millis(1234),
             on_loss: LossPolicy::Wait,
+            working_set: true,
             fill: true,
+            record: false,
             track_writes: false,
         };
         State::create(file, &Digest::of(b"image"), &options, None).unwrap()

@@ -192,6 +192,12 @@ impl<'a> SetFrame<'a> {
         Ok(())
     }
 
+    /// How many pages it is of.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.runs().map(|run| usize::from(run.count)).sum()
+    }
+
     /// Its pages, ascending.
     pub fn runs(&self) -> impl ExactSizeIterator<Item = SetRun> + use<'a> {
         self.runs.iter().map(|bytes| SetRun::parse(bytes).0)

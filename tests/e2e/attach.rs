@@ -18,7 +18,9 @@ const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
 const FILLING: Options = Options {
+    working_set: false,
     fill: true,
+    record: false,
     fault_deadline: Duration::from_secs(30),
     on_loss: LossPolicy::Poison,
     track_writes: false,

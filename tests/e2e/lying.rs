@@ -26,7 +26,9 @@ const CHUNKS: usize = 24;
 const PATIENT: Options = Options {
     fault_deadline: Duration::from_secs(60),
     on_loss: LossPolicy::Poison,
+    working_set: false,
     fill: false,
+    record: false,
     track_writes: false,
 };
 /// For answers that are none, so that the deadline has to decide.

@@ -19,7 +19,9 @@ const SIGBUS: i32 = 7;
 const SIGKILL: i32 = 9;
 const PAGEOUT: i32 = 21;
 const PATIENT: Options = Options {
+    working_set: false,
     fill: false,
+    record: false,
     fault_deadline: Duration::from_secs(3),
     on_loss: LossPolicy::Wait,
     track_writes: false,

@@ -24,7 +24,9 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// Tells this program, started again by a test of it, where the server is whose page it is to touch.
 const CHILD: &str = "POSTCOPY_TESTS_CHILD";
 const FILLING: Options = Options {
+    working_set: false,
     fill: true,
+    record: false,
     fault_deadline: Duration::from_secs(30),
     on_loss: LossPolicy::Poison,
     track_writes: false,

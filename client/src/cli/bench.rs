@@ -13,6 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// How long telling the server what was touched may take.
+const RECORDED: Duration = Duration::from_secs(60);
+
 /// How to bench.
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchArgs {
@@ -29,6 +32,12 @@ pub(crate) struct BenchArgs {
     /// Fill in the background meanwhile
     #[arg(long)]
     fill: bool,
+    /// Bring the image's working set first
+    #[arg(long)]
+    working_set: bool,
+    /// Note what is touched, for the image's working set
+    #[arg(long)]
+    record: bool,
     /// Leave out the eager read that the lazy one is compared with
     #[arg(long)]
     no_eager: bool,
@@ -52,6 +61,7 @@ struct Report {
     faults: u64,
     demand_chunks: u64,
     bulk_chunks: u64,
+    working_set_pages: u64,
     frame_bytes: u64,
     first_byte_ms: f64,
     all_touched_ms: f64,
@@ -101,6 +111,7 @@ pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> R
         faults: lazy.progress.faults,
         demand_chunks: lazy.progress.demand_chunks,
         bulk_chunks: lazy.progress.bulk_chunks,
+        working_set_pages: lazy.progress.working_set_pages,
         frame_bytes: lazy.progress.frame_bytes,
         first_byte_ms: ms(lazy.first_byte),
         all_touched_ms: ms(lazy.all),
@@ -117,6 +128,7 @@ fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(us
          \x20 first byte     {} after the start: connect, open, map, touch\n\
          \x20 touch          p50 {}  p90 {}  p99 {}  ({} touches of absent pages, {} threads, seed {})\n\
          \x20 faults         {}, answered with {} chunks on demand, {} in the background\n\
+         \x20 working set    {} pages\n\
          \x20 on the wire    {} of frames for {} of memory\n\
          \x20 all touched    {}, in random order\n",
         r.file,
@@ -132,6 +144,7 @@ fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(us
         r.faults,
         r.demand_chunks,
         r.bulk_chunks,
+        r.working_set_pages,
         bytes(r.frame_bytes),
         bytes(r.pages * PAGE_BYTES as u64),
         time(lazy.all),
@@ -170,7 +183,13 @@ fn lazily(
 ) -> Result<Lazy> {
     let started = Instant::now();
     // A page that cannot be had is an error of this command, and not its death by SIGBUS.
-    let options = Options { on_loss: LossPolicy::Wait, fill: args.fill, ..Options::default() };
+    let options = Options {
+        on_loss: LossPolicy::Wait,
+        fill: args.fill,
+        working_set: args.working_set,
+        record: args.record,
+        ..Options::default()
+    };
     let session = Session::open(server, reference, options)?;
     let region = session.map(&args.file)?;
     let mut order: Vec<usize> = (0..region.len().div_ceil(PAGE_BYTES)).collect();
@@ -179,7 +198,7 @@ fn lazily(
     let threads = usize::from(args.threads);
     let pagemap = Pagemap::open()?;
     let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    let lazy = std::thread::scope(|scope| {
         let toucher = scope.spawn(|| {
             let result = touch_all(&region, &order, threads, started, &pagemap);
             let checked = check(&region, image, file);
@@ -196,7 +215,15 @@ fn lazily(
         }
         let Ok(((first_byte, all, touches), checked)) = toucher.join() else { bail!("a thread panicked") };
         Ok(Lazy { first_byte, all, touches, progress: session.progress(), checked_bytes: checked? })
-    })
+    })?;
+    if args.record {
+        drop(region);
+        if !session.close(RECORDED) {
+            bail!("the session does not end");
+        }
+        session.wait_recorded(RECORDED).map_err(|reason| anyhow::anyhow!("not recorded: {reason}"))?;
+    }
+    Ok(lazy)
 }
 
 /// Touches pages in that order; the time until the first was there, until all were, and of each that was absent.

@@ -16,14 +16,42 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
+use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 
 /// What a session brings beyond faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Fill {
     /// Nothing: a page comes when it is touched
     Nothing,
-    /// Everything, in the background
+    /// The image's working set: what earlier restores have touched, in that order
+    WorkingSet,
+    /// The working set, and then everything, in the background
     All,
+}
+
+/// What comes ahead of touches, and what is noted of these.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Ahead {
+    /// What is brought beyond what is touched; with --record nothing, unless told
+    #[arg(long, value_enum)]
+    fill: Option<Fill>,
+    /// Do without the working set
+    #[arg(long)]
+    no_working_set: bool,
+    /// Note what is touched, for the image's working set
+    #[arg(long)]
+    record: bool,
+}
+
+impl Ahead {
+    /// What is brought where nothing else was said.
+    fn fill(self, default: Fill) -> Fill {
+        self.fill.unwrap_or(if self.record { Fill::Nothing } else { default })
+    }
+
+    fn working_set(self, default: Fill) -> bool {
+        self.fill(default) != Fill::Nothing && !self.no_working_set
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -59,24 +87,31 @@ impl DaemonArgs {
         self.runtime_dir.clone().unwrap_or_else(runtime_dir::default_root)
     }
 
-    fn options(&self, fill: bool) -> Options {
+    fn options(&self, ahead: Ahead, fill: Fill) -> Options {
         let on_loss = match self.on_loss {
             OnLoss::Poison => LossPolicy::Poison,
             OnLoss::Kill => LossPolicy::Kill,
             OnLoss::Pause => LossPolicy::Pause,
             OnLoss::Wait => LossPolicy::Wait,
         };
-        Options { fault_deadline: self.fault_deadline, on_loss, fill, track_writes: false }
+        Options {
+            fault_deadline: self.fault_deadline,
+            on_loss,
+            working_set: ahead.working_set(fill),
+            fill: ahead.fill(fill) == Fill::All,
+            record: ahead.record,
+            track_writes: false,
+        }
     }
 
     fn setup(
         &self,
         server: ServerAddress,
         images: &[Arc<Image>],
-        fill: bool,
+        options: Options,
         runtime: RuntimeDir,
     ) -> Result<Setup> {
-        Setup::new(server, images.to_vec(), self.options(fill), self.grace, runtime)
+        Setup::new(server, images.to_vec(), options, self.grace, runtime)
     }
 }
 
@@ -122,9 +157,8 @@ pub(crate) struct FirecrackerArgs {
     /// With --adopt, and no state file: no page was ever given back by a balloon or the like
     #[arg(long, requires = "adopt")]
     nothing_was_removed: bool,
-    /// What is brought beyond what is touched
-    #[arg(long, value_enum, default_value_t = Fill::Nothing)]
-    fill: Fill,
+    #[command(flatten)]
+    ahead: Ahead,
     #[command(flatten)]
     daemon: DaemonArgs,
 }
@@ -159,7 +193,8 @@ pub(crate) fn firecracker(server: ServerAddress, args: &FirecrackerArgs) -> Resu
     }
     let root = args.daemon.root();
     let runtime = firecracker::runtime_dir(&root)?;
-    let mut setup = args.daemon.setup(server, &images, args.fill == Fill::All, runtime)?;
+    let mut setup =
+        args.daemon.setup(server, &images, args.daemon.options(args.ahead, Fill::WorkingSet), runtime)?;
     for path in &args.socket {
         setup.listen(path)?;
     }
@@ -197,9 +232,8 @@ pub(crate) struct CriuArgs {
     /// 0 to 4, or as many v's: errors, warnings, information, debugging
     #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "1", value_parser = verbosity)]
     pub(crate) verbosity: Option<u8>,
-    /// What is brought beyond what is touched
-    #[arg(long, value_enum, default_value_t = Fill::All)]
-    fill: Fill,
+    #[command(flatten)]
+    ahead: Ahead,
     #[command(flatten)]
     common: DaemonArgs,
 }
@@ -235,8 +269,9 @@ pub(crate) fn log_level(verbosity: Option<u8>) -> &'static str {
     match verbosity {
         Some(0 | 1) => "error",
         Some(2) => "warn",
-        None | Some(3) => "info",
-        Some(_) => "debug",
+        // Of a release build that is all there is.
+        Some(4..) if LevelFilter::DEBUG <= STATIC_MAX_LEVEL => "debug",
+        None | Some(_) => "info",
     }
 }
 
@@ -247,13 +282,16 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     }
     let (server, reference) = (server()?, args.image.clone().context("--image")?);
     let images = open_images(&server, &[reference])?;
-    let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, args.fill == Fill::All)?;
+    let options = args.common.options(args.ahead, Fill::All);
+    let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill)?;
+    // Begins once all is restored.
+    let options = Options { fill: false, ..options };
     let status = args.status_fd.map(status_file).transpose()?;
     let root = std::path::absolute(args.common.root())?;
     let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
     // As criu does: other paths are taken from there.
     std::env::set_current_dir(work_dir).with_context(|| work_dir.display().to_string())?;
-    let mut setup = args.common.setup(server, &images, false, RuntimeDir::create(&root, "criu")?)?;
+    let mut setup = args.common.setup(server, &images, options, RuntimeDir::create(&root, "criu")?)?;
     setup.listen(Path::new("lazy-pages.socket"))?;
     if args.daemon {
         // Whoever waits for that finds the socket.

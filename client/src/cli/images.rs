@@ -24,7 +24,7 @@ use std::sync::Arc;
 use tempfile::TempDir;
 
 /// Connects, and runs `work` on all cores.
-fn with_remote<T, W: Future<Output = Result<T>>>(
+pub(super) fn with_remote<T, W: Future<Output = Result<T>>>(
     server: ServerAddress,
     work: impl FnOnce(Remote) -> W,
 ) -> Result<T> {
@@ -33,11 +33,11 @@ fn with_remote<T, W: Future<Output = Result<T>>>(
 }
 
 /// What a server said no with.
-fn refused(status: tonic::Status) -> anyhow::Error {
+pub(super) fn refused(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{} ({})", status.message(), status.code())
 }
 
-fn digest(bytes: &[u8]) -> String {
+pub(super) fn digest(bytes: &[u8]) -> String {
     Digest::try_from(bytes).map_or_else(|e| e.to_string(), |digest| digest.to_string())
 }
 

@@ -20,6 +20,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 const APART: Duration = Duration::from_secs(5);
 /// Making 64 GiB SIGBUS takes 3 s.
 const END: Duration = Duration::from_secs(60);
+/// The server makes a working set anew, of some GiB at most.
+const RECORDED: Duration = Duration::from_secs(30);
 
 /// What a look at a session has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +133,10 @@ impl Served {
             return Status::Serving;
         }
         match session.wait_end(Duration::ZERO) {
-            true => Status::Ended,
+            true => {
+                self.recorded();
+                Status::Ended
+            }
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
         }
@@ -192,8 +197,16 @@ impl Served {
             );
             session.signal_owners(Signal::KILL);
         }
+        self.recorded();
         self.setup.runtime.remove(&self.name);
         is_safe
+    }
+
+    /// What it has touched is told to the server, if that was asked for; the session has ended.
+    fn recorded(&self) {
+        if let Err(reason) = self.session().wait_recorded(RECORDED) {
+            tracing::error!("process {}: what it touched could not be recorded: {reason}", self.name.pid);
+        }
     }
 
     /// Ends serving it, and leaves it to whoever takes it over.

@@ -230,6 +230,8 @@ impl Contents {
                 on_loss: *on_loss,
                 fill: word(AT_FILL) & 1 != 0,
                 track_writes: word(AT_FILL) & 2 != 0,
+                working_set: word(AT_FILL) & 4 != 0,
+                record: word(AT_FILL) & 8 != 0,
             },
             owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
             is_settled: word(AT_SETTLED) != 0,

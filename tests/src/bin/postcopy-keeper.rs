@@ -55,6 +55,7 @@ impl Work {
             fault_deadline: Duration::from_secs(20),
             on_loss: LossPolicy::Poison,
             track_writes: self.track,
+            ..Options::default()
         };
         let memory = ForeignMemory {
             uffd: self.uffd.as_fd(),

@@ -1,0 +1,116 @@
+//! `postcopy working-set`: what is sent ahead of touches.
+
+use super::heat_map::HeatMap;
+use super::images::{digest, refused, with_remote};
+use super::output::{Output, bytes};
+use anyhow::{Context, Result};
+use clap::Subcommand;
+use postcopy::ServerAddress;
+use postcopy::proto::page::PAGE_BYTES;
+use postcopy::proto::reference::Reference;
+use postcopy::proto::v1;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkingSetCommand {
+    /// List the working sets that the server has
+    #[command(after_help = "Example:\n  postcopy working-set ls")]
+    Ls,
+    /// Draw which pages of an image's files are sent ahead, and when
+    #[command(after_help = "Example:\n  postcopy working-set show vm/web:v1 --svg web.svg")]
+    Show {
+        /// name, name:tag or name@blake3:…
+        reference: Reference,
+        /// Draw it into this file, too
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
+    /// Forget an image's working set and what it was made of
+    #[command(after_help = "Example:\n  postcopy working-set rm vm/web:v1")]
+    Rm {
+        /// name, name:tag or name@blake3:…
+        reference: Reference,
+    },
+}
+
+#[derive(Debug, Serialize)]
+struct Shown {
+    image: String,
+    recordings: u32,
+    pages: u64,
+    zero_pages: u64,
+    plain_bytes: u64,
+    frame_bytes: u64,
+}
+
+impl From<&v1::WorkingSet> for Shown {
+    fn from(set: &v1::WorkingSet) -> Self {
+        Self {
+            image: digest(&set.image),
+            recordings: set.recordings,
+            pages: set.pages,
+            zero_pages: set.zero_pages,
+            plain_bytes: set.pages * PAGE_BYTES as u64,
+            frame_bytes: set.frame_bytes,
+        }
+    }
+}
+
+impl Shown {
+    fn text(&self) -> String {
+        format!(
+            "{}  {} as {}, of {} recordings",
+            self.image,
+            bytes(self.plain_bytes),
+            bytes(self.frame_bytes),
+            self.recordings
+        )
+    }
+}
+
+pub(crate) fn run(server: ServerAddress, command: WorkingSetCommand, output: Output) -> Result<ExitCode> {
+    match command {
+        WorkingSetCommand::Ls => list(server, output)?,
+        WorkingSetCommand::Show { reference, svg } => show(server, &reference, svg, output)?,
+        WorkingSetCommand::Rm { reference } => with_remote(server, |remote| async move {
+            let request = v1::DeleteWorkingSetRequest { reference: reference.to_string() };
+            remote.working_sets().delete_working_set(request).await.map_err(refused)?;
+            Ok(())
+        })?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(server: ServerAddress, output: Output) -> Result<()> {
+    let sets = with_remote(server, |remote| async move {
+        let listed =
+            remote.working_sets().list_working_sets(v1::ListWorkingSetsRequest {}).await.map_err(refused)?;
+        Ok(listed.into_inner().working_sets)
+    })?;
+    let shown: Vec<Shown> = sets.iter().map(Shown::from).collect();
+    output.show(&shown, || shown.iter().map(|set| set.text() + "\n").collect())
+}
+
+fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, output: Output) -> Result<()> {
+    let (set, spans, files) = with_remote(server, |remote| async move {
+        let request = v1::GetWorkingSetRequest { reference: reference.to_string() };
+        let mut parts = remote.working_sets().get_working_set(request).await.map_err(refused)?.into_inner();
+        let (mut set, mut spans) = (None, Vec::new());
+        while let Some(part) = parts.message().await.map_err(refused)? {
+            set = set.or(part.working_set);
+            spans.extend(part.pages);
+        }
+        let (image, _) = remote.open(reference, &[], false).await?;
+        let files: Vec<_> =
+            image.root().files().map(|(path, file)| (path.to_string(), file.size_bytes)).collect();
+        Ok((set.context("the server does not say what it is")?, spans, files))
+    })?;
+    let map = HeatMap::new(&files, &spans);
+    if let Some(path) = svg {
+        std::fs::write(&path, map.svg()).with_context(|| path.display().to_string())?;
+    }
+    let shown = Shown::from(&set);
+    output.show(&shown, || format!("{}\n{}", shown.text(), map.text()))
+}

@@ -1,0 +1,225 @@
+//! What a session's restore touches, in order, for the server to make a working set of.
+//!
+//! The pager notes each page at its first touch, and then installs that page alone, so that a touch of its neighbours is
+//! seen, too. What is brought without a touch (a working set, a background fill) is noted as such: nobody can say whether it would have
+//! been touched. A thread of its own sends what has been noted, when nothing new was touched for a while, and at the
+//! session's end.
+
+use crate::image::Image;
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::remote::{Remote, RemoteError, within};
+use crate::session::Shared;
+use postcopy_proto::page::PAGE_BYTES;
+use postcopy_proto::v1::{PageSpan, RecordRequest};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long nothing new must be touched before what there is is sent.
+const QUIET: Duration = Duration::from_secs(3);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(250);
+/// Spans of one message: at most 18 bytes each.
+const SPANS: usize = 65_536;
+
+/// A bit for each page of a file.
+type Bits = Box<[AtomicU64]>;
+
+fn bits(pages: usize) -> Bits {
+    (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect()
+}
+
+/// Sets a bit: whether it was not set.
+fn set(bits: &Bits, page: usize) -> bool {
+    bits[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed) >> (page % 64) & 1 == 0
+}
+
+fn is_set(bits: &Bits, page: usize) -> bool {
+    bits[page / 64].load(Ordering::Relaxed) >> (page % 64) & 1 == 1
+}
+
+/// What is known of a file's pages.
+#[derive(Debug)]
+struct Seen {
+    touched: Bits,
+    brought: Bits,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    /// This restore's, so that the server replaces what it was told before.
+    id: [u8; 16],
+    /// By the files' places in the image.
+    files: Box<[Seen]>,
+    /// Held for adding to it and copying it, never over a touch of a region.
+    order: Mutex<Vec<(u32, u32)>>,
+    /// Held for a look or a change.
+    sent: Mutex<Sent>,
+}
+
+/// How far sending is.
+#[derive(Debug, Default)]
+struct Sent {
+    /// How many touched pages have been sent.
+    pages: usize,
+    /// Nothing will be sent any more.
+    has_ended: bool,
+    /// Why it could not be done the last time.
+    error: Option<String>,
+}
+
+impl Recorder {
+    /// For a session that is filled from `image`.
+    pub(crate) fn new(image: &Image) -> Self {
+        let pages = |bytes: u64| postcopy_proto::page::to_usize(bytes).div_ceil(PAGE_BYTES);
+        let seen = |pages: usize| Seen { touched: bits(pages), brought: bits(pages) };
+        let files = image.files().iter().map(|file| seen(pages(file.size_bytes))).collect();
+        Self { id: fastrand::u128(..).to_le_bytes(), files, order: Mutex::default(), sent: Mutex::default() }
+    }
+
+    fn order(&self) -> MutexGuard<'_, Vec<(u32, u32)>> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sent(&self) -> MutexGuard<'_, Sent> {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pages of a region are touched.
+    pub(crate) fn touched(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
+        let place = image.place_of(&region.file);
+        for page in region.file_pages(pages) {
+            if set(&self.files[place].touched, page) {
+                let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
+                self.order().push((short(place), short(page)));
+            }
+        }
+    }
+
+    /// Pages of a region came without having been touched, if they have not been.
+    pub(crate) fn brought(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
+        let file = &self.files[image.place_of(&region.file)];
+        for page in region.file_pages(pages) {
+            set(&file.brought, page);
+        }
+    }
+
+    /// What is there has been brought by who served the memory before.
+    pub(crate) fn brought_before(&self, image: &Image, regions: &[Arc<RegionState>]) {
+        for region in regions {
+            let mut next = 0;
+            while let Some(run) = region.next_run(next..region.pages(), &[PageState::Resident]) {
+                next = run.end;
+                self.brought(image, region, run);
+            }
+        }
+    }
+
+    /// What has been seen so far, as messages; and how many pages were touched.
+    fn messages(&self, image: &Image) -> (Vec<RecordRequest>, usize) {
+        let order = self.order().clone();
+        let touched = spans(order.iter().copied());
+        let unseen = self.files.iter().enumerate().flat_map(|(place, file)| {
+            let pages = (0..file.brought.len() * 64)
+                .filter(|page| is_set(&file.brought, *page) && !is_set(&file.touched, *page));
+            let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
+            pages.map(move |page| (short(place), short(page)))
+        });
+        let unseen = spans(unseen);
+        let first =
+            RecordRequest { image: image.digest().into(), id: self.id.to_vec().into(), ..Default::default() };
+        let touched = touched
+            .chunks(SPANS)
+            .map(|spans| RecordRequest { touched: spans.to_vec(), ..Default::default() });
+        let unseen =
+            unseen.chunks(SPANS).map(|spans| RecordRequest { unseen: spans.to_vec(), ..Default::default() });
+        (std::iter::once(first).chain(touched).chain(unseen).collect(), order.len())
+    }
+
+    /// Sends what has been touched so far.
+    async fn send(&self, shared: &Shared) -> Result<(), RemoteError> {
+        let (messages, pages) = self.messages(&shared.image);
+        let address = &shared.address;
+        let remote = Remote::connect(address.clone()).await?;
+        let mut service = remote.working_sets();
+        let sent = within(address, "recording", service.record(tokio_stream::iter(messages))).await?;
+        sent.map_err(address.status("a recording"))?;
+        self.sent().pages = pages;
+        Ok(())
+    }
+
+    /// Once nothing more is to be sent: whether all that was touched has been.
+    pub(crate) fn outcome(&self) -> Option<Result<(), String>> {
+        let sent = self.sent();
+        sent.has_ended.then(|| sent.error.clone().map_or(Ok(()), Err))
+    }
+}
+
+/// Puts neighbours that follow one another together.
+fn spans(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageSpan> {
+    let mut spans: Vec<PageSpan> = Vec::new();
+    for (file, page) in pages {
+        match spans.last_mut() {
+            Some(last) if last.file == file && last.first + last.count == page => last.count += 1,
+            _ => spans.push(PageSpan { file, first: page, count: 1 }),
+        }
+    }
+    spans
+}
+
+/// Starts the thread that sends a session's recording.
+///
+/// # Errors
+/// If there is no thread or runtime to be had.
+pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let shared = Arc::clone(shared);
+    let thread = std::thread::Builder::new().name("postcopy-record".into());
+    thread.spawn(move || runtime.block_on(run(&shared))).map(drop)
+}
+
+async fn run(shared: &Shared) {
+    let Some(recorder) = &shared.recorder else { return };
+    let (mut pages, mut since) = (0, Instant::now());
+    loop {
+        let has_ended = shared.has_ended();
+        let touched = recorder.order().len();
+        if touched > pages {
+            (pages, since) = (touched, Instant::now());
+        }
+        if (has_ended || since.elapsed() > QUIET) && touched > recorder.sent().pages {
+            let sent = recorder.send(shared).await;
+            recorder.sent().error = sent.err().map(|error| error.to_string());
+            since = Instant::now();
+        }
+        if has_ended {
+            break;
+        }
+        // Too early is a look more.
+        let _ = tokio::time::timeout(LOOK, shared.has_ended.notified()).await;
+    }
+    recorder.sent().has_ended = true;
+    shared.recording_has_ended();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_in_order_become_spans() {
+        let span = |file, first, count| PageSpan { file, first, count };
+        let pages = [(0, 5), (0, 6), (1, 7), (0, 7), (0, 8), (0, 3)];
+        assert_eq!(spans(pages.into_iter()), [span(0, 5, 2), span(1, 7, 1), span(0, 7, 2), span(0, 3, 1)]);
+    }
+
+    #[test]
+    fn a_page_counts_once() {
+        let bits = bits(100);
+        assert!(set(&bits, 99) && !set(&bits, 99) && is_set(&bits, 99) && !is_set(&bits, 98));
+    }
+}
