@@ -27,3 +27,4 @@ mod session;
 mod successor;
 mod threads;
 mod ways_out;
+mod working_set;

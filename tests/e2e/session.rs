@@ -54,14 +54,14 @@ impl Source {
         push(&self.server, &self.folder.path().join("mem"), reference, chunk);
     }
 
-    fn open(&self, options: Options) -> Session {
+    pub(crate) fn open(&self, options: Options) -> Session {
         Session::open(self.server.address(), &"app".parse().unwrap(), options).unwrap()
     }
 }
 
 /// Gives the content of these bytes of a region back to the kernel, as programs do (MADV_DONTNEED).
 #[expect(unsafe_code, reason = "madvise on memory of our own")]
-fn give_back(region: &mut Region, range: Range<usize>) {
+pub(crate) fn give_back(region: &mut Region, range: Range<usize>) {
     assert!(range.start.is_multiple_of(PAGE) && range.end <= region.len(), "whole pages of the region");
     let start = region[range.clone()].as_mut_ptr();
     // SAFETY: the region is borrowed exclusively, so nobody holds a slice whose bytes change.

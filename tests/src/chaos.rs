@@ -3,6 +3,7 @@
 //! A [`Chaos`] forwards every call to the real server. Requests are counted on the wire, in [`Asked`]; answers go
 //! through [`Lies`] on their way back. [`within`] is the watchdog of tests whose failure may be a hang.
 
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use postcopy::ServerAddress;
 use postcopy_proto::MAX_MESSAGE_BYTES;
@@ -38,6 +39,7 @@ pub enum Lane {
 
 type PartLie = dyn Fn(Part) -> Vec<Part> + Send + Sync;
 type ChunkLie = dyn Fn(Lane, ChunkAnswer) -> Vec<ChunkAnswer> + Send + Sync;
+type SetLie = dyn Fn(Bytes) -> Bytes + Send + Sync;
 type SegmentLie = dyn Fn(SegmentAnswer) -> Vec<SegmentAnswer> + Send + Sync;
 
 /// What is done to answers; by default they are forwarded as they are.
@@ -46,6 +48,7 @@ pub struct Lies {
     part: Option<Box<PartLie>>,
     chunk: Option<Box<ChunkLie>>,
     segment: Option<Box<SegmentLie>>,
+    set_frame: Option<Box<SetLie>>,
     /// On the demand lane, and on the bulk lane.
     late: [Option<Duration>; 2],
     flood: Option<ChunkAnswer>,
@@ -72,6 +75,13 @@ impl Lies {
         lie: impl Fn(Lane, ChunkAnswer) -> Vec<ChunkAnswer> + Send + Sync + 'static,
     ) -> Self {
         self.chunk = Some(Box::new(lie));
+        self
+    }
+
+    /// Frames of working sets become what `lie` makes of them; it may block.
+    #[must_use]
+    pub fn set_frame(mut self, lie: impl Fn(Bytes) -> Bytes + Send + Sync + 'static) -> Self {
+        self.set_frame = Some(Box::new(lie));
         self
     }
 
@@ -351,6 +361,11 @@ impl PageService for Between {
         let lie = |lies: &Lies, mut message: v1::StreamChunksResponse| {
             let chunks = message.chunks.into_iter();
             message.chunks = chunks.flat_map(|answer| lies.chunks(Lane::Bulk, answer)).collect();
+            if let Some(lie) = &lies.set_frame {
+                let frames = message.working_set_frames.into_iter();
+                // It may wait.
+                message.working_set_frames = tokio::task::block_in_place(|| frames.map(lie).collect());
+            }
             vec![message]
         };
         Ok(Response::new(told(answers, Arc::clone(&self.lies), self.lies.late[1], lie)))

@@ -1,0 +1,310 @@
+//! Working sets: what a restore has touched comes ahead in the next one, proved page by page, and in nobody's way.
+
+use crate::map::random_pages;
+use crate::session::{Source, give_back};
+use bytes::Bytes;
+use postcopy::{ForeignMemory, Options, Region, Session, Sharing};
+use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::cli::{postcopy, run};
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
+use postcopy_tests::fixtures::memory_like;
+use postcopy_tests::pool::HugePool;
+use postcopy_tests::{is_root, skip, wait_until};
+use serde_json::Value;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const PAGE: usize = 4096;
+const CHUNK: usize = 64 << 10;
+/// The last one has 100 bytes.
+const PAGES: usize = 2001;
+const WATCHDOG: Duration = Duration::from_secs(100);
+const MINUTE: Duration = Duration::from_secs(60);
+const RECORDING: Options = Options { record: true, ..QUIET };
+const REPLAYING: Options = Options { working_set: true, ..QUIET };
+const QUIET: Options = Options {
+    fault_deadline: MINUTE,
+    on_loss: postcopy::LossPolicy::Poison,
+    working_set: false,
+    fill: false,
+    record: false,
+    track_writes: false,
+};
+
+fn start() -> Source {
+    let mut bytes = memory_like((PAGES - 1) * PAGE + 100, 31);
+    // Zero pages in chunks, and whole chunks of zeros.
+    bytes[700 * PAGE..760 * PAGE].fill(0);
+    Source::start(bytes, CHUNK)
+}
+
+/// Some pages in random order, the last one and zeros among them.
+fn some_pages(source: &Source) -> Vec<usize> {
+    let mut pages = random_pages(source.bytes.len());
+    pages.retain(|page| page % 4 == 0 || (720..730).contains(page) || *page == PAGES - 1);
+    pages
+}
+
+fn touch(region: &Region, source: &Source, page: usize) {
+    let bytes = page * PAGE..((page + 1) * PAGE).min(source.bytes.len());
+    assert!(region[bytes.clone()] == source.bytes[bytes], "page {page}");
+}
+
+/// Ends the session, and sees that what it touched was told to the server.
+fn end(session: &Session, region: Region) {
+    drop(region);
+    assert!(session.close(MINUTE));
+    session.wait_recorded(MINUTE).unwrap();
+}
+
+fn record(source: &Source, options: Options, pages: &[usize]) {
+    let session = source.open(options);
+    let region = session.map("mem").unwrap();
+    pages.iter().for_each(|page| touch(&region, source, *page));
+    end(&session, region);
+}
+
+/// What the command line says of the one working set that there is.
+fn listed(source: &Source) -> Value {
+    let Value::Array(sets) = run(source.server.address(), ["working-set", "ls"]) else { panic!("no list") };
+    assert_eq!(sets.len(), 1);
+    sets[0].clone()
+}
+
+fn is_zero(source: &Source, page: usize) -> bool {
+    source.bytes[page * PAGE..].iter().take(PAGE).all(|byte| *byte == 0)
+}
+
+#[test]
+fn what_was_touched_comes_ahead_the_next_time() {
+    within(WATCHDOG, || {
+        let source = start();
+        let pages = some_pages(&source);
+        record(&source, RECORDING, &pages);
+        let set = listed(&source);
+        assert_eq!((&set["recordings"], &set["pages"]), (&1.into(), &pages.len().into()));
+        assert_eq!(set["zero_pages"], pages.iter().filter(|page| is_zero(&source, **page)).count());
+        let svg = tempfile::NamedTempFile::new().unwrap();
+        let path = svg.path().to_str().unwrap();
+        let shown = run(source.server.address(), ["working-set", "show", "app", "--svg", path]);
+        assert_eq!(shown, set);
+        assert!(std::fs::read_to_string(path).unwrap().contains("mem (7.81 MiB"));
+
+        let session = source.open(REPLAYING);
+        let region = session.map("mem").unwrap();
+        wait_until("the set is there", || session.progress().resident_pages == pages.len() as u64);
+        pages.iter().for_each(|page| touch(&region, &source, *page));
+        let progress = session.progress();
+        assert_eq!((progress.faults, progress.demand_chunks, progress.bulk_chunks), (0, 0, 0));
+        assert_eq!(progress.working_set_pages, pages.len() as u64);
+        assert!(progress.frame_bytes * 2 < (pages.len() * PAGE) as u64, "{} bytes", progress.frame_bytes);
+        // And the rest by touch.
+        (0..PAGES).for_each(|page| touch(&region, &source, page));
+        drop((region, session));
+
+        let removed = postcopy(source.server.address(), ["working-set", "rm", "app"]).status().unwrap();
+        assert!(removed.success());
+        assert_eq!(run(source.server.address(), ["working-set", "ls"]), Value::Array(Vec::new()));
+    });
+}
+
+#[test]
+fn a_working_set_and_then_everything() {
+    within(WATCHDOG, || {
+        let source = start();
+        record(&source, RECORDING, &some_pages(&source));
+        let session = source.open(Options { fill: true, ..REPLAYING });
+        let region = session.map("mem").unwrap();
+        session.wait_resident(MINUTE).unwrap();
+        (0..PAGES).for_each(|page| touch(&region, &source, page));
+        let progress = session.progress();
+        assert!(progress.faults == 0 && progress.working_set_pages > 0, "{progress:?}");
+    });
+}
+
+#[test]
+fn what_was_brought_is_not_taken_for_touched_nor_for_untouched() {
+    within(WATCHDOG, || {
+        let source = start();
+        let (first, second): (Vec<usize>, Vec<usize>) =
+            some_pages(&source).into_iter().partition(|page| *page < 1000);
+        record(&source, RECORDING, &first);
+        // Three times the set is there before anything is touched, and half of it never is.
+        for _ in 0..3 {
+            let pages = listed(&source)["pages"].as_u64().unwrap();
+            let session = source.open(Options { record: true, ..REPLAYING });
+            let region = session.map("mem").unwrap();
+            wait_until("the set is there", || session.progress().resident_pages == pages);
+            second.iter().chain(&first[..first.len() / 2]).for_each(|page| touch(&region, &source, *page));
+            end(&session, region);
+        }
+        // The last two have touched nothing that had not been brought, and have nothing to say.
+        let set = listed(&source);
+        assert_eq!((&set["recordings"], &set["pages"]), (&2.into(), &(first.len() + second.len()).into()));
+    });
+}
+
+#[test]
+fn a_recording_without_its_neighbours_reads_as_the_source_by_every_way() {
+    within(WATCHDOG, || {
+        let source = start();
+        let session = source.open(RECORDING);
+        let region = session.map("mem").unwrap();
+        // Several threads at the same chunks.
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (region, source) = (&region, &source);
+                scope.spawn(move || (thread..1000).step_by(4).for_each(|page| touch(region, source, page)));
+            }
+        });
+        // Who touched the last one may go on before it is counted.
+        wait_until("they are counted", || session.progress().resident_pages >= 1000);
+        assert_eq!(session.progress().resident_pages, 1000, "more than was touched");
+        // As a whole, and of chunks of which some is there.
+        let mut bytes = vec![0; 300 * PAGE];
+        region.read_at(900 * PAGE + 5, &mut bytes).unwrap();
+        assert!(bytes == source.bytes[900 * PAGE + 5..][..300 * PAGE]);
+        end(&session, region);
+        assert_eq!(listed(&source)["pages"], 1201);
+    });
+}
+
+#[test]
+fn frames_that_are_not_the_image_s_are_refused_and_their_pages_come_by_touch() {
+    within(WATCHDOG, || {
+        let source = start();
+        let pages = some_pages(&source);
+        record(&source, RECORDING, &pages);
+        let other = Source::start(memory_like(PAGES * PAGE, 32), CHUNK);
+        record(&other, RECORDING, &pages);
+        let others = {
+            let found = Arc::new(std::sync::Mutex::new(Vec::new()));
+            let kept = Arc::clone(&found);
+            let chaos = Chaos::start(
+                other.server.address(),
+                Lies::default().set_frame(move |frame| {
+                    kept.lock().unwrap().push(frame.clone());
+                    frame
+                }),
+            );
+            let session = Session::open(chaos.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
+            let _region = session.map("mem").unwrap();
+            wait_until("the set is there", || session.progress().resident_pages == pages.len() as u64);
+            found.lock().unwrap().clone()
+        };
+        type Lie = Box<dyn Fn(Bytes) -> Bytes + Send + Sync>;
+        let flip = |at: fn(usize) -> usize| -> Lie {
+            Box::new(move |frame| {
+                let mut bytes = frame.to_vec();
+                let at = at(bytes.len());
+                bytes[at] ^= 1;
+                bytes.into()
+            })
+        };
+        let lies: [(&str, Lie); 6] = [
+            ("the last byte", flip(|len| len - 1)),
+            ("a byte in the middle", flip(|len| len / 2)),
+            ("a run", flip(|_| 20)),
+            ("cut", Box::new(|frame| frame.slice(..frame.len() - 1))),
+            ("nothing", Box::new(|_| Bytes::from_static(&[0; 16]))),
+            ("another image's", Box::new(move |_| others[0].clone())),
+        ];
+        for (what, lie) in lies {
+            let chaos = Chaos::start(source.server.address(), Lies::default().set_frame(lie));
+            let session = Session::open(chaos.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
+            let region = session.map("mem").unwrap();
+            (0..PAGES).for_each(|page| touch(&region, &source, page));
+            assert_eq!(session.error(), None, "{what}");
+            assert!(session.progress().demand_chunks > 100, "{what}");
+        }
+    });
+}
+
+#[test]
+fn a_fault_is_answered_while_the_set_is_late_and_nothing_is_installed_over_what_was_written() {
+    within(WATCHDOG, || {
+        let source = start();
+        let pages = some_pages(&source);
+        record(&source, RECORDING, &pages);
+        let may_come = Arc::new(AtomicBool::new(false));
+        let gate = Arc::clone(&may_come);
+        let lies = Lies::default().set_frame(move |frame| {
+            while !gate.load(Ordering::Acquire) {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            frame
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
+        let mut region = session.map("mem").unwrap();
+        touch(&region, &source, pages[0]);
+        region[pages[0] * PAGE] ^= 0xff;
+        let removed = 720 * PAGE..728 * PAGE;
+        let touched = 400;
+        touch(&region, &source, touched);
+        give_back(&mut region, touched * PAGE..(touched + 1) * PAGE);
+        give_back(&mut region, removed.clone());
+        may_come.store(true, Ordering::Release);
+        wait_until("the set is there", || {
+            let progress = session.progress();
+            progress.resident_pages + progress.removed_pages >= pages.len() as u64
+        });
+        assert_eq!(region[pages[0] * PAGE], source.bytes[pages[0] * PAGE] ^ 0xff, "what was written stays");
+        assert!(
+            region[touched * PAGE..][..PAGE].iter().all(|byte| *byte == 0),
+            "what was given back stays so"
+        );
+        assert!(region[removed].iter().all(|byte| *byte == 0));
+        for page in
+            (0..PAGES).filter(|page| *page != pages[0] && *page != touched && !(720..728).contains(page))
+        {
+            touch(&region, &source, page);
+        }
+    });
+}
+
+#[test]
+fn huge_pages_are_recorded_and_come_whole() {
+    if !is_root() {
+        return skip(
+            "working_set::huge_pages_are_recorded_and_come_whole",
+            "the pool of huge pages is root's",
+        );
+    }
+    let pool = HugePool::with_free(4);
+    within(WATCHDOG, move || {
+        let _pool = pool;
+        let source = Source::start(memory_like(4 * 512 * PAGE, 33), CHUNK);
+        let attach = |options: Options, faulter: &Faulter| {
+            let regions = [faulter.huge_region(0, "mem", 0, Sharing::Private)];
+            let pid = Some(faulter.main.pid);
+            let memory = ForeignMemory {
+                uffd: faulter.uffd(),
+                regions: &regions,
+                state: None,
+                pid,
+                is_registered: true,
+            };
+            Session::attach(source.server.address(), &"app".parse().unwrap(), options, &memory).unwrap()
+        };
+        for options in [RECORDING, REPLAYING] {
+            let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("huge:{}", 4 * 512)]);
+            let session = attach(options, &faulter);
+            faulter.let_go();
+            if options.working_set {
+                wait_until("the set is there", || session.progress().resident_pages == 2 * 512);
+            }
+            for page in [512 * 3 + 7, 5] {
+                faulter.assert_reads(0, page, &source.bytes[page * PAGE..(page + 1) * PAGE]);
+            }
+            if options.working_set {
+                assert_eq!(session.progress().faults, 0);
+            }
+            faulter.kill();
+            assert!(session.close(MINUTE));
+            session.wait_recorded(MINUTE).unwrap();
+        }
+        assert_eq!(listed(&source)["pages"], 1024);
+    });
+}
