@@ -856,6 +856,23 @@ impl Session {
         self.shared.fill_work.notify_one();
     }
 
+    /// Has the pages at these addresses come as if they had been touched: for those that the kernel reads on somebody
+    /// else's behalf without waiting for them, such as the arguments that /proc shows.
+    ///
+    /// # Blocking
+    /// Until the pager has been told; not until they are there.
+    pub fn bring(&self, addresses: &Range<usize>) {
+        let spaces = self.shared.spaces();
+        for region in spaces.regions() {
+            let pages = region.pages_in(addresses);
+            if !pages.is_empty() {
+                let command = Command::Bring { region: Arc::clone(region), pages };
+                // An ended session brings nothing any more.
+                let _ = self.commands.blocking_send(command);
+            }
+        }
+    }
+
     /// Nobody can take the session over any more, although it has a state file: when it cannot go on, what is absent is
     /// made SIGBUS instead of being left.
     pub fn has_no_successor(&self) {

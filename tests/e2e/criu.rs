@@ -7,7 +7,7 @@ use postcopy_tests::criu::{
 };
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::server::Server;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{is_root, resident_kib, skip, wait_until};
 use prost::Message;
 use std::ffi::OsStr;
 use std::fs;
@@ -262,12 +262,7 @@ fn python_goes_on_in_the_middle_of_a_computation_with_threads() {
         let expected = fs::read_to_string(&result).unwrap();
         fs::remove_file(&result).unwrap();
         let program = Program::start(&command);
-        let resident = || {
-            let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0").to_owned();
-            line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0)
-        };
-        wait_until("objects", || resident() > 40_000);
+        wait_until("objects", || resident_kib(program.pid()) > 40_000);
         bench.dump(program);
         assert!(!result.exists(), "it was dumped in the middle");
         let mut plain = bench.restore_plainly();
@@ -740,5 +735,57 @@ fn a_container_of_runc_is_restored() {
         assert_eq!(status::<2>(&status_file)[1], 0, "pages were wrong");
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+#[test]
+fn what_a_restore_has_touched_comes_ahead_the_next_time() {
+    let name = "what_a_restore_has_touched_comes_ahead_the_next_time";
+    with_criu(name, |bench| {
+        let Heap { program, status: path } = bench.heap_that_touches(64, 0);
+        bench.dump(program);
+        let touch_a_quarter = |restored: &Restored| {
+            let [.., quarters] = status::<4>(&path);
+            restored.signal(Signal::SIGUSR2);
+            wait_until("touches", || status::<4>(&path)[3] > quarters);
+        };
+        let (mut daemon, restored) = bench.restore_lazily("recorded", &["--record"]);
+        touch_a_quarter(&restored);
+        // It is recorded in any case: when the processes are gone, or when it is told to end.
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        drop(restored);
+        let sets = run(bench.server.address(), ["working-set", "ls"]);
+        let pages = sets[0]["pages"].as_u64().unwrap();
+        assert!(
+            (4096..6000).contains(&pages),
+            "a quarter of 16384, and what the program needs itself: {sets}"
+        );
+
+        for fill in ["working-set", "all"] {
+            let (mut daemon, restored) = bench.restore_lazily(fill, &["--fill", fill]);
+            let pid = restored.pid();
+            wait_until("the set is there", || resident_kib(pid) >= pages * 4);
+            assert!(fill == "all" || resident_kib(pid) < pages * 4 + (16 << 10), "more than the set");
+            touch_a_quarter(&restored);
+            assert_all_right(&path, &restored);
+            assert_eq!(daemon.wait().code(), Some(0), "all has come");
+        }
+    });
+}
+
+#[test]
+fn the_arguments_of_a_restored_process_can_be_read_before_it_touches_them() {
+    let name = "the_arguments_of_a_restored_process_can_be_read_before_it_touches_them";
+    with_criu(name, |bench| {
+        let Heap { program, .. } = bench.heap(8);
+        let read = |pid: u32, what: &str| fs::read(format!("/proc/{pid}/{what}")).unwrap();
+        let before = ["cmdline", "environ"].map(|what| read(program.pid(), what));
+        bench.dump(program);
+        let (_daemon, restored) = bench.restore_lazily("lazy", &["--fill", "nothing"]);
+        for (what, before) in ["cmdline", "environ"].iter().zip(before) {
+            assert!(!before.is_empty());
+            wait_until("they are there", || read(restored.pid(), what) == before);
+        }
     });
 }

@@ -8,7 +8,7 @@ use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
 use postcopy_tests::vmm::Vmm;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{is_root, resident_kib, skip, wait_until};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
@@ -433,5 +433,37 @@ fn systemd_is_told_when_it_serves() {
         snapshot.vmm(&["small:4"]).assert_right();
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+#[test]
+fn what_a_machine_has_touched_comes_ahead_the_next_time() {
+    with_root("what_a_machine_has_touched_comes_ahead_the_next_time", || {
+        let snapshot = Snapshot::push(64);
+        let mut daemon = snapshot.daemon(&["--record"]);
+        let mut vmm = snapshot.vmm(&["small:64"]);
+        let touch = |vmm: &mut Vmm| {
+            vmm.tell("touch 16 3");
+            assert_eq!(vmm.touches().wrong, 0);
+        };
+        touch(&mut vmm);
+        // Who takes over goes on recording: what was there before it counts as brought.
+        daemon.kill_worker();
+        vmm.tell("touch 8 4");
+        assert_eq!(vmm.touches().wrong, 0);
+        let pid = vmm.pid();
+        vmm.kill();
+        wait_until("the machine's end", || daemon.has_said(&format!("vm {pid}: is gone")));
+        let sets = run(snapshot.server.address(), ["working-set", "ls"]);
+        let pages = sets[0]["pages"].as_u64().unwrap();
+        assert!((512..6144 + 16).contains(&pages), "{sets}");
+        daemon.kill();
+
+        let daemon = snapshot.daemon(&[]);
+        let mut vmm = snapshot.vmm(&["small:64"]);
+        wait_until("the set is there", || resident_kib(vmm.pid()) >= pages * 4);
+        touch(&mut vmm);
+        vmm.assert_right();
+        drop(daemon);
     });
 }

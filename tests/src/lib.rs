@@ -66,6 +66,14 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// How much of a process's memory is there; 0 if it is gone.
+#[must_use]
+pub fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0 kB");
+    line.trim_end_matches(" kB").trim().parse().unwrap_or(0)
+}
+
 /// Waits until `done` says so; looks every few milliseconds.
 ///
 /// # Panics

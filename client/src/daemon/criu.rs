@@ -137,7 +137,10 @@ impl Criu {
             fs::write(&marker, []).with_context(|| marker.display().to_string())?;
         }
         inbox::take(&connection.stream, PID_BYTES)?;
-        tasks.iter().for_each(|served| served.session().settle());
+        for served in &tasks {
+            served.session().settle();
+            bring_arguments(served);
+        }
         tracing::info!("all {} tasks have been restored", tasks.len());
         Ok(self.complete(worker, tasks))
     }
@@ -288,6 +291,17 @@ impl Program for Criu {
         }
         Ok(())
     }
+}
+
+/// Has the arguments and the environment of a process come: whoever reads them in /proc gets nothing as long as they are absent,
+/// because the kernel does not wait for them.
+fn bring_arguments(served: &Served) {
+    // A process that is gone needs none.
+    let Ok(fields) = runtime_dir::stat_of::<4>(served.name.pid, 48) else { return };
+    let [arguments, arguments_end, environment, environment_end] =
+        fields.map(postcopy::proto::page::to_usize);
+    served.session().bring(&(arguments..arguments_end));
+    served.session().bring(&(environment..environment_end));
 }
 
 /// Where in an image CRIU's images are.

@@ -69,10 +69,21 @@ impl SessionName {
 /// # Errors
 /// If there is no such process.
 pub(crate) fn start_of(pid: u32) -> io::Result<u64> {
+    let [start] = stat_of(pid, 22)?;
+    Ok(start)
+}
+
+/// Fields of proc_pid_stat(5) from the one with that number on.
+///
+/// # Errors
+/// If there is no such process.
+pub(crate) fn stat_of<const N: usize>(pid: u32, first: usize) -> io::Result<[u64; N]> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name in parentheses may hold anything; the state after it is field 3.
-    let start = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok());
-    start.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    let (_, rest) = stat.rsplit_once(')').ok_or(io::ErrorKind::InvalidData)?;
+    let fields = rest.split_whitespace().skip(first - 3).take(N).map(str::parse);
+    let fields: Vec<u64> = fields.collect::<Result<_, _>>().map_err(|_| io::ErrorKind::InvalidData)?;
+    fields.try_into().map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Where daemons have their directories unless they are told otherwise: below the user's runtime directory, or /run, or
