@@ -1,7 +1,8 @@
 //! What is brought without having been touched, over the bulk lane: the image's working set at once, and then, if that was
 //! asked for, everything that is still absent.
 //!
-//! One thread with a runtime of its own asks for runs of chunks, within a window of plain bytes; as many installer
+//! One thread with a runtime of its own asks for runs of chunks, within a window of plain bytes, and no more than is in
+//! nobody's way ([`crate::pace`]); as many installer
 //! threads as there are cores take the answers from a queue, decompress, verify and install them. Only this side
 //! knows what is resident, so that it asks for nothing that is there. What goes wrong is tried again in another
 //! pass. It is reported after three passes that brought nothing, or when the server was lost for the fault deadline.
@@ -10,6 +11,7 @@ use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
 use crate::lane::{BulkLane, frame_of, runs_of};
+use crate::pace;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, within};
 use crate::requests::MAX_ATTEMPTS;
@@ -29,7 +31,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// The most plain bytes asked for and not yet installed: bounds memory, and hides some 60 ms at 1 Gbit/s.
-const WINDOW_BYTES: usize = 16 << 20;
+const WINDOW_BYTES: usize = pace::MOST_BYTES;
 /// The most plain bytes of one request.
 const REQUEST_BYTES: usize = 1 << 20;
 /// Jobs that may wait for an installer; the window bounds their bytes.
@@ -267,7 +269,8 @@ impl Fill {
     ) -> Result<(), RemoteError> {
         let Range { start: mut next, end } = region.chunks();
         while next < end && !self.shared.has_ended() && region.is_alive() {
-            match self.plan(region, &mut next) {
+            let most = self.wait_for_turn(stream).await?;
+            match self.plan(region, &mut next, most) {
                 Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
@@ -286,6 +289,22 @@ impl Fill {
             }
         }
         Ok(())
+    }
+
+    /// Waits until more may be on its way, receiving meanwhile: for how many pages may be asked at once.
+    async fn wait_for_turn(&self, stream: &mut Stream) -> Result<usize, RemoteError> {
+        loop {
+            let on_their_way = stream.asked.iter().map(|asked| asked.permit.num_permits()).sum::<usize>();
+            let on_their_way = on_their_way * PAGE_BYTES;
+            let window = {
+                let mut pace = self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner);
+                pace.window(on_their_way, Instant::now())
+            };
+            if on_their_way == 0 || on_their_way + REQUEST_BYTES.min(window / 4) <= window {
+                return Ok(REQUEST_BYTES.min(window / 4) / PAGE_BYTES);
+            }
+            self.receive(stream).await?;
+        }
     }
 
     /// Waits for room in the window, receiving meanwhile.
@@ -344,9 +363,9 @@ impl Fill {
     }
 
     /// What to do from chunk `next` of the region on; `next` goes past it.
-    fn plan(&self, region: &RegionState, next: &mut u64) -> Plan {
+    fn plan(&self, region: &RegionState, next: &mut u64, most: usize) -> Plan {
         let image = &self.shared.image;
-        let most = REQUEST_BYTES.max(image.root().chunk_size().bytes()) / PAGE_BYTES;
+        let most = most.max(image.root().chunk_size().bytes() / PAGE_BYTES);
         let (mut chunks, mut pages) = (Vec::new(), 0);
         let mut zeros: Option<Range<u64>> = None;
         while *next < region.chunks().end {

@@ -31,6 +31,7 @@ mod image;
 mod install;
 mod kept;
 mod lane;
+mod pace;
 mod page_state;
 mod pager;
 pub mod pull;

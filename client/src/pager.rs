@@ -567,7 +567,7 @@ impl Pager {
     fn answer(&mut self, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         let Some((digest, _)) = self.requests.chunk(chunk) else { return };
-        self.spin.answered(self.requests.waited_for(chunk, Instant::now()));
+        self.noted(chunk);
         let frame = match frame_of(answer, &digest) {
             Ok(frame) => frame.clone(),
             Err(no) if no.may_pass => return self.requests.chunk_busy(chunk, no.reason, Instant::now()),
@@ -577,6 +577,19 @@ impl Pager {
         add(&counters.demand_chunks, 1);
         add(&counters.frame_bytes, frame.len());
         self.install(chunk, frame);
+    }
+
+    /// Learns from how long an answer has taken.
+    fn noted(&mut self, chunk: ChunkIndex) {
+        let now = Instant::now();
+        let waited = self.requests.waited_for(chunk, now);
+        self.spin.answered(waited);
+        // The fill looks at it, or not: then this one does not count.
+        if let Ok(mut pace) = self.shared().pace.try_lock()
+            && let Some(asked_at) = now.checked_sub(waited)
+        {
+            pace.answered(asked_at.into_std(), now.into_std());
+        }
     }
 
     /// Verifies a chunk's frame and installs its pages.

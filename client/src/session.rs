@@ -12,6 +12,7 @@ use crate::gate::Gate;
 use crate::image::Image;
 use crate::page_state::PageState;
 use crate::pager::Start;
+use crate::pace::Pace;
 use crate::recorder::{self, Recorder};
 use crate::region::{Common, Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
@@ -274,6 +275,8 @@ pub(crate) struct Shared {
     reported: Condvar,
     /// Notes what is touched, if that was asked for.
     pub(crate) recorder: Option<Recorder>,
+    /// Held for an answer or a look, and only tried by the pager.
+    pub(crate) pace: Mutex<Pace>,
     /// A background fill was asked for.
     fills: AtomicBool,
     fill_started: AtomicBool,
@@ -329,6 +332,7 @@ impl Shared {
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
             recorder,
+            pace: Mutex::default(),
             fills: AtomicBool::new(options.fill),
             fill_started: AtomicBool::new(false),
             is_filling: AtomicBool::new(false),

@@ -2,7 +2,7 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, push, memory, changes, kills,
+//! all, or those named: touch, fill, pace, push, memory, changes, kills,
 //! machines, criu, criu-remote. Prints a table in Markdown and, with `--json FILE`, the raw values.
 
 mod changes;
@@ -12,6 +12,7 @@ mod daemons;
 mod fill;
 mod floor;
 mod memory;
+mod pace;
 mod push;
 mod touch;
 
@@ -44,6 +45,9 @@ fn main() -> Result<()> {
     }
     if wanted("fill") {
         figures.push(fill::measure()?);
+    }
+    if wanted("pace") {
+        figures.extend(pace::measure()?);
     }
     if wanted("push") {
         figures.push(push::measure()?);

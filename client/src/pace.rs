@@ -1,0 +1,144 @@
+//! How much of the background fill may be on its way at a time, so that it does not hold up who waits for a page.
+//!
+//! What matters is what touches take: where the network is the narrow place, all that the fill has asked for is in a
+//! touch's way. So what an answer on the demand lane usually takes is learned while almost nothing else is on its way, and the
+//! fill gets less room when answers take longer than that, and more when they do not. Where nobody touches anything it
+//! has all the room that there is.
+
+use std::time::{Duration, Instant};
+
+/// The least that is on its way, in plain bytes.
+pub(crate) const LEAST_BYTES: usize = 256 << 10;
+/// The most.
+pub(crate) const MOST_BYTES: usize = 16 << 20;
+/// Answers after which there is a decision.
+const ANSWERS: u32 = 8;
+/// How much longer answers may usually take than they take alone.
+const TOLERANCE: f64 = 1.2;
+/// Without an answer for so long nobody is in the way.
+const QUIET: Duration = Duration::from_millis(20);
+/// How much an answer moves what is usual.
+const STEP: f64 = 0.05;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    /// Plain bytes that may be on their way.
+    window: usize,
+    /// Since when no more than the least is.
+    clear_since: Option<Instant>,
+    /// Seconds that an answer usually takes when no more than that is on its way.
+    alone: Option<f64>,
+    /// Seconds that it takes of late: about the median.
+    usual: f64,
+    /// Since the last decision.
+    answers: u32,
+    /// The last answer, or more room since.
+    last: Option<Instant>,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { window: MOST_BYTES, clear_since: None, alone: None, usual: 0.0, answers: 0, last: None }
+    }
+}
+
+impl Pace {
+    /// A touch has been answered that was asked for at that time.
+    pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) {
+        self.last = Some(now);
+        if self.alone.is_none() {
+            self.window = LEAST_BYTES;
+        }
+        let is_clear = self.window == LEAST_BYTES && self.clear_since.is_some_and(|since| since <= asked_at);
+        if self.window == LEAST_BYTES && !is_clear {
+            // It says what was in its way before.
+            return;
+        }
+        let took = now.saturating_duration_since(asked_at).as_secs_f64();
+        self.usual = match self.usual {
+            0.0 => took,
+            usual if took > usual => usual * (1.0 + STEP),
+            usual => usual * (1.0 - STEP),
+        };
+        self.answers += 1;
+        if self.answers >= ANSWERS {
+            self.decide(is_clear);
+        }
+    }
+
+    fn decide(&mut self, is_clear: bool) {
+        self.answers = 0;
+        let alone = match self.alone {
+            // It is less than was thought, by some of what it is less now.
+            Some(alone) if !is_clear => alone + (self.usual - alone).min(0.0) / 8.0,
+            _ => self.usual,
+        };
+        self.alone = Some(alone);
+        self.window = if self.usual > alone * TOLERANCE {
+            (self.window / 2).max(LEAST_BYTES)
+        } else {
+            (self.window + self.window / 2).min(MOST_BYTES)
+        };
+        if self.window > LEAST_BYTES {
+            self.clear_since = None;
+        }
+    }
+
+    /// How many plain bytes may be on their way, where so many are.
+    pub(crate) fn window(&mut self, on_their_way: usize, now: Instant) -> usize {
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) > QUIET) {
+            self.window = (self.window * 2).min(MOST_BYTES);
+            (self.last, self.answers) = (Some(now), 0);
+        }
+        match self.window == LEAST_BYTES && on_their_way <= LEAST_BYTES {
+            true => self.clear_since = self.clear_since.or(Some(now)),
+            false => self.clear_since = None,
+        }
+        self.window
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link: an answer takes 1 ms, and 1 ms more for each MiB that is on its way.
+    fn touch(pace: &mut Pace, now: &mut Instant, on_their_way: &mut usize) -> usize {
+        let asked_at = *now;
+        let window = pace.window(*on_their_way, *now);
+        // It is asked for as much as there is room for; what is too much is there soon.
+        *on_their_way = window;
+        *now += Duration::from_micros(1000 + (*on_their_way as u64 * 1000 >> 20));
+        pace.answered(asked_at, *now);
+        window
+    }
+
+    #[test]
+    fn touches_are_held_up_a_little_and_not_more() {
+        let (mut pace, mut now, mut on_their_way) = (Pace::default(), Instant::now(), 0);
+        assert_eq!(pace.window(0, now), MOST_BYTES, "nobody touches anything");
+        (0..100).for_each(|_| _ = touch(&mut pace, &mut now, &mut on_their_way));
+        let windows: Vec<_> = (0..200).map(|_| touch(&mut pace, &mut now, &mut on_their_way)).collect();
+        let mean = windows.iter().sum::<usize>() / windows.len();
+        assert!((LEAST_BYTES..1 << 20).contains(&mean), "{mean}");
+        // And once it is quiet there is room.
+        for _ in 0..10 {
+            now += 2 * QUIET;
+            pace.window(on_their_way, now);
+        }
+        assert_eq!(pace.window(on_their_way, now), MOST_BYTES);
+    }
+
+    #[test]
+    fn where_the_fill_is_in_nobody_s_way_it_has_all_the_room() {
+        let (mut pace, mut now) = (Pace::default(), Instant::now());
+        for touch in 0..200u64 {
+            let asked_at = now;
+            let window = pace.window(0, now);
+            now += Duration::from_micros(100 + touch % 7);
+            pace.answered(asked_at, now);
+            assert!(touch < 100 || window == MOST_BYTES);
+        }
+    }
+}
