@@ -60,6 +60,8 @@ struct Stream {
     lane: BulkLane,
     asked: VecDeque<AskedFor>,
     last_id: u64,
+    /// Something was left out because a touch has asked for it.
+    leaves: bool,
 }
 
 /// A request: the chunks of a region that are still to come, and the room that they take.
@@ -126,15 +128,18 @@ impl Fill {
             let outcome = self.pass(regions, fruitless_passes).await;
             // All permits are back: nothing is in flight.
             self.all_installed().await;
+            self.shared.in_bulk.clear();
             self.shared.set_filling(false);
             if unresolved_pages(regions) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
                 continue;
             }
-            fruitless_passes += 1;
+            fruitless_passes += u32::from(!matches!(outcome, Ok(true)));
             let given_up = match &outcome {
+                // Touches bring the rest, or it is there for the next pass.
+                Ok(true) => false,
                 // It answers, and wrongly.
-                Ok(()) | Err(RemoteError::Wrong { .. }) => fruitless_passes >= MAX_ATTEMPTS,
+                Ok(false) | Err(RemoteError::Wrong { .. }) => fruitless_passes >= MAX_ATTEMPTS,
                 Err(_) => progressed.elapsed() >= self.shared.options.fault_deadline,
             };
             let pause = if given_up { GIVEN_UP_RETRY } else { RETRY_PASS };
@@ -220,19 +225,19 @@ impl Fill {
         self.shared.report(&format!("the background fill from {server} does not get further: {reason}"));
     }
 
-    /// Goes once over everything that is unresolved.
-    async fn pass(&self, regions: &[Arc<RegionState>], attempt: u32) -> Result<(), RemoteError> {
+    /// Goes once over everything that is unresolved: whether it has left out what touches have asked for.
+    async fn pass(&self, regions: &[Arc<RegionState>], attempt: u32) -> Result<bool, RemoteError> {
         let image = self.shared.image.digest();
         self.bring_segments(regions).await?;
         let lane = BulkLane::open(&self.shared.address, &image).await?;
-        let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0 };
+        let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0, leaves: false };
         for region in regions {
             self.fill_region(&mut stream, region, attempt).await?;
         }
         while !stream.asked.is_empty() && !self.shared.has_ended() {
             self.receive(&mut stream).await?;
         }
-        Ok(())
+        Ok(stream.leaves)
     }
 
     /// Has the segments of the regions' files come, those that are not here yet.
@@ -270,7 +275,7 @@ impl Fill {
         let Range { start: mut next, end } = region.chunks();
         while next < end && !self.shared.has_ended() && region.is_alive() {
             let most = self.wait_for_turn(stream).await?;
-            match self.plan(region, &mut next, most) {
+            match self.plan(region, &mut next, most, &mut stream.leaves) {
                 Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
@@ -281,6 +286,7 @@ impl Fill {
                     stream.last_id += 1;
                     let (id, region, count) = (stream.last_id, Arc::clone(region), chunks.len() as u64);
                     stream.asked.push_back(AskedFor { id, region, chunks: count, permit });
+                    chunks.iter().for_each(|chunk| self.shared.in_bulk.add(ChunkIndex(*chunk)));
                     let runs = runs_of(chunks);
                     let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
                     // A closed queue is a lost lane: receiving says why.
@@ -363,7 +369,8 @@ impl Fill {
     }
 
     /// What to do from chunk `next` of the region on; `next` goes past it.
-    fn plan(&self, region: &RegionState, next: &mut u64, most: usize) -> Plan {
+    /// At most `most` pages, or one chunk. `leaves` is set where a touch has asked for one.
+    fn plan(&self, region: &RegionState, next: &mut u64, most: usize, leaves: &mut bool) -> Plan {
         let image = &self.shared.image;
         let most = most.max(image.root().chunk_size().bytes() / PAGE_BYTES);
         let (mut chunks, mut pages) = (Vec::new(), 0);
@@ -380,6 +387,7 @@ impl Fill {
                     pages += here.len();
                     zeros = Some(zeros.map_or(chunk.0..chunk.0 + 1, |z| z.start..chunk.0 + 1));
                 }
+                Content::Data(_) if wanted && self.shared.on_demand.has(chunk) => *leaves = true,
                 Content::Data(_) if wanted => {
                     if zeros.is_some() || (!chunks.is_empty() && pages + here.len() > most) {
                         break;
@@ -462,6 +470,7 @@ impl Installer {
         if let Err(reason) = self.verified_frame(region, chunk, answer) {
             self.refuse(&format!("chunk {chunk}"), &reason);
         }
+        self.shared.in_bulk.remove(chunk);
     }
 
     fn refuse(&self, what: &str, reason: &str) {

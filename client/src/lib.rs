@@ -19,7 +19,9 @@
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
 mod advice;
+mod ahead;
 mod attach;
+mod bits;
 mod changes;
 mod chunk;
 mod events;

@@ -12,6 +12,7 @@
 //! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS, or
 //! leaves it to a successor.
 
+use crate::ahead::Ahead;
 use crate::attach::Owner;
 use crate::chunk::ChunkPages;
 use crate::events::{self, Stopped};
@@ -34,7 +35,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;
@@ -69,6 +70,11 @@ pub(crate) struct Pager {
     /// Faults on zero and removed pages that the kernel put off: by space and address, each with its deadline.
     put_off: BTreeMap<(u32, usize), (Arc<Space>, Instant)>,
     spin: Spin,
+    ahead: Ahead,
+    /// How long an answer takes of late.
+    usual: Duration,
+    /// Chunks that the fill has asked for, and that somebody has been waiting for since then.
+    behind: HashMap<ChunkIndex, Instant>,
     /// An event came that this session cannot go on after.
     broken: Option<String>,
     /// Since when and why an event cannot be read.
@@ -180,9 +186,12 @@ impl Pager {
             is_foreign,
             lane,
             reconnect_pause: RECONNECT.start,
-            requests: Requests::new(shared.options.fault_deadline),
+            requests: Requests::new(shared.options.fault_deadline, Arc::clone(&shared.on_demand)),
             put_off: BTreeMap::new(),
             spin: Spin::new(),
+            ahead: Ahead::new(shared.image.root().chunk_size().bytes()),
+            usual: Duration::ZERO,
+            behind: HashMap::new(),
             broken: None,
             unreadable: None,
             faults: Vec::new(),
@@ -508,24 +517,60 @@ impl Pager {
     /// Asks for the chunk of an absent page, unless that has been done.
     fn ask_chunk(&mut self, region: &Arc<RegionState>, page: usize) {
         let chunk = region.chunk_of(page);
-        if self.requests.has_chunk(chunk) {
-            return;
+        let now = Instant::now();
+        if !self.requests.waits_for(chunk, &(Arc::clone(region), page), now) {
+            self.ask_anew(region, chunk, page, now);
         }
+        if self.shared().recorder.is_none() && region.gathering().is_none() {
+            self.read_ahead(region, chunk, now);
+        }
+    }
+
+    /// Asks for what lies ahead of a touched chunk, where touches go forward.
+    fn read_ahead(&mut self, region: &Arc<RegionState>, touched: ChunkIndex, now: Instant) {
+        let shared = Arc::clone(&self.way_out.shared);
+        for chunk in self.ahead.touched(touched.0).map(ChunkIndex) {
+            // The region's end.
+            let Some(pages) = region.pages_of(chunk) else { break };
+            let is_wanted = region.next_run(pages.clone(), &[PageState::Absent]).is_some();
+            if is_wanted
+                && let Content::Data(digest) = shared.image.content(chunk)
+                && !self.requests.has_chunk(chunk)
+                && !shared.in_bulk.has(chunk)
+            {
+                self.requests.add_ahead(chunk, digest, (Arc::clone(region), pages.start), now);
+            }
+        }
+    }
+
+    fn ask_anew(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize, now: Instant) {
         if let Some(kept) = self.kept.get(chunk) {
             let installed = install::install_touched(region, chunk, kept, page);
             return self.one_installed(region, chunk, page, installed);
         }
         let waiting = (Arc::clone(region), page);
         match self.shared().image.content(chunk) {
+            Content::Data(_) if self.is_coming(chunk, now) => {
+                self.put_off(&region.space, region.address(page));
+            }
             Content::Data(digest) => {
-                let now = Instant::now();
                 self.requests.add_chunk(chunk, digest, waiting, now);
                 self.spin.asked(now);
             }
             Content::Zero => self.install_zeros(region, chunk, page),
-            Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, Instant::now()),
+            Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, now),
             Content::OutOfRange => unreachable!("regions are made from the image's own files"),
         }
+    }
+
+    /// Whether the fill has asked for a chunk, and it may come as soon as it would if it was asked for now. Where answers are near
+    /// it is asked for in any case.
+    fn is_coming(&mut self, chunk: ChunkIndex, now: Instant) -> bool {
+        if !self.shared().in_bulk.has(chunk) || self.usual < RETRY {
+            return false;
+        }
+        let since = *self.behind.entry(chunk).or_insert(now);
+        now.saturating_duration_since(since) < self.usual.min(self.shared().options.fault_deadline / 4)
     }
 
     /// Sends what is to be asked for, as far as the lane takes it.
@@ -567,7 +612,10 @@ impl Pager {
     fn answer(&mut self, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         let Some((digest, _)) = self.requests.chunk(chunk) else { return };
-        self.noted(chunk);
+        let is_ahead = self.requests.is_ahead(chunk);
+        if !is_ahead {
+            self.noted(chunk);
+        }
         let frame = match frame_of(answer, &digest) {
             Ok(frame) => frame.clone(),
             Err(no) if no.may_pass => return self.requests.chunk_busy(chunk, no.reason, Instant::now()),
@@ -575,6 +623,7 @@ impl Pager {
         };
         let counters = &self.shared().counters;
         add(&counters.demand_chunks, 1);
+        add(&counters.read_ahead_chunks, usize::from(is_ahead));
         add(&counters.frame_bytes, frame.len());
         self.install(chunk, frame);
     }
@@ -584,6 +633,7 @@ impl Pager {
         let now = Instant::now();
         let waited = self.requests.waited_for(chunk, now);
         self.spin.answered(waited);
+        self.usual = (self.usual * 7 + waited) / 8;
         // The fill looks at it, or not: then this one does not count.
         if let Ok(mut pace) = self.shared().pace.try_lock()
             && let Some(asked_at) = now.checked_sub(waited)
@@ -612,9 +662,10 @@ impl Pager {
             return self.one_installed(&region, chunk, page, installed);
         }
         self.whole.remove(&chunk);
+        let is_ahead = self.requests.is_ahead(chunk);
         let mut outcome = Installed::All;
         for region in shared.spaces().of_chunk(chunk) {
-            let first = Arc::ptr_eq(region, waiting).then_some(*page);
+            let first = (Arc::ptr_eq(region, waiting) && !is_ahead).then_some(*page);
             match install::install(None, region, chunk, &self.pages, first) {
                 Installed::All => {}
                 // Whoever waits for it there touches it again, and has a deadline of his own.
@@ -697,6 +748,9 @@ impl Pager {
         }
         for (chunk, frame) in self.requests.take_put_off() {
             self.install(chunk, frame);
+        }
+        if self.put_off.is_empty() {
+            self.behind.clear();
         }
     }
 

@@ -2,11 +2,12 @@
 //! for, and those of them that the next message asks for. Knows nothing of the lane, of memory, or of the time
 //! but what it is told.
 
+use crate::bits::Underway;
 use crate::lane::runs_of;
 use crate::region::RegionState;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::{MAX_DEMAND_CHUNKS, v1};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -32,6 +33,8 @@ struct Chunk {
     digest: Digest,
     /// A page of it that somebody waits for; installed first.
     first: Waiting,
+    /// Nobody waits for it yet. If it cannot be had it is forgotten.
+    is_ahead: bool,
     attempt: u32,
     /// Answers that were wrong or errors.
     refusals: u32,
@@ -83,6 +86,10 @@ pub(crate) struct Requests {
     segments: BTreeMap<u32, Segment>,
     /// To be asked for with the next message, by attempt.
     chunks_to_ask: Vec<(u32, ChunkIndex)>,
+    /// To be asked for when there is nothing else.
+    ahead_to_ask: Vec<ChunkIndex>,
+    /// The chunks of all this, for the fill.
+    underway: Arc<Underway>,
     segments_to_ask: Vec<u32>,
     last_id: u64,
     /// Some chunk's install was put off.
@@ -90,12 +97,15 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    pub(crate) fn new(patience: Duration) -> Self {
+    /// An answer may take so long; what is asked for is in `underway`, too.
+    pub(crate) fn new(patience: Duration, underway: Arc<Underway>) -> Self {
         Self {
             patience,
             chunks: HashMap::new(),
             segments: BTreeMap::new(),
             chunks_to_ask: Vec::new(),
+            ahead_to_ask: Vec::new(),
+            underway,
             segments_to_ask: Vec::new(),
             last_id: 0,
             has_put_off: false,
@@ -112,12 +122,38 @@ impl Requests {
         self.chunks.contains_key(&chunk)
     }
 
+    /// Somebody waits for a chunk from now on, if it has been asked for and is not done: whether it has.
+    pub(crate) fn waits_for(&mut self, chunk: ChunkIndex, first: &Waiting, now: Instant) -> bool {
+        let Some(wanted) = self.chunks.get_mut(&chunk) else { return false };
+        if std::mem::take(&mut wanted.is_ahead) {
+            wanted.first = first.clone();
+            wanted.deadline = now + self.patience;
+            if let Some(place) = self.ahead_to_ask.iter().position(|ahead| *ahead == chunk) {
+                self.ahead_to_ask.remove(place);
+                self.chunks_to_ask.push((wanted.attempt, chunk));
+            }
+        }
+        true
+    }
+
     /// Asks for a chunk that has not been asked for.
     pub(crate) fn add_chunk(&mut self, chunk: ChunkIndex, digest: Digest, first: Waiting, now: Instant) {
+        self.add(chunk, digest, first, false, now);
+        self.chunks_to_ask.push((0, chunk));
+    }
+
+    /// The same for one that nobody waits for; `page` is one of those that it is for.
+    pub(crate) fn add_ahead(&mut self, chunk: ChunkIndex, digest: Digest, page: Waiting, now: Instant) {
+        self.add(chunk, digest, page, true, now);
+        self.ahead_to_ask.push(chunk);
+    }
+
+    fn add(&mut self, chunk: ChunkIndex, digest: Digest, first: Waiting, is_ahead: bool, now: Instant) {
         let deadline = now + self.patience;
         let wanted = Chunk {
             digest,
             first,
+            is_ahead,
             attempt: 0,
             refusals: 0,
             deadline,
@@ -125,8 +161,8 @@ impl Requests {
             again_at: None,
             busy: None,
         };
+        self.underway.add(chunk);
         self.chunks.insert(chunk, wanted);
-        self.chunks_to_ask.push((0, chunk));
     }
 
     /// Asks for the segment that a page needs, unless that has been done.
@@ -141,12 +177,18 @@ impl Requests {
 
     /// Whether there is something to be asked for.
     pub(crate) fn has_message(&self) -> bool {
-        !self.chunks_to_ask.is_empty() || !self.segments_to_ask.is_empty()
+        !self.chunks_to_ask.is_empty() || !self.segments_to_ask.is_empty() || !self.ahead_to_ask.is_empty()
     }
 
     /// The next message: what is to be asked for, as far as one message may.
     pub(crate) fn message(&mut self) -> v1::FetchChunksRequest {
         self.last_id += 1;
+        if self.chunks_to_ask.is_empty() && self.segments_to_ask.is_empty() {
+            let count = self.ahead_to_ask.len().min(to_usize(MAX_DEMAND_CHUNKS));
+            let runs = runs_of(self.ahead_to_ask.drain(..count).map(|chunk| chunk.0));
+            let class = v1::RequestClass::Prefetch.into();
+            return v1::FetchChunksRequest { id: self.last_id, class, runs, ..Default::default() };
+        }
         let attempt = self.chunks_to_ask.first().map_or(0, |(attempt, _)| *attempt);
         let of_attempt = (0..MAX_DEMAND_CHUNKS).zip(&self.chunks_to_ask);
         let count = of_attempt.take_while(|(_, (a, _))| *a == attempt).count();
@@ -164,6 +206,7 @@ impl Requests {
     /// Asks again for everything that has no answer yet: the lane is a new one.
     pub(crate) fn ask_all_again(&mut self) {
         self.chunks_to_ask.clear();
+        self.forget_chunks(|_, wanted| wanted.is_ahead && wanted.frame.is_none());
         for (chunk, wanted) in &mut self.chunks {
             if wanted.frame.is_none() && wanted.again_at.is_none() {
                 wanted.attempt += 1;
@@ -180,6 +223,11 @@ impl Requests {
         self.chunks.get(&chunk).map(|wanted| (wanted.digest, &wanted.first))
     }
 
+    /// Whether a chunk was asked for that nobody waits for yet.
+    pub(crate) fn is_ahead(&self, chunk: ChunkIndex) -> bool {
+        self.chunks.get(&chunk).is_some_and(|wanted| wanted.is_ahead)
+    }
+
     /// How long ago a chunk was asked for first; since then it may have been given up and asked for anew.
     pub(crate) fn waited_for(&self, chunk: ChunkIndex, now: Instant) -> Duration {
         let asked = self.chunks.get(&chunk).and_then(|wanted| wanted.deadline.checked_sub(self.patience));
@@ -189,6 +237,18 @@ impl Requests {
     /// Nobody waits for the chunk any more.
     pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
         self.chunks.remove(&chunk);
+        self.underway.remove(chunk);
+    }
+
+    fn forget_chunks(&mut self, is_forgotten: impl Fn(ChunkIndex, &Chunk) -> bool) {
+        self.chunks.retain(|chunk, wanted| {
+            let is_forgotten = is_forgotten(*chunk, wanted);
+            if is_forgotten {
+                self.underway.remove(*chunk);
+            }
+            !is_forgotten
+        });
+        self.ahead_to_ask.retain(|chunk| self.chunks.contains_key(chunk));
     }
 
     /// The chunk came, but could not be installed yet.
@@ -213,6 +273,10 @@ impl Requests {
     /// The answer for a chunk was wrong, or an error.
     pub(crate) fn chunk_refused(&mut self, chunk: ChunkIndex) -> Refused {
         let Some(wanted) = self.chunks.get_mut(&chunk) else { return Refused::Unknown };
+        if wanted.is_ahead {
+            self.chunk_done(chunk);
+            return Refused::Unknown;
+        }
         wanted.refusals += 1;
         wanted.attempt += 1;
         if wanted.refusals >= MAX_ATTEMPTS {
@@ -275,6 +339,9 @@ impl Requests {
     /// What is late; asks again for what was to be asked for again by now.
     pub(crate) fn late(&mut self, now: Instant) -> Late {
         let mut late = Late::default();
+        self.forget_chunks(|_, wanted| {
+            wanted.is_ahead && (wanted.deadline <= now || wanted.again_at.is_some_and(|at| at <= now))
+        });
         for (chunk, wanted) in &mut self.chunks {
             if wanted.deadline <= now {
                 let put_off =
@@ -297,14 +364,15 @@ impl Requests {
 
     /// Forgets a region, of which `rest` are left: another one of the same file may wait for the same chunk.
     pub(crate) fn forget(&mut self, region: &Arc<RegionState>, rest: &[Arc<RegionState>]) {
-        self.chunks.retain(|chunk, wanted| {
-            if Arc::ptr_eq(&wanted.first.0, region) {
-                let other = rest.iter().find_map(|region| Some((region, region.pages_of(*chunk)?.start)));
-                let Some((other, page)) = other else { return false };
-                wanted.first = (Arc::clone(other), page);
+        for (chunk, wanted) in &mut self.chunks {
+            if Arc::ptr_eq(&wanted.first.0, region)
+                && let Some((other, pages)) =
+                    rest.iter().find_map(|region| Some((region, region.pages_of(*chunk)?)))
+            {
+                wanted.first = (Arc::clone(other), pages.start);
             }
-            true
-        });
+        }
+        self.forget_chunks(|_, wanted| Arc::ptr_eq(&wanted.first.0, region));
         for wanted in self.segments.values_mut() {
             wanted.pages.retain(|_, (r, _)| !Arc::ptr_eq(r, region));
         }

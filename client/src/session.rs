@@ -6,13 +6,14 @@
 
 use crate::advice::Callers;
 use crate::attach::{self, ForeignMemory, Owner};
+use crate::bits::Underway;
 use crate::changes::{self, Changes};
 use crate::fill;
 use crate::gate::Gate;
 use crate::image::Image;
+use crate::pace::Pace;
 use crate::page_state::PageState;
 use crate::pager::Start;
-use crate::pace::Pace;
 use crate::recorder::{self, Recorder};
 use crate::region::{Common, Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
@@ -212,6 +213,8 @@ pub struct Progress {
     pub faults: u64,
     /// Chunks that came over the demand lane.
     pub demand_chunks: u64,
+    /// Of these, those that had not been touched when they came: touches went forward.
+    pub read_ahead_chunks: u64,
     /// Chunks that came over the bulk lane.
     pub bulk_chunks: u64,
     /// Pages that the working set has brought.
@@ -225,6 +228,7 @@ pub struct Progress {
 pub(crate) struct Counters {
     pub(crate) faults: AtomicU64,
     pub(crate) demand_chunks: AtomicU64,
+    pub(crate) read_ahead_chunks: AtomicU64,
     pub(crate) bulk_chunks: AtomicU64,
     pub(crate) working_set_pages: AtomicU64,
     pub(crate) frame_bytes: AtomicU64,
@@ -277,6 +281,10 @@ pub(crate) struct Shared {
     pub(crate) recorder: Option<Recorder>,
     /// Held for an answer or a look, and only tried by the pager.
     pub(crate) pace: Mutex<Pace>,
+    /// Chunks that have been asked for over the demand lane.
+    pub(crate) on_demand: Arc<Underway>,
+    /// And over the bulk lane.
+    pub(crate) in_bulk: Underway,
     /// A background fill was asked for.
     fills: AtomicBool,
     fill_started: AtomicBool,
@@ -312,6 +320,7 @@ impl Shared {
         state: State,
         owner: Option<u32>,
     ) -> Self {
+        let chunks = image.root().chunks();
         let recorder = options.record.then(|| Recorder::new(&image));
         if let Some(recorder) = &recorder {
             recorder.brought_before(&image, spaces.regions());
@@ -333,6 +342,8 @@ impl Shared {
             reported: Condvar::new(),
             recorder,
             pace: Mutex::default(),
+            on_demand: Arc::new(Underway::new(chunks)),
+            in_bulk: Underway::new(chunks),
             fills: AtomicBool::new(options.fill),
             fill_started: AtomicBool::new(false),
             is_filling: AtomicBool::new(false),
@@ -527,6 +538,7 @@ impl Shared {
         let mut progress = Progress {
             faults: self.counters.faults.load(Ordering::Relaxed),
             demand_chunks: self.counters.demand_chunks.load(Ordering::Relaxed),
+            read_ahead_chunks: self.counters.read_ahead_chunks.load(Ordering::Relaxed),
             bulk_chunks: self.counters.bulk_chunks.load(Ordering::Relaxed),
             working_set_pages: self.counters.working_set_pages.load(Ordering::Relaxed),
             frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),

@@ -39,7 +39,9 @@ fn beside(server: &ServerAddress, place: &str) -> Result<Figure> {
     }
     let ratio = median(&mut with) / median(&mut without);
     Ok(Figure {
-        name: format!("touch of an absent page while the rest comes in the background, {place}: p50 beside the same without"),
+        name: format!(
+            "touch of an absent page while the rest comes in the background, {place}: p50 beside the same without"
+        ),
         value: format!(
             "**{ratio:.2} x** ({:.0} us beside {:.0} us; all there after {:.0} ms)",
             median(&mut with),

@@ -2,6 +2,7 @@
 // Where clippy takes helpers for parts of tests, too.
 #![cfg(test)]
 
+mod ahead;
 mod attach;
 mod changes;
 mod cli;

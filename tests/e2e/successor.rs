@@ -90,7 +90,8 @@ fn kill_at_each_step_over(shared: bool, test: &str, prepare: Action, begin: Acti
         println!("seed {seed}");
         fastrand::seed(seed);
         let mut victim = Victim::start(shared);
-        let mut pages = (0..PAGES - PAGES_OF_A_TRY).step_by(PAGES_OF_A_TRY);
+        // Backwards: forward, what is to be touched would be read ahead.
+        let mut pages = (0..PAGES - PAGES_OF_A_TRY).step_by(PAGES_OF_A_TRY).rev();
         let mut kills = 0;
         let mut kill_at = |moment| {
             let page = pages.next().expect("it is done in fewer steps");

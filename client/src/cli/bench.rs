@@ -29,6 +29,9 @@ pub(crate) struct BenchArgs {
     /// Seed of the order; printed in any case
     #[arg(long)]
     seed: Option<u64>,
+    /// Touch the pages one after another instead of at random
+    #[arg(long)]
+    sequential: bool,
     /// Fill in the background meanwhile
     #[arg(long)]
     fill: bool,
@@ -60,6 +63,7 @@ struct Report {
     touch_p99_us: f64,
     faults: u64,
     demand_chunks: u64,
+    read_ahead_chunks: u64,
     bulk_chunks: u64,
     working_set_pages: u64,
     frame_bytes: u64,
@@ -110,6 +114,7 @@ pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> R
         touch_p99_us: ms(percentile(99)) * 1e3,
         faults: lazy.progress.faults,
         demand_chunks: lazy.progress.demand_chunks,
+        read_ahead_chunks: lazy.progress.read_ahead_chunks,
         bulk_chunks: lazy.progress.bulk_chunks,
         working_set_pages: lazy.progress.working_set_pages,
         frame_bytes: lazy.progress.frame_bytes,
@@ -127,10 +132,10 @@ fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(us
         "{} of {}: {}, every byte right\n\
          \x20 first byte     {} after the start: connect, open, map, touch\n\
          \x20 touch          p50 {}  p90 {}  p99 {}  ({} touches of absent pages, {} threads, seed {})\n\
-         \x20 faults         {}, answered with {} chunks on demand, {} in the background\n\
+         \x20 faults         {}, answered with {} chunks on demand ({} of them read ahead), {} in the background\n\
          \x20 working set    {} pages\n\
          \x20 on the wire    {} of frames for {} of memory\n\
-         \x20 all touched    {}, in random order\n",
+         \x20 all touched    {}\n",
         r.file,
         r.reference,
         bytes(r.size_bytes),
@@ -143,6 +148,7 @@ fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(us
         r.seed,
         r.faults,
         r.demand_chunks,
+        r.read_ahead_chunks,
         r.bulk_chunks,
         r.working_set_pages,
         bytes(r.frame_bytes),
@@ -193,7 +199,9 @@ fn lazily(
     let session = Session::open(server, reference, options)?;
     let region = session.map(&args.file)?;
     let mut order: Vec<usize> = (0..region.len().div_ceil(PAGE_BYTES)).collect();
-    fastrand::Rng::with_seed(seed).shuffle(&mut order);
+    if !args.sequential {
+        fastrand::Rng::with_seed(seed).shuffle(&mut order);
+    }
 
     let threads = usize::from(args.threads);
     let pagemap = Pagemap::open()?;

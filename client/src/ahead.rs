@@ -1,0 +1,128 @@
+//! Which chunks are asked for before they are touched, because touches go forward: pure.
+//!
+//! Faults do not say which thread they are of. So touches are told apart by where they are: a touch of the chunk after the
+//! last one of a stream goes on with it. What is asked for ahead doubles each time that a stream has used up half of it; a
+//! touch elsewhere begins another stream, with nothing ahead. What has come ahead is not seen to be touched: the next
+//! touch that is seen lies behind it.
+
+use std::ops::Range;
+
+/// Streams that are told apart; the one that has not gone on for longest is given up.
+const STREAMS: usize = 16;
+/// The most that is asked for ahead, in plain bytes.
+const MOST_BYTES: usize = 2 << 20;
+
+#[derive(Debug)]
+struct Stream {
+    /// The chunk after the last that was seen to be touched.
+    next: u64,
+    /// The chunk after the last that was asked for.
+    asked: u64,
+    /// How many are asked for ahead.
+    window: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    /// The one that has gone on last comes last.
+    streams: Vec<Stream>,
+    most: u64,
+}
+
+impl Ahead {
+    pub(crate) fn new(chunk_bytes: usize) -> Self {
+        Self { streams: Vec::with_capacity(STREAMS), most: (MOST_BYTES / chunk_bytes).max(1) as u64 }
+    }
+
+    /// A chunk is touched: which ones to ask for now, beside it.
+    pub(crate) fn touched(&mut self, chunk: u64) -> Range<u64> {
+        // Another page of the last one says nothing.
+        let place = self.streams.iter().rposition(|s| (s.next - 1..=s.asked).contains(&chunk));
+        let Some(place) = place else {
+            if self.streams.len() == STREAMS {
+                self.streams.remove(0);
+            }
+            self.streams.push(Stream { next: chunk + 1, asked: chunk + 1, window: 0 });
+            return 0..0;
+        };
+        let mut stream = self.streams.remove(place);
+        let mut ahead = 0..0;
+        if chunk >= stream.next {
+            stream.next = chunk + 1;
+            if stream.asked.saturating_sub(stream.next) <= stream.window / 2 {
+                stream.window = (stream.window * 2).clamp(1, self.most);
+                let from = stream.asked.max(stream.next);
+                stream.asked = from + stream.window;
+                ahead = from..stream.asked;
+            }
+        }
+        self.streams.push(stream);
+        ahead
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_scan_is_read_ahead_by_more_and_more_and_each_chunk_once() {
+        let mut ahead = Ahead::new(64 << 10);
+        let (mut asked, mut sizes) = (Vec::new(), Vec::new());
+        for chunk in 100..1000 {
+            let range = ahead.touched(chunk);
+            // What is touched without having been read ahead is asked for by the touch.
+            if !asked.contains(&chunk) {
+                asked.push(chunk);
+            }
+            if !range.is_empty() {
+                sizes.push(range.end - range.start);
+            }
+            asked.extend(range);
+        }
+        assert_eq!(sizes[..6], [1, 2, 4, 8, 16, 32]);
+        assert!(sizes[6..].iter().all(|size| *size == 32), "at most 2 MiB");
+        assert!(asked.is_sorted() && asked.windows(2).all(|pair| pair[0] + 1 == pair[1]));
+    }
+
+    #[test]
+    fn what_came_ahead_is_not_seen_and_the_scan_goes_on_behind_it() {
+        let mut ahead = Ahead::new(64 << 10);
+        assert!(ahead.touched(5).is_empty());
+        let mut touch = 6;
+        for size in [1, 2, 4, 8] {
+            let range = ahead.touched(touch);
+            assert_eq!(range, touch + 1..touch + 1 + size);
+            touch = range.end;
+        }
+        // It goes elsewhere.
+        assert!(ahead.touched(900).is_empty());
+        assert_eq!(ahead.touched(901), 902..903);
+    }
+
+    #[test]
+    fn several_scans_at_once_are_told_apart() {
+        let mut ahead = Ahead::new(64 << 10);
+        for step in 0..10 {
+            for scan in 0..STREAMS as u64 {
+                assert_eq!(ahead.touched(scan * 1000 + step).is_empty(), ![1, 2, 3, 6].contains(&step));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn scattered_touches_bring_nothing_and_any_bring_only_what_lies_ahead(
+            chunks in proptest::collection::vec(0u64..50, 0..300),
+        ) {
+            let (mut ahead, mut scattered) = (Ahead::new(64 << 10), Ahead::new(64 << 10));
+            for chunk in chunks {
+                prop_assert!(scattered.touched(chunk * 2).is_empty(), "every second chunk at most");
+                let range = ahead.touched(chunk);
+                prop_assert!(range.is_empty() || range.start > chunk && range.end - range.start <= 32);
+            }
+        }
+    }
+}

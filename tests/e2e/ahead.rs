@@ -1,0 +1,117 @@
+//! What is asked for before it is touched, on both lanes.
+
+use crate::session::Source;
+use bytes::Bytes;
+use postcopy::{LossPolicy, Options, Session};
+use postcopy_proto::v1::chunk_answer;
+use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::fixtures::memory_like;
+use postcopy_tests::link::{Link, Quality};
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::time::Duration;
+
+const PAGE: usize = 4096;
+const CHUNK: usize = 64 << 10;
+const CHUNKS: usize = 512;
+const WATCHDOG: Duration = Duration::from_secs(100);
+const OPTIONS: Options = Options {
+    fault_deadline: Duration::from_secs(60),
+    on_loss: LossPolicy::Poison,
+    working_set: false,
+    fill: false,
+    record: false,
+    track_writes: false,
+};
+
+fn start() -> Source {
+    Source::start(memory_like(CHUNKS * CHUNK, 41), CHUNK)
+}
+
+fn touch(region: &[u8], source: &Source, page: usize) {
+    assert!(region[page * PAGE..][..PAGE] == source.bytes[page * PAGE..][..PAGE], "page {page}");
+}
+
+#[test]
+fn a_scan_is_read_ahead_and_no_chunk_comes_twice() {
+    within(WATCHDOG, || {
+        let source = start();
+        let chaos = Chaos::start(source.server.address(), Lies::default());
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), OPTIONS).unwrap();
+        let region = session.map("mem").unwrap();
+        // Two at once, each from an end of its own.
+        std::thread::scope(|scope| {
+            for half in 0..2 {
+                let (region, source, pages) = (&region, &source, region.len() / PAGE / 2);
+                scope.spawn(move || {
+                    (half * pages..(half + 1) * pages).for_each(|page| touch(region, source, page))
+                });
+            }
+        });
+        let progress = session.progress();
+        assert!(progress.read_ahead_chunks > CHUNKS as u64 * 3 / 4, "{progress:?}");
+        assert!(chaos.asked().demand().values().all(|times| *times == 1));
+    });
+}
+
+#[test]
+fn scattered_touches_bring_nothing_ahead() {
+    within(WATCHDOG, || {
+        let source = start();
+        let session = source.open(OPTIONS);
+        let region = session.map("mem").unwrap();
+        let mut chunks: Vec<usize> = (0..CHUNKS).step_by(2).collect();
+        fastrand::shuffle(&mut chunks);
+        chunks.iter().for_each(|chunk| touch(&region, &source, chunk * CHUNK / PAGE + fastrand::usize(..16)));
+        let progress = session.progress();
+        assert_eq!((progress.read_ahead_chunks, progress.demand_chunks), (0, CHUNKS as u64 / 2));
+    });
+}
+
+#[test]
+fn what_was_read_ahead_and_is_wrong_comes_when_it_is_touched() {
+    within(WATCHDOG, || {
+        let source = start();
+        let seen = Mutex::new(HashSet::new());
+        let lies = Lies::default().chunk(move |_, mut answer| {
+            // The first answer for every third chunk, and a second one for some of these: no more than a touch can bear.
+            let is_new = seen.lock().unwrap().insert(answer.chunk);
+            match answer.chunk % 9 {
+                0 if is_new => answer.result = None,
+                3 if is_new => {
+                    answer.result = Some(chunk_answer::Result::Frame(Bytes::from_static(&[7; 40])))
+                }
+                6 if is_new => return Vec::new(),
+                _ => {}
+            }
+            vec![answer]
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        // What never comes is asked for again when its time is over, if it was read ahead, and lost if it was touched.
+        let options =
+            Options { fault_deadline: Duration::from_secs(1), on_loss: LossPolicy::Wait, ..OPTIONS };
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        (0..40 * CHUNK / PAGE).for_each(|page| touch(&region, &source, page));
+        assert!(session.progress().read_ahead_chunks > 10);
+    });
+}
+
+#[test]
+fn from_afar_hardly_a_chunk_is_asked_for_on_both_lanes() {
+    within(WATCHDOG, || {
+        let source = start();
+        let chaos = Chaos::start(source.server.address(), Lies::default());
+        let quality = Quality { round_trip: Duration::from_millis(10), bytes_per_second: 25e6 };
+        let link = Link::to(&chaos.address().to_string(), quality);
+        let options = Options { fill: true, ..OPTIONS };
+        let session = Session::open(link.address(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        // Where the fill is at work.
+        (0..CHUNKS * CHUNK / PAGE).for_each(|page| touch(&region, &source, page));
+        let (demand, bulk) = (chaos.asked().demand(), chaos.asked().bulk());
+        let both = demand.keys().filter(|chunk| bulk.contains_key(*chunk)).count();
+        println!("{} on demand, {} in bulk, {both} on both", demand.len(), bulk.len());
+        assert!(both < CHUNKS / 16, "{both} of {CHUNKS} chunks");
+    });
+}
