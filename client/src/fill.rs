@@ -159,10 +159,6 @@ impl Fill {
 
     /// Has the working set come. Where that does not go well its pages come as they are touched.
     async fn bring_working_set(&self) {
-        // Before there is memory there is nowhere to put it.
-        while !self.shared.has_ended() && self.shared.spaces().regions().is_empty() {
-            self.shared.fill_work.notified().await;
-        }
         self.shared.set_filling(true);
         for _ in 0..MAX_ATTEMPTS {
             if self.shared.has_ended() || self.receive_working_set().await.is_ok() {
@@ -174,9 +170,16 @@ impl Fill {
         self.shared.set_filling(false);
     }
 
+    /// Until the memory that there is is another one, or the session ends.
+    async fn wait_while(&self, condition: impl Fn(&Spaces) -> bool) {
+        while !self.shared.has_ended() && condition(&self.shared.spaces()) {
+            self.shared.fill_work.notified().await;
+        }
+    }
+
     async fn receive_working_set(&self) -> Result<(), RemoteError> {
         let server = &self.shared.address;
-        let spaces = self.shared.spaces();
+        // At once: what comes before there is memory waits in the lane's window.
         let ask = async {
             let lane = BulkLane::open(server, &self.shared.image.digest()).await?;
             let request = v1::StreamChunksRequest { working_set: true, ..Default::default() };
@@ -184,16 +187,15 @@ impl Fill {
             let _ = lane.requests.send(request).await;
             Ok(lane)
         };
-        // Frames are proved against segments, which may be still to come.
-        let (lane, segments) = tokio::join!(ask, self.bring_segments(spaces.regions()));
-        segments?;
-        let mut lane = lane?;
-        // What comes meanwhile waits in the lane's window.
-        while !self.shared.has_ended()
-            && !self.shared.spaces().spaces().iter().all(|space| space.is_settled())
-        {
-            self.shared.fill_work.notified().await;
-        }
+        let prepare = async {
+            self.wait_while(|spaces| spaces.regions().is_empty()).await;
+            // Frames are proved against segments, which may be still to come.
+            self.bring_segments(self.shared.spaces().regions()).await?;
+            self.wait_while(|spaces| !spaces.spaces().iter().all(|space| space.is_settled())).await;
+            Ok(())
+        };
+        let (lane, prepared) = tokio::join!(ask, prepare);
+        let (mut lane, ()) = (lane?, prepared?);
         loop {
             let message = within(server, "working set", lane.answers.message()).await?;
             let message = message.map_err(server.status("the working set"))?;

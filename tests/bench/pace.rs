@@ -1,4 +1,5 @@
-//! Touches of absent pages while everything else comes in the background, beside the same without that.
+//! Touches of absent pages while everything else comes in the background, beside the same without that; and touches one
+//! after another, which are read ahead, beside touches at random.
 
 use crate::{Figure, median};
 use anyhow::{Context, Result};
@@ -21,10 +22,37 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
     std::fs::write(&path, memory_like(BYTES, 3))?;
     let server = Server::start();
     let _ = run(server.address(), ["push".as_ref(), path.as_os_str(), "mem".as_ref()]);
-    let near = beside(server.address(), "on one machine")?;
     let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: 125e6 };
     let link = Link::to(&server.address().to_string(), quality);
-    Ok(vec![near, beside(link.address(), "1 ms and 1 Gbit/s away")?])
+    let mut figures = Vec::new();
+    for (address, place) in [(server.address(), "on one machine"), (link.address(), "1 ms and 1 Gbit/s away")]
+    {
+        figures.push(beside(address, place)?);
+        figures.push(scan(address, place)?);
+    }
+    Ok(figures)
+}
+
+fn scan(server: &ServerAddress, place: &str) -> Result<Figure> {
+    let (mut forward, mut scattered) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let seed = round.to_string();
+        let args = ["bench", "mem", "mem", "--no-eager", "--seed", &seed];
+        scattered.push(number(&run(server, args), "all_touched_ms")?);
+        forward.push(number(&run(server, args.iter().chain(&["--sequential"])), "all_touched_ms")?);
+    }
+    let ratio = median(&mut forward) / median(&mut scattered);
+    Ok(Figure {
+        name: format!("256 MiB touched one after another, {place}, beside the same at random"),
+        value: format!(
+            "**{ratio:.2} x** ({:.0} ms beside {:.0} ms)",
+            median(&mut forward),
+            median(&mut scattered)
+        ),
+        bar: "none".into(),
+        met: true,
+        raw: json!({ "forward_ms": forward, "scattered_ms": scattered }),
+    })
 }
 
 fn beside(server: &ServerAddress, place: &str) -> Result<Figure> {
