@@ -5,7 +5,7 @@ use postcopy_proto::page::ChunkIndex;
 use std::collections::{HashMap, VecDeque};
 
 /// The most memory that they may take. What is beyond is fetched again.
-const MOST_BYTES: usize = 64 << 20;
+const MOST_BYTES: usize = 256 << 20;
 
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
