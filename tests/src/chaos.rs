@@ -363,8 +363,9 @@ impl PageService for Between {
             message.chunks = chunks.flat_map(|answer| lies.chunks(Lane::Bulk, answer)).collect();
             if let Some(lie) = &lies.set_frame {
                 let frames = message.working_set_frames.into_iter();
-                // It may wait.
-                message.working_set_frames = tokio::task::block_in_place(|| frames.map(lie).collect());
+                #[expect(clippy::disallowed_methods, reason = "a lie may wait, and there are other workers")]
+                let frames = tokio::task::block_in_place(|| frames.map(lie).collect());
+                message.working_set_frames = frames;
             }
             vec![message]
         };
