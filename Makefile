@@ -6,14 +6,14 @@ CARGO ?= cargo
 # Another file for the demo: make demo FILE=/path/to/model.bin
 FILE ?=
 
-.PHONY: help build demo test soak test-list lint bench clean
+.PHONY: help build demo test soak test-list lint bench bench-full bench-build clean
 
 help:
 	@echo "make demo    push a large file and use it lazily (FILE=... for one of yours); restore a Redis, where CRIU runs"
 	@echo "make test    all tests"
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting and clippy"
-	@echo "make bench   the figures of docs/BENCHMARKS.md"
+	@echo "make bench   real programs restored over a network, into docs/BENCHMARKS.md; make bench-full: all figures there"
 	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
 
 build:
@@ -46,11 +46,19 @@ lint:
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
 
-bench:
-	@tests/setup build
+# Two programs over one network: the table and the plots, in docs.
+bench: bench-build
+	target/release/postcopy-bench --docs docs programs
+
+# All of it; takes hours.
+bench-full: bench-build
+	target/release/postcopy-bench --docs docs programs-full chunks restores threads
+	target/release/postcopy-bench
+
+bench-build:
+	@tests/setup bench
 	$(CARGO) build --release --workspace --bins
-	$(CARGO) run --release --package postcopy-tests --bin postcopy-bench
 
 clean:
 	$(CARGO) clean
-	rm -rf .venv
+	rm -rf .venv .venv-bench

@@ -1,6 +1,6 @@
 //! Cores and the time spent on them.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use rustix::thread::CpuSet;
 use std::process::Command;
 use std::time::Duration;
@@ -40,4 +40,31 @@ pub(crate) fn time_of(pid: u32) -> Result<Duration> {
         nanoseconds += stat.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
     }
     Ok(Duration::from_nanos(nanoseconds))
+}
+
+/// CPU seconds of a process, its threads that have ended included.
+pub(crate) fn seconds_of(pid: u32) -> Result<f64> {
+    Ok(Times::of(&format!("{pid}"))?.own)
+}
+
+/// CPU seconds of the children that this process has waited for, and of theirs.
+pub(crate) fn seconds_of_children() -> Result<f64> {
+    Ok(Times::of("self")?.children)
+}
+
+/// What proc_pid_stat(5) says, in hundredths of a second there.
+struct Times {
+    own: f64,
+    children: f64,
+}
+
+impl Times {
+    fn of(process: &str) -> Result<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+        // After the name, which may hold anything: the third field and on.
+        let fields = stat.rsplit(") ").next().unwrap_or_default().split_whitespace();
+        let ticks: Vec<f64> = fields.skip(11).take(4).filter_map(|field| field.parse().ok()).collect();
+        let &[user, system, of_children, system_of_children] = ticks.as_slice() else { bail!("{stat:?}") };
+        Ok(Self { own: (user + system) / 100.0, children: (of_children + system_of_children) / 100.0 })
+    }
 }

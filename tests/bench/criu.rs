@@ -1,5 +1,6 @@
 //! `postcopy criu` beside criu's own ways: a plain restore, and `criu lazy-pages`.
 
+use crate::arms::copy;
 use crate::{Figure, median};
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
@@ -9,8 +10,6 @@ use postcopy_tests::daemon::Daemon;
 use postcopy_tests::link::{Link, Quality};
 use postcopy_tests::server::Server;
 use serde_json::json;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -195,30 +194,4 @@ pub(crate) fn remote() -> Result<Vec<Figure>> {
             raw: json!({ "ratios": wire }),
         },
     ])
-}
-
-/// Sends so many bytes over a link.
-fn copy(bytes: u64, quality: Quality) -> Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let link = Link::to(&format!("http://{}", listener.local_addr()?), quality);
-    let sender = std::thread::spawn(move || -> Result<()> {
-        let (mut stream, _) = listener.accept()?;
-        let piece = vec![7; 1 << 20];
-        let mut left = bytes;
-        while left > 0 {
-            let count = usize::try_from(left)?.min(piece.len());
-            stream.write_all(&piece[..count])?;
-            left -= count as u64;
-        }
-        Ok(())
-    });
-    let address = link.address().to_string();
-    let mut stream = TcpStream::connect(address.trim_start_matches("http://"))?;
-    let (mut piece, mut received) = (vec![0; 1 << 20], 0);
-    while received < bytes {
-        let count = stream.read(&mut piece)?;
-        ensure!(count > 0, "the link has ended");
-        received += count as u64;
-    }
-    sender.join().expect("it does not panic")
 }

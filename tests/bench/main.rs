@@ -3,8 +3,11 @@
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
 //! all, or those named: touch, fill, pace, push, memory, changes, kills,
-//! machines, criu, criu-remote. Prints a table in Markdown and, with `--json FILE`, the raw values.
+//! machines, criu, criu-remote, programs, programs-full, chunks, restores, threads. Prints a table in Markdown and,
+//! with `--json FILE`, the raw values.
+//! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench.
 
+mod arms;
 mod changes;
 mod cpu;
 mod criu;
@@ -13,11 +16,21 @@ mod fill;
 mod floor;
 mod memory;
 mod pace;
+mod plot;
+mod programs;
 mod push;
+mod report;
+mod sweeps;
 mod touch;
+mod workloads;
 
-use anyhow::{Result, bail};
+use crate::programs::Plan;
+use crate::report::{Documents, Report};
+use anyhow::{Result, ensure};
 use serde_json::json;
+use std::path::Path;
+
+const SWEEP_ROUNDS: u64 = 7;
 
 /// One line of the table.
 struct Figure {
@@ -33,11 +46,11 @@ fn main() -> Result<()> {
     if names.first().is_some_and(|name| name == "floor-server") {
         return floor::serve();
     }
-    let json = match names.iter().position(|name| name == "--json") {
-        Some(at) if at + 1 < names.len() => names.drain(at..at + 2).nth(1),
-        Some(_) => bail!("--json needs a file"),
-        None => None,
-    };
+    let json = option(&mut names, "--json")?;
+    let documents = option(&mut names, "--docs")?.map(|docs| Documents {
+        folder: Path::new(&docs).join("bench"),
+        document: Path::new(&docs).join("BENCHMARKS.md"),
+    });
     let wanted = |name: &str| names.is_empty() || names.iter().any(|n| n == name);
     let mut figures = Vec::new();
     if wanted("touch") {
@@ -71,6 +84,29 @@ fn main() -> Result<()> {
     if wanted("criu-remote") {
         figures.extend(criu::remote()?);
     }
+    let mut show = |report: Report, beside: Vec<Figure>| {
+        println!("{}", report.table);
+        figures.extend(beside);
+        documents.as_ref().map_or(Ok(()), |documents| documents.write(&report))
+    };
+    // Those that take longer are measured only when they are named.
+    let named = |name: &str| names.iter().any(|n| n == name);
+    if named("programs") {
+        programs::measure(&Plan::short(), &mut show)?;
+    }
+    if named("programs-full") {
+        programs::measure(&Plan::full(), &mut show)?;
+    }
+    if named("chunks") {
+        show(sweeps::chunks(SWEEP_ROUNDS)?, Vec::new())?;
+    }
+    if named("restores") {
+        let (report, figures) = sweeps::restores(SWEEP_ROUNDS)?;
+        show(report, figures)?;
+    }
+    if named("threads") {
+        show(sweeps::threads(SWEEP_ROUNDS)?, Vec::new())?;
+    }
     println!("| figure | measured | bar | |\n|---|---|---|---|");
     for Figure { name, value, bar, met, .. } in &figures {
         println!("| {name} | {value} | {bar} | {} |", if *met { "met" } else { "missed" });
@@ -81,6 +117,13 @@ fn main() -> Result<()> {
         std::fs::write(path, serde_json::to_string_pretty(&raw)?)?;
     }
     Ok(())
+}
+
+/// Takes an option and its value out of the arguments.
+fn option(arguments: &mut Vec<String>, name: &str) -> Result<Option<String>> {
+    let Some(at) = arguments.iter().position(|argument| argument == name) else { return Ok(None) };
+    ensure!(at + 1 < arguments.len(), "{name} needs a value");
+    Ok(arguments.drain(at..at + 2).nth(1))
 }
 
 /// The middle of the values, which are sorted by this.

@@ -1,0 +1,270 @@
+//! Real programs, restored over a link: how soon they give their first answer, by each way of [`Arm`].
+//!
+//! A working set is recorded with one request, and every run asks another one. The ways take turns.
+
+use crate::arms::{Arm, Dumped, Run};
+use crate::plot::{self, Bar};
+use crate::report::Report;
+use crate::workloads::Workload;
+use crate::{Figure, median, percentile};
+use anyhow::Result;
+use postcopy::proto::v1::GetWorkingSetRequest;
+use postcopy::proto::v1::working_set_service_client::WorkingSetServiceClient;
+use postcopy_tests::cli::postcopy;
+use postcopy_tests::link::Quality;
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::time::Duration;
+
+/// Seeds of the requests that are recorded, and compared with one another.
+const RECORDED: [u64; 2] = [1, 2];
+const FIRST_SEED: u64 = 100;
+const GIGABIT: f64 = 125e6;
+/// More than a proxy on loopback forwards.
+const UNLIMITED: f64 = 1e12;
+
+/// A network, and what it is called in files' names.
+#[derive(Clone, Copy)]
+pub(crate) struct Network {
+    name: &'static str,
+    pub(crate) about: &'static str,
+    pub(crate) quality: Quality,
+}
+
+const fn network(name: &'static str, about: &'static str, micros: u64, bytes_per_second: f64) -> Network {
+    Network { name, about, quality: Quality { round_trip: Duration::from_micros(micros), bytes_per_second } }
+}
+
+/// The one of the short benchmark.
+pub(crate) const NEAR: Network = network("1ms-1gbit", "1 ms, 1 Gbit/s", 1000, GIGABIT);
+const FAR: Network = network("10ms-1gbit", "10 ms, 1 Gbit/s", 10_000, GIGABIT);
+const NETWORKS: [Network; 8] = [
+    NEAR,
+    FAR,
+    network("0ms-1gbit", "no delay, 1 Gbit/s", 0, GIGABIT),
+    network("0.2ms-1gbit", "0.2 ms, 1 Gbit/s", 200, GIGABIT),
+    network("0ms", "no delay, no limit", 0, UNLIMITED),
+    network("0.2ms", "0.2 ms, no limit", 200, UNLIMITED),
+    network("1ms", "1 ms, no limit", 1000, UNLIMITED),
+    network("10ms", "10 ms, no limit", 10_000, UNLIMITED),
+];
+
+/// What is measured: programs, networks, and how often.
+pub(crate) struct Plan {
+    pub(crate) workloads: Vec<(Workload, Vec<Network>)>,
+    pub(crate) rounds: u64,
+}
+
+impl Plan {
+    /// Two programs, one network.
+    pub(crate) fn short() -> Self {
+        let near = |workload| (workload, vec![NEAR]);
+        Self { workloads: [Workload::Redis, Workload::Python].map(near).into(), rounds: 7 }
+    }
+
+    /// All programs over two networks, and one over all of them.
+    pub(crate) fn full() -> Self {
+        let networks = |workload| match workload {
+            Workload::Redis => NETWORKS.to_vec(),
+            _ => vec![NEAR, FAR],
+        };
+        Self { workloads: Workload::ALL.map(|workload| (workload, networks(workload))).into(), rounds: 30 }
+    }
+}
+
+pub(crate) fn measure(plan: &Plan, mut done: impl FnMut(Report, Vec<Figure>) -> Result<()>) -> Result<()> {
+    for (workload, networks) in &plan.workloads {
+        let asked = FIRST_SEED..FIRST_SEED + plan.rounds;
+        let mut dumped = Dumped::new(*workload, RECORDED.into_iter().chain(asked.clone()))?;
+        let recorded = Recorded::new(&mut dumped)?;
+        for network in networks {
+            let mut runs = Arm::EACH.map(|arm| (arm, Vec::new()));
+            for seed in asked.clone() {
+                for (arm, runs) in &mut runs {
+                    let run = dumped.run(*arm, network.quality, seed)?;
+                    eprintln!("{} {} {}: {run:.3?}", workload.name(), network.name, arm.name());
+                    runs.push(run);
+                }
+            }
+            let figures = figures(*workload, *network, &dumped, &runs);
+            done(report(*workload, *network, &dumped, &recorded, &runs), figures)?;
+        }
+    }
+    Ok(())
+}
+
+/// What two recordings have in common. The first one is the image's working set afterwards.
+struct Recorded {
+    pages: usize,
+    frame_bytes: u64,
+    /// Of the first, the share that the second has not touched.
+    wasted: f64,
+    /// Of the second, the share that is not in the first.
+    missed: f64,
+}
+
+impl Recorded {
+    fn new(dumped: &mut Dumped) -> Result<Self> {
+        let [first, second] = RECORDED;
+        dumped.record(second)?;
+        let (other, _) = working_set(dumped)?;
+        let removed = postcopy(dumped.server.address(), ["working-set", "rm", "app"]).status()?;
+        anyhow::ensure!(removed.success(), "a working set can be removed");
+        dumped.record(first)?;
+        let (pages, frame_bytes) = working_set(dumped)?;
+        #[expect(clippy::cast_precision_loss, reason = "a share")]
+        let share = |a: &BTreeSet<_>, b: &BTreeSet<_>| a.difference(b).count() as f64 / a.len() as f64;
+        Ok(Self {
+            pages: pages.len(),
+            frame_bytes,
+            wasted: share(&pages, &other),
+            missed: share(&other, &pages),
+        })
+    }
+}
+
+/// The pages of the image's working set, and the bytes of its frames.
+fn working_set(dumped: &Dumped) -> Result<(BTreeSet<(u32, u32)>, u64)> {
+    let address = dumped.server.address().to_string();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut service = WorkingSetServiceClient::connect(address).await?;
+        let request = GetWorkingSetRequest { reference: "app".into() };
+        let mut parts = service.get_working_set(request).await?.into_inner();
+        let (mut pages, mut frame_bytes) = (BTreeSet::new(), 0);
+        while let Some(part) = parts.message().await? {
+            frame_bytes += part.working_set.map_or(0, |set| set.frame_bytes);
+            let span = |span: postcopy::proto::v1::PageSpan| {
+                (span.first..span.first + span.count).map(move |page| (span.file, page))
+            };
+            pages.extend(part.pages.into_iter().flat_map(span));
+        }
+        Ok((pages, frame_bytes))
+    })
+}
+
+fn of(runs: &[Run], field: impl Fn(&Run) -> f64) -> Vec<f64> {
+    runs.iter().map(field).collect()
+}
+
+fn answered(runs: &[(Arm, Vec<Run>)], arm: Arm) -> Vec<f64> {
+    let runs = runs.iter().find(|(of, _)| *of == arm).map(|(_, runs)| &runs[..]);
+    of(runs.unwrap_or_default(), |run| run.answered)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "bytes as MiB")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn report(
+    workload: Workload,
+    network: Network,
+    dumped: &Dumped,
+    recorded: &Recorded,
+    runs: &[(Arm, Vec<Run>)],
+) -> Report {
+    let name = format!("{}-{}", workload.name(), network.name);
+    let Recorded { pages, frame_bytes, wasted, missed } = recorded;
+    let mut table = format!(
+        "**{}**, restored over {}. {} runs each, in turns; medians, and quartiles of the first answer. Images: {:.0} MiB. The \
+         working set, recorded with another request: {pages} pages, {:.1} MiB on the wire; a request leaves {:.0} % of it \
+         untouched, and {:.1} % of what it touches is not in it.\n\n\
+         | | first answer | all there | on the wire | CPU here | CPU of the server |\n|---|---|---|---|---|---|\n",
+        workload.about(),
+        network.about,
+        runs[0].1.len(),
+        mib(dumped.image_bytes),
+        mib(*frame_bytes),
+        wasted * 100.0,
+        missed * 100.0
+    );
+    let mut bars = Vec::new();
+    for (arm, runs) in runs {
+        let mut first = of(runs, |run| run.answered);
+        let (low, middle, high) =
+            (percentile(&mut first, 25), median(&mut first), percentile(&mut first, 75));
+        let mut resident: Vec<f64> = runs.iter().filter_map(|run| run.resident).collect();
+        let resident = match median(&mut resident) {
+            seconds if seconds.is_nan() => "–".to_owned(),
+            seconds => format!("{seconds:.2} s"),
+        };
+        let wire = median(&mut of(runs, |run| mib(run.wire_bytes)));
+        let wire = if arm.is_remote() { format!("{wire:.1} MiB") } else { "–".to_owned() };
+        let _ = writeln!(
+            table,
+            "| {} | **{middle:.3} s** ({low:.3} to {high:.3}) | {resident} | {wire} | {:.2} s | {:.2} s |",
+            arm.name(),
+            median(&mut of(runs, |run| run.client_cpu)),
+            median(&mut of(runs, |run| run.server_cpu))
+        );
+        let group = match arm {
+            Arm::Lazy | Arm::WorkingSet | Arm::All => 0,
+            Arm::Copied => 1,
+            _ => 5,
+        };
+        bars.push(Bar { name: arm.name().into(), low, middle, high, group });
+    }
+    let raw: serde_json::Map<_, _> = runs
+        .iter()
+        .map(|(arm, runs)| {
+            let raw = json!({ "answered": of(runs, |r| r.answered), "resident": runs.iter().map(|r| r.resident).collect::<Vec<_>>(),
+                "wire_bytes": runs.iter().map(|r| r.wire_bytes).collect::<Vec<_>>(),
+                "client_cpu": of(runs, |r| r.client_cpu), "server_cpu": of(runs, |r| r.server_cpu) });
+            (arm.name().to_owned(), raw)
+        })
+        .collect();
+    let title = format!("{}: seconds to the first answer, over {}", workload.about(), network.about);
+    Report {
+        name,
+        table,
+        plot: Some(plot::bars(&title, "s", &bars)),
+        raw: json!({ "arms": raw, "image_bytes": dumped.image_bytes, "working_set_pages": pages,
+            "working_set_bytes": frame_bytes, "wasted": wasted, "missed": missed }),
+    }
+}
+
+/// What is beside a bar.
+fn figures(workload: Workload, network: Network, dumped: &Dumped, runs: &[(Arm, Vec<Run>)]) -> Vec<Figure> {
+    let name = |what: &str| format!("{}, {}: {what}", workload.name(), network.about);
+    let middle = |arm| median(&mut answered(runs, arm));
+    let beside = |what: &str, arm: Arm, other: f64, bar: f64| {
+        let ratio = middle(arm) / other;
+        Figure {
+            name: name(what),
+            value: format!("**{ratio:.2} x** ({:.3} s beside {other:.3} s)", middle(arm)),
+            bar: format!("≤ {bar} x"),
+            met: ratio <= bar,
+            raw: json!({ "ratio": ratio }),
+        }
+    };
+    let all = runs.iter().find(|(arm, _)| *arm == Arm::All).map(|(_, runs)| &runs[..]).unwrap_or_default();
+    let wire = median(&mut of(all, |run| mib(run.wire_bytes))) / mib(dumped.image_bytes);
+    let local = middle(Arm::Local).min(middle(Arm::CriuLazy));
+    let mut figures = vec![
+        beside(
+            "first answer with a working set, beside the better of criu's ways with the images here",
+            Arm::WorkingSet,
+            local,
+            0.75,
+        ),
+        Figure {
+            name: name("bytes on the wire until all is there, beside the images'"),
+            value: format!("**{wire:.2} x**"),
+            bar: "≤ 0.45 x".into(),
+            met: wire <= 0.45,
+            raw: json!({ "ratio": wire }),
+        },
+    ];
+    if network.name == NEAR.name {
+        let copied = middle(Arm::Copied);
+        figures.push(beside(
+            "first answer with a working set, beside copying the images first",
+            Arm::WorkingSet,
+            copied,
+            0.15,
+        ));
+    }
+    figures
+}
