@@ -52,7 +52,7 @@ bench: bench-build
 
 # All of it; takes hours.
 bench-full: bench-build
-	target/release/postcopy-bench --docs docs programs-full chunks restores threads
+	target/release/postcopy-bench --docs docs programs-full mapped chunks restores threads
 	target/release/postcopy-bench
 
 bench-build:

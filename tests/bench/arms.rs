@@ -221,7 +221,7 @@ impl Dumped {
 }
 
 /// Has the page cache forget the files of a directory.
-fn forget(folder: &Path) -> Result<()> {
+pub(crate) fn forget(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         if path.is_file() {

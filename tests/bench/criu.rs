@@ -53,6 +53,38 @@ impl Dumped {
         self.folder.path().join(name)
     }
 
+    /// With criu's own daemon.
+    fn by_criu(&self, times: &mut Times) -> Result<()> {
+        let images = self.path("images");
+        let socket = images.join("lazy-pages.socket");
+        let _ = std::fs::remove_file(&socket);
+        let mut command = self.criu.command("usr/sbin/criu");
+        command.args(["lazy-pages", "-D"]).arg(&images).stderr(std::process::Stdio::null());
+        let mut daemon = command.spawn()?;
+        wait(|| socket.exists())?;
+        let (_restored, started) = self.restore(&images, &["--lazy-pages"], times)?;
+        daemon.wait()?;
+        times.drained.push(started.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// With ours. One that records brings no more than is touched, and ends with its program.
+    fn by_us(&self, name: &str, more: &[&str], times: &mut Times) -> Result<()> {
+        let images = self.path(name);
+        let args = ["pull".as_ref(), "app".as_ref(), images.as_os_str(), "--criu".as_ref()];
+        let _ = run(self.server.address(), args);
+        let args = ["criu", "-D", images.to_str().expect("a path of ours"), "--image", "app"];
+        let mut daemon = Daemon::start(self.server.address(), args.iter().chain(more));
+        let (restored, started) = self.restore(&images, &["--lazy-pages"], times)?;
+        if more.is_empty() {
+            daemon.wait();
+            times.drained.push(started.elapsed().as_secs_f64());
+        }
+        drop(restored);
+        daemon.wait();
+        Ok(())
+    }
+
     /// Restores and measures the time to the first heartbeat, and until a quarter of the pages has been touched.
     fn restore(&self, images: &Path, more: &[&str], times: &mut Times) -> Result<(Restored, Instant)> {
         let path = self.path("status");
@@ -88,32 +120,15 @@ pub(crate) fn local() -> Result<Vec<Figure>> {
     for round in 0..ROUNDS {
         drop(empty.restore(&empty.path("images"), &[], &mut nothing)?);
         drop(dumped.restore(&dumped.path("images"), &[], &mut plain)?);
-        // criu's own daemon.
-        let images = dumped.path("images");
-        let socket = images.join("lazy-pages.socket");
-        let _ = std::fs::remove_file(&socket);
-        let mut daemon = dumped
-            .criu
-            .command("usr/sbin/criu")
-            .args(["lazy-pages", "-D"])
-            .arg(&images)
-            .stderr(std::process::Stdio::null())
-            .spawn()?;
-        wait(|| socket.exists())?;
-        let (restored, started) = dumped.restore(&images, &["--lazy-pages"], &mut theirs)?;
-        daemon.wait()?;
-        theirs.drained.push(started.elapsed().as_secs_f64());
-        drop(restored);
-        // And ours.
-        let images = dumped.path(&format!("lazy-{round}"));
-        let args = ["pull".as_ref(), "app".as_ref(), images.as_os_str(), "--criu".as_ref()];
-        let _ = run(dumped.server.address(), args);
-        let args = ["criu", "-D", images.to_str().expect("a path of ours"), "--image", "app"];
-        let mut daemon = Daemon::start(dumped.server.address(), args);
-        let (restored, started) = dumped.restore(&images, &["--lazy-pages"], &mut ours)?;
-        daemon.wait();
-        ours.drained.push(started.elapsed().as_secs_f64());
-        drop(restored);
+        dumped.by_criu(&mut theirs)?;
+        dumped.by_us(&format!("lazy-{round}"), &[], &mut ours)?;
+    }
+    // What one restore has touched, for the next ones.
+    dumped.by_us("recorded", &["--record"], &mut Times::default())?;
+    let (mut ours_with_set, mut theirs_then) = (Times::default(), Times::default());
+    for round in 0..ROUNDS {
+        dumped.by_criu(&mut theirs_then)?;
+        dumped.by_us(&format!("set-{round}"), &[], &mut ours_with_set)?;
     }
     let more_ms = (median(&mut ours.heartbeat) - median(&mut nothing.heartbeat)) * 1000.0;
     let heartbeat = Figure {
@@ -141,7 +156,16 @@ pub(crate) fn local() -> Result<Vec<Figure>> {
     };
     let quarter = beside("25 % of the pages touched at random", &mut ours.quarter, &mut theirs.quarter, 1.0);
     let drained = beside("all transferred", &mut ours.drained, &mut theirs.drained, 0.7);
-    Ok(vec![heartbeat, quarter, drained])
+    let with_set = |what: &str| format!("{what}, with a working set of the same touches");
+    let set_quarter = beside(
+        &with_set("25 % of the pages touched at random"),
+        &mut ours_with_set.quarter,
+        &mut theirs_then.quarter,
+        0.6,
+    );
+    let set_drained =
+        beside(&with_set("all transferred"), &mut ours_with_set.drained, &mut theirs_then.drained, 0.6);
+    Ok(vec![heartbeat, quarter, drained, set_quarter, set_drained])
 }
 
 /// A store that is 1 ms away, over 1 Gbit/s.

@@ -23,16 +23,7 @@ pub(crate) fn measure() -> Result<Figure> {
     std::fs::write(&path, &bytes)?;
     let server = Server::start();
     let pushed = run(server.address(), ["push".as_ref(), path.as_os_str(), "mem".as_ref()]);
-    let mut encoder = FrameEncoder::new(LEVEL);
-    let frames: Vec<Vec<u8>> = bytes
-        .chunks(CHUNK)
-        .map(|chunk| {
-            let mut frame = Vec::new();
-            encoder.encode(chunk, &mut frame);
-            frame
-        })
-        .collect();
-
+    let frames = frames(&bytes);
     let (mut ratios, mut times, mut sums) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let started = Instant::now();
@@ -43,7 +34,8 @@ pub(crate) fn measure() -> Result<Figure> {
         let ours = started.elapsed().as_secs_f64();
         anyhow::ensure!(*region == bytes[..], "wrong bytes");
         drop((region, session));
-        let alone = decode_alone(&frames)? + hash_alone(&bytes) + floor::copy_alone(&bytes)?.as_secs_f64();
+        let alone =
+            decode_alone(&frames)? + hash_alone(&bytes) + floor::copy_alone(&bytes, CHUNK)?.as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "a few cores")]
         let least = alone / cpu::cores() as f64;
         ratios.push(least / ours);
@@ -66,7 +58,18 @@ pub(crate) fn measure() -> Result<Figure> {
     })
 }
 
-fn decode_alone(frames: &[Vec<u8>]) -> Result<f64> {
+/// The bytes as frames.
+pub(crate) fn frames(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut encoder = FrameEncoder::new(LEVEL);
+    let encode = |chunk| {
+        let mut frame = Vec::new();
+        encoder.encode(chunk, &mut frame);
+        frame
+    };
+    bytes.chunks(CHUNK).map(encode).collect()
+}
+
+pub(crate) fn decode_alone(frames: &[Vec<u8>]) -> Result<f64> {
     let (mut decoder, mut chunk) = (FrameDecoder::default(), vec![0; CHUNK]);
     let started = Instant::now();
     for frame in frames.iter().filter(|frame| !frame.is_empty()) {
@@ -75,7 +78,7 @@ fn decode_alone(frames: &[Vec<u8>]) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64())
 }
 
-fn hash_alone(bytes: &[u8]) -> f64 {
+pub(crate) fn hash_alone(bytes: &[u8]) -> f64 {
     let started = Instant::now();
     for chunk in bytes.chunks(CHUNK) {
         std::hint::black_box(Digest::of(chunk));

@@ -1,6 +1,6 @@
 //! The least that a fault over a network takes: a raw TCP request and response, BLAKE3, UFFDIO_COPY.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use postcopy::proto::digest::Digest;
 use postcopy::proto::page::PAGE_BYTES;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -47,40 +47,46 @@ impl FloorServer {
 
     /// Memory of `digests.len()` pages that this server fills, and the thread that does it.
     pub(crate) fn map(&self, digests: Vec<Digest>) -> Result<FloorRegion> {
-        let len = digests.len() * PAGE_BYTES;
         let mut stream = TcpStream::connect(&self.address)?;
         stream.set_nodelay(true)?;
-        let memory = Memory::reserve(len)?;
-        let uffd =
-            UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create()?;
-        uffd.register(memory.start, len)?;
-        let start = memory.start.addr();
-        let (stop, stopped) = std::os::unix::net::UnixStream::pair()?;
-        let pager = std::thread::spawn(move || -> Result<()> {
-            let (mut page, uffd_fd) = ([0u8; PAGE_BYTES], Fd(&uffd));
-            loop {
-                let mut ready = [PollFd::new(&uffd_fd, PollFlags::IN), PollFd::new(&stopped, PollFlags::IN)];
-                poll(&mut ready, None)?;
-                if !ready[1].revents().is_empty() {
-                    return Ok(());
-                }
-                while let Some(event) = uffd.read_event()? {
-                    let Event::Pagefault { addr, .. } = event else {
-                        bail!("an event that was not asked for")
-                    };
-                    let index = (addr.addr() - start) / PAGE_BYTES;
-                    stream.write_all(&(index as u64).to_le_bytes())?;
-                    stream.read_exact(&mut page)?;
-                    if Digest::of(&page) != digests[index] {
-                        bail!("a wrong page");
-                    }
-                    let source = page.as_ptr().cast();
-                    copy(&uffd, source, std::ptr::with_exposed_provenance_mut(start + index * PAGE_BYTES))?;
-                }
-            }
-        });
-        Ok(FloorRegion { memory, stop: Some(stop), pager: Some(pager) })
+        fill_on_touch(digests.len(), move |index, page| {
+            stream.write_all(&(index as u64).to_le_bytes())?;
+            stream.read_exact(page)?;
+            ensure!(Digest::of(page) == digests[index], "a wrong page");
+            Ok(())
+        })
     }
+}
+
+/// Memory of so many pages, each of which is made when it is touched, by a thread.
+pub(crate) fn fill_on_touch(
+    pages: usize,
+    mut fill: impl FnMut(usize, &mut [u8; PAGE_BYTES]) -> Result<()> + Send + 'static,
+) -> Result<FloorRegion> {
+    let len = pages * PAGE_BYTES;
+    let memory = Memory::reserve(len)?;
+    let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create()?;
+    uffd.register(memory.start, len)?;
+    let start = memory.start.addr();
+    let (stop, stopped) = std::os::unix::net::UnixStream::pair()?;
+    let pager = std::thread::spawn(move || -> Result<()> {
+        let (mut page, uffd_fd) = ([0u8; PAGE_BYTES], Fd(&uffd));
+        loop {
+            let mut ready = [PollFd::new(&uffd_fd, PollFlags::IN), PollFd::new(&stopped, PollFlags::IN)];
+            poll(&mut ready, None)?;
+            if !ready[1].revents().is_empty() {
+                return Ok(());
+            }
+            while let Some(event) = uffd.read_event()? {
+                let Event::Pagefault { addr, .. } = event else { bail!("an event that was not asked for") };
+                let index = (addr.addr() - start) / PAGE_BYTES;
+                fill(index, &mut page)?;
+                let source = page.as_ptr().cast();
+                copy(&uffd, source, std::ptr::with_exposed_provenance_mut(start + index * PAGE_BYTES))?;
+            }
+        }
+    });
+    Ok(FloorRegion { memory, stop: Some(stop), pager: Some(pager) })
 }
 
 struct Fd<'a>(&'a userfaultfd::Uffd);
@@ -162,15 +168,14 @@ impl Drop for FloorRegion {
     }
 }
 
-/// How long UFFDIO_COPY alone takes to fill a region of that length, 64 KiB at a time.
-pub(crate) fn copy_alone(bytes: &[u8]) -> Result<std::time::Duration> {
-    const PIECE: usize = 64 << 10;
+/// How long UFFDIO_COPY alone takes to fill a region of that length, so many bytes at a time.
+pub(crate) fn copy_alone(bytes: &[u8], piece_bytes: usize) -> Result<std::time::Duration> {
     let memory = Memory::reserve(bytes.len())?;
     let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create()?;
     uffd.register(memory.start, bytes.len())?;
     let started = std::time::Instant::now();
-    for (i, piece) in bytes.chunks_exact(PIECE).enumerate() {
-        copy_piece(&uffd, piece, memory.start.wrapping_byte_add(i * PIECE))?;
+    for (i, piece) in bytes.chunks_exact(piece_bytes).enumerate() {
+        copy_piece(&uffd, piece, memory.start.wrapping_byte_add(i * piece_bytes))?;
     }
     Ok(started.elapsed())
 }

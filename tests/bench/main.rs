@@ -2,8 +2,13 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
+<<<<<<< HEAD
 //! all, or those named: touch, fill, pace, push, memory, changes, kills,
 //! machines, criu, criu-remote, programs, programs-full, chunks, restores, threads. Prints a table in Markdown and,
+=======
+//! all, or those named: touch, fill, push, memory, replay, changes, kills,
+//! machines, criu, criu-remote, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
+>>>>>>> 74b9ca5 (bench: a mapped file, and working sets alone)
 //! with `--json FILE`, the raw values.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench.
 
@@ -14,13 +19,16 @@ mod criu;
 mod daemons;
 mod fill;
 mod floor;
+mod mapped;
 mod memory;
 mod pace;
 mod plot;
 mod programs;
 mod push;
+mod replay;
 mod report;
 mod sweeps;
+mod symbols;
 mod touch;
 mod workloads;
 
@@ -30,6 +38,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 use std::path::Path;
 
+const MAPPED_ROUNDS: u64 = 30;
 const SWEEP_ROUNDS: u64 = 7;
 
 /// One line of the table.
@@ -68,6 +77,9 @@ fn main() -> Result<()> {
     if wanted("memory") {
         figures.push(memory::measure()?);
     }
+    if wanted("replay") {
+        figures.extend(replay::measure()?);
+    }
     if wanted("changes") {
         figures.push(changes::measure()?);
         figures.push(changes::first_write()?);
@@ -96,6 +108,10 @@ fn main() -> Result<()> {
     }
     if named("programs-full") {
         programs::measure(&Plan::full(), &mut show)?;
+    }
+    if named("mapped") {
+        let (report, figures) = mapped::measure(MAPPED_ROUNDS)?;
+        show(report, figures)?;
     }
     if named("chunks") {
         show(sweeps::chunks(SWEEP_ROUNDS)?, Vec::new())?;

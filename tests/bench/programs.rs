@@ -148,13 +148,19 @@ fn of(runs: &[Run], field: impl Fn(&Run) -> f64) -> Vec<f64> {
     runs.iter().map(field).collect()
 }
 
+/// The first quartile, the median, the third quartile.
+pub(crate) fn quartiles(values: &[f64]) -> (f64, f64, f64) {
+    let of = |p| percentile(&mut values.to_vec(), p);
+    (of(25), of(50), of(75))
+}
+
 fn answered(runs: &[(Arm, Vec<Run>)], arm: Arm) -> Vec<f64> {
     let runs = runs.iter().find(|(of, _)| *of == arm).map(|(_, runs)| &runs[..]);
     of(runs.unwrap_or_default(), |run| run.answered)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "bytes as MiB")]
-fn mib(bytes: u64) -> f64 {
+pub(crate) fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
@@ -182,9 +188,7 @@ fn report(
     );
     let mut bars = Vec::new();
     for (arm, runs) in runs {
-        let mut first = of(runs, |run| run.answered);
-        let (low, middle, high) =
-            (percentile(&mut first, 25), median(&mut first), percentile(&mut first, 75));
+        let (low, middle, high) = quartiles(&of(runs, |run| run.answered));
         let mut resident: Vec<f64> = runs.iter().filter_map(|run| run.resident).collect();
         let resident = match median(&mut resident) {
             seconds if seconds.is_nan() => "–".to_owned(),
