@@ -10,6 +10,7 @@ use postcopy_tests::server::Server;
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::wait_until;
 use serde_json::json;
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::fs::File;
 use std::os::fd::IntoRawFd;
@@ -28,6 +29,7 @@ const WITH_BYTES_MIB: usize = 512 * 10 / 11;
 struct Snapshot {
     server: Server,
     folder: TempDir,
+    daemons: Cell<usize>,
 }
 
 impl Snapshot {
@@ -45,7 +47,7 @@ impl Snapshot {
             chunk_bytes.as_ref(),
         ];
         let _ = run(server.address(), args);
-        Ok(Self { server, folder })
+        Ok(Self { server, folder, daemons: Cell::new(0) })
     }
 
     fn memory(&self) -> PathBuf {
@@ -56,8 +58,10 @@ impl Snapshot {
         self.daemon_with(&["--fill", fill])
     }
 
+    /// Each at a socket of its own: a worker that was killed may still be ending.
     fn daemon_with(&self, more: &[&str]) -> (Daemon, PathBuf) {
-        let socket = self.folder.path().join("socket");
+        self.daemons.set(self.daemons.get() + 1);
+        let socket = self.folder.path().join(format!("socket-{}", self.daemons.get()));
         let path = socket.to_str().expect("a path of ours");
         let args = ["firecracker", "--socket", path, "--image", "vm"];
         (Daemon::start(self.server.address(), args.iter().chain(more)), socket)

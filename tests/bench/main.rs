@@ -2,13 +2,8 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-<<<<<<< HEAD
-//! all, or those named: touch, fill, pace, push, memory, changes, kills,
-//! machines, criu, criu-remote, programs, programs-full, chunks, restores, threads. Prints a table in Markdown and,
-=======
-//! all, or those named: touch, fill, push, memory, replay, changes, kills,
-//! machines, criu, criu-remote, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
->>>>>>> 74b9ca5 (bench: a mapped file, and working sets alone)
+//! all, or those named: touch, fill, pace, push, memory, replay, changes, kills, machines, criu, criu-remote; and, where
+//! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
 //! with `--json FILE`, the raw values.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench.
 

@@ -1,5 +1,4 @@
-//! Working sets alone: what recording and replaying one takes, beside what it could take; and touches while everything is
-//! brought in the background.
+//! Working sets alone: what recording and replaying one takes, beside what it could take.
 
 use crate::programs::mib;
 use crate::{Figure, cpu, fill, floor, median};
@@ -97,7 +96,6 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
     for round_trip_ms in [0, 1, 10] {
         figures.extend(replay(&pushed, round_trip_ms)?);
     }
-    figures.push(touches_while_filling(&pushed)?);
     Ok(figures)
 }
 
@@ -187,43 +185,4 @@ fn replay(pushed: &Pushed, round_trip_ms: u64) -> Result<Vec<Figure>> {
             raw: json!({ "shares": missed }),
         },
     ])
-}
-
-/// p50 of touches that wait for their page, with and without a background fill.
-fn touches_while_filling(pushed: &Pushed) -> Result<Figure> {
-    const FAULT_SECONDS: f64 = 200e-6;
-    let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: GIGABIT };
-    let touches = |fill: bool, seed: u64| -> Result<Vec<f64>> {
-        let link = Link::to(&pushed.server.address().to_string(), quality);
-        let (region, _session) = open(link.address(), Options { fill, ..Options::default() })?;
-        let (mut random, mut seconds) = (fastrand::Rng::with_seed(seed), Vec::new());
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_millis(700) {
-            let page = random.usize(0..BYTES / PAGE_BYTES);
-            let started = Instant::now();
-            pushed.touch(&region, &[page])?;
-            seconds.push(started.elapsed().as_secs_f64());
-        }
-        seconds.retain(|seconds| *seconds > FAULT_SECONDS);
-        Ok(seconds)
-    };
-    let (mut with, mut without, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for seed in 0..ROUNDS as u64 {
-        without.push(median(&mut touches(false, seed)?) * 1e3);
-        with.push(median(&mut touches(true, seed)?) * 1e3);
-        ratios.push(with[with.len() - 1] / without[without.len() - 1]);
-    }
-    let ratio = median(&mut ratios);
-    Ok(Figure {
-        name: "p50 of touches that wait while everything is brought, 1 ms and 1 Gbit/s away, beside without"
-            .into(),
-        value: format!(
-            "**{ratio:.2} x** ({:.2} ms beside {:.2} ms)",
-            median(&mut with),
-            median(&mut without)
-        ),
-        bar: "≤ 1.3 x".into(),
-        met: ratio <= 1.3,
-        raw: json!({ "ratios": ratios, "with_ms": with, "without_ms": without }),
-    })
 }
