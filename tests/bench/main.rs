@@ -91,7 +91,10 @@ fn main() -> Result<()> {
     if wanted("criu-remote") {
         figures.extend(criu::remote()?);
     }
-    let mut show = |report: Report, beside: Vec<Figure>| {
+    let mut show = |mut report: Report, beside: Vec<Figure>| {
+        if !beside.is_empty() {
+            report.table += &format!("\n{}", table(&beside));
+        }
         println!("{}", report.table);
         figures.extend(beside);
         documents.as_ref().map_or(Ok(()), |documents| documents.write(&report))
@@ -118,16 +121,21 @@ fn main() -> Result<()> {
     if named("threads") {
         show(sweeps::threads(SWEEP_ROUNDS)?, Vec::new())?;
     }
-    println!("| figure | measured | bar | |\n|---|---|---|---|");
-    for Figure { name, value, bar, met, .. } in &figures {
-        println!("| {name} | {value} | {bar} | {} |", if *met { "met" } else { "missed" });
-    }
+    print!("{}", table(&figures));
     if let Some(path) = json {
         let raw: Vec<_> =
             figures.iter().map(|f| json!({ "name": f.name, "met": f.met, "raw": f.raw })).collect();
         std::fs::write(path, serde_json::to_string_pretty(&raw)?)?;
     }
     Ok(())
+}
+
+fn table(figures: &[Figure]) -> String {
+    let row = |Figure { name, value, bar, met, .. }: &Figure| {
+        format!("| {name} | {value} | {bar} | {} |\n", if *met { "met" } else { "missed" })
+    };
+    let rows: String = figures.iter().map(row).collect();
+    format!("| figure | measured | bar | |\n|---|---|---|---|\n{rows}")
 }
 
 /// Takes an option and its value out of the arguments.

@@ -106,7 +106,7 @@ fn frame(title: &str, height: f64, inside: &str) -> String {
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" height=\"{height:.0}\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"12\" y=\"26\" font-family=\"sans-serif\" font-size=\"15\" font-weight=\"bold\">{}</text>\n{inside}</svg>\n",
+         <text x=\"12\" y=\"26\" font-family=\"sans-serif\" font-size=\"13\" font-weight=\"bold\">{}</text>\n{inside}</svg>\n",
         escaped(title)
     )
 }
