@@ -5,6 +5,7 @@
 //! all, or those named: touch, fill, pace, push, memory, replay, changes, kills, machines, criu, criu-remote; and, where
 //! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
 //! with `--json FILE`, the raw values.
+//! `--only NAME` and `--rounds N` limit the programs to one, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench.
 
 mod arms;
@@ -55,6 +56,8 @@ fn main() -> Result<()> {
         folder: Path::new(&docs).join("bench"),
         document: Path::new(&docs).join("BENCHMARKS.md"),
     });
+    let rounds = option(&mut names, "--rounds")?.map(|rounds| rounds.parse()).transpose()?;
+    let only = option(&mut names, "--only")?;
     let wanted = |name: &str| names.is_empty() || names.iter().any(|n| n == name);
     let mut figures = Vec::new();
     if wanted("touch") {
@@ -102,10 +105,10 @@ fn main() -> Result<()> {
     // Those that take longer are measured only when they are named.
     let named = |name: &str| names.iter().any(|n| n == name);
     if named("programs") {
-        programs::measure(&Plan::short(), &mut show)?;
+        programs::measure(&Plan::short().limited(only.as_deref(), rounds), &mut show)?;
     }
     if named("programs-full") {
-        programs::measure(&Plan::full(), &mut show)?;
+        programs::measure(&Plan::full().limited(only.as_deref(), rounds), &mut show)?;
     }
     if named("mapped") {
         let (report, figures) = mapped::measure(MAPPED_ROUNDS)?;

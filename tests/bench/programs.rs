@@ -71,6 +71,13 @@ impl Plan {
         };
         Self { workloads: Workload::ALL.map(|workload| (workload, networks(workload))).into(), rounds: 30 }
     }
+
+    /// Of it the program of that name, so often; what is not given stays.
+    pub(crate) fn limited(mut self, only: Option<&str>, rounds: Option<u64>) -> Self {
+        self.workloads.retain(|(workload, _)| only.is_none_or(|name| name == workload.name()));
+        self.rounds = rounds.unwrap_or(self.rounds);
+        self
+    }
 }
 
 pub(crate) fn measure(plan: &Plan, mut done: impl FnMut(Report, Vec<Figure>) -> Result<()>) -> Result<()> {
