@@ -13,7 +13,8 @@ use crate::install::{self, Installed};
 use crate::lane::{BulkLane, frame_of, runs_of};
 use crate::pace;
 use crate::region::RegionState;
-use crate::remote::{Remote, RemoteError, within};
+use crate::remote::Lane::Bulk;
+use crate::remote::{Remote, RemoteError, ServerAddress, within};
 use crate::requests::MAX_ATTEMPTS;
 use crate::session::{Shared, add};
 use crate::space::Spaces;
@@ -28,7 +29,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tonic::transport::Channel;
 
 /// The most plain bytes asked for and not yet installed: bounds memory, and hides some 60 ms at 1 Gbit/s.
 const WINDOW_BYTES: usize = pace::MOST_BYTES;
@@ -75,31 +77,57 @@ struct AskedFor {
 /// Why a chunk was refused most lately: said when the fill gives up.
 type Refused = Arc<Mutex<Option<String>>>;
 
-/// Starts the fill's threads; they end with the session.
-///
-/// # Errors
-/// If a thread or a runtime cannot be had.
-pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (jobs, queue) = mpsc::channel(JOBS);
-    let queue = Arc::new(Mutex::new(queue));
-    let refused = Refused::default();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    for _ in 0..cores {
-        let (shared, queue, refused) = (Arc::clone(shared), Arc::clone(&queue), Arc::clone(&refused));
-        let installer = std::thread::Builder::new().name("postcopy-install".into());
-        installer.spawn(move || Installer::new(shared, refused).run(&queue))?;
+/// A fill that connects, while the session that it is for is being opened.
+#[derive(Debug)]
+pub(crate) struct Beginning(oneshot::Sender<Fill>);
+
+impl Beginning {
+    /// Starts the fill's own thread.
+    ///
+    /// # Errors
+    /// If it or a runtime cannot be had.
+    pub(crate) fn new(address: &ServerAddress) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (sender, receiver) = oneshot::channel::<Fill>();
+        let address = address.clone();
+        let run = async move {
+            let (channel, fill) = tokio::join!(address.connect(Bulk), receiver);
+            // Without a session there is nothing to fill; without a connection it makes another one.
+            if let Ok(fill) = fill {
+                fill.run(channel.ok()).await;
+            }
+        };
+        std::thread::Builder::new().name("postcopy-fill".into()).spawn(move || runtime.block_on(run))?;
+        Ok(Self(sender))
     }
-    let fill = Fill {
-        shared: Arc::clone(shared),
-        jobs,
-        window: Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES)),
-        refused,
-    };
-    std::thread::Builder::new().name("postcopy-fill".into()).spawn(move || runtime.block_on(fill.run()))?;
-    Ok(())
+
+    /// Starts the other threads; all end with the session.
+    ///
+    /// # Errors
+    /// If one cannot be had.
+    pub(crate) fn start(self, shared: &Arc<Shared>) -> io::Result<()> {
+        let (jobs, queue) = mpsc::channel(JOBS);
+        let queue = Arc::new(Mutex::new(queue));
+        let refused = Refused::default();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..cores {
+            let (shared, queue, refused) = (Arc::clone(shared), Arc::clone(&queue), Arc::clone(&refused));
+            let installer = std::thread::Builder::new().name("postcopy-install".into());
+            installer.spawn(move || Installer::new(shared, refused).run(&queue))?;
+        }
+        let fill = Fill {
+            shared: Arc::clone(shared),
+            jobs,
+            window: Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES)),
+            refused,
+        };
+        // Its thread waits for it.
+        drop(self.0.send(fill));
+        Ok(())
+    }
 }
 
+#[derive(Debug)]
 struct Fill {
     shared: Arc<Shared>,
     jobs: mpsc::Sender<Job>,
@@ -109,9 +137,10 @@ struct Fill {
 }
 
 impl Fill {
-    async fn run(self) {
+    async fn run(self, mut channel: Option<Channel>) {
+        let mut lane = None;
         if self.shared.options.working_set {
-            self.bring_working_set().await;
+            lane = self.bring_working_set(channel.take()).await;
         }
         let mut progressed = Instant::now();
         let mut fruitless_passes = 0;
@@ -125,7 +154,10 @@ impl Fill {
                 continue;
             }
             self.shared.set_filling(true);
-            let outcome = self.pass(regions, fruitless_passes).await;
+            let outcome = match self.lane(lane.take(), channel.take()).await {
+                Ok(lane) => self.pass(regions, fruitless_passes, lane).await,
+                Err(error) => Err(error),
+            };
             // All permits are back: nothing is in flight.
             self.all_installed().await;
             self.shared.in_bulk.clear();
@@ -157,17 +189,31 @@ impl Fill {
         drop(self.window.acquire_many(all).await);
     }
 
-    /// Has the working set come. Where that does not go well its pages come as they are touched.
-    async fn bring_working_set(&self) {
+    /// The lane that there is, or another one, over the connection that there is.
+    async fn lane(&self, lane: Option<BulkLane>, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {
+        let (address, image) = (&self.shared.address, self.shared.image.digest());
+        match (lane, channel) {
+            (Some(lane), _) => Ok(lane),
+            (None, Some(channel)) => BulkLane::over(channel, address, &image, None).await,
+            (None, None) => BulkLane::open(address, &image).await,
+        }
+    }
+
+    /// Has the working set come, and gives the lane that it came over. Where that does not go well its pages come as they are
+    /// touched.
+    async fn bring_working_set(&self, mut channel: Option<Channel>) -> Option<BulkLane> {
         self.shared.set_filling(true);
+        let mut lane = None;
         for _ in 0..MAX_ATTEMPTS {
-            if self.shared.has_ended() || self.receive_working_set().await.is_ok() {
+            lane = self.receive_working_set(channel.take()).await.ok();
+            if self.shared.has_ended() || lane.is_some() {
                 break;
             }
             tokio::time::sleep(RETRY_PASS).await;
         }
         self.all_installed().await;
         self.shared.set_filling(false);
+        lane
     }
 
     /// Until the memory that there is is another one, or the session ends.
@@ -177,15 +223,16 @@ impl Fill {
         }
     }
 
-    async fn receive_working_set(&self) -> Result<(), RemoteError> {
+    async fn receive_working_set(&self, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {
         let server = &self.shared.address;
         // At once: what comes before there is memory waits in the lane's window.
         let ask = async {
-            let lane = BulkLane::open(server, &self.shared.image.digest()).await?;
             let request = v1::StreamChunksRequest { working_set: true, ..Default::default() };
-            // A closed queue is a lost lane: receiving says why.
-            let _ = lane.requests.send(request).await;
-            Ok(lane)
+            let channel = match channel {
+                Some(channel) => channel,
+                None => server.connect(Bulk).await?,
+            };
+            BulkLane::over(channel, server, &self.shared.image.digest(), Some(request)).await
         };
         let prepare = async {
             self.wait_while(|spaces| spaces.regions().is_empty()).await;
@@ -201,7 +248,7 @@ impl Fill {
             let message = message.map_err(server.status("the working set"))?;
             let message = message.ok_or_else(|| server.wrong("working set", "the stream has ended"))?;
             if message.working_set_ended || self.shared.has_ended() {
-                return Ok(());
+                return Ok(lane);
             }
             let frames = message.working_set_frames;
             if frames.is_empty() || frames.iter().map(Bytes::len).sum::<usize>() > WINDOW_BYTES / 2 {
@@ -228,10 +275,13 @@ impl Fill {
     }
 
     /// Goes once over everything that is unresolved: whether it has left out what touches have asked for.
-    async fn pass(&self, regions: &[Arc<RegionState>], attempt: u32) -> Result<bool, RemoteError> {
-        let image = self.shared.image.digest();
+    async fn pass(
+        &self,
+        regions: &[Arc<RegionState>],
+        attempt: u32,
+        lane: BulkLane,
+    ) -> Result<bool, RemoteError> {
         self.bring_segments(regions).await?;
-        let lane = BulkLane::open(&self.shared.address, &image).await?;
         let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0, leaves: false };
         for region in regions {
             self.fill_region(&mut stream, region, attempt).await?;

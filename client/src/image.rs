@@ -43,7 +43,11 @@ impl Image {
     ) -> Result<Arc<Self>, RemoteError> {
         let remote = Remote::connect(address.clone()).await?;
         let (image, segments) = remote.open(reference, &[], all_segments).await?;
-        segments.all_into(&image).await?;
+        let segments = segments.all_into(&image).await;
+        if all_segments {
+            segments?;
+        }
+        // What has come unasked and was wrong is asked for when it is needed.
         Ok(image)
     }
 

@@ -6,6 +6,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::v1::{self, chunk_answer};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 
 /// Requests that may wait to be sent; more wait with who makes them.
 const QUEUE: usize = 64;
@@ -23,7 +24,18 @@ impl DemandLane {
     /// # Errors
     /// [`RemoteError`] if the server cannot be reached or does not have the image.
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
-        let channel = address.connect(Lane::Demand).await?;
+        Self::over(address.connect(Lane::Demand).await?, address, image).await
+    }
+
+    /// The same over a connection that there is.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn over(
+        channel: Channel,
+        address: &ServerAddress,
+        image: &Digest,
+    ) -> Result<Self, RemoteError> {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::FetchChunksRequest { image: (*image).into(), ..Default::default() };
         requests.try_send(bind).expect("the queue is new");
@@ -47,10 +59,24 @@ impl BulkLane {
     /// # Errors
     /// As [`DemandLane::open`].
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
-        let channel = address.connect(Lane::Bulk).await?;
+        Self::over(address.connect(Lane::Bulk).await?, address, image, None).await
+    }
+
+    /// The same over a connection that there is, with a first request, which does not wait for the stream's beginning.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn over(
+        channel: Channel,
+        address: &ServerAddress,
+        image: &Digest,
+        first: Option<v1::StreamChunksRequest>,
+    ) -> Result<Self, RemoteError> {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::StreamChunksRequest { image: (*image).into(), ..Default::default() };
-        requests.try_send(bind).expect("the queue is new");
+        for request in std::iter::once(bind).chain(first) {
+            requests.try_send(request).expect("the queue is new");
+        }
         let mut pages = page_client(channel);
         let answers = within(address, "bulk lane", pages.stream_chunks(ReceiverStream::new(queue))).await?;
         let answers = answers.map_err(address.status(format!("the bulk lane of {image}")))?.into_inner();

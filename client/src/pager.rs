@@ -23,7 +23,7 @@ use crate::kept::Kept;
 use crate::lane::{DemandLane, frame_of, may_pass};
 use crate::page_state::PageState;
 use crate::region::RegionState;
-use crate::remote::{SegmentRefused, ServerAddress, take_segment};
+use crate::remote::{Lane, SegmentRefused, ServerAddress, take_segment};
 use crate::requests::{Late, Refused, Requests};
 use crate::session::{Command, ImageSource, LossPolicy, Options, SessionError, Shared, add};
 use crate::space::{Space, Spaces};
@@ -174,8 +174,13 @@ impl Pager {
                 (image, Err(lane))
             }
             ImageSource::Named(reference) => {
-                let image = Image::open_with(&address, &reference, false).await?;
-                let lane = DemandLane::open(&address, &image.digest()).await?;
+                // At the same time: each takes a round trip and more.
+                let (image, channel) = tokio::join!(
+                    Image::open_with(&address, &reference, false),
+                    address.connect(Lane::Demand)
+                );
+                let image = image?;
+                let lane = DemandLane::over(channel?, &address, &image.digest()).await?;
                 (image, Ok(lane))
             }
         };

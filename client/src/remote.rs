@@ -142,6 +142,9 @@ impl ServerAddress {
     }
 }
 
+/// Segments of small images come with their roots: they save the first touch a round trip.
+const MORE_SEGMENTS_BYTES: u32 = 128 << 10;
+
 /// How long a server may be silent where an answer is due.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 
@@ -224,6 +227,7 @@ impl Remote {
             reference: reference.to_string(),
             first_paths: first_paths.iter().map(|path| path.to_vec().into()).collect(),
             all_segments,
+            more_segments_bytes: if first_paths.is_empty() { MORE_SEGMENTS_BYTES } else { 0 },
         };
         let what = format!("opening {reference}");
         let mut pages = self.pages();

@@ -686,13 +686,15 @@ impl Session {
         let (commands, queue) = mpsc::channel(COMMANDS);
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let address = address.clone();
+        // It connects meanwhile.
+        let fill = (options.fill || options.working_set).then(|| fill::Beginning::new(&address));
         run(Start { address, image, options, owner, commands: queue, reply })
             .map_err(|source| SessionError::System { what: "a thread for the pager", source })?;
         let shared = opened.recv().map_err(|_| SessionError::Ended)??;
         let session = Self { shared, commands };
         // It serves already: ending it here would take its memory away.
-        if (options.fill || options.working_set)
-            && let Err(error) = session.start_fill()
+        if let Some(fill) = fill
+            && let Err(error) = session.start_fill(fill)
         {
             session.shared.report(&format!("no background fill: {error}"));
         }
@@ -812,16 +814,18 @@ impl Session {
     /// [`Session::wait_resident`] and [`Session::error`].
     pub fn fill(&self) -> Result<(), SessionError> {
         self.shared.fills.store(true, Ordering::Release);
-        self.start_fill()?;
+        if !self.shared.fill_started.load(Ordering::Acquire) {
+            self.start_fill(fill::Beginning::new(&self.shared.address))?;
+        }
         self.shared.fill_work.notify_one();
         Ok(())
     }
 
-    fn start_fill(&self) -> Result<(), SessionError> {
+    fn start_fill(&self, fill: io::Result<fill::Beginning>) -> Result<(), SessionError> {
         if self.shared.fill_started.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        let started = fill::start(&self.shared);
+        let started = fill.and_then(|fill| fill.start(&self.shared));
         if started.is_err() {
             self.shared.fill_started.store(false, Ordering::Release);
         }

@@ -68,6 +68,8 @@ impl Arm {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Run {
     /// Seconds until the first answer was there.
+    pub(crate) first: f64,
+    /// Seconds until the whole request was answered.
     pub(crate) answered: f64,
     /// Seconds until all memory was there as well; none where it never is.
     pub(crate) resident: Option<f64>,
@@ -76,6 +78,9 @@ pub(crate) struct Run {
     pub(crate) client_cpu: f64,
     pub(crate) server_cpu: f64,
 }
+
+/// Seconds until the first and the whole answer, and until all memory was there.
+type Answered = ((f64, f64), Option<f64>);
 
 /// A program that was dumped, and stored.
 pub(crate) struct Dumped {
@@ -96,7 +101,7 @@ impl Dumped {
         let folder = tempfile::tempdir()?;
         let mut program = Program::start(&workload.command(&criu, folder.path()));
         workload.load(folder.path())?;
-        let ask = |seed| Ok((seed, workload.ask(folder.path(), seed)?));
+        let ask = |seed| Ok((seed, workload.ask(folder.path(), seed)?.0));
         let answers = seeds.map(ask).collect::<Result<Vec<_>>>().context(workload.name())?;
         let images = folder.path().join("images");
         criu.dump(program.pid(), &images);
@@ -112,11 +117,13 @@ impl Dumped {
         self.folder.path().join("images")
     }
 
-    /// Asks, and compares with the answer before the dump.
-    fn ask(&self, seed: u64) -> Result<()> {
+    /// Asks, and compares with the answer before the dump: seconds until the first and the whole answer.
+    fn ask(&self, seed: u64, started: Instant) -> Result<(f64, f64)> {
         let expected = self.answers.iter().find(|(asked, _)| *asked == seed).context("a known seed")?.1;
-        ensure!(self.workload.ask(self.folder.path(), seed)? == expected, "a wrong answer");
-        Ok(())
+        let (answer, first) = self.workload.ask(self.folder.path(), seed)?;
+        let answered = started.elapsed();
+        ensure!(answer == expected, "a wrong answer");
+        Ok(((first - started).as_secs_f64(), answered.as_secs_f64()))
     }
 
     /// Restores it without memory and asks, so that the server makes a working set of what is touched.
@@ -126,7 +133,7 @@ impl Dumped {
         let path = lazy.to_str().context("a path of ours")?;
         let mut daemon = Daemon::start(&address, ["criu", "-D", path, "--image", "app", "--record"]);
         let restored = self.restore(&lazy, &["--lazy-pages"]);
-        self.ask(seed)?;
+        self.ask(seed, Instant::now())?;
         drop(restored);
         daemon.wait();
         Ok(())
@@ -140,7 +147,7 @@ impl Dumped {
         let link = Link::to(&self.server.address().to_string(), quality);
         let before = self.cpu()?;
         let started = Instant::now();
-        let (answered, resident) = match arm {
+        let ((first, answered), resident) = match arm {
             Arm::Local | Arm::Cold => self.plainly(seed, started)?,
             Arm::CriuLazy => self.by_criu(seed, started)?,
             Arm::Copied => {
@@ -152,6 +159,7 @@ impl Dumped {
         let after = self.cpu()?;
         let wire_bytes = if arm == Arm::Copied { self.image_bytes } else { link.received() };
         Ok(Run {
+            first,
             answered,
             resident,
             wire_bytes,
@@ -165,14 +173,13 @@ impl Dumped {
         Ok((cpu::seconds_of_children()?, cpu::seconds_of(self.server.pid())?))
     }
 
-    fn plainly(&self, seed: u64, started: Instant) -> Result<(f64, Option<f64>)> {
+    fn plainly(&self, seed: u64, started: Instant) -> Result<Answered> {
         let _restored = self.restore(&self.images(), &[]);
-        self.ask(seed)?;
-        let seconds = started.elapsed().as_secs_f64();
-        Ok((seconds, Some(seconds)))
+        let answered = self.ask(seed, started)?;
+        Ok((answered, Some(answered.0)))
     }
 
-    fn by_criu(&self, seed: u64, started: Instant) -> Result<(f64, Option<f64>)> {
+    fn by_criu(&self, seed: u64, started: Instant) -> Result<Answered> {
         let images = self.images();
         let socket = images.join("lazy-pages.socket");
         let _ = std::fs::remove_file(&socket);
@@ -181,20 +188,18 @@ impl Dumped {
         let mut daemon = command.spawn()?;
         wait_until("a socket of criu's", || socket.exists());
         let _restored = self.restore(&images, &["--lazy-pages"]);
-        self.ask(seed)?;
-        let answered = started.elapsed().as_secs_f64();
+        let answered = self.ask(seed, started)?;
         daemon.wait()?;
         Ok((answered, Some(started.elapsed().as_secs_f64())))
     }
 
-    fn by_us(&mut self, arm: Arm, link: &Link, seed: u64, started: Instant) -> Result<(f64, Option<f64>)> {
+    fn by_us(&mut self, arm: Arm, link: &Link, seed: u64, started: Instant) -> Result<Answered> {
         let lazy = self.pull(link.address())?;
         let path = lazy.to_str().context("a path of ours")?;
         let args = ["criu", "-D", path, "--image", "app", "--fill", arm.fill()];
         let mut daemon = Daemon::start(link.address(), args);
         let restored = self.restore(&lazy, &["--lazy-pages"]);
-        self.ask(seed)?;
-        let answered = started.elapsed().as_secs_f64();
+        let answered = self.ask(seed, started)?;
         let mut resident = None;
         if arm == Arm::All {
             daemon.wait();

@@ -161,9 +161,9 @@ pub(crate) fn quartiles(values: &[f64]) -> (f64, f64, f64) {
     (of(25), of(50), of(75))
 }
 
-fn answered(runs: &[(Arm, Vec<Run>)], arm: Arm) -> Vec<f64> {
+fn first(runs: &[(Arm, Vec<Run>)], arm: Arm) -> Vec<f64> {
     let runs = runs.iter().find(|(of, _)| *of == arm).map(|(_, runs)| &runs[..]);
-    of(runs.unwrap_or_default(), |run| run.answered)
+    of(runs.unwrap_or_default(), |run| run.first)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "bytes as MiB")]
@@ -184,7 +184,7 @@ fn report(
         "**{}**, restored over {}. {} runs each, in turns; medians, and quartiles of the first answer. Images: {:.0} MiB. The \
          working set, recorded with another request: {pages} pages, {:.1} MiB on the wire; a request leaves {:.0} % of it \
          untouched, and {:.1} % of what it touches is not in it.\n\n\
-         | | first answer | all there | on the wire | CPU here | CPU of the server |\n|---|---|---|---|---|---|\n",
+         | | first answer | whole request | all there | on the wire | CPU here | CPU of the server |\n|---|---|---|---|---|---|---|\n",
         workload.about(),
         network.about,
         runs[0].1.len(),
@@ -195,7 +195,8 @@ fn report(
     );
     let mut bars = Vec::new();
     for (arm, runs) in runs {
-        let (low, middle, high) = quartiles(&of(runs, |run| run.answered));
+        let (low, middle, high) = quartiles(&of(runs, |run| run.first));
+        let whole = median(&mut of(runs, |run| run.answered));
         let mut resident: Vec<f64> = runs.iter().filter_map(|run| run.resident).collect();
         let resident = match median(&mut resident) {
             seconds if seconds.is_nan() => "–".to_owned(),
@@ -205,7 +206,7 @@ fn report(
         let wire = if arm.is_remote() { format!("{wire:.1} MiB") } else { "–".to_owned() };
         let _ = writeln!(
             table,
-            "| {} | **{middle:.3} s** ({low:.3} to {high:.3}) | {resident} | {wire} | {:.2} s | {:.2} s |",
+            "| {} | **{middle:.3} s** ({low:.3} to {high:.3}) | {whole:.3} s | {resident} | {wire} | {:.2} s | {:.2} s |",
             arm.name(),
             median(&mut of(runs, |run| run.client_cpu)),
             median(&mut of(runs, |run| run.server_cpu))
@@ -220,7 +221,7 @@ fn report(
     let raw: serde_json::Map<_, _> = runs
         .iter()
         .map(|(arm, runs)| {
-            let raw = json!({ "answered": of(runs, |r| r.answered), "resident": runs.iter().map(|r| r.resident).collect::<Vec<_>>(),
+            let raw = json!({ "first": of(runs, |r| r.first), "answered": of(runs, |r| r.answered), "resident": runs.iter().map(|r| r.resident).collect::<Vec<_>>(),
                 "wire_bytes": runs.iter().map(|r| r.wire_bytes).collect::<Vec<_>>(),
                 "client_cpu": of(runs, |r| r.client_cpu), "server_cpu": of(runs, |r| r.server_cpu) });
             (arm.name().to_owned(), raw)
@@ -239,7 +240,7 @@ fn report(
 /// What is beside a bar.
 fn figures(workload: Workload, network: Network, dumped: &Dumped, runs: &[(Arm, Vec<Run>)]) -> Vec<Figure> {
     let name = |what: &str| format!("{}, {}: {what}", workload.name(), network.about);
-    let middle = |arm| median(&mut answered(runs, arm));
+    let middle = |arm| median(&mut first(runs, arm));
     let beside = |what: &str, arm: Arm, other: f64, bar: f64| {
         let ratio = middle(arm) / other;
         Figure {

@@ -559,7 +559,12 @@ fn hostile_references_and_paths_are_refused_by_name() {
         target.refused(Code::NotFound, shown, |rpc| rpc.read_file("app", bad));
         target.refused(Code::NotFound, shown, |rpc| {
             let first_paths = vec![bad.as_bytes().to_vec().into()];
-            let request = v1::OpenImageRequest { reference: "app".into(), first_paths, all_segments: true };
+            let request = v1::OpenImageRequest {
+                reference: "app".into(),
+                first_paths,
+                all_segments: true,
+                ..Default::default()
+            };
             rpc.wait(rpc.pages().open_image(request))
         });
     }

@@ -127,6 +127,9 @@ pub struct OpenImageRequest {
     /// Send all segments. False: only those of `first_paths`.
     #[prost(bool, tag = "3")]
     pub all_segments: bool,
+    /// Send further segments, in order, as long as they have at most so many bytes together.
+    #[prost(uint32, tag = "4")]
+    pub more_segments_bytes: u32,
 }
 /// A part of a manifest. First comes one `opened`, then root parts in order, then segments.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -2,7 +2,7 @@
 
 use crate::service::{blocking, reference};
 use crate::shutdown::InFlight;
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::Stream;
@@ -10,6 +10,7 @@ use postcopy_proto::MAX_PART_BYTES;
 use postcopy_proto::manifest::{EntryKind, Root};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, open_image_response::Part};
+use std::collections::HashSet;
 use std::sync::Arc;
 use tonic::Status;
 
@@ -23,12 +24,11 @@ pub(super) async fn open_image(
     let reader = store.clone();
     let (root, bytes) = blocking(move || reader.read_root(&reader.resolve(&reference)?)).await?;
     let order = segment_order(&root, &request)?;
-    Ok(parts(store, root, bytes, order, in_flight))
+    Ok(parts(store, root, bytes, order, request.more_segments_bytes as usize, in_flight))
 }
 
 /// The numbers of the segments to send: those of the first paths, then, if asked for, all others.
 fn segment_order(root: &Root, request: &v1::OpenImageRequest) -> Result<Vec<u32>, Status> {
-    let all = u32::try_from(root.segment_digests().len()).expect("a root of 64 MiB has fewer");
     let mut is_listed = vec![false; root.segment_digests().len()];
     let mut order = Vec::new();
     let mut list = |segments: std::ops::Range<u32>| {
@@ -46,9 +46,23 @@ fn segment_order(root: &Root, request: &v1::OpenImageRequest) -> Result<Vec<u32>
         }
     }
     if request.all_segments {
-        list(0..all);
+        list(0..all_segments(root));
     }
     Ok(order)
+}
+
+fn all_segments(root: &Root) -> u32 {
+    u32::try_from(root.segment_digests().len()).expect("a root of 64 MiB has fewer")
+}
+
+async fn segment(store: &Arc<Store>, root: &Arc<Root>, index: u32) -> Result<Bytes, Status> {
+    let (store, root) = (Arc::clone(store), Arc::clone(root));
+    blocking(move || store.read_segment(&root, index)).await
+}
+
+fn part_of(index: u32, segment: Bytes) -> v1::OpenImageResponse {
+    let result = Some(v1::segment_answer::Result::Segment(segment));
+    v1::OpenImageResponse { part: Some(Part::Segment(v1::SegmentAnswer { index, result })) }
 }
 
 /// The answer where an image has no such path.
@@ -62,6 +76,7 @@ fn parts(
     root: Arc<Root>,
     mut bytes: Bytes,
     order: Vec<u32>,
+    mut more_bytes: usize,
     in_flight: InFlight,
 ) -> impl Stream<Item = Result<v1::OpenImageResponse, Status>> {
     try_stream! {
@@ -73,12 +88,18 @@ fn parts(
             let part = bytes.split_to(bytes.len().min(MAX_PART_BYTES));
             yield v1::OpenImageResponse { part: Some(Part::RootPart(part)) };
         }
-        for index in order {
-            let (store, root) = (store.clone(), root.clone());
-            let segment = blocking(move || -> Result<_, StoreError> { store.read_segment(&root, index) }).await?;
-            let result = Some(v1::segment_answer::Result::Segment(segment));
-            let segment = v1::SegmentAnswer { index, result };
-            yield v1::OpenImageResponse { part: Some(Part::Segment(segment)) };
+        for index in &order {
+            let segment = segment(&store, &root, *index).await?;
+            yield part_of(*index, segment);
+        }
+        let more = if more_bytes == 0 { 0 } else { all_segments(&root) };
+        let sent: HashSet<u32> = order.into_iter().collect();
+        for index in (0..more).filter(|index| !sent.contains(index)) {
+            // Nobody has asked for this one: what is wrong with it is told to who does.
+            let Ok(segment) = segment(&store, &root, index).await else { break };
+            let Some(rest) = more_bytes.checked_sub(segment.len()) else { break };
+            more_bytes = rest;
+            yield part_of(index, segment);
         }
     }
 }

@@ -321,7 +321,12 @@ async fn opened(server: &Server, reference: &str) -> Result<(Root, usize), Statu
         reference: reference.into(),
         first_paths: vec![Bytes::from_static(b"mem")],
         all_segments: true,
+        ..Default::default()
     };
+    opened_by(server, request).await
+}
+
+async fn opened_by(server: &Server, request: v1::OpenImageRequest) -> Result<(Root, usize), Status> {
     let mut parts = server.pages().open_image(request).await?.into_inner();
     let (mut image, mut root, mut segments) = (None, Vec::new(), Vec::new());
     while let Some(part) = parts.message().await? {
@@ -339,6 +344,30 @@ async fn opened(server: &Server, reference: &str) -> Result<(Root, usize), Statu
         root.check_segment(segment.index, bytes).unwrap();
     }
     Ok((root, segments.len()))
+}
+
+#[tokio::test]
+async fn segments_that_are_short_come_unasked_as_far_as_they_are_wanted() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:1").await;
+    let segment_bytes = u32::try_from(image.manifest.segments[0].len()).unwrap();
+    for (more_segments_bytes, count) in [(0, 0), (segment_bytes - 1, 0), (segment_bytes, 1), (u32::MAX, 1)] {
+        for (all_segments, expected) in [(false, count), (true, 1)] {
+            let request = v1::OpenImageRequest {
+                reference: "a:1".into(),
+                all_segments,
+                more_segments_bytes,
+                ..Default::default()
+            };
+            assert_eq!(opened_by(&server, request).await.unwrap().1, expected);
+        }
+    }
+    // A damaged one is left to who needs it.
+    let segment = server.path("manifests").join(image.manifest.root.segment_digests()[0].hex());
+    std::fs::write(segment, b"").unwrap();
+    let request =
+        v1::OpenImageRequest { reference: "a:1".into(), more_segments_bytes: u32::MAX, ..Default::default() };
+    assert_eq!(opened_by(&server, request).await.unwrap().1, 0);
 }
 
 #[tokio::test]
