@@ -227,7 +227,7 @@ fn report(
             (arm.name().to_owned(), raw)
         })
         .collect();
-    let title = format!("{}: seconds to the first answer, over {}", workload.about(), network.about);
+    let title = format!("{}: seconds to the first answer, over {}", workload.name(), network.about);
     Report {
         name,
         table,
