@@ -42,6 +42,8 @@ const JOBS: usize = 256;
 const RETRY: Duration = Duration::from_micros(200);
 /// How long to wait after a pass that brought nothing.
 const RETRY_PASS: Duration = Duration::from_millis(200);
+/// How long it looks again and again for what touches have asked for.
+const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 /// The same, once it has been reported that nothing comes.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 
@@ -174,7 +176,9 @@ impl Fill {
                 Ok(false) | Err(RemoteError::Wrong { .. }) => fruitless_passes >= MAX_ATTEMPTS,
                 Err(_) => progressed.elapsed() >= self.shared.options.fault_deadline,
             };
-            let pause = if given_up { GIVEN_UP_RETRY } else { RETRY_PASS };
+            // Where touches have asked for all that is left, theirs is to tell when it cannot be had.
+            let waits = outcome.is_ok() && progressed.elapsed() > LEFT_TO_TOUCHES;
+            let pause = if given_up || waits { GIVEN_UP_RETRY } else { RETRY_PASS };
             if given_up {
                 self.report(outcome.err());
             }
@@ -243,6 +247,14 @@ impl Fill {
         };
         let (lane, prepared) = tokio::join!(ask, prepare);
         let (mut lane, ()) = (lane?, prepared?);
+        // As many as the image has: a server could go on with these for ever.
+        let mut left = self
+            .shared
+            .image
+            .root()
+            .files()
+            .map(|(_, file)| file.size_bytes.div_ceil(PAGE_BYTES as u64))
+            .sum::<u64>();
         loop {
             let message = within(server, "working set", lane.answers.message()).await?;
             let message = message.map_err(server.status("the working set"))?;
@@ -259,6 +271,10 @@ impl Fill {
                 .filter_map(|frame| SetFrame::parse(frame).ok())
                 .map(|f| f.pages())
                 .sum::<usize>();
+            left = left
+                .checked_sub(pages as u64)
+                .ok_or_else(|| server.wrong("working set", "more pages than the image has"))?;
+            let pages = pages.max(frames.iter().map(Bytes::len).sum::<usize>() / PAGE_BYTES);
             let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
             let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
             let permit = permit.expect("the window is never closed");

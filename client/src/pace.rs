@@ -109,7 +109,7 @@ mod tests {
         let window = pace.window(*on_their_way, *now);
         // It is asked for as much as there is room for; what is too much is there soon.
         *on_their_way = window;
-        *now += Duration::from_micros(1000 + (*on_their_way as u64 * 1000 >> 20));
+        *now += Duration::from_micros(1000 + ((*on_their_way as u64 * 1000) >> 20));
         pace.answered(asked_at, *now);
         window
     }

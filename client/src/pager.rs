@@ -53,6 +53,8 @@ const LOOK_FOR_OWNERS: Duration = Duration::from_secs(1);
 const READ_AGAIN: Duration = Duration::from_millis(20);
 /// How soon an install is tried again that the kernel put off.
 const RETRY: Duration = Duration::from_millis(1);
+/// What answers take at most, where the server is well.
+const FAR: Duration = Duration::from_millis(200);
 /// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
 const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_secs(1);
 
@@ -638,7 +640,8 @@ impl Pager {
         let now = Instant::now();
         let waited = self.requests.waited_for(chunk, now);
         self.spin.answered(waited);
-        self.usual = (self.usual * 7 + waited) / 8;
+        // A server that was away for a while says nothing of how far away it is.
+        self.usual = (self.usual * 7 + waited.min(FAR)) / 8;
         // The fill looks at it, or not: then this one does not count.
         if let Ok(mut pace) = self.shared().pace.try_lock()
             && let Some(asked_at) = now.checked_sub(waited)

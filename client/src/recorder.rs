@@ -11,7 +11,7 @@ use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, within};
 use crate::session::Shared;
-use postcopy_proto::page::PAGE_BYTES;
+use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
 use std::io;
 use std::ops::Range;
@@ -24,6 +24,9 @@ const QUIET: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(250);
 /// Spans of one message: at most 18 bytes each.
 const SPANS: usize = 65_536;
+
+/// The server takes recordings of some more pages than these.
+const MOST_UNSEEN_PAGES: usize = 8 << 20;
 
 /// What is known of a file's pages.
 #[derive(Debug)]
@@ -59,7 +62,7 @@ struct Sent {
 impl Recorder {
     /// For a session that is filled from `image`.
     pub(crate) fn new(image: &Image) -> Self {
-        let pages = |bytes: u64| postcopy_proto::page::to_usize(bytes).div_ceil(PAGE_BYTES);
+        let pages = |bytes: u64| to_usize(bytes).div_ceil(PAGE_BYTES);
         let seen = |pages: usize| Seen { touched: Bits::new(pages), brought: Bits::new(pages) };
         let files = image.files().iter().map(|file| seen(pages(file.size_bytes))).collect();
         Self { id: fastrand::u128(..).to_le_bytes(), files, order: Mutex::default(), sent: Mutex::default() }
@@ -107,12 +110,22 @@ impl Recorder {
     fn messages(&self, image: &Image) -> (Vec<RecordRequest>, usize) {
         let order = self.order().clone();
         let touched = spans(order.iter().copied());
+        let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
         let unseen = self.files.iter().enumerate().flat_map(|(place, file)| {
             let pages = file.brought.ones().filter(|page| !file.touched.is_set(*page));
-            let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
             pages.map(move |page| (short(place), short(page)))
         });
-        let unseen = spans(unseen);
+        let mut unseen = spans(unseen);
+        // Files that nothing was touched of may be other processes' memory, whose sessions tell of them.
+        let mut most = MOST_UNSEEN_PAGES;
+        for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
+            let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
+            if seen.touched.ones().next().is_none() && (1..=most).contains(&pages) {
+                most -= pages;
+                unseen.retain(|span| span.file != short(place));
+                unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
+            }
+        }
         let first =
             RecordRequest { image: image.digest().into(), id: self.id.to_vec().into(), ..Default::default() };
         let touched = touched

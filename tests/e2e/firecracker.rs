@@ -457,7 +457,8 @@ fn what_a_machine_has_touched_comes_ahead_the_next_time() {
         let sets = run(snapshot.server.address(), ["working-set", "ls"]);
         let pages = sets[0]["pages"].as_u64().unwrap();
         assert!((512..6144 + 16).contains(&pages), "{sets}");
-        daemon.kill();
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
 
         let daemon = snapshot.daemon(&[]);
         let mut vmm = snapshot.vmm(&["small:64"]);

@@ -9,6 +9,7 @@ use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
+use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip, wait_until};
 use serde_json::Value;
 use std::sync::Arc;
@@ -120,6 +121,28 @@ fn a_working_set_and_then_everything() {
         (0..PAGES).for_each(|page| touch(&region, &source, page));
         let progress = session.progress();
         assert!(progress.faults == 0 && progress.working_set_pages > 0, "{progress:?}");
+    });
+}
+
+#[test]
+fn sessions_that_have_other_files_say_nothing_of_these() {
+    within(WATCHDOG, || {
+        // As the tasks of one restore.
+        let folder = tempfile::tempdir().unwrap();
+        for task in 0..3 {
+            std::fs::write(folder.path().join(format!("pages-{task}")), memory_like(64 * PAGE, task))
+                .unwrap();
+        }
+        let server = Server::start();
+        let _ = run(server.address(), ["push".as_ref(), folder.path().as_os_str(), "tree".as_ref()]);
+        for task in 0..3 {
+            let session = Session::open(server.address(), &"tree".parse().unwrap(), RECORDING).unwrap();
+            let region = session.map(format!("pages-{task}")).unwrap();
+            (0..64).step_by(2).for_each(|page| _ = std::hint::black_box(region[page * PAGE]));
+            end(&session, region);
+        }
+        let sets = run(server.address(), ["working-set", "ls"]);
+        assert_eq!((&sets[0]["recordings"], &sets[0]["pages"]), (&3.into(), &96.into()));
     });
 }
 

@@ -38,12 +38,11 @@ impl HeatMap {
             let (mut before, mut count) = (0, 0);
             for span in spans {
                 if span.file == place {
-                    for page in
-                        (0..span.count).map(|n| (span.first + n) as usize).filter(|page| *page < pages)
-                    {
+                    let end = (span.first as usize + span.count as usize).min(pages);
+                    for (time, page) in (before..).zip(span.first as usize..end) {
                         let (times, sum) = &mut sums[page / of_cell];
                         *times += 1;
-                        *sum += before;
+                        *sum += time;
                         count += 1;
                     }
                 }
@@ -53,7 +52,7 @@ impl HeatMap {
             let cell = |(times, sum): (u64, u64)| (times > 0).then(|| sum as f64 / times as f64 / all as f64);
             let cells = sums.into_iter().map(cell).collect();
             if count > 0 {
-                maps.push(FileMap { path: path.clone(), size_bytes: *size_bytes, pages: count, cells });
+                maps.push(FileMap { path: printable(path), size_bytes: *size_bytes, pages: count, cells });
             }
         }
         Self(maps)
@@ -136,6 +135,11 @@ fn colour(time: f64) -> String {
     format!("#{:02x}{:02x}{:02x}", mix(0x1b, 0xf9), mix(0x2a, 0xc8), mix(0x6b, 0x2d))
 }
 
+/// A name may hold anything: nothing of it is for the terminal to obey, or is no XML.
+fn printable(name: &str) -> String {
+    name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
@@ -143,6 +147,15 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn strange_names_are_shown_and_spans_beyond_a_file_are_not() {
+        let files = [("a\u{1b}]0;x\u{7}é".to_owned(), 4096)];
+        let map = HeatMap::new(&files, &[PageSpan { file: 0, first: 0, count: u32::MAX }]);
+        for drawn in [map.text(), map.svg()] {
+            assert!(drawn.contains("a\\u{1b}]0;x\\u{7}é (4.00 KiB, 1 pages)"), "{drawn}");
+        }
+    }
 
     #[test]
     fn early_pages_are_dense_and_others_are_dots() {

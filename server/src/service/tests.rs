@@ -640,7 +640,7 @@ async fn a_recording_becomes_a_working_set_that_is_streamed_before_chunks() {
     // Of another image's pages, or none, nothing is kept.
     for (wrong, field) in [
         (span(17, 1), "17 pages"),
-        (span(0, 0), "page 0"),
+        (span(0, 0), "no pages"),
         (v1::PageSpan { file: 1, first: 0, count: 1 }, "1 files"),
     ] {
         let request = v1::RecordRequest { touched: vec![wrong], ..begin.clone() };

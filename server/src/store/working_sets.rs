@@ -36,12 +36,16 @@ use std::sync::PoisonError;
 
 /// Pages of one frame: 256 KiB.
 const FRAME_PAGES: usize = 64;
+/// How often a set is looked for that is being replaced.
+const ATTEMPTS: usize = 3;
 /// Made once, sent often.
 const LEVEL: i32 = 9;
 /// Recordings that are kept of an image: the newest ones.
 const RECORDINGS: usize = 16;
 /// The longest recording that is read again.
 const MAX_RECORDING_BYTES: usize = 256 << 20;
+/// Pages of one set: 1 GiB, which is held in memory while it is made. What touches more is not helped by more.
+const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
 /// Packs of one set.
 const MAX_PACKS: usize = 64;
 
@@ -114,7 +118,7 @@ impl Files {
         let pages =
             self.files.get(span.file as usize).map(|file| file.size_bytes.div_ceil(PAGE_BYTES as u64));
         let end = u64::from(span.first) + u64::from(span.count);
-        if span.count > 0 && pages.is_some_and(|pages| end <= pages) {
+        if span.count > 0 && pages.is_some_and(|pages| end <= pages.min(u32::MAX.into())) {
             return Ok(());
         }
         let reason = match pages {
@@ -160,7 +164,14 @@ impl Store {
         self.objects.put(&path, recording.encode_to_vec().into())?;
         let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         let recordings = self.recordings(image, &files)?;
-        let pages = choose::choose(&recordings, share);
+        let mut pages = choose::choose(&recordings, share);
+        if pages.len() > MAX_SET_PAGES {
+            tracing::warn!(
+                "the working set of image {image}: the first {MAX_SET_PAGES} of {} pages",
+                pages.len()
+            );
+            pages.truncate(MAX_SET_PAGES);
+        }
         let packs = self.build(&files, &pages)?;
         let mut current = String::new();
         for pack in packs {
@@ -189,11 +200,13 @@ impl Store {
         let mut recordings = Vec::new();
         for path in paths {
             let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
-            let wrong = |reason: String| damaged(path.display().to_string(), reason);
-            let recording = v1::RecordRequest::decode(&bytes[..]).map_err(|e| wrong(e.to_string()))?;
-            let mut spans = recording.touched.iter().chain(&recording.unseen);
-            spans.try_for_each(|span| files.check(span)).map_err(|e| wrong(e.to_string()))?;
-            recordings.push(Recording { touched: recording.touched, unseen: recording.unseen });
+            match parse(&bytes, files) {
+                Ok(recording) => recordings.push(recording),
+                // The others say enough, and it is forgotten in its turn.
+                Err(reason) => {
+                    tracing::warn!("the recording {} is left out: {reason}", path.display());
+                }
+            }
         }
         Ok(recordings)
     }
@@ -276,6 +289,17 @@ impl Store {
     /// # Blocking
     /// Reads the packs.
     pub fn working_set(&self, image: &Digest) -> Result<Option<WorkingSet>, StoreError> {
+        // The set that `current` has named may be replaced before its packs are open.
+        for _ in 0..ATTEMPTS {
+            match self.current_set(image) {
+                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                other => return other,
+            }
+        }
+        self.current_set(image)
+    }
+
+    fn current_set(&self, image: &Digest) -> Result<Option<WorkingSet>, StoreError> {
         let wrong = |reason: String| damaged(object(image), reason);
         let Some(current) = read_bounded(&self.layout.current_set(image), MAX_PACKS * 65)? else {
             return Ok(None);
@@ -329,6 +353,14 @@ impl Store {
     }
 }
 
+/// A recording that was kept, with all checks: it may have been altered since.
+fn parse(bytes: &[u8], files: &Files) -> Result<Recording, String> {
+    let recording = v1::RecordRequest::decode(bytes).map_err(|error| error.to_string())?;
+    let mut spans = recording.touched.iter().chain(&recording.unseen);
+    spans.try_for_each(|span| files.check(span)).map_err(|error| error.to_string())?;
+    Ok(Recording { touched: recording.touched, unseen: recording.unseen })
+}
+
 /// Ascending page numbers as runs.
 fn runs_of(mut pages: Vec<u16>) -> Vec<PageRun> {
     pages.sort_unstable();
@@ -357,6 +389,8 @@ fn remove(layout: &Layout, image: &Digest) -> Result<bool, StoreError> {
     match fs::remove_dir_all(&dir) {
         Ok(()) => sync_dir(&layout.working_sets()).map(|()| true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        // A recording has come meanwhile: the next time.
+        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
         Err(e) => Err(io_error(&dir)(e)),
     }
 }

@@ -33,6 +33,8 @@ pub(crate) fn count(spans: &[PageSpan]) -> u64 {
 #[derive(Default)]
 struct Seen {
     times: u64,
+    /// The last recording that it was counted for, from 1.
+    last: usize,
     /// Sum of its places in the order.
     places: u64,
 }
@@ -40,10 +42,13 @@ struct Seen {
 /// The pages of the working set, in the order in which they are to be sent. `share` is of 1.
 pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
     let mut seen: HashMap<Page, Seen> = HashMap::new();
-    for recording in recordings {
+    for (number, recording) in (1..).zip(recordings) {
         let before = count(&recording.unseen);
         for (place, page) in (before..).zip(pages(&recording.touched)) {
             let seen = seen.entry(page).or_default();
+            if std::mem::replace(&mut seen.last, number) == number {
+                continue;
+            }
             seen.times += 1;
             seen.places += place;
         }
@@ -99,6 +104,11 @@ mod tests {
     fn one_recording_is_taken_as_it_is() {
         assert_eq!(chosen(&[recording(&[5, 1, 3], &[])]), [5, 1, 3]);
         assert!(chosen(&[]).is_empty());
+        assert_eq!(
+            chosen(&[recording(&[5, 5, 5], &[]), recording(&[1], &[]), recording(&[1], &[])]),
+            [1],
+            "once each"
+        );
     }
 
     #[test]
