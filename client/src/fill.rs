@@ -42,10 +42,10 @@ const JOBS: usize = 256;
 const RETRY: Duration = Duration::from_micros(200);
 /// How long to wait after a pass that brought nothing.
 const RETRY_PASS: Duration = Duration::from_millis(200);
-/// How long it looks again and again for what touches have asked for.
-const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 /// The same, once it has been reported that nothing comes.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
+/// How long it looks again and again for what touches have asked for.
+const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 
 /// What an installer does next. The permit is given back when that is done.
 struct Job {
@@ -177,7 +177,7 @@ impl Fill {
                 Err(_) => progressed.elapsed() >= self.shared.options.fault_deadline,
             };
             // Where touches have asked for all that is left, theirs is to tell when it cannot be had.
-            let waits = outcome.is_ok() && progressed.elapsed() > LEFT_TO_TOUCHES;
+            let waits = matches!(outcome, Ok(true)) && progressed.elapsed() > LEFT_TO_TOUCHES;
             let pause = if given_up || waits { GIVEN_UP_RETRY } else { RETRY_PASS };
             if given_up {
                 self.report(outcome.err());
@@ -266,11 +266,9 @@ impl Fill {
             if frames.is_empty() || frames.iter().map(Bytes::len).sum::<usize>() > WINDOW_BYTES / 2 {
                 return Err(server.wrong("working set", "a message that holds nothing, or too much"));
             }
-            let pages = frames
-                .iter()
-                .filter_map(|frame| SetFrame::parse(frame).ok())
-                .map(|f| f.pages())
-                .sum::<usize>();
+            // What is no frame counts, too: else a server could send such for ever.
+            let pages_of = |frame: &Bytes| SetFrame::parse(frame).map_or(1, |frame| frame.pages().max(1));
+            let pages = frames.iter().map(pages_of).sum::<usize>();
             left = left
                 .checked_sub(pages as u64)
                 .ok_or_else(|| server.wrong("working set", "more pages than the image has"))?;
