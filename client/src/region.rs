@@ -115,6 +115,12 @@ impl RegionState {
         Self { space: Arc::clone(space), ..self.part(0..self.pages, self.start) }
     }
 
+    /// The same as shared memory.
+    #[cfg(test)]
+    pub(crate) fn shared(self) -> Self {
+        Self { is_shared: true, ..self }
+    }
+
     /// The region that a row of the state file tells of, in its space, with its file's entry.
     pub(crate) fn restored(
         row: &RegionRow,

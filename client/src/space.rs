@@ -196,8 +196,10 @@ impl Spaces {
         unmapped
     }
 
-    /// Memory has been moved to `to`. What was there must have gone before.
+    /// Memory has been moved to `to`. What was there must have gone before. What shared memory was moved from, and is
+    /// moved once more, was mapped there still.
     pub(crate) fn move_to(&mut self, space: &Space, from: &Range<usize>, to: usize) {
+        self.take_back_in(space, from);
         let mut rest = vec![from.clone()];
         let mut moved = take_parts(&mut self.displaced, space, &mut rest);
         for part in rest {
@@ -217,6 +219,7 @@ impl Spaces {
     /// Shared memory has been mapped another time, by mremap with an old size of 0. How much of it nobody tells: all that
     /// may be, up to what else is there.
     pub(crate) fn map_again(&mut self, space: &Space, from: usize, to: usize) {
+        self.take_back_in(space, &(from..from + PAGE_BYTES));
         let Some((region, page)) = self.at(space, from) else { return };
         let (region, most) = (Arc::clone(region), region.address(region.pages()) - from);
         let other = self.overlapping(space, &(to..to + most)).first().map(|other| other.address(0));
@@ -524,6 +527,26 @@ pub(crate) mod tests {
         let expected = [Some(100), Some(109), Some(20), Some(29)];
         assert_eq!(found(&spaces, &space, [20, 29, 200, 209]), expected);
         assert!(spaces.left().is_empty() && spaces.displaced().is_empty());
+    }
+
+    #[test]
+    fn shared_memory_that_stays_where_it_was_moved_from_is_moved_again() {
+        let space = any_space(0);
+        let shared = two_regions(&space)
+            .regions
+            .into_iter()
+            .map(|region| Arc::new(Arc::try_unwrap(region).expect("nobody else has it").shared()));
+        let mut spaces = Spaces::new(vec![Arc::clone(&space)], shared.collect());
+        spaces.move_to(&space, &bytes(20..30), 200 * PAGE_BYTES);
+        spaces.move_to(&space, &bytes(22..25), 300 * PAGE_BYTES);
+        assert_eq!(
+            found(&spaces, &space, [20, 200, 300, 302, 29]),
+            [Some(20), Some(20), Some(22), Some(24), Some(29)]
+        );
+        // And once more from where it has been twice; and mapped another time from there.
+        spaces.move_to(&space, &bytes(23..24), 310 * PAGE_BYTES);
+        spaces.map_again(&space, 23 * PAGE_BYTES, 320 * PAGE_BYTES);
+        assert_eq!(found(&spaces, &space, [310, 311, 320, 321]), [Some(23), None, Some(23), None]);
     }
 
     #[test]

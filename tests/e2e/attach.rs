@@ -396,6 +396,14 @@ fn shared_memory_is_moved_and_unmapped_by_each_for_himself() {
         faulter.main.does(&format!("write {both} 1 9"));
         faulter.main.assert_reads(kept, &[&[9; PAGE], image(101, 19)].concat());
         faulter.main.assert_reads(both + PAGE, image(101, 19));
+        // And is moved from there another time.
+        let third = faulter.main.ask(&format!("remap {} 5 5 {} 0", kept + 10 * PAGE, MAYMOVE | DONTUNMAP));
+        faulter.main.assert_reads(third.parse().unwrap(), image(110, 5));
+        // Also if nobody has touched it at the old place.
+        let kept = at + 130 * PAGE;
+        faulter.main.ask(&format!("remap {kept} 12 12 {} 0", MAYMOVE | DONTUNMAP));
+        let third = faulter.main.ask(&format!("remap {} 5 5 {} 0", kept + 4 * PAGE, MAYMOVE | DONTUNMAP));
+        faulter.main.assert_reads(third.parse().unwrap(), image(134, 5));
         // What is dropped at the old place, which nobody has touched since, is dropped at the new one.
         let kept = at + 150 * PAGE;
         let both = faulter.main.ask(&format!("remap {kept} 20 20 {} 0", MAYMOVE | DONTUNMAP));
