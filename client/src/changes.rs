@@ -3,7 +3,7 @@
 
 use crate::page_state::PageState;
 use crate::region::RegionState;
-use crate::session::Shared;
+use crate::shared::Shared;
 use crate::uffd::Outcome;
 use postcopy_proto::page::PAGE_BYTES;
 use std::io;

@@ -9,7 +9,7 @@
 use crate::advice::{self, Call};
 use crate::page_state::PageState;
 use crate::region::RegionState;
-use crate::session::Shared;
+use crate::shared::Shared;
 use crate::space::{Space, Spaces};
 use crate::state::{MESSAGES, StateError};
 use crate::uffd::{self, Event};

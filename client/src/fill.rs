@@ -7,22 +7,22 @@
 //! knows what is resident, so that it asks for nothing that is there. What goes wrong is tried again in another
 //! pass. It is reported after three passes that brought nothing, or when the server was lost for the fault deadline.
 
-use crate::chunk::ChunkPages;
-use crate::image::{Content, Image};
-use crate::install::{self, Installed};
-use crate::lane::{BulkLane, frame_of, runs_of};
+mod installer;
+
+use crate::image::Content;
+use crate::install;
+use crate::lane::{BulkLane, runs_of};
 use crate::pace;
 use crate::region::RegionState;
 use crate::remote::Lane::Bulk;
 use crate::remote::{Remote, RemoteError, ServerAddress, within};
 use crate::requests::MAX_ATTEMPTS;
-use crate::session::{Shared, add};
+use crate::shared::Shared;
 use crate::space::Spaces;
 use bytes::Bytes;
-use postcopy_proto::frame::FrameDecoder;
-use postcopy_proto::manifest::chunk_len;
+use installer::{Installer, Job, Refused, Work};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
-use postcopy_proto::set_frame::{SetDecoder, SetFrame, SetRun};
+use postcopy_proto::set_frame::SetFrame;
 use postcopy_proto::v1;
 use std::collections::VecDeque;
 use std::io;
@@ -38,26 +38,12 @@ const WINDOW_BYTES: usize = pace::MOST_BYTES;
 const REQUEST_BYTES: usize = 1 << 20;
 /// Jobs that may wait for an installer; the window bounds their bytes.
 const JOBS: usize = 256;
-/// How soon an install is tried again that the kernel put off.
-const RETRY: Duration = Duration::from_micros(200);
 /// How long to wait after a pass that brought nothing.
 const RETRY_PASS: Duration = Duration::from_millis(200);
 /// The same, once it has been reported that nothing comes.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 /// How long it looks again and again for what touches have asked for.
 const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
-
-/// What an installer does next. The permit is given back when that is done.
-struct Job {
-    work: Work,
-    permit: OwnedSemaphorePermit,
-}
-
-enum Work {
-    Frames(Arc<RegionState>, Vec<v1::ChunkAnswer>),
-    Zeros(Range<u64>),
-    WorkingSet(Vec<Bytes>),
-}
 
 /// The bulk lane, and the requests on it that have not been answered, in order.
 struct Stream {
@@ -75,9 +61,6 @@ struct AskedFor {
     chunks: u64,
     permit: OwnedSemaphorePermit,
 }
-
-/// Why a chunk was refused most lately: said when the fill gives up.
-type Refused = Arc<Mutex<Option<String>>>;
 
 /// A fill that connects, while the session that it is for is being opened.
 #[derive(Debug)]
@@ -485,215 +468,4 @@ fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
         install::unresolved(region).iter().map(|state| region.count(*state)).sum::<usize>()
     };
     regions.iter().filter(|region| region.is_alive()).map(unresolved).sum()
-}
-
-/// A thread that decompresses, verifies and installs.
-struct Installer {
-    shared: Arc<Shared>,
-    refused: Refused,
-    pages: ChunkPages,
-    decoder: FrameDecoder,
-    set: SetDecoder,
-}
-
-impl Installer {
-    fn new(shared: Arc<Shared>, refused: Refused) -> Self {
-        Self {
-            shared,
-            refused,
-            pages: ChunkPages::default(),
-            decoder: FrameDecoder::default(),
-            set: SetDecoder::default(),
-        }
-    }
-
-    fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
-        loop {
-            // Held while waiting, by one of the installers: whoever has the lock takes the next job.
-            let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-            let Some(job) = job else { return };
-            match job.work {
-                Work::Frames(region, answers) => {
-                    for answer in &answers {
-                        self.frame(&region, answer);
-                    }
-                }
-                Work::WorkingSet(frames) => frames.iter().for_each(|frame| self.set_frame(frame)),
-                Work::Zeros(chunks) => {
-                    for chunk in chunks {
-                        self.zeros(ChunkIndex(chunk));
-                    }
-                }
-            }
-            self.shared.pages_changed();
-            drop(job.permit);
-        }
-    }
-
-    /// Installs a chunk. What is wrong with it leaves it absent; the next pass asks again.
-    fn frame(&mut self, region: &RegionState, answer: &v1::ChunkAnswer) {
-        let chunk = ChunkIndex(answer.chunk);
-        if let Err(reason) = self.verified_frame(region, chunk, answer) {
-            self.refuse(&format!("chunk {chunk}"), &reason);
-        }
-        self.shared.in_bulk.remove(chunk);
-    }
-
-    fn refuse(&self, what: &str, reason: &str) {
-        let image = self.shared.image.digest();
-        let reason = format!("{what} of image {image}: {reason}");
-        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-    }
-
-    /// Installs a working set's frame. What is wrong with it leaves its pages to whoever touches them.
-    fn set_frame(&mut self, frame: &Bytes) {
-        add(&self.shared.counters.frame_bytes, frame.len());
-        let shared = Arc::clone(&self.shared);
-        let image = &shared.image;
-        let installed = SetFrame::parse(frame).and_then(|frame| {
-            let spaces = shared.spaces();
-            let mut runs = frame.runs();
-            let is_wanted = |run: SetRun| {
-                set_regions(image, &spaces, run).any(|(region, pages)| {
-                    region.next_run(region.whole(&pages), install::unresolved(region)).is_some()
-                })
-            };
-            // Faults may have overtaken all of it.
-            if runs.any(is_wanted) {
-                self.set.decode(&frame, &**image)?;
-                self.install_set(&spaces);
-            }
-            Ok(())
-        });
-        if let Err(error) = installed {
-            self.refuse("a frame of the working set", &error.to_string());
-        }
-    }
-
-    /// Installs what was decoded last.
-    fn install_set(&mut self, spaces: &Spaces) {
-        let image = Arc::clone(&self.shared.image);
-        for (run, bytes) in self.set.pages() {
-            for (region, pages) in set_regions(&image, spaces, run) {
-                if region.gathering().is_some() {
-                    continue;
-                }
-                let before = region.file_pages(pages.clone()).start - run.first as usize;
-                let bytes =
-                    bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
-                add(&self.shared.counters.working_set_pages, pages.len());
-                self.bring(region, &pages, || {
-                    install::install_pages(&self.shared.gate, region, pages.clone(), bytes)
-                });
-            }
-        }
-        if spaces.has_huge() {
-            self.install_set_chunks(spaces);
-        }
-    }
-
-    /// The same into huge pages, which are gathered by chunks: those that the frame has all of.
-    fn install_set_chunks(&mut self, spaces: &Spaces) {
-        let image = Arc::clone(&self.shared.image);
-        let chunk_size = image.root().chunk_size();
-        let chunk_pages = chunk_size.bytes() / PAGE_BYTES;
-        let runs: Vec<_> = self.set.pages().collect();
-        let place = |run: &SetRun| (run.file, run.first as usize / chunk_pages);
-        for runs in runs.chunk_by(|(a, _), (b, _)| place(a) == place(b)) {
-            let (file, number) = place(&runs[0].0);
-            let file = &image.files()[file as usize];
-            let chunk = ChunkIndex(file.first_chunk.0 + number as u64);
-            let Some(chunk_bytes) = chunk_len(chunk_size, file, chunk) else { continue };
-            let held: usize = runs.iter().map(|(run, _)| usize::from(run.count)).sum();
-            if held < chunk_bytes.div_ceil(PAGE_BYTES) {
-                continue;
-            }
-            let in_chunk = runs.iter().map(|(run, bytes)| {
-                let first = run.first as usize % chunk_pages;
-                (first..first + usize::from(run.count), *bytes)
-            });
-            self.pages.set(chunk_bytes, in_chunk);
-            for region in spaces.of_chunk(chunk).filter(|region| region.gathering().is_some()) {
-                add(&self.shared.counters.working_set_pages, held);
-                let pages = region.pages_of(chunk).expect("a region of the chunk");
-                self.bring(region, &pages, || {
-                    install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
-                });
-            }
-        }
-    }
-
-    fn verified_frame(
-        &mut self,
-        region: &RegionState,
-        chunk: ChunkIndex,
-        answer: &v1::ChunkAnswer,
-    ) -> Result<(), String> {
-        let shared = Arc::clone(&self.shared);
-        let image = &shared.image;
-        let (Some(_), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
-            return Err("it was not asked for".to_owned());
-        };
-        let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
-        add(&shared.counters.bulk_chunks, 1);
-        add(&shared.counters.frame_bytes, frame.len());
-        // A fault may have overtaken it.
-        let is_wanted = |region: &Arc<RegionState>| {
-            let pages = region.pages_of(chunk).expect("a region of the chunk");
-            region.next_run(pages, install::unresolved(region)).is_some()
-        };
-        if shared.spaces().of_chunk(chunk).any(is_wanted) {
-            self.pages.decode(&mut self.decoder, image, &region.file, chunk, &digest, frame)?;
-            self.install(chunk);
-        }
-        Ok(())
-    }
-
-    fn zeros(&mut self, chunk: ChunkIndex) {
-        if self.shared.image.content(chunk) == Content::Zero {
-            self.pages.set_zeros(self.shared.image.root().chunk_size().bytes());
-            self.install(chunk);
-        }
-    }
-
-    fn install(&self, chunk: ChunkIndex) {
-        // Those of other regions over the same file are not asked for then.
-        for region in self.shared.spaces().of_chunk(chunk) {
-            let pages = region.pages_of(chunk).expect("a region of the chunk");
-            self.bring(region, &pages, || {
-                install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
-            });
-        }
-    }
-
-    /// Installs pages of a region that nobody has touched, as soon as the kernel lets it.
-    fn bring(&self, region: &RegionState, pages: &Range<usize>, install: impl Fn() -> Installed) {
-        if let Some(recorder) = &self.shared.recorder {
-            recorder.brought(&self.shared.image, region, pages.clone());
-        }
-        let started = Instant::now();
-        // The pager reads the event, or somebody frees memory; else another pass has it.
-        while started.elapsed() < self.shared.options.fault_deadline {
-            match install() {
-                Installed::All | Installed::Ended => return,
-                Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
-            }
-        }
-    }
-}
-
-/// The regions that have pages of a run, and which of theirs.
-fn set_regions<'a>(
-    image: &'a Image,
-    spaces: &'a Spaces,
-    run: SetRun,
-) -> impl Iterator<Item = (&'a Arc<RegionState>, Range<usize>)> {
-    let file = image.files().get(run.file as usize);
-    let of_file = move |region: &&Arc<RegionState>| file.is_some_and(|file| *file == region.file);
-    let first = run.first as usize;
-    let pages = move |region: &'a Arc<RegionState>| {
-        let pages = region.pages_of_file(first..first + usize::from(run.count));
-        (!pages.is_empty()).then_some((region, pages))
-    };
-    spaces.regions().iter().filter(of_file).filter_map(pages)
 }

@@ -43,6 +43,7 @@ mod region;
 mod remote;
 mod requests;
 mod session;
+mod shared;
 mod shared_pager;
 mod space;
 mod spin;

@@ -10,7 +10,7 @@ use crate::image::Image;
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::remote::{Remote, RemoteError, within};
-use crate::session::Shared;
+use crate::shared::Shared;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
 use std::io;

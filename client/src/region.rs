@@ -3,7 +3,8 @@
 use crate::changes::{self, Changes};
 use crate::huge::{Gathering, HUGE_PAGES};
 use crate::page_state::{PageState, PageStates};
-use crate::session::{Command, LossError, Shared};
+use crate::session::LossError;
+use crate::shared::{Command, Shared};
 use crate::space::Space;
 use crate::state::RegionRow;
 use crate::uffd::memory::Memory;

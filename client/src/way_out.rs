@@ -5,7 +5,7 @@
 use crate::events;
 use crate::install;
 use crate::region::RegionState;
-use crate::session::Shared;
+use crate::shared::Shared;
 use crate::space::Space;
 use std::collections::HashMap;
 use std::sync::Arc;

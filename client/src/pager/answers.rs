@@ -1,0 +1,163 @@
+//! From an answer to pages in memory.
+
+use super::{FAR, Pager};
+use crate::install::{self, Installed};
+use crate::lane::{frame_of, may_pass};
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::remote::{SegmentRefused, take_segment};
+use crate::requests::Refused;
+use crate::shared::add;
+use bytes::Bytes;
+use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::v1;
+use std::sync::Arc;
+use tokio::time::Instant;
+
+impl Pager {
+    /// Takes the answer for a chunk.
+    pub(super) fn answer(&mut self, answer: &v1::ChunkAnswer) {
+        let chunk = ChunkIndex(answer.chunk);
+        let Some((digest, _)) = self.requests.chunk(chunk) else { return };
+        let is_ahead = self.requests.is_ahead(chunk);
+        if !is_ahead {
+            self.noted(chunk);
+        }
+        let frame = match frame_of(answer, &digest) {
+            Ok(frame) => frame.clone(),
+            Err(no) if no.may_pass => return self.requests.chunk_busy(chunk, no.reason, Instant::now()),
+            Err(no) => return self.refuse(chunk, &no.reason),
+        };
+        let counters = &self.shared().counters;
+        add(&counters.demand_chunks, 1);
+        add(&counters.read_ahead_chunks, usize::from(is_ahead));
+        add(&counters.frame_bytes, frame.len());
+        self.install(chunk, frame);
+    }
+
+    /// Learns from how long an answer has taken.
+    pub(super) fn noted(&mut self, chunk: ChunkIndex) {
+        let now = Instant::now();
+        let waited = self.requests.waited_for(chunk, now);
+        self.spin.answered(waited);
+        // A server that was away for a while says nothing of how far away it is.
+        self.usual = (self.usual * 7 + waited.min(FAR)) / 8;
+        // The fill looks at it, or not: then this one does not count.
+        if let Ok(mut pace) = self.shared().pace.try_lock()
+            && let Some(asked_at) = now.checked_sub(waited)
+        {
+            pace.answered(asked_at.into_std(), now.into_std());
+        }
+    }
+
+    /// Verifies a chunk's frame and installs its pages.
+    pub(super) fn install(&mut self, chunk: ChunkIndex, frame: Bytes) {
+        let Some((digest, (waiting, page))) = self.requests.chunk(chunk) else { return };
+        let shared = &self.way_out.shared;
+        let decoder = &mut self.decoder;
+        if let Err(reason) = self.pages.decode(decoder, &shared.image, &waiting.file, chunk, &digest, &frame)
+        {
+            return self.refuse(chunk, &reason);
+        }
+        if self.installs_one(waiting, chunk) {
+            let (region, page) = (Arc::clone(waiting), *page);
+            let installed = install::install_touched(&region, chunk, &self.pages, page);
+            for other in shared.spaces().of_chunk(chunk) {
+                other.wake_chunk(chunk);
+            }
+            self.requests.chunk_done(chunk);
+            self.kept.keep(chunk, std::mem::take(&mut self.pages));
+            return self.one_installed(&region, chunk, page, installed);
+        }
+        self.whole.remove(&chunk);
+        let is_ahead = self.requests.is_ahead(chunk);
+        let mut outcome = Installed::All;
+        for region in shared.spaces().of_chunk(chunk) {
+            let first = (Arc::ptr_eq(region, waiting) && !is_ahead).then_some(*page);
+            match install::install(None, region, chunk, &self.pages, first) {
+                Installed::All => {}
+                // Whoever waits for it there touches it again, and has a deadline of his own.
+                Installed::NoMemory if first.is_none() => region.wake_chunk(chunk),
+                installed => outcome = installed,
+            }
+        }
+        match outcome {
+            Installed::All => self.requests.chunk_done(chunk),
+            Installed::Deferred | Installed::NoMemory => self.requests.put_off(chunk, frame),
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
+        }
+        self.shared().pages_changed();
+    }
+
+    /// Whether the touched page alone is installed: what is touched is recorded, at the grain of the kernel's pages.
+    pub(super) fn installs_one(&self, region: &RegionState, chunk: ChunkIndex) -> bool {
+        self.shared().recorder.is_some() && region.gathering().is_none() && !self.whole.contains(&chunk)
+    }
+
+    /// One page of a chunk that is kept was to be installed.
+    pub(super) fn one_installed(
+        &mut self,
+        region: &Arc<RegionState>,
+        chunk: ChunkIndex,
+        page: usize,
+        installed: Installed,
+    ) {
+        match installed {
+            Installed::All => {}
+            Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
+        }
+        let spaces = self.shared().spaces();
+        let is_absent = |region: &Arc<RegionState>| {
+            let pages = region.pages_of(chunk).expect("a region of the chunk");
+            region.next_run(pages, &[PageState::Absent]).is_some()
+        };
+        if !spaces.of_chunk(chunk).any(is_absent) {
+            self.kept.forget(chunk);
+        }
+        self.shared().pages_changed();
+    }
+
+    pub(super) fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
+        let shared = &self.way_out.shared;
+        self.pages.set_zeros(shared.image.root().chunk_size().bytes());
+        if self.installs_one(region, chunk) {
+            let installed = install::install_touched(region, chunk, &self.pages, page);
+            return self.one_installed(region, chunk, page, installed);
+        }
+        self.whole.remove(&chunk);
+        match install::install(None, region, chunk, &self.pages, Some(page)) {
+            Installed::All => {}
+            Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
+        }
+        self.shared().pages_changed();
+    }
+
+    /// An answer was wrong or an error: ask again, or give up.
+    pub(super) fn refuse(&mut self, chunk: ChunkIndex, reason: &str) {
+        match self.requests.chunk_refused(chunk) {
+            Refused::AskedAgain | Refused::Unknown => {}
+            Refused::Final => self.lose(chunk, reason),
+        }
+    }
+
+    pub(super) fn segment_answer(&mut self, answer: &v1::SegmentAnswer) {
+        let taken = take_segment(&self.shared().image, answer);
+        if let Err(SegmentRefused::Server(error)) = &taken
+            && may_pass(error)
+        {
+            return self.requests.segment_busy(answer.index, error.message.clone(), Instant::now());
+        }
+        if let Err(reason) = taken {
+            return match self.requests.segment_refused(answer.index) {
+                Refused::AskedAgain | Refused::Unknown => {}
+                Refused::Final => self.lose_segment(answer.index, &reason.to_string()),
+            };
+        }
+        for (region, page) in self.requests.segment_done(answer.index) {
+            // By address: it may have been moved, or removed.
+            self.fault(&region.space, region.address(page));
+        }
+    }
+}

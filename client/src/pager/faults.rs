@@ -1,0 +1,287 @@
+//! From a fault to a request, or to what can be installed at once.
+
+use super::{Pager, RETRY};
+use crate::events;
+use crate::huge;
+use crate::image::Content;
+use crate::install::{self, Installed};
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::space::Space;
+use crate::uffd::{HUGE_BYTES, Outcome, SharedAt};
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
+use std::sync::Arc;
+use tokio::time::Instant;
+
+impl Pager {
+    pub(super) fn faults(&mut self) {
+        let mut faults = std::mem::take(&mut self.faults);
+        for (space, address, is_protected) in faults.drain(..) {
+            match is_protected {
+                true => self.first_write(&space, address),
+                false => self.fault(&space, address),
+            }
+        }
+        // Its memory is kept; poisoning may have read others.
+        faults.append(&mut self.faults);
+        self.faults = faults;
+    }
+
+    /// Sees to it that a touched page comes.
+    pub(super) fn fault(&mut self, space: &Arc<Space>, address: usize) {
+        let spaces = self.shared().spaces();
+        let Some((region, page)) = spaces.at(space, address) else {
+            return self.fault_outside(space, address);
+        };
+        // Of a page of 2 MiB parts may be removed, and absent ones be left.
+        let absent = region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]);
+        match absent.map_or_else(|| region.state(page), |_| PageState::Absent) {
+            PageState::Absent => {
+                if let Some(recorder) = &self.shared().recorder {
+                    recorder.touched(&self.shared().image, region, region.whole(&(page..page + 1)));
+                }
+                self.ask(region, page);
+            }
+            // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
+            // there, its owner has dropped it without being asked to tell, and it is zero, too.
+            PageState::Removed | PageState::Resident if region.gathering().is_some() => {
+                self.zero_huge(&Arc::clone(region), page);
+            }
+            PageState::Removed | PageState::Resident => self.zero(space, address),
+            PageState::Poisoned => {
+                let addresses = region.whole_addresses(page);
+                match space.uffd.poison(addresses.start, addresses.len()) {
+                    Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
+                    _ => space.uffd.wake(addresses.start, addresses.len()),
+                }
+            }
+        }
+    }
+
+    /// Somebody writes to a page that is protected: the page tables note that.
+    pub(super) fn first_write(&mut self, space: &Arc<Space>, address: usize) {
+        let spaces = self.shared().spaces();
+        let page = spaces.at(space, address).map(|(region, page)| region.whole_addresses(page));
+        let page = page.unwrap_or(address..address + PAGE_BYTES);
+        match space.uffd.unprotect(page.clone()) {
+            Outcome::OwnerGone => space.set_gone(),
+            // By a touch of what is there: that wakes, and the message comes again.
+            Outcome::Deferred => self.put_off(space, address),
+            _ => space.uffd.wake(page.start, page.len()),
+        }
+    }
+
+    /// A fault on memory of no region: what a region has left behind, or has grown by, or what is not mapped any more.
+    pub(super) fn fault_outside(&mut self, space: &Arc<Space>, address: usize) {
+        let mut spaces = self.shared().spaces();
+        if !Arc::make_mut(&mut spaces).take_back(space, address) {
+            if !spaces.has_shared() {
+                return self.zero(space, address);
+            }
+            let page_bytes = if spaces.has_huge() { HUGE_BYTES } else { PAGE_BYTES };
+            return match space.uffd.shared_at(address, page_bytes) {
+                SharedAt::Private => self.zero(space, address),
+                SharedAt::Absent => self.lose_outside(space, address),
+                SharedAt::There => space.uffd.wake(address, PAGE_BYTES),
+                SharedAt::NotNow => self.put_off(space, address),
+            };
+        }
+        if let Err(error) = self.shared().set_spaces(Arc::clone(&spaces), None) {
+            self.broken.get_or_insert(error.to_string());
+            return;
+        }
+        // Not again: where other memory is now, nothing was taken back.
+        match spaces.at(space, address) {
+            Some(_) => self.fault(space, address),
+            None => self.zero(space, address),
+        }
+    }
+
+    /// A fault on what shared memory has grown by, which the session was not told of: zeros would be so for all who have it
+    /// mapped.
+    pub(super) fn lose_outside(&mut self, space: &Arc<Space>, address: usize) {
+        let shared = Arc::clone(&self.way_out.shared);
+        shared.report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
+        match space.uffd.poison(address, PAGE_BYTES) {
+            Outcome::Deferred | Outcome::NoMemory => return self.put_off(space, address),
+            Outcome::Gone => {
+                if let Some(first) = self.huge_outside(space, address) {
+                    let _ = space.uffd.poison(first, HUGE_BYTES);
+                }
+            }
+            _ => {}
+        }
+        space.uffd.wake(address, PAGE_BYTES);
+    }
+
+    /// Installs a page of zeros at an address that nothing of the image belongs to.
+    pub(super) fn zero(&mut self, space: &Arc<Space>, address: usize) {
+        match space.counted(space.uffd.zero(address, PAGE_BYTES)) {
+            Outcome::Done | Outcome::Partial { .. } => {}
+            Outcome::OwnerGone => space.set_gone(),
+            Outcome::AlreadyPresent => {
+                // Or a mark is in the way that a child has inherited from memory that is tracked.
+                if self.shared().options.track_writes && !space.uffd.tracks() {
+                    let _ = space.uffd.unprotect(address..address + PAGE_BYTES);
+                }
+                space.uffd.wake(address, PAGE_BYTES);
+            }
+            Outcome::Gone => {
+                if let Some(first) = self.huge_outside(space, address) {
+                    let _ = space.counted(space.uffd.copy(first, &huge::ZEROS));
+                }
+                space.uffd.wake(address, PAGE_BYTES);
+            }
+            Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
+        }
+    }
+
+    /// The page of 2 MiB that may be at an address which is of no region: where memory of these was moved from, or has
+    /// grown, the kernel takes whole ones.
+    pub(super) fn huge_outside(&self, space: &Space, address: usize) -> Option<usize> {
+        let spaces = self.shared().spaces();
+        let first = address - address % HUGE_BYTES;
+        let is_free = spaces.overlapping(space, &(first..first + HUGE_BYTES)).is_empty();
+        (spaces.has_huge() && is_free).then_some(first)
+    }
+
+    /// The same for a page of 2 MiB.
+    pub(super) fn zero_huge(&mut self, region: &Arc<RegionState>, page: usize) {
+        let space = &region.space;
+        let addresses = region.whole_addresses(page);
+        match space.counted(space.uffd.copy(addresses.start, &huge::ZEROS)) {
+            Outcome::Done => {}
+            Outcome::OwnerGone => space.set_gone(),
+            Outcome::Gone => space.uffd.wake(addresses.start, addresses.len()),
+            // It is there, or there was none to be had: whoever waits for it tells.
+            Outcome::AlreadyPresent => {
+                space.uffd.wake(addresses.start, addresses.len());
+                if !region.is_there(page) {
+                    self.put_off(space, addresses.start);
+                }
+            }
+            Outcome::Partial { .. } | Outcome::Deferred | Outcome::NoMemory => {
+                self.put_off(space, addresses.start);
+            }
+        }
+    }
+
+    /// Asks for what an absent page needs, unless that has been done.
+    pub(super) fn ask(&mut self, region: &Arc<RegionState>, page: usize) {
+        let Some(gathering) = region.gathering() else { return self.ask_chunk(region, page) };
+        let whole = region.whole(&(page..page + 1));
+        let mut next = whole.start;
+        let mut missing = Vec::new();
+        while next < whole.end {
+            let of_chunk = region.pages_of(region.chunk_of(next)).expect("a page of the region");
+            let pages = next..of_chunk.end.min(whole.end);
+            next = pages.end;
+            if !gathering.has(&region.placed(pages.clone())) {
+                missing.push(pages.start);
+            }
+        }
+        for page in &missing {
+            self.ask_chunk(region, *page);
+        }
+        // All had come, and could not be installed.
+        if missing.is_empty() {
+            match huge::install_gathered(region, whole.start) {
+                Installed::All => events::wake_mappings(&self.shared().spaces(), region, &whole),
+                _ => self.put_off(&region.space, region.address(whole.start)),
+            }
+        }
+    }
+
+    /// Asks for the chunk of an absent page, unless that has been done.
+    pub(super) fn ask_chunk(&mut self, region: &Arc<RegionState>, page: usize) {
+        let chunk = region.chunk_of(page);
+        let now = Instant::now();
+        if !self.requests.waits_for(chunk, &(Arc::clone(region), page), now) {
+            self.ask_anew(region, chunk, page, now);
+        }
+        if self.shared().recorder.is_none() && region.gathering().is_none() {
+            self.read_ahead(region, chunk, now);
+        }
+    }
+
+    /// Asks for what lies ahead of a touched chunk, where touches go forward.
+    pub(super) fn read_ahead(&mut self, region: &Arc<RegionState>, touched: ChunkIndex, now: Instant) {
+        let shared = Arc::clone(&self.way_out.shared);
+        for chunk in self.ahead.touched(touched.0).map(ChunkIndex) {
+            // The region's end.
+            let Some(pages) = region.pages_of(chunk) else { break };
+            let is_wanted = region.next_run(pages.clone(), &[PageState::Absent]).is_some();
+            if is_wanted
+                && let Content::Data(digest) = shared.image.content(chunk)
+                && !self.requests.has_chunk(chunk)
+                && !shared.in_bulk.has(chunk)
+            {
+                self.requests.add_ahead(chunk, digest, (Arc::clone(region), pages.start), now);
+            }
+        }
+    }
+
+    pub(super) fn ask_anew(
+        &mut self,
+        region: &Arc<RegionState>,
+        chunk: ChunkIndex,
+        page: usize,
+        now: Instant,
+    ) {
+        if let Some(kept) = self.kept.get(chunk) {
+            let installed = install::install_touched(region, chunk, kept, page);
+            return self.one_installed(region, chunk, page, installed);
+        }
+        let waiting = (Arc::clone(region), page);
+        match self.shared().image.content(chunk) {
+            Content::Data(_) if self.is_coming(chunk, now) => {
+                self.put_off(&region.space, region.address(page));
+            }
+            Content::Data(digest) => {
+                self.requests.add_chunk(chunk, digest, waiting, now);
+                self.spin.asked(now);
+            }
+            Content::Zero => self.install_zeros(region, chunk, page),
+            Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, now),
+            Content::OutOfRange => unreachable!("regions are made from the image's own files"),
+        }
+    }
+
+    /// Whether the fill has asked for a chunk, and it may come as soon as it would if it was asked for now. Where answers are near
+    /// it is asked for in any case.
+    pub(super) fn is_coming(&mut self, chunk: ChunkIndex, now: Instant) -> bool {
+        if !self.shared().in_bulk.has(chunk) || self.usual < RETRY {
+            return false;
+        }
+        let since = *self.behind.entry(chunk).or_insert(now);
+        now.saturating_duration_since(since) < self.usual.min(self.shared().options.fault_deadline / 4)
+    }
+
+    pub(super) fn put_off(&mut self, space: &Arc<Space>, address: usize) {
+        let deadline = Instant::now() + self.shared().options.fault_deadline;
+        self.put_off.entry((space.id, address)).or_insert_with(|| (Arc::clone(space), deadline));
+    }
+
+    pub(super) fn retry_put_off(&mut self) {
+        let now = Instant::now();
+        for (place, (space, deadline)) in std::mem::take(&mut self.put_off) {
+            if space.is_gone() {
+                continue;
+            }
+            if deadline <= now {
+                self.lose_page(&space, place.1);
+                continue;
+            }
+            self.fault(&space, place.1);
+            if let Some((_, again)) = self.put_off.get_mut(&place) {
+                *again = deadline;
+            }
+        }
+        for (chunk, frame) in self.requests.take_put_off() {
+            self.install(chunk, frame);
+        }
+        if self.put_off.is_empty() {
+            self.behind.clear();
+        }
+    }
+}

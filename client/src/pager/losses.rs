@@ -1,0 +1,135 @@
+//! What becomes of faults that cannot be answered.
+
+use super::Pager;
+use crate::install;
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::requests::Late;
+use crate::session::LossPolicy;
+use crate::space::Space;
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
+use std::ops::Range;
+use std::sync::Arc;
+use tokio::time::Instant;
+
+/// What becomes of a fault that is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Poison,
+    Wait,
+}
+
+impl Pager {
+    /// What becomes of a fault that is lost. Who is killed or stopped is so now.
+    pub(super) fn fate(&self) -> Fate {
+        use rustix::process::Signal;
+        let shared = self.shared();
+        match shared.options.on_loss {
+            LossPolicy::Poison => return Fate::Poison,
+            LossPolicy::Wait => {}
+            LossPolicy::Kill => drop(shared.signal_owners(Signal::KILL)),
+            LossPolicy::Pause => drop(shared.signal_owners(Signal::STOP)),
+        }
+        Fate::Wait
+    }
+
+    /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.
+    pub(super) fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
+        let shared = Arc::clone(&self.way_out.shared);
+        let image = shared.image.digest();
+        shared.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
+        match self.fate() {
+            Fate::Poison => {
+                self.requests.chunk_done(chunk);
+                for region in shared.spaces().of_chunk(chunk) {
+                    self.poison_chunk(region, chunk);
+                }
+            }
+            Fate::Wait => self.requests.chunk_later(chunk, Instant::now()),
+        }
+        shared.pages_changed();
+    }
+
+    pub(super) fn lose_segment(&mut self, index: u32, reason: &str) {
+        let shared = Arc::clone(&self.way_out.shared);
+        let image = shared.image.digest();
+        shared.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
+        match self.fate() {
+            Fate::Poison => {
+                for (region, page) in self.requests.segment_done(index) {
+                    // The whole chunk, as when a chunk is lost: one page stands for all that were asked for.
+                    self.poison_chunk(&region, region.chunk_of(page));
+                }
+            }
+            Fate::Wait => self.requests.segment_later(index, Instant::now()),
+        }
+        shared.pages_changed();
+    }
+
+    /// The kernel has had no memory for a page of zeros for as long as a fault may take.
+    pub(super) fn lose_page(&mut self, space: &Arc<Space>, address: usize) {
+        let shared = Arc::clone(&self.way_out.shared);
+        let deadline = shared.options.fault_deadline;
+        shared.report(&format!("the page at {address:#x}: the kernel had no memory for {deadline:?}"));
+        if self.fate() == Fate::Wait {
+            return self.put_off(space, address);
+        }
+        match shared.spaces().at(space, address) {
+            Some((region, page)) if region.state(page) == PageState::Absent => {
+                self.poison(region, region.whole(&(page..page + 1)));
+            }
+            // It stays removed: nothing of the image may come there.
+            other => {
+                let page = address..address + PAGE_BYTES;
+                let page = other.map_or(page, |(region, page)| region.whole_addresses(page));
+                let _ = space.uffd.poison(page.start, page.len());
+                space.uffd.wake(page.start, page.len());
+            }
+        }
+    }
+
+    pub(super) fn poison_chunk(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex) {
+        if let Some(pages) = region.pages_of(chunk) {
+            self.poison(region, region.whole(&pages));
+        }
+    }
+
+    pub(super) fn poison(&mut self, region: &Arc<RegionState>, pages: Range<usize>) {
+        let shared = Arc::clone(&self.way_out.shared);
+        let patience = shared.options.fault_deadline;
+        let poisoned = install::poison(region, pages, patience, || {
+            // Where installers are inside, the next attempt comes when they have left: new ones wait.
+            let Some(_pass) = shared.gate.try_enter_alone() else { return };
+            if let Err(stopped) = self.read(&region.space)
+                && !stopped.may_pass
+            {
+                self.broken.get_or_insert(stopped.reason);
+            }
+        });
+        shared.gate.stop_waiting();
+        if !poisoned {
+            shared.report("a lost page could not be poisoned; its faults wait");
+        }
+        self.faults();
+    }
+
+    pub(super) fn check_deadlines(&mut self) {
+        let Late { chunks, segments } = self.requests.late(Instant::now());
+        if chunks.is_empty() && segments.is_empty() {
+            return;
+        }
+        let reason = self.late_reason();
+        for (chunk, said) in chunks {
+            self.lose(chunk, said.as_deref().unwrap_or(&reason));
+        }
+        for (index, said) in segments {
+            self.lose_segment(index, said.as_deref().unwrap_or(&reason));
+        }
+    }
+
+    pub(super) fn late_reason(&self) -> String {
+        let deadline = self.shared().options.fault_deadline;
+        let state = if self.lane.is_ok() { "connected" } else { "not reachable" };
+        format!("no answer within {deadline:?}; the server is {state}")
+    }
+}
