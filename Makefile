@@ -6,7 +6,7 @@ CARGO ?= cargo
 # Another file for the demo: make demo FILE=/path/to/model.bin
 FILE ?=
 
-.PHONY: help build demo test soak test-list lint bench bench-full bench-build clean
+.PHONY: help build demo test soak test-list lint look bench bench-full bench-build clean
 
 help:
 	@echo "make demo    push a large file and use it lazily (FILE=... for one of yours); restore a Redis, where CRIU runs"
@@ -14,6 +14,7 @@ help:
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting and clippy"
 	@echo "make bench   real programs restored over a network, into docs/BENCHMARKS.md; make bench-full: all figures there"
+	@echo "make look    a report of a trace, looked at in Chromium; pictures in target/look"
 	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
 
 build:
@@ -45,6 +46,11 @@ lint:
 	@tests/setup build
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
+
+# Reports of real traces, in a browser without a network.
+look: build
+	@tests/setup look
+	@tests/look
 
 # Two programs over one network: the table and the plots, in docs.
 bench: bench-build

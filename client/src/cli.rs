@@ -7,6 +7,7 @@ mod doctor;
 mod heat_map;
 mod images;
 mod output;
+mod report;
 mod working_sets;
 
 use anyhow::{Context, Result};
@@ -102,6 +103,11 @@ enum Command {
     /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
     #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]
     Bench(bench::BenchArgs),
+    /// Draw what a session did, and who waited for what (--trace of bench, firecracker and criu)
+    #[command(
+        after_help = "Example:\n  postcopy bench model:v1 model.bin --trace model.jsonl\n  postcopy report model.jsonl -o model.html"
+    )]
+    Report(report::ReportArgs),
     /// Restore microVMs: serve the memory of Firecracker's snapshots
     #[command(after_help = "Example:\n  postcopy firecracker --socket /run/vm.sock --image vm/web:v1")]
     Firecracker(daemons::FirecrackerArgs),
@@ -175,6 +181,7 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
         Command::Tag { source, target } => images::tag(server()?, &source, &target, output),
         Command::WorkingSet(command) => working_sets::run(server()?, command, output),
         Command::Bench(args) => bench::bench(server()?, args, output),
+        Command::Report(args) => report::report(&args, output),
         Command::Firecracker(args) => daemons::firecracker(server()?, &args),
         Command::Criu(args) => daemons::criu(server, &args),
         Command::Doctor { pid } => doctor::doctor(pid, output),

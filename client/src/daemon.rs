@@ -56,6 +56,8 @@ pub(crate) struct Setup {
     /// How long it may take to end.
     pub(crate) grace: Duration,
     pub(crate) runtime: RuntimeDir,
+    /// Where sessions' traces are written, if they are.
+    pub(crate) traces: Option<PathBuf>,
     /// Where programs connect, and the paths to remove in the end.
     pub(crate) listeners: Vec<(UnixListener, PathBuf)>,
     control: UnixListener,
@@ -88,10 +90,11 @@ impl Setup {
         options: Options,
         grace: Duration,
         runtime: RuntimeDir,
+        traces: Option<PathBuf>,
     ) -> Result<Self> {
         let control = UnixListener::bind(runtime.path().join("control")).context("the control socket")?;
         let (listeners, adopted, base) = (Vec::new(), None, Vec::new());
-        Ok(Self { address, images, options, grace, runtime, listeners, control, adopted, base })
+        Ok(Self { address, images, options, grace, runtime, traces, listeners, control, adopted, base })
     }
 
     /// Listens for programs at `path`, in place of whoever has left a socket there.

@@ -60,6 +60,7 @@ struct AskedFor {
     region: Arc<RegionState>,
     chunks: u64,
     permit: OwnedSemaphorePermit,
+    at: Instant,
 }
 
 /// A fill that connects, while the session that it is for is being opened.
@@ -259,7 +260,7 @@ impl Fill {
             let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
             let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
             let permit = permit.expect("the window is never closed");
-            self.job(Job { work: Work::WorkingSet(frames), permit }).await;
+            self.job(Job::new(Work::WorkingSet(frames), permit, Duration::ZERO)).await;
         }
     }
 
@@ -328,13 +329,14 @@ impl Fill {
                 Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
-                    self.job(Job { work: Work::Zeros(chunks), permit }).await;
+                    self.job(Job::new(Work::Zeros(chunks), permit, Duration::ZERO)).await;
                 }
                 Plan::Ask { chunks, pages } => {
                     let permit = self.permit(stream, pages).await?;
                     stream.last_id += 1;
                     let (id, region, count) = (stream.last_id, Arc::clone(region), chunks.len() as u64);
-                    stream.asked.push_back(AskedFor { id, region, chunks: count, permit });
+                    let at = Instant::now();
+                    stream.asked.push_back(AskedFor { id, region, chunks: count, permit, at });
                     chunks.iter().for_each(|chunk| self.shared.in_bulk.add(ChunkIndex(*chunk)));
                     let runs = runs_of(chunks);
                     let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
@@ -398,7 +400,8 @@ impl Fill {
             // Sent twice, or for nobody.
             return Ok(());
         };
-        let (region, count) = (Arc::clone(&front.region), message.chunks.len() as u64);
+        let (region, count, wire) =
+            (Arc::clone(&front.region), message.chunks.len() as u64, front.at.elapsed());
         let permit = if count < front.chunks {
             // Room goes back with the frames, in proportion.
             let pages = front.permit.num_permits() as u64 * count / front.chunks;
@@ -408,7 +411,7 @@ impl Fill {
             stream.asked.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
-        self.job(Job { work: Work::Frames(region, message.chunks), permit }).await;
+        self.job(Job::new(Work::Frames(region, message.chunks), permit, wire)).await;
         Ok(())
     }
 

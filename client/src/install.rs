@@ -48,7 +48,7 @@ pub(crate) fn enter(gate: Option<&Gate>) -> Result<Option<InstallerPass<'_>>, In
     gate.map(|gate| gate.enter().ok_or(Installed::Ended)).transpose()
 }
 
-/// Installs the pages of a chunk that `region` has and that are unresolved, region page `first` alone and before the
+/// Installs the pages of a chunk that `region` has and that are unresolved, those around region page `first` before the
 /// others, and wakes who waits for them. `content` is what the chunk holds.
 ///
 /// # Blocking
@@ -66,8 +66,7 @@ pub(crate) fn install(
     let Some(all) = region.pages_of(chunk) else { return Installed::All };
     let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - all.start);
     let middle = first.map_or(all.start, piece_of);
-    let alone = first.map_or(all.start..all.start, |page| page..page + 1);
-    for part in [alone, middle..all.end, all.start..middle] {
+    for part in [middle..all.end, all.start..middle] {
         match install_part(gate, region, &all, content, part) {
             Installed::All => {}
             other => return other,
@@ -76,17 +75,15 @@ pub(crate) fn install(
     wake_shared(gate, region, all)
 }
 
-/// Installs the one page of a chunk that was touched, and has those who wait for others touch them again.
-pub(crate) fn install_touched(
+/// Installs one page of a chunk, and wakes who waits for it.
+pub(crate) fn install_page(
     region: &RegionState,
     chunk: ChunkIndex,
     content: &ChunkPages,
     page: usize,
 ) -> Installed {
     let all = region.pages_of(chunk).expect("a page of the chunk");
-    let installed = install_part(None, region, &all, content, page..page + 1);
-    region.space.uffd.wake(region.address(all.start), all.len() * PAGE_BYTES);
-    installed
+    install_part(None, region, &all, content, page..page + 1)
 }
 
 /// Installs pages `part` of the region's pages `all` of a chunk.

@@ -49,6 +49,7 @@ mod space;
 mod spin;
 pub mod state;
 mod sync;
+pub mod trace;
 pub mod uffd;
 mod way_out;
 

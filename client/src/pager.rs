@@ -344,7 +344,7 @@ impl Pager {
         while self.requests.has_message() {
             // Full: it goes on after the next answer. Closed: next_answer says so.
             let Ok(slot) = lane.requests.try_reserve() else { return };
-            slot.send(self.requests.message());
+            slot.send(self.requests.message(Instant::now()));
         }
     }
 

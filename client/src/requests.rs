@@ -5,6 +5,7 @@
 use crate::bits::Underway;
 use crate::lane::runs_of;
 use crate::region::RegionState;
+use crate::trace::Stages;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, to_usize};
@@ -39,6 +40,9 @@ struct Chunk {
     /// Answers that were wrong or errors.
     refusals: u32,
     deadline: Instant,
+    /// When it was asked for last, and answered.
+    sent: Option<Instant>,
+    answered: Option<Instant>,
     /// The frame came, and the kernel put the install off.
     frame: Option<Bytes>,
     /// Given up, or not to be had at the moment: ask again at this time.
@@ -157,6 +161,8 @@ impl Requests {
             attempt: 0,
             refusals: 0,
             deadline,
+            sent: None,
+            answered: None,
             frame: None,
             again_at: None,
             busy: None,
@@ -181,26 +187,58 @@ impl Requests {
     }
 
     /// The next message: what is to be asked for, as far as one message may.
-    pub(crate) fn message(&mut self) -> v1::FetchChunksRequest {
+    pub(crate) fn message(&mut self, now: Instant) -> v1::FetchChunksRequest {
         self.last_id += 1;
         if self.chunks_to_ask.is_empty() && self.segments_to_ask.is_empty() {
             let count = self.ahead_to_ask.len().min(to_usize(MAX_DEMAND_CHUNKS));
-            let runs = runs_of(self.ahead_to_ask.drain(..count).map(|chunk| chunk.0));
+            let chunks: Vec<_> = self.ahead_to_ask.drain(..count).collect();
+            chunks.iter().for_each(|chunk| self.sent(*chunk, now));
+            let runs = runs_of(chunks.into_iter().map(|chunk| chunk.0));
             let class = v1::RequestClass::Prefetch.into();
             return v1::FetchChunksRequest { id: self.last_id, class, runs, ..Default::default() };
         }
         let attempt = self.chunks_to_ask.first().map_or(0, |(attempt, _)| *attempt);
         let of_attempt = (0..MAX_DEMAND_CHUNKS).zip(&self.chunks_to_ask);
         let count = of_attempt.take_while(|(_, (a, _))| *a == attempt).count();
-        let chunks = self.chunks_to_ask.drain(..count).map(|(_, chunk)| chunk.0);
+        let chunks: Vec<_> = self.chunks_to_ask.drain(..count).map(|(_, chunk)| chunk).collect();
+        chunks.iter().for_each(|chunk| self.sent(*chunk, now));
         v1::FetchChunksRequest {
             id: self.last_id,
             attempt,
             class: v1::RequestClass::Demand.into(),
             image: Bytes::new(),
-            runs: runs_of(chunks),
+            runs: runs_of(chunks.into_iter().map(|chunk| chunk.0)),
             segment: self.segments_to_ask.pop(),
         }
+    }
+
+    fn sent(&mut self, chunk: ChunkIndex, now: Instant) {
+        if let Some(wanted) = self.chunks.get_mut(&chunk) {
+            wanted.sent = Some(now);
+        }
+    }
+
+    /// A chunk has an answer.
+    pub(crate) fn answered(&mut self, chunk: ChunkIndex, now: Instant) {
+        if let Some(wanted) = self.chunks.get_mut(&chunk) {
+            wanted.answered = Some(now);
+        }
+    }
+
+    /// How long a chunk that has an answer waited to be asked for, and was under way then.
+    pub(crate) fn stages(&self, chunk: ChunkIndex) -> Stages {
+        let stages = || {
+            let wanted = self.chunks.get(&chunk)?;
+            let (sent, asked) = (wanted.sent?, wanted.deadline.checked_sub(self.patience)?);
+            let (queue, wire) =
+                (sent.checked_duration_since(asked), wanted.answered?.checked_duration_since(sent));
+            Some(Stages {
+                queue: queue.unwrap_or_default(),
+                wire: wire.unwrap_or_default(),
+                ..Stages::default()
+            })
+        };
+        stages().unwrap_or_default()
     }
 
     /// Asks again for everything that has no answer yet: the lane is a new one.

@@ -14,6 +14,7 @@ use crate::region::{Common, Region, RegionState};
 use crate::remote::{RemoteError, ServerAddress};
 use crate::shared::{Command, OutcomeSoFar, Shared};
 use crate::state::{State, StateError};
+use crate::trace::{self, TraceWriter};
 use crate::uffd::OpenError;
 use crate::uffd::memory::Memory;
 use postcopy_proto::manifest::FileEntry;
@@ -67,6 +68,9 @@ pub struct Options {
     /// Note what is touched, for the image's working set, and tell the server. Off by default. Every touched page is a fault
     /// then, where otherwise one brings its neighbours, too. See [`Session::wait_recorded`].
     pub record: bool,
+    /// Note what happens, and when, for [`Session::write_trace`]. Off by default. One page in 50 of the working set is left
+    /// to whoever touches it then: see [`crate::trace`].
+    pub trace: bool,
     /// Note what is written to and removed: [`Region::changes`], from Linux 6.7 on. Off by default. The first write to a
     /// page takes a fault of about a microsecond more. In another process's memory, which must be private, whoever
     /// writes first to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and it is
@@ -82,6 +86,7 @@ impl Default for Options {
             working_set: false,
             fill: false,
             record: false,
+            trace: false,
             track_writes: false,
         }
     }
@@ -493,6 +498,15 @@ impl Session {
             self.shared.fill_started.store(false, Ordering::Release);
         }
         started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
+    }
+
+    /// Writes the session's trace ([`Options::trace`]) from its beginning to its end, in a thread of its own: lines of JSON, see
+    /// [`crate::trace`]. Can be done once.
+    ///
+    /// # Errors
+    /// Unsupported where there is none, or it is written already; or there is no thread to be had.
+    pub fn write_trace(&self, to: impl io::Write + Send + 'static) -> io::Result<TraceWriter> {
+        trace::start(&self.shared, to)
     }
 
     /// Waits until what was touched has been told to the server ([`Options::record`]), at most for `timeout`. That is done

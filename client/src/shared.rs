@@ -4,6 +4,7 @@ use crate::advice::Callers;
 use crate::bits::Underway;
 use crate::gate::Gate;
 use crate::image::Image;
+use crate::install::Installed;
 use crate::pace::Pace;
 use crate::page_state::PageState;
 use crate::recorder::Recorder;
@@ -12,6 +13,7 @@ use crate::remote::ServerAddress;
 use crate::session::{LossError, LossPolicy, Options, Progress};
 use crate::space::Spaces;
 use crate::state::{State, StateError};
+use crate::trace::{Cause, Notes, Stages};
 use crate::uffd::memory::Memory;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -75,6 +77,8 @@ pub(crate) struct Shared {
     waiters: AtomicU64,
     /// Something in `outcome` has changed.
     pub(crate) reported: Condvar,
+    /// Notes what happens, if that was asked for.
+    pub(crate) trace: Option<Notes>,
     /// Notes what is touched, if that was asked for.
     pub(crate) recorder: Option<Recorder>,
     /// Held for an answer or a look, and only tried by the pager.
@@ -138,6 +142,7 @@ impl Shared {
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
             reported: Condvar::new(),
+            trace: options.trace.then(Notes::new),
             recorder,
             pace: Mutex::default(),
             on_demand: Arc::new(Underway::new(chunks)),
@@ -149,6 +154,21 @@ impl Shared {
             is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
             has_ended: Notify::new(),
+        }
+    }
+
+    /// Has pages installed, and notes it, where there is a trace.
+    pub(crate) fn traced(
+        &self,
+        region: &RegionState,
+        pages: &Range<usize>,
+        cause: Cause,
+        stages: Stages,
+        install: impl FnOnce() -> Installed,
+    ) -> Installed {
+        match &self.trace {
+            Some(trace) => trace.installing(&self.image, region, pages, cause, stages, install),
+            None => install(),
         }
     }
 

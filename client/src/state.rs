@@ -272,8 +272,8 @@ impl State {
         );
         let on_loss = ON_LOSS.iter().position(|policy| *policy == options.on_loss);
         state.set(AT_ON_LOSS, on_loss.expect("all are listed") as u64);
-        let Options { fill, track_writes, working_set, record, .. } = *options;
-        let bits = [fill, track_writes, working_set, record].into_iter().enumerate();
+        let Options { fill, track_writes, working_set, record, trace, .. } = *options;
+        let bits = [fill, track_writes, working_set, record, trace].into_iter().enumerate();
         state.set(AT_FILL, bits.map(|(bit, is_on)| u64::from(is_on) << bit).sum());
         state.set(AT_OWNER, owner.unwrap_or(0).into());
         state.set(AT_VERSION, VERSION);
@@ -526,6 +526,7 @@ mod tests {
             working_set: true,
             fill: true,
             record: false,
+            trace: true,
             track_writes: false,
         };
         State::create(file, &Digest::of(b"image"), &options, None).unwrap()

@@ -21,6 +21,7 @@ const OPTIONS: Options = Options {
     working_set: false,
     fill: false,
     record: false,
+    trace: false,
     track_writes: false,
 };
 

@@ -764,7 +764,10 @@ fn what_a_restore_has_touched_comes_ahead_the_next_time() {
         );
 
         for fill in ["working-set", "all"] {
-            let (mut daemon, restored) = bench.restore_lazily(fill, &["--fill", fill]);
+            // As criu's own paths it is taken from the work directory.
+            let trace =
+                if fill == "all" { &["--fill", fill, "--trace", "traces"][..] } else { &["--fill", fill] };
+            let (mut daemon, restored) = bench.restore_lazily(fill, trace);
             let pid = restored.pid();
             wait_until("the set is there", || resident_kib(pid) >= pages * 4);
             assert!(fill == "all" || resident_kib(pid) < pages * 4 + (16 << 10), "more than the set");
@@ -772,6 +775,16 @@ fn what_a_restore_has_touched_comes_ahead_the_next_time() {
             assert_all_right(&path, &restored);
             assert_eq!(daemon.wait().code(), Some(0), "all has come");
         }
+        let mut traces =
+            fs::read_dir(bench.path("all").join("traces")).unwrap().map(|entry| entry.unwrap().path());
+        let (trace, None) = (traces.next().unwrap(), traces.next()) else { panic!("one process, one trace") };
+        let report = run(bench.server.address(), ["report", trace.to_str().unwrap()]);
+        let came = |why: &str| report["pages"][why].as_u64().unwrap();
+        assert!(came("working_set") >= pages * 9 / 10 && came("background") > 0, "{report}");
+        assert!(
+            report["is_complete"] == true && report["estimate"]["withheld"].as_u64().unwrap() > 0,
+            "{report}"
+        );
     });
 }
 

@@ -440,7 +440,8 @@ fn systemd_is_told_when_it_serves() {
 fn what_a_machine_has_touched_comes_ahead_the_next_time() {
     with_root("what_a_machine_has_touched_comes_ahead_the_next_time", || {
         let snapshot = Snapshot::push(64);
-        let mut daemon = snapshot.daemon(&["--record"]);
+        let traces = tempfile::tempdir().unwrap();
+        let mut daemon = snapshot.daemon(&["--record", "--trace", traces.path().to_str().unwrap()]);
         let mut vmm = snapshot.vmm(&["small:64"]);
         let touch = |vmm: &mut Vmm| {
             vmm.tell("touch 16 3");
@@ -459,6 +460,17 @@ fn what_a_machine_has_touched_comes_ahead_the_next_time() {
         assert!((512..6144 + 16).contains(&pages), "{sets}");
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
+        // Each worker writes one: the first of them was killed.
+        let traces = std::fs::read_dir(traces.path()).unwrap().map(|entry| entry.unwrap().path());
+        let mut traces: Vec<_> = traces.collect();
+        traces.sort_unstable();
+        let reports =
+            traces.iter().map(|trace| run(snapshot.server.address(), ["report", trace.to_str().unwrap()]));
+        let told = reports.map(|report| {
+            assert!(report["pages"]["touched"].as_u64().unwrap() >= 100, "{report}");
+            report["is_complete"].as_bool().unwrap()
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [false, true]);
 
         let daemon = snapshot.daemon(&[]);
         let mut vmm = snapshot.vmm(&["small:64"]);

@@ -29,6 +29,7 @@ const PATIENT: Options = Options {
     working_set: false,
     fill: false,
     record: false,
+    trace: false,
     track_writes: false,
 };
 /// For answers that are none, so that the deadline has to decide.

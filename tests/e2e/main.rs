@@ -27,5 +27,6 @@ mod serve;
 mod session;
 mod successor;
 mod threads;
+mod trace;
 mod ways_out;
 mod working_set;

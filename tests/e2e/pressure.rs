@@ -22,6 +22,7 @@ const PATIENT: Options = Options {
     working_set: false,
     fill: false,
     record: false,
+    trace: false,
     fault_deadline: Duration::from_secs(3),
     on_loss: LossPolicy::Wait,
     track_writes: false,

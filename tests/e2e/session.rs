@@ -27,6 +27,7 @@ const FILLING: Options = Options {
     working_set: false,
     fill: true,
     record: false,
+    trace: false,
     fault_deadline: Duration::from_secs(30),
     on_loss: LossPolicy::Poison,
     track_writes: false,

@@ -30,6 +30,7 @@ const QUIET: Options = Options {
     working_set: false,
     fill: false,
     record: false,
+    trace: false,
     track_writes: false,
 };
 

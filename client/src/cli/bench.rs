@@ -7,7 +7,9 @@ use postcopy::proto::page::{PAGE_BYTES, is_zero, to_usize};
 use postcopy::proto::reference::Reference;
 use postcopy::{Content, Image, LossPolicy, Options, Progress, Region, Remote, ServerAddress, Session};
 use serde::Serialize;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +43,9 @@ pub(crate) struct BenchArgs {
     /// Note what is touched, for the image's working set
     #[arg(long)]
     record: bool,
+    /// Write what happens, and when, for `postcopy report`
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Leave out the eager read that the lazy one is compared with
     #[arg(long)]
     no_eager: bool,
@@ -194,9 +199,14 @@ fn lazily(
         fill: args.fill,
         working_set: args.working_set,
         record: args.record,
+        trace: args.trace.is_some(),
         ..Options::default()
     };
+    let trace =
+        args.trace.as_ref().map(|path| File::create(path).with_context(|| path.display().to_string()));
+    let trace = trace.transpose()?;
     let session = Session::open(server, reference, options)?;
+    let trace = trace.map(|file| session.write_trace(file)).transpose().context("--trace")?;
     let region = session.map(&args.file)?;
     let mut order: Vec<usize> = (0..region.len().div_ceil(PAGE_BYTES)).collect();
     if !args.sequential {
@@ -224,12 +234,13 @@ fn lazily(
         let Ok(((first_byte, all, touches), checked)) = toucher.join() else { bail!("a thread panicked") };
         Ok(Lazy { first_byte, all, touches, progress: session.progress(), checked_bytes: checked? })
     })?;
-    if args.record {
-        drop(region);
-        if !session.close(RECORDED) {
-            bail!("the session does not end");
-        }
-        session.wait_recorded(RECORDED).map_err(|reason| anyhow::anyhow!("not recorded: {reason}"))?;
+    drop(region);
+    if !session.close(RECORDED) {
+        bail!("the session does not end");
+    }
+    session.wait_recorded(RECORDED).map_err(|reason| anyhow::anyhow!("not recorded: {reason}"))?;
+    if let (Some(trace), Some(path)) = (trace, &args.trace) {
+        trace.finish().with_context(|| path.display().to_string())?;
     }
     Ok(lazy)
 }
@@ -272,11 +283,11 @@ fn touch(region: &Region, page: usize, pagemap: &Pagemap) -> Option<Duration> {
 }
 
 /// What the kernel says of this process's pages: the session's own word comes a moment after a page has.
-struct Pagemap(std::fs::File);
+struct Pagemap(File);
 
 impl Pagemap {
     fn open() -> Result<Self> {
-        Ok(Self(std::fs::File::open("/proc/self/pagemap").context("/proc/self/pagemap")?))
+        Ok(Self(File::open("/proc/self/pagemap").context("/proc/self/pagemap")?))
     }
 
     fn is_present(&self, byte: &[u8]) -> bool {

@@ -80,6 +80,9 @@ pub(crate) struct DaemonArgs {
     /// Where daemons keep what outlives their workers: on tmpfs [default: postcopy below $XDG_RUNTIME_DIR, /run or /dev/shm]
     #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
+    /// Write what happens to each process's memory, and when, for `postcopy report`: a file for each in this directory
+    #[arg(long, value_name = "DIR")]
+    trace: Option<PathBuf>,
 }
 
 impl DaemonArgs {
@@ -100,6 +103,7 @@ impl DaemonArgs {
             working_set: ahead.working_set(fill),
             fill: ahead.fill(fill) == Fill::All,
             record: ahead.record,
+            trace: self.trace.is_some(),
             track_writes: false,
         }
     }
@@ -111,7 +115,14 @@ impl DaemonArgs {
         options: Options,
         runtime: RuntimeDir,
     ) -> Result<Setup> {
-        Setup::new(server, images.to_vec(), options, self.grace, runtime)
+        let traces = match &self.trace {
+            Some(path) => {
+                let made = std::fs::create_dir_all(path).and_then(|()| std::path::absolute(path));
+                Some(made.with_context(|| path.display().to_string())?)
+            }
+            None => None,
+        };
+        Setup::new(server, images.to_vec(), options, self.grace, runtime, traces)
     }
 }
 

@@ -24,11 +24,15 @@ struct FileMap {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct HeatMap(Vec<FileMap>);
+pub(crate) struct HeatMap {
+    files: Vec<FileMap>,
+    /// What the others are.
+    others: &'static str,
+}
 
 impl HeatMap {
-    /// Of the files with pages among `spans`, which are in the order of their coming.
-    pub(crate) fn new(files: &[(String, u64)], spans: &[PageSpan]) -> Self {
+    /// Of the files with pages among `spans`, which are in the order of their coming; what is said of other pages.
+    pub(crate) fn new(files: &[(String, u64)], spans: &[PageSpan], others: &'static str) -> Self {
         let all: u64 = spans.iter().map(|span| u64::from(span.count)).sum();
         let mut maps = Vec::new();
         for (place, (path, size_bytes)) in (0_u32..).zip(files) {
@@ -55,13 +59,13 @@ impl HeatMap {
                 maps.push(FileMap { path: printable(path), size_bytes: *size_bytes, pages: count, cells });
             }
         }
-        Self(maps)
+        Self { files: maps, others }
     }
 
     /// For a terminal: a character a cell, dense ones come first.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
-        for map in &self.0 {
+        for map in &self.files {
             let _ = writeln!(text, "{} ({}, {} pages)", map.path, bytes(map.size_bytes), map.pages);
             for row in map.cells.chunks(COLUMNS) {
                 text.push_str("  ");
@@ -69,13 +73,13 @@ impl HeatMap {
                 text.push('\n');
             }
         }
-        text + "█ first … ░ last, · not sent ahead\n"
+        text + &format!("█ first … ░ last, · {}\n", self.others)
     }
 
     /// The same as a picture.
     pub(crate) fn svg(&self) -> String {
         let rows = |map: &FileMap| map.cells.len().div_ceil(COLUMNS);
-        let height: usize = self.0.iter().map(|map| (rows(map) + 3) * EDGE).sum::<usize>() + 2 * EDGE;
+        let height: usize = self.files.iter().map(|map| (rows(map) + 3) * EDGE).sum::<usize>() + 2 * EDGE;
         let width = (COLUMNS + 2) * EDGE;
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
@@ -83,7 +87,7 @@ impl HeatMap {
              <rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n"
         );
         let mut y = EDGE;
-        for map in &self.0 {
+        for map in &self.files {
             let (x, baseline) = (EDGE, y + EDGE);
             let name = escaped(&map.path);
             let size = bytes(map.size_bytes);
@@ -103,8 +107,9 @@ impl HeatMap {
         }
         let _ = writeln!(
             svg,
-            "<text x=\"{EDGE}\" y=\"{}\">dark: first, light: last, grey: not sent ahead</text>",
-            y + EDGE / 2
+            "<text x=\"{EDGE}\" y=\"{}\">dark: first, light: last, grey: {}</text>",
+            y + EDGE / 2,
+            self.others
         );
         svg + "</svg>\n"
     }
@@ -136,11 +141,11 @@ fn colour(time: f64) -> String {
 }
 
 /// A name may hold anything: nothing of it is for the terminal to obey, or is no XML.
-fn printable(name: &str) -> String {
+pub(super) fn printable(name: &str) -> String {
     name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
@@ -151,7 +156,7 @@ mod tests {
     #[test]
     fn strange_names_are_shown_and_spans_beyond_a_file_are_not() {
         let files = [("a\u{1b}]0;x\u{7}é".to_owned(), 4096)];
-        let map = HeatMap::new(&files, &[PageSpan { file: 0, first: 0, count: u32::MAX }]);
+        let map = HeatMap::new(&files, &[PageSpan { file: 0, first: 0, count: u32::MAX }], "not");
         for drawn in [map.text(), map.svg()] {
             assert!(drawn.contains("a\\u{1b}]0;x\\u{7}é (4.00 KiB, 1 pages)"), "{drawn}");
         }
@@ -161,7 +166,7 @@ mod tests {
     fn early_pages_are_dense_and_others_are_dots() {
         let files = [("a".to_owned(), 0), ("b<c".to_owned(), 8 * 4096), ("d".to_owned(), 4096)];
         let span = |first, count| PageSpan { file: 1, first, count };
-        let map = HeatMap::new(&files, &[span(5, 1), span(0, 2), span(7, 1)]);
+        let map = HeatMap::new(&files, &[span(5, 1), span(0, 2), span(7, 1)], "not");
         assert!(map.text().contains("b<c (32.00 KiB, 4 pages)\n  ▓▒···█·░\n"), "{}", map.text());
         let svg = map.svg();
         assert_eq!(svg.matches("fill=\"#eee\"").count(), 4);

@@ -107,7 +107,7 @@ fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, outp
             image.root().files().map(|(path, file)| (path.to_string(), file.size_bytes)).collect();
         Ok((set.context("the server does not say what it is")?, spans, files))
     })?;
-    let map = HeatMap::new(&files, &spans);
+    let map = HeatMap::new(&files, &spans, "not sent ahead");
     if let Some(path) = svg {
         std::fs::write(&path, map.svg()).with_context(|| path.display().to_string())?;
     }

@@ -6,13 +6,14 @@ use super::kernel;
 use super::runtime_dir::SessionName;
 use anyhow::{Context, Result};
 use postcopy::state::{self, StateError};
+use postcopy::trace::TraceWriter;
 use postcopy::{ForeignMemory, ForeignRegion, Image, LossPolicy, Session, SessionError};
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Between attempts to bring a session back that fails at once.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -45,6 +46,8 @@ pub(crate) struct Served {
     /// When it has failed first and last, of failures that follow one another.
     failing: Mutex<Option<(Instant, Instant)>>,
     has_reported: AtomicBool,
+    /// What writes the session's trace. Held for taking and replacing it.
+    trace: Mutex<Option<TraceWriter>>,
     is_alone: AtomicBool,
 }
 
@@ -95,6 +98,7 @@ impl Served {
     }
 
     fn new(setup: &Arc<Setup>, name: SessionName, state: File, session: Session) -> Self {
+        let trace = write_trace(setup, &name, &session);
         Self {
             name,
             setup: Arc::clone(setup),
@@ -102,6 +106,7 @@ impl Served {
             session: Mutex::new(Arc::new(session)),
             failing: Mutex::default(),
             has_reported: AtomicBool::new(false),
+            trace: Mutex::new(trace),
             is_alone: AtomicBool::new(false),
         }
     }
@@ -135,6 +140,7 @@ impl Served {
         match session.wait_end(Duration::ZERO) {
             true => {
                 self.recorded();
+                self.traced();
                 Status::Ended
             }
             false if session.is_resident() => Status::Resident,
@@ -152,6 +158,8 @@ impl Served {
         match resume(&self.setup, &self.state) {
             Ok(session) => {
                 tracing::warn!("process {}: its session has failed, and goes on", self.name.pid);
+                self.traced();
+                *self.trace() = write_trace(&self.setup, &self.name, &session);
                 *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(session);
                 self.has_reported.store(false, Ordering::Relaxed);
                 if self.is_alone.load(Ordering::Acquire) {
@@ -198,6 +206,7 @@ impl Served {
             session.signal_owners(Signal::KILL);
         }
         self.recorded();
+        self.traced();
         self.setup.runtime.remove(&self.name);
         is_safe
     }
@@ -209,12 +218,38 @@ impl Served {
         }
     }
 
+    fn trace(&self) -> MutexGuard<'_, Option<TraceWriter>> {
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its trace is written to the end; the session has ended.
+    fn traced(&self) {
+        if !self.session().wait_end(Duration::ZERO) {
+            return;
+        }
+        let written = self.trace().take().map_or(Ok(()), TraceWriter::finish);
+        if let Err(error) = written {
+            tracing::error!("process {}: its trace could not be written: {error}", self.name.pid);
+        }
+    }
+
     /// Ends serving it, and leaves it to whoever takes it over.
     pub(crate) fn leave(&self) {
         if !self.session().leave(END) {
             tracing::error!("process {}: its session does not end", self.name.pid);
+            return;
         }
+        self.traced();
     }
+}
+
+/// Has a session's trace written, where that was asked for: in a file of its own, also after another worker. The session
+/// goes on without, if that cannot be done.
+fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<TraceWriter> {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let path = setup.traces.as_ref()?.join(format!("{name}-{}.jsonl", since_1970.as_millis()));
+    let written = File::create_new(&path).and_then(|file| session.write_trace(file));
+    written.inspect_err(|error| tracing::error!("no trace: {}: {error}", path.display())).ok()
 }
 
 /// Goes on with a session, and closes the descriptors that it was served by before.

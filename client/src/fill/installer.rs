@@ -7,6 +7,7 @@ use crate::lane::frame_of;
 use crate::region::RegionState;
 use crate::shared::{Shared, add};
 use crate::space::Spaces;
+use crate::trace::{Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::chunk_len;
@@ -23,8 +24,18 @@ const RETRY: Duration = Duration::from_micros(200);
 
 /// What an installer does next. The permit is given back when that is done.
 pub(super) struct Job {
-    pub(super) work: Work,
-    pub(super) permit: OwnedSemaphorePermit,
+    work: Work,
+    permit: OwnedSemaphorePermit,
+    came: Instant,
+    /// From asking for it to its coming.
+    wire: Duration,
+}
+
+impl Job {
+    /// What has come now.
+    pub(super) fn new(work: Work, permit: OwnedSemaphorePermit, wire: Duration) -> Self {
+        Self { work, permit, came: Instant::now(), wire }
+    }
 }
 
 pub(super) enum Work {
@@ -43,6 +54,8 @@ pub(super) struct Installer {
     pages: ChunkPages,
     decoder: FrameDecoder,
     set: SetDecoder,
+    /// Of what is being installed.
+    stages: Stages,
 }
 
 impl Installer {
@@ -53,6 +66,7 @@ impl Installer {
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
             set: SetDecoder::default(),
+            stages: Stages::default(),
         }
     }
 
@@ -61,6 +75,7 @@ impl Installer {
             // Held while waiting, by one of the installers: whoever has the lock takes the next job.
             let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
             let Some(job) = job else { return };
+            self.stages = Stages { queue: job.came.elapsed(), wire: job.wire, ..Stages::default() };
             match job.work {
                 Work::Frames(region, answers) => {
                     for answer in &answers {
@@ -109,7 +124,9 @@ impl Installer {
             };
             // Faults may have overtaken all of it.
             if runs.any(is_wanted) {
+                let before = Instant::now();
                 self.set.decode(&frame, &**image)?;
+                self.stages.decompress = before.elapsed();
                 self.install_set(&spaces);
             }
             Ok(())
@@ -127,13 +144,19 @@ impl Installer {
                 if region.gathering().is_some() {
                     continue;
                 }
-                let before = region.file_pages(pages.clone()).start - run.first as usize;
-                let bytes =
-                    bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
-                add(&self.shared.counters.working_set_pages, pages.len());
-                self.bring(region, &pages, || {
-                    install::install_pages(&self.shared.gate, region, pages.clone(), bytes)
-                });
+                let parts = match &self.shared.trace {
+                    Some(trace) => trace.withhold(&image, region, pages),
+                    None => vec![pages],
+                };
+                for pages in parts {
+                    let before = region.file_pages(pages.clone()).start - run.first as usize;
+                    let bytes =
+                        bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
+                    add(&self.shared.counters.working_set_pages, pages.len());
+                    self.bring(region, &pages, Cause::WorkingSet, || {
+                        install::install_pages(&self.shared.gate, region, pages.clone(), bytes)
+                    });
+                }
             }
         }
         if spaces.has_huge() {
@@ -165,7 +188,7 @@ impl Installer {
             for region in spaces.of_chunk(chunk).filter(|region| region.gathering().is_some()) {
                 add(&self.shared.counters.working_set_pages, held);
                 let pages = region.pages_of(chunk).expect("a region of the chunk");
-                self.bring(region, &pages, || {
+                self.bring(region, &pages, Cause::WorkingSet, || {
                     install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
                 });
             }
@@ -192,7 +215,9 @@ impl Installer {
             region.next_run(pages, install::unresolved(region)).is_some()
         };
         if shared.spaces().of_chunk(chunk).any(is_wanted) {
+            let before = Instant::now();
             self.pages.decode(&mut self.decoder, image, &region.file, chunk, &digest, frame)?;
+            self.stages.decompress = before.elapsed();
             self.install(chunk);
         }
         Ok(())
@@ -209,21 +234,27 @@ impl Installer {
         // Those of other regions over the same file are not asked for then.
         for region in self.shared.spaces().of_chunk(chunk) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
-            self.bring(region, &pages, || {
+            self.bring(region, &pages, Cause::Background, || {
                 install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
             });
         }
     }
 
     /// Installs pages of a region that nobody has touched, as soon as the kernel lets it.
-    fn bring(&self, region: &RegionState, pages: &Range<usize>, install: impl Fn() -> Installed) {
+    fn bring(
+        &self,
+        region: &RegionState,
+        pages: &Range<usize>,
+        cause: Cause,
+        install: impl Fn() -> Installed,
+    ) {
         if let Some(recorder) = &self.shared.recorder {
             recorder.brought(&self.shared.image, region, pages.clone());
         }
         let started = Instant::now();
         // The pager reads the event, or somebody frees memory; else another pass has it.
         while started.elapsed() < self.shared.options.fault_deadline {
-            match install() {
+            match self.shared.traced(region, pages, cause, self.stages, &install) {
                 Installed::All | Installed::Ended => return,
                 Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
             }

@@ -1,6 +1,7 @@
 //! From an answer to pages in memory.
 
 use super::{FAR, Pager};
+use crate::chunk::ChunkPages;
 use crate::install::{self, Installed};
 use crate::lane::{frame_of, may_pass};
 use crate::page_state::PageState;
@@ -8,6 +9,7 @@ use crate::region::RegionState;
 use crate::remote::{SegmentRefused, take_segment};
 use crate::requests::Refused;
 use crate::shared::add;
+use crate::trace::{Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1;
@@ -20,6 +22,7 @@ impl Pager {
         let chunk = ChunkIndex(answer.chunk);
         let Some((digest, _)) = self.requests.chunk(chunk) else { return };
         let is_ahead = self.requests.is_ahead(chunk);
+        self.requests.answered(chunk, Instant::now());
         if !is_ahead {
             self.noted(chunk);
         }
@@ -55,13 +58,16 @@ impl Pager {
         let Some((digest, (waiting, page))) = self.requests.chunk(chunk) else { return };
         let shared = &self.way_out.shared;
         let decoder = &mut self.decoder;
+        let came = Instant::now();
         if let Err(reason) = self.pages.decode(decoder, &shared.image, &waiting.file, chunk, &digest, &frame)
         {
             return self.refuse(chunk, &reason);
         }
+        let stages = Stages { decompress: came.elapsed(), ..self.requests.stages(chunk) };
         if self.installs_one(waiting, chunk) {
             let (region, page) = (Arc::clone(waiting), *page);
-            let installed = install::install_touched(&region, chunk, &self.pages, page);
+            let installed = self.install_one(&region, chunk, &self.pages, page, stages);
+            // Those who wait for others of its pages touch them again.
             for other in shared.spaces().of_chunk(chunk) {
                 other.wake_chunk(chunk);
             }
@@ -71,10 +77,11 @@ impl Pager {
         }
         self.whole.remove(&chunk);
         let is_ahead = self.requests.is_ahead(chunk);
+        let cause = if is_ahead { Cause::ReadAhead } else { Cause::Demand };
         let mut outcome = Installed::All;
         for region in shared.spaces().of_chunk(chunk) {
             let first = (Arc::ptr_eq(region, waiting) && !is_ahead).then_some(*page);
-            match install::install(None, region, chunk, &self.pages, first) {
+            match self.install_in(region, chunk, first, cause, stages) {
                 Installed::All => {}
                 // Whoever waits for it there touches it again, and has a deadline of his own.
                 Installed::NoMemory if first.is_none() => region.wake_chunk(chunk),
@@ -87,6 +94,40 @@ impl Pager {
             Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
         self.shared().pages_changed();
+    }
+
+    /// Installs the pages of the chunk that was decoded last, the touched one first.
+    fn install_in(
+        &self,
+        region: &RegionState,
+        chunk: ChunkIndex,
+        touched: Option<usize>,
+        cause: Cause,
+        stages: Stages,
+    ) -> Installed {
+        if let Some(page) = touched.filter(|_| region.gathering().is_none()) {
+            let install = || install::install_page(region, chunk, &self.pages, page);
+            match self.shared().traced(region, &(page..page + 1), cause, stages, install) {
+                Installed::All => {}
+                other => return other,
+            }
+        }
+        let Some(pages) = region.pages_of(chunk) else { return Installed::All };
+        let install = || install::install(None, region, chunk, &self.pages, touched);
+        self.shared().traced(region, &pages, cause, stages, install)
+    }
+
+    /// Installs the one page of a chunk that was touched.
+    pub(super) fn install_one(
+        &self,
+        region: &RegionState,
+        chunk: ChunkIndex,
+        content: &ChunkPages,
+        page: usize,
+        stages: Stages,
+    ) -> Installed {
+        let install = || install::install_page(region, chunk, content, page);
+        self.shared().traced(region, &(page..page + 1), Cause::Demand, stages, install)
     }
 
     /// Whether the touched page alone is installed: what is touched is recorded, at the grain of the kernel's pages.
@@ -122,11 +163,11 @@ impl Pager {
         let shared = &self.way_out.shared;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
         if self.installs_one(region, chunk) {
-            let installed = install::install_touched(region, chunk, &self.pages, page);
+            let installed = self.install_one(region, chunk, &self.pages, page, Stages::default());
             return self.one_installed(region, chunk, page, installed);
         }
         self.whole.remove(&chunk);
-        match install::install(None, region, chunk, &self.pages, Some(page)) {
+        match self.install_in(region, chunk, Some(page), Cause::Demand, Stages::default()) {
             Installed::All => {}
             Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
             Installed::Ended => unreachable!("the pager itself closes the gate"),

@@ -4,10 +4,11 @@ use super::{Pager, RETRY};
 use crate::events;
 use crate::huge;
 use crate::image::Content;
-use crate::install::{self, Installed};
+use crate::install::Installed;
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::space::Space;
+use crate::trace::Stages;
 use crate::uffd::{HUGE_BYTES, Outcome, SharedAt};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::sync::Arc;
@@ -19,12 +20,25 @@ impl Pager {
         for (space, address, is_protected) in faults.drain(..) {
             match is_protected {
                 true => self.first_write(&space, address),
-                false => self.fault(&space, address),
+                false => {
+                    self.trace_touch(&space, address);
+                    self.fault(&space, address);
+                }
             }
         }
         // Its memory is kept; poisoning may have read others.
         faults.append(&mut self.faults);
         self.faults = faults;
+    }
+
+    fn trace_touch(&self, space: &Space, address: usize) {
+        let shared = self.shared();
+        if let Some(trace) = &shared.trace
+            && let Some((region, page)) = shared.spaces().at(space, address)
+            && region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some()
+        {
+            trace.touched(&shared.image, region, page);
+        }
     }
 
     /// Sees to it that a touched page comes.
@@ -229,7 +243,7 @@ impl Pager {
         now: Instant,
     ) {
         if let Some(kept) = self.kept.get(chunk) {
-            let installed = install::install_touched(region, chunk, kept, page);
+            let installed = self.install_one(region, chunk, kept, page, Stages::default());
             return self.one_installed(region, chunk, page, installed);
         }
         let waiting = (Arc::clone(region), page);

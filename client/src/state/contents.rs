@@ -232,6 +232,7 @@ impl Contents {
                 track_writes: word(AT_FILL) & 2 != 0,
                 working_set: word(AT_FILL) & 4 != 0,
                 record: word(AT_FILL) & 8 != 0,
+                trace: word(AT_FILL) & 16 != 0,
             },
             owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
             is_settled: word(AT_SETTLED) != 0,

@@ -1,0 +1,268 @@
+//! `postcopy report`: what a trace tells.
+
+mod arrivals;
+mod page;
+mod waits;
+
+use super::output::{Output, bytes, time};
+use anyhow::{Context, Result};
+use arrivals::Arrivals;
+use postcopy::proto::page::PAGE_BYTES;
+use postcopy::trace::{Cause, Trace};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use waits::{Wait, Waiting};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ReportArgs {
+    /// What --trace has written
+    trace: PathBuf,
+    /// Draw it into this file: one HTML page that needs nothing else
+    #[arg(short = 'o', long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+/// A place in memory: space, file, page.
+type Place = (u32, u32, u32);
+
+/// How many pages came why.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Pages {
+    /// They were touched, and asked for because of that.
+    touched: u64,
+    /// They are of the same chunk as such a page.
+    neighbours: u64,
+    read_ahead: u64,
+    working_set: u64,
+    background: u64,
+}
+
+impl Pages {
+    fn all(&self) -> u64 {
+        self.touched + self.neighbours + self.read_ahead + self.working_set + self.background
+    }
+
+    /// With what they are called.
+    fn named(&self) -> [(&'static str, u64); 5] {
+        [
+            ("touched", self.touched),
+            ("neighbours", self.neighbours),
+            ("read ahead", self.read_ahead),
+            ("working set", self.working_set),
+            ("background", self.background),
+        ]
+    }
+}
+
+/// What pages that were withheld at random say of those that were not.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Estimate {
+    withheld: u64,
+    /// Of these: touched.
+    touched: u64,
+    /// Of these: brought by something else before they were.
+    brought: u64,
+    /// Of the working set's pages: the share that was touched, 0 to 1; none where nothing was withheld.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    touched_share: Option<f64>,
+}
+
+/// Of those who touched absent pages.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Touches {
+    count: u64,
+    /// What came for them did so in no way that the trace shows, or the trace ends before.
+    unanswered: u64,
+    p50_us: f64,
+    p90_us: f64,
+    p99_us: f64,
+    longest_us: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    image: String,
+    /// None: the process was killed, or goes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    is_complete: bool,
+    lost_events: u64,
+    duration_ms: f64,
+    touches: Touches,
+    /// All waits together.
+    waited_ms: f64,
+    waiting: Waiting<f64>,
+    pages: Pages,
+    estimate: Estimate,
+}
+
+/// A trace, and what it tells.
+struct Told {
+    trace: Trace,
+    waits: Vec<Wait>,
+    came: Arrivals,
+    /// When it was touched first, if it was absent then.
+    touched: BTreeMap<Place, u64>,
+    pages: Pages,
+    end: u64,
+}
+
+pub(crate) fn report(args: &ReportArgs, output: Output) -> Result<ExitCode> {
+    let path = || args.trace.display().to_string();
+    let file = File::open(&args.trace).with_context(path)?;
+    let told = Told::new(Trace::read(BufReader::new(file)).with_context(path)?);
+    let report = told.report();
+    if let Some(to) = &args.output {
+        std::fs::write(to, page::html(&told, &report)).with_context(|| to.display().to_string())?;
+    }
+    output.show(&report, || text(&report))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Told {
+    fn new(trace: Trace) -> Self {
+        let came = Arrivals::of(&trace);
+        let mut touched = BTreeMap::new();
+        for touch in &trace.touches {
+            touched.entry((touch.space, touch.file, touch.page)).or_insert(touch.at);
+        }
+        let pages = pages(&came, &touched);
+        let waits = waits::waits(&trace, &came);
+        let times = trace.came.iter().map(|c| c.at).chain(trace.touches.iter().map(|t| t.at));
+        let end = times.chain(trace.end.iter().map(|end| end.at)).max().unwrap_or(0);
+        Self { trace, waits, came, touched, pages, end }
+    }
+
+    fn estimate(&self) -> Estimate {
+        let (mut touched, mut brought) = (0, 0);
+        for withheld in &self.trace.withheld {
+            let place = (withheld.space, withheld.file, withheld.page);
+            let came = self.came.at(place).map(|came| came.at);
+            match (self.touched.get(&place), came) {
+                (Some(at), came) if came.is_none_or(|came| *at <= came) => touched += 1,
+                (_, Some(_)) => brought += 1,
+                _ => {}
+            }
+        }
+        let withheld = self.trace.withheld.len() as u64;
+        let seen = withheld - brought;
+        #[expect(clippy::cast_precision_loss, reason = "a share")]
+        let touched_share = (seen > 0).then(|| touched as f64 / seen as f64);
+        Estimate { withheld, touched, brought, touched_share }
+    }
+
+    fn report(&self) -> Report {
+        let mut sorted: Vec<u64> = self.waits.iter().map(|wait| wait.took).collect();
+        sorted.sort_unstable();
+        let percentile = |p: usize| sorted.get((sorted.len() * p / 100).min(sorted.len().saturating_sub(1)));
+        let us = |p| micros(*percentile(p).unwrap_or(&0));
+        let waiting = self.waits.iter().fold(Waiting::default(), |sum, wait| sum.and(wait.waiting));
+        let end = self.trace.end.as_ref();
+        Report {
+            image: self.trace.header.image.clone(),
+            error: end.and_then(|end| end.error.clone()),
+            is_complete: end.is_some(),
+            lost_events: end.map_or(0, |end| end.lost),
+            duration_ms: millis(self.end),
+            touches: Touches {
+                count: self.trace.touches.len() as u64,
+                unanswered: (self.trace.touches.len() - self.waits.len()) as u64,
+                p50_us: us(50),
+                p90_us: us(90),
+                p99_us: us(99),
+                longest_us: us(100),
+            },
+            waited_ms: millis(waiting.sum()),
+            waiting: waiting.map(millis),
+            pages: self.pages,
+            estimate: self.estimate(),
+        }
+    }
+}
+
+/// How many pages came why.
+fn pages(came: &Arrivals, touched: &BTreeMap<Place, u64>) -> Pages {
+    let mut pages = Pages::default();
+    for ((space, file, page), count, came) in came.runs() {
+        let (end, count) = (page + count, u64::from(count));
+        match came.cause {
+            Cause::Demand => {
+                let touches = touched.range((space, file, page)..(space, file, end));
+                let before = touches.filter(|(_, at)| **at <= came.at).count() as u64;
+                pages.touched += before;
+                pages.neighbours += count - before;
+            }
+            Cause::ReadAhead => pages.read_ahead += count,
+            Cause::WorkingSet => pages.working_set += count,
+            Cause::Background => pages.background += count,
+        }
+    }
+    pages
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn millis(nanos: u64) -> f64 {
+    nanos as f64 / 1e6
+}
+
+fn micros(nanos: u64) -> f64 {
+    millis(nanos) * 1e3
+}
+
+fn text(report: &Report) -> String {
+    let t = &report.touches;
+    let us = |us: f64| time(Duration::from_secs_f64(us / 1e6));
+    let ms = |ms: f64| us(ms * 1e3);
+    let pages =
+        report.pages.named().map(|(name, pages)| format!("{} {name}", bytes(pages * PAGE_BYTES as u64)));
+    let waiting = report.waiting.named().map(|(name, time)| format!("{name} {}", ms(time)));
+    let mut text = format!(
+        "{}\n\
+         \x20 lasted         {}{}\n\
+         \x20 touches        {} of absent pages, p50 {}  p90 {}  p99 {}  longest {}\n\
+         \x20 waited         {} in all: {}\n\
+         \x20 came           {}: {}\n",
+        report.image,
+        ms(report.duration_ms),
+        if report.is_complete { "" } else { ", and was killed, or goes on" },
+        t.count,
+        us(t.p50_us),
+        us(t.p90_us),
+        us(t.p99_us),
+        us(t.longest_us),
+        ms(report.waited_ms),
+        waiting.join(", "),
+        bytes(report.pages.all() * PAGE_BYTES as u64),
+        pages.join(", "),
+    );
+    if let Some(line) = estimate(report) {
+        text += &format!("  working set    {line}\n");
+    }
+    if report.touches.unanswered > 0 {
+        text += &format!("  unanswered     {} touches\n", report.touches.unanswered);
+    }
+    if report.lost_events > 0 {
+        text += &format!("  lost           {} events, which were too many at once\n", report.lost_events);
+    }
+    if let Some(error) = &report.error {
+        text += &format!("  error          {error}\n");
+    }
+    text
+}
+
+/// What is said of the working set's use.
+fn estimate(report: &Report) -> Option<String> {
+    let e = &report.estimate;
+    let share = e.touched_share?;
+    Some(format!(
+        "an estimate: {:.0} % of what it brought was touched ({} of {} pages that were withheld at random)",
+        share * 100.0,
+        e.touched,
+        e.withheld - e.brought
+    ))
+}

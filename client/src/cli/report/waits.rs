@@ -1,0 +1,131 @@
+//! Who waited how long, and for what.
+
+use super::arrivals::Arrivals;
+use postcopy::trace::{Came, Touch, Trace};
+use serde::Serialize;
+
+/// Where a wait went: in nanoseconds, or in what they are made to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Waiting<T> {
+    /// To be sent, or for a thread that installs.
+    pub(super) queue: T,
+    pub(super) wire: T,
+    pub(super) decompress: T,
+    pub(super) install: T,
+    /// What is left: the page was on its way in a chunk that others were installed from first, or the kernel put it off.
+    pub(super) other: T,
+}
+
+impl<T: Copy> Waiting<T> {
+    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> Waiting<U> {
+        Waiting {
+            queue: f(self.queue),
+            wire: f(self.wire),
+            decompress: f(self.decompress),
+            install: f(self.install),
+            other: f(self.other),
+        }
+    }
+
+    /// With what they are called.
+    pub(super) fn named(&self) -> [(&'static str, T); 5] {
+        [
+            ("queue", self.queue),
+            ("wire", self.wire),
+            ("decompress", self.decompress),
+            ("install", self.install),
+            ("other", self.other),
+        ]
+    }
+}
+
+impl Waiting<u64> {
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            queue: self.queue.saturating_add(other.queue),
+            wire: self.wire.saturating_add(other.wire),
+            decompress: self.decompress.saturating_add(other.decompress),
+            install: self.install.saturating_add(other.install),
+            other: self.other.saturating_add(other.other),
+        }
+    }
+
+    pub(super) fn sum(&self) -> u64 {
+        self.named().iter().fold(0, |sum: u64, (_, time)| sum.saturating_add(*time))
+    }
+}
+
+/// A touch that was answered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wait {
+    pub(super) touch: Touch,
+    /// What has answered it.
+    pub(super) came: Came,
+    /// Nanoseconds.
+    pub(super) took: u64,
+    pub(super) waiting: Waiting<u64>,
+}
+
+/// The touches that were answered, as far as the trace shows, in their order.
+pub(super) fn waits(trace: &Trace, came: &Arrivals) -> Vec<Wait> {
+    let answered = |touch: &Touch| {
+        // Shared memory comes through any of its mappings.
+        let spaces = std::iter::once(touch.space).chain(0..=touch.space.min(MAX_SPACES));
+        let mut came = spaces.filter_map(|space| came.at((space, touch.file, touch.page)));
+        Some(wait(*touch, *came.next()?))
+    };
+    trace.touches.iter().filter_map(answered).collect()
+}
+
+/// Further ones are not looked at for what came through another mapping.
+const MAX_SPACES: u32 = 64;
+
+fn wait(touch: Touch, came: Came) -> Wait {
+    let took = came.at.saturating_sub(touch.at);
+    let mut end = came.at;
+    let mut stage = |time: u64| {
+        let start = end.saturating_sub(time);
+        let of_it = end.saturating_sub(start.max(touch.at));
+        end = start;
+        of_it
+    };
+    let (install, decompress) = (stage(came.install), stage(came.decompress));
+    let (wire, queue) = (stage(came.wire), stage(came.queue));
+    let known = Waiting { queue, wire, decompress, install, other: 0 };
+    Wait { touch, came, took, waiting: Waiting { other: took - known.sum(), ..known } }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use postcopy::trace::Cause;
+    use proptest::prelude::*;
+
+    fn came(at: u64, [queue, wire, decompress, install]: [u64; 4]) -> Came {
+        let (space, file, page, pages, cause) = (0, 0, 0, 1, Cause::Demand);
+        Came { at, space, file, page, pages, cause, queue, wire, decompress, install }
+    }
+
+    const TOUCH: Touch = Touch { at: 100, space: 0, file: 0, page: 0 };
+
+    #[test]
+    fn a_wait_is_made_of_what_came_before_its_end() {
+        let whole = wait(TOUCH, came(200, [10, 70, 15, 5]));
+        assert_eq!(whole.waiting, Waiting { queue: 10, wire: 70, decompress: 15, install: 5, other: 0 });
+        // It was on its way already.
+        let late = wait(TOUCH, came(130, [10, 70, 15, 5]));
+        assert_eq!(late.waiting, Waiting { queue: 0, wire: 10, decompress: 15, install: 5, other: 0 });
+        let other = wait(TOUCH, came(300, [10, 70, 15, 5]));
+        assert_eq!((other.took, other.waiting.other), (200, 100));
+        // It was there before that was read.
+        assert_eq!(wait(TOUCH, came(90, [1, 1, 1, 1])).took, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn all_of_a_wait_is_in_its_parts(at: u64, times: [u64; 4]) {
+            let wait = wait(TOUCH, came(at, times));
+            prop_assert_eq!(wait.waiting.sum(), wait.took);
+        }
+    }
+}

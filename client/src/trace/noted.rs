@@ -1,0 +1,231 @@
+//! From what happens to a trace's events, and from these to lines.
+
+use super::{Came, Cause, End, Event, Header, Touch, TracedFile, WITHHELD_ONE_OF, Withheld};
+use crate::image::Image;
+use crate::install::{self, Installed};
+use crate::page_state::PageState;
+use crate::region::RegionState;
+use crate::shared::Shared;
+use serde::Serialize;
+use std::io::{self, BufWriter, Write};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Events that may wait to be written: some 5 MiB.
+const QUEUE: usize = 65_536;
+/// How often they are written. Nobody wakes the thread: that would cost whoever notes something a system call.
+const WRITE: Duration = Duration::from_millis(20);
+
+/// What is known of pages' way before they were installed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stages {
+    pub(crate) queue: Duration,
+    pub(crate) wire: Duration,
+    pub(crate) decompress: Duration,
+}
+
+/// A session's events. Whoever notes one neither waits nor allocates.
+#[derive(Debug)]
+pub(crate) struct Notes {
+    started: Instant,
+    started_us: u64,
+    /// Which pages are withheld.
+    seed: u64,
+    events: SyncSender<Event>,
+    /// Until somebody writes them. Held for taking it.
+    queue: Mutex<Option<Receiver<Event>>>,
+    lost: AtomicU64,
+}
+
+impl Notes {
+    /// From now on.
+    pub(crate) fn new() -> Self {
+        let (events, queue) = sync_channel(QUEUE);
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self {
+            started: Instant::now(),
+            started_us: since_1970.as_micros().try_into().unwrap_or(u64::MAX),
+            seed: fastrand::u64(..),
+            events,
+            queue: Mutex::new(Some(queue)),
+            lost: AtomicU64::new(0),
+        }
+    }
+
+    fn note(&self, event: Event) {
+        if self.events.try_send(event).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn now(&self) -> u64 {
+        nanos(self.started.elapsed())
+    }
+
+    /// A page is touched, and is absent.
+    pub(crate) fn touched(&self, image: &Image, region: &RegionState, page: usize) {
+        let (file, page) = place(image, region, page);
+        self.note(Event::Touch(Touch { at: self.now(), space: region.space.id, file, page }));
+    }
+
+    /// The parts of `pages` that are not withheld, of pages that the working set has brought; notes those that are.
+    pub(crate) fn withhold(
+        &self,
+        image: &Image,
+        region: &RegionState,
+        pages: Range<usize>,
+    ) -> Vec<Range<usize>> {
+        let (mut parts, mut start) = (Vec::new(), pages.start);
+        for page in pages.clone() {
+            let (file, file_page) = place(image, region, page);
+            let mut random =
+                fastrand::Rng::with_seed(self.seed ^ u64::from(file) << 32 ^ u64::from(file_page));
+            if random.u64(..WITHHELD_ONE_OF) != 0 || region.state(page) != PageState::Absent {
+                continue;
+            }
+            let (at, space) = (self.now(), region.space.id);
+            self.note(Event::Withheld(Withheld { at, space, file, page: file_page }));
+            parts.push(start..page);
+            start = page + 1;
+        }
+        parts.push(start..pages.end);
+        parts.retain(|part| !part.is_empty());
+        parts
+    }
+
+    /// Has pages installed, and notes which of them have come by that.
+    pub(crate) fn installing(
+        &self,
+        image: &Image,
+        region: &RegionState,
+        pages: &Range<usize>,
+        cause: Cause,
+        stages: Stages,
+        install: impl FnOnce() -> Installed,
+    ) -> Installed {
+        // Of a page of 2 MiB all comes with its last chunk.
+        let pages = region.whole(pages);
+        let were_absent = runs(region, pages, install::unresolved(region));
+        let started = Instant::now();
+        let installed = install();
+        let took = started.elapsed();
+        let at = self.now();
+        for run in were_absent.into_iter().flat_map(|run| runs(region, run, &[PageState::Resident])) {
+            let (file, page) = place(image, region, run.start);
+            self.note(Event::Came(Came {
+                at,
+                space: region.space.id,
+                file,
+                page,
+                pages: short(run.len()),
+                cause,
+                queue: nanos(stages.queue),
+                wire: nanos(stages.wire),
+                decompress: nanos(stages.decompress),
+                install: nanos(took),
+            }));
+        }
+        installed
+    }
+
+    /// Who writes takes the queue; None: somebody has.
+    fn take_queue(&self) -> Option<Receiver<Event>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The parts of a region's pages that are in one of these states.
+fn runs(region: &RegionState, pages: Range<usize>, states: &[PageState]) -> Vec<Range<usize>> {
+    let (mut found, mut next) = (Vec::new(), pages.start);
+    while let Some(run) = region.next_run(next..pages.end, states) {
+        next = run.end;
+        found.push(run);
+    }
+    found
+}
+
+/// Which file of the image, and which page of it, a region's page is.
+fn place(image: &Image, region: &RegionState, page: usize) -> (u32, u32) {
+    (short(image.place_of(&region.file)), short(region.file_pages(page..page + 1).start))
+}
+
+fn short(n: usize) -> u32 {
+    u32::try_from(n).expect("files have at most 16 TiB")
+}
+
+fn nanos(duration: Duration) -> u64 {
+    duration.as_nanos().try_into().unwrap_or(u64::MAX)
+}
+
+/// A trace that is being written.
+#[derive(Debug)]
+pub struct TraceWriter(std::thread::JoinHandle<io::Result<()>>);
+
+impl TraceWriter {
+    /// Waits until all is written.
+    ///
+    /// # Errors
+    /// Why it could not be written. The session goes on without.
+    ///
+    /// # Blocking
+    /// Until the session has ended, and some 20 ms.
+    pub fn finish(self) -> io::Result<()> {
+        self.0.join().unwrap_or_else(|_| Err(io::Error::other("the thread that writes the trace has failed")))
+    }
+}
+
+/// Starts the thread that writes a session's trace.
+///
+/// # Errors
+/// Unsupported where none was asked for, or somebody writes it already; or there is no thread to be had.
+pub(crate) fn start(shared: &Arc<Shared>, to: impl Write + Send + 'static) -> io::Result<TraceWriter> {
+    let queue = shared.trace.as_ref().and_then(Notes::take_queue);
+    let queue =
+        queue.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "there is no trace to be had"))?;
+    let shared = Arc::clone(shared);
+    let thread = std::thread::Builder::new().name("postcopy-trace".into());
+    Ok(TraceWriter(thread.spawn(move || write(&shared, &queue, BufWriter::new(to)))?))
+}
+
+fn header(shared: &Shared, started_us: u64) -> Header {
+    let (image, options) = (&shared.image, &shared.options);
+    let file = |path: String, size_bytes| TracedFile { path, size_bytes };
+    Header {
+        trace: super::VERSION,
+        image: image.digest().to_string(),
+        chunk_bytes: image.root().chunk_size().bytes() as u64,
+        files: image.root().files().map(|(path, entry)| file(path.to_string(), entry.size_bytes)).collect(),
+        started_us,
+        working_set: options.working_set,
+        fill: options.fill,
+        record: options.record,
+    }
+}
+
+fn write_line(to: &mut impl Write, line: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *to, line)?;
+    to.write_all(b"\n")
+}
+
+fn write(shared: &Shared, queue: &Receiver<Event>, mut to: impl Write) -> io::Result<()> {
+    let Some(notes) = &shared.trace else { return Ok(()) };
+    write_line(&mut to, &header(shared, notes.started_us))?;
+    loop {
+        // Looked at first: what was noted before the end is there then.
+        let has_ended = shared.has_ended();
+        for event in queue.try_iter() {
+            write_line(&mut to, &event)?;
+        }
+        if has_ended {
+            let (lost, error) = (notes.lost.load(Ordering::Relaxed), shared.error());
+            let error = error.map(|error| error.to_string());
+            write_line(&mut to, &Event::End(End { at: notes.now(), lost, error }))?;
+            return to.flush();
+        }
+        to.flush()?;
+        let _ = shared.reported.wait_timeout_while(shared.outcome(), WRITE, |outcome| !outcome.ended);
+    }
+}
