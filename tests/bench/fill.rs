@@ -26,16 +26,20 @@ pub(crate) fn measure() -> Result<Figure> {
     let frames = frames(&bytes);
     let (mut ratios, mut times, mut sums) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
+        let before = cpu::time_of(server.pid())?;
         let started = Instant::now();
         let session =
             Session::open(server.address(), &"mem".parse()?, Options { fill: true, ..Options::default() })?;
         let region = session.map("mem")?;
         session.wait_resident(Duration::from_secs(600))?;
         let ours = started.elapsed().as_secs_f64();
+        let of_server = (cpu::time_of(server.pid())? - before).as_secs_f64();
         anyhow::ensure!(*region == bytes[..], "wrong bytes");
         drop((region, session));
-        let alone =
-            decode_alone(&frames)? + hash_alone(&bytes) + floor::copy_alone(&bytes, CHUNK)?.as_secs_f64();
+        let alone = of_server
+            + decode_alone(&frames)?
+            + hash_alone(&bytes)
+            + floor::copy_alone(&bytes, CHUNK)?.as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "a few cores")]
         let least = alone / cpu::cores() as f64;
         ratios.push(least / ours);
@@ -44,16 +48,16 @@ pub(crate) fn measure() -> Result<Figure> {
     }
     let ratio = median(&mut ratios);
     Ok(Figure {
-        name: "background fill of 512 MiB, beside cores / (CPU time of zstd + BLAKE3 + UFFDIO_COPY alone)"
+        name: "background fill of 512 MiB, beside cores / (CPU time of the server, and of zstd + BLAKE3 + UFFDIO_COPY alone)"
             .into(),
         value: format!(
-            "**{ratio:.2} x** ({:.2} s; alone {:.2} s of CPU time; {:.2} : 1)",
+            "**{ratio:.2} x** ({:.2} s; alone {:.2} s of CPU time, the server included; {:.2} : 1)",
             median(&mut times),
             median(&mut sums),
             pushed["ratio"].as_f64().unwrap_or(f64::NAN)
         ),
-        bar: "≥ 0.7 x".into(),
-        met: ratio >= 0.7,
+        bar: "≥ 0.8 x".into(),
+        met: ratio >= 0.8,
         raw: json!({ "ratios": ratios, "seconds": times, "alone_cpu_seconds": sums }),
     })
 }

@@ -122,7 +122,8 @@ fn main() -> Result<()> {
         show(report, figures)?;
     }
     if named("threads") {
-        show(sweeps::threads(SWEEP_ROUNDS)?, Vec::new())?;
+        let (report, figures) = sweeps::threads(SWEEP_ROUNDS)?;
+        show(report, figures)?;
     }
     print!("{}", table(&figures));
     if let Some(path) = json {

@@ -65,7 +65,7 @@ impl Pushed {
     fn touched_here(&self, pages: &[usize]) -> Result<f64> {
         let held: Vec<u8> =
             pages.iter().flat_map(|page| &self.bytes[page * PAGE_BYTES..][..PAGE_BYTES]).copied().collect();
-        let region = floor::fill_on_touch(pages.len(), move |index, page| {
+        let region = floor::fill_on_touch(pages.len(), PAGE_BYTES, move |index, page| {
             page.copy_from_slice(&held[index * PAGE_BYTES..][..PAGE_BYTES]);
             Ok(())
         })?;

@@ -1,5 +1,6 @@
 //! How figures change with the size of chunks, with restores at a time, and with threads that fault in one session.
 
+use crate::floor::{self, FloorServer};
 use crate::plot::{self, Line};
 use crate::programs::NEAR;
 use crate::report::Report;
@@ -163,7 +164,7 @@ pub(crate) fn restores(rounds: u64) -> Result<(Report, Vec<Figure>)> {
 }
 
 /// Threads that fault in one session.
-pub(crate) fn threads(rounds: u64) -> Result<Report> {
+pub(crate) fn threads(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     const BYTES: usize = 32 * MIB;
     const TOUCHES: usize = 4096;
     let pushed = Pushed::new(noise(BYTES, 13), PAGE)?;
@@ -201,5 +202,47 @@ pub(crate) fn threads(rounds: u64) -> Result<Report> {
     }
     let raw = json!({ "here": lines[0].points, "near": lines[1].points });
     let plot = plot::lines("Faults a second in one session", "threads", "k/s", &lines);
-    Ok(Report { name: "threads".into(), table, plot: Some(plot), raw })
+    let floor = floor_of_threads(&pushed.bytes, rounds)?;
+    let ours = lines[0].points.iter().find(|point| point.0 == 16.0).map_or(0.0, |point| point.1);
+    let ratio = ours / floor;
+    let figure = Figure {
+        name: "16 threads that fault in one session: faults a second, beside 1 / (1 / local faults + 1 / raw TCP fetches)".into(),
+        value: format!("**{ratio:.2} x** ({ours:.1} beside {floor:.1} thousand)"),
+        bar: "≥ 0.6 x".into(),
+        met: ratio >= 0.6,
+        raw: json!({ "thousands_a_second": ours, "floor": floor }),
+    };
+    Ok((Report { name: "threads".into(), table, plot: Some(plot), raw }, vec![figure]))
+}
+
+/// Thousands of faults a second that 16 threads could have: local ones, and then as many fetches, 16 of which are under way.
+fn floor_of_threads(bytes: &[u8], rounds: u64) -> Result<f64> {
+    const THREADS: usize = 16;
+    let mut file = tempfile::NamedTempFile::new()?;
+    std::io::Write::write_all(&mut file, bytes)?;
+    let server = FloorServer::start(None, file.path(), PAGE)?;
+    let bytes: std::sync::Arc<[u8]> = bytes.into();
+    let mut rates = Vec::new();
+    for seed in 0..rounds {
+        let pages = some_pages(bytes.len(), 4096, seed);
+        let source = std::sync::Arc::clone(&bytes);
+        let memory = floor::fill_on_touch(bytes.len() / PAGE, PAGE, move |index, page| {
+            page.copy_from_slice(&source[index * PAGE..][..PAGE]);
+            Ok(())
+        })?;
+        let (memory, started) = (memory.bytes(), Instant::now());
+        std::thread::scope(|scope| {
+            for part in pages.chunks(pages.len() / THREADS) {
+                scope.spawn(move || {
+                    part.iter().for_each(|page| {
+                        std::hint::black_box(memory[page * PAGE]);
+                    })
+                });
+            }
+        });
+        let local = float(pages.len()) / started.elapsed().as_secs_f64();
+        let fetched = server.fetch(&pages, THREADS)?;
+        rates.push(1.0 / (1.0 / local + 1.0 / fetched) / 1e3);
+    }
+    Ok(median(&mut rates))
 }

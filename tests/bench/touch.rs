@@ -1,4 +1,4 @@
-//! A touch of an absent page, 4 KiB chunks, incompressible.
+//! A touch of an absent page: in chunks of 4 KiB that do not compress, and of 64 KiB that do.
 
 use crate::floor::FloorServer;
 use crate::{Figure, cpu, median, percentile};
@@ -7,13 +7,14 @@ use postcopy::proto::digest::Digest;
 use postcopy::proto::page::PAGE_BYTES;
 use postcopy::{Options, Session};
 use postcopy_tests::cli::run;
-use postcopy_tests::fixtures::noise;
+use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::server::Server;
 use serde_json::json;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 const PAGES: usize = 3000;
+const CHUNK: usize = 64 << 10;
+const CHUNKS: usize = 600;
 const PAIRS: usize = 30;
 
 /// What one round took: p50 of a touch, CPU time of both sides for each touch, all in microseconds.
@@ -24,46 +25,60 @@ struct Round {
     server_cpu: f64,
 }
 
-pub(crate) fn measure() -> Result<Vec<Figure>> {
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("mem");
-    let bytes = noise(PAGES * PAGE_BYTES, 7);
-    std::fs::write(&path, &bytes)?;
-    let digests: Vec<_> = bytes.chunks(PAGE_BYTES).map(Digest::of).collect();
-    let two_cores = placement("client and server on a core each", 0, 1, 1.4, &path, &digests)?;
-    let one_core = placement("all on one core", 0, 0, 1.8, &path, &digests)?;
-    cpu::unpin()?;
-    Ok(vec![two_cores, one_core])
+/// What is touched: so many chunks of that size, each at its beginning.
+struct Chunks {
+    name: &'static str,
+    bytes: Vec<u8>,
+    chunk_bytes: usize,
 }
 
-fn placement(
-    name: &str,
-    client: usize,
-    server: usize,
-    bar: f64,
-    path: &Path,
-    digests: &[Digest],
-) -> Result<Figure> {
+pub(crate) fn measure() -> Result<Vec<Figure>> {
+    let pages = Chunks {
+        name: "an absent page, 4 KiB that do not compress",
+        bytes: noise(PAGES * PAGE_BYTES, 7),
+        chunk_bytes: PAGE_BYTES,
+    };
+    let chunks = Chunks {
+        name: "a chunk of 64 KiB that compresses",
+        bytes: memory_like(CHUNKS * CHUNK, 8),
+        chunk_bytes: CHUNK,
+    };
+    let (two, one) = (("client and server on a core each", 0, 1), ("all on one core", 0, 0));
+    let figures = [
+        placement(&pages, two, 1.3)?,
+        placement(&pages, one, 1.6)?,
+        placement(&chunks, two, 1.25)?,
+        placement(&chunks, one, 1.25)?,
+    ];
+    cpu::unpin()?;
+    Ok(figures.into())
+}
+
+fn placement(chunks: &Chunks, (name, client, server): (&str, usize, usize), bar: f64) -> Result<Figure> {
     let folder = tempfile::tempdir()?;
+    let path = folder.path().join("mem");
+    std::fs::write(&path, &chunks.bytes)?;
+    let digests: Vec<_> = chunks.bytes.chunks(chunks.chunk_bytes).map(Digest::of).collect();
     let store = folder.path().join("store");
     let mut command = cpu::pinned(server, &postcopy_tests::binary("postcopyd"));
     command.arg("serve").arg("--store").arg(&store).args(["--listen", "127.0.0.1:0"]);
     let postcopyd = Server::spawn(command, &store).map_err(anyhow::Error::msg)?;
-    let args = ["push".as_ref(), path.as_os_str(), "mem".as_ref(), "--chunk-size".as_ref(), "4096".as_ref()];
+    let size = chunks.chunk_bytes.to_string();
+    let args = ["push".as_ref(), path.as_os_str(), "mem".as_ref(), "--chunk-size".as_ref(), size.as_ref()];
     let _ = run(postcopyd.address(), args);
-    let floor_server = || FloorServer::start(server, path);
+    let floor_server = || FloorServer::start(Some(server), &path, chunks.chunk_bytes);
     cpu::pin(client)?;
 
     let (mut ours, mut floors, mut ratios, mut same) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for seed in 0..PAIRS as u64 {
-        let order = order(seed);
+        let order = order(seed, digests.len(), chunks.chunk_bytes);
         let session = Session::open(postcopyd.address(), &"mem".parse()?, Options::default())?;
         let region = session.map("mem")?;
         let our = round(&region, &order, postcopyd.pid())?;
         drop((region, session));
         let floor = || -> Result<Round> {
             let server = floor_server()?;
-            let region = server.map(digests.to_vec())?;
+            let region = server.map(digests.clone(), chunks.chunk_bytes)?;
             round(region.bytes(), &order, server.pid())
         };
         let (floor_a, floor_b) = (floor()?, floor()?);
@@ -81,7 +96,7 @@ fn placement(
     let cpu = (of(&ours, |r| r.client_cpu), of(&floors, |r| r.client_cpu));
     let server_cpu = (of(&ours, |r| r.server_cpu), of(&floors, |r| r.server_cpu));
     Ok(Figure {
-        name: format!("touch of an absent page, {name}: p50 beside raw TCP + BLAKE3 + UFFDIO_COPY"),
+        name: format!("touch of {}, {name}: p50 beside raw TCP, zstd, BLAKE3, UFFDIO_COPY", chunks.name),
         value: format!(
             "**{ratio:.2} x** ({:.0} us beside {:.0} us; A/A {:.2} to {:.2}). CPU a fault: client {:.0} us beside {:.0}, server {:.0} us beside {:.0}",
             p50.0, p50.1, aa.0, aa.1, cpu.0, cpu.1, server_cpu.0, server_cpu.1
@@ -93,8 +108,9 @@ fn placement(
     })
 }
 
-fn order(seed: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..PAGES).collect();
+/// Where to touch, in bytes.
+fn order(seed: u64, chunks: usize, chunk_bytes: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..chunks).map(|chunk| chunk * chunk_bytes).collect();
     fastrand::Rng::with_seed(seed).shuffle(&mut order);
     order
 }
@@ -103,9 +119,9 @@ fn round(memory: &[u8], order: &[usize], server: u32) -> Result<Round> {
     let before = (cpu::time_of(std::process::id())?, cpu::time_of(server).context("the server's times")?);
     let mut touches: Vec<f64> = order
         .iter()
-        .map(|page| {
+        .map(|place| {
             let started = Instant::now();
-            std::hint::black_box(memory[page * PAGE_BYTES]);
+            std::hint::black_box(memory[*place]);
             started.elapsed().as_secs_f64() * 1e6
         })
         .collect();
