@@ -666,3 +666,24 @@ async fn a_recording_becomes_a_working_set_that_is_streamed_before_chunks() {
     sets.delete_working_set(forget.clone()).await.unwrap();
     assert_eq!(sets.delete_working_set(forget).await.unwrap_err().code(), Code::NotFound);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn recordings_that_come_at_once_are_all_kept_and_answered() {
+    let server = Server::start().await;
+    let image = Image::of_seed(1);
+    image.push(&server.store, "a:v1");
+    let record = |first: u8| {
+        let request = v1::RecordRequest {
+            image: image.digest().into(),
+            id: vec![first; 16].into(),
+            touched: vec![v1::PageSpan { file: 0, first: first.into(), count: 1 }],
+            ..Default::default()
+        };
+        let mut sets = WorkingSetServiceClient::new(server.channel.clone());
+        async move { sets.record(tokio_stream::iter([request])).await.map(|set| set.into_inner().recordings) }
+    };
+    let answered = futures_util::future::join_all((0..16).map(record)).await;
+    assert!(answered.iter().all(|recordings| matches!(recordings, Ok(1..=16))), "{answered:?}");
+    let set = server.store.working_set(&image.digest()).unwrap().unwrap();
+    assert_eq!(set.recordings, 16);
+}

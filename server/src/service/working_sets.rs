@@ -1,8 +1,13 @@
 //! WorkingSetService: what restores touch, and what is made of that.
+//!
+//! A recording is stored as soon as it is whole, and answered when a set has been made of it: see [`builds`].
+
+mod builds;
 
 use crate::service::{Answers, blocking, digest, reference};
 use crate::shutdown::Drain;
 use crate::store::{Store, StoreError, WorkingSet};
+use builds::Builds;
 use futures_util::stream;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::Reference;
@@ -25,6 +30,7 @@ pub struct WorkingSetServer {
     store: Arc<Store>,
     drain: Drain,
     share: f64,
+    builds: Builds,
 }
 
 impl WorkingSetServer {
@@ -32,7 +38,7 @@ impl WorkingSetServer {
     /// recordings in which that could be seen.
     #[must_use]
     pub fn new(store: Arc<Store>, drain: Drain, share: f64) -> Self {
-        Self { store, drain, share }
+        Self { store, drain, share, builds: Builds::default() }
     }
 }
 
@@ -105,9 +111,11 @@ impl WorkingSetService for WorkingSetServer {
         }
         let Received { image, id, touched, unseen, .. } = received;
         let image = image.ok_or_else(|| Status::invalid_argument("image: the first message names it"))?;
+        let store = Arc::clone(&self.store);
+        blocking(move || store.keep_recording(&image, id, touched, unseen)).await?;
         let (store, share) = (Arc::clone(&self.store), self.share);
-        let set = blocking(move || store.record(&image, id, touched, unseen, share)).await?;
-        Ok(Response::new(describe(&image, &set)))
+        let build = move || Ok(describe(&image, &store.build_working_set(&image, share)?));
+        self.builds.next(image, build).await.map(Response::new)
     }
 
     async fn get_working_set(
@@ -162,7 +170,9 @@ impl WorkingSetService for WorkingSetServer {
         let _in_flight = self.drain.enter()?;
         let wanted: Reference = reference(&request.into_inner().reference)?;
         let store = Arc::clone(&self.store);
+        let turn = self.builds.turn().await;
         blocking(move || -> Result<_, StoreError> {
+            let _turn = turn;
             let image = store.resolve(&wanted)?;
             match store.remove_working_set(&image)? {
                 true => Ok(Response::new(v1::DeleteWorkingSetResponse {})),

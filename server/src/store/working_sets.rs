@@ -6,9 +6,10 @@
 //! <domain>/working-sets/<image>/current           the digests of those that are sent, in order, a line each
 //! ```
 //!
-//! [`Store::record`] writes a recording and makes the set anew: [`choose`] says which pages, the rest here reads
-//! their chunks as a client would and puts them into frames with proofs. `current` is replaced at once, so that who reads
-//! it finds one whole set or another. A set belongs to its image, and goes with it when that is collected as garbage.
+//! [`Store::keep_recording`] writes a recording, and [`Store::build_working_set`] makes the set anew from those that there
+//! are: [`choose`] says which pages, the rest here reads their chunks as a client would and puts them into frames with
+//! proofs. `current` is replaced at once, so that who reads it finds one whole set or another. A set belongs to its image,
+//! and goes with it when that is collected as garbage.
 
 mod choose;
 
@@ -140,30 +141,48 @@ impl Files {
 }
 
 impl Store {
-    /// Keeps what a restore has touched, under an id of 16 bytes that is its own, and makes the image's working set anew: of
-    /// the pages that were touched in at least `share` (of 1) of the recordings in which they could be.
+    /// Keeps what a restore has touched, under an id of 16 bytes that is its own, for the next build of the image's working
+    /// set. Of more than the newest 16 recordings the oldest are forgotten.
     ///
     /// # Errors
     /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image; nothing is kept.
-    /// [`StoreError::Damaged`]: a chunk cannot be read; the recording is kept.
     ///
     /// # Blocking
-    /// Compresses the whole set on all cores, some 10 ms a MiB; one set at a time is made.
-    pub fn record(
+    /// Waits for the disk.
+    pub fn keep_recording(
         &self,
         image: &Digest,
         id: [u8; 16],
         touched: Vec<PageSpan>,
         unseen: Vec<PageSpan>,
-        share: f64,
-    ) -> Result<WorkingSet, StoreError> {
+    ) -> Result<(), StoreError> {
         let files = Files::new(self.root(image)?);
         touched.iter().chain(&unseen).try_for_each(|span| files.check(span))?;
         let recording = v1::RecordRequest { touched, unseen, ..Default::default() };
         let path = self.layout.recordings(image).join(Digest::of(&id).hex());
         self.objects.put(&path, recording.encode_to_vec().into())?;
+        let mut paths = by_age(&self.layout.recordings(image))?;
+        for path in paths.drain(..paths.len().saturating_sub(RECORDINGS)) {
+            objects::remove(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the image's working set anew from its recordings: of the pages that were touched in at least `share` (of 1) of
+    /// those in which they could be. Without recordings there is none.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Damaged`]: a chunk cannot be read.
+    ///
+    /// # Blocking
+    /// Compresses the whole set on all cores, some 10 ms a MiB; one set at a time is made.
+    pub fn build_working_set(&self, image: &Digest, share: f64) -> Result<WorkingSet, StoreError> {
+        let files = Files::new(self.root(image)?);
         let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
-        let recordings = self.recordings(image, &files)?;
+        let Some(recordings) = self.recordings(image, &files)? else {
+            // They were forgotten before their turn came.
+            return Ok(WorkingSet::default());
+        };
         let mut pages = choose::choose(&recordings, share);
         if pages.len() > MAX_SET_PAGES {
             tracing::warn!(
@@ -191,14 +210,14 @@ impl Store {
         Ok(self.working_set(image)?.unwrap_or_default())
     }
 
-    /// The newest recordings; older ones are removed.
-    fn recordings(&self, image: &Digest, files: &Files) -> Result<Vec<Recording>, StoreError> {
+    /// The newest recordings; None if there are none at all.
+    fn recordings(&self, image: &Digest, files: &Files) -> Result<Option<Vec<Recording>>, StoreError> {
         let mut paths = by_age(&self.layout.recordings(image))?;
-        for path in paths.drain(..paths.len().saturating_sub(RECORDINGS)) {
-            objects::remove(&path)?;
+        if paths.is_empty() {
+            return Ok(None);
         }
         let mut recordings = Vec::new();
-        for path in paths {
+        for path in paths.split_off(paths.len().saturating_sub(RECORDINGS)) {
             let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
             match parse(&bytes, files) {
                 Ok(recording) => recordings.push(recording),
@@ -208,7 +227,7 @@ impl Store {
                 }
             }
         }
-        Ok(recordings)
+        Ok(Some(recordings))
     }
 
     /// Packs of the frames of these pages, in this order.
@@ -440,14 +459,17 @@ mod tests {
         PageSpan { file: 0, first, count }
     }
 
+    fn record(store: &Store, image: &Image, id: u8, touched: Vec<PageSpan>) -> WorkingSet {
+        store.keep_recording(&image.digest(), [id; 16], touched, Vec::new()).unwrap();
+        store.build_working_set(&image.digest(), 0.5).unwrap()
+    }
+
     #[test]
     fn a_set_holds_the_pages_of_its_recordings_and_goes_with_its_image() {
         let (dir, store) = store();
         let image = Image::of_seed(1);
         image.push(&store, "a");
-        let record = |id: u8, touched: Vec<PageSpan>| {
-            store.record(&image.digest(), [id; 16], touched, Vec::new(), 0.5).unwrap()
-        };
+        let record = |id: u8, touched: Vec<PageSpan>| record(&store, &image, id, touched);
         record(1, vec![span(0, 17)]);
         // The same restore, told once more.
         let set = record(1, vec![span(14, 3), span(3, 1)]);
@@ -476,11 +498,22 @@ mod tests {
     }
 
     #[test]
+    fn recordings_that_were_forgotten_before_the_build_make_no_set() {
+        let (_dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a");
+        store.keep_recording(&image.digest(), [1; 16], vec![span(0, 4)], Vec::new()).unwrap();
+        assert!(store.remove_working_set(&image.digest()).unwrap());
+        assert_eq!(store.build_working_set(&image.digest(), 0.5).unwrap().recordings, 0);
+        assert!(store.images_with_working_sets().unwrap().is_empty());
+    }
+
+    #[test]
     fn a_damaged_set_is_an_error_that_names_its_image() {
         let (_dir, store) = store();
         let image = Image::of_seed(1);
         image.push(&store, "a");
-        store.record(&image.digest(), [1; 16], vec![span(0, 4)], Vec::new(), 0.5).unwrap();
+        record(&store, &image, 1, vec![span(0, 4)]);
         let pack = by_age(&store.layout.sets(&image.digest())).unwrap().remove(0);
         fs::write(&pack, b"postcopy").unwrap();
         let error = store.working_set(&image.digest()).unwrap_err();
@@ -488,7 +521,7 @@ mod tests {
             matches!(&error, StoreError::Damaged { object, .. } if object.contains(&image.digest().to_string()))
         );
         // The next recording makes it anew.
-        store.record(&image.digest(), [2; 16], vec![span(0, 4)], Vec::new(), 0.5).unwrap();
+        record(&store, &image, 2, vec![span(0, 4)]);
         assert_eq!(store.working_set(&image.digest()).unwrap().unwrap().pages, 4);
     }
 }
