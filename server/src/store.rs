@@ -48,7 +48,7 @@ use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::reference::{Reference, TagReference};
 use rayon::prelude::*;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Frames that one thread checks at a time: enough that its decompressor's state is worth making.
 const FRAMES_PER_TASK: usize = 32;
@@ -61,8 +61,6 @@ pub struct Store {
     packs: Packs,
     manifests: Manifests,
     leases: Leases,
-    /// Held while a working set is made from recordings or removed: one at a time.
-    building: Mutex<()>,
 }
 
 impl Store {
@@ -95,7 +93,7 @@ impl Store {
         let objects = Objects::new(&layout)?;
         let packs = Packs::open(&layout)?;
         let manifests = Manifests::new(&layout);
-        Ok(Self { layout, objects, packs, manifests, leases: Leases::default(), building: Mutex::default() })
+        Ok(Self { layout, objects, packs, manifests, leases: Leases::default() })
     }
 
     /// The image that a reference stands for.

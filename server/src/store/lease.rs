@@ -7,11 +7,11 @@
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::{Layout, digest_of_name};
+use crate::store::lock::still_lies_at;
 use postcopy_proto::digest::Digest;
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Keeps an image until it is dropped.
@@ -55,9 +55,7 @@ fn lock(layout: &Layout, image: &Digest) -> Result<Lease, StoreError> {
         let file = File::options().create(true).append(true).open(&path).map_err(io_error(&path))?;
         // A collector holds it for a moment.
         file.lock_shared().map_err(io_error(&path))?;
-        let inode = file.metadata().map_err(io_error(&path))?.ino();
-        // A collector may have removed the file between the opening and the lock.
-        if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == inode) {
+        if still_lies_at(&path, &file)? {
             return Ok(Lease { _file: file });
         }
     }

@@ -1,17 +1,21 @@
 //! The locks between the processes that use one store: flock(2), so that a process that dies
-//! holds none. Four files are locked, always in this order:
+//! holds none. These are locked, always in this order:
 //!
 //! - `<domain>/condemned`: the turnstile before `lock`, held only until that one is had, or a turn's time. Without
 //!   it a collector that waits for `lock` would wait for ever while pushes go on: flock lets new shared holders pass;
 //! - `<domain>/lock`: shared by whoever relies on an object staying there (FindMissing, Commit,
 //!   tagging), exclusive for gc from its second mark to its deletes;
 //! - `<domain>/refs`: exclusive for whoever changes a reference;
+//! - `<domain>/working-sets/<image>`: exclusive for whoever builds or removes the working set of the image;
 //! - `<domain>`: shared while a staged file is being written, so that gc, which tries it exclusively,
 //!   can tell a left-over from one that somebody is about to rename.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;
-use std::fs::{File, TryLockError};
+use postcopy_proto::digest::Digest;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -22,7 +26,7 @@ const TURN: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct StoreLock {
-    _file: File,
+    file: File,
 }
 
 impl StoreLock {
@@ -54,6 +58,35 @@ impl StoreLock {
         Self::with(&layout.references(), File::lock)
     }
 
+    /// No other process changes the working set of an image until the drop; None if nothing is kept of it.
+    pub(crate) fn change_working_set(layout: &Layout, image: &Digest) -> Result<Option<Self>, StoreError> {
+        let path = layout.working_set(image);
+        loop {
+            let lock = match Self::with(&path, File::lock) {
+                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    return Ok(None);
+                }
+                other => other?,
+            };
+            if still_lies_at(&path, &lock.file)? {
+                return Ok(Some(lock));
+            }
+        }
+    }
+
+    /// The same; None, too, if another process does.
+    pub(crate) fn try_change_working_set(
+        layout: &Layout,
+        image: &Digest,
+    ) -> Result<Option<Self>, StoreError> {
+        let path = layout.working_set(image);
+        match Self::try_exclusively(&path) {
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Ok(Some(lock)) if !still_lies_at(&path, &lock.file)? => Ok(None),
+            other => other,
+        }
+    }
+
     /// Staged files are not taken for left-overs until the drop.
     pub(crate) fn write_staged(layout: &Layout) -> Result<Self, StoreError> {
         Self::with(layout.domain(), File::lock_shared)
@@ -67,7 +100,7 @@ impl StoreLock {
     fn try_exclusively(path: &Path) -> Result<Option<Self>, StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(e)) => Err(io_error(path)(e)),
         }
@@ -76,8 +109,14 @@ impl StoreLock {
     fn with(path: &Path, lock: fn(&File) -> std::io::Result<()>) -> Result<Self, StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         lock(&file).map_err(io_error(path))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
+}
+
+/// Whether a file that has been locked is the one at this path: it may have been removed between the opening and the lock.
+pub(crate) fn still_lies_at(path: &Path, file: &File) -> Result<bool, StoreError> {
+    let inode = file.metadata().map_err(io_error(path))?.ino();
+    Ok(fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode))
 }
 
 #[cfg(test)]

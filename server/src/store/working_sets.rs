@@ -16,6 +16,7 @@ mod choose;
 use crate::store::Store;
 use crate::store::error::{StoreError, damaged, io_error};
 use crate::store::layout::{Layout, digest_of_name, sync_dir};
+use crate::store::lock::StoreLock;
 use crate::store::map::{self, Map};
 use crate::store::objects::{self, read_bounded};
 use bytes::Bytes;
@@ -33,7 +34,6 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
-use std::sync::PoisonError;
 
 /// Pages of one frame: 256 KiB.
 const FRAME_PAGES: usize = 64;
@@ -175,11 +175,13 @@ impl Store {
     /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Damaged`]: a chunk cannot be read.
     ///
     /// # Blocking
-    /// Compresses the whole set on all cores, some 10 ms a MiB; one set at a time is made.
+    /// Compresses the whole set on all cores, some 10 ms a MiB. Waits while another process changes the image's
+    /// working set.
     pub fn build_working_set(&self, image: &Digest, share: f64) -> Result<WorkingSet, StoreError> {
         let files = Files::new(self.root(image)?);
-        let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(recordings) = self.recordings(image, &files)? else {
+        let lock = StoreLock::change_working_set(&self.layout, image)?;
+        let recordings = if lock.is_some() { self.recordings(image, &files)? } else { None };
+        let Some(recordings) = recordings else {
             // They were forgotten before their turn came.
             return Ok(WorkingSet::default());
         };
@@ -365,10 +367,12 @@ impl Store {
     /// [`StoreError::Io`].
     ///
     /// # Blocking
-    /// Waits for the disk.
+    /// Waits for the disk, and while somebody builds it.
     pub fn remove_working_set(&self, image: &Digest) -> Result<bool, StoreError> {
-        let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
-        remove(&self.layout, image)
+        match StoreLock::change_working_set(&self.layout, image)? {
+            Some(lock) => remove(&self.layout, image, lock),
+            None => Ok(false),
+        }
     }
 }
 
@@ -402,8 +406,8 @@ fn images(layout: &Layout) -> Result<Vec<Digest>, StoreError> {
     Ok(entries.iter().filter_map(|entry| digest_of_name(&entry.file_name())).collect())
 }
 
-/// Removes the working set of an image.
-fn remove(layout: &Layout, image: &Digest) -> Result<bool, StoreError> {
+/// Removes the working set of an image, which the caller has locked.
+fn remove(layout: &Layout, image: &Digest, _lock: StoreLock) -> Result<bool, StoreError> {
     let dir = layout.working_set(image);
     match fs::remove_dir_all(&dir) {
         Ok(()) => sync_dir(&layout.working_sets()).map(|()| true),
@@ -414,12 +418,15 @@ fn remove(layout: &Layout, image: &Digest) -> Result<bool, StoreError> {
     }
 }
 
-/// Removes the working sets of images that are not there any more.
+/// Removes the working sets of images that are not there any more. One that is being built is left for the next time.
 pub(crate) fn remove_orphans(layout: &Layout) -> Result<u64, StoreError> {
     let mut removed = 0;
     for image in images(layout)? {
-        if !layout.manifest(&image).exists() {
-            removed += u64::from(remove(layout, &image)?);
+        if layout.manifest(&image).exists() {
+            continue;
+        }
+        if let Some(lock) = StoreLock::try_change_working_set(layout, &image)? {
+            removed += u64::from(remove(layout, &image, lock)?);
         }
     }
     Ok(removed)
@@ -506,6 +513,45 @@ mod tests {
         assert!(store.remove_working_set(&image.digest()).unwrap());
         assert_eq!(store.build_working_set(&image.digest(), 0.5).unwrap().recordings, 0);
         assert!(store.images_with_working_sets().unwrap().is_empty());
+    }
+
+    #[test]
+    fn two_processes_build_one_after_the_other() {
+        let (dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a");
+        record(&store, &image, 0, vec![span(0, 1)]);
+        let held = StoreLock::change_working_set(&store.layout, &image.digest()).unwrap().unwrap();
+        assert!(StoreLock::try_change_working_set(&store.layout, &image.digest()).unwrap().is_none());
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                let store = Store::open(dir.path(), Domain::DEFAULT).unwrap();
+                record(&store, &image, 1, vec![span(0, 2)])
+            });
+            let recordings = || by_age(&store.layout.recordings(&image.digest())).unwrap().len();
+            while recordings() < 2 {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            std::thread::park_timeout(Duration::from_millis(200));
+            assert!(!other.is_finished());
+            // What it waits for is another one's directory then.
+            fs::remove_dir_all(store.layout.working_set(&image.digest())).unwrap();
+            store.keep_recording(&image.digest(), [2; 16], vec![span(0, 3)], Vec::new()).unwrap();
+            drop(held);
+            assert_eq!(other.join().unwrap().recordings, 1);
+        });
+        std::thread::scope(|scope| {
+            for process in 0..2 {
+                let (store, image) = (Store::open(dir.path(), Domain::DEFAULT).unwrap(), &image);
+                scope.spawn(move || {
+                    for id in 0..20 {
+                        record(&store, image, 2 * id + process, vec![span(u32::from(id % 12), 1)]);
+                    }
+                });
+            }
+        });
+        assert_eq!(store.working_set(&image.digest()).unwrap().unwrap().recordings, RECORDINGS);
+        assert_eq!(by_age(&store.layout.sets(&image.digest())).unwrap().len(), 1);
     }
 
     #[test]
