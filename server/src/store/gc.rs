@@ -122,7 +122,9 @@ impl Collector {
             collected.packs += 1;
             collected.bytes += self.delete(digest, path)?;
         }
-        collected.working_sets = working_sets::remove_orphans(&self.layout)?;
+        let (working_sets, bytes) = working_sets::remove_orphans(&self.layout)?;
+        collected.working_sets = working_sets;
+        collected.bytes += bytes;
         drop(deleting);
         self.delete_left_overs(grace, &mut collected)?;
         Ok(collected)

@@ -48,3 +48,16 @@ pub(crate) fn staged(dir: &Path, found: &mut Vec<PathBuf>) -> Result<(), StoreEr
     }
     Ok(())
 }
+
+/// Bytes of all files below a directory. One that is removed meanwhile has none.
+pub(crate) fn bytes(dir: &Path) -> Result<u64, StoreError> {
+    let mut bytes = 0;
+    for entry in entries(dir)? {
+        if is_dir(&entry)? {
+            bytes += self::bytes(&entry.path())?;
+        } else if let Ok(metadata) = entry.metadata() {
+            bytes += metadata.len();
+        }
+    }
+    Ok(bytes)
+}

@@ -19,6 +19,7 @@ use crate::store::layout::{Layout, digest_of_name, sync_dir};
 use crate::store::lock::StoreLock;
 use crate::store::map::{self, Map};
 use crate::store::objects::{self, read_bounded};
+use crate::store::walk;
 use bytes::Bytes;
 use choose::{Page, Recording};
 use postcopy_proto::digest::Digest;
@@ -418,18 +419,22 @@ fn remove(layout: &Layout, image: &Digest, _lock: StoreLock) -> Result<bool, Sto
     }
 }
 
-/// Removes the working sets of images that are not there any more. One that is being built is left for the next time.
-pub(crate) fn remove_orphans(layout: &Layout) -> Result<u64, StoreError> {
-    let mut removed = 0;
+/// Removes the working sets of images that are not there any more: how many, and the bytes of their files. One that is being
+/// built is left for the next time.
+pub(crate) fn remove_orphans(layout: &Layout) -> Result<(u64, u64), StoreError> {
+    let (mut removed, mut freed) = (0, 0);
     for image in images(layout)? {
         if layout.manifest(&image).exists() {
             continue;
         }
         if let Some(lock) = StoreLock::try_change_working_set(layout, &image)? {
-            removed += u64::from(remove(layout, &image, lock)?);
+            let bytes = walk::bytes(&layout.working_set(&image))?;
+            if remove(layout, &image, lock)? {
+                (removed, freed) = (removed + 1, freed + bytes);
+            }
         }
     }
-    Ok(removed)
+    Ok((removed, freed))
 }
 
 #[cfg(test)]
@@ -498,9 +503,13 @@ mod tests {
         assert_eq!(by_age(&store.layout.sets(&image.digest())).unwrap().len(), 1, "older sets are removed");
 
         store.remove_reference(&"a".parse().unwrap()).unwrap();
+        let all = || walk::bytes(store.layout.domain()).unwrap();
+        let (set_bytes, before) = (walk::bytes(&store.layout.working_set(&image.digest())).unwrap(), all());
         let collector = Collector::open(dir.path(), Domain::DEFAULT).unwrap();
         collector.condemn().unwrap();
-        assert_eq!(collector.sweep(Duration::ZERO).unwrap().working_sets, 1);
+        let collected = collector.sweep(Duration::ZERO).unwrap();
+        assert_eq!(collected.working_sets, 1);
+        assert!(collected.bytes > set_bytes && collected.bytes == before - all(), "{collected:?}");
         assert!(store.images_with_working_sets().unwrap().is_empty());
     }
 
