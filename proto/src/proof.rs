@@ -36,15 +36,50 @@ pub enum ProofError {
     Mismatch(Digest),
 }
 
-/// The proof for the pages of `runs` in `chunk`: chaining values of 32 bytes, put together.
-///
-/// # Errors
-/// [`ProofError::Run`].
-pub fn prove(chunk: &[u8], runs: &[PageRun]) -> Result<Vec<u8>, ProofError> {
-    check_runs(chunk.len(), runs)?;
-    let mut proof = Vec::new();
-    collect(chunk, Span { start: 0, len: chunk.len() }, runs, &mut proof);
-    Ok(proof)
+/// The chaining values of a chunk's pages, from which proofs are made for any of them.
+#[derive(Debug)]
+pub struct Leaves {
+    chunk_bytes: usize,
+    values: Vec<ChainingValue>,
+}
+
+impl Leaves {
+    /// Of the chunk whose bytes these are.
+    #[must_use]
+    pub fn of(chunk: &[u8]) -> Self {
+        let pages = (0..).step_by(PAGE_BYTES).zip(chunk.chunks(PAGE_BYTES));
+        let values = pages.map(|(start, bytes)| Span { start, len: bytes.len() }.chaining_value(bytes));
+        Self { chunk_bytes: chunk.len(), values: values.collect() }
+    }
+
+    /// The proof for the pages of `runs`: chaining values of 32 bytes, put together.
+    ///
+    /// # Errors
+    /// [`ProofError::Run`].
+    pub fn prove(&self, runs: &[PageRun]) -> Result<Vec<u8>, ProofError> {
+        check_runs(self.chunk_bytes, runs)?;
+        let mut proof = Vec::new();
+        self.collect(Span { start: 0, len: self.chunk_bytes }, runs, &mut proof);
+        Ok(proof)
+    }
+
+    fn collect(&self, span: Span, runs: &[PageRun], proof: &mut Vec<u8>) {
+        if !span.touches(runs) {
+            proof.extend_from_slice(&self.value(span));
+        } else if !span.is_page() {
+            let (left, right) = span.halves();
+            self.collect(left, runs, proof);
+            self.collect(right, runs, proof);
+        }
+    }
+
+    fn value(&self, span: Span) -> ChainingValue {
+        if span.is_page() {
+            return self.values[span.start / PAGE_BYTES];
+        }
+        let (left, right) = span.halves();
+        merge_subtrees_non_root(&self.value(left), &self.value(right), Mode::Hash)
+    }
 }
 
 /// How long the proof is for the pages of `runs`, ascending, in a chunk of `chunk_bytes` bytes.
@@ -145,16 +180,6 @@ impl Span {
     }
 }
 
-fn collect(chunk: &[u8], span: Span, runs: &[PageRun], proof: &mut Vec<u8>) {
-    if !span.touches(runs) {
-        proof.extend_from_slice(&span.chaining_value(&chunk[span.start..span.start + span.len]));
-    } else if !span.is_page() {
-        let (left, right) = span.halves();
-        collect(chunk, left, runs, proof);
-        collect(chunk, right, runs, proof);
-    }
-}
-
 struct Walk<'a> {
     runs: &'a [PageRun],
     pages: &'a [u8],
@@ -209,9 +234,9 @@ mod tests {
 
     #[test]
     fn one_page_of_64_kib_needs_128_bytes() {
-        let proof = prove(&noise(65536), &[PageRun { first: 5, count: 1 }]).unwrap();
-        assert_eq!(proof.len(), 128);
-        assert!(prove(&noise(65536), &[PageRun { first: 0, count: 16 }]).unwrap().is_empty());
+        let leaves = Leaves::of(&noise(65536));
+        assert_eq!(leaves.prove(&[PageRun { first: 5, count: 1 }]).unwrap().len(), 128);
+        assert!(leaves.prove(&[PageRun { first: 0, count: 16 }]).unwrap().is_empty());
     }
 
     fn any_case() -> impl Strategy<Value = (usize, Vec<PageRun>)> {
@@ -233,7 +258,7 @@ mod tests {
         fn proofs_hold_and_only_for_their_bytes((len, runs) in any_case(), at in any::<prop::sample::Index>()) {
             let chunk = noise(len);
             let digest = Digest::of(&chunk);
-            let proof = prove(&chunk, &runs).unwrap();
+            let proof = Leaves::of(&chunk).prove(&runs).unwrap();
             prop_assert_eq!(proof.len(), proof_bytes(len, &runs));
             let mut pages = pages_of(&chunk, &runs);
             verify(&digest, len, &runs, &pages, &proof).unwrap();

@@ -372,15 +372,17 @@ fn lay(group: &Group, held: &[u8], laid: &mut Vec<u8>) {
 
 /// Pages of a chunk that a frame is to hold.
 #[derive(Clone, Debug)]
-pub struct SetChunk<'a> {
+pub struct SetChunk {
     /// The file's place among the image's regular files.
     pub file: u32,
     /// The page of the file that the chunk begins with.
     pub first_page: u32,
-    /// The chunk's plain bytes.
-    pub bytes: &'a [u8],
     /// Which of its pages, ascending and apart.
     pub runs: Vec<PageRun>,
+    /// Their bytes, one after another, a file's last page not padded.
+    pub pages: Vec<u8>,
+    /// Their proof; of a chunk of zeros there is none. See [`proof::Leaves`].
+    pub proof: Vec<u8>,
 }
 
 /// Makes frames; keeps the compressor's state between them.
@@ -407,16 +409,15 @@ impl SetEncoder {
     /// The frame of these chunks' pages, which are at most 512 and in ascending order; how many of them are zero.
     ///
     /// # Panics
-    /// If they are not, or a run is not in its chunk.
-    pub fn encode(&mut self, chunks: &[SetChunk<'_>]) -> (Vec<u8>, usize) {
+    /// If they are not, or are not as many as the runs say.
+    pub fn encode(&mut self, chunks: &[SetChunk]) -> (Vec<u8>, usize) {
         let (mut runs, mut proofs, mut plain, mut zeros) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for chunk in chunks {
-            if !is_zero(chunk.bytes) {
-                proofs.extend(proof::prove(chunk.bytes, &chunk.runs).expect("runs of the chunk"));
-            }
-            for page in chunk.runs.iter().flat_map(|run| usize::from(run.first)..run.end_page()) {
-                let end = ((page + 1) * PAGE_BYTES).min(chunk.bytes.len());
-                let bytes = &chunk.bytes[page * PAGE_BYTES..end];
+            proofs.extend_from_slice(&chunk.proof);
+            let numbers = chunk.runs.iter().flat_map(|run| usize::from(run.first)..run.end_page());
+            let pages = chunk.pages.chunks(PAGE_BYTES);
+            assert_eq!(pages.len(), numbers.clone().count(), "the pages of the runs");
+            for (page, bytes) in numbers.zip(pages) {
                 let is_zero = is_zero(bytes);
                 zeros += usize::from(is_zero);
                 if !is_zero {
@@ -509,7 +510,16 @@ mod tests {
                         }
                     }
                     if !runs.is_empty() {
-                        chunks.push(SetChunk { file, first_page: number * 4, bytes, runs });
+                        let pages = runs
+                            .iter()
+                            .flat_map(|run| &bytes[run.start_byte()..run.end_byte().min(bytes.len())]);
+                        let pages = pages.copied().collect();
+                        let proof = if is_zero(bytes) {
+                            Vec::new()
+                        } else {
+                            proof::Leaves::of(bytes).prove(&runs).unwrap()
+                        };
+                        chunks.push(SetChunk { file, first_page: number * 4, runs, pages, proof });
                     }
                 }
             }

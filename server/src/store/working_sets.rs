@@ -26,7 +26,8 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::manifest::{ChunkContent, FileEntry, Root, chunk_len};
 use postcopy_proto::pack::{SetPackBuilder, set_frames};
-use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, PageRun};
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, PageRun, is_zero};
+use postcopy_proto::proof::Leaves;
 use postcopy_proto::set_frame::{SetChunk, SetEncoder, SetFrame};
 use postcopy_proto::v1::{self, PageSpan};
 use prost::Message;
@@ -141,6 +142,16 @@ impl Files {
     }
 }
 
+/// What frames are to hold of a chunk.
+struct Wanted {
+    chunk: ChunkIndex,
+    file: u32,
+    /// The page of the file that the chunk begins with.
+    first_page: u32,
+    /// Numbers of frames, ascending, and pages of the chunk.
+    pages: Vec<(usize, u16)>,
+}
+
 impl Store {
     /// Keeps what a restore has touched, under an id of 16 bytes that is its own, for the next build of the image's working
     /// set. Of more than the newest 16 recordings the oldest are forgotten.
@@ -235,13 +246,11 @@ impl Store {
 
     /// Packs of the frames of these pages, in this order.
     fn build(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<u8>>, StoreError> {
-        let frames: Vec<Vec<u8>> = pages
-            .par_chunks(FRAME_PAGES)
-            .map_init(
-                || (SetEncoder::new(LEVEL), FrameDecoder::default()),
-                |(encoder, decoder), pages| self.build_frame(files, pages, encoder, decoder),
-            )
-            .collect::<Result<_, _>>()?;
+        let frames: Vec<Vec<u8>> = self
+            .cut(files, pages)?
+            .par_iter()
+            .map_init(|| SetEncoder::new(LEVEL), |encoder, chunks| encoder.encode(chunks).0)
+            .collect();
         let mut packs = vec![SetPackBuilder::default()];
         for frame in frames {
             if !packs.last().expect("not empty").fits(frame.len()) {
@@ -256,37 +265,55 @@ impl Store {
         Ok(packs.into_iter().map(SetPackBuilder::finish).collect())
     }
 
-    fn build_frame(
+    /// What each frame holds of which chunks. A chunk is read once, for all frames that hold some of it.
+    fn cut(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<SetChunk>>, StoreError> {
+        // By file and chunk, ascending, as frames have them.
+        let mut wanted: BTreeMap<(u32, u32), Wanted> = BTreeMap::new();
+        for (number, page) in pages.iter().enumerate() {
+            let (chunk, first_page, in_chunk) = files.chunk_of(*page);
+            let of_chunk = || Wanted { chunk, file: page.0, first_page, pages: Vec::new() };
+            let wanted = wanted.entry((page.0, first_page)).or_insert_with(of_chunk);
+            wanted.pages.push((number / FRAME_PAGES, in_chunk));
+        }
+        let wanted: Vec<_> = wanted.into_values().collect();
+        let cut: Vec<_> = wanted
+            .par_iter()
+            .map_init(
+                || (FrameDecoder::default(), Vec::new()),
+                |(decoder, plain), wanted| self.cut_chunk(files, wanted, decoder, plain),
+            )
+            .collect::<Result<_, _>>()?;
+        let mut frames = vec![Vec::new(); pages.len().div_ceil(FRAME_PAGES)];
+        for (frame, chunk) in cut.into_iter().flatten() {
+            frames[frame].push(chunk);
+        }
+        Ok(frames)
+    }
+
+    /// What frames hold of a chunk, each with its number.
+    fn cut_chunk(
         &self,
         files: &Files,
-        pages: &[Page],
-        encoder: &mut SetEncoder,
+        wanted: &Wanted,
         decoder: &mut FrameDecoder,
-    ) -> Result<Vec<u8>, StoreError> {
-        // By file and chunk, ascending.
-        let mut chunks: BTreeMap<(u32, u32), (ChunkIndex, Vec<u16>)> = BTreeMap::new();
-        for page in pages {
-            let (chunk, first_page, in_chunk) = files.chunk_of(*page);
-            chunks.entry((page.0, first_page)).or_insert((chunk, Vec::new())).1.push(in_chunk);
-        }
-        let mut plain = Vec::new();
-        for ((file, _), (chunk, _)) in &chunks {
-            let entry = &files.files[*file as usize];
-            let len = chunk_len(files.root.chunk_size(), entry, *chunk).expect("checked: a page of the file");
-            let mut bytes = vec![0; len];
-            self.read_chunk(&files.root, *chunk, decoder, &mut bytes)?;
-            plain.push(bytes);
-        }
-        let parts = chunks.into_iter().zip(&plain);
-        let parts: Vec<_> = parts
-            .map(|(((file, first_page), (_, pages)), bytes)| SetChunk {
-                file,
-                first_page,
-                bytes,
-                runs: runs_of(pages),
-            })
-            .collect();
-        Ok(encoder.encode(&parts).0)
+        plain: &mut Vec<u8>,
+    ) -> Result<Vec<(usize, SetChunk)>, StoreError> {
+        let Wanted { chunk, file, first_page, pages } = wanted;
+        let len = chunk_len(files.root.chunk_size(), &files.files[*file as usize], *chunk);
+        plain.clear();
+        plain.resize(len.expect("checked: a page of the file"), 0);
+        self.read_chunk(&files.root, *chunk, decoder, plain)?;
+        let leaves = (!is_zero(plain)).then(|| Leaves::of(plain));
+        let of_frames = pages.chunk_by(|(a, _), (b, _)| a == b);
+        let cut = of_frames.map(|of_frame| {
+            let runs = runs_of(of_frame.iter().map(|(_, page)| *page).collect());
+            let spans = runs.iter().map(|run| run.start_byte()..run.end_byte().min(plain.len()));
+            let pages = spans.flat_map(|span| &plain[span]).copied().collect();
+            let proof = leaves.as_ref().map(|leaves| leaves.prove(&runs).expect("pages of the chunk"));
+            let proof = proof.unwrap_or_default();
+            (of_frame[0].0, SetChunk { file: *file, first_page: *first_page, runs, pages, proof })
+        });
+        Ok(cut.collect())
     }
 
     fn read_chunk(
