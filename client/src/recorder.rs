@@ -15,7 +15,7 @@ use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long nothing new must be touched before what there is is sent.
@@ -40,8 +40,8 @@ struct Seen {
 pub(crate) struct Recorder {
     /// This restore's, so that the server replaces what it was told before.
     id: [u8; 16],
-    /// By the files' places in the image.
-    files: Box<[Seen]>,
+    /// By the files' places in the image; None of those that the session has no memory of.
+    files: Box<[OnceLock<Seen>]>,
     /// Held for adding to it and copying it, never over a touch of a region.
     order: Mutex<Vec<(u32, u32)>>,
     /// Held for a look or a change.
@@ -62,10 +62,16 @@ struct Sent {
 impl Recorder {
     /// For a session that is filled from `image`.
     pub(crate) fn new(image: &Image) -> Self {
-        let pages = |bytes: u64| to_usize(bytes).div_ceil(PAGE_BYTES);
-        let seen = |pages: usize| Seen { touched: Bits::new(pages), brought: Bits::new(pages) };
-        let files = image.files().iter().map(|file| seen(pages(file.size_bytes))).collect();
+        let files = image.files().iter().map(|_| OnceLock::new()).collect();
         Self { id: fastrand::u128(..).to_le_bytes(), files, order: Mutex::default(), sent: Mutex::default() }
+    }
+
+    /// What is known of the pages of a region's file.
+    fn seen(&self, image: &Image, region: &RegionState) -> &Seen {
+        self.files[image.place_of(&region.file)].get_or_init(|| {
+            let pages = to_usize(region.file.size_bytes).div_ceil(PAGE_BYTES);
+            Seen { touched: Bits::new(pages), brought: Bits::new(pages) }
+        })
     }
 
     fn order(&self) -> MutexGuard<'_, Vec<(u32, u32)>> {
@@ -78,9 +84,9 @@ impl Recorder {
 
     /// Pages of a region are touched.
     pub(crate) fn touched(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
-        let place = image.place_of(&region.file);
+        let (place, seen) = (image.place_of(&region.file), self.seen(image, region));
         for page in region.file_pages(pages) {
-            if self.files[place].touched.set(page) {
+            if seen.touched.set(page) {
                 let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
                 self.order().push((short(place), short(page)));
             }
@@ -89,15 +95,17 @@ impl Recorder {
 
     /// Pages of a region came without having been touched, if they have not been.
     pub(crate) fn brought(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
-        let file = &self.files[image.place_of(&region.file)];
+        let seen = self.seen(image, region);
         for page in region.file_pages(pages) {
-            file.brought.set(page);
+            seen.brought.set(page);
         }
     }
 
-    /// What is there has been brought by who served the memory before.
+    /// What is there has been brought by who served the memory before. Makes room for the regions' files, so that the pager
+    /// need not.
     pub(crate) fn brought_before(&self, image: &Image, regions: &[Arc<RegionState>]) {
         for region in regions {
+            let _ = self.seen(image, region);
             let mut next = 0;
             while let Some(run) = region.next_run(next..region.pages(), &[PageState::Resident]) {
                 next = run.end;
@@ -111,8 +119,9 @@ impl Recorder {
         let order = self.order().clone();
         let touched = spans(order.iter().copied());
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
-        let unseen = self.files.iter().enumerate().flat_map(|(place, file)| {
-            let pages = file.brought.ones().filter(|page| !file.touched.is_set(*page));
+        let unseen = self.files.iter().enumerate().filter_map(|(place, seen)| Some((place, seen.get()?)));
+        let unseen = unseen.flat_map(|(place, seen)| {
+            let pages = seen.brought.ones().filter(|page| !seen.touched.is_set(*page));
             pages.map(move |page| (short(place), short(page)))
         });
         let mut unseen = spans(unseen);
@@ -120,7 +129,8 @@ impl Recorder {
         let mut most = MOST_UNSEEN_PAGES;
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
-            if seen.touched.ones().next().is_none() && (1..=most).contains(&pages) {
+            let is_touched = seen.get().is_some_and(|seen| seen.touched.ones().next().is_some());
+            if !is_touched && (1..=most).contains(&pages) {
                 most -= pages;
                 unseen.retain(|span| span.file != short(place));
                 unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
@@ -205,11 +215,47 @@ async fn run(shared: &Shared) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::region::Common;
+    use crate::state::State;
+    use postcopy_proto::manifest::{ChunkContent, ManifestBuilder};
+    use postcopy_proto::page::ChunkSize;
+    use postcopy_proto::path::ImagePath;
+
+    const SPAN: fn(u32, u32, u32) -> PageSpan = |file, first, count| PageSpan { file, first, count };
+
+    /// An image of two files of 10 pages, and a region of the second one.
+    fn image_and_region() -> (Image, RegionState) {
+        let mut manifest = ManifestBuilder::new(ChunkSize::MIN);
+        for path in [&b"a"[..], b"b"] {
+            manifest.file(&ImagePath::try_from(path).unwrap(), 10 * PAGE_BYTES as u64, false);
+            (0..10).for_each(|_| manifest.chunk(ChunkContent::Zero));
+        }
+        let image = Image::new(manifest.finish().unwrap().root);
+        let common = Common::new(State::own().page_states(10).unwrap(), false, false);
+        let space = crate::space::tests::any_space(0);
+        let region = RegionState::new(space, 0, image.files()[1], 0..10, PAGE_BYTES, common);
+        (image, region)
+    }
+
+    #[test]
+    fn of_files_without_memory_nothing_is_kept_and_nothing_said() {
+        let (image, region) = image_and_region();
+        let recorder = Recorder::new(&image);
+        assert!(recorder.files.iter().all(|seen| seen.get().is_none()));
+        recorder.touched(&image, &region, 3..4);
+        recorder.touched(&image, &region, 3..4);
+        recorder.brought(&image, &region, 2..5);
+        recorder.touched(&image, &region, 9..10);
+        assert!(recorder.files[0].get().is_none());
+        let (messages, touched) = recorder.messages(&image);
+        assert_eq!(touched, 2);
+        assert_eq!(messages[1].touched, [SPAN(1, 3, 1), SPAN(1, 9, 1)]);
+        assert_eq!(messages[2].unseen, [SPAN(1, 2, 1), SPAN(1, 4, 1), SPAN(0, 0, 10)]);
+    }
 
     #[test]
     fn neighbours_in_order_become_spans() {
-        let span = |file, first, count| PageSpan { file, first, count };
         let pages = [(0, 5), (0, 6), (1, 7), (0, 7), (0, 8), (0, 3)];
-        assert_eq!(spans(pages.into_iter()), [span(0, 5, 2), span(1, 7, 1), span(0, 7, 2), span(0, 3, 1)]);
+        assert_eq!(spans(pages.into_iter()), [SPAN(0, 5, 2), SPAN(1, 7, 1), SPAN(0, 7, 2), SPAN(0, 3, 1)]);
     }
 }
