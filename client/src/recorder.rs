@@ -42,8 +42,9 @@ pub(crate) struct Recorder {
     id: [u8; 16],
     /// By the files' places in the image; None of those that the session has no memory of.
     files: Box<[OnceLock<Seen>]>,
-    /// Held for adding to it and copying it, never over a touch of a region.
-    order: Mutex<Vec<(u32, u32)>>,
+    /// Pages by file and number, touched since the recorder's thread has taken them last. Held for adding one and taking
+    /// all of them, never over a touch of a region: the pager waits for it.
+    noted: Mutex<Vec<(u32, u32)>>,
     /// Held for a look or a change.
     sent: Mutex<Sent>,
 }
@@ -51,8 +52,6 @@ pub(crate) struct Recorder {
 /// How far sending is.
 #[derive(Debug, Default)]
 struct Sent {
-    /// How many touched pages have been sent.
-    pages: usize,
     /// Nothing will be sent any more.
     has_ended: bool,
     /// Why it could not be done the last time.
@@ -63,7 +62,7 @@ impl Recorder {
     /// For a session that is filled from `image`.
     pub(crate) fn new(image: &Image) -> Self {
         let files = image.files().iter().map(|_| OnceLock::new()).collect();
-        Self { id: fastrand::u128(..).to_le_bytes(), files, order: Mutex::default(), sent: Mutex::default() }
+        Self { id: fastrand::u128(..).to_le_bytes(), files, noted: Mutex::default(), sent: Mutex::default() }
     }
 
     /// What is known of the pages of a region's file.
@@ -74,8 +73,8 @@ impl Recorder {
         })
     }
 
-    fn order(&self) -> MutexGuard<'_, Vec<(u32, u32)>> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    fn noted(&self) -> MutexGuard<'_, Vec<(u32, u32)>> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn sent(&self) -> MutexGuard<'_, Sent> {
@@ -88,7 +87,7 @@ impl Recorder {
         for page in region.file_pages(pages) {
             if seen.touched.set(page) {
                 let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
-                self.order().push((short(place), short(page)));
+                self.noted().push((short(place), short(page)));
             }
         }
     }
@@ -114,9 +113,14 @@ impl Recorder {
         }
     }
 
-    /// What has been seen so far, as messages; and how many pages were touched.
-    fn messages(&self, image: &Image) -> (Vec<RecordRequest>, usize) {
-        let order = self.order().clone();
+    /// Adds what has been touched since the last time to `order`.
+    fn take_noted(&self, order: &mut Vec<(u32, u32)>) {
+        let noted = std::mem::take(&mut *self.noted());
+        order.extend(noted);
+    }
+
+    /// What has been seen so far, as messages: these pages were touched, in this order.
+    fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
         let touched = spans(order.iter().copied());
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
         let unseen = self.files.iter().enumerate().filter_map(|(place, seen)| Some((place, seen.get()?)));
@@ -143,19 +147,17 @@ impl Recorder {
             .map(|spans| RecordRequest { touched: spans.to_vec(), ..Default::default() });
         let unseen =
             unseen.chunks(SPANS).map(|spans| RecordRequest { unseen: spans.to_vec(), ..Default::default() });
-        (std::iter::once(first).chain(touched).chain(unseen).collect(), order.len())
+        std::iter::once(first).chain(touched).chain(unseen).collect()
     }
 
     /// Sends what has been touched so far.
-    async fn send(&self, shared: &Shared) -> Result<(), RemoteError> {
-        let (messages, pages) = self.messages(&shared.image);
+    async fn send(&self, shared: &Shared, order: &[(u32, u32)]) -> Result<(), RemoteError> {
+        let messages = self.messages(&shared.image, order);
         let address = &shared.address;
         let remote = Remote::connect(address.clone()).await?;
         let mut service = remote.working_sets();
         let sent = within(address, "recording", service.record(tokio_stream::iter(messages))).await?;
-        sent.map_err(address.status("a recording"))?;
-        self.sent().pages = pages;
-        Ok(())
+        sent.map_err(address.status("a recording")).map(drop)
     }
 
     /// Once nothing more is to be sent: whether all that was touched has been.
@@ -190,16 +192,20 @@ pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
 
 async fn run(shared: &Shared) {
     let Some(recorder) = &shared.recorder else { return };
-    let (mut pages, mut since) = (0, Instant::now());
+    let (mut order, mut sent, mut since) = (Vec::new(), 0, Instant::now());
     loop {
         let has_ended = shared.has_ended();
-        let touched = recorder.order().len();
-        if touched > pages {
-            (pages, since) = (touched, Instant::now());
+        let before = order.len();
+        recorder.take_noted(&mut order);
+        if order.len() > before {
+            since = Instant::now();
         }
-        if (has_ended || since.elapsed() > QUIET) && touched > recorder.sent().pages {
-            let sent = recorder.send(shared).await;
-            recorder.sent().error = sent.err().map(|error| error.to_string());
+        if (has_ended || since.elapsed() > QUIET) && order.len() > sent {
+            let outcome = recorder.send(shared, &order).await;
+            if outcome.is_ok() {
+                sent = order.len();
+            }
+            recorder.sent().error = outcome.err().map(|error| error.to_string());
             since = Instant::now();
         }
         if has_ended {
@@ -247,8 +253,9 @@ mod tests {
         recorder.brought(&image, &region, 2..5);
         recorder.touched(&image, &region, 9..10);
         assert!(recorder.files[0].get().is_none());
-        let (messages, touched) = recorder.messages(&image);
-        assert_eq!(touched, 2);
+        let mut order = Vec::new();
+        recorder.take_noted(&mut order);
+        let messages = recorder.messages(&image, &order);
         assert_eq!(messages[1].touched, [SPAN(1, 3, 1), SPAN(1, 9, 1)]);
         assert_eq!(messages[2].unseen, [SPAN(1, 2, 1), SPAN(1, 4, 1), SPAN(0, 0, 10)]);
     }
