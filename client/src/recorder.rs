@@ -2,8 +2,8 @@
 //!
 //! The pager notes each page at its first touch, and then installs that page alone, so that a touch of its neighbours is
 //! seen, too. What is brought without a touch (a working set, a background fill) is noted as such: nobody can say whether it would have
-//! been touched. A thread of its own sends what has been noted, when nothing new was touched for a while, and at the
-//! session's end.
+//! been touched. A thread of its own sends what has been noted, when nothing new was touched for a while, ever more rarely,
+//! and at the session's end.
 
 use crate::bits::Bits;
 use crate::image::Image;
@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// How long nothing new must be touched before what there is is sent.
 const QUIET: Duration = Duration::from_secs(3);
+/// The longest time from one sending to the next one.
+const MOST_PAUSE: Duration = Duration::from_secs(300);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 /// Spans of one message: at most 18 bytes each.
@@ -167,6 +169,38 @@ impl Recorder {
     }
 }
 
+/// When something is sent before the session's end: once nothing new was touched for [`QUIET`], and with a pause that doubles
+/// each time, because all is sent again, and the server makes the set anew.
+#[derive(Debug)]
+struct Sendings {
+    /// When something new was touched last.
+    touched: Instant,
+    /// Nothing is sent before.
+    not_before: Instant,
+    /// After the next one.
+    pause: Duration,
+}
+
+impl Sendings {
+    fn new(now: Instant) -> Self {
+        Self { touched: now, not_before: now, pause: QUIET }
+    }
+
+    fn touched(&mut self, now: Instant) {
+        self.touched = now;
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        now >= self.not_before && now.saturating_duration_since(self.touched) > QUIET
+    }
+
+    /// It was tried, well or not.
+    fn sent(&mut self, now: Instant) {
+        self.not_before = now + self.pause;
+        self.pause = (2 * self.pause).min(MOST_PAUSE);
+    }
+}
+
 /// Puts neighbours that follow one another together.
 fn spans(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageSpan> {
     let mut spans: Vec<PageSpan> = Vec::new();
@@ -192,21 +226,21 @@ pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
 
 async fn run(shared: &Shared) {
     let Some(recorder) = &shared.recorder else { return };
-    let (mut order, mut sent, mut since) = (Vec::new(), 0, Instant::now());
+    let (mut order, mut sent, mut sendings) = (Vec::new(), 0, Sendings::new(Instant::now()));
     loop {
         let has_ended = shared.has_ended();
         let before = order.len();
         recorder.take_noted(&mut order);
         if order.len() > before {
-            since = Instant::now();
+            sendings.touched(Instant::now());
         }
-        if (has_ended || since.elapsed() > QUIET) && order.len() > sent {
+        if (has_ended || sendings.is_due(Instant::now())) && order.len() > sent {
             let outcome = recorder.send(shared, &order).await;
             if outcome.is_ok() {
                 sent = order.len();
             }
             recorder.sent().error = outcome.err().map(|error| error.to_string());
-            since = Instant::now();
+            sendings.sent(Instant::now());
         }
         if has_ended {
             break;
@@ -258,6 +292,30 @@ mod tests {
         let messages = recorder.messages(&image, &order);
         assert_eq!(messages[1].touched, [SPAN(1, 3, 1), SPAN(1, 9, 1)]);
         assert_eq!(messages[2].unseen, [SPAN(1, 2, 1), SPAN(1, 4, 1), SPAN(0, 0, 10)]);
+    }
+
+    #[test]
+    fn a_process_that_goes_on_touching_is_told_of_ever_more_rarely() {
+        let start = Instant::now();
+        let mut sendings = Sendings::new(start);
+        let mut sent = Vec::new();
+        // Something new every 4 s, for an hour.
+        for second in 0..3600 {
+            let now = start + Duration::from_secs(second);
+            if second % 4 == 0 {
+                sendings.touched(now - Duration::from_millis(500));
+            } else if sendings.is_due(now) {
+                sendings.sent(now);
+                sent.push(second);
+            }
+        }
+        let pauses: Vec<_> = sent.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert_eq!(pauses[..8], [4, 8, 12, 24, 48, 96, 192, 300]);
+        assert!(pauses[8..].iter().all(|pause| *pause == 300), "{pauses:?}");
+        // And never while it is touching.
+        let now = start + Duration::from_secs(7200);
+        sendings.touched(now);
+        assert!(!sendings.is_due(now + QUIET));
     }
 
     #[test]

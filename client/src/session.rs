@@ -510,7 +510,8 @@ impl Session {
     }
 
     /// Waits until what was touched has been told to the server ([`Options::record`]), at most for `timeout`. That is done
-    /// when nothing new was touched for some seconds, and once more at the session's end, which is what this waits for.
+    /// when nothing new was touched for some seconds, ever more rarely, and once more at the session's end, which is what
+    /// this waits for.
     ///
     /// # Errors
     /// Why it could not be told, or that it has not been yet.
