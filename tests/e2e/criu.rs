@@ -16,7 +16,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Runs a test where CRIU runs.
@@ -785,6 +785,33 @@ fn what_a_restore_has_touched_comes_ahead_the_next_time() {
             report["is_complete"] == true && report["estimate"]["withheld"].as_u64().unwrap() > 0,
             "{report}"
         );
+    });
+}
+
+#[test]
+fn a_daemon_waits_for_the_recordings_of_all_its_tasks_at_once() {
+    let name = "a_daemon_waits_for_the_recordings_of_all_its_tasks_at_once";
+    with_criu(name, |bench| {
+        let heap = compile("heap", bench.folder.path());
+        let files: Vec<_> = (0..4).map(|task| bench.path(&format!("status.{task}"))).collect();
+        let each = files.iter().map(|file| format!("{} 8 {} 0 & ", heap.display(), file.display()));
+        let mut command = Command::new("sh");
+        command.args(["-c", &(each.collect::<String>() + "wait")]);
+        let program = Program::start(&command);
+        files.iter().for_each(|file| wait_for_status(file));
+        bench.dump(program);
+        let options = ["--record", "--fill", "nothing", "--grace", "0s"];
+        let (mut daemon, _restored) = bench.restore_lazily("lazy", &options);
+        files.iter().for_each(|file| wait_for_status(file));
+        // A connection to it is waited for in vain for 10 s.
+        let server = nix::unistd::Pid::from_raw(bench.server.pid().cast_signed());
+        nix::sys::signal::kill(server, Signal::SIGSTOP).unwrap();
+        daemon.terminate();
+        let started = Instant::now();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert!(started.elapsed() < Duration::from_secs(30), "one after the other");
+        let said = daemon.said();
+        assert!(said.iter().filter(|line| line.contains("could not be recorded")).count() >= 4, "{said:#?}");
     });
 }
 

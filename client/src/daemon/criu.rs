@@ -7,7 +7,7 @@ mod images;
 pub(crate) use images::Dump;
 
 use super::runtime_dir::{self, SessionName};
-use super::served::{Served, Status};
+use super::served::{self, Served, Status};
 use super::{Connection, LOOK, Program, Worker, inbox, say, surroundings};
 use anyhow::{Context, Result, ensure};
 use postcopy::proto::digest::Digest;
@@ -217,6 +217,8 @@ impl Criu {
     /// Watches over tasks until each is complete or gone: whether none has lost anything.
     fn complete(&self, worker: &Worker, mut tasks: Vec<Arc<Served>>) -> bool {
         let mut is_whole = true;
+        // Those of which something may be still to be told to the server: the others do not wait for that.
+        let mut ended = Vec::new();
         while !tasks.is_empty() {
             for served in &tasks {
                 let fills = self.fill || worker.is_stopping();
@@ -225,6 +227,7 @@ impl Criu {
                 }
             }
             worker.wait(None, if self.fill { FILL_LOOK } else { LOOK });
+            ended.retain(|served: &Arc<Served>| !served.is_recorded());
             tasks.retain(|served| {
                 let pid = served.name.pid;
                 match served.look() {
@@ -235,6 +238,7 @@ impl Criu {
                             say(&text);
                         }
                         worker.remove(&served.name);
+                        ended.push(Arc::clone(served));
                         return false;
                     }
                     Status::Serving => return true,
@@ -246,9 +250,11 @@ impl Criu {
                 }
                 is_whole &= served.session().progress().poisoned_pages == 0;
                 worker.remove(&served.name);
+                ended.push(Arc::clone(served));
                 false
             });
         }
+        served::wait_recorded(ended.iter().map(Arc::as_ref));
         is_whole
     }
 }
@@ -263,9 +269,11 @@ impl Program for Criu {
             Err(error) => {
                 tracing::error!("criu restore (process {}): {error:#}", connection.peer);
                 // Nobody goes on with them: whatever of them is left must not read zeros.
-                worker.sessions().iter().for_each(|served| {
+                let sessions = worker.sessions();
+                sessions.iter().for_each(|served| {
                     let _ = served.end();
                 });
+                served::wait_recorded(sessions.iter().map(Arc::as_ref));
                 Some(1)
             }
         }

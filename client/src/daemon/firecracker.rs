@@ -3,7 +3,7 @@
 //! exits. docs/FIRECRACKER.md tells how to use it.
 
 use super::runtime_dir::{self, RuntimeDir, SessionName};
-use super::served::{Served, Status};
+use super::served::{self, Served, Status};
 use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, say, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::{ForeignRegion, Image, Sharing};
@@ -166,11 +166,13 @@ impl Firecracker {
             }
             match served.look() {
                 Status::Ended => {
+                    served::wait_recorded([served]);
                     tracing::info!("vm {pid}: is gone");
                     return worker.remove(&served.name);
                 }
                 Status::Resident if worker.is_stopping() => {
                     let _ = served.end();
+                    served::wait_recorded([served]);
                     tracing::info!("vm {pid}: all of its memory is there; it needs nobody any more");
                     return worker.remove(&served.name);
                 }
@@ -180,6 +182,7 @@ impl Firecracker {
                 // It is gone, unless only the connection is: looking tells at once.
                 if stream.is_none() && !served.name.is_alive() {
                     let _ = served.end();
+                    served::wait_recorded([served]);
                     tracing::info!("vm {pid}: is gone");
                     return worker.remove(&served.name);
                 }

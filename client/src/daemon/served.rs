@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const APART: Duration = Duration::from_secs(5);
 /// Making 64 GiB SIGBUS takes 3 s.
 const END: Duration = Duration::from_secs(60);
-/// The server makes a working set anew, of some GiB at most.
+/// The server makes a working set anew, of some GiB at most. Sessions that end together have this together.
 const RECORDED: Duration = Duration::from_secs(30);
 
 /// What a look at a session has shown.
@@ -139,7 +139,6 @@ impl Served {
         }
         match session.wait_end(Duration::ZERO) {
             true => {
-                self.recorded();
                 self.traced();
                 Status::Ended
             }
@@ -205,17 +204,14 @@ impl Served {
             );
             session.signal_owners(Signal::KILL);
         }
-        self.recorded();
         self.traced();
         self.setup.runtime.remove(&self.name);
         is_safe
     }
 
-    /// What it has touched is told to the server, if that was asked for; the session has ended.
-    fn recorded(&self) {
-        if let Err(reason) = self.session().wait_recorded(RECORDED) {
-            tracing::error!("process {}: what it touched could not be recorded: {reason}", self.name.pid);
-        }
+    /// Whether what it has touched has been told to the server, if that was asked for; the session has ended.
+    pub(crate) fn is_recorded(&self) -> bool {
+        self.session().wait_recorded(Duration::ZERO).is_ok()
     }
 
     fn trace(&self) -> MutexGuard<'_, Option<TraceWriter>> {
@@ -250,6 +246,17 @@ fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<T
     let path = setup.traces.as_ref()?.join(format!("{name}-{}.jsonl", since_1970.as_millis()));
     let written = File::create_new(&path).and_then(|file| session.write_trace(file));
     written.inspect_err(|error| tracing::error!("no trace: {}: {error}", path.display())).ok()
+}
+
+/// Waits until what these have touched has been told to the server, if that was asked for; their sessions have ended.
+pub(crate) fn wait_recorded<'a>(ended: impl IntoIterator<Item = &'a Served>) {
+    let deadline = Instant::now() + RECORDED;
+    for served in ended {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Err(reason) = served.session().wait_recorded(left) {
+            tracing::error!("process {}: what it touched could not be recorded: {reason}", served.name.pid);
+        }
+    }
 }
 
 /// Goes on with a session, and closes the descriptors that it was served by before.
