@@ -13,7 +13,7 @@ use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip, wait_until};
 use serde_json::Value;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 const PAGE: usize = 4096;
@@ -76,6 +76,21 @@ fn listed(source: &Source) -> Value {
 
 fn is_zero(source: &Source, page: usize) -> bool {
     source.bytes[page * PAGE..].iter().take(PAGE).all(|byte| *byte == 0)
+}
+
+/// The frames of the working set, which has so many pages.
+fn set_frames(source: &Source, pages: usize) -> Vec<Bytes> {
+    let found = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let kept = Arc::clone(&found);
+    let lies = Lies::default().set_frame(move |frame| {
+        kept.lock().unwrap().push(frame.clone());
+        frame
+    });
+    let chaos = Chaos::start(source.server.address(), lies);
+    let session = Session::open(chaos.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
+    let _region = session.map("mem").unwrap();
+    wait_until("the set is there", || session.progress().resident_pages == pages as u64);
+    found.lock().unwrap().clone()
 }
 
 #[test]
@@ -202,21 +217,7 @@ fn frames_that_are_not_the_image_s_are_refused_and_their_pages_come_by_touch() {
         record(&source, RECORDING, &pages);
         let other = Source::start(memory_like(PAGES * PAGE, 32), CHUNK);
         record(&other, RECORDING, &pages);
-        let others = {
-            let found = Arc::new(std::sync::Mutex::new(Vec::new()));
-            let kept = Arc::clone(&found);
-            let chaos = Chaos::start(
-                other.server.address(),
-                Lies::default().set_frame(move |frame| {
-                    kept.lock().unwrap().push(frame.clone());
-                    frame
-                }),
-            );
-            let session = Session::open(chaos.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
-            let _region = session.map("mem").unwrap();
-            wait_until("the set is there", || session.progress().resident_pages == pages.len() as u64);
-            found.lock().unwrap().clone()
-        };
+        let others = set_frames(&other, pages.len());
         type Lie = Box<dyn Fn(Bytes) -> Bytes + Send + Sync>;
         let flip = |at: fn(usize) -> usize| -> Lie {
             Box::new(move |frame| {
@@ -241,6 +242,41 @@ fn frames_that_are_not_the_image_s_are_refused_and_their_pages_come_by_touch() {
             (0..PAGES).for_each(|page| touch(&region, &source, page));
             assert_eq!(session.error(), None, "{what}");
             assert!(session.progress().demand_chunks > 100, "{what}");
+        }
+    });
+}
+
+#[test]
+fn frames_without_an_end_are_given_up_and_their_pages_come_by_touch() {
+    within(WATCHDOG, || {
+        let source = start();
+        let pages = some_pages(&source);
+        record(&source, RECORDING, &pages);
+        let first = set_frames(&source, pages.len()).swap_remove(0);
+        for (what, frame) in [("no frame", Bytes::from_static(&[0; CHUNK])), ("one of the image's", first)] {
+            let (open, streams) = (Arc::new(()), Arc::new(AtomicUsize::new(0)));
+            let flood = {
+                let (open, streams) = (Arc::clone(&open), Arc::clone(&streams));
+                move || {
+                    streams.fetch_add(1, Ordering::Relaxed);
+                    let (frame, open) = (frame.clone(), Arc::clone(&open));
+                    std::iter::repeat_with(move || {
+                        let _open = &open;
+                        frame.clone()
+                    })
+                }
+            };
+            let chaos = Chaos::start(source.server.address(), Lies::default().set_flood(flood));
+            let session = Session::open(chaos.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
+            let region = session.map("mem").unwrap();
+            (0..PAGES).for_each(|page| touch(&region, &source, page));
+            // Each is read for a while only: this one and the lie are left that know of it.
+            let given_up = || streams.load(Ordering::Relaxed) == 3 && Arc::strong_count(&open) == 2;
+            wait_until("three are given up", given_up);
+            assert_eq!(session.error(), None, "{what}");
+            drop(region);
+            assert!(session.close(MINUTE), "{what}");
+            assert!(given_up(), "{what}");
         }
     });
 }

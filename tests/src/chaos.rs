@@ -40,6 +40,7 @@ pub enum Lane {
 type PartLie = dyn Fn(Part) -> Vec<Part> + Send + Sync;
 type ChunkLie = dyn Fn(Lane, ChunkAnswer) -> Vec<ChunkAnswer> + Send + Sync;
 type SetLie = dyn Fn(Bytes) -> Bytes + Send + Sync;
+type SetFlood = dyn Fn() -> Box<dyn Iterator<Item = Bytes> + Send> + Send + Sync;
 type SegmentLie = dyn Fn(SegmentAnswer) -> Vec<SegmentAnswer> + Send + Sync;
 
 /// What is done to answers; by default they are forwarded as they are.
@@ -49,6 +50,7 @@ pub struct Lies {
     chunk: Option<Box<ChunkLie>>,
     segment: Option<Box<SegmentLie>>,
     set_frame: Option<Box<SetLie>>,
+    set_flood: Option<Box<SetFlood>>,
     /// On the demand lane, and on the bulk lane.
     late: [Option<Duration>; 2],
     flood: Option<ChunkAnswer>,
@@ -82,6 +84,16 @@ impl Lies {
     #[must_use]
     pub fn set_frame(mut self, lie: impl Fn(Bytes) -> Bytes + Send + Sync + 'static) -> Self {
         self.set_frame = Some(Box::new(lie));
+        self
+    }
+
+    /// Each bulk lane carries what `flood` gives for it, as frames of a working set, and nothing else.
+    #[must_use]
+    pub fn set_flood<I>(mut self, flood: impl Fn() -> I + Send + Sync + 'static) -> Self
+    where
+        I: Iterator<Item = Bytes> + Send + 'static,
+    {
+        self.set_flood = Some(Box::new(move || Box::new(flood())));
         self
     }
 
@@ -351,6 +363,13 @@ impl PageService for Between {
         &self,
         request: Request<Streaming<v1::StreamChunksRequest>>,
     ) -> Result<Response<Self::StreamChunksStream>, Status> {
+        if let Some(flood) = &self.lies.set_flood {
+            let frames = flood().map(|frame| v1::StreamChunksResponse {
+                working_set_frames: vec![frame],
+                ..Default::default()
+            });
+            return Ok(Response::new(Box::pin(stream::iter(frames.map(Ok)))));
+        }
         let asked = Arc::clone(&self.asked);
         let requests = tokio_stream::StreamExt::map_while(request.into_inner(), move |request| {
             let request = request.ok()?;
