@@ -16,13 +16,17 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const ROUNDS: usize = 10;
+/// In sixteenths of the touches: how far on other touches begin. The order is the program's, which jumps by so many pages.
+const OTHER: u64 = 3 * 40_503;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A program that was dumped.
 struct Dumped {
     criu: Criu,
     folder: TempDir,
-    server: Server,
+    pages: u64,
+    /// The page that touching begins with.
+    start: u64,
 }
 
 /// How long parts of a restore took, in seconds since it began.
@@ -43,10 +47,15 @@ impl Dumped {
         wait_for_status(&folder.path().join("status"));
         criu.dump(program.pid(), &folder.path().join("images"));
         program.wait();
-        let server = Server::start();
-        let images = folder.path().join("images");
-        let _ = run(server.address(), ["push".as_ref(), images.as_os_str(), "app".as_ref()]);
-        Ok(Self { criu, folder, server })
+        Ok(Self { criu, folder, pages: u64::from(mib) << 8, start: 0 })
+    }
+
+    /// A server that has it.
+    fn push(&self) -> Server {
+        let (server, images) = (Server::start(), self.path("images"));
+        let args = ["push".as_ref(), images.as_os_str(), "app".as_ref()];
+        let _ = run(server.address(), args);
+        server
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -68,13 +77,13 @@ impl Dumped {
         Ok(())
     }
 
-    /// With ours. One that records brings no more than is touched, and ends with its program.
-    fn by_us(&self, name: &str, more: &[&str], times: &mut Times) -> Result<()> {
+    /// With ours, and what that server has. One that records brings no more than is touched, and ends with its program.
+    fn by_us(&self, server: &Server, name: &str, more: &[&str], times: &mut Times) -> Result<()> {
         let images = self.path(name);
         let args = ["pull".as_ref(), "app".as_ref(), images.as_os_str(), "--criu".as_ref()];
-        let _ = run(self.server.address(), args);
+        let _ = run(server.address(), args);
         let args = ["criu", "-D", images.to_str().expect("a path of ours"), "--image", "app"];
-        let mut daemon = Daemon::start(self.server.address(), args.iter().chain(more));
+        let mut daemon = Daemon::start(server.address(), args.iter().chain(more));
         let (restored, started) = self.restore(&images, &["--lazy-pages"], times)?;
         if more.is_empty() {
             daemon.wait();
@@ -95,6 +104,7 @@ impl Dumped {
         wait(|| status::<1>(&path)[0] != 0)?;
         times.heartbeat.push(started.elapsed().as_secs_f64());
         let [_, _, _, quarters] = status(&path);
+        std::os::unix::fs::FileExt::write_all_at(&file, &self.start.to_ne_bytes(), 32)?;
         restored.signal(Signal::SIGUSR2);
         wait(|| status::<4>(&path)[3] != quarters)?;
         times.quarter.push(started.elapsed().as_secs_f64());
@@ -114,21 +124,27 @@ fn wait(mut done: impl FnMut() -> bool) -> Result<()> {
 
 /// Local images in the page cache.
 pub(crate) fn local() -> Result<Vec<Figure>> {
-    let (dumped, empty) = (Dumped::new(256)?, Dumped::new(1)?);
-    let (mut ours, mut theirs, mut plain, mut nothing) =
-        (Times::default(), Times::default(), Times::default(), Times::default());
+    let (mut dumped, empty) = (Dumped::new(256)?, Dumped::new(1)?);
+    let server = dumped.push();
+    let new = Times::default;
+    let (mut ours, mut theirs, mut plain, mut nothing) = (new(), new(), new(), new());
     for round in 0..ROUNDS {
         drop(empty.restore(&empty.path("images"), &[], &mut nothing)?);
         drop(dumped.restore(&dumped.path("images"), &[], &mut plain)?);
         dumped.by_criu(&mut theirs)?;
-        dumped.by_us(&format!("lazy-{round}"), &[], &mut ours)?;
+        dumped.by_us(&server, &format!("lazy-{round}"), &[], &mut ours)?;
     }
-    // What one restore has touched, for the next ones.
-    dumped.by_us("recorded", &["--record"], &mut Times::default())?;
-    let (mut ours_with_set, mut theirs_then) = (Times::default(), Times::default());
+    // What one restore has touched, for the next ones, which touch the same, or others: a quarter of them the same.
+    dumped.by_us(&server, "recorded", &["--record"], &mut new())?;
+    let (mut same, mut other) = (new(), new());
+    let (mut theirs_same, mut theirs_other) = (new(), new());
     for round in 0..ROUNDS {
-        dumped.by_criu(&mut theirs_then)?;
-        dumped.by_us(&format!("set-{round}"), &[], &mut ours_with_set)?;
+        dumped.start = 0;
+        dumped.by_criu(&mut theirs_same)?;
+        dumped.by_us(&server, &format!("same-{round}"), &[], &mut same)?;
+        dumped.start = OTHER * dumped.pages / 16;
+        dumped.by_criu(&mut theirs_other)?;
+        dumped.by_us(&server, &format!("other-{round}"), &[], &mut other)?;
     }
     let more_ms = (median(&mut ours.heartbeat) - median(&mut nothing.heartbeat)) * 1000.0;
     let heartbeat = Figure {
@@ -154,23 +170,27 @@ pub(crate) fn local() -> Result<Vec<Figure>> {
             raw: json!({ "ours": ours, "criu": theirs }),
         }
     };
-    let quarter = beside("25 % of the pages touched at random", &mut ours.quarter, &mut theirs.quarter, 1.0);
-    let drained = beside("all transferred", &mut ours.drained, &mut theirs.drained, 0.7);
-    let with_set = |what: &str| format!("{what}, with a working set of the same touches");
-    let set_quarter = beside(
-        &with_set("25 % of the pages touched at random"),
-        &mut ours_with_set.quarter,
-        &mut theirs_then.quarter,
-        0.6,
-    );
-    let set_drained =
-        beside(&with_set("all transferred"), &mut ours_with_set.drained, &mut theirs_then.drained, 0.6);
-    Ok(vec![heartbeat, quarter, drained, set_quarter, set_drained])
+    let mut figures = vec![heartbeat];
+    let mut both = |how: &str, ours: &mut Times, theirs: &mut Times, [quarter, all]: [f64; 2]| {
+        let name = |what: &str| format!("{what}{how}");
+        figures.push(beside(
+            &name("25 % of the pages touched at random"),
+            &mut ours.quarter,
+            &mut theirs.quarter,
+            quarter,
+        ));
+        figures.push(beside(&name("all transferred"), &mut ours.drained, &mut theirs.drained, all));
+    };
+    both("", &mut ours, &mut theirs, [1.0, 0.7]);
+    both(", with a working set of the same touches", &mut same, &mut theirs_same, [0.6, 0.6]);
+    both(", with a working set of other touches", &mut other, &mut theirs_other, [0.6, 0.6]);
+    Ok(figures)
 }
 
 /// A store that is 1 ms away, over 1 Gbit/s.
 pub(crate) fn remote() -> Result<Vec<Figure>> {
     let dumped = Dumped::new(256)?;
+    let server = dumped.push();
     let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: 125e6 };
     let images = dumped.path("images");
     let bytes: u64 =
@@ -184,7 +204,7 @@ pub(crate) fn remote() -> Result<Vec<Figure>> {
         drop(dumped.restore(&images, &[], &mut times)?);
         copied.push(copying + times.heartbeat[0]);
 
-        let link = Link::to(&dumped.server.address().to_string(), quality);
+        let link = Link::to(&server.address().to_string(), quality);
         let lazy = dumped.path(&format!("remote-{round}"));
         let started = Instant::now();
         let args = ["pull".as_ref(), "app".as_ref(), lazy.as_os_str(), "--criu".as_ref()];

@@ -1,7 +1,8 @@
 // Memory whose every word is known: heap MIB STATUS PAGES
 //
 // Checks so many pages at random in each turn, changes them, and writes to STATUS how many it has checked (and one), how many were wrong,
-// how often it has checked all, which it does on SIGUSR1, and how often a quarter, which it does on SIGUSR2. It has no file open, so that it can be restored again and
+// how often it has checked all, which it does on SIGUSR1, and how often a quarter, which it does on SIGUSR2, from
+// the page on that it finds there. It has no file open, so that it can be restored again and
 // again.
 #include <fcntl.h>
 #include <signal.h>
@@ -68,8 +69,8 @@ int main(int argc, char **argv) {
 		}
 		if (asked_for_some) {
 			asked_for_some = 0;
-			// Each page once, in an order that jumps.
-			for (uint64_t i = 0, page = 0; i < count / 4; i++, page = (page + 40503) % count)
+			// Each page once, in an order that jumps, from the page on that somebody else has written there.
+			for (uint64_t i = 0, page = status[4] % count; i < count / 4; i++, page = (page + 40503) % count)
 				wrong += is_wrong(pages, page, generations[page]);
 			status[3]++;
 		}
