@@ -5,6 +5,7 @@ use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1::{self, chunk_answer};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
@@ -15,34 +16,64 @@ const QUEUE: usize = 64;
 #[derive(Debug)]
 pub(crate) struct DemandLane {
     pub(crate) requests: mpsc::Sender<v1::FetchChunksRequest>,
-    pub(crate) answers: tonic::Streaming<v1::FetchChunksResponse>,
+    answers: DemandAnswers,
+}
+
+type DemandStream = tonic::Streaming<v1::FetchChunksResponse>;
+
+#[derive(Debug)]
+enum DemandAnswers {
+    /// The server has not said yet that it takes the stream. The task ends with this.
+    Opening(JoinSet<Result<DemandStream, RemoteError>>),
+    Open(Box<DemandStream>),
 }
 
 impl DemandLane {
-    /// Connects and binds the stream to `image`, in the current runtime.
+    /// Connects and binds the stream to `image`, in the current runtime; the server has it.
     ///
     /// # Errors
     /// [`RemoteError`] if the server cannot be reached or does not have the image.
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
-        Self::over(address.connect(Lane::Demand).await?, address, image).await
+        let mut lane = Self::over(address.connect(Lane::Demand).await?, address, image);
+        lane.opened().await?;
+        Ok(lane)
     }
 
-    /// The same over a connection that there is.
-    ///
-    /// # Errors
-    /// As there.
-    pub(crate) async fn over(
-        channel: Channel,
-        address: &ServerAddress,
-        image: &Digest,
-    ) -> Result<Self, RemoteError> {
+    /// The same over a connection that there is, without waiting for what the server says: requests can be made at once.
+    pub(crate) fn over(channel: Channel, address: &ServerAddress, image: &Digest) -> Self {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::FetchChunksRequest { image: (*image).into(), ..Default::default() };
         requests.try_send(bind).expect("the queue is new");
-        let mut pages = page_client(channel);
-        let answers = within(address, "demand lane", pages.fetch_chunks(ReceiverStream::new(queue))).await?;
-        let answers = answers.map_err(address.status(format!("the demand lane of {image}")))?.into_inner();
-        Ok(Self { requests, answers })
+        let (mut pages, address, image) = (page_client(channel), address.clone(), *image);
+        let opening = async move {
+            let answers =
+                within(&address, "demand lane", pages.fetch_chunks(ReceiverStream::new(queue))).await?;
+            let answers = answers.map_err(address.status(format!("the demand lane of {image}")))?;
+            Ok(answers.into_inner())
+        };
+        let mut task = JoinSet::new();
+        task.spawn(opening);
+        Self { requests, answers: DemandAnswers::Opening(task) }
+    }
+
+    /// Waits until the server has taken the stream.
+    async fn opened(&mut self) -> Result<(), RemoteError> {
+        if let DemandAnswers::Opening(task) = &mut self.answers
+            && let Some(Ok(opened)) = task.join_next().await
+        {
+            self.answers = DemandAnswers::Open(Box::new(opened?));
+        }
+        Ok(())
+    }
+
+    /// The next answer; None if the lane is lost. May be dropped at any time.
+    pub(crate) async fn answer(&mut self) -> Option<v1::FetchChunksResponse> {
+        self.opened().await.ok()?;
+        match &mut self.answers {
+            DemandAnswers::Open(stream) => stream.message().await.ok()?,
+            // It was refused before.
+            DemandAnswers::Opening(_) => None,
+        }
     }
 }
 

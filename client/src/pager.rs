@@ -177,7 +177,7 @@ impl Pager {
                     address.connect(Lane::Demand)
                 );
                 let image = image?;
-                let lane = DemandLane::over(channel?, &address, &image.digest()).await?;
+                let lane = DemandLane::over(channel?, &address, &image.digest());
                 (image, Ok(lane))
             }
         };
@@ -466,10 +466,7 @@ enum NextAnswer {
 
 async fn next_answer(lane: &mut Result<DemandLane, oneshot::Receiver<DemandLane>>) -> NextAnswer {
     match lane {
-        Ok(lane) => match lane.answers.message().await {
-            Ok(Some(answer)) => NextAnswer::Answer(answer),
-            Ok(None) | Err(_) => NextAnswer::Lost,
-        },
+        Ok(lane) => lane.answer().await.map_or(NextAnswer::Lost, NextAnswer::Answer),
         Err(coming) => match coming.await {
             Ok(lane) => NextAnswer::Connected(lane),
             Err(_) => NextAnswer::Lost,
