@@ -70,11 +70,6 @@ impl ChunkPages {
         }
     }
 
-    /// Bytes of memory that it takes.
-    pub(crate) fn memory_bytes(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// How many pages it has.
     pub(crate) fn pages(&self) -> usize {
         self.bytes.len() / PAGE_BYTES

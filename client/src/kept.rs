@@ -1,35 +1,58 @@
 //! Chunks that have come for a page of theirs, while touches of the others are waited for: in record mode alone.
+//!
+//! They are kept as they came, and a few of late as their pages, too: memory that is used again costs less than new one, and the
+//! next touch is often near.
 
 use crate::chunk::ChunkPages;
+use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use std::collections::{HashMap, VecDeque};
 
-/// The most memory that they may take. What is beyond is fetched again.
-const MOST_BYTES: usize = 256 << 20;
+/// The most bytes of frames. What is beyond is fetched again.
+const MOST_BYTES: usize = 128 << 20;
+/// Chunks whose pages are at hand.
+const DECODED: usize = 16;
 
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
-    chunks: HashMap<ChunkIndex, ChunkPages>,
+    frames: HashMap<ChunkIndex, Bytes>,
     /// The oldest first.
     order: VecDeque<ChunkIndex>,
     bytes: usize,
+    /// The oldest first.
+    decoded: VecDeque<(ChunkIndex, ChunkPages)>,
 }
 
 impl Kept {
-    pub(crate) fn get(&self, chunk: ChunkIndex) -> Option<&ChunkPages> {
-        self.chunks.get(&chunk)
+    /// The frame of a chunk that is kept.
+    pub(crate) fn frame(&self, chunk: ChunkIndex) -> Option<Bytes> {
+        self.frames.get(&chunk).cloned()
     }
 
-    /// Keeps a chunk, and forgets those that have been kept longest if there is no room.
-    pub(crate) fn keep(&mut self, chunk: ChunkIndex, pages: ChunkPages) {
+    /// The same as its pages, if they are at hand.
+    pub(crate) fn pages(&self, chunk: ChunkIndex) -> Option<&ChunkPages> {
+        let at_hand = self.decoded.iter().find(|(decoded, _)| *decoded == chunk);
+        at_hand.map(|(_, pages)| pages)
+    }
+
+    /// Keeps a chunk's frame, and forgets those that have been kept longest if there is no room.
+    pub(crate) fn keep(&mut self, chunk: ChunkIndex, frame: &[u8]) {
         self.forget(chunk);
-        self.bytes += pages.memory_bytes();
-        self.chunks.insert(chunk, pages);
+        self.bytes += frame.len();
+        // Not a part of a message, which would be kept as a whole.
+        self.frames.insert(chunk, Bytes::copy_from_slice(frame));
         self.order.push_back(chunk);
         while self.bytes > MOST_BYTES {
             let Some(oldest) = self.order.pop_front() else { break };
             self.remove(oldest);
         }
+    }
+
+    /// Has a chunk's pages at hand, and gives others' memory in their place.
+    pub(crate) fn swap(&mut self, chunk: ChunkIndex, pages: &mut ChunkPages) {
+        let unused = if self.decoded.len() < DECODED { None } else { self.decoded.pop_front() };
+        let unused = unused.map_or_else(ChunkPages::default, |(_, unused)| unused);
+        self.decoded.push_back((chunk, std::mem::replace(pages, unused)));
     }
 
     /// Nothing of it is absent any more.
@@ -40,8 +63,8 @@ impl Kept {
     }
 
     fn remove(&mut self, chunk: ChunkIndex) -> bool {
-        let removed = self.chunks.remove(&chunk);
-        self.bytes -= removed.as_ref().map_or(0, ChunkPages::memory_bytes);
+        let removed = self.frames.remove(&chunk);
+        self.bytes -= removed.as_ref().map_or(0, Bytes::len);
         removed.is_some()
     }
 }
@@ -54,13 +77,17 @@ mod tests {
     fn what_is_kept_is_bounded_and_the_oldest_goes_first() {
         let mut kept = Kept::default();
         let most = MOST_BYTES as u64 >> 16;
-        for chunk in 0..2 * most {
-            let mut pages = ChunkPages::default();
+        let mut pages = ChunkPages::default();
+        for chunk in (0..2 * most).map(ChunkIndex) {
+            kept.keep(chunk, &[7; 1 << 16]);
             pages.set_zeros(1 << 16);
-            kept.keep(ChunkIndex(chunk), pages);
+            kept.swap(chunk, &mut pages);
         }
         assert_eq!(kept.bytes, MOST_BYTES);
-        assert!(kept.get(ChunkIndex(most - 1)).is_none() && kept.get(ChunkIndex(most)).is_some());
+        assert!(kept.frame(ChunkIndex(most - 1)).is_none() && kept.frame(ChunkIndex(most)).is_some());
+        assert_eq!(kept.decoded.len(), DECODED);
+        let newest = 2 * most - DECODED as u64;
+        assert!(kept.pages(ChunkIndex(newest - 1)).is_none() && kept.pages(ChunkIndex(newest)).is_some());
         (0..2 * most).for_each(|chunk| kept.forget(ChunkIndex(chunk)));
         assert!(kept.bytes == 0 && kept.order.is_empty());
     }

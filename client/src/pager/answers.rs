@@ -72,7 +72,8 @@ impl Pager {
                 other.wake_chunk(chunk);
             }
             self.requests.chunk_done(chunk);
-            self.kept.keep(chunk, std::mem::take(&mut self.pages));
+            self.kept.keep(chunk, &frame);
+            self.kept.swap(chunk, &mut self.pages);
             return self.one_installed(&region, chunk, page, installed);
         }
         self.whole.remove(&chunk);

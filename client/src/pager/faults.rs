@@ -242,8 +242,11 @@ impl Pager {
         page: usize,
         now: Instant,
     ) {
-        if let Some(kept) = self.kept.get(chunk) {
-            let installed = self.install_one(region, chunk, kept, page, Stages::default());
+        if self.has_kept(region, chunk)
+            && let Some(kept) = self.kept.pages(chunk)
+        {
+            let stages = Stages { decompress: now.elapsed(), ..Stages::default() };
+            let installed = self.install_one(region, chunk, kept, page, stages);
             return self.one_installed(region, chunk, page, installed);
         }
         let waiting = (Arc::clone(region), page);
@@ -259,6 +262,21 @@ impl Pager {
             Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, now),
             Content::OutOfRange => unreachable!("regions are made from the image's own files"),
         }
+    }
+
+    /// Whether a chunk is kept; then its pages are at hand.
+    fn has_kept(&mut self, region: &RegionState, chunk: ChunkIndex) -> bool {
+        let Some(frame) = self.kept.frame(chunk) else { return false };
+        if self.kept.pages(chunk).is_some() {
+            return true;
+        }
+        let image = &self.way_out.shared.image;
+        let Content::Data(digest) = image.content(chunk) else { return false };
+        let decoded = self.pages.decode(&mut self.decoder, image, &region.file, chunk, &digest, &frame);
+        if decoded.is_ok() {
+            self.kept.swap(chunk, &mut self.pages);
+        }
+        decoded.is_ok()
     }
 
     /// Whether the fill has asked for a chunk, and it may come as soon as it would if it was asked for now. Where answers are near
