@@ -5,7 +5,7 @@
 //! all, or those named: touch, fill, pace, push, memory, replay, changes, kills, machines, criu, criu-remote; and, where
 //! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
 //! with `--json FILE`, the raw values.
-//! `--only NAME` and `--rounds N` limit the programs to one, and how often each is restored.
+//! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench.
 
 mod arms;
@@ -58,6 +58,8 @@ fn main() -> Result<()> {
     });
     let rounds = option(&mut names, "--rounds")?.map(|rounds| rounds.parse()).transpose()?;
     let only = option(&mut names, "--only")?;
+    let over = option(&mut names, "--over")?;
+    let limited = |plan: Plan| plan.limited(only.as_deref(), over.as_deref(), rounds);
     let wanted = |name: &str| names.is_empty() || names.iter().any(|n| n == name);
     let mut figures = Vec::new();
     if wanted("touch") {
@@ -105,10 +107,10 @@ fn main() -> Result<()> {
     // Those that take longer are measured only when they are named.
     let named = |name: &str| names.iter().any(|n| n == name);
     if named("programs") {
-        programs::measure(&Plan::short().limited(only.as_deref(), rounds), &mut show)?;
+        programs::measure(&limited(Plan::short()), &mut show)?;
     }
     if named("programs-full") {
-        programs::measure(&Plan::full().limited(only.as_deref(), rounds), &mut show)?;
+        programs::measure(&limited(Plan::full()), &mut show)?;
     }
     if named("mapped") {
         let (report, figures) = mapped::measure(MAPPED_ROUNDS)?;

@@ -72,9 +72,12 @@ impl Plan {
         Self { workloads: Workload::ALL.map(|workload| (workload, networks(workload))).into(), rounds: 30 }
     }
 
-    /// Of it the program of that name, so often; what is not given stays.
-    pub(crate) fn limited(mut self, only: Option<&str>, rounds: Option<u64>) -> Self {
+    /// Of it the program of that name, over the network of that name, so often; what is not given stays.
+    pub(crate) fn limited(mut self, only: Option<&str>, over: Option<&str>, rounds: Option<u64>) -> Self {
         self.workloads.retain(|(workload, _)| only.is_none_or(|name| name == workload.name()));
+        for (_, networks) in &mut self.workloads {
+            networks.retain(|network| over.is_none_or(|name| name == network.name));
+        }
         self.rounds = rounds.unwrap_or(self.rounds);
         self
     }
