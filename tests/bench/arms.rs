@@ -77,10 +77,12 @@ pub(crate) struct Run {
     /// CPU seconds of everything that was started here but the program itself, and the server's.
     pub(crate) client_cpu: f64,
     pub(crate) server_cpu: f64,
+    /// The most memory that the daemon has had, where there is one of ours.
+    pub(crate) peak_bytes: Option<u64>,
 }
 
-/// Seconds until the first and the whole answer, and until all memory was there.
-type Answered = ((f64, f64), Option<f64>);
+/// Seconds until the first and the whole answer, and until all memory was there; the most memory of the daemon.
+type Answered = ((f64, f64), Option<f64>, Option<u64>);
 
 /// A program that was dumped, and stored.
 pub(crate) struct Dumped {
@@ -147,14 +149,14 @@ impl Dumped {
         let link = Link::to(&self.server.address().to_string(), quality);
         let before = self.cpu()?;
         let started = Instant::now();
-        let ((first, answered), resident) = match arm {
+        let ((first, answered), resident, peak_bytes) = match arm {
             Arm::Local | Arm::Cold => self.plainly(seed, started)?,
             Arm::CriuLazy => self.by_criu(seed, started)?,
             Arm::Copied => {
                 copy(self.image_bytes, quality)?;
                 self.plainly(seed, started)?
             }
-            Arm::Lazy | Arm::WorkingSet | Arm::All => self.by_us(arm, &link, seed, started)?,
+            Arm::Lazy | Arm::WorkingSet | Arm::All => self.by_us(arm, &link, seed, started, &[])?,
         };
         let after = self.cpu()?;
         let wire_bytes = if arm == Arm::Copied { self.image_bytes } else { link.received() };
@@ -165,6 +167,7 @@ impl Dumped {
             wire_bytes,
             client_cpu: after.0 - before.0,
             server_cpu: after.1 - before.1,
+            peak_bytes,
         })
     }
 
@@ -176,7 +179,7 @@ impl Dumped {
     fn plainly(&self, seed: u64, started: Instant) -> Result<Answered> {
         let _restored = self.restore(&self.images(), &[]);
         let answered = self.ask(seed, started)?;
-        Ok((answered, Some(answered.0)))
+        Ok((answered, Some(answered.0), None))
     }
 
     fn by_criu(&self, seed: u64, started: Instant) -> Result<Answered> {
@@ -190,16 +193,39 @@ impl Dumped {
         let _restored = self.restore(&images, &["--lazy-pages"]);
         let answered = self.ask(seed, started)?;
         daemon.wait()?;
-        Ok((answered, Some(started.elapsed().as_secs_f64())))
+        Ok((answered, Some(started.elapsed().as_secs_f64()), None))
     }
 
-    fn by_us(&mut self, arm: Arm, link: &Link, seed: u64, started: Instant) -> Result<Answered> {
+    /// Another restore, of ours, with a trace: what `postcopy report` says of it.
+    pub(crate) fn trace(&mut self, arm: Arm, quality: Quality, seed: u64) -> Result<Vec<serde_json::Value>> {
+        let link = Link::to(&self.server.address().to_string(), quality);
+        let folder = tempfile::tempdir()?;
+        let traces = folder.path().to_str().context("a path of ours")?;
+        self.by_us(arm, &link, seed, Instant::now(), &["--trace", traces])?;
+        let traces = std::fs::read_dir(folder.path())?;
+        let report = |entry: std::io::Result<std::fs::DirEntry>| {
+            let path = entry?.path();
+            Ok(run(self.server.address(), ["report".as_ref(), path.as_os_str()]))
+        };
+        traces.map(report).collect()
+    }
+
+    fn by_us(
+        &mut self,
+        arm: Arm,
+        link: &Link,
+        seed: u64,
+        started: Instant,
+        more: &[&str],
+    ) -> Result<Answered> {
         let lazy = self.pull(link.address())?;
         let path = lazy.to_str().context("a path of ours")?;
         let args = ["criu", "-D", path, "--image", "app", "--fill", arm.fill()];
-        let mut daemon = Daemon::start(link.address(), args);
+        let mut daemon = Daemon::start(link.address(), args.iter().chain(more));
         let restored = self.restore(&lazy, &["--lazy-pages"]);
         let answered = self.ask(seed, started)?;
+        // Unless it has just ended, all being there.
+        let peak_bytes = daemon.worker_now().and_then(|worker| cpu::peak_of(worker).ok());
         let mut resident = None;
         if arm == Arm::All {
             daemon.wait();
@@ -209,7 +235,7 @@ impl Dumped {
         drop(restored);
         daemon.wait();
         std::fs::remove_dir_all(lazy)?;
-        Ok((answered, resident))
+        Ok((answered, resident, peak_bytes))
     }
 
     fn pull(&mut self, server: &postcopy::ServerAddress) -> Result<PathBuf> {

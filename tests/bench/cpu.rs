@@ -1,6 +1,7 @@
 //! Cores and the time spent on them.
 
 use anyhow::{Result, bail};
+use rustix::process::Pid;
 use rustix::thread::CpuSet;
 use std::process::Command;
 use std::time::Duration;
@@ -40,6 +41,14 @@ pub(crate) fn time_of(pid: u32) -> Result<Duration> {
         nanoseconds += stat.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
     }
     Ok(Duration::from_nanos(nanoseconds))
+}
+
+/// The most memory that a process has had at a time, in bytes.
+pub(crate) fn peak_of(pid: Pid) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default();
+    let Some(kib) = line.split_whitespace().next() else { bail!("it has no VmHWM") };
+    Ok(kib.parse::<u64>()? << 10)
 }
 
 /// CPU seconds of a process, its threads that have ended included.

@@ -98,10 +98,35 @@ pub(crate) fn measure(plan: &Plan, mut done: impl FnMut(Report, Vec<Figure>) -> 
                 }
             }
             let figures = figures(*workload, *network, &dumped, &runs);
-            done(report(*workload, *network, &dumped, &recorded, &runs), figures)?;
+            let mut report = report(*workload, *network, &dumped, &recorded, &runs);
+            report.table += &traced(&mut dumped, *network)?;
+            done(report, figures)?;
         }
     }
     Ok(())
+}
+
+/// A restore more of each way of ours, with a trace: what has waited, and what came why.
+fn traced(dumped: &mut Dumped, network: Network) -> Result<String> {
+    let mut table = String::from(
+        "\nOne restore more of each, with a trace (`postcopy report`): touches that waited, for how long together, and memory by why it came.\n\n\
+         | | touches | waited | touched | neighbours | read ahead | working set | background |\n|---|---|---|---|---|---|---|---|\n",
+    );
+    for arm in [Arm::Lazy, Arm::WorkingSet, Arm::All] {
+        let reports = dumped.trace(arm, network.quality, FIRST_SEED)?;
+        let sum = |group: &str, field: &str| {
+            let values =
+                reports.iter().filter_map(|report| report.pointer(&format!("/{group}/{field}"))?.as_f64());
+            values.sum::<f64>()
+        };
+        let waited: f64 = reports.iter().filter_map(|report| report["waited_ms"].as_f64()).sum();
+        let _ = write!(table, "| {} | {:.0} | {waited:.0} ms |", arm.name(), sum("touches", "count"));
+        for cause in ["touched", "neighbours", "read_ahead", "working_set", "background"] {
+            let _ = write!(table, " {:.1} MiB |", sum("pages", cause) / 256.0);
+        }
+        table.push('\n');
+    }
+    Ok(table)
 }
 
 /// What two recordings have in common. The first one is the image's working set afterwards.
@@ -187,7 +212,7 @@ fn report(
         "**{}**, restored over {}. {} runs each, in turns; medians, and quartiles of the first answer. Images: {:.0} MiB. The \
          working set, recorded with another request: {pages} pages, {:.1} MiB on the wire; a request leaves {:.0} % of it \
          untouched, and {:.1} % of what it touches is not in it.\n\n\
-         | | first answer | whole request | all there | on the wire | CPU here | CPU of the server |\n|---|---|---|---|---|---|---|\n",
+         | | first answer | whole request | all there | on the wire | CPU here | CPU of the server | memory of the daemon |\n|---|---|---|---|---|---|---|---|\n",
         workload.about(),
         network.about,
         runs[0].1.len(),
@@ -207,9 +232,14 @@ fn report(
         };
         let wire = median(&mut of(runs, |run| mib(run.wire_bytes)));
         let wire = if arm.is_remote() { format!("{wire:.1} MiB") } else { "–".to_owned() };
+        let mut peak: Vec<f64> = runs.iter().filter_map(|run| run.peak_bytes.map(mib)).collect();
+        let peak = match median(&mut peak) {
+            mib if mib.is_nan() => "–".to_owned(),
+            mib => format!("{mib:.0} MiB"),
+        };
         let _ = writeln!(
             table,
-            "| {} | **{middle:.3} s** ({low:.3} to {high:.3}) | {whole:.3} s | {resident} | {wire} | {:.2} s | {:.2} s |",
+            "| {} | **{middle:.3} s** ({low:.3} to {high:.3}) | {whole:.3} s | {resident} | {wire} | {:.2} s | {:.2} s | {peak} |",
             arm.name(),
             median(&mut of(runs, |run| run.client_cpu)),
             median(&mut of(runs, |run| run.server_cpu))
@@ -226,6 +256,7 @@ fn report(
         .map(|(arm, runs)| {
             let raw = json!({ "first": of(runs, |r| r.first), "answered": of(runs, |r| r.answered), "resident": runs.iter().map(|r| r.resident).collect::<Vec<_>>(),
                 "wire_bytes": runs.iter().map(|r| r.wire_bytes).collect::<Vec<_>>(),
+                "peak_bytes": runs.iter().map(|r| r.peak_bytes).collect::<Vec<_>>(),
                 "client_cpu": of(runs, |r| r.client_cpu), "server_cpu": of(runs, |r| r.server_cpu) });
             (arm.name().to_owned(), raw)
         })

@@ -188,7 +188,9 @@ impl Daemon {
         }
     }
 
-    fn worker_now(&self) -> Option<Pid> {
+    /// Its worker, if it has one.
+    #[must_use]
+    pub fn worker_now(&self) -> Option<Pid> {
         let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.guardian()));
         children.ok()?.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?))
     }
