@@ -1,17 +1,24 @@
 //! Pages of files by the time at which they come: address across, time as colour.
 
-use super::output::bytes;
-use postcopy::proto::page::PAGE_BYTES;
+use super::output::{bytes, printable};
+use postcopy::proto::page::{PAGE_BYTES, to_usize};
 use postcopy::proto::v1::PageSpan;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::ops::Range;
 
 /// Cells across.
 const COLUMNS: usize = 64;
 /// Cells of a file, at most: 16 rows.
 const CELLS: usize = 16 * COLUMNS;
+/// Files that are drawn, at most: those with the most pages.
+const FILES: usize = 64;
 /// From early to late, for a terminal.
 const SHADES: [char; 4] = ['█', '▓', '▒', '░'];
 const EDGE: usize = 12;
+/// Characters of a name in a drawing, at most.
+const NAME: usize = 100;
 
 /// A file's cells: how many of the pages in each come, and when, on average: from 0 to 1.
 #[derive(Debug)]
@@ -22,10 +29,15 @@ struct FileMap {
     cells: Vec<Option<f64>>,
 }
 
+/// How many pages come before these of a file.
+type Coming = (u64, Range<u64>);
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct HeatMap {
     files: Vec<FileMap>,
+    /// Files that are not drawn, and how many of their pages come.
+    left_out: (usize, u64),
     /// What the others are.
     others: &'static str,
 }
@@ -33,33 +45,37 @@ pub(crate) struct HeatMap {
 impl HeatMap {
     /// Of the files with pages among `spans`, which are in the order of their coming; what is said of other pages.
     pub(crate) fn new(files: &[(String, u64)], spans: &[PageSpan], others: &'static str) -> Self {
-        let all: u64 = spans.iter().map(|span| u64::from(span.count)).sum();
-        let mut maps = Vec::new();
-        for (place, (path, size_bytes)) in (0_u32..).zip(files) {
-            let pages = usize::try_from(size_bytes.div_ceil(PAGE_BYTES as u64)).unwrap_or(usize::MAX);
-            let of_cell = pages.div_ceil(CELLS).max(1);
-            let mut sums = vec![(0_u64, 0_u64); pages.div_ceil(of_cell)];
-            let (mut before, mut count) = (0, 0);
-            for span in spans {
-                if span.file == place {
-                    let end = (span.first as usize + span.count as usize).min(pages);
-                    for (time, page) in (before..).zip(span.first as usize..end) {
-                        let (times, sum) = &mut sums[page / of_cell];
-                        *times += 1;
-                        *sum += time;
-                        count += 1;
-                    }
-                }
-                before += u64::from(span.count);
+        // What comes of each file: its spans, and how many pages come before them.
+        let mut coming: BTreeMap<u32, (u64, Vec<Coming>)> = BTreeMap::new();
+        let mut before = 0_u64;
+        for span in spans {
+            let size_bytes = files.get(span.file as usize).map_or(0, |(_, size_bytes)| *size_bytes);
+            let first = u64::from(span.first);
+            let pages = first..(first + u64::from(span.count)).min(pages_of(size_bytes));
+            if !pages.is_empty() {
+                let (count, spans) = coming.entry(span.file).or_default();
+                *count += pages.end - pages.start;
+                spans.push((before, pages));
             }
-            #[expect(clippy::cast_precision_loss, reason = "a colour")]
-            let cell = |(times, sum): (u64, u64)| (times > 0).then(|| sum as f64 / times as f64 / all as f64);
-            let cells = sums.into_iter().map(cell).collect();
-            if count > 0 {
-                maps.push(FileMap { path: printable(path), size_bytes: *size_bytes, pages: count, cells });
-            }
+            before += u64::from(span.count);
         }
-        Self { files: maps, others }
+        let mut drawn: Vec<_> = coming.iter().map(|(place, (count, _))| (*count, *place)).collect();
+        drawn.sort_unstable_by_key(|(count, place)| (Reverse(*count), *place));
+        let left_out = drawn.split_off(drawn.len().min(FILES));
+        let left_out = (left_out.len(), left_out.iter().map(|(count, _)| count).sum());
+        drawn.sort_unstable_by_key(|(_, place)| *place);
+        let map = |(count, place): (u64, u32)| {
+            let (path, size_bytes) = &files[place as usize];
+            let cells = cells(pages_of(*size_bytes), &coming[&place].1, before);
+            FileMap { path: printable(path), size_bytes: *size_bytes, pages: count, cells }
+        };
+        Self { files: drawn.into_iter().map(map).collect(), left_out, others }
+    }
+
+    /// Says what is not drawn, where there is something.
+    fn rest(&self) -> Option<String> {
+        let (files, pages) = self.left_out;
+        (files > 0).then(|| format!("and {files} other files, of which {pages} pages come"))
     }
 
     /// For a terminal: a character a cell, dense ones come first.
@@ -73,13 +89,17 @@ impl HeatMap {
                 text.push('\n');
             }
         }
+        if let Some(rest) = self.rest() {
+            let _ = writeln!(text, "{rest}");
+        }
         text + &format!("█ first … ░ last, · {}\n", self.others)
     }
 
     /// The same as a picture.
     pub(crate) fn svg(&self) -> String {
         let rows = |map: &FileMap| map.cells.len().div_ceil(COLUMNS);
-        let height: usize = self.files.iter().map(|map| (rows(map) + 3) * EDGE).sum::<usize>() + 2 * EDGE;
+        let height: usize = self.files.iter().map(|map| (rows(map) + 3) * EDGE).sum::<usize>()
+            + (2 + 2 * usize::from(self.left_out.0 > 0)) * EDGE;
         let width = (COLUMNS + 2) * EDGE;
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
@@ -89,7 +109,7 @@ impl HeatMap {
         let mut y = EDGE;
         for map in &self.files {
             let (x, baseline) = (EDGE, y + EDGE);
-            let name = escaped(&map.path);
+            let name = escaped(&shortened(&map.path));
             let size = bytes(map.size_bytes);
             let _ =
                 writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{name} ({size}, {} pages)</text>", map.pages);
@@ -105,6 +125,10 @@ impl HeatMap {
             }
             y += (rows(map) + 1) * EDGE;
         }
+        if let Some(rest) = self.rest() {
+            let _ = writeln!(svg, "<text x=\"{EDGE}\" y=\"{}\">{rest}</text>", y + EDGE / 2);
+            y += 2 * EDGE;
+        }
         let _ = writeln!(
             svg,
             "<text x=\"{EDGE}\" y=\"{}\">dark: first, light: last, grey: {}</text>",
@@ -113,6 +137,32 @@ impl HeatMap {
         );
         svg + "</svg>\n"
     }
+}
+
+/// How many pages a file has.
+fn pages_of(size_bytes: u64) -> u64 {
+    size_bytes.div_ceil(PAGE_BYTES as u64)
+}
+
+/// A file's cells: when the pages in each come, on average, of `all` that come; `spans` are its own, each with how many come
+/// before it.
+fn cells(pages: u64, spans: &[Coming], all: u64) -> Vec<Option<f64>> {
+    let of_cell = pages.div_ceil(CELLS as u64).max(1);
+    let mut sums = vec![(0_u64, 0.0); to_usize(pages.div_ceil(of_cell))];
+    #[expect(clippy::cast_precision_loss, reason = "a colour")]
+    let real = |n: u64| n as f64;
+    for (before, span) in spans {
+        let mut next = span.start;
+        while next < span.end {
+            let cell = next / of_cell;
+            let count = ((cell + 1) * of_cell).min(span.end) - next;
+            let (times, sum) = &mut sums[to_usize(cell)];
+            *times += count;
+            *sum += real(count) * (real(before + (next - span.start)) + real(count - 1) / 2.0);
+            next += count;
+        }
+    }
+    sums.into_iter().map(|(times, sum)| (times > 0).then(|| sum / real(times) / real(all))).collect()
 }
 
 /// Which of so many steps a time is in.
@@ -140,9 +190,12 @@ fn colour(time: f64) -> String {
     format!("#{:02x}{:02x}{:02x}", mix(0x1b, 0xf9), mix(0x2a, 0xc8), mix(0x6b, 0x2d))
 }
 
-/// A name may hold anything: nothing of it is for the terminal to obey, or is no XML.
-pub(super) fn printable(name: &str) -> String {
-    name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+/// The end of a name that would not fit into a drawing.
+pub(super) fn shortened(name: &str) -> String {
+    match name.char_indices().rev().nth(NAME) {
+        Some((at, c)) => format!("…{}", &name[at + c.len_utf8()..]),
+        None => name.to_owned(),
+    }
 }
 
 pub(super) fn escaped(text: &str) -> String {
@@ -160,6 +213,21 @@ mod tests {
         for drawn in [map.text(), map.svg()] {
             assert!(drawn.contains("a\\u{1b}]0;x\\u{7}é (4.00 KiB, 1 pages)"), "{drawn}");
         }
+    }
+
+    #[test]
+    fn files_with_few_pages_are_left_out_and_long_names_are_cut() {
+        let long = format!("{}é", "b/".repeat(100));
+        let count = u32::try_from(FILES).unwrap() + 3;
+        let files: Vec<_> = (0..count).map(|n| (format!("{long}{n}"), u64::from(n + 1) * 4096)).collect();
+        let spans: Vec<_> = (0..count).map(|n| PageSpan { file: n, first: 0, count: n + 1 }).collect();
+        let map = HeatMap::new(&files, &spans, "not");
+        for drawn in [map.text(), map.svg()] {
+            assert_eq!(drawn.matches(" pages)").count(), FILES);
+            assert!(drawn.contains("and 3 other files, of which 6 pages come"), "{drawn}");
+        }
+        assert!(map.text().contains(&format!("{long}9 (")) && !map.text().contains(&format!("{long}2 (")));
+        assert!(map.svg().contains(&format!(">…{}9 (", &long[long.len() - 2 - 98..])), "{}", map.svg());
     }
 
     #[test]

@@ -18,6 +18,11 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
+/// A name may hold anything: nothing of it is for the terminal to obey, or is no XML.
+pub(crate) fn printable(name: &str) -> String {
+    name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
 impl Output {
     /// Prints `value` as JSON, or `text` as it is.
     pub(crate) fn show(self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
@@ -26,7 +31,8 @@ impl Output {
 
     /// Prints an error with its causes and, where there is one, what to do next.
     pub(crate) fn error(self, error: &anyhow::Error) {
-        let chain = format!("{error:#}");
+        // What a server or a file says is in it, too.
+        let chain = format!("{error:#}").split('\n').map(printable).collect::<Vec<_>>().join("\n");
         if self.json {
             println!("{}", serde_json::json!({ "error": chain }));
         }

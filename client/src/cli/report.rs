@@ -4,7 +4,7 @@ mod arrivals;
 mod page;
 mod waits;
 
-use super::output::{Output, bytes, time};
+use super::output::{Output, bytes, printable, time};
 use anyhow::{Context, Result};
 use arrivals::Arrivals;
 use postcopy::proto::page::PAGE_BYTES;
@@ -126,13 +126,13 @@ pub(crate) fn report(args: &ReportArgs, output: Output) -> Result<ExitCode> {
 
 impl Told {
     fn new(trace: Trace) -> Self {
-        let came = Arrivals::of(&trace);
+        let (came, waited_for) = Arrivals::of(&trace);
         let mut touched = BTreeMap::new();
         for touch in &trace.touches {
             touched.entry((touch.space, touch.file, touch.page)).or_insert(touch.at);
         }
-        let pages = pages(&came, &touched);
-        let waits = waits::waits(&trace, &came);
+        let pages = pages(&trace, &came, &touched);
+        let waits = waits::waits(&trace, &waited_for);
         let times = trace.came.iter().map(|c| c.at).chain(trace.touches.iter().map(|t| t.at));
         let end = times.chain(trace.end.iter().map(|end| end.at)).max().unwrap_or(0);
         Self { trace, waits, came, touched, pages, end }
@@ -142,7 +142,7 @@ impl Told {
         let (mut touched, mut brought) = (0, 0);
         for withheld in &self.trace.withheld {
             let place = (withheld.space, withheld.file, withheld.page);
-            let came = self.came.at(place).map(|came| came.at);
+            let came = self.came.at(place).map(|event| self.trace.came[event].at);
             match (self.touched.get(&place), came) {
                 (Some(at), came) if came.is_none_or(|came| *at <= came) => touched += 1,
                 (_, Some(_)) => brought += 1,
@@ -159,7 +159,7 @@ impl Told {
     fn report(&self) -> Report {
         let mut sorted: Vec<u64> = self.waits.iter().map(|wait| wait.took).collect();
         sorted.sort_unstable();
-        let percentile = |p: usize| sorted.get((sorted.len() * p / 100).min(sorted.len().saturating_sub(1)));
+        let percentile = |p: usize| sorted.get(sorted.len().saturating_sub(1) * p / 100);
         let us = |p| micros(*percentile(p).unwrap_or(&0));
         let waiting = self.waits.iter().fold(Waiting::default(), |sum, wait| sum.and(wait.waiting));
         let end = self.trace.end.as_ref();
@@ -186,10 +186,10 @@ impl Told {
 }
 
 /// How many pages came why.
-fn pages(came: &Arrivals, touched: &BTreeMap<Place, u64>) -> Pages {
+fn pages(trace: &Trace, came: &Arrivals, touched: &BTreeMap<Place, u64>) -> Pages {
     let mut pages = Pages::default();
-    for ((space, file, page), count, came) in came.runs() {
-        let (end, count) = (page + count, u64::from(count));
+    for ((space, file, page), count, event) in came.runs() {
+        let (came, end, count) = (&trace.came[event], page + count, u64::from(count));
         match came.cause {
             Cause::Demand => {
                 let touches = touched.range((space, file, page)..(space, file, end));
@@ -214,12 +214,15 @@ fn micros(nanos: u64) -> f64 {
     millis(nanos) * 1e3
 }
 
+fn memory(pages: u64) -> String {
+    bytes(pages.saturating_mul(PAGE_BYTES as u64))
+}
+
 fn text(report: &Report) -> String {
     let t = &report.touches;
     let us = |us: f64| time(Duration::from_secs_f64(us / 1e6));
     let ms = |ms: f64| us(ms * 1e3);
-    let pages =
-        report.pages.named().map(|(name, pages)| format!("{} {name}", bytes(pages * PAGE_BYTES as u64)));
+    let pages = report.pages.named().map(|(name, pages)| format!("{} {name}", memory(pages)));
     let waiting = report.waiting.named().map(|(name, time)| format!("{name} {}", ms(time)));
     let mut text = format!(
         "{}\n\
@@ -227,7 +230,7 @@ fn text(report: &Report) -> String {
          \x20 touches        {} of absent pages, p50 {}  p90 {}  p99 {}  longest {}\n\
          \x20 waited         {} in all: {}\n\
          \x20 came           {}: {}\n",
-        report.image,
+        printable(&report.image),
         ms(report.duration_ms),
         if report.is_complete { "" } else { ", and was killed, or goes on" },
         t.count,
@@ -237,7 +240,7 @@ fn text(report: &Report) -> String {
         us(t.longest_us),
         ms(report.waited_ms),
         waiting.join(", "),
-        bytes(report.pages.all() * PAGE_BYTES as u64),
+        memory(report.pages.all()),
         pages.join(", "),
     );
     if let Some(line) = estimate(report) {
@@ -250,7 +253,7 @@ fn text(report: &Report) -> String {
         text += &format!("  lost           {} events, which were too many at once\n", report.lost_events);
     }
     if let Some(error) = &report.error {
-        text += &format!("  error          {error}\n");
+        text += &format!("  error          {}\n", printable(error));
     }
     text
 }
@@ -265,4 +268,76 @@ fn estimate(report: &Report) -> Option<String> {
         e.touched,
         e.withheld - e.brought
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use postcopy::trace::{Came, End, Header, Touch, TracedFile, Withheld};
+    use proptest::prelude::*;
+
+    fn header(files: Vec<TracedFile>) -> Header {
+        Header {
+            trace: 1,
+            image: "<i>\u{1b}".to_owned(),
+            chunk_bytes: 65_536,
+            files,
+            started_us: 0,
+            working_set: true,
+            fill: true,
+            record: false,
+        }
+    }
+
+    fn came(at: u64, space: u32, page: u32, pages: u32, cause: Cause) -> Came {
+        Came { at, space, file: 0, page, pages, cause, queue: 0, wire: 0, decompress: 0, install: 0 }
+    }
+
+    fn touch(at: u64, page: u32) -> Touch {
+        Touch { at, space: 0, file: 0, page }
+    }
+
+    fn told(came: Vec<Came>, touches: Vec<Touch>, withheld: &[u32]) -> Told {
+        let header = header(vec![TracedFile { path: "<b>".to_owned(), size_bytes: 16 << 40 }]);
+        let withheld =
+            withheld.iter().map(|page| Withheld { at: 1, space: 0, file: 0, page: *page }).collect();
+        Told::new(Trace { header, touches, came, withheld, end: None })
+    }
+
+    /// A file may be mapped twice, one time after another.
+    #[test]
+    fn a_touch_of_another_mapping_has_waited_for_what_came_after_it() {
+        let events = vec![came(20, 0, 0, 16, Cause::Demand), came(1300, 0, 0, 16, Cause::Demand)];
+        let report = told(events, vec![touch(10, 3), touch(1000, 3)], &[]).report();
+        assert_eq!((report.touches.count, report.touches.unanswered), (2, 0));
+        assert!((report.waited_ms - 310e-6).abs() < 1e-9, "{}", report.waited_ms);
+    }
+
+    proptest! {
+        /// Whoever has written a trace may have written anything that is one.
+        #[test]
+        fn any_trace_is_told_and_drawn(
+            events in prop::collection::vec((any::<[u64; 5]>(), any::<[u32; 3]>(), 0..4_usize), 0..30),
+            touches in prop::collection::vec((any::<u64>(), 0..3_u32, any::<u32>()), 0..30),
+            end: Option<(u64, u64)>,
+        ) {
+            let causes = [Cause::Demand, Cause::ReadAhead, Cause::WorkingSet, Cause::Background];
+            let event = |([at, queue, wire, decompress, install], [space, page, pages], cause): ([u64; 5], [u32; 3], usize)| {
+                let pages = pages.min(u32::MAX - page).max(1);
+                Came { at, space, file: 0, page: page.min(u32::MAX - 1), pages, cause: causes[cause], queue, wire, decompress, install }
+            };
+            let touches = touches.into_iter().map(|(at, space, page)| Touch { at, space, file: 0, page });
+            let mut told = told(events.into_iter().map(event).collect(), touches.collect(), &[0, u32::MAX - 1]);
+            let error = Some("<p>\u{7}".to_owned());
+            told.trace.end = end.map(|(at, lost)| End { at, lost, error });
+            let told = Told::new(told.trace);
+            let report = told.report();
+            let html = page::html(&told, &report);
+            for shown in [text(&report), html.clone()] {
+                prop_assert!(!shown.contains(|c: char| c.is_control() && c != '\n'), "{}", shown);
+                prop_assert!(!shown.contains("NaN") && !shown.contains("inf"), "{}", shown);
+            }
+            prop_assert!(!html.contains("<b>") && !html.contains("<i>") && !html.contains("<p>\\"), "{}", html);
+        }
+    }
 }

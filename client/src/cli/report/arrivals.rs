@@ -1,83 +1,146 @@
-//! Which event has brought which pages.
+//! Which event has brought which pages, and which one a touch has waited for.
 
 use super::Place;
 use postcopy::trace::{Came, Trace};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Runs of pages by their first places: where they end, and which event has brought them first.
+/// Runs of pages by their first places: where they end, and which event has brought them first, by its number.
 #[derive(Debug, Default)]
-pub(super) struct Arrivals(BTreeMap<Place, (u32, Came)>);
+pub(super) struct Arrivals(BTreeMap<Place, (u32, usize)>);
 
 impl Arrivals {
-    pub(super) fn of(trace: &Trace) -> Self {
+    /// Of a trace; and for each touch, in their order, the event that it has waited for: the first one after it that has
+    /// its page, which may come to one process several times, in one mapping after another. Where there is none after it,
+    /// the page was there by the time that it was noted.
+    pub(super) fn of(trace: &Trace) -> (Self, Vec<Option<usize>>) {
         let mut arrivals = Self::default();
-        for came in &trace.came {
-            arrivals.add(came.page..came.page + came.pages, came);
+        let mut events = in_time(&trace.came, |came| came.at);
+        let mut waited_for = vec![None; trace.touches.len()];
+        // From the end: what is noted by then is what comes next.
+        for touch in in_time(&trace.touches, |touch| touch.at).into_iter().rev() {
+            let touched = &trace.touches[touch];
+            while let Some(event) = events.pop_if(|event| trace.came[*event].at >= touched.at) {
+                arrivals.add(&trace.came[event], event);
+            }
+            waited_for[touch] = arrivals.at((touched.space, touched.file, touched.page));
+        }
+        for event in events.into_iter().rev() {
+            arrivals.add(&trace.came[event], event);
+        }
+        for (touched, waited_for) in trace.touches.iter().zip(&mut waited_for) {
+            *waited_for = waited_for.or_else(|| arrivals.at((touched.space, touched.file, touched.page)));
+        }
+        (arrivals, waited_for)
+    }
+
+    /// Of all processes together, as if they were the first one.
+    pub(super) fn in_files(trace: &Trace) -> Self {
+        let mut arrivals = Self::default();
+        for event in in_time(&trace.came, |came| came.at).into_iter().rev() {
+            arrivals.add(&Came { space: 0, ..trace.came[event] }, event);
         }
         arrivals
     }
 
-    /// Notes an event for those of its pages that have not come before.
-    fn add(&mut self, pages: Range<u32>, came: &Came) {
-        let (place, mut next) = (|page| (came.space, came.file, page), pages.start);
-        while next < pages.end {
-            if let Some((end, _)) = self.run_at(place(next)) {
-                next = end;
-                continue;
+    /// Notes an event that is earlier than those that are noted already.
+    fn add(&mut self, came: &Came, event: usize) {
+        let place = |page| (came.space, came.file, page);
+        let Range { start, end } = came.page..came.page + came.pages;
+        let before = self.0.range_mut(place(0)..place(start)).next_back();
+        if let Some((_, (until, of))) = before.filter(|(_, (until, _))| *until > start) {
+            let rest = (*until, *of);
+            *until = start;
+            if rest.0 > end {
+                self.0.insert(place(end), rest);
             }
-            let following = self.0.range(place(next)..place(pages.end)).next();
-            let end = following.map_or(pages.end, |((.., first), _)| *first);
-            self.0.insert(place(next), (end, *came));
-            next = end;
         }
-    }
-
-    fn run_at(&self, (space, file, page): Place) -> Option<(u32, &Came)> {
-        let (_, (end, came)) = self.0.range((space, file, 0)..=(space, file, page)).next_back()?;
-        (page < *end).then_some((*end, came))
+        let inside: Vec<_> = self.0.range(place(start)..place(end)).map(|(first, _)| *first).collect();
+        for first in inside {
+            if let Some(rest) = self.0.remove(&first).filter(|(until, _)| *until > end) {
+                self.0.insert(place(end), rest);
+            }
+        }
+        self.0.insert(place(start), (end, event));
     }
 
     /// What has brought a page.
-    pub(super) fn at(&self, place: Place) -> Option<&Came> {
-        self.run_at(place).map(|(_, came)| came)
+    pub(super) fn at(&self, (space, file, page): Place) -> Option<usize> {
+        let (_, (end, event)) = self.0.range((space, file, 0)..=(space, file, page)).next_back()?;
+        (page < *end).then_some(*event)
     }
 
     /// All runs: their first places, how many pages, and what has brought them.
-    pub(super) fn runs(&self) -> impl Iterator<Item = (Place, u32, &Came)> {
-        self.0.iter().map(|(place, (end, came))| (*place, end - place.2, came))
+    pub(super) fn runs(&self) -> impl Iterator<Item = (Place, u32, usize)> {
+        self.0.iter().map(|(place, (end, event))| (*place, end - place.2, *event))
     }
+}
+
+/// The numbers of events, in the order of their times.
+fn in_time<T>(events: &[T], at: impl Fn(&T) -> u64) -> Vec<usize> {
+    let mut order: Vec<_> = (0..events.len()).collect();
+    order.sort_by_key(|event| at(&events[*event]));
+    order
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use postcopy::trace::Cause;
+    use postcopy::trace::{Cause, Header, Touch};
     use proptest::prelude::*;
-    use std::collections::HashMap;
+
+    fn trace(came: Vec<Came>, touches: Vec<Touch>) -> Trace {
+        let header = Header {
+            trace: 1,
+            image: String::new(),
+            chunk_bytes: 65_536,
+            files: Vec::new(),
+            started_us: 0,
+            working_set: false,
+            fill: false,
+            record: false,
+        };
+        Trace { header, touches, came, withheld: Vec::new(), end: None }
+    }
 
     proptest! {
         #[test]
-        fn each_page_came_with_the_first_event_that_has_it(
-            events in prop::collection::vec((0..2_u32, 0..2_u32, 0..60_u32, 1..20_u32), 0..40),
+        fn a_page_comes_with_the_first_event_that_has_it_and_a_touch_waits_for_the_next_one(
+            events in prop::collection::vec((0..50_u64, 0..2_u32, 0..2_u32, 0..60_u32, 1..20_u32), 0..40),
+            touches in prop::collection::vec((0..50_u64, 0..2_u32, 0..2_u32, 0..80_u32), 0..40),
         ) {
-            let (mut arrivals, mut model) = (Arrivals::default(), HashMap::new());
-            for (at, (space, file, page, pages)) in (0..).zip(&events) {
-                let (space, file, page, pages) = (*space, *file, *page, *pages);
+            let came = |(at, space, file, page, pages)| {
                 let cause = Cause::Demand;
-                let came =
-                    Came { at, space, file, page, pages, cause, queue: 0, wire: 0, decompress: 0, install: 0 };
-                arrivals.add(page..page + pages, &came);
-                for page in page..page + pages {
-                    model.entry((space, file, page)).or_insert(at);
-                }
-            }
+                Came { at, space, file, page, pages, cause, queue: 0, wire: 0, decompress: 0, install: 0 }
+            };
+            let touch = |(at, space, file, page)| Touch { at, space, file, page };
+            let trace = trace(events.into_iter().map(came).collect(), touches.into_iter().map(touch).collect());
+            let (arrivals, waited_for) = Arrivals::of(&trace);
+            let has = |event: &usize, (space, file, page): Place| {
+                let came = &trace.came[*event];
+                (came.space, came.file) == (space, file) && (came.page..came.page + came.pages).contains(&page)
+            };
+            let first = |place, from| {
+                let events = (0..trace.came.len()).filter(|event| trace.came[*event].at >= from && has(event, place));
+                events.min_by_key(|event| trace.came[*event].at)
+            };
             let all = (0..2).flat_map(|space| (0..2).flat_map(move |file| (0..80).map(move |page| (space, file, page))));
+            let mut pages = 0;
             for place in all {
-                prop_assert_eq!(arrivals.at(place).map(|came| came.at), model.get(&place).copied());
+                prop_assert_eq!(arrivals.at(place), first(place, 0));
+                pages += u32::from(first(place, 0).is_some());
             }
-            let pages: u32 = arrivals.runs().map(|(_, pages, _)| pages).sum();
-            prop_assert_eq!(pages as usize, model.len());
+            prop_assert_eq!(arrivals.runs().map(|(_, pages, _)| pages).sum::<u32>(), pages);
+            for (touch, waited_for) in trace.touches.iter().zip(waited_for) {
+                let place = (touch.space, touch.file, touch.page);
+                prop_assert_eq!(waited_for, first(place, touch.at).or_else(|| first(place, 0)));
+            }
+            let in_files = Arrivals::in_files(&trace);
+            for (file, page) in (0..2).flat_map(|file| (0..80).map(move |page| (file, page))) {
+                let at = |event: Option<usize>| event.map(|event| trace.came[event].at);
+                let of = |space| at(first((space, file, page), 0));
+                prop_assert_eq!(at(in_files.at((0, file, page))), of(0).into_iter().chain(of(1)).min());
+            }
         }
     }
 }

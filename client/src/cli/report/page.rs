@@ -1,10 +1,10 @@
 //! The report as one HTML page: no script, nothing from elsewhere.
 
+use super::arrivals::Arrivals;
 use super::waits::Wait;
-use super::{Report, Told, estimate, millis};
-use crate::cli::heat_map::{HeatMap, escaped, printable};
-use crate::cli::output::{bytes, time};
-use postcopy::proto::page::PAGE_BYTES;
+use super::{Report, Told, estimate, memory, millis};
+use crate::cli::heat_map::{HeatMap, escaped, shortened};
+use crate::cli::output::{printable, time};
 use postcopy::proto::v1::PageSpan;
 use postcopy::trace::Cause;
 use std::collections::BTreeSet;
@@ -78,10 +78,6 @@ fn micros(us: f64) -> String {
     time(Duration::from_secs_f64((us / 1e6).clamp(0.0, 1e9)))
 }
 
-fn memory(pages: u64) -> String {
-    bytes(pages * PAGE_BYTES as u64)
-}
-
 fn numbers(report: &Report) -> String {
     let t = &report.touches;
     let mut numbers = vec![
@@ -131,7 +127,7 @@ fn times(told: &Told) -> String {
 }
 
 fn class_of(wait: &Wait) -> &'static str {
-    match wait.came.cause {
+    match wait.cause {
         Cause::Demand => "touched",
         Cause::ReadAhead => "read-ahead",
         Cause::WorkingSet => "working-set",
@@ -142,6 +138,11 @@ fn class_of(wait: &Wait) -> &'static str {
 /// How far up a wait is, of all the height: a decade is as high as another.
 fn up(nanos: u64) -> f64 {
     ((millis(nanos) * 1e3).max(1.0).log10() / DECADES).min(1.0)
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a place in a drawing")]
+fn whole(units: f64) -> u16 {
+    units.round() as u16
 }
 
 fn timeline(told: &Told) -> String {
@@ -160,9 +161,11 @@ fn timeline(told: &Told) -> String {
     // At one place there is one dot, however many have waited.
     let dot = |wait: &Wait| {
         let (x, y) = (across(told, wait.touch.at), HEIGHT - up(wait.took) * (HEIGHT - 10.0));
-        format!("<circle class=\"{}\" cx=\"{:.0}\" cy=\"{:.0}\" r=\"2\"/>\n", class_of(wait), x, y)
+        (class_of(wait), whole(x), whole(y))
     };
-    content.extend(told.waits.iter().map(dot).collect::<BTreeSet<_>>());
+    for (class, x, y) in told.waits.iter().map(dot).collect::<BTreeSet<_>>() {
+        let _ = writeln!(content, "<circle class=\"{class}\" cx=\"{x}\" cy=\"{y}\" r=\"2\"/>");
+    }
     content += &times(told);
     let key =
         |(class, name): (&str, &str)| format!("<span><span class=\"key {class}\"></span>{name}</span>\n");
@@ -223,14 +226,15 @@ fn causes(report: &Report) -> String {
 fn arrivals(told: &Told) -> String {
     const CLASSES: [&str; 4] = ["touched", "read-ahead", "working-set", "background"];
     let mut sums = [[0_u64; STEPS]; 4];
-    for (_, pages, came) in told.came.runs() {
+    for (_, pages, event) in told.came.runs() {
+        let came = &told.trace.came[event];
         let class = match came.cause {
             Cause::Demand => 0,
             Cause::ReadAhead => 1,
             Cause::WorkingSet => 2,
             Cause::Background => 3,
         };
-        let step = u128::from(came.at) * STEPS as u128 / u128::from(told.end.max(1) + 1);
+        let step = u128::from(came.at) * STEPS as u128 / (u128::from(told.end) + 1);
         sums[class][usize::try_from(step).unwrap_or(0).min(STEPS - 1)] += u64::from(pages);
     }
     let all: u64 = sums.iter().flatten().sum();
@@ -259,14 +263,11 @@ fn arrivals(told: &Told) -> String {
 }
 
 fn heat_map(told: &Told) -> String {
-    let mut runs: Vec<_> = told.came.runs().collect();
-    runs.sort_by_key(|(_, _, came)| came.at);
-    let span = |((_, file, first), count, _): &((u32, u32, u32), u32, _)| PageSpan {
-        file: *file,
-        first: *first,
-        count: *count,
-    };
-    let spans: Vec<_> = runs.iter().map(span).collect();
+    let arrivals = Arrivals::in_files(&told.trace);
+    let mut runs: Vec<_> = arrivals.runs().collect();
+    runs.sort_by_key(|(_, _, event)| told.trace.came[*event].at);
+    let spans: Vec<_> =
+        runs.into_iter().map(|((_, file, first), count, _)| PageSpan { file, first, count }).collect();
     let files: Vec<_> =
         told.trace.header.files.iter().map(|file| (file.path.clone(), file.size_bytes)).collect();
     let map = HeatMap::new(&files, &spans, "did not come");
@@ -289,7 +290,7 @@ fn longest(told: &Told) -> String {
             "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td>{parts}</tr>",
             time(wait.touch.at),
             time(wait.took),
-            escaped(&printable(path)),
+            escaped(&shortened(&printable(path))),
             wait.touch.page
         );
     }

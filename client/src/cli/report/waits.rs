@@ -1,7 +1,6 @@
 //! Who waited how long, and for what.
 
-use super::arrivals::Arrivals;
-use postcopy::trace::{Came, Touch, Trace};
+use postcopy::trace::{Came, Cause, Touch, Trace};
 use serde::Serialize;
 
 /// Where a wait went: in nanoseconds, or in what they are made to.
@@ -59,28 +58,20 @@ impl Waiting<u64> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wait {
     pub(super) touch: Touch,
-    /// What has answered it.
-    pub(super) came: Came,
+    /// Why its page came.
+    pub(super) cause: Cause,
     /// Nanoseconds.
     pub(super) took: u64,
     pub(super) waiting: Waiting<u64>,
 }
 
-/// The touches that were answered, as far as the trace shows, in their order.
-pub(super) fn waits(trace: &Trace, came: &Arrivals) -> Vec<Wait> {
-    let answered = |touch: &Touch| {
-        // Shared memory comes through any of its mappings.
-        let spaces = std::iter::once(touch.space).chain(0..=touch.space.min(MAX_SPACES));
-        let mut came = spaces.filter_map(|space| came.at((space, touch.file, touch.page)));
-        Some(wait(*touch, *came.next()?))
-    };
-    trace.touches.iter().filter_map(answered).collect()
+/// The touches that were answered, as far as the trace shows, in their order; `waited_for` is by which events.
+pub(super) fn waits(trace: &Trace, waited_for: &[Option<usize>]) -> Vec<Wait> {
+    let answered = trace.touches.iter().zip(waited_for);
+    answered.filter_map(|(touch, came)| Some(wait(*touch, &trace.came[(*came)?]))).collect()
 }
 
-/// Further ones are not looked at for what came through another mapping.
-const MAX_SPACES: u32 = 64;
-
-fn wait(touch: Touch, came: Came) -> Wait {
+fn wait(touch: Touch, came: &Came) -> Wait {
     let took = came.at.saturating_sub(touch.at);
     let mut end = came.at;
     let mut stage = |time: u64| {
@@ -92,13 +83,12 @@ fn wait(touch: Touch, came: Came) -> Wait {
     let (install, decompress) = (stage(came.install), stage(came.decompress));
     let (wire, queue) = (stage(came.wire), stage(came.queue));
     let known = Waiting { queue, wire, decompress, install, other: 0 };
-    Wait { touch, came, took, waiting: Waiting { other: took - known.sum(), ..known } }
+    Wait { touch, cause: came.cause, took, waiting: Waiting { other: took - known.sum(), ..known } }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use postcopy::trace::Cause;
     use proptest::prelude::*;
 
     fn came(at: u64, [queue, wire, decompress, install]: [u64; 4]) -> Came {
@@ -110,21 +100,21 @@ mod tests {
 
     #[test]
     fn a_wait_is_made_of_what_came_before_its_end() {
-        let whole = wait(TOUCH, came(200, [10, 70, 15, 5]));
+        let whole = wait(TOUCH, &came(200, [10, 70, 15, 5]));
         assert_eq!(whole.waiting, Waiting { queue: 10, wire: 70, decompress: 15, install: 5, other: 0 });
         // It was on its way already.
-        let late = wait(TOUCH, came(130, [10, 70, 15, 5]));
+        let late = wait(TOUCH, &came(130, [10, 70, 15, 5]));
         assert_eq!(late.waiting, Waiting { queue: 0, wire: 10, decompress: 15, install: 5, other: 0 });
-        let other = wait(TOUCH, came(300, [10, 70, 15, 5]));
+        let other = wait(TOUCH, &came(300, [10, 70, 15, 5]));
         assert_eq!((other.took, other.waiting.other), (200, 100));
         // It was there before that was read.
-        assert_eq!(wait(TOUCH, came(90, [1, 1, 1, 1])).took, 0);
+        assert_eq!(wait(TOUCH, &came(90, [1, 1, 1, 1])).took, 0);
     }
 
     proptest! {
         #[test]
         fn all_of_a_wait_is_in_its_parts(at: u64, times: [u64; 4]) {
-            let wait = wait(TOUCH, came(at, times));
+            let wait = wait(TOUCH, &came(at, times));
             prop_assert_eq!(wait.waiting.sum(), wait.took);
         }
     }
