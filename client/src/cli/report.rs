@@ -10,7 +10,7 @@ use arrivals::Arrivals;
 use postcopy::proto::page::PAGE_BYTES;
 use postcopy::trace::{Cause, Trace};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
@@ -65,11 +65,14 @@ struct Estimate {
     withheld: u64,
     /// Of these: touched.
     touched: u64,
-    /// Of these: brought by something else before they were.
+    /// Of these: brought by something else before they were, so that nobody knows.
     brought: u64,
-    /// Of the working set's pages: the share that was touched, 0 to 1; none where nothing was withheld.
+    /// Of the working set's pages: the share that was touched, 0 to 1, at least; none where nothing was withheld.
     #[serde(skip_serializing_if = "Option::is_none")]
     touched_share: Option<f64>,
+    /// The same, at most: if all that were brought by something else would have been.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    touched_share_at_most: Option<f64>,
 }
 
 /// Of those who touched absent pages.
@@ -139,21 +142,24 @@ impl Told {
     }
 
     fn estimate(&self) -> Estimate {
+        // Of what is mapped twice each mapping's page is withheld.
+        let places =
+            self.trace.withheld.iter().map(|withheld| (withheld.space, withheld.file, withheld.page));
+        let places: BTreeSet<Place> = places.collect();
         let (mut touched, mut brought) = (0, 0);
-        for withheld in &self.trace.withheld {
-            let place = (withheld.space, withheld.file, withheld.page);
-            let came = self.came.at(place).map(|event| self.trace.came[event].at);
-            match (self.touched.get(&place), came) {
+        for place in &places {
+            let came = self.came.at(*place).map(|event| self.trace.came[event].at);
+            match (self.touched.get(place), came) {
                 (Some(at), came) if came.is_none_or(|came| *at <= came) => touched += 1,
                 (_, Some(_)) => brought += 1,
                 _ => {}
             }
         }
-        let withheld = self.trace.withheld.len() as u64;
-        let seen = withheld - brought;
+        let withheld = places.len() as u64;
         #[expect(clippy::cast_precision_loss, reason = "a share")]
-        let touched_share = (seen > 0).then(|| touched as f64 / seen as f64);
-        Estimate { withheld, touched, brought, touched_share }
+        let share = |pages: u64| (withheld > 0).then(|| pages as f64 / withheld as f64);
+        let (touched_share, touched_share_at_most) = (share(touched), share(touched + brought));
+        Estimate { withheld, touched, brought, touched_share, touched_share_at_most }
     }
 
     fn report(&self) -> Report {
@@ -261,13 +267,18 @@ fn text(report: &Report) -> String {
 /// What is said of the working set's use.
 fn estimate(report: &Report) -> Option<String> {
     let e = &report.estimate;
-    let share = e.touched_share?;
-    Some(format!(
-        "an estimate: {:.0} % of what it brought was touched ({} of {} pages that were withheld at random)",
-        share * 100.0,
-        e.touched,
-        e.withheld - e.brought
-    ))
+    let (least, most) = (e.touched_share? * 100.0, e.touched_share_at_most? * 100.0);
+    Some(match e.brought {
+        0 => format!(
+            "an estimate: {least:.0} % of what it brought was touched ({} of {} pages that were withheld at random)",
+            e.touched, e.withheld
+        ),
+        brought => format!(
+            "an estimate: {least:.0} to {most:.0} % of what it brought was touched (of {} pages that were withheld at \
+             random {} were, and {brought} came otherwise before that)",
+            e.withheld, e.touched
+        ),
+    })
 }
 
 #[cfg(test)]
@@ -302,6 +313,28 @@ mod tests {
         let withheld =
             withheld.iter().map(|page| Withheld { at: 1, space: 0, file: 0, page: *page }).collect();
         Told::new(Trace { header, touches, came, withheld, end: None })
+    }
+
+    /// What has come in the background has not been touched until then, and nobody knows whether it would have been.
+    #[test]
+    fn of_what_came_otherwise_it_is_not_known_whether_it_is_touched() {
+        let background = came(100, 0, 0, 50, Cause::Background);
+        let told =
+            told(vec![came(60, 0, 7, 1, Cause::Demand), background], vec![touch(50, 7)], &[7, 8, 9, 9, 60]);
+        let (report, estimate) = (told.report(), told.estimate());
+        assert_eq!((estimate.withheld, estimate.touched, estimate.brought), (4, 1, 2));
+        assert_eq!((estimate.touched_share, estimate.touched_share_at_most), (Some(0.25), Some(0.75)));
+        assert!(
+            text(&report).contains("25 to 75 % of what it brought was touched (of 4 pages"),
+            "{}",
+            text(&report)
+        );
+        let of_one = super::tests::told(Vec::new(), vec![touch(50, 7)], &[7, 8]).report();
+        assert!(
+            text(&of_one).contains(" 50 % of what it brought was touched (1 of 2 pages"),
+            "{}",
+            text(&of_one)
+        );
     }
 
     /// A file may be mapped twice, one time after another.
