@@ -368,3 +368,48 @@ fn huge_pages_are_recorded_and_come_whole() {
         assert_eq!(listed(&source)["pages"], 1024);
     });
 }
+
+/// A chunk's pages may lie in memory of both kinds.
+#[test]
+fn huge_pages_beside_others_of_the_same_chunk_are_recorded() {
+    let name = "working_set::huge_pages_beside_others_of_the_same_chunk_are_recorded";
+    if !is_root() {
+        return skip(name, "the pool of huge pages is root's");
+    }
+    let pool = HugePool::with_free(2);
+    within(WATCHDOG, move || {
+        let _pool = pool;
+        // The huge page begins and ends within chunks.
+        const SMALL: usize = 7;
+        let source = Source::start(memory_like((SMALL + 512 + 20) * PAGE, 34), CHUNK);
+        let offset = |page: usize| (page * PAGE) as u64;
+        for order in [[(0, 3), (1, 100), (2, 4)], [(2, 4), (1, 500), (0, 0)], [(1, 5), (0, 6), (2, 0)]] {
+            let kinds = [&*format!("private:{SMALL}"), "huge:512", "private:20"];
+            let mut faulter = Faulter::start(ALL_EVENTS, &kinds);
+            let regions = [
+                faulter.region(0, "mem", 0),
+                faulter.huge_region(1, "mem", offset(SMALL), Sharing::Private),
+                faulter.region(2, "mem", offset(SMALL + 512)),
+            ];
+            let pid = Some(faulter.main.pid);
+            let memory = ForeignMemory {
+                uffd: faulter.uffd(),
+                regions: &regions,
+                state: None,
+                pid,
+                is_registered: true,
+            };
+            let reference = "app".parse().unwrap();
+            let session = Session::attach(source.server.address(), &reference, RECORDING, &memory).unwrap();
+            faulter.let_go();
+            for (region, page) in order {
+                let of_file = [0, SMALL, SMALL + 512][region] + page;
+                faulter.assert_reads(region, page, &source.bytes[of_file * PAGE..][..PAGE]);
+            }
+            faulter.assert_reads(0, 0, &source.bytes[..SMALL * PAGE]);
+            faulter.assert_reads(1, 0, &source.bytes[SMALL * PAGE..][..512 * PAGE]);
+            faulter.assert_reads(2, 0, &source.bytes[(SMALL + 512) * PAGE..]);
+            assert_eq!(session.error(), None);
+        }
+    });
+}

@@ -64,17 +64,9 @@ impl Pager {
             return self.refuse(chunk, &reason);
         }
         let stages = Stages { decompress: came.elapsed(), ..self.requests.stages(chunk) };
-        if self.installs_one(waiting, chunk) {
+        if self.is_recorded(chunk) {
             let (region, page) = (Arc::clone(waiting), *page);
-            let installed = self.install_one(&region, chunk, &self.pages, page, stages);
-            // Those who wait for others of its pages touch them again.
-            for other in shared.spaces().of_chunk(chunk) {
-                other.wake_chunk(chunk);
-            }
-            self.requests.chunk_done(chunk);
-            self.kept.keep(chunk, &frame);
-            self.kept.swap(chunk, &mut self.pages);
-            return self.one_installed(&region, chunk, page, installed);
+            return self.install_recorded(chunk, &frame, &region, page, stages);
         }
         self.whole.remove(&chunk);
         let is_ahead = self.requests.is_ahead(chunk);
@@ -95,6 +87,36 @@ impl Pager {
             Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
         self.shared().pages_changed();
+    }
+
+    /// In record mode: installs the touched page of the chunk that was decoded last, and keeps the others at hand. Huge pages
+    /// come whole, and are recorded so.
+    fn install_recorded(
+        &mut self,
+        chunk: ChunkIndex,
+        frame: &[u8],
+        waiting: &Arc<RegionState>,
+        page: usize,
+        stages: Stages,
+    ) {
+        let installed = match waiting.gathering() {
+            Some(_) => Installed::All,
+            None => self.install_one(waiting, chunk, &self.pages, page, stages),
+        };
+        for other in self.shared().spaces().of_chunk(chunk) {
+            // Those who wait for others of its pages touch them again.
+            if other.gathering().is_none()
+                || self.install_in(other, chunk, None, Cause::Demand, stages) != Installed::All
+            {
+                other.wake_chunk(chunk);
+            }
+        }
+        self.requests.chunk_done(chunk);
+        if self.lacks_pages(chunk) {
+            self.kept.keep(chunk, frame);
+            self.kept.swap(chunk, &mut self.pages);
+        }
+        self.one_installed(waiting, chunk, page, installed);
     }
 
     /// Installs the pages of the chunk that was decoded last, the touched one first.
@@ -118,7 +140,7 @@ impl Pager {
         self.shared().traced(region, &pages, cause, stages, install)
     }
 
-    /// Installs the one page of a chunk that was touched.
+    /// Installs the one page of a chunk that was touched; of huge pages all that it has.
     pub(super) fn install_one(
         &self,
         region: &RegionState,
@@ -127,13 +149,18 @@ impl Pager {
         page: usize,
         stages: Stages,
     ) -> Installed {
+        if region.gathering().is_some() {
+            let pages = region.pages_of(chunk).expect("a page of the chunk");
+            let install = || install::install(None, region, chunk, content, None);
+            return self.shared().traced(region, &pages, Cause::Demand, stages, install);
+        }
         let install = || install::install_page(region, chunk, content, page);
         self.shared().traced(region, &(page..page + 1), Cause::Demand, stages, install)
     }
 
-    /// Whether the touched page alone is installed: what is touched is recorded, at the grain of the kernel's pages.
-    pub(super) fn installs_one(&self, region: &RegionState, chunk: ChunkIndex) -> bool {
-        self.shared().recorder.is_some() && region.gathering().is_none() && !self.whole.contains(&chunk)
+    /// Whether what is touched of a chunk is recorded, at the grain of the kernel's pages, and comes alone.
+    pub(super) fn is_recorded(&self, chunk: ChunkIndex) -> bool {
+        self.shared().recorder.is_some() && !self.whole.contains(&chunk)
     }
 
     /// One page of a chunk that is kept was to be installed.
@@ -149,21 +176,24 @@ impl Pager {
             Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
             Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
-        let spaces = self.shared().spaces();
-        let is_absent = |region: &Arc<RegionState>| {
-            let pages = region.pages_of(chunk).expect("a region of the chunk");
-            region.next_run(pages, &[PageState::Absent]).is_some()
-        };
-        if !spaces.of_chunk(chunk).any(is_absent) {
+        if !self.lacks_pages(chunk) {
             self.kept.forget(chunk);
         }
         self.shared().pages_changed();
     }
 
+    /// Whether touches of a chunk's pages are waited for. Huge pages have taken all of it.
+    fn lacks_pages(&self, chunk: ChunkIndex) -> bool {
+        self.shared().spaces().of_chunk(chunk).filter(|region| region.gathering().is_none()).any(|region| {
+            let pages = region.pages_of(chunk).expect("a region of the chunk");
+            region.next_run(pages, &[PageState::Absent]).is_some()
+        })
+    }
+
     pub(super) fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
         let shared = &self.way_out.shared;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
-        if self.installs_one(region, chunk) {
+        if self.is_recorded(chunk) {
             let installed = self.install_one(region, chunk, &self.pages, page, Stages::default());
             return self.one_installed(region, chunk, page, installed);
         }
