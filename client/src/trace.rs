@@ -76,7 +76,7 @@ pub enum Cause {
 pub struct Touch {
     /// When that was read from the userfaultfd: nanoseconds since the trace began.
     pub at: u64,
-    /// Whose memory: 0 is the process that the session began with, others were forked.
+    /// Whose memory: 0 is the process that the session began with, others were forked. 0 for memory that they share.
     pub space: u32,
     /// Of which file.
     pub file: u32,

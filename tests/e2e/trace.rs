@@ -2,12 +2,14 @@
 
 use crate::map::random_pages;
 use crate::session::Source;
-use postcopy::trace::{Cause, Trace};
-use postcopy::{Options, Region, Session};
+use postcopy::trace::{Cause, Trace, TraceWriter};
+use postcopy::{ForeignMemory, ForeignRegion, Options, Region, Session, Sharing};
 use postcopy_tests::chaos::within;
 use postcopy_tests::cli::{fail, run};
+use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::wait_until;
+use postcopy_tests::pool::HugePool;
+use postcopy_tests::{is_root, skip, wait_until};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -15,7 +17,7 @@ use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
@@ -226,7 +228,7 @@ fn what_cannot_be_written_harms_nobody() {
         let source = Source::start(vec![0; MANY * PAGE], CHUNK);
         let (go_on, blocked) = std::sync::mpsc::sync_channel(1);
         let session = source.open(traced(Options { record: true, ..Options::default() }));
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = NamedTempFile::new().unwrap();
         let writer = session.write_trace(Blocked(blocked, file.reopen().unwrap())).unwrap();
         let again = session.write_trace(io::sink()).unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::Unsupported);
@@ -280,5 +282,86 @@ fn what_is_no_trace_is_named() {
         std::fs::write(&path, format!("{first}\n{rest}{rest}")).unwrap();
         let lines = rest.lines().count() + 2;
         assert!(told(&path).contains(&format!("no-trace: line {lines}: it comes after the end")));
+    });
+}
+
+/// Has a process's memory filled from the image, and traced.
+fn attach(
+    source: &Source,
+    faulter: &mut Faulter,
+    regions: &[ForeignRegion],
+    options: Options,
+) -> (Session, TraceWriter, NamedTempFile) {
+    let file = NamedTempFile::new().unwrap();
+    let pid = Some(faulter.main.pid);
+    let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid, is_registered: true };
+    let session =
+        Session::attach(source.server.address(), &"app".parse().unwrap(), traced(options), &memory).unwrap();
+    faulter.let_go();
+    let writer = session.write_trace(file.reopen().unwrap()).unwrap();
+    (session, writer, file)
+}
+
+#[test]
+fn memory_that_processes_share_is_told_of_as_one() {
+    within(WATCHDOG, || {
+        let source = start();
+        for record in [false, true] {
+            let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("shared:{PAGES}")]);
+            let regions = [faulter.shared_region(0, "mem", 0, 1)];
+            let options = Options { record, ..Options::default() };
+            let (session, writer, file) = attach(&source, &mut faulter, &regions, options);
+            let mut child = faulter.fork();
+            let at = |page| faulter.at(0, page);
+            child.assert_reads(at(3), &source.bytes[3 * PAGE..4 * PAGE]);
+            child.assert_reads(at(100), &source.bytes[100 * PAGE..101 * PAGE]);
+            let (main, page) = (at(3), at(200));
+            faulter.main.assert_reads(main, &source.bytes[3 * PAGE..4 * PAGE]);
+            faulter.main.assert_reads(page, &source.bytes[200 * PAGE..201 * PAGE]);
+            faulter.kill();
+            assert!(session.close(MINUTE));
+            writer.finish().unwrap();
+            let report = report(&source, file.path());
+            assert_eq!(
+                (&report["touches"]["count"], &report["touches"]["unanswered"]),
+                (&3.into(), &0.into())
+            );
+            let neighbours = if record { 0 } else { 3 * 15 };
+            assert_eq!(
+                (&report["pages"]["touched"], &report["pages"]["neighbours"]),
+                (&3.into(), &neighbours.into()),
+                "{report}"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_huge_page_for_which_there_was_none_free_is_told_of_when_it_comes() {
+    if !is_root() {
+        return skip(
+            "trace::a_huge_page_for_which_there_was_none_free_is_told_of_when_it_comes",
+            "the pool of huge pages is root's",
+        );
+    }
+    let pool = HugePool::with_free(2);
+    within(WATCHDOG, move || {
+        let source = start();
+        let mut faulter = Faulter::start(ALL_EVENTS, &["huge:1024"]);
+        let regions = [faulter.huge_region(0, "mem", 0, Sharing::Private)];
+        let (session, writer, file) = attach(&source, &mut faulter, &regions, Options::default());
+        faulter.assert_reads(0, 9, &source.bytes[9 * PAGE..10 * PAGE]);
+        pool.set_free(0);
+        let page = faulter.at(0, 600);
+        faulter.main.tell(&format!("read {page} 1"));
+        let before = session.progress().faults;
+        wait_until("it has touched it again and again", || session.progress().faults > before + 5);
+        pool.set_free(1);
+        faulter.main.assert_answers(page, &source.bytes[600 * PAGE..601 * PAGE]);
+        faulter.kill();
+        assert!(session.close(MINUTE));
+        writer.finish().unwrap();
+        assert_eq!(came(&read(file.path())).len(), 1024);
+        assert_eq!(report(&source, file.path())["touches"]["unanswered"], 0);
     });
 }

@@ -67,8 +67,8 @@ impl Notes {
 
     /// A page is touched, and is absent.
     pub(crate) fn touched(&self, image: &Image, region: &RegionState, page: usize) {
-        let (file, page) = place(image, region, page);
-        self.note(Event::Touch(Touch { at: self.now(), space: region.space.id, file, page }));
+        let (space, file, page) = place(image, region, page);
+        self.note(Event::Touch(Touch { at: self.now(), space, file, page }));
     }
 
     /// The parts of `pages` that are not withheld, of pages that the working set has brought; notes those that are.
@@ -80,14 +80,13 @@ impl Notes {
     ) -> Vec<Range<usize>> {
         let (mut parts, mut start) = (Vec::new(), pages.start);
         for page in pages.clone() {
-            let (file, file_page) = place(image, region, page);
+            let (space, file, file_page) = place(image, region, page);
             let mut random =
                 fastrand::Rng::with_seed(self.seed ^ u64::from(file) << 32 ^ u64::from(file_page));
             if random.u64(..WITHHELD_ONE_OF) != 0 || region.state(page) != PageState::Absent {
                 continue;
             }
-            let (at, space) = (self.now(), region.space.id);
-            self.note(Event::Withheld(Withheld { at, space, file, page: file_page }));
+            self.note(Event::Withheld(Withheld { at: self.now(), space, file, page: file_page }));
             parts.push(start..page);
             start = page + 1;
         }
@@ -114,10 +113,10 @@ impl Notes {
         let took = started.elapsed();
         let at = self.now();
         for run in were_absent.into_iter().flat_map(|run| runs(region, run, &[PageState::Resident])) {
-            let (file, page) = place(image, region, run.start);
+            let (space, file, page) = place(image, region, run.start);
             self.note(Event::Came(Came {
                 at,
-                space: region.space.id,
+                space,
                 file,
                 page,
                 pages: short(run.len()),
@@ -147,9 +146,11 @@ fn runs(region: &RegionState, pages: Range<usize>, states: &[PageState]) -> Vec<
     found
 }
 
-/// Which file of the image, and which page of it, a region's page is.
-fn place(image: &Image, region: &RegionState, page: usize) -> (u32, u32) {
-    (short(image.place_of(&region.file)), short(region.file_pages(page..page + 1).start))
+/// Whose a region's page is, of which file of the image, and which page of it. Memory that processes share is one, whoever
+/// touches it: the first one's.
+fn place(image: &Image, region: &RegionState, page: usize) -> (u32, u32, u32) {
+    let space = if region.is_shared() { 0 } else { region.space.id };
+    (space, short(image.place_of(&region.file)), short(region.file_pages(page..page + 1).start))
 }
 
 fn short(n: usize) -> u32 {
