@@ -103,7 +103,7 @@ enum Command {
     /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
     #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]
     Bench(bench::BenchArgs),
-    /// Draw what a session did, and who waited for what (--trace of bench, firecracker and criu)
+    /// Tell what a session did, and who waited for what (--trace of bench, firecracker and criu); -o draws it
     #[command(
         after_help = "Example:\n  postcopy bench model:v1 model.bin --trace model.jsonl\n  postcopy report model.jsonl -o model.html"
     )]

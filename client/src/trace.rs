@@ -1,6 +1,6 @@
 //! What a session did, and when: who waited for what, and what came why.
 //!
-//! A session with [`Options::trace`](crate::Options) notes events in a bounded queue, which costs it no wait and no allocation;
+//! A session with [`Options::trace`](crate::Options) notes events in a bounded queue, for which it does not wait;
 //! [`Session::write_trace`](crate::Session::write_trace) starts the thread that writes them, as lines of JSON.
 //! [`Trace::read`] reads them again. docs/FORMATS.md describes them.
 //!
@@ -20,7 +20,7 @@ use std::io::{self, BufRead};
 const VERSION: u32 = 1;
 /// Longer ones are no trace's: a line with all paths of an image is the longest.
 const MAX_LINE_BYTES: u64 = 64 << 20;
-/// More are not read: 10 GiB of memory that is touched page by page is a quarter of it.
+/// More are not read: 10 GiB of memory that is touched page by page is half of it.
 const MAX_EVENTS: usize = 10 << 20;
 /// Files have at most 16 TiB.
 const MAX_FILE_PAGES: u64 = u32::MAX as u64;
@@ -84,7 +84,7 @@ pub struct Touch {
     pub page: u32,
 }
 
-/// Pages were installed that were absent. The times are nanoseconds; 0 where there was no such thing.
+/// Pages were installed that were absent. The times are nanoseconds; 0 where there was no such thing, or it is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Came {
     /// When they were there: nanoseconds since the trace began.
@@ -101,7 +101,7 @@ pub struct Came {
     pub cause: Cause,
     /// How long the request waited to be sent, or what came waited for a thread.
     pub queue: u64,
-    /// From sending the request to its answer.
+    /// From sending the request to its answer. Not known of the working set, which is sent in one stream.
     pub wire: u64,
     /// Decompressing it, and comparing it with its digest.
     pub decompress: u64,
@@ -186,7 +186,7 @@ impl Trace {
     /// [`TraceError`], which names the line.
     ///
     /// # Blocking
-    /// Reads all of it; holds some 40 bytes for each event, of at most ten million.
+    /// Reads all of it; holds at most 64 bytes for each event, of at most ten million.
     pub fn read(mut lines: impl BufRead) -> Result<Self, TraceError> {
         let mut number = 0;
         let mut next = || -> Result<Option<(usize, Vec<u8>)>, TraceError> {

@@ -27,7 +27,7 @@ pub(crate) struct Stages {
     pub(crate) decompress: Duration,
 }
 
-/// A session's events. Whoever notes one neither waits nor allocates.
+/// A session's events. Whoever notes one does not wait.
 #[derive(Debug)]
 pub(crate) struct Notes {
     started: Instant,

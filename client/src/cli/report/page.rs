@@ -54,7 +54,7 @@ pub(super) fn html(told: &Told, report: &Report) -> String {
     body += &section("Where waiting went", "All touches together.", &waiting(report));
     body += &section(
         "What came, and why",
-        "Memory that was there, over time.",
+        "Memory that was there, over time: what was touched with its neighbours, and what came otherwise.",
         &(arrivals(told) + &causes(report)),
     );
     body += &section(
@@ -205,7 +205,8 @@ fn waiting(report: &Report) -> String {
     let parts = report.waiting.named().map(|(name, ms)| (name, ms, micros(ms * 1e3)));
     shares("Where waiting went", parts)
         + "<p class=\"small\">queue: until the request was sent, or a thread was free to install; wire: until the answer came; \
-           other: behind other pages of the same chunk, or put off by the kernel. How long the kernel takes to wake whoever \
+           other: for the part of the manifest that names \
+           its chunk, behind other pages that came with it, in the stream of the working set, or put off by the kernel. How long the kernel takes to wake whoever \
            touched the page, and the thread that reads the touch, is not in it.</p>\n"
 }
 

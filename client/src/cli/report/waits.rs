@@ -11,7 +11,8 @@ pub(super) struct Waiting<T> {
     pub(super) wire: T,
     pub(super) decompress: T,
     pub(super) install: T,
-    /// What is left: the page was on its way in a chunk that others were installed from first, or the kernel put it off.
+    /// What is left: the part of the manifest that names its chunk was still to come, the page was on its way behind others
+    /// or in the working set's stream, or the kernel put it off.
     pub(super) other: T,
 }
 
