@@ -5,7 +5,7 @@
 //! [`Trace::read`] reads them again. docs/FORMATS.md describes them.
 //!
 //! A touch of a page that is there cannot be seen. So a traced session withholds one page in 50 of the working set, chosen at
-//! random: which of these are touched is an estimate for the others.
+//! random: which of these are touched is an estimate for the others. Of huge pages none is withheld.
 
 mod noted;
 
