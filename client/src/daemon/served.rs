@@ -244,7 +244,8 @@ impl Served {
 fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<TraceWriter> {
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let path = setup.traces.as_ref()?.join(format!("{name}-{}.jsonl", since_1970.as_millis()));
-    let written = File::create_new(&path).and_then(|file| session.write_trace(file));
+    let write = |file| session.write_trace(file).inspect_err(|_| drop(std::fs::remove_file(&path)));
+    let written = File::create_new(&path).and_then(write);
     written.inspect_err(|error| tracing::error!("no trace: {}: {error}", path.display())).ok()
 }
 
