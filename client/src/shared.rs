@@ -4,7 +4,6 @@ use crate::advice::Callers;
 use crate::bits::Underway;
 use crate::gate::Gate;
 use crate::image::Image;
-use crate::install::Installed;
 use crate::pace::Pace;
 use crate::page_state::PageState;
 use crate::recorder::Recorder;
@@ -13,7 +12,7 @@ use crate::remote::ServerAddress;
 use crate::session::{LossError, LossPolicy, Options, Progress};
 use crate::space::Spaces;
 use crate::state::{State, StateError};
-use crate::trace::{Cause, Notes, Stages};
+use crate::trace::Notes;
 use crate::uffd::memory::Memory;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -154,21 +153,6 @@ impl Shared {
             is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
             has_ended: Notify::new(),
-        }
-    }
-
-    /// Has pages installed, and notes it, where there is a trace.
-    pub(crate) fn traced(
-        &self,
-        region: &RegionState,
-        pages: &Range<usize>,
-        cause: Cause,
-        stages: Stages,
-        install: impl FnOnce() -> Installed,
-    ) -> Installed {
-        match &self.trace {
-            Some(trace) => trace.installing(&self.image, region, pages, cause, stages, install),
-            None => install(),
         }
     }
 

@@ -10,7 +10,7 @@
 mod noted;
 
 pub use noted::TraceWriter;
-pub(crate) use noted::{Notes, Stages, start};
+pub(crate) use noted::{Notes, Stages, installing, start};
 
 use postcopy_proto::page::PAGE_BYTES;
 use serde::{Deserialize, Serialize};

@@ -2,14 +2,16 @@
 
 use crate::map::{push, random_pages};
 use postcopy::{LossPolicy, Options, ServerAddress, Session};
-use postcopy_tests::chaos::within;
+use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::proxy::{Break, Direction, How, Proxy};
 use postcopy_tests::server::Server;
 use postcopy_tests::wait_until;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tokio::sync::Semaphore;
 
 const PAGE: usize = 4096;
 const WATCHDOG: Duration = Duration::from_secs(120);
@@ -347,5 +349,24 @@ fn connections_that_all_end_at_once_are_made_again() {
         }
         session.wait_resident(Duration::from_secs(60)).unwrap();
         assert!(*region == source.bytes[..], "a wrong byte");
+    });
+}
+
+/// A session that is opened, and a touch, do not wait until the server says that it takes the demand lane's requests.
+#[test]
+fn nobody_waits_for_the_demand_lane_s_first_word() {
+    within(WATCHDOG, || {
+        let source = Source::start(noise(8 * PAGE, 51));
+        let permits = Arc::new(Semaphore::new(0));
+        let chaos = Chaos::start(source.server.address(), Lies::default().taken(Arc::clone(&permits)));
+        let session = open(chaos.address(), Options::default()).unwrap();
+        let region = session.map("mem").unwrap();
+        std::thread::scope(|scope| {
+            let toucher = scope.spawn(|| region[5 * PAGE..6 * PAGE] == source.bytes[5 * PAGE..6 * PAGE]);
+            wait_until("it is asked for", || chaos.asked().demand().contains_key(&5));
+            assert!(!toucher.is_finished());
+            permits.add_permits(1);
+            assert!(toucher.join().unwrap(), "wrong bytes");
+        });
     });
 }

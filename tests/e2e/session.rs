@@ -2,8 +2,9 @@
 
 use crate::map::{push, random_pages};
 use postcopy::proto::v1::ChunkAnswer;
-use postcopy::{LossPolicy, Options, Region, Session};
+use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Region, Session};
 use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::faulter::Faulter;
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::proxy::{Break, How, Proxy};
 use postcopy_tests::server::Server;
@@ -57,6 +58,21 @@ impl Source {
 
     pub(crate) fn open(&self, options: Options) -> Session {
         Session::open(self.server.address(), &"app".parse().unwrap(), options).unwrap()
+    }
+
+    /// The same for memory of another process, which has nobody else then.
+    pub(crate) fn attach_regions(
+        &self,
+        faulter: &mut Faulter,
+        regions: &[ForeignRegion],
+        options: Options,
+    ) -> Session {
+        let (uffd, pid) = (faulter.uffd(), Some(faulter.main.pid));
+        let memory = ForeignMemory { uffd, regions, state: None, pid, is_registered: true };
+        let reference = "app".parse().unwrap();
+        let session = Session::attach(self.server.address(), &reference, options, &memory).unwrap();
+        faulter.let_go();
+        session
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::map::random_pages;
 use crate::session::Source;
 use postcopy::trace::{Cause, Trace, TraceWriter};
-use postcopy::{ForeignMemory, ForeignRegion, Options, Region, Session, Sharing};
+use postcopy::{ForeignRegion, Options, Region, Session, Sharing};
 use postcopy_tests::chaos::within;
 use postcopy_tests::cli::{fail, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
@@ -41,14 +41,14 @@ fn touch(region: &Region, source: &Source, page: usize) {
 fn trace<T>(
     source: &Source,
     options: Options,
-    work: impl FnOnce(&Session, &Region) -> T,
+    work: impl FnOnce(&Session, &Region, &Path) -> T,
 ) -> (T, PathBuf, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("trace.jsonl");
     let session = source.open(traced(options));
     let writer = session.write_trace(File::create(&path).unwrap()).unwrap();
     let region = session.map("mem").unwrap();
-    let given = work(&session, &region);
+    let given = work(&session, &region, &path);
     drop(region);
     assert!(session.close(MINUTE));
     session.wait_recorded(MINUTE).unwrap();
@@ -83,7 +83,7 @@ fn each_touch_and_each_page_is_told_of_once() {
         // Not of chunks that follow one another: nothing is read ahead.
         touched.retain(|page| page / 16 % 2 == 0);
         touched.truncate(PAGES / 8);
-        let ((progress, image), path, _folder) = trace(&source, Options::default(), |session, region| {
+        let ((progress, image), path, _folder) = trace(&source, Options::default(), |session, region, _| {
             std::thread::scope(|scope| {
                 for pages in touched.chunks(touched.len() / 3 + 1) {
                     let source = &source;
@@ -125,7 +125,8 @@ fn each_touch_and_each_page_is_told_of_once() {
 fn what_comes_without_a_touch_is_told_apart() {
     within(WATCHDOG, || {
         let source = start();
-        let scan = |_: &Session, region: &Region| (0..PAGES).for_each(|page| touch(region, &source, page));
+        let scan =
+            |_: &Session, region: &Region, _: &Path| (0..PAGES).for_each(|page| touch(region, &source, page));
         let ((), path, _folder) = trace(&source, Options::default(), scan);
         let report_of_scan = report(&source, &path);
         assert!(
@@ -134,7 +135,7 @@ fn what_comes_without_a_touch_is_told_apart() {
         );
         assert_eq!(came(&read(&path)).len(), PAGES);
 
-        let fill = |session: &Session, _: &Region| session.wait_resident(MINUTE).unwrap();
+        let fill = |session: &Session, _: &Region, _: &Path| session.wait_resident(MINUTE).unwrap();
         let ((), path, _folder) = trace(&source, Options { fill: true, ..Options::default() }, fill);
         assert_eq!(report(&source, &path)["pages"]["background"], PAGES);
         assert_eq!(came(&read(&path)).len(), PAGES);
@@ -148,7 +149,9 @@ fn how_much_of_a_working_set_is_touched_is_estimated() {
         let source = start();
         let mut pages = random_pages(source.bytes.len());
         pages.truncate(PAGES * 3 / 4);
-        let all = |_: &Session, region: &Region| pages.iter().for_each(|page| touch(region, &source, *page));
+        let all = |_: &Session, region: &Region, _: &Path| {
+            pages.iter().for_each(|page| touch(region, &source, *page))
+        };
         let ((), path, _folder) = trace(&source, Options { record: true, ..Options::default() }, all);
         let recorded = report(&source, &path);
         assert_eq!(
@@ -156,13 +159,13 @@ fn how_much_of_a_working_set_is_touched_is_estimated() {
             (&pages.len().into(), &0.into())
         );
 
-        let half = |session: &Session, region: &Region| {
-            // Some are not brought.
+        let half = |session: &Session, region: &Region, path: &Path| {
+            // Some are withheld, which the trace tells of as it is written.
             wait_until("the set is there", || {
-                session.progress().working_set_pages > pages.len() as u64 * 9 / 10
-                    && session.progress().resident_pages == session.progress().working_set_pages
+                let withheld = Trace::read(BufReader::new(File::open(path).unwrap()))
+                    .map_or(0, |trace| trace.withheld.len());
+                session.progress().resident_pages + withheld as u64 == pages.len() as u64
             });
-            std::thread::park_timeout(Duration::from_millis(200));
             let resident = session.progress().resident_pages;
             pages[..pages.len() / 2].iter().for_each(|page| touch(region, &source, *page));
             resident
@@ -293,11 +296,7 @@ fn attach(
     options: Options,
 ) -> (Session, TraceWriter, NamedTempFile) {
     let file = NamedTempFile::new().unwrap();
-    let pid = Some(faulter.main.pid);
-    let memory = ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid, is_registered: true };
-    let session =
-        Session::attach(source.server.address(), &"app".parse().unwrap(), traced(options), &memory).unwrap();
-    faulter.let_go();
+    let session = source.attach_regions(faulter, regions, traced(options));
     let writer = session.write_trace(file.reopen().unwrap()).unwrap();
     (session, writer, file)
 }

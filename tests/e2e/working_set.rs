@@ -3,7 +3,7 @@
 use crate::map::random_pages;
 use crate::session::{Source, give_back};
 use bytes::Bytes;
-use postcopy::{ForeignMemory, Options, Region, Session, Sharing};
+use postcopy::{Options, Region, Session, Sharing};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
@@ -336,22 +336,10 @@ fn huge_pages_are_recorded_and_come_whole() {
     within(WATCHDOG, move || {
         let _pool = pool;
         let source = Source::start(memory_like(4 * 512 * PAGE, 33), CHUNK);
-        let attach = |options: Options, faulter: &Faulter| {
-            let regions = [faulter.huge_region(0, "mem", 0, Sharing::Private)];
-            let pid = Some(faulter.main.pid);
-            let memory = ForeignMemory {
-                uffd: faulter.uffd(),
-                regions: &regions,
-                state: None,
-                pid,
-                is_registered: true,
-            };
-            Session::attach(source.server.address(), &"app".parse().unwrap(), options, &memory).unwrap()
-        };
         for options in [RECORDING, REPLAYING] {
             let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("huge:{}", 4 * 512)]);
-            let session = attach(options, &faulter);
-            faulter.let_go();
+            let regions = [faulter.huge_region(0, "mem", 0, Sharing::Private)];
+            let session = source.attach_regions(&mut faulter, &regions, options);
             if options.working_set {
                 wait_until("the set is there", || session.progress().resident_pages == 2 * 512);
             }
@@ -391,17 +379,7 @@ fn huge_pages_beside_others_of_the_same_chunk_are_recorded() {
                 faulter.huge_region(1, "mem", offset(SMALL), Sharing::Private),
                 faulter.region(2, "mem", offset(SMALL + 512)),
             ];
-            let pid = Some(faulter.main.pid);
-            let memory = ForeignMemory {
-                uffd: faulter.uffd(),
-                regions: &regions,
-                state: None,
-                pid,
-                is_registered: true,
-            };
-            let reference = "app".parse().unwrap();
-            let session = Session::attach(source.server.address(), &reference, RECORDING, &memory).unwrap();
-            faulter.let_go();
+            let session = source.attach_regions(&mut faulter, &regions, RECORDING);
             for (region, page) in order {
                 let of_file = [0, SMALL, SMALL + 512][region] + page;
                 faulter.assert_reads(region, page, &source.bytes[of_file * PAGE..][..PAGE]);

@@ -18,6 +18,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Channel, Endpoint};
@@ -54,6 +55,8 @@ pub struct Lies {
     /// On the demand lane, and on the bulk lane.
     late: [Option<Duration>; 2],
     flood: Option<ChunkAnswer>,
+    /// Demand lanes are taken when it says so.
+    taken: Option<Arc<Semaphore>>,
 }
 
 impl fmt::Debug for Lies {
@@ -119,6 +122,13 @@ impl Lies {
     #[must_use]
     pub fn flood(mut self, answer: ChunkAnswer) -> Self {
         self.flood = Some(answer);
+        self
+    }
+
+    /// The server takes a demand lane's requests, and says that it does so only when there is a permit.
+    #[must_use]
+    pub fn taken(mut self, permits: Arc<Semaphore>) -> Self {
+        self.taken = Some(permits);
         self
     }
 
@@ -350,6 +360,9 @@ impl PageService for Between {
             Some(request)
         });
         let answers = self.upstream.clone().fetch_chunks(requests).await?.into_inner();
+        if let Some(taken) = &self.lies.taken {
+            taken.acquire().await.expect("it is never closed").forget();
+        }
         let told = told(answers, Arc::clone(&self.lies), self.lies.late[0], Lies::answers);
         let Some(answer) = self.lies.flood.clone() else { return Ok(Response::new(told)) };
         let answer = Some(Answer::Chunk(answer));

@@ -217,7 +217,7 @@ impl Criu {
     /// Watches over tasks until each is complete or gone: whether none has lost anything.
     fn complete(&self, worker: &Worker, mut tasks: Vec<Arc<Served>>) -> bool {
         let mut is_whole = true;
-        // Those of which something may be still to be told to the server: the others do not wait for that.
+        // Those of which something may be still to be told or written: the others do not wait for that.
         let mut ended = Vec::new();
         while !tasks.is_empty() {
             for served in &tasks {
@@ -227,7 +227,7 @@ impl Criu {
                 }
             }
             worker.wait(None, if self.fill { FILL_LOOK } else { LOOK });
-            ended.retain(|served: &Arc<Served>| !served.is_recorded());
+            ended.retain(|served: &Arc<Served>| !served.is_finished());
             tasks.retain(|served| {
                 let pid = served.name.pid;
                 match served.look() {
@@ -254,7 +254,7 @@ impl Criu {
                 false
             });
         }
-        served::wait_recorded(ended.iter().map(Arc::as_ref));
+        served::finish(ended.iter().map(Arc::as_ref));
         is_whole
     }
 }
@@ -273,7 +273,7 @@ impl Program for Criu {
                 sessions.iter().for_each(|served| {
                     let _ = served.end();
                 });
-                served::wait_recorded(sessions.iter().map(Arc::as_ref));
+                served::finish(sessions.iter().map(Arc::as_ref));
                 Some(1)
             }
         }

@@ -166,13 +166,13 @@ impl Firecracker {
             }
             match served.look() {
                 Status::Ended => {
-                    served::wait_recorded([served]);
+                    served::finish([served]);
                     tracing::info!("vm {pid}: is gone");
                     return worker.remove(&served.name);
                 }
                 Status::Resident if worker.is_stopping() => {
                     let _ = served.end();
-                    served::wait_recorded([served]);
+                    served::finish([served]);
                     tracing::info!("vm {pid}: all of its memory is there; it needs nobody any more");
                     return worker.remove(&served.name);
                 }
@@ -182,7 +182,7 @@ impl Firecracker {
                 // It is gone, unless only the connection is: looking tells at once.
                 if stream.is_none() && !served.name.is_alive() {
                     let _ = served.end();
-                    served::wait_recorded([served]);
+                    served::finish([served]);
                     tracing::info!("vm {pid}: is gone");
                     return worker.remove(&served.name);
                 }

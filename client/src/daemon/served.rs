@@ -138,10 +138,7 @@ impl Served {
             return Status::Serving;
         }
         match session.wait_end(Duration::ZERO) {
-            true => {
-                self.traced();
-                Status::Ended
-            }
+            true => Status::Ended,
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
         }
@@ -157,9 +154,10 @@ impl Served {
         match resume(&self.setup, &self.state) {
             Ok(session) => {
                 tracing::warn!("process {}: its session has failed, and goes on", self.name.pid);
-                self.traced();
+                let session = Arc::new(session);
+                *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&session);
+                // The trace so far is written to its end by itself: nobody waits for a disk here.
                 *self.trace() = write_trace(&self.setup, &self.name, &session);
-                *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(session);
                 self.has_reported.store(false, Ordering::Relaxed);
                 if self.is_alone.load(Ordering::Acquire) {
                     self.set_alone();
@@ -204,14 +202,19 @@ impl Served {
             );
             session.signal_owners(Signal::KILL);
         }
-        self.traced();
         self.setup.runtime.remove(&self.name);
         is_safe
     }
 
-    /// Whether what it has touched has been told to the server, if that was asked for; the session has ended.
-    pub(crate) fn is_recorded(&self) -> bool {
-        self.session().wait_recorded(Duration::ZERO).is_ok()
+    /// Whether what it has touched has been told to the server, and its trace is written, where that was asked for; the
+    /// session has ended.
+    pub(crate) fn is_finished(&self) -> bool {
+        let is_written = self.trace().as_ref().is_none_or(TraceWriter::is_finished);
+        let is_finished = is_written && self.session().wait_recorded(Duration::ZERO).is_ok();
+        if is_finished {
+            self.traced();
+        }
+        is_finished
     }
 
     fn trace(&self) -> MutexGuard<'_, Option<TraceWriter>> {
@@ -223,8 +226,8 @@ impl Served {
         if !self.session().wait_end(Duration::ZERO) {
             return;
         }
-        let written = self.trace().take().map_or(Ok(()), TraceWriter::finish);
-        if let Err(error) = written {
+        let writer = self.trace().take();
+        if let Err(error) = writer.map_or(Ok(()), TraceWriter::finish) {
             tracing::error!("process {}: its trace could not be written: {error}", self.name.pid);
         }
     }
@@ -249,14 +252,16 @@ fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<T
     written.inspect_err(|error| tracing::error!("no trace: {}: {error}", path.display())).ok()
 }
 
-/// Waits until what these have touched has been told to the server, if that was asked for; their sessions have ended.
-pub(crate) fn wait_recorded<'a>(ended: impl IntoIterator<Item = &'a Served>) {
+/// Waits until what these have touched has been told to the server, and their traces are written, where that was asked for;
+/// their sessions have ended.
+pub(crate) fn finish<'a>(ended: impl IntoIterator<Item = &'a Served>) {
     let deadline = Instant::now() + RECORDED;
     for served in ended {
         let left = deadline.saturating_duration_since(Instant::now());
         if let Err(reason) = served.session().wait_recorded(left) {
             tracing::error!("process {}: what it touched could not be recorded: {reason}", served.name.pid);
         }
+        served.traced();
     }
 }
 

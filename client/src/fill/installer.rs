@@ -7,7 +7,7 @@ use crate::lane::frame_of;
 use crate::region::RegionState;
 use crate::shared::{Shared, add};
 use crate::space::Spaces;
-use crate::trace::{Cause, Stages};
+use crate::trace::{self, Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::chunk_len;
@@ -254,7 +254,7 @@ impl Installer {
         let started = Instant::now();
         // The pager reads the event, or somebody frees memory; else another pass has it.
         while started.elapsed() < self.shared.options.fault_deadline {
-            match self.shared.traced(region, pages, cause, self.stages, &install) {
+            match trace::installing(&self.shared, region, pages, cause, self.stages, &install) {
                 Installed::All | Installed::Ended => return,
                 Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
             }

@@ -9,7 +9,7 @@ use crate::region::RegionState;
 use crate::remote::{SegmentRefused, take_segment};
 use crate::requests::Refused;
 use crate::shared::add;
-use crate::trace::{Cause, Stages};
+use crate::trace::{self, Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1;
@@ -130,14 +130,14 @@ impl Pager {
     ) -> Installed {
         if let Some(page) = touched.filter(|_| region.gathering().is_none()) {
             let install = || install::install_page(region, chunk, &self.pages, page);
-            match self.shared().traced(region, &(page..page + 1), cause, stages, install) {
+            match trace::installing(self.shared(), region, &(page..page + 1), cause, stages, install) {
                 Installed::All => {}
                 other => return other,
             }
         }
         let Some(pages) = region.pages_of(chunk) else { return Installed::All };
         let install = || install::install(None, region, chunk, &self.pages, touched);
-        self.shared().traced(region, &pages, cause, stages, install)
+        trace::installing(self.shared(), region, &pages, cause, stages, install)
     }
 
     /// Installs the one page of a chunk that was touched; of huge pages all that it has.
@@ -152,10 +152,10 @@ impl Pager {
         if region.gathering().is_some() {
             let pages = region.pages_of(chunk).expect("a page of the chunk");
             let install = || install::install(None, region, chunk, content, None);
-            return self.shared().traced(region, &pages, Cause::Demand, stages, install);
+            return trace::installing(self.shared(), region, &pages, Cause::Demand, stages, install);
         }
         let install = || install::install_page(region, chunk, content, page);
-        self.shared().traced(region, &(page..page + 1), Cause::Demand, stages, install)
+        trace::installing(self.shared(), region, &(page..page + 1), Cause::Demand, stages, install)
     }
 
     /// Whether what is touched of a chunk is recorded, at the grain of the kernel's pages, and comes alone.

@@ -8,7 +8,7 @@ use crate::install::Installed;
 use crate::page_state::PageState;
 use crate::region::RegionState;
 use crate::space::Space;
-use crate::trace::{Cause, Stages};
+use crate::trace::{self, Cause, Stages};
 use crate::uffd::{HUGE_BYTES, Outcome, SharedAt};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::sync::Arc;
@@ -200,7 +200,8 @@ impl Pager {
         // All had come, and could not be installed.
         if missing.is_empty() {
             let install = || huge::install_gathered(region, whole.start);
-            match self.shared().traced(region, &whole, Cause::Demand, Stages::default(), install) {
+            match trace::installing(self.shared(), region, &whole, Cause::Demand, Stages::default(), install)
+            {
                 Installed::All => events::wake_mappings(&self.shared().spaces(), region, &whole),
                 _ => self.put_off(&region.space, region.address(whole.start)),
             }

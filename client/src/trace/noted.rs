@@ -93,45 +93,45 @@ impl Notes {
         parts
     }
 
-    /// Has pages installed, and notes which of them have come by that.
-    pub(crate) fn installing(
-        &self,
-        image: &Image,
-        region: &RegionState,
-        pages: &Range<usize>,
-        cause: Cause,
-        stages: Stages,
-        install: impl FnOnce() -> Installed,
-    ) -> Installed {
-        // Of a page of 2 MiB all comes with its last chunk.
-        let pages = region.whole(pages);
-        let were_absent = runs(region, pages, install::unresolved(region));
-        let started = Instant::now();
-        let installed = install();
-        let took = started.elapsed();
-        let at = self.now();
-        for run in were_absent.into_iter().flat_map(|run| runs(region, run, &[PageState::Resident])) {
-            let (space, file, page) = place(image, region, run.start);
-            self.note(Event::Came(Came {
-                at,
-                space,
-                file,
-                page,
-                pages: short(run.len()),
-                cause,
-                queue: nanos(stages.queue),
-                wire: nanos(stages.wire),
-                decompress: nanos(stages.decompress),
-                install: nanos(took),
-            }));
-        }
-        installed
-    }
-
     /// Who writes takes the queue; None: somebody has.
     fn take_queue(&self) -> Option<Receiver<Event>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
+}
+
+/// Has pages installed, and notes which of them have come by that, where there is a trace.
+pub(crate) fn installing(
+    shared: &Shared,
+    region: &RegionState,
+    pages: &Range<usize>,
+    cause: Cause,
+    stages: Stages,
+    install: impl FnOnce() -> Installed,
+) -> Installed {
+    let Some(notes) = &shared.trace else { return install() };
+    // Of a page of 2 MiB all comes with its last chunk.
+    let pages = region.whole(pages);
+    let were_absent = runs(region, pages, install::unresolved(region));
+    let started = Instant::now();
+    let installed = install();
+    let took = started.elapsed();
+    let at = notes.now();
+    for run in were_absent.into_iter().flat_map(|run| runs(region, run, &[PageState::Resident])) {
+        let (space, file, page) = place(&shared.image, region, run.start);
+        notes.note(Event::Came(Came {
+            at,
+            space,
+            file,
+            page,
+            pages: short(run.len()),
+            cause,
+            queue: nanos(stages.queue),
+            wire: nanos(stages.wire),
+            decompress: nanos(stages.decompress),
+            install: nanos(took),
+        }));
+    }
+    installed
 }
 
 /// Whether a page is one of those that are withheld, wherever it is mapped.
@@ -172,6 +172,12 @@ fn nanos(duration: Duration) -> u64 {
 pub struct TraceWriter(std::thread::JoinHandle<io::Result<()>>);
 
 impl TraceWriter {
+    /// Whether all is written, or cannot be.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.0.is_finished()
+    }
+
     /// Waits until all is written.
     ///
     /// # Errors
