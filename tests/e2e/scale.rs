@@ -150,9 +150,11 @@ impl Neighbours {
             waits.max_by_key(|wait| wait.end - wait.start).unwrap()
         });
         let mut served = Vec::new();
-        while !asking.is_finished() {
+        // Not so often that there is no page left before it has what it asks for: it may wait for seconds.
+        while !asking.is_finished() && self.next_page < Self::PAGES {
             self.touch();
             served.push(Instant::now());
+            std::thread::sleep(Duration::from_micros(200));
         }
         let longest = asking.join().unwrap();
         let meanwhile = served.iter().filter(|served| longest.contains(served)).count();
