@@ -96,10 +96,11 @@ impl Beginning {
         let queue = Arc::new(Mutex::new(queue));
         let refused = Refused::default();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        for _ in 0..cores {
+        for number in 0..cores {
             let (shared, queue, refused) = (Arc::clone(shared), Arc::clone(&queue), Arc::clone(&refused));
+            let gives_way = number >= cores.div_ceil(2);
             let installer = std::thread::Builder::new().name("postcopy-install".into());
-            installer.spawn(move || Installer::new(shared, refused).run(&queue))?;
+            installer.spawn(move || Installer::new(shared, refused, gives_way).run(&queue))?;
         }
         let fill = Fill {
             shared: Arc::clone(shared),
@@ -128,6 +129,7 @@ impl Fill {
         if self.shared.options.working_set {
             lane = self.bring_working_set(channel.take()).await;
         }
+        self.shared.cores.fill_behind();
         let mut progressed = Instant::now();
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {

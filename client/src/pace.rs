@@ -4,7 +4,11 @@
 //! touch's way. So what an answer on the demand lane usually takes is learned while almost nothing else is on its way, and the
 //! fill gets less room when answers take longer than that, and more when they do not. Where nobody touches anything it
 //! has all the room that there is.
+//!
+//! Where the cores are the narrow place, what has come already is in the way, too, while it is decompressed and installed:
+//! see [`Cores`].
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// The least that is on its way, in plain bytes.
@@ -99,9 +103,62 @@ impl Pace {
     }
 }
 
+/// Whose the cores are: while somebody touches what is absent, half of them are not for the fill. The working set may
+/// have all, since it is what will be touched.
+#[derive(Debug)]
+pub(crate) struct Cores {
+    start: Instant,
+    /// Microseconds after `start`; 0: never.
+    last_touch: AtomicU64,
+    /// What comes from now on is not the working set.
+    is_behind: AtomicBool,
+}
+
+impl Default for Cores {
+    fn default() -> Self {
+        Self { start: Instant::now(), last_touch: AtomicU64::new(0), is_behind: AtomicBool::new(false) }
+    }
+}
+
+impl Cores {
+    /// Somebody touches what is absent.
+    pub(crate) fn touched(&self, now: Instant) {
+        self.last_touch.store(self.micros(now).max(1), Ordering::Relaxed);
+    }
+
+    /// The working set is here, or there is none.
+    pub(crate) fn fill_behind(&self) {
+        self.is_behind.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether half of them are not for the fill.
+    pub(crate) fn are_shared(&self, now: Instant) -> bool {
+        let last = self.last_touch.load(Ordering::Relaxed);
+        let quiet = u64::try_from(QUIET.as_micros()).expect("a small constant");
+        last > 0 && self.is_behind.load(Ordering::Relaxed) && self.micros(now).saturating_sub(last) < quiet
+    }
+
+    fn micros(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.start).as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_of_the_cores_are_for_who_touches_what_is_not_in_the_working_set() {
+        let (cores, now) = (Cores::default(), Instant::now());
+        cores.fill_behind();
+        assert!(!cores.are_shared(now), "nobody has touched anything");
+        let cores = Cores::default();
+        cores.touched(now);
+        assert!(!cores.are_shared(now), "it is the working set that comes");
+        cores.fill_behind();
+        assert!(cores.are_shared(now));
+        assert!(!cores.are_shared(now + 2 * QUIET), "it is quiet");
+    }
 
     /// A link: an answer takes 1 ms, and 1 ms more for each MiB that is on its way.
     fn touch(pace: &mut Pace, now: &mut Instant, on_their_way: &mut usize) -> usize {

@@ -285,6 +285,9 @@ impl Pager {
         let mut faults = Vec::new();
         let read = events::read(&self.way_out.shared, space, &mut faults);
         add(&self.shared().counters.faults, faults.len());
+        if !faults.is_empty() {
+            self.shared().cores.touched(std::time::Instant::now());
+        }
         self.faults.extend(faults.into_iter().map(|(address, wp)| (Arc::clone(space), address, wp)));
         self.watch().map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
         read

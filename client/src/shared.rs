@@ -4,7 +4,7 @@ use crate::advice::Callers;
 use crate::bits::Underway;
 use crate::gate::Gate;
 use crate::image::Image;
-use crate::pace::Pace;
+use crate::pace::{Cores, Pace};
 use crate::page_state::PageState;
 use crate::recorder::Recorder;
 use crate::region::RegionState;
@@ -82,6 +82,7 @@ pub(crate) struct Shared {
     pub(crate) recorder: Option<Recorder>,
     /// Held for an answer or a look, and only tried by the pager.
     pub(crate) pace: Mutex<Pace>,
+    pub(crate) cores: Cores,
     /// Chunks that have been asked for over the demand lane.
     pub(crate) on_demand: Arc<Underway>,
     /// And over the bulk lane.
@@ -144,6 +145,7 @@ impl Shared {
             trace: options.trace.then(Notes::new),
             recorder,
             pace: Mutex::default(),
+            cores: Cores::default(),
             on_demand: Arc::new(Underway::new(chunks)),
             in_bulk: Underway::new(chunks),
             fills: AtomicBool::new(options.fill),

@@ -154,7 +154,7 @@ impl Neighbours {
         while !asking.is_finished() && self.next_page < Self::PAGES {
             self.touch();
             served.push(Instant::now());
-            std::thread::sleep(Duration::from_micros(200));
+            std::thread::park_timeout(Duration::from_micros(200));
         }
         let longest = asking.join().unwrap();
         let meanwhile = served.iter().filter(|served| longest.contains(served)).count();

@@ -21,6 +21,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// How soon an install is tried again that the kernel put off.
 const RETRY: Duration = Duration::from_micros(200);
+/// How soon one that gives way looks whether it is quiet.
+const GIVE_WAY: Duration = Duration::from_millis(2);
 
 /// What an installer does next. The permit is given back when that is done.
 pub(super) struct Job {
@@ -51,6 +53,8 @@ pub(super) type Refused = Arc<Mutex<Option<String>>>;
 pub(super) struct Installer {
     shared: Arc<Shared>,
     refused: Refused,
+    /// It is of the half of them that does nothing while somebody touches what is absent.
+    gives_way: bool,
     pages: ChunkPages,
     decoder: FrameDecoder,
     set: SetDecoder,
@@ -59,10 +63,11 @@ pub(super) struct Installer {
 }
 
 impl Installer {
-    pub(super) fn new(shared: Arc<Shared>, refused: Refused) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, refused: Refused, gives_way: bool) -> Self {
         Self {
             shared,
             refused,
+            gives_way,
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
             set: SetDecoder::default(),
@@ -72,6 +77,9 @@ impl Installer {
 
     pub(super) fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
         loop {
+            while self.gives_way && self.shared.cores.are_shared(Instant::now()) {
+                std::thread::park_timeout(GIVE_WAY);
+            }
             // Held while waiting, by one of the installers: whoever has the lock takes the next job.
             let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
             let Some(job) = job else { return };
