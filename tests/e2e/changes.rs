@@ -330,7 +330,7 @@ fn no_write_of_another_process_is_lost_between_intervals() {
     within(WATCHDOG, || {
         let source = foreign_source();
         let (mut faulter, regions) = foreign("private");
-        let how = Serving { fill: true, track: true, alone: false };
+        let how = Serving { fill: true, track: true, ..Serving::default() };
         let mut keeper = Keeper::start(&source.server.address().to_string(), "app", how, &faulter, &regions);
         faulter.let_go();
         let (mut removed_before, mut must) = (BTreeSet::new(), BTreeSet::new());

@@ -10,19 +10,22 @@ mod operations;
 use crate::session::Source;
 use claims::{Claims, SHARED, overlap};
 use operations::{Batch, KINDS, Kind, MAX_PROCESSES, PageSource, Scenario, Variant, any_scenario};
-use postcopy::Changes;
+use postcopy::{Changes, Options, Session};
 use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::cli::run;
 use postcopy_tests::faulter::{
     ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience, read_from_outside,
 };
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::model::{Content, Memory};
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{is_root, skip, wait_until};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -37,10 +40,14 @@ const SLOTS_AT: usize = 1 << 44;
 const SLOT_PAGES: usize = 32;
 const SLOTS: usize = 64;
 const THREADS: usize = 3;
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// What `make test` does at least. `POSTCOPY_SOAK_SECONDS` goes on for so long, `POSTCOPY_SEED` repeats a run as far as
 /// its operations go, `POSTCOPY_NO_SHRINKING` shows the first failure as it came.
 const OPERATIONS: usize = 20_000;
+
+/// How many frames of working sets must have come.
+const FRAMES: usize = 20;
 
 /// How often the kernel must have answered or told what.
 const ANSWERS: [(&str, u64); 9] = [
@@ -136,7 +143,13 @@ impl World {
         };
         let regions: Vec<_> = (0..kinds.len()).map(region).collect();
         let track = variant == Variant::Tracked;
-        let how = Serving { fill: scenario.fill, track, ..Serving::default() };
+        let how = Serving {
+            fill: scenario.fill,
+            working_set: scenario.working_set,
+            record: scenario.record,
+            track,
+            alone: false,
+        };
         let mut keeper = Keeper::start(server, image, how, &faulter, &regions);
         if track {
             // Memory that was grown before is registered for tracking in part, and cannot be moved at once then.
@@ -165,7 +178,8 @@ impl World {
     fn start_own(server: &str, image: &str, scenario: &Scenario) -> Self {
         let mut faulter = Faulter::start(ALL_EVENTS, &[]);
         faulter.let_go();
-        let at = faulter.main.ask(&format!("open {server} {image} {}", scenario.fill));
+        let Scenario { fill, working_set, record, .. } = scenario;
+        let at = faulter.main.ask(&format!("open {server} {image} {fill} {working_set} {record}"));
         let mut memory = Memory::default();
         let at = at.parse::<usize>().expect("an address") / PAGE;
         memory.map(0, at, (0..IMAGE_PAGES).map(Content::Image));
@@ -527,6 +541,27 @@ fn count(seen: &Mutex<Seen>, kind: Kind) {
     *seen.lock().unwrap().operations.entry(kind).or_default() += 1;
 }
 
+/// Has the server make a working set of some of the image's pages, in an order of their own.
+fn make_working_set(source: &Source, name: &str) {
+    let sets = || {
+        let Value::Array(sets) = run(source.server.address(), ["working-set", "ls"]) else {
+            panic!("no list")
+        };
+        sets.len()
+    };
+    let before = sets();
+    let options = Options { record: true, ..Options::default() };
+    let session = Session::open(source.server.address(), &name.parse().unwrap(), options).unwrap();
+    let region = session.map("mem").unwrap();
+    for page in (0..IMAGE_PAGES).map(|i| i * 7 % IMAGE_PAGES).filter(|page| page % 40 < 15) {
+        std::hint::black_box(region[page * PAGE]);
+    }
+    drop(region);
+    assert!(session.close(MINUTE));
+    session.wait_recorded(MINUTE).unwrap();
+    wait_until("it is made", || sets() > before);
+}
+
 #[test]
 fn random_operations_leave_what_the_model_says() {
     if !is_root() {
@@ -543,9 +578,19 @@ fn random_operations_leave_what_the_model_says() {
     bytes[300 * PAGE..420 * PAGE].fill(0);
     let image: Vec<_> = bytes.chunks(PAGE).map(page_digest).collect();
     let source = Source::start(bytes, CHUNK);
-    let twice =
-        |lies: Lies| lies.chunk(|_, answer| vec![answer.clone(); 1 + usize::from(fastrand::u8(..8) == 0)]);
     source.push_again("large", LARGE_CHUNK);
+    for name in ["app", "large"] {
+        make_working_set(&source, name);
+    }
+    let frames = Arc::new(AtomicUsize::new(0));
+    let twice = |lies: Lies| {
+        let frames = Arc::clone(&frames);
+        let lies = lies.set_frame(move |frame| {
+            frames.fetch_add(1, Ordering::Relaxed);
+            frame
+        });
+        lies.chunk(|_, answer| vec![answer.clone(); 1 + usize::from(fastrand::u8(..8) == 0)])
+    };
     let ms = Duration::from_millis;
     let chaos = |lies| Chaos::start(source.server.address(), twice(lies));
     let (quick, late) = (chaos(Lies::default()), chaos(Lies::default().late(ms(2), ms(200))));
@@ -586,7 +631,9 @@ fn random_operations_leave_what_the_model_says() {
         result.unwrap_or_else(|error| panic!("POSTCOPY_SEED={seed}, case {case}: {error}"));
     }
     let seen = seen.into_inner().unwrap();
-    println!("{seen:?} in {:?}", started.elapsed());
+    let frames = frames.load(Ordering::Relaxed);
+    println!("{seen:?}, {frames} frames of working sets in {:?}", started.elapsed());
+    assert!(frames >= FRAMES, "{frames} frames of working sets of at least {FRAMES}");
     for (_, kind, least) in KINDS {
         let count = seen.operations.get(&kind).copied().unwrap_or(0);
         assert!(count >= least, "{kind:?}: {count} of at least {least}");

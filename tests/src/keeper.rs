@@ -18,6 +18,10 @@ use std::process::{Child, Command};
 pub struct Serving {
     /// With a background fill.
     pub fill: bool,
+    /// With the image's working set.
+    pub working_set: bool,
+    /// With a recording of what is touched.
+    pub record: bool,
     /// With tracking of writes.
     pub track: bool,
     /// Without a state file: no other one comes when it ends, in whatever way.
@@ -63,7 +67,7 @@ impl Keeper {
         let text = serde_json::to_string(&(
             server,
             reference,
-            (how.fill, how.track, how.alone),
+            (how.fill, how.working_set, how.record, how.track, how.alone),
             regions,
             faulter.main.pid,
         ));

@@ -82,6 +82,10 @@ pub(super) fn any_operation() -> impl Strategy<Value = Operation> {
 #[derive(Clone, Debug)]
 pub(super) struct Scenario {
     pub(super) fill: bool,
+    /// The image's working set is brought, first or alone.
+    pub(super) working_set: bool,
+    /// What is touched is noted, and installed page by page.
+    pub(super) record: bool,
     pub(super) source: PageSource,
     pub(super) variant: Variant,
     pub(super) batches: Vec<Batch>,
@@ -160,10 +164,15 @@ pub(super) fn any_scenario() -> impl Strategy<Value = Scenario> {
         Variant::Shared,
         Variant::Own,
     ]);
-    (any::<bool>(), source, variant, batches).prop_map(|(fill, source, variant, batches)| Scenario {
-        fill,
-        source,
-        variant,
-        batches,
-    })
+    let record = prop::bool::weighted(0.2);
+    (any::<bool>(), any::<bool>(), record, source, variant, batches).prop_map(
+        |(fill, working_set, record, source, variant, batches)| Scenario {
+            fill,
+            working_set,
+            record,
+            source,
+            variant,
+            batches,
+        },
+    )
 }

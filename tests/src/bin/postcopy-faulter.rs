@@ -18,7 +18,7 @@
 //! | `reserve COUNT` | the address of so much that is mapped nowhere |
 //! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
 //! | `dump-to FOLDER` | `done`: a core dump goes there |
-//! | `open SERVER IMAGE FILL` | the address of its file `mem`: this process's own session fills it, and tracks writes |
+//! | `open SERVER IMAGE FILL SET RECORD` | the address of its file `mem`: this process's own session fills it, and tracks writes |
 //! | `changes` | what has been written to and removed there since this was last asked for |
 //! | `exit`, `abort` | nothing |
 
@@ -259,7 +259,7 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
             rustix::process::setrlimit(rustix::process::Resource::Core, limit)?;
             done()
         }
-        "open" => open(words[1], words[2], words[3] == "true")?.to_string(),
+        "open" => open(words[1], words[2], [3, 4, 5].map(|word| words[word] == "true"))?.to_string(),
         "changes" => {
             let region = &OWN.get().context("nothing was opened")?.1;
             let changes = region.take_changes()?;
@@ -274,8 +274,8 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
 /// What this process fills itself, as long as it lives.
 static OWN: OnceLock<(Session, Region)> = OnceLock::new();
 
-fn open(server: &str, image: &str, fill: bool) -> Result<usize> {
-    let options = Options { fill, track_writes: true, ..Options::default() };
+fn open(server: &str, image: &str, [fill, working_set, record]: [bool; 3]) -> Result<usize> {
+    let options = Options { fill, working_set, record, track_writes: true, ..Options::default() };
     let session = Session::open(&server.parse()?, &image.parse()?, options)?;
     let region = session.map("mem")?;
     Ok(OWN.get_or_init(|| (session, region)).1.as_ptr().expose_provenance())
