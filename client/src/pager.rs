@@ -285,7 +285,8 @@ impl Pager {
         let mut faults = Vec::new();
         let read = events::read(&self.way_out.shared, space, &mut faults);
         add(&self.shared().counters.faults, faults.len());
-        if !faults.is_empty() {
+        // Writes to what is there do not wait for pages.
+        if faults.iter().any(|(_, is_write_protected)| !is_write_protected) {
             self.shared().cores.touched(std::time::Instant::now());
         }
         self.faults.extend(faults.into_iter().map(|(address, wp)| (Arc::clone(space), address, wp)));
