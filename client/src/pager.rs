@@ -50,7 +50,7 @@ const OPEN: Duration = Duration::from_secs(30);
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// How often it is looked whether the memory's owners are still there: their userfaultfds do not tell.
-const LOOK_FOR_OWNERS: Duration = Duration::from_secs(1);
+const LOOK_FOR_OWNERS: Duration = Duration::from_millis(250);
 /// How soon messages are read again for which there was no descriptor or memory.
 const READ_AGAIN: Duration = Duration::from_millis(20);
 /// How soon an install is tried again that the kernel put off.

@@ -1,6 +1,6 @@
 //! Ways to restore a program that CRIU has dumped, over a link, until it has given its first answer.
 
-use crate::cpu;
+use crate::cpu::{self, Placement};
 use crate::workloads::{Workload, socket};
 use anyhow::{Context, Result, ensure};
 use postcopy::proto::digest::Digest;
@@ -33,11 +33,21 @@ pub(crate) enum Arm {
     WorkingSet,
     /// The working set, and then everything.
     All,
+    /// The same as `WorkingSet`: how far two measurements of one thing are apart.
+    Again,
 }
 
 impl Arm {
-    pub(crate) const EACH: [Self; 7] =
-        [Self::Local, Self::Cold, Self::CriuLazy, Self::Copied, Self::Lazy, Self::WorkingSet, Self::All];
+    pub(crate) const EACH: [Self; 8] = [
+        Self::Local,
+        Self::Cold,
+        Self::CriuLazy,
+        Self::Copied,
+        Self::Lazy,
+        Self::WorkingSet,
+        Self::All,
+        Self::Again,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -48,6 +58,7 @@ impl Arm {
             Self::Lazy => "postcopy, by touch alone",
             Self::WorkingSet => "postcopy, working set",
             Self::All => "postcopy, working set and all",
+            Self::Again => "postcopy, working set, again",
         }
     }
 
@@ -57,7 +68,7 @@ impl Arm {
 
     fn fill(self) -> &'static str {
         match self {
-            Self::WorkingSet => "working-set",
+            Self::WorkingSet | Self::Again => "working-set",
             Self::All => "all",
             _ => "nothing",
         }
@@ -94,6 +105,7 @@ pub(crate) struct Dumped {
     /// The answers before the dump, by seed.
     answers: Vec<(u64, Digest)>,
     restores: usize,
+    placement: Placement,
 }
 
 impl Dumped {
@@ -112,7 +124,30 @@ impl Dumped {
         let image_bytes = sizes.sum::<Result<u64>>()?;
         let server = Server::start();
         let _ = run(server.address(), ["push".as_ref(), images.as_os_str(), "app".as_ref()]);
-        Ok(Self { workload, criu, folder, server, image_bytes, answers, restores: 0 })
+        Ok(Self {
+            workload,
+            criu,
+            folder,
+            server,
+            image_bytes,
+            answers,
+            restores: 0,
+            placement: Placement::Any,
+        })
+    }
+
+    /// On which cores the server and the restores from now on are.
+    pub(crate) fn place(&mut self, placement: Placement) -> Result<()> {
+        self.placement = placement;
+        placement.server(self.server.pid())?;
+        placement.near()
+    }
+
+    fn link(&self, quality: Quality) -> Result<Link> {
+        self.placement.far()?;
+        let link = Link::to(&self.server.address().to_string(), quality);
+        self.placement.near()?;
+        Ok(link)
     }
 
     fn images(&self) -> PathBuf {
@@ -146,17 +181,19 @@ impl Dumped {
         if arm == Arm::Cold {
             forget(&self.images())?;
         }
-        let link = Link::to(&self.server.address().to_string(), quality);
+        let link = self.link(quality)?;
         let before = self.cpu()?;
         let started = Instant::now();
         let ((first, answered), resident, peak_bytes) = match arm {
             Arm::Local | Arm::Cold => self.plainly(seed, started)?,
             Arm::CriuLazy => self.by_criu(seed, started)?,
             Arm::Copied => {
-                copy(self.image_bytes, quality)?;
+                copy(self.image_bytes, quality, self.placement)?;
                 self.plainly(seed, started)?
             }
-            Arm::Lazy | Arm::WorkingSet | Arm::All => self.by_us(arm, &link, seed, started, &[])?,
+            Arm::Lazy | Arm::WorkingSet | Arm::All | Arm::Again => {
+                self.by_us(arm, &link, seed, started, &[])?
+            }
         };
         let after = self.cpu()?;
         let wire_bytes = if arm == Arm::Copied { self.image_bytes } else { link.received() };
@@ -198,7 +235,7 @@ impl Dumped {
 
     /// Another restore, of ours, with a trace: what `postcopy report` says of it.
     pub(crate) fn trace(&mut self, arm: Arm, quality: Quality, seed: u64) -> Result<Vec<serde_json::Value>> {
-        let link = Link::to(&self.server.address().to_string(), quality);
+        let link = self.link(quality)?;
         let folder = tempfile::tempdir()?;
         let traces = folder.path().to_str().context("a path of ours")?;
         self.by_us(arm, &link, seed, Instant::now(), &["--trace", traces])?;
@@ -265,7 +302,8 @@ pub(crate) fn forget(folder: &Path) -> Result<()> {
 }
 
 /// Sends so many bytes over a link.
-pub(crate) fn copy(bytes: u64, quality: Quality) -> Result<()> {
+pub(crate) fn copy(bytes: u64, quality: Quality, placement: Placement) -> Result<()> {
+    placement.far()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let link = Link::to(&format!("http://{}", listener.local_addr()?), quality);
     let sender = std::thread::spawn(move || -> Result<()> {
@@ -279,6 +317,7 @@ pub(crate) fn copy(bytes: u64, quality: Quality) -> Result<()> {
         }
         Ok(())
     });
+    placement.near()?;
     let address = link.address().to_string();
     let mut stream = TcpStream::connect(address.trim_start_matches("http://"))?;
     let (mut piece, mut received) = (vec![0; 1 << 20], 0);

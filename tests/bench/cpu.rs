@@ -6,18 +6,69 @@ use rustix::thread::CpuSet;
 use std::process::Command;
 use std::time::Duration;
 
+/// On which cores the two ends of a network are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// Where the kernel puts them.
+    Any,
+    /// All on one.
+    One,
+    /// The server and the network on one, all else on another.
+    Each,
+}
+
+impl Placement {
+    /// Puts this thread, and what it starts from now on, on the near end.
+    pub(crate) fn near(self) -> Result<()> {
+        match self {
+            Self::Any => unpin(),
+            Self::One | Self::Each => pin(0),
+        }
+    }
+
+    /// Puts this thread, and what it starts from now on, on the far end.
+    pub(crate) fn far(self) -> Result<()> {
+        Ok(rustix::thread::sched_setaffinity(None, &self.far_end())?)
+    }
+
+    /// Puts all threads of a server on the far end.
+    pub(crate) fn server(self, pid: u32) -> Result<()> {
+        for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            let task = task?.file_name().to_string_lossy().parse().ok().and_then(Pid::from_raw);
+            rustix::thread::sched_setaffinity(task, &self.far_end())?;
+        }
+        Ok(())
+    }
+
+    fn far_end(self) -> CpuSet {
+        match self {
+            Self::Any => all(),
+            Self::One => only(0),
+            Self::Each => only(1),
+        }
+    }
+}
+
 /// Pins this thread, and those that it starts from now on.
 pub(crate) fn pin(core: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(core);
-    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+    Ok(rustix::thread::sched_setaffinity(None, &only(core))?)
 }
 
 /// Lets this thread, and those that it starts from now on, run on all cores.
 pub(crate) fn unpin() -> Result<()> {
+    Ok(rustix::thread::sched_setaffinity(None, &all())?)
+}
+
+fn only(core: usize) -> CpuSet {
+    let mut set = CpuSet::new();
+    set.set(core);
+    set
+}
+
+fn all() -> CpuSet {
     let mut set = CpuSet::new();
     (0..cores()).for_each(|core| set.set(core));
-    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+    set
 }
 
 /// How many cores the machine has, whatever this thread may use of them.

@@ -1,6 +1,7 @@
 //! `postcopy criu` beside criu's own ways: a plain restore, and `criu lazy-pages`.
 
 use crate::arms::copy;
+use crate::cpu::Placement;
 use crate::{Figure, median};
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
@@ -199,7 +200,7 @@ pub(crate) fn remote() -> Result<Vec<Figure>> {
     for round in 0..ROUNDS {
         let mut times = Times::default();
         let started = Instant::now();
-        copy(bytes, quality)?;
+        copy(bytes, quality, Placement::Any)?;
         let copying = started.elapsed().as_secs_f64();
         drop(dumped.restore(&images, &[], &mut times)?);
         copied.push(copying + times.heartbeat[0]);

@@ -1,6 +1,7 @@
 //! A mapped file: the Rust compiler's own library, of which some symbols are resolved and read.
 
 use crate::arms::{copy, forget};
+use crate::cpu::Placement;
 use crate::plot::{self, Bar};
 use crate::programs::{NEAR, mib, quartiles};
 use crate::report::Report;
@@ -105,7 +106,7 @@ impl<'a> Pushed<'a> {
         let seconds = || started.elapsed().as_secs_f64();
         if let Way::Here | Way::Cold | Way::Copied = way {
             if way == Way::Copied {
-                copy(self.bytes.len() as u64, NEAR.quality)?;
+                copy(self.bytes.len() as u64, NEAR.quality, Placement::Any)?;
             }
             ensure!(resolve(&map(&self.folder.join("driver.so"))?, &names)? == expected, "wrong bytes");
             return Ok(Run { answered: seconds(), resident: None, wire: self.bytes.len() as u64 });

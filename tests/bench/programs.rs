@@ -3,6 +3,7 @@
 //! A working set is recorded with one request, and every run asks another one. The ways take turns.
 
 use crate::arms::{Arm, Dumped, Run};
+use crate::cpu::Placement;
 use crate::plot::{self, Bar};
 use crate::report::Report;
 use crate::workloads::Workload;
@@ -24,21 +25,35 @@ const GIGABIT: f64 = 125e6;
 /// More than a proxy on loopback forwards.
 const UNLIMITED: f64 = 1e12;
 
-/// A network, and what it is called in files' names.
+/// A network, what it is called in files' names, and on which cores its two ends are.
 #[derive(Clone, Copy)]
 pub(crate) struct Network {
     name: &'static str,
     pub(crate) about: &'static str,
     pub(crate) quality: Quality,
+    placement: Placement,
 }
 
 const fn network(name: &'static str, about: &'static str, micros: u64, bytes_per_second: f64) -> Network {
-    Network { name, about, quality: Quality { round_trip: Duration::from_micros(micros), bytes_per_second } }
+    let quality = Quality { round_trip: Duration::from_micros(micros), bytes_per_second };
+    Network { name, about, quality, placement: Placement::Any }
 }
 
 /// The one of the short benchmark.
 pub(crate) const NEAR: Network = network("1ms-1gbit", "1 ms, 1 Gbit/s", 1000, GIGABIT);
 const HERE: Network = network("0ms", "no delay, no limit", 0, UNLIMITED);
+const ON_ONE_CORE: Network = Network {
+    name: "0ms-one-core",
+    about: "no delay, no limit, all on one core",
+    placement: Placement::One,
+    ..HERE
+};
+const A_CORE_EACH: Network = Network {
+    name: "0ms-a-core-each",
+    about: "no delay, no limit, server and network on one core, all else on the other",
+    placement: Placement::Each,
+    ..HERE
+};
 const NETWORKS: [Network; 8] = [
     NEAR,
     network("10ms-1gbit", "10 ms, 1 Gbit/s", 10_000, GIGABIT),
@@ -63,10 +78,11 @@ impl Plan {
         Self { workloads: [Workload::Redis, Workload::Python].map(near).into(), rounds: 7 }
     }
 
-    /// All programs over two networks, and one over all of them.
+    /// All programs over two networks, one over all of them, and one pinned to cores as well.
     pub(crate) fn full() -> Self {
         let networks = |workload| match workload {
             Workload::Redis => NETWORKS.to_vec(),
+            Workload::Python => vec![NEAR, HERE, ON_ONE_CORE, A_CORE_EACH],
             _ => vec![NEAR, HERE],
         };
         Self { workloads: Workload::ALL.map(|workload| (workload, networks(workload))).into(), rounds: 30 }
@@ -89,6 +105,7 @@ pub(crate) fn measure(plan: &Plan, mut done: impl FnMut(Report, Vec<Figure>) -> 
         let mut dumped = Dumped::new(*workload, RECORDED.into_iter().chain(asked.clone()))?;
         let recorded = Recorded::new(&mut dumped)?;
         for network in networks {
+            dumped.place(network.placement)?;
             let mut runs = Arm::EACH.map(|arm| (arm, Vec::new()));
             for seed in asked.clone() {
                 for (arm, runs) in &mut runs {
@@ -105,6 +122,7 @@ pub(crate) fn measure(plan: &Plan, mut done: impl FnMut(Report, Vec<Figure>) -> 
             figures.push(traced.figure(*workload, *network));
             done(report, figures)?;
         }
+        dumped.place(Placement::Any)?;
     }
     Ok(())
 }
@@ -334,10 +352,16 @@ fn report(
         let group = match arm {
             Arm::Lazy | Arm::WorkingSet | Arm::All => 0,
             Arm::Copied => 1,
-            _ => 5,
+            Arm::Local | Arm::Cold | Arm::CriuLazy => 5,
+            Arm::Again => continue,
         };
         bars.push(Bar { name: arm.name().into(), low, middle, high, group });
     }
+    let (low, high) = same(runs);
+    let _ = writeln!(
+        table,
+        "\nThe first answer with the working set, taken twice in each round: one beside the other (A/A) {low:.2} to {high:.2} x."
+    );
     let raw: serde_json::Map<_, _> = runs
         .iter()
         .map(|(arm, runs)| {
@@ -354,8 +378,15 @@ fn report(
         table,
         plot: Some(plot::bars(&title, "s", &bars)),
         raw: json!({ "arms": raw, "image_bytes": dumped.image_bytes, "working_set_pages": pages,
-            "working_set_bytes": frame_bytes, "wasted": wasted, "missed": missed }),
+            "working_set_bytes": frame_bytes, "wasted": wasted, "missed": missed, "aa": [low, high] }),
     }
+}
+
+/// What two measurements of the same thing in one round differ by: the middle 94 % of their ratios.
+fn same(runs: &[(Arm, Vec<Run>)]) -> (f64, f64) {
+    let pairs = first(runs, Arm::Again).into_iter().zip(first(runs, Arm::WorkingSet));
+    let mut ratios: Vec<f64> = pairs.map(|(again, once)| again / once).collect();
+    (percentile(&mut ratios, 3), percentile(&mut ratios, 97))
 }
 
 /// What is beside a bar.

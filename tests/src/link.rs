@@ -4,6 +4,7 @@
 use postcopy::ServerAddress;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -127,9 +128,11 @@ fn forward(mut from: TcpStream, to: TcpStream, way: Arc<Way>, counter: Arc<Atomi
     });
 }
 
-/// A network does not wait for a core: this thread goes before others, where that is allowed.
+/// A network does not wait for a core: this thread goes before others, where that is allowed, and sleeps no longer than it is
+/// told (50 us longer is the kernel's default, which a round trip of 0.2 ms has twice).
 fn as_soon_as_it_may() {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), -20);
+    let _ = rustix::thread::set_current_timer_slack(Some(NonZeroU64::MIN));
 }
 
 /// Where the bytes of one way go. It is told when no more come.
