@@ -265,7 +265,7 @@ impl Session {
     /// A duplicate of the userfaultfd is kept, and made non-blocking, which the original then is, too. If this fails
     /// nothing is lost, as long as the caller keeps its own: faults wait.
     /// The session ends when it is dropped, or in order when the process and its children have exited, which is
-    /// noticed within a second. A background fill that cannot be started is no failure: [`Session::error`] tells of it.
+    /// noticed within a quarter of a second. A background fill that cannot be started is no failure: [`Session::error`] tells of it.
     /// At its end what is still absent is SIGBUS there: see [`Session::end`]. When it cannot
     /// go on ([`Session::error`]) it ends, too; but if it has a state file, all is left to a successor as it is.
     ///

@@ -105,6 +105,8 @@ pub(crate) struct Dumped {
     /// The answers before the dump, by seed.
     answers: Vec<(u64, Digest)>,
     restores: usize,
+    /// CPU seconds of restored programs, which are our children once criu has ended.
+    of_programs: f64,
     placement: Placement,
 }
 
@@ -132,6 +134,7 @@ impl Dumped {
             image_bytes,
             answers,
             restores: 0,
+            of_programs: 0.0,
             placement: Placement::Any,
         })
     }
@@ -210,16 +213,24 @@ impl Dumped {
 
     /// CPU seconds of what has been started here, and of the server.
     fn cpu(&self) -> Result<(f64, f64)> {
-        Ok((cpu::seconds_of_children()?, cpu::seconds_of(self.server.pid())?))
+        Ok((cpu::seconds_of_children()? - self.of_programs, cpu::seconds_of(self.server.pid())?))
     }
 
-    fn plainly(&self, seed: u64, started: Instant) -> Result<Answered> {
-        let _restored = self.restore(&self.images(), &[]);
+    /// Ends a restored program.
+    fn end(&mut self, mut restored: Restored) -> Result<()> {
+        self.of_programs += cpu::seconds_of(restored.pid())?;
+        restored.kill();
+        Ok(())
+    }
+
+    fn plainly(&mut self, seed: u64, started: Instant) -> Result<Answered> {
+        let restored = self.restore(&self.images(), &[]);
         let answered = self.ask(seed, started)?;
+        self.end(restored)?;
         Ok((answered, Some(answered.0), None))
     }
 
-    fn by_criu(&self, seed: u64, started: Instant) -> Result<Answered> {
+    fn by_criu(&mut self, seed: u64, started: Instant) -> Result<Answered> {
         let images = self.images();
         let socket = images.join("lazy-pages.socket");
         let _ = std::fs::remove_file(&socket);
@@ -227,10 +238,12 @@ impl Dumped {
         command.args(["lazy-pages", "-D"]).arg(&images).stdout(Stdio::null()).stderr(Stdio::null());
         let mut daemon = command.spawn()?;
         wait_until("a socket of criu's", || socket.exists());
-        let _restored = self.restore(&images, &["--lazy-pages"]);
+        let restored = self.restore(&images, &["--lazy-pages"]);
         let answered = self.ask(seed, started)?;
         daemon.wait()?;
-        Ok((answered, Some(started.elapsed().as_secs_f64()), None))
+        let resident = started.elapsed().as_secs_f64();
+        self.end(restored)?;
+        Ok((answered, Some(resident), None))
     }
 
     /// Another restore, of ours, with a trace: what `postcopy report` says of it.
@@ -269,7 +282,7 @@ impl Dumped {
             resident = Some(started.elapsed().as_secs_f64());
         }
         // It ends with its program, and its CPU time is known then.
-        drop(restored);
+        self.end(restored)?;
         daemon.wait();
         std::fs::remove_dir_all(lazy)?;
         Ok((answered, resident, peak_bytes))

@@ -47,6 +47,8 @@ struct Figure {
 }
 
 fn main() -> Result<()> {
+    // Restored programs are not the business of this system's init, which may look for the dead only now and then.
+    nix::sys::prctl::set_child_subreaper(true)?;
     let mut names: Vec<String> = std::env::args().skip(1).collect();
     if names.first().is_some_and(|name| name == "floor-server") {
         return floor::serve();

@@ -3,6 +3,7 @@
 
 use crate::wait_until;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use std::ffi::OsStr;
 use std::fs;
@@ -316,8 +317,11 @@ impl Restored {
         if let Some(pid) = self.here.take() {
             let process = Pid::from_raw(i32::try_from(pid).expect("a pid"));
             let _ = kill(process, Signal::SIGKILL);
-            // Its pid is to be had again. It is not our child: whoever inherits orphans sees its end.
-            wait_until("the end of a restored process", || !Path::new(&format!("/proc/{pid}")).exists());
+            // Its pid is to be had again once whoever inherits orphans has seen its end: we, where that was asked for.
+            wait_until("the end of a restored process", || {
+                let _ = waitpid(process, Some(WaitPidFlag::WNOHANG));
+                !Path::new(&format!("/proc/{pid}")).exists()
+            });
         }
     }
 }

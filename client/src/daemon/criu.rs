@@ -29,6 +29,8 @@ const TASK_BYTES: usize = PID_BYTES + 1;
 const KIND: &str = "task";
 /// How often sessions are looked at that are being filled.
 const FILL_LOOK: Duration = Duration::from_millis(10);
+/// How often it is looked whether they are gone.
+const EXIT_LOOK: Duration = Duration::from_millis(250);
 
 /// See the module.
 #[derive(Debug)]
@@ -226,7 +228,7 @@ impl Criu {
                     tracing::warn!("process {}: {error}", served.name.pid);
                 }
             }
-            worker.wait(None, if self.fill { FILL_LOOK } else { LOOK });
+            worker.wait(None, if self.fill { FILL_LOOK } else { EXIT_LOOK });
             ended.retain(|served: &Arc<Served>| !served.is_finished());
             tasks.retain(|served| {
                 let pid = served.name.pid;
