@@ -381,27 +381,27 @@ impl Fill {
         }
     }
 
-    /// Takes the next message and hands its frames to the installers.
+    /// Takes the next message of what was asked for, and hands its frames to the installers.
     async fn receive(&self, stream: &mut Stream) -> Result<(), RemoteError> {
         let server = &self.shared.address;
         let deadline = self.shared.options.fault_deadline;
-        let message = tokio::time::timeout(deadline, stream.lane.answers.message()).await;
-        let message =
-            message.map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))?;
-        let message = message.map_err(server.status("the bulk lane"))?;
-        let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
-        if message.chunks.is_empty() {
-            // A server could go on with these for ever, and nothing would come.
-            return Err(server.wrong("bulk answer", "it holds nothing"));
-        }
-        // Requests are answered in order: of an earlier one nothing will come any more.
-        while stream.asked.front().is_some_and(|front| front.id < message.id) {
-            stream.asked.pop_front();
-        }
-        let Some(front) = stream.asked.front_mut().filter(|front| front.id == message.id) else {
-            // Sent twice, or for nobody.
-            return Ok(());
-        };
+        // What was sent twice, or for nobody, does not count: a server could go on with that for ever.
+        let message = tokio::time::timeout(deadline, async {
+            loop {
+                let message = self.bulk_answer(stream).await?;
+                // Requests are answered in order: of an earlier one nothing will come any more.
+                while stream.asked.front().is_some_and(|front| front.id < message.id) {
+                    stream.asked.pop_front();
+                }
+                if stream.asked.front().is_none_or(|front| front.id == message.id) {
+                    return Ok(message);
+                }
+            }
+        });
+        let message = message
+            .await
+            .map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))??;
+        let Some(front) = stream.asked.front_mut() else { return Ok(()) };
         let (region, count, wire) =
             (Arc::clone(&front.region), message.chunks.len() as u64, front.at.elapsed());
         let permit = if count < front.chunks {
@@ -415,6 +415,16 @@ impl Fill {
         let permit = permit.expect("a part of what is held");
         self.job(Job::new(Work::Frames(region, message.chunks), permit, wire)).await;
         Ok(())
+    }
+
+    async fn bulk_answer(&self, stream: &mut Stream) -> Result<v1::StreamChunksResponse, RemoteError> {
+        let server = &self.shared.address;
+        let message = stream.lane.answers.message().await.map_err(server.status("the bulk lane"))?;
+        let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
+        if message.chunks.is_empty() {
+            return Err(server.wrong("bulk answer", "it holds nothing"));
+        }
+        Ok(message)
     }
 
     async fn job(&self, job: Job) {

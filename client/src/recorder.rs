@@ -13,8 +13,10 @@ use crate::remote::{Remote, RemoteError, within};
 use crate::shared::Shared;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
+use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,8 +29,11 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Spans of one message: at most 18 bytes each.
 const SPANS: usize = 65_536;
 
-/// The server takes recordings of some more pages than these.
-const MOST_UNSEEN_PAGES: usize = 8 << 20;
+/// Pages that are told as touched, and as many that are told as not seen: the server takes twice as many in all.
+const MOST_PAGES: usize = 8 << 20;
+/// How often the last sending is tried, and the pause between.
+const LAST_ATTEMPTS: u32 = 3;
+const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// What is known of a file's pages.
 #[derive(Debug)]
@@ -47,6 +52,8 @@ pub(crate) struct Recorder {
     /// Pages by file and number, touched since the recorder's thread has taken them last. Held for adding one and taking
     /// all of them, never over a touch of a region: the pager waits for it.
     noted: Mutex<Vec<(u32, u32)>>,
+    /// How many pages have been brought.
+    brought: AtomicUsize,
     /// Held for a look or a change.
     sent: Mutex<Sent>,
 }
@@ -64,7 +71,13 @@ impl Recorder {
     /// For a session that is filled from `image`.
     pub(crate) fn new(image: &Image) -> Self {
         let files = image.files().iter().map(|_| OnceLock::new()).collect();
-        Self { id: fastrand::u128(..).to_le_bytes(), files, noted: Mutex::default(), sent: Mutex::default() }
+        Self {
+            id: fastrand::u128(..).to_le_bytes(),
+            files,
+            noted: Mutex::default(),
+            brought: AtomicUsize::new(0),
+            sent: Mutex::default(),
+        }
     }
 
     /// What is known of the pages of a region's file.
@@ -97,9 +110,8 @@ impl Recorder {
     /// Pages of a region came without having been touched, if they have not been.
     pub(crate) fn brought(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
         let seen = self.seen(image, region);
-        for page in region.file_pages(pages) {
-            seen.brought.set(page);
-        }
+        let new = region.file_pages(pages).filter(|page| seen.brought.set(*page)).count();
+        self.brought.fetch_add(new, Ordering::Relaxed);
     }
 
     /// What is there has been brought by who served the memory before. Makes room for the regions' files, so that the pager
@@ -123,23 +135,23 @@ impl Recorder {
 
     /// What has been seen so far, as messages: these pages were touched, in this order.
     fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
-        let touched = spans(order.iter().copied());
+        let touched = spans(order.iter().copied().take(MOST_PAGES));
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
-        let unseen = self.files.iter().enumerate().filter_map(|(place, seen)| Some((place, seen.get()?)));
-        let unseen = unseen.flat_map(|(place, seen)| {
-            let pages = seen.brought.ones().filter(|page| !seen.touched.is_set(*page));
-            pages.map(move |page| (short(place), short(page)))
-        });
-        let mut unseen = spans(unseen);
-        // Files that nothing was touched of may be other processes' memory, whose sessions tell of them.
-        let mut most = MOST_UNSEEN_PAGES;
+        let touched_files: HashSet<u32> = order.iter().map(|(file, _)| *file).collect();
+        let (mut unseen, mut left) = (Vec::new(), MOST_PAGES);
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
-            let is_touched = seen.get().is_some_and(|seen| seen.touched.ones().next().is_some());
-            if !is_touched && (1..=most).contains(&pages) {
-                most -= pages;
-                unseen.retain(|span| span.file != short(place));
-                unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
+            if !touched_files.contains(&short(place)) {
+                // It may be another process's memory, whose session tells of it.
+                if (1..=left).contains(&pages) {
+                    left -= pages;
+                    unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
+                }
+            } else if let Some(seen) = seen.get() {
+                let brought = seen.brought.ones().filter(|page| !seen.touched.is_set(*page)).take(left);
+                let brought = spans(brought.map(|page| (short(place), short(page))));
+                left -= brought.iter().map(|span| span.count as usize).sum::<usize>();
+                unseen.extend(brought);
             }
         }
         let first =
@@ -226,7 +238,8 @@ pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
 
 async fn run(shared: &Shared) {
     let Some(recorder) = &shared.recorder else { return };
-    let (mut order, mut sent, mut sendings) = (Vec::new(), 0, Sendings::new(Instant::now()));
+    let (mut order, mut sent, mut sendings) = (Vec::new(), (0, 0), Sendings::new(Instant::now()));
+    let mut attempts = 0;
     loop {
         let has_ended = shared.has_ended();
         let before = order.len();
@@ -234,16 +247,23 @@ async fn run(shared: &Shared) {
         if order.len() > before {
             sendings.touched(Instant::now());
         }
-        if (has_ended || sendings.is_due(Instant::now())) && order.len() > sent {
+        // What has been brought since is not to count as absent and untouched.
+        let known = (order.len(), recorder.brought.load(Ordering::Relaxed));
+        if (has_ended || sendings.is_due(Instant::now())) && !order.is_empty() && known != sent {
             let outcome = recorder.send(shared, &order).await;
             if outcome.is_ok() {
-                sent = order.len();
+                sent = known;
             }
             recorder.sent().error = outcome.err().map(|error| error.to_string());
             sendings.sent(Instant::now());
         }
         if has_ended {
-            break;
+            attempts += 1;
+            if attempts == LAST_ATTEMPTS || recorder.sent().error.is_none() {
+                break;
+            }
+            tokio::time::sleep(LAST_PAUSE).await;
+            continue;
         }
         // Too early is a look more.
         let _ = tokio::time::timeout(LOOK, shared.has_ended.notified()).await;
@@ -291,7 +311,7 @@ mod tests {
         recorder.take_noted(&mut order);
         let messages = recorder.messages(&image, &order);
         assert_eq!(messages[1].touched, [SPAN(1, 3, 1), SPAN(1, 9, 1)]);
-        assert_eq!(messages[2].unseen, [SPAN(1, 2, 1), SPAN(1, 4, 1), SPAN(0, 0, 10)]);
+        assert_eq!(messages[2].unseen, [SPAN(0, 0, 10), SPAN(1, 2, 1), SPAN(1, 4, 1)]);
     }
 
     #[test]

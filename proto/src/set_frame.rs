@@ -88,9 +88,6 @@ pub enum SetFrameError {
     /// The manifest says that a chunk is zero, and the frame that its pages are not.
     #[error("chunk {0} is zero, the frame holds pages of it")]
     NotZero(ChunkIndex),
-    /// What the manifest says of a chunk is not known yet.
-    #[error("the manifest's segment of chunk {0} has not come")]
-    Unknown(ChunkIndex),
     /// Proofs are left over.
     #[error("{0} bytes of proofs belong to nothing")]
     ProofsLeft(usize),
@@ -219,7 +216,8 @@ struct Group {
     chunk: ChunkIndex,
     /// Length of the chunk in bytes.
     chunk_bytes: usize,
-    runs: Vec<(PageRun, bool)>,
+    /// In the chunk, and in the file.
+    runs: Vec<(PageRun, SetRun)>,
 }
 
 /// Decodes frames; keeps the decompressor's state and memory between them.
@@ -241,7 +239,8 @@ impl std::fmt::Debug for SetDecoder {
 }
 
 impl SetDecoder {
-    /// Decodes a frame and proves each of its pages against the image; [`SetDecoder::pages`] has them then.
+    /// Decodes a frame and proves each of its pages against the image; [`SetDecoder::pages`] has them then. Pages of chunks that
+    /// are not known yet cannot be proved, and are left out.
     ///
     /// # Errors
     /// Why the frame is not of this image; then there are no pages.
@@ -258,9 +257,11 @@ impl SetDecoder {
         } else {
             self.plain.copy_from_slice(frame.coded);
         }
-        self.prove(frame, image)?;
-        self.runs.extend(frame.runs());
-        Ok(())
+        let proved = self.prove(frame, image);
+        if proved.is_err() {
+            self.runs.clear();
+        }
+        proved
     }
 
     fn prove(&mut self, frame: &SetFrame<'_>, image: &impl Expected) -> Result<(), SetFrameError> {
@@ -275,17 +276,26 @@ impl SetDecoder {
                 value: u32::try_from(frame.plain_bytes).expect("checked"),
             })?;
             taken += held;
-            match image.chunk(group.chunk).ok_or(SetFrameError::Unknown(group.chunk))? {
-                ChunkContent::Zero if held > 0 => return Err(SetFrameError::NotZero(group.chunk)),
-                ChunkContent::Zero => {}
-                ChunkContent::Data(digest) => {
-                    let wanted = proof::proof_bytes(group.chunk_bytes, &page_runs);
-                    let (proof, rest) = proofs.split_at_checked(wanted).ok_or(SetFrameError::Proof {
-                        chunk: group.chunk,
-                        error: ProofError::ProofBytes(proofs.len()),
-                    })?;
-                    proofs = rest;
-                    let pages = if group.runs.iter().any(|(_, is_zero)| *is_zero) {
+            let content = image.chunk(group.chunk);
+            if content.is_none() && held == 0 {
+                // It has a proof if the rest of it is not zero, which nobody can say: so what comes after it cannot be proved.
+                return Ok(());
+            }
+            let is_zero = matches!(content, Some(ChunkContent::Zero));
+            if is_zero && held > 0 {
+                return Err(SetFrameError::NotZero(group.chunk));
+            }
+            let wanted = if is_zero { 0 } else { proof::proof_bytes(group.chunk_bytes, &page_runs) };
+            let (proof, rest) = proofs.split_at_checked(wanted).ok_or(SetFrameError::Proof {
+                chunk: group.chunk,
+                error: ProofError::ProofBytes(proofs.len()),
+            })?;
+            proofs = rest;
+            match content {
+                None => continue,
+                Some(ChunkContent::Zero) => {}
+                Some(ChunkContent::Data(digest)) => {
+                    let pages = if group.runs.iter().any(|(_, run)| run.is_zero) {
                         lay(&group, bytes, &mut self.laid);
                         &self.laid
                     } else {
@@ -295,6 +305,7 @@ impl SetDecoder {
                     proved.map_err(|error| SetFrameError::Proof { chunk: group.chunk, error })?;
                 }
             }
+            self.runs.extend(group.runs.iter().map(|(_, run)| *run));
             self.padded.extend_from_slice(bytes);
             self.padded.resize(self.padded.len().next_multiple_of(PAGE_BYTES), 0);
         }
@@ -339,9 +350,9 @@ fn next_group(
     let chunk = ChunkIndex(file.first_chunk.0 + number);
     let beyond = || first.wrong(index, "not in its file");
     let chunk_bytes = chunk_len(image.chunk_size(), &file, chunk).ok_or_else(beyond)?;
-    let mut group = Group { chunk, chunk_bytes, runs: vec![(page_run, first.is_zero)] };
+    let mut group = Group { chunk, chunk_bytes, runs: vec![(page_run, first)] };
     while let Some((_, run)) = runs.next_if(|(_, run)| run.file == first.file && in_chunk(run).0 == number) {
-        group.runs.push((in_chunk(&run).1, run.is_zero));
+        group.runs.push((in_chunk(&run).1, run));
     }
     let last = group.runs.last().expect("not empty").0;
     if last.end_page() > chunk_bytes.div_ceil(PAGE_BYTES) {
@@ -351,7 +362,7 @@ fn next_group(
 }
 
 fn held_bytes(group: &Group) -> usize {
-    let held = group.runs.iter().filter(|(_, is_zero)| !is_zero);
+    let held = group.runs.iter().filter(|(_, run)| !run.is_zero);
     held.map(|(run, _)| run.end_byte().min(group.chunk_bytes) - run.start_byte()).sum()
 }
 
@@ -359,9 +370,9 @@ fn held_bytes(group: &Group) -> usize {
 fn lay(group: &Group, held: &[u8], laid: &mut Vec<u8>) {
     laid.clear();
     let mut taken = 0;
-    for (run, is_zero) in &group.runs {
+    for (run, in_file) in &group.runs {
         let len = run.end_byte().min(group.chunk_bytes) - run.start_byte();
-        if *is_zero {
+        if in_file.is_zero {
             laid.resize(laid.len() + len, 0);
         } else {
             laid.extend_from_slice(&held[taken..taken + len]);
@@ -475,6 +486,8 @@ mod tests {
     #[derive(Debug)]
     struct Image {
         files: [Vec<u8>; 2],
+        /// Chunks that are not known.
+        unknown: Vec<u64>,
     }
 
     const CHUNK: usize = 4 * PAGE_BYTES;
@@ -486,7 +499,7 @@ mod tests {
             files.iter_mut().for_each(|file| noise.fill(file));
             let pages = files.iter_mut().flat_map(|file| file.chunks_mut(PAGE_BYTES));
             pages.zip(zeros).filter(|(_, is_zero)| **is_zero).for_each(|(page, _)| page.fill(0));
-            Self { files }
+            Self { files, unknown: Vec::new() }
         }
 
         fn chunk_bytes(&self, chunk: ChunkIndex) -> &[u8] {
@@ -540,6 +553,9 @@ mod tests {
         }
 
         fn chunk(&self, chunk: ChunkIndex) -> Option<ChunkContent> {
+            if self.unknown.contains(&chunk.0) {
+                return None;
+            }
             let bytes = self.chunk_bytes(chunk);
             Some(if is_zero(bytes) { ChunkContent::Zero } else { ChunkContent::Data(Digest::of(bytes)) })
         }
@@ -604,6 +620,36 @@ mod tests {
                 let _ = SetDecoder::default().decode(&frame, &image);
             }
         }
+    }
+
+    #[test]
+    fn pages_of_unknown_chunks_are_left_out_and_others_are_proved() {
+        // Chunks 0 and 1 of the first file, one of them with a zero page, and one chunk of the second.
+        let mut image = Image::new([2 * CHUNK, 3 * PAGE_BYTES], &[false, true]);
+        let frame = image.frame(&[true; 11]).unwrap();
+        let frame = SetFrame::parse(&frame).unwrap();
+        let mut decoder = SetDecoder::default();
+        for unknown in [vec![0], vec![1], vec![2], vec![0, 1], vec![0, 1, 2]] {
+            image.unknown = unknown;
+            decoder.decode(&frame, &image).unwrap();
+            let known = frame.runs().filter(|run| {
+                let chunk = if run.file == 0 { u64::from(run.first) / 4 } else { 2 };
+                !image.unknown.contains(&chunk)
+            });
+            assert!(decoder.pages().map(|(run, _)| run).eq(known), "without {:?}", image.unknown);
+            for (run, bytes) in decoder.pages() {
+                let at = run.first as usize * PAGE_BYTES
+                    ..usize::from(run.count) * PAGE_BYTES + run.first as usize * PAGE_BYTES;
+                let zeros = vec![0; at.len()];
+                assert!(bytes.unwrap_or(&zeros) == &image.files[run.file as usize][at], "{run:?}");
+            }
+        }
+        // Only zero pages are of it: whether proofs are, too, depends on what the rest of it is.
+        image.unknown = vec![0];
+        let held: Vec<_> = (0..11).map(|page| page == 1 || page > 3).collect();
+        let frame = image.frame(&held).unwrap();
+        decoder.decode(&SetFrame::parse(&frame).unwrap(), &image).unwrap();
+        assert_eq!(decoder.pages().count(), 0);
     }
 
     #[test]

@@ -145,20 +145,20 @@ fn sessions_that_have_other_files_say_nothing_of_these() {
     within(WATCHDOG, || {
         // As the tasks of one restore.
         let folder = tempfile::tempdir().unwrap();
-        for task in 0..3 {
+        for task in 0..20 {
             std::fs::write(folder.path().join(format!("pages-{task}")), memory_like(64 * PAGE, task))
                 .unwrap();
         }
         let server = Server::start();
         let _ = run(server.address(), ["push".as_ref(), folder.path().as_os_str(), "tree".as_ref()]);
-        for task in 0..3 {
+        for task in 0..20 {
             let session = Session::open(server.address(), &"tree".parse().unwrap(), RECORDING).unwrap();
             let region = session.map(format!("pages-{task}")).unwrap();
             (0..64).step_by(2).for_each(|page| _ = std::hint::black_box(region[page * PAGE]));
             end(&session, region);
         }
         let sets = run(server.address(), ["working-set", "ls"]);
-        assert_eq!((&sets[0]["recordings"], &sets[0]["pages"]), (&3.into(), &96.into()));
+        assert_eq!((&sets[0]["recordings"], &sets[0]["pages"]), (&20.into(), &640.into()));
     });
 }
 
@@ -181,6 +181,25 @@ fn what_was_brought_is_not_taken_for_touched_nor_for_untouched() {
         // The last two have touched nothing that had not been brought, and have nothing to say.
         let set = listed(&source);
         assert_eq!((&set["recordings"], &set["pages"]), (&2.into(), &(first.len() + second.len()).into()));
+    });
+}
+
+#[test]
+fn what_was_brought_after_the_last_touch_is_not_taken_for_untouched() {
+    within(WATCHDOG, || {
+        let source = start();
+        record(&source, RECORDING, &[1, 2, 3]);
+        // Each touches one page, tells of it once it has been quiet for a while, and has everything brought after that.
+        for (told, page) in [(2, 100), (3, 200)] {
+            let session = source.open(RECORDING);
+            let region = session.map("mem").unwrap();
+            touch(&region, &source, page);
+            wait_until("it is told of", || listed(&source)["recordings"] == told);
+            session.fill().unwrap();
+            session.wait_resident(MINUTE).unwrap();
+            end(&session, region);
+        }
+        assert_eq!(listed(&source)["pages"], 5, "1, 2 and 3 were seen in one of one");
     });
 }
 

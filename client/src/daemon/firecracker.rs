@@ -194,6 +194,7 @@ impl Firecracker {
             }
             if worker.is_past_deadline() {
                 served.leave();
+                served::finish([served]);
                 let image = served.session().image().digest();
                 let of = self.backings.iter().find(|backing| backing.image.digest() == image);
                 let reference = of.map_or("REF", |backing| &backing.reference);

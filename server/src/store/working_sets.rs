@@ -32,7 +32,7 @@ use postcopy_proto::set_frame::{SetChunk, SetEncoder, SetFrame};
 use postcopy_proto::v1::{self, PageSpan};
 use prost::Message;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
@@ -43,10 +43,16 @@ const FRAME_PAGES: usize = 64;
 const ATTEMPTS: usize = 3;
 /// Made once, sent often.
 const LEVEL: i32 = 9;
-/// Recordings that are kept of an image: the newest ones.
+/// Recordings that are kept of an image: the newest ones that have touched the same file. A restore of several processes makes one
+/// for each, and each touches files of its own.
 const RECORDINGS: usize = 16;
+/// Spans of pages that were not seen, of one recording.
+const MAX_SPANS: usize = 1 << 20;
 /// The longest recording that is read again.
-const MAX_RECORDING_BYTES: usize = 256 << 20;
+const MAX_RECORDING_BYTES: usize = 32 << 20;
+/// Touched pages, and bytes, of all recordings of an image together.
+const MAX_TOUCHED_PAGES: u64 = (RECORDINGS * MAX_SET_PAGES) as u64;
+const MAX_RECORDINGS_BYTES: usize = 2 * MAX_RECORDING_BYTES;
 /// Pages of one set: 1 GiB, which is held in memory while it is made. What touches more is not helped by more.
 const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
 /// Packs of one set.
@@ -154,10 +160,11 @@ struct Wanted {
 
 impl Store {
     /// Keeps what a restore has touched, under an id of 16 bytes that is its own, for the next build of the image's working
-    /// set. Of more than the newest 16 recordings the oldest are forgotten.
+    /// set: the first 1 GiB of it. Of more than the newest 16 recordings that have touched the same files the oldest are forgotten.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image; nothing is kept.
+    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image, or there are too
+    /// many; nothing is kept.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -170,12 +177,43 @@ impl Store {
     ) -> Result<(), StoreError> {
         let files = Files::new(self.root(image)?);
         touched.iter().chain(&unseen).try_for_each(|span| files.check(span))?;
+        let Recording { touched, unseen } = choose::bounded(touched, unseen, MAX_SET_PAGES);
+        if unseen.len() > MAX_SPANS {
+            let reason = format!(
+                "{} runs of pages that were not seen, and at most {MAX_SPANS} are taken",
+                unseen.len()
+            );
+            return Err(StoreError::Invalid { object: "a recording".into(), reason });
+        }
         let recording = v1::RecordRequest { touched, unseen, ..Default::default() };
         let path = self.layout.recordings(image).join(Digest::of(&id).hex());
         self.objects.put(&path, recording.encode_to_vec().into())?;
-        let mut paths = by_age(&self.layout.recordings(image))?;
-        for path in paths.drain(..paths.len().saturating_sub(RECORDINGS)) {
-            objects::remove(&path)?;
+        self.forget_recordings(image, &files)
+    }
+
+    /// Removes those that newer ones make superfluous.
+    fn forget_recordings(&self, image: &Digest, files: &Files) -> Result<(), StoreError> {
+        let mut of_file: HashMap<Option<u32>, usize> = HashMap::new();
+        let (mut all_pages, mut all_bytes) = (0, 0);
+        for (number, path) in by_age(&self.layout.recordings(image))?.into_iter().rev().enumerate() {
+            let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
+            // One that cannot be read is of no file.
+            let touched = parse(&bytes, files).map(|recording| recording.touched).unwrap_or_default();
+            let mut touches: BTreeSet<Option<u32>> = touched.iter().map(|span| Some(span.file)).collect();
+            if touches.is_empty() {
+                touches.insert(None);
+            }
+            all_pages += choose::count(&touched);
+            all_bytes += bytes.len();
+            let is_new = touches.iter().any(|file| of_file.get(file).is_none_or(|count| *count < RECORDINGS));
+            let fits = all_pages <= MAX_TOUCHED_PAGES && all_bytes <= MAX_RECORDINGS_BYTES;
+            if number > 0 && !(is_new && fits) {
+                objects::remove(&path)?;
+                continue;
+            }
+            for file in touches {
+                *of_file.entry(file).or_default() += 1;
+            }
         }
         Ok(())
     }
@@ -224,14 +262,14 @@ impl Store {
         Ok(self.working_set(image)?.unwrap_or_default())
     }
 
-    /// The newest recordings; None if there are none at all.
+    /// The recordings; None if there are none at all.
     fn recordings(&self, image: &Digest, files: &Files) -> Result<Option<Vec<Recording>>, StoreError> {
-        let mut paths = by_age(&self.layout.recordings(image))?;
+        let paths = by_age(&self.layout.recordings(image))?;
         if paths.is_empty() {
             return Ok(None);
         }
         let mut recordings = Vec::new();
-        for path in paths.split_off(paths.len().saturating_sub(RECORDINGS)) {
+        for path in paths {
             let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
             match parse(&bytes, files) {
                 Ok(recording) => recordings.push(recording),
@@ -353,10 +391,8 @@ impl Store {
         let Some(current) = read_bounded(&self.layout.current_set(image), MAX_PACKS * 65)? else {
             return Ok(None);
         };
-        let mut set = WorkingSet {
-            recordings: by_age(&self.layout.recordings(image))?.len().min(RECORDINGS),
-            ..WorkingSet::default()
-        };
+        let mut set =
+            WorkingSet { recordings: by_age(&self.layout.recordings(image))?.len(), ..WorkingSet::default() };
         for line in String::from_utf8_lossy(&current).lines() {
             let digest = Digest::from_hex(line).map_err(|e| wrong(format!("`current`: {e}")))?;
             let path = self.layout.set(image, &digest);
@@ -409,7 +445,7 @@ fn parse(bytes: &[u8], files: &Files) -> Result<Recording, String> {
     let recording = v1::RecordRequest::decode(bytes).map_err(|error| error.to_string())?;
     let mut spans = recording.touched.iter().chain(&recording.unseen);
     spans.try_for_each(|span| files.check(span)).map_err(|error| error.to_string())?;
-    Ok(Recording { touched: recording.touched, unseen: recording.unseen })
+    Ok(choose::bounded(recording.touched, recording.unseen, MAX_SET_PAGES))
 }
 
 /// Ascending page numbers as runs.

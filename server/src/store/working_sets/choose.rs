@@ -30,6 +30,34 @@ pub(crate) fn count(spans: &[PageSpan]) -> u64 {
     spans.iter().map(|span| u64::from(span.count)).sum()
 }
 
+/// A recording whose first `most` touched pages count: what comes after them is neither touched nor untouched. What was not
+/// seen is in ascending runs that do not touch.
+pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: usize) -> Recording {
+    let mut left = u32::try_from(most).expect("a small number");
+    let mut first = Vec::new();
+    for span in touched {
+        let count = span.count.min(left);
+        left -= count;
+        if count > 0 {
+            first.push(PageSpan { count, ..span });
+        }
+        if count < span.count {
+            unseen.push(PageSpan { first: span.first + count, count: span.count - count, ..span });
+        }
+    }
+    unseen.sort_unstable_by_key(|span| (span.file, span.first));
+    unseen.dedup_by(|next, last| {
+        // A span's end has been checked to fit.
+        let end = last.first + last.count;
+        let is_one = next.file == last.file && next.first <= end;
+        if is_one {
+            last.count = end.max(next.first + next.count) - last.first;
+        }
+        is_one
+    });
+    Recording { touched: first, unseen }
+}
+
 #[derive(Default)]
 struct Seen {
     times: u64,
@@ -53,9 +81,8 @@ pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
             seen.places += place;
         }
     }
-    let unseen: Vec<_> = recordings.iter().map(|recording| sorted(&recording.unseen)).collect();
     let is_chosen = |page: &Page, times: u64| {
-        let blind = unseen.iter().filter(|spans| has(spans, *page)).count();
+        let blind = recordings.iter().filter(|recording| has(&recording.unseen, *page)).count();
         #[expect(clippy::cast_precision_loss, reason = "a few recordings")]
         let (times, could) = (times as f64, recordings.len().saturating_sub(blind) as f64);
         times >= share * could
@@ -70,12 +97,6 @@ pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
         left.cmp(&right).then(a.cmp(b))
     });
     chosen.into_iter().map(|(page, _)| page).collect()
-}
-
-fn sorted(spans: &[PageSpan]) -> Vec<PageSpan> {
-    let mut spans = spans.to_vec();
-    spans.sort_unstable_by_key(|span| (span.file, span.first));
-    spans
 }
 
 fn has(sorted: &[PageSpan], page: Page) -> bool {
@@ -93,11 +114,25 @@ mod tests {
     }
 
     fn recording(touched: &[u32], unseen: &[u32]) -> Recording {
-        Recording { touched: spans(touched), unseen: spans(unseen) }
+        bounded(spans(touched), spans(unseen), 100)
     }
 
     fn chosen(recordings: &[Recording]) -> Vec<u32> {
         choose(recordings, 0.5).into_iter().map(|(_, page)| page).collect()
+    }
+
+    #[test]
+    fn what_is_touched_beyond_a_bound_is_not_taken_for_untouched() {
+        let span = |first, count| PageSpan { file: 0, first, count };
+        let long = bounded(
+            vec![span(5, 2), span(20, 4), span(1, 1)],
+            vec![span(30, 1), span(29, 1), span(29, 2)],
+            3,
+        );
+        assert_eq!(long.touched, [span(5, 2), span(20, 1)]);
+        assert_eq!(long.unseen, [span(1, 1), span(21, 3), span(29, 2)]);
+        let others = vec![recording(&[1], &[]); 2];
+        assert_eq!(chosen(&[others, vec![long; 3]].concat()), [1, 5, 6, 20], "1 in two of two");
     }
 
     #[test]
