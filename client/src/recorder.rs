@@ -31,8 +31,8 @@ const SPANS: usize = 65_536;
 
 /// Pages that are told as touched, and as many that are told as not seen: the server takes twice as many in all.
 const MOST_PAGES: usize = 8 << 20;
-/// How often the last sending is tried, and the pause between.
-const LAST_ATTEMPTS: u32 = 3;
+/// How long the last sending is tried again, and the pause between.
+const LAST_ATTEMPTS: Duration = Duration::from_secs(8);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// What is known of a file's pages.
@@ -239,9 +239,11 @@ pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
 async fn run(shared: &Shared) {
     let Some(recorder) = &shared.recorder else { return };
     let (mut order, mut sent, mut sendings) = (Vec::new(), (0, 0), Sendings::new(Instant::now()));
-    let mut attempts = 0;
+    let mut ended_at: Option<Instant> = None;
     loop {
-        let has_ended = shared.has_ended();
+        if shared.has_ended() {
+            ended_at.get_or_insert_with(Instant::now);
+        }
         let before = order.len();
         recorder.take_noted(&mut order);
         if order.len() > before {
@@ -249,7 +251,7 @@ async fn run(shared: &Shared) {
         }
         // What has been brought since is not to count as absent and untouched.
         let known = (order.len(), recorder.brought.load(Ordering::Relaxed));
-        if (has_ended || sendings.is_due(Instant::now())) && !order.is_empty() && known != sent {
+        if (ended_at.is_some() || sendings.is_due(Instant::now())) && !order.is_empty() && known != sent {
             let outcome = recorder.send(shared, &order).await;
             if outcome.is_ok() {
                 sent = known;
@@ -257,9 +259,8 @@ async fn run(shared: &Shared) {
             recorder.sent().error = outcome.err().map(|error| error.to_string());
             sendings.sent(Instant::now());
         }
-        if has_ended {
-            attempts += 1;
-            if attempts == LAST_ATTEMPTS || recorder.sent().error.is_none() {
+        if let Some(ended_at) = ended_at {
+            if recorder.sent().error.is_none() || ended_at.elapsed() > LAST_ATTEMPTS {
                 break;
             }
             tokio::time::sleep(LAST_PAUSE).await;

@@ -240,7 +240,7 @@ impl std::fmt::Debug for SetDecoder {
 
 impl SetDecoder {
     /// Decodes a frame and proves each of its pages against the image; [`SetDecoder::pages`] has them then. Pages of chunks that
-    /// are not known yet cannot be proved, and are left out.
+    /// are not known yet cannot be proved, and are left out; so is what comes after such a chunk of which the frame has zero pages only.
     ///
     /// # Errors
     /// Why the frame is not of this image; then there are no pages.

@@ -194,7 +194,6 @@ impl Firecracker {
             }
             if worker.is_past_deadline() {
                 served.leave();
-                served::finish([served]);
                 let image = served.session().image().digest();
                 let of = self.backings.iter().find(|backing| backing.image.digest() == image);
                 let reference = of.map_or("REF", |backing| &backing.reference);
@@ -204,6 +203,7 @@ impl Firecracker {
                 );
                 tracing::warn!("{text}");
                 say(&text);
+                served::finish([served]);
                 return;
             }
         }

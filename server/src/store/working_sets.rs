@@ -36,6 +36,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 /// Pages of one frame: 256 KiB.
 const FRAME_PAGES: usize = 64;
@@ -46,8 +47,8 @@ const LEVEL: i32 = 9;
 /// Recordings that are kept of an image: the newest ones that have touched the same file. A restore of several processes makes one
 /// for each, and each touches files of its own.
 const RECORDINGS: usize = 16;
-/// Spans of pages that were not seen, of one recording.
-const MAX_SPANS: usize = 1 << 20;
+/// Recordings that are kept of an image, of whatever files.
+const MAX_RECORDINGS: usize = 256;
 /// The longest recording that is read again.
 const MAX_RECORDING_BYTES: usize = 32 << 20;
 /// Touched pages, and bytes, of all recordings of an image together.
@@ -91,8 +92,8 @@ fn object(image: &Digest) -> String {
     format!("the working set of image {image}")
 }
 
-/// A directory's entries by the digests or ids that they are named by, the oldest first; none if there is no such directory.
-fn by_age(dir: &PathBuf) -> Result<Vec<PathBuf>, StoreError> {
+/// A directory's entries by the digests or ids that they are named by, with the times at which they were written, the oldest first; none if there is no such directory.
+fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(io_error(dir))?,
@@ -107,7 +108,7 @@ fn by_age(dir: &PathBuf) -> Result<Vec<PathBuf>, StoreError> {
         }
     }
     found.sort_unstable();
-    Ok(found.into_iter().map(|(_, path)| path).collect())
+    Ok(found)
 }
 
 /// Where the pages of an image's files lie.
@@ -160,11 +161,11 @@ struct Wanted {
 
 impl Store {
     /// Keeps what a restore has touched, under an id of 16 bytes that is its own, for the next build of the image's working
-    /// set: the first 1 GiB of it. Of more than the newest 16 recordings that have touched the same files the oldest are forgotten.
+    /// set: the first 1 GiB of it. The oldest recordings are forgotten: those that have touched only files that 16 newer ones have
+    /// touched, and those beyond 256, or beyond 16 GiB of touched pages, in all.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image, or there are too
-    /// many; nothing is kept.
+    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image; nothing is kept.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -178,13 +179,6 @@ impl Store {
         let files = Files::new(self.root(image)?);
         touched.iter().chain(&unseen).try_for_each(|span| files.check(span))?;
         let Recording { touched, unseen } = choose::bounded(touched, unseen, MAX_SET_PAGES);
-        if unseen.len() > MAX_SPANS {
-            let reason = format!(
-                "{} runs of pages that were not seen, and at most {MAX_SPANS} are taken",
-                unseen.len()
-            );
-            return Err(StoreError::Invalid { object: "a recording".into(), reason });
-        }
         let recording = v1::RecordRequest { touched, unseen, ..Default::default() };
         let path = self.layout.recordings(image).join(Digest::of(&id).hex());
         self.objects.put(&path, recording.encode_to_vec().into())?;
@@ -194,8 +188,8 @@ impl Store {
     /// Removes those that newer ones make superfluous.
     fn forget_recordings(&self, image: &Digest, files: &Files) -> Result<(), StoreError> {
         let mut of_file: HashMap<Option<u32>, usize> = HashMap::new();
-        let (mut all_pages, mut all_bytes) = (0, 0);
-        for (number, path) in by_age(&self.layout.recordings(image))?.into_iter().rev().enumerate() {
+        let (mut kept, mut kept_pages, mut kept_bytes) = (0, 0, 0);
+        for (time, path) in by_age(&self.layout.recordings(image))?.into_iter().rev() {
             let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
             // One that cannot be read is of no file.
             let touched = parse(&bytes, files).map(|recording| recording.touched).unwrap_or_default();
@@ -203,16 +197,20 @@ impl Store {
             if touches.is_empty() {
                 touches.insert(None);
             }
-            all_pages += choose::count(&touched);
-            all_bytes += bytes.len();
+            let (pages, bytes) = (kept_pages + choose::count(&touched), kept_bytes + bytes.len());
             let is_new = touches.iter().any(|file| of_file.get(file).is_none_or(|count| *count < RECORDINGS));
-            let fits = all_pages <= MAX_TOUCHED_PAGES && all_bytes <= MAX_RECORDINGS_BYTES;
-            if number > 0 && !(is_new && fits) {
-                objects::remove(&path)?;
+            let fits = kept < MAX_RECORDINGS && pages <= MAX_TOUCHED_PAGES && bytes <= MAX_RECORDINGS_BYTES;
+            if kept == 0 || is_new && fits {
+                (kept, kept_pages, kept_bytes) = (kept + 1, pages, bytes);
+                for file in touches {
+                    *of_file.entry(file).or_default() += 1;
+                }
                 continue;
             }
-            for file in touches {
-                *of_file.entry(file).or_default() += 1;
+            // One that its restore has told anew meanwhile is not old any more.
+            let written = fs::metadata(&path).and_then(|metadata| metadata.modified());
+            if written.is_ok_and(|written| written == time) {
+                objects::remove(&path)?;
             }
         }
         Ok(())
@@ -252,7 +250,7 @@ impl Store {
             self.objects.put(&self.layout.set(image, &digest), pack.into())?;
         }
         self.objects.put(&self.layout.current_set(image), current.clone().into())?;
-        for path in by_age(&self.layout.sets(image))? {
+        for (_, path) in by_age(&self.layout.sets(image))? {
             // Streams that send from it have it mapped.
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             if !current.contains(name) {
@@ -269,7 +267,7 @@ impl Store {
             return Ok(None);
         }
         let mut recordings = Vec::new();
-        for path in paths {
+        for (_, path) in paths {
             let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
             match parse(&bytes, files) {
                 Ok(recording) => recordings.push(recording),
@@ -632,7 +630,7 @@ mod tests {
         let image = Image::of_seed(1);
         image.push(&store, "a");
         record(&store, &image, 1, vec![span(0, 4)]);
-        let pack = by_age(&store.layout.sets(&image.digest())).unwrap().remove(0);
+        let (_, pack) = by_age(&store.layout.sets(&image.digest())).unwrap().remove(0);
         fs::write(&pack, b"postcopy").unwrap();
         let error = store.working_set(&image.digest()).unwrap_err();
         assert!(

@@ -30,8 +30,11 @@ pub(crate) fn count(spans: &[PageSpan]) -> u64 {
     spans.iter().map(|span| u64::from(span.count)).sum()
 }
 
+/// Runs of pages that were not seen, of one recording.
+const MOST_UNSEEN: usize = 1 << 20;
+
 /// A recording whose first `most` touched pages count: what comes after them is neither touched nor untouched. What was not
-/// seen is in ascending runs that do not touch.
+/// seen is in ascending runs that do not touch; where these are too many, in one of each file, from the first to the last.
 pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: usize) -> Recording {
     let mut left = u32::try_from(most).expect("a small number");
     let mut first = Vec::new();
@@ -55,6 +58,15 @@ pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: u
         }
         is_one
     });
+    if unseen.len() > MOST_UNSEEN {
+        unseen.dedup_by(|next, last| {
+            let is_one = next.file == last.file;
+            if is_one {
+                last.count = next.first + next.count - last.first;
+            }
+            is_one
+        });
+    }
     Recording { touched: first, unseen }
 }
 
