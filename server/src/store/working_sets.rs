@@ -92,7 +92,8 @@ fn object(image: &Digest) -> String {
     format!("the working set of image {image}")
 }
 
-/// A directory's entries by the digests or ids that they are named by, with the times at which they were written, the oldest first; none if there is no such directory.
+/// A directory's entries by the digests or ids that they are named by, with the times at which they were written, the oldest
+/// first; none if there is no such directory.
 fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
