@@ -85,6 +85,15 @@ impl Workload {
             (first..first + 1000).try_for_each(|entry| redis.send(&["SET", &key(entry), &order(entry)]))?;
             (0..1000).try_for_each(|_| redis.receive().map(drop))?;
         }
+        // Its table has just become larger. As long as entries are being moved, one more with each command, and 100 at each tick
+        // of its clock, what a restored one touches first is a matter of chance.
+        let mut entries = (0..ENTRIES).cycle();
+        while redis.is_moving_entries()? {
+            for entry in entries.by_ref().take(1000) {
+                redis.send(&["EXISTS", &key(entry)])?;
+                redis.receive()?;
+            }
+        }
         Ok(())
     }
 
@@ -180,12 +189,20 @@ impl Redis {
         Ok(self.0.get_mut().write_all(text.as_bytes())?)
     }
 
-    /// The next answer: a status or a string.
+    /// Whether it is moving its entries to a larger table.
+    fn is_moving_entries(&mut self) -> Result<bool> {
+        self.send(&["INFO", "memory"])?;
+        let info = String::from_utf8(self.receive()?)?;
+        let moving = info.lines().find_map(|line| line.strip_prefix("mem_overhead_db_hashtable_rehashing:"));
+        Ok(moving.context("no word of its table")? != "0")
+    }
+
+    /// The next answer: a status, a number or a string.
     fn receive(&mut self) -> Result<Vec<u8>> {
         let mut line = String::new();
         self.0.read_line(&mut line)?;
         match line.trim().split_at_checked(1) {
-            Some(("+", status)) => Ok(status.into()),
+            Some(("+" | ":", status)) => Ok(status.into()),
             Some(("$", len)) => {
                 let mut bytes = vec![0; len.parse::<usize>().with_context(|| line.clone())? + 2];
                 self.0.read_exact(&mut bytes)?;

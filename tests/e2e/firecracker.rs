@@ -226,6 +226,22 @@ fn a_daemon_that_cannot_fill_in_time_says_which_machines_sleep_and_how_to_wake_t
 }
 
 #[test]
+fn a_machine_that_is_left_asleep_has_told_what_it_touched() {
+    with_root("a_machine_that_is_left_asleep_has_told_what_it_touched", || {
+        let snapshot = Snapshot::push(32);
+        let mut daemon = snapshot.daemon(&["--record", "--grace", "0s"]);
+        let mut vmm = snapshot.vmm(&["small:32"]);
+        vmm.tell("touch 8 5");
+        assert_eq!(vmm.touches().wrong, 0);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        daemon.assert_says(&format!("postcopy firecracker --adopt {} --image vm", vmm.pid()));
+        let sets = run(snapshot.server.address(), ["working-set", "ls"]);
+        assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 512), "{sets}");
+    });
+}
+
+#[test]
 fn a_worker_goes_on_without_its_guardian_and_says_so() {
     with_root("a_worker_goes_on_without_its_guardian_and_says_so", || {
         let snapshot = Snapshot::push(32);

@@ -275,6 +275,27 @@ fn a_server_that_never_stops_talking_does_not_stop_the_clock() {
     });
 }
 
+#[test]
+fn a_server_that_never_stops_answering_what_was_not_asked_does_not_hold_up_a_fill() {
+    within(WATCHDOG, || {
+        let truth = Truth::start();
+        // For the request 0, which there is none of.
+        let answer = ChunkAnswer { chunk: 5, result: Some(Answer::Zero(v1::ZeroChunk {})) };
+        let flood = v1::StreamChunksResponse { chunks: vec![answer], ..Default::default() };
+        let fill = |instead| {
+            let chaos = truth.told_with(Lies::default().bulk_flood(flood.clone(), instead));
+            let session = open(&chaos, Options { fill: true, ..IMPATIENT });
+            let region = session.map("mem").unwrap();
+            let outcome = session.wait_resident(Duration::from_secs(20));
+            assert!(*region == truth.bytes[..]);
+            outcome.map_err(|lost| lost.to_string())
+        };
+        assert_eq!(fill(false), Ok(()));
+        let lost = fill(true).unwrap_err();
+        assert!(lost.contains("bulk answer: none came within 1s"), "{lost}");
+    });
+}
+
 /// Under [`LossPolicy::Wait`] a touch sleeps while the server lies, and sees the truth once it is told.
 #[test]
 fn a_touch_waits_until_the_truth_is_told() {

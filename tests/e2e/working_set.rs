@@ -9,6 +9,7 @@ use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
+use postcopy_tests::proxy::{Break, Direction, How, Proxy};
 use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip, wait_until};
 use serde_json::Value;
@@ -200,6 +201,25 @@ fn what_was_brought_after_the_last_touch_is_not_taken_for_untouched() {
             end(&session, region);
         }
         assert_eq!(listed(&source)["pages"], 5, "1, 2 and 3 were seen in one of one");
+    });
+}
+
+#[test]
+fn a_recording_that_cannot_be_sent_at_its_end_is_sent_when_it_can() {
+    within(WATCHDOG, || {
+        let source = start();
+        let proxy = Proxy::start(source.server.address(), Break::Never);
+        let session = Session::open(proxy.address(), &"app".parse().unwrap(), RECORDING).unwrap();
+        let region = session.map("mem").unwrap();
+        [1, 2, 3].into_iter().for_each(|page| touch(&region, &source, page));
+        proxy.set(Break::Each { direction: Direction::ToServer, bytes: 0, how: How::Reset });
+        drop(region);
+        assert!(session.close(MINUTE));
+        let before = proxy.connections();
+        wait_until("it is tried", || proxy.connections() > before);
+        proxy.set(Break::Never);
+        session.wait_recorded(MINUTE).unwrap();
+        assert_eq!(listed(&source)["pages"], 3);
     });
 }
 

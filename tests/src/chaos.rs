@@ -55,6 +55,7 @@ pub struct Lies {
     /// On the demand lane, and on the bulk lane.
     late: [Option<Duration>; 2],
     flood: Option<ChunkAnswer>,
+    bulk_flood: Option<(v1::StreamChunksResponse, bool)>,
     /// Demand lanes are taken when it says so.
     taken: Option<Arc<Semaphore>>,
 }
@@ -122,6 +123,13 @@ impl Lies {
     #[must_use]
     pub fn flood(mut self, answer: ChunkAnswer) -> Self {
         self.flood = Some(answer);
+        self
+    }
+
+    /// As [`Lies::flood`], on the bulk lane: beside what is forwarded, or instead of that.
+    #[must_use]
+    pub fn bulk_flood(mut self, answer: v1::StreamChunksResponse, instead: bool) -> Self {
+        self.bulk_flood = Some((answer, instead));
         self
     }
 
@@ -401,7 +409,11 @@ impl PageService for Between {
             }
             vec![message]
         };
-        Ok(Response::new(told(answers, Arc::clone(&self.lies), self.lies.late[1], lie)))
+        let told = told(answers, Arc::clone(&self.lies), self.lies.late[1], lie);
+        let Some((answer, instead)) = self.lies.bulk_flood.clone() else { return Ok(Response::new(told)) };
+        let told = told.filter(move |_| std::future::ready(!instead));
+        let flood = stream::repeat_with(move || Ok(answer.clone()));
+        Ok(Response::new(Box::pin(stream::select(told, flood))))
     }
 
     async fn read_file(

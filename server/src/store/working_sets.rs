@@ -6,12 +6,13 @@
 //! <domain>/working-sets/<image>/current           the digests of those that are sent, in order, a line each
 //! ```
 //!
-//! [`Store::keep_recording`] writes a recording, and [`Store::build_working_set`] makes the set anew from those that there
+//! [`Store::keep_recording`], in [`recordings`], writes a recording, and [`Store::build_working_set`] makes the set anew from those that there
 //! are: [`choose`] says which pages, the rest here reads their chunks as a client would and puts them into frames with
 //! proofs. `current` is replaced at once, so that who reads it finds one whole set or another. A set belongs to its image,
 //! and goes with it when that is collected as garbage.
 
 mod choose;
+mod recordings;
 
 use crate::store::Store;
 use crate::store::error::{StoreError, damaged, io_error};
@@ -21,7 +22,7 @@ use crate::store::map::{self, Map};
 use crate::store::objects::{self, read_bounded};
 use crate::store::walk;
 use bytes::Bytes;
-use choose::{Page, Recording};
+use choose::Page;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::manifest::{ChunkContent, FileEntry, Root, chunk_len};
@@ -29,10 +30,9 @@ use postcopy_proto::pack::{SetPackBuilder, set_frames};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, PageRun, is_zero};
 use postcopy_proto::proof::Leaves;
 use postcopy_proto::set_frame::{SetChunk, SetEncoder, SetFrame};
-use postcopy_proto::v1::{self, PageSpan};
-use prost::Message;
+use postcopy_proto::v1::PageSpan;
 use rayon::prelude::*;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
@@ -44,16 +44,6 @@ const FRAME_PAGES: usize = 64;
 const ATTEMPTS: usize = 3;
 /// Made once, sent often.
 const LEVEL: i32 = 9;
-/// Recordings that are kept of an image: the newest ones that have touched the same file. A restore of several processes makes one
-/// for each, and each touches files of its own.
-const RECORDINGS: usize = 16;
-/// Recordings that are kept of an image, of whatever files.
-const MAX_RECORDINGS: usize = 256;
-/// The longest recording that is read again.
-const MAX_RECORDING_BYTES: usize = 32 << 20;
-/// Touched pages, and bytes, of all recordings of an image together.
-const MAX_TOUCHED_PAGES: u64 = (RECORDINGS * MAX_SET_PAGES) as u64;
-const MAX_RECORDINGS_BYTES: usize = 2 * MAX_RECORDING_BYTES;
 /// Pages of one set: 1 GiB, which is held in memory while it is made. What touches more is not helped by more.
 const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
 /// Packs of one set.
@@ -161,62 +151,6 @@ struct Wanted {
 }
 
 impl Store {
-    /// Keeps what a restore has touched, under an id of 16 bytes that is its own, for the next build of the image's working
-    /// set: the first 1 GiB of it. The oldest recordings are forgotten: those that have touched only files that 16 newer ones have
-    /// touched, and those beyond 256, or beyond 16 GiB of touched pages, in all.
-    ///
-    /// # Errors
-    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image; nothing is kept.
-    ///
-    /// # Blocking
-    /// Waits for the disk.
-    pub fn keep_recording(
-        &self,
-        image: &Digest,
-        id: [u8; 16],
-        touched: Vec<PageSpan>,
-        unseen: Vec<PageSpan>,
-    ) -> Result<(), StoreError> {
-        let files = Files::new(self.root(image)?);
-        touched.iter().chain(&unseen).try_for_each(|span| files.check(span))?;
-        let Recording { touched, unseen } = choose::bounded(touched, unseen, MAX_SET_PAGES);
-        let recording = v1::RecordRequest { touched, unseen, ..Default::default() };
-        let path = self.layout.recordings(image).join(Digest::of(&id).hex());
-        self.objects.put(&path, recording.encode_to_vec().into())?;
-        self.forget_recordings(image, &files)
-    }
-
-    /// Removes those that newer ones make superfluous.
-    fn forget_recordings(&self, image: &Digest, files: &Files) -> Result<(), StoreError> {
-        let mut of_file: HashMap<Option<u32>, usize> = HashMap::new();
-        let (mut kept, mut kept_pages, mut kept_bytes) = (0, 0, 0);
-        for (time, path) in by_age(&self.layout.recordings(image))?.into_iter().rev() {
-            let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
-            // One that cannot be read is of no file.
-            let touched = parse(&bytes, files).map(|recording| recording.touched).unwrap_or_default();
-            let mut touches: BTreeSet<Option<u32>> = touched.iter().map(|span| Some(span.file)).collect();
-            if touches.is_empty() {
-                touches.insert(None);
-            }
-            let (pages, bytes) = (kept_pages + choose::count(&touched), kept_bytes + bytes.len());
-            let is_new = touches.iter().any(|file| of_file.get(file).is_none_or(|count| *count < RECORDINGS));
-            let fits = kept < MAX_RECORDINGS && pages <= MAX_TOUCHED_PAGES && bytes <= MAX_RECORDINGS_BYTES;
-            if kept == 0 || is_new && fits {
-                (kept, kept_pages, kept_bytes) = (kept + 1, pages, bytes);
-                for file in touches {
-                    *of_file.entry(file).or_default() += 1;
-                }
-                continue;
-            }
-            // One that its restore has told anew meanwhile is not old any more.
-            let written = fs::metadata(&path).and_then(|metadata| metadata.modified());
-            if written.is_ok_and(|written| written == time) {
-                objects::remove(&path)?;
-            }
-        }
-        Ok(())
-    }
-
     /// Makes the image's working set anew from its recordings: of the pages that were touched in at least `share` (of 1) of
     /// those in which they could be. Without recordings there is none.
     ///
@@ -259,26 +193,6 @@ impl Store {
             }
         }
         Ok(self.working_set(image)?.unwrap_or_default())
-    }
-
-    /// The recordings; None if there are none at all.
-    fn recordings(&self, image: &Digest, files: &Files) -> Result<Option<Vec<Recording>>, StoreError> {
-        let paths = by_age(&self.layout.recordings(image))?;
-        if paths.is_empty() {
-            return Ok(None);
-        }
-        let mut recordings = Vec::new();
-        for (_, path) in paths {
-            let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
-            match parse(&bytes, files) {
-                Ok(recording) => recordings.push(recording),
-                // The others say enough, and it is forgotten in its turn.
-                Err(reason) => {
-                    tracing::warn!("the recording {} is left out: {reason}", path.display());
-                }
-            }
-        }
-        Ok(Some(recordings))
     }
 
     /// Packs of the frames of these pages, in this order.
@@ -439,14 +353,6 @@ impl Store {
     }
 }
 
-/// A recording that was kept, with all checks: it may have been altered since.
-fn parse(bytes: &[u8], files: &Files) -> Result<Recording, String> {
-    let recording = v1::RecordRequest::decode(bytes).map_err(|error| error.to_string())?;
-    let mut spans = recording.touched.iter().chain(&recording.unseen);
-    spans.try_for_each(|span| files.check(span)).map_err(|error| error.to_string())?;
-    Ok(choose::bounded(recording.touched, recording.unseen, MAX_SET_PAGES))
-}
-
 /// Ascending page numbers as runs.
 fn runs_of(mut pages: Vec<u16>) -> Vec<PageRun> {
     pages.sort_unstable();
@@ -501,6 +407,7 @@ pub(crate) fn remove_orphans(layout: &Layout) -> Result<(u64, u64), StoreError> 
 
 #[cfg(test)]
 mod tests {
+    use super::recordings::RECORDINGS;
     use super::*;
     use crate::fixtures::{Image, store};
     use crate::store::{Collector, Domain};

@@ -6,7 +6,6 @@
 //! brought comes after as many.
 
 use postcopy_proto::v1::PageSpan;
-use std::collections::HashMap;
 
 /// A page: its file's place in the image, and its number in the file.
 pub(crate) type Page = (u32, u32);
@@ -70,56 +69,70 @@ pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: u
     Recording { touched: first, unseen }
 }
 
-#[derive(Default)]
+/// A page that was touched.
 struct Seen {
-    times: u64,
-    /// The last recording that it was counted for, from 1.
-    last: usize,
-    /// Sum of its places in the order.
+    page: Page,
+    /// In so many recordings.
+    times: usize,
+    /// Sum of its places in their orders.
     places: u64,
 }
 
 /// The pages of the working set, in the order in which they are to be sent. `share` is of 1.
 pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
-    let mut seen: HashMap<Page, Seen> = HashMap::new();
-    for (number, recording) in (1..).zip(recordings) {
-        let before = count(&recording.unseen);
-        for (place, page) in (before..).zip(pages(&recording.touched)) {
-            let seen = seen.entry(page).or_default();
-            if std::mem::replace(&mut seen.last, number) == number {
-                continue;
-            }
-            seen.times += 1;
-            seen.places += place;
-        }
-    }
-    let is_chosen = |page: &Page, times: u64| {
-        let blind = recordings.iter().filter(|recording| has(&recording.unseen, *page)).count();
+    let seen = seen(recordings);
+    let blind = blind(recordings, &seen);
+    let is_chosen = |seen: &Seen, blind: usize| {
         #[expect(clippy::cast_precision_loss, reason = "a few recordings")]
-        let (times, could) = (times as f64, recordings.len().saturating_sub(blind) as f64);
+        let (times, could) = (seen.times as f64, recordings.len().saturating_sub(blind) as f64);
         times >= share * could
     };
-    let mut chosen: Vec<_> = seen.into_iter().filter(|(page, seen)| is_chosen(page, seen.times)).collect();
+    let chosen = seen.into_iter().zip(blind).filter(|(seen, blind)| is_chosen(seen, *blind));
+    let mut chosen: Vec<Seen> = chosen.map(|(seen, _)| seen).collect();
     // The average, as a fraction that is compared exactly; then by address.
-    chosen.sort_unstable_by(|(a, seen_a), (b, seen_b)| {
-        let (left, right) = (
-            u128::from(seen_a.places) * u128::from(seen_b.times),
-            u128::from(seen_b.places) * u128::from(seen_a.times),
-        );
-        left.cmp(&right).then(a.cmp(b))
-    });
-    chosen.into_iter().map(|(page, _)| page).collect()
+    let scaled = |a: &Seen, b: &Seen| u128::from(a.places) * b.times as u128;
+    chosen.sort_unstable_by(|a, b| scaled(a, b).cmp(&scaled(b, a)).then(a.page.cmp(&b.page)));
+    chosen.into_iter().map(|seen| seen.page).collect()
 }
 
-fn has(sorted: &[PageSpan], page: Page) -> bool {
-    let after = sorted.partition_point(|span| (span.file, span.first) <= page);
-    let span = after.checked_sub(1).map(|index| sorted[index]);
-    span.is_some_and(|span| span.file == page.0 && page.1 - span.first < span.count)
+/// What the recordings have touched, by page.
+fn seen(recordings: &[Recording]) -> Vec<Seen> {
+    let mut touches: Vec<(Page, usize, u64)> = Vec::new();
+    for (number, recording) in recordings.iter().enumerate() {
+        let places = count(&recording.unseen)..;
+        touches.extend(pages(&recording.touched).zip(places).map(|(page, place)| (page, number, place)));
+    }
+    touches.sort_unstable();
+    // The first touch of each recording counts.
+    touches.dedup_by_key(|(page, number, _)| (*page, *number));
+    let of_pages = touches.chunk_by(|(a, ..), (b, ..)| a == b);
+    let places = |touches: &[(Page, usize, u64)]| touches.iter().map(|(.., place)| place).sum();
+    let seen = |touches: &[(Page, usize, u64)]| Seen { page: touches[0].0, times: touches.len(), places: places(touches) };
+    of_pages.map(seen).collect()
+}
+
+/// For each of these pages, which ascend, in how many recordings a touch of it could not be seen.
+fn blind(recordings: &[Recording], seen: &[Seen]) -> Vec<usize> {
+    // How many runs begin, and how many end, before each: it is in as many as have begun and not ended.
+    let (mut begun, mut ended) = (vec![0; seen.len() + 1], vec![0; seen.len() + 1]);
+    for run in recordings.iter().flat_map(|recording| &recording.unseen) {
+        let place = |page| seen.partition_point(|seen| seen.page < (run.file, page));
+        begun[place(run.first)] += 1;
+        ended[place(run.first + run.count)] += 1;
+    }
+    let mut now = 0;
+    let changed = |(begun, ended): (usize, usize)| {
+        now = now + begun - ended;
+        now
+    };
+    begun.into_iter().zip(ended).take(seen.len()).map(changed).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use proptest::collection;
 
     fn spans(pages: &[u32]) -> Vec<PageSpan> {
         pages.iter().map(|&first| PageSpan { file: 0, first, count: 1 }).collect()
@@ -184,5 +197,31 @@ mod tests {
     fn the_order_is_that_of_the_average_first_touch() {
         let recordings = [recording(&[1, 2, 3], &[]), recording(&[3, 2, 1], &[]), recording(&[2, 3, 1], &[])];
         assert_eq!(chosen(&recordings), [2, 3, 1]);
+    }
+
+    fn any_recording() -> impl Strategy<Value = Recording> {
+        let span = (0..2_u32, 0..40_u32, 1..6_u32).prop_map(|(file, first, count)| PageSpan { file, first, count });
+        let spans = || collection::vec(span.clone(), 0..12);
+        (spans(), spans()).prop_map(|(touched, unseen)| bounded(touched, unseen, 30))
+    }
+
+    proptest! {
+        /// As it is defined, page by page.
+        #[test]
+        fn chosen_is_what_enough_of_those_that_could_see_it_have_touched(
+            recordings in collection::vec(any_recording(), 0..8),
+            share in 0.0..1.0_f64,
+        ) {
+            let has = |spans: &[PageSpan], page: Page| pages(spans).any(|other| other == page);
+            let is_chosen = |page: &Page| {
+                let times = recordings.iter().filter(|recording| has(&recording.touched, *page)).count();
+                let could = recordings.iter().filter(|recording| !has(&recording.unseen, *page)).count();
+                times > 0 && times as f64 >= share * could as f64
+            };
+            let all = (0..2).flat_map(|file| (0..50).map(move |page| (file, page)));
+            let mut chosen = choose(&recordings, share);
+            chosen.sort_unstable();
+            prop_assert_eq!(chosen, all.filter(is_chosen).collect::<Vec<_>>());
+        }
     }
 }
