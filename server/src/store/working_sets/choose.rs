@@ -107,7 +107,11 @@ fn seen(recordings: &[Recording]) -> Vec<Seen> {
     touches.dedup_by_key(|(page, number, _)| (*page, *number));
     let of_pages = touches.chunk_by(|(a, ..), (b, ..)| a == b);
     let places = |touches: &[(Page, usize, u64)]| touches.iter().map(|(.., place)| place).sum();
-    let seen = |touches: &[(Page, usize, u64)]| Seen { page: touches[0].0, times: touches.len(), places: places(touches) };
+    let seen = |touches: &[(Page, usize, u64)]| Seen {
+        page: touches[0].0,
+        times: touches.len(),
+        places: places(touches),
+    };
     of_pages.map(seen).collect()
 }
 
@@ -131,8 +135,8 @@ fn blind(recordings: &[Recording], seen: &[Seen]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
     use proptest::collection;
+    use proptest::prelude::*;
 
     fn spans(pages: &[u32]) -> Vec<PageSpan> {
         pages.iter().map(|&first| PageSpan { file: 0, first, count: 1 }).collect()
@@ -200,7 +204,8 @@ mod tests {
     }
 
     fn any_recording() -> impl Strategy<Value = Recording> {
-        let span = (0..2_u32, 0..40_u32, 1..6_u32).prop_map(|(file, first, count)| PageSpan { file, first, count });
+        let span =
+            (0..2_u32, 0..40_u32, 1..6_u32).prop_map(|(file, first, count)| PageSpan { file, first, count });
         let spans = || collection::vec(span.clone(), 0..12);
         (spans(), spans()).prop_map(|(touched, unseen)| bounded(touched, unseen, 30))
     }

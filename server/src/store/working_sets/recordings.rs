@@ -99,7 +99,11 @@ impl Store {
     }
 
     /// The recordings; None if there are none at all.
-    pub(super) fn recordings(&self, image: &Digest, files: &Files) -> Result<Option<Vec<Recording>>, StoreError> {
+    pub(super) fn recordings(
+        &self,
+        image: &Digest,
+        files: &Files,
+    ) -> Result<Option<Vec<Recording>>, StoreError> {
         let paths = by_age(&self.layout.recordings(image))?;
         if paths.is_empty() {
             return Ok(None);
