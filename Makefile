@@ -58,8 +58,8 @@ bench: bench-build
 
 # All of it; takes hours.
 bench-full: bench-build
+	target/release/postcopy-bench --docs docs
 	target/release/postcopy-bench --docs docs programs-full mapped chunks restores threads
-	target/release/postcopy-bench
 
 bench-build:
 	@tests/setup bench

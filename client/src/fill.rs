@@ -40,7 +40,9 @@ const REQUEST_BYTES: usize = 1 << 20;
 const JOBS: usize = 256;
 /// How long to wait after a pass that brought nothing.
 const RETRY_PASS: Duration = Duration::from_millis(200);
-/// The same, once it has been reported that nothing comes.
+/// How much longer each pause is after an attempt at the working set.
+const SET_PAUSES: u32 = 5;
+/// As [`RETRY_PASS`], once it has been reported that nothing comes.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 /// How long it looks again and again for what touches have asked for.
 const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
@@ -193,15 +195,25 @@ impl Fill {
     /// touched.
     async fn bring_working_set(&self, mut channel: Option<Channel>) -> Option<BulkLane> {
         self.shared.set_filling(true);
-        let mut lane = None;
-        for _ in 0..MAX_ATTEMPTS {
-            lane = self.receive_working_set(channel.take()).await.ok();
+        let (mut lane, mut pause, image) = (None, RETRY_PASS, self.shared.image.digest());
+        for attempt in 1..=MAX_ATTEMPTS {
+            match self.receive_working_set(channel.take()).await {
+                Ok(received) => lane = Some(received),
+                Err(error) if attempt == MAX_ATTEMPTS => {
+                    tracing::warn!("the working set of image {image} does not come: {error}");
+                }
+                Err(_) => tokio::time::sleep(pause).await,
+            }
             if self.shared.has_ended() || lane.is_some() {
                 break;
             }
-            tokio::time::sleep(RETRY_PASS).await;
+            pause *= SET_PAUSES;
         }
         self.all_installed().await;
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(reason) = refused {
+            tracing::warn!("{reason}: its pages come as they are touched");
+        }
         self.shared.set_filling(false);
         lane
     }

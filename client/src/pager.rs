@@ -382,6 +382,9 @@ impl Pager {
             Command::Map { region, reply } => {
                 let registered = region.space.uffd.register(region.address(0), region.len());
                 if registered.is_ok() {
+                    if let Some(recorder) = &self.shared().recorder {
+                        recorder.has(&self.shared().image, std::slice::from_ref(&region));
+                    }
                     self.change_spaces(|spaces| spaces.add(region));
                 }
                 // The program waits for it, in `Session::map`.

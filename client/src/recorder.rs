@@ -2,8 +2,8 @@
 //!
 //! The pager notes each page at its first touch, and then installs that page alone, so that a touch of its neighbours is
 //! seen, too. What is brought without a touch (a working set, a background fill) is noted as such: nobody can say whether it would have
-//! been touched. A thread of its own sends what has been noted, when nothing new was touched for a while, ever more rarely,
-//! and at the session's end.
+//! been touched. A thread of its own sends what has been noted, when it is asked to, when nothing new was touched for a while, ever more
+//! rarely, and at the session's end.
 
 use crate::bits::Bits;
 use crate::image::Image;
@@ -13,7 +13,6 @@ use crate::remote::{Remote, RemoteError, within};
 use crate::shared::Shared;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
-use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -65,6 +64,9 @@ struct Sent {
     has_ended: bool,
     /// Why it could not be done the last time.
     error: Option<String>,
+    /// How often it was asked for, and which of that has been done.
+    asked: u64,
+    answered: u64,
 }
 
 impl Recorder {
@@ -114,9 +116,8 @@ impl Recorder {
         self.brought.fetch_add(new, Ordering::Relaxed);
     }
 
-    /// What is there has been brought by who served the memory before. Makes room for the regions' files, so that the pager
-    /// need not.
-    pub(crate) fn brought_before(&self, image: &Image, regions: &[Arc<RegionState>]) {
+    /// The session has these regions now. What is there has been brought by who served the memory before.
+    pub(crate) fn has(&self, image: &Image, regions: &[Arc<RegionState>]) {
         for region in regions {
             let _ = self.seen(image, region);
             let mut next = 0;
@@ -137,22 +138,21 @@ impl Recorder {
     fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
         let touched = spans(order.iter().copied().take(MOST_PAGES));
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
-        let touched_files: HashSet<u32> = order.iter().map(|(file, _)| *file).collect();
         let (mut unseen, mut left) = (Vec::new(), MOST_PAGES);
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
-            if !touched_files.contains(&short(place)) {
+            let Some(seen) = seen.get() else {
                 // It may be another process's memory, whose session tells of it.
                 if (1..=left).contains(&pages) {
                     left -= pages;
                     unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
                 }
-            } else if let Some(seen) = seen.get() {
-                let brought = seen.brought.ones().filter(|page| !seen.touched.is_set(*page)).take(left);
-                let brought = spans(brought.map(|page| (short(place), short(page))));
-                left -= brought.iter().map(|span| span.count as usize).sum::<usize>();
-                unseen.extend(brought);
-            }
+                continue;
+            };
+            let brought = seen.brought.ones().filter(|page| !seen.touched.is_set(*page)).take(left);
+            let brought = spans(brought.map(|page| (short(place), short(page))));
+            left -= brought.iter().map(|span| span.count as usize).sum::<usize>();
+            unseen.extend(brought);
         }
         let first =
             RecordRequest { image: image.digest().into(), id: self.id.to_vec().into(), ..Default::default() };
@@ -172,6 +172,20 @@ impl Recorder {
         let mut service = remote.working_sets();
         let sent = within(address, "recording", service.record(tokio_stream::iter(messages))).await?;
         sent.map_err(address.status("a recording")).map(drop)
+    }
+
+    /// What has been touched so far is to be sent now: the number of this request.
+    pub(crate) fn ask(&self) -> u64 {
+        let mut sent = self.sent();
+        sent.asked += 1;
+        sent.asked
+    }
+
+    /// Once that has been done, or nothing more is: whether all that was touched before has been sent.
+    pub(crate) fn answer(&self, number: u64) -> Option<Result<(), String>> {
+        let sent = self.sent();
+        let is_done = sent.has_ended || sent.answered >= number;
+        is_done.then(|| sent.error.clone().map_or(Ok(()), Err))
     }
 
     /// Once nothing more is to be sent: whether all that was touched has been.
@@ -244,6 +258,8 @@ async fn run(shared: &Shared) {
         if shared.has_ended() {
             ended_at.get_or_insert_with(Instant::now);
         }
+        // Looked at first: what was touched before is taken then.
+        let asked = recorder.sent().asked;
         let before = order.len();
         recorder.take_noted(&mut order);
         if order.len() > before {
@@ -251,13 +267,19 @@ async fn run(shared: &Shared) {
         }
         // What has been brought since is not to count as absent and untouched.
         let known = (order.len(), recorder.brought.load(Ordering::Relaxed));
-        if (ended_at.is_some() || sendings.is_due(Instant::now())) && !order.is_empty() && known != sent {
+        let is_asked = asked > recorder.sent().answered;
+        let is_due = ended_at.is_some() || is_asked || sendings.is_due(Instant::now());
+        if is_due && !order.is_empty() && known != sent {
             let outcome = recorder.send(shared, &order).await;
             if outcome.is_ok() {
                 sent = known;
             }
             recorder.sent().error = outcome.err().map(|error| error.to_string());
             sendings.sent(Instant::now());
+        }
+        if is_asked {
+            recorder.sent().answered = asked;
+            shared.recording_has_changed();
         }
         if let Some(ended_at) = ended_at {
             if recorder.sent().error.is_none() || ended_at.elapsed() > LAST_ATTEMPTS {
@@ -270,7 +292,7 @@ async fn run(shared: &Shared) {
         let _ = tokio::time::timeout(LOOK, shared.has_ended.notified()).await;
     }
     recorder.sent().has_ended = true;
-    shared.recording_has_ended();
+    shared.recording_has_changed();
 }
 
 #[cfg(test)]

@@ -525,6 +525,20 @@ impl Session {
         outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
     }
 
+    /// Has what was touched so far told to the server now ([`Options::record`]), and waits for that at most for `timeout`.
+    ///
+    /// # Errors
+    /// Why it could not be told, or that it has not been yet. It is told again, as [`Session::wait_recorded`] says.
+    ///
+    /// # Blocking
+    /// As long as it says; the server makes the working set anew before it answers, if that does not take long.
+    pub fn send_recording(&self, timeout: Duration) -> Result<(), String> {
+        let Some(recorder) = &self.shared.recorder else { return Ok(()) };
+        let (number, deadline) = (recorder.ask(), Instant::now().checked_add(timeout));
+        let outcome = self.shared.wait(deadline, |_| recorder.answer(number));
+        outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
+    }
+
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> Progress {

@@ -125,7 +125,7 @@ impl Shared {
         let chunks = image.root().chunks();
         let recorder = options.record.then(|| Recorder::new(&image));
         if let Some(recorder) = &recorder {
-            recorder.brought_before(&image, spaces.regions());
+            recorder.has(&image, spaces.regions());
         }
         Self {
             address,
@@ -229,7 +229,7 @@ impl Shared {
     }
 
     /// What has been touched has been sent, or that is given up.
-    pub(crate) fn recording_has_ended(&self) {
+    pub(crate) fn recording_has_changed(&self) {
         self.outcome().reports += 1;
         self.changed.notify_all();
     }

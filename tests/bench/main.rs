@@ -6,7 +6,7 @@
 //! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
 //! with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
-//! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench.
+//! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all.
 
 mod arms;
 mod changes;
@@ -98,6 +98,10 @@ fn main() -> Result<()> {
     if wanted("criu-remote") {
         figures.extend(criu::remote()?);
     }
+    if let (true, Some(documents)) = (names.is_empty(), &documents) {
+        let (name, table, raw) = ("figures".into(), table(&figures), raw(&figures));
+        documents.write(&Report { name, table, plot: None, raw })?;
+    }
     let mut show = |mut report: Report, beside: Vec<Figure>| {
         if !beside.is_empty() {
             report.table += &format!("\n{}", table(&beside));
@@ -115,8 +119,10 @@ fn main() -> Result<()> {
         programs::measure(&limited(Plan::full()), &mut show)?;
     }
     if named("mapped") {
-        let (report, figures) = mapped::measure(MAPPED_ROUNDS)?;
-        show(report, figures)?;
+        for network in [programs::NEAR, programs::HERE] {
+            let (report, figures) = mapped::measure(network, MAPPED_ROUNDS)?;
+            show(report, figures)?;
+        }
     }
     if named("chunks") {
         show(sweeps::chunks(SWEEP_ROUNDS)?, Vec::new())?;
@@ -131,9 +137,7 @@ fn main() -> Result<()> {
     }
     print!("{}", table(&figures));
     if let Some(path) = json {
-        let raw: Vec<_> =
-            figures.iter().map(|f| json!({ "name": f.name, "met": f.met, "raw": f.raw })).collect();
-        std::fs::write(path, serde_json::to_string_pretty(&raw)?)?;
+        std::fs::write(path, serde_json::to_string_pretty(&raw(&figures))?)?;
     }
     Ok(())
 }
@@ -144,6 +148,10 @@ fn table(figures: &[Figure]) -> String {
     };
     let rows: String = figures.iter().map(row).collect();
     format!("| figure | measured | bar | |\n|---|---|---|---|\n{rows}")
+}
+
+fn raw(figures: &[Figure]) -> serde_json::Value {
+    figures.iter().map(|f| json!({ "name": f.name, "met": f.met, "raw": f.raw })).collect()
 }
 
 /// Takes an option and its value out of the arguments.

@@ -3,7 +3,7 @@
 use crate::arms::{copy, forget};
 use crate::cpu::Placement;
 use crate::plot::{self, Bar};
-use crate::programs::{NEAR, mib, quartiles};
+use crate::programs::{Network, mib, quartiles};
 use crate::report::Report;
 use crate::symbols::{Library, resolve};
 use crate::{Figure, median};
@@ -94,19 +94,19 @@ impl<'a> Pushed<'a> {
         session.wait_recorded(PATIENCE).map_err(anyhow::Error::msg)
     }
 
-    fn run(&self, way: Way, seed: u64) -> Result<Run> {
+    fn run(&self, way: Way, network: Network, seed: u64) -> Result<Run> {
         let (names, expected) = self.chosen(seed);
         match way {
             Way::Cold => forget(self.folder)?,
             // Into the page cache.
             _ => drop(std::fs::read(self.folder.join("driver.so"))?),
         }
-        let link = Link::to(&self.server.address().to_string(), NEAR.quality);
+        let link = Link::to(&self.server.address().to_string(), network.quality);
         let started = Instant::now();
         let seconds = || started.elapsed().as_secs_f64();
         if let Way::Here | Way::Cold | Way::Copied = way {
             if way == Way::Copied {
-                copy(self.bytes.len() as u64, NEAR.quality, Placement::Any)?;
+                copy(self.bytes.len() as u64, network.quality, Placement::Any)?;
             }
             ensure!(resolve(&map(&self.folder.join("driver.so"))?, &names)? == expected, "wrong bytes");
             return Ok(Run { answered: seconds(), resident: None, wire: self.bytes.len() as u64 });
@@ -126,7 +126,7 @@ impl<'a> Pushed<'a> {
     }
 }
 
-pub(crate) fn measure(rounds: u64) -> Result<(Report, Vec<Figure>)> {
+pub(crate) fn measure(network: Network, rounds: u64) -> Result<(Report, Vec<Figure>)> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("driver.so");
     std::fs::copy(find()?, &path)?;
@@ -139,7 +139,7 @@ pub(crate) fn measure(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     let mut runs = WAYS.map(|(way, name, group)| (way, name, group, Vec::new()));
     for seed in FIRST_SEED..FIRST_SEED + rounds {
         for (way, name, _, runs) in &mut runs {
-            let run = pushed.run(*way, seed).with_context(|| name.to_string())?;
+            let run = pushed.run(*way, network, seed).with_context(|| name.to_string())?;
             eprintln!("mapped, {name}: {:.3} s", run.answered);
             runs.push(run);
         }
@@ -150,7 +150,7 @@ pub(crate) fn measure(rounds: u64) -> Result<(Report, Vec<Figure>)> {
          | | symbols read | all there | on the wire |\n|---|---|---|---|\n",
         mib(bytes.len() as u64),
         pushed.names.len(),
-        NEAR.about
+        network.about
     );
     let (mut bars, mut raw) = (Vec::new(), serde_json::Map::new());
     for (way, name, group, runs) in &runs {
@@ -174,14 +174,16 @@ pub(crate) fn measure(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     let figure = Figure {
         name: format!(
             "a mapped file, {}: symbols read with a working set, beside copying the file first",
-            NEAR.about
+            network.about
         ),
         value: format!("**{ratio:.2} x** ({set:.3} s beside {copied:.3} s)"),
         bar: "≤ 0.15 x".into(),
         met: ratio <= 0.15,
         raw: json!({ "ratio": ratio }),
     };
-    let title = format!("300 symbols of librustc_driver: seconds until they are read, over {}", NEAR.about);
+    let title =
+        format!("300 symbols of librustc_driver: seconds until they are read, over {}", network.about);
     let plot = Some(plot::bars(&title, "s", &bars));
-    Ok((Report { name: "mapped".into(), table, plot, raw: raw.into() }, vec![figure]))
+    let name = format!("mapped-{}", network.name);
+    Ok((Report { name, table, plot, raw: raw.into() }, vec![figure]))
 }

@@ -13,6 +13,7 @@ use postcopy_tests::link::Link;
 use postcopy_tests::server::Server;
 use serde_json::json;
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -171,7 +172,8 @@ pub(crate) fn threads(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     let link = Link::to(&pushed.server.address().to_string(), NEAR.quality);
     let places =
         [("the same machine", pushed.server.address().clone()), (NEAR.about, link.address().clone())];
-    let mut lines = Vec::new();
+    let floor = ThreadsFloor::new(&pushed.bytes)?;
+    let (mut lines, mut floors) = (Vec::new(), Vec::new());
     for (name, address) in places {
         let mut points = Vec::new();
         for count in COUNTS {
@@ -187,6 +189,9 @@ pub(crate) fn threads(rounds: u64) -> Result<(Report, Vec<Figure>)> {
                     threads.into_iter().try_for_each(|t| t.join().expect("no panic").map(drop))
                 })?;
                 rates.push(float(pages.len()) / started.elapsed().as_secs_f64() / 1e3);
+                if count == THREADS && lines.is_empty() {
+                    floors.push(floor.rate(&pages)?);
+                }
             }
             points.push((float(count), median(&mut rates)));
         }
@@ -202,7 +207,7 @@ pub(crate) fn threads(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     }
     let raw = json!({ "here": lines[0].points, "near": lines[1].points });
     let plot = plot::lines("Faults a second in one session", "threads", "k/s", &lines);
-    let floor = floor_of_threads(&pushed.bytes, rounds)?;
+    let floor = median(&mut floors);
     let ours = lines[0].points.iter().find(|point| point.0 == 16.0).map_or(0.0, |point| point.1);
     let ratio = ours / floor;
     let figure = Figure {
@@ -215,18 +220,28 @@ pub(crate) fn threads(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     Ok((Report { name: "threads".into(), table, plot: Some(plot), raw }, vec![figure]))
 }
 
-/// Thousands of faults a second that 16 threads could have: local ones, and then as many fetches, 16 of which are under way.
-fn floor_of_threads(bytes: &[u8], rounds: u64) -> Result<f64> {
-    const THREADS: usize = 16;
-    let mut file = tempfile::NamedTempFile::new()?;
-    std::io::Write::write_all(&mut file, bytes)?;
-    let server = FloorServer::start(None, file.path(), PAGE)?;
-    let bytes: std::sync::Arc<[u8]> = bytes.into();
-    let mut rates = Vec::new();
-    for seed in 0..rounds {
-        let pages = some_pages(bytes.len(), 4096, seed);
-        let source = std::sync::Arc::clone(&bytes);
-        let memory = floor::fill_on_touch(bytes.len() / PAGE, PAGE, move |index, page| {
+/// Threads of the floor.
+const THREADS: usize = 16;
+
+/// What the faults of so many threads could take: local ones, and then as many fetches, as many of which are under way.
+struct ThreadsFloor {
+    server: FloorServer,
+    bytes: Arc<[u8]>,
+    _file: tempfile::NamedTempFile,
+}
+
+impl ThreadsFloor {
+    fn new(bytes: &[u8]) -> Result<Self> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        std::io::Write::write_all(&mut file, bytes)?;
+        let server = FloorServer::start(None, file.path(), PAGE)?;
+        Ok(Self { server, bytes: bytes.into(), _file: file })
+    }
+
+    /// Thousands of faults a second.
+    fn rate(&self, pages: &[usize]) -> Result<f64> {
+        let source = Arc::clone(&self.bytes);
+        let memory = floor::fill_on_touch(self.bytes.len() / PAGE, PAGE, move |index, page| {
             page.copy_from_slice(&source[index * PAGE..][..PAGE]);
             Ok(())
         })?;
@@ -241,8 +256,7 @@ fn floor_of_threads(bytes: &[u8], rounds: u64) -> Result<f64> {
             }
         });
         let local = float(pages.len()) / started.elapsed().as_secs_f64();
-        let fetched = server.fetch(&pages, THREADS)?;
-        rates.push(1.0 / (1.0 / local + 1.0 / fetched) / 1e3);
+        let fetched = self.server.fetch(pages, THREADS)?;
+        Ok(1.0 / (1.0 / local + 1.0 / fetched) / 1e3)
     }
-    Ok(median(&mut rates))
 }

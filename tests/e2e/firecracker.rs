@@ -494,5 +494,17 @@ fn what_a_machine_has_touched_comes_ahead_the_next_time() {
         touch(&mut vmm);
         vmm.assert_right();
         drop(daemon);
+
+        let traces = tempfile::tempdir().unwrap();
+        let options = ["--no-working-set", "--trace", traces.path().to_str().unwrap()];
+        let mut daemon = snapshot.daemon(&options);
+        let mut vmm = snapshot.vmm(&["small:64"]);
+        touch(&mut vmm);
+        vmm.kill();
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        let trace = std::fs::read_dir(traces.path()).unwrap().next().unwrap().unwrap().path();
+        let report = run(snapshot.server.address(), ["report", trace.to_str().unwrap()]);
+        assert_eq!(report["pages"]["working_set"], 0, "{report}");
     });
 }

@@ -205,6 +205,73 @@ fn what_was_brought_after_the_last_touch_is_not_taken_for_untouched() {
 }
 
 #[test]
+fn what_a_session_could_have_touched_and_did_not_leaves_the_set() {
+    within(WATCHDOG, || {
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["always", "once"] {
+            std::fs::write(folder.path().join(file), memory_like(64 * PAGE, 7)).unwrap();
+        }
+        let server = Server::start();
+        let _ = run(server.address(), ["push".as_ref(), folder.path().as_os_str(), "app".as_ref()]);
+        for (session, pages) in [(0, 20), (1, 20), (2, 10)] {
+            let opened = Session::open(server.address(), &"app".parse().unwrap(), RECORDING).unwrap();
+            let regions = ["always", "once"].map(|file| opened.map(file).unwrap());
+            let touched = if session == 0 { 2 } else { 1 };
+            for region in &regions[..touched] {
+                (0..10).for_each(|page| _ = std::hint::black_box(region[page * PAGE]));
+            }
+            drop(regions);
+            assert!(opened.close(MINUTE));
+            opened.wait_recorded(MINUTE).unwrap();
+            let sets = run(server.address(), ["working-set", "ls"]);
+            assert_eq!(sets[0]["pages"], pages, "after {session}");
+        }
+    });
+}
+
+#[test]
+fn a_page_is_in_the_set_that_as_large_a_share_has_touched_as_the_server_is_told() {
+    within(WATCHDOG, || {
+        let mut source = start();
+        source.server.stop();
+        let store = source.server.store().to_owned();
+        let mut command = std::process::Command::new(postcopy_tests::binary("postcopyd"));
+        command.arg("serve").arg("--store").arg(&store).args(["--listen", "127.0.0.1:0"]);
+        command.args(["--working-set-share", "0.6"]);
+        let server = Server::spawn(command, &store).unwrap();
+        for pages in [[1, 2], [1, 3]] {
+            let session = Session::open(server.address(), &"app".parse().unwrap(), RECORDING).unwrap();
+            let region = session.map("mem").unwrap();
+            pages.iter().for_each(|page| touch(&region, &source, *page));
+            end(&session, region);
+        }
+        assert_eq!(run(server.address(), ["working-set", "ls"])[0]["pages"], 1);
+    });
+}
+
+#[test]
+fn what_was_touched_is_told_when_it_is_asked_for() {
+    within(WATCHDOG, || {
+        let source = start();
+        let session = source.open(RECORDING);
+        let region = session.map("mem").unwrap();
+        session.send_recording(MINUTE).unwrap();
+        assert_eq!(run(source.server.address(), ["working-set", "ls"]), Value::Array(Vec::new()));
+        for pages in [3, 7] {
+            (0..pages).for_each(|page| touch(&region, &source, page));
+            session.send_recording(MINUTE).unwrap();
+            assert_eq!(
+                (&listed(&source)["pages"], &listed(&source)["recordings"]),
+                (&pages.into(), &1.into())
+            );
+        }
+        end(&session, region);
+        // Nothing to tell any more.
+        session.send_recording(MINUTE).unwrap();
+    });
+}
+
+#[test]
 fn a_recording_that_cannot_be_sent_at_its_end_is_sent_when_it_can() {
     within(WATCHDOG, || {
         let source = start();
@@ -375,14 +442,16 @@ fn huge_pages_are_recorded_and_come_whole() {
     within(WATCHDOG, move || {
         let _pool = pool;
         let source = Source::start(memory_like(4 * 512 * PAGE, 33), CHUNK);
-        for options in [RECORDING, REPLAYING] {
+        // Their pages are as early, on average: they are not mixed.
+        let orders = [[512 * 3 + 7, 5], [5, 512 * 3 + 7]];
+        for (options, order) in [(RECORDING, orders[0]), (RECORDING, orders[1]), (REPLAYING, orders[0])] {
             let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("huge:{}", 4 * 512)]);
             let regions = [faulter.huge_region(0, "mem", 0, Sharing::Private)];
             let session = source.attach_regions(&mut faulter, &regions, options);
             if options.working_set {
                 wait_until("the set is there", || session.progress().resident_pages == 2 * 512);
             }
-            for page in [512 * 3 + 7, 5] {
+            for page in order {
                 faulter.assert_reads(0, page, &source.bytes[page * PAGE..(page + 1) * PAGE]);
             }
             if options.working_set {

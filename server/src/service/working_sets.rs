@@ -1,6 +1,7 @@
 //! WorkingSetService: what restores touch, and what is made of that.
 //!
-//! A recording is stored as soon as it is whole, and answered when a set has been made of it: see [`builds`].
+//! A recording is stored as soon as it is whole, and answered when a set has been made of it, or if that takes long: see
+//! [`builds`].
 
 mod builds;
 
@@ -15,10 +16,15 @@ use postcopy_proto::v1;
 use postcopy_proto::v1::working_set_service_server::WorkingSetService;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 
 /// The most pages of one recording, touched and unseen: 64 GiB.
 const MAX_PAGES: u64 = 1 << 24;
+/// Spans of all recordings that come at a time: 384 MiB.
+const MAX_SPANS: usize = 1 << 25;
+/// How long a recording is not answered because a set is being made of it.
+const MAX_WAIT: Duration = Duration::from_secs(10);
 /// A recording of which nothing comes for this long ends.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// Spans of one message: at most 18 bytes each.
@@ -31,6 +37,8 @@ pub struct WorkingSetServer {
     drain: Drain,
     share: f64,
     builds: Builds,
+    /// A permit for each span of recordings that come.
+    spans: Arc<Semaphore>,
 }
 
 impl WorkingSetServer {
@@ -38,7 +46,7 @@ impl WorkingSetServer {
     /// recordings in which that could be seen.
     #[must_use]
     pub fn new(store: Arc<Store>, drain: Drain, share: f64) -> Self {
-        Self { store, drain, share, builds: Builds::default() }
+        Self { store, drain, share, builds: Builds::default(), spans: Arc::new(Semaphore::new(MAX_SPANS)) }
     }
 }
 
@@ -53,16 +61,23 @@ fn describe(image: &Digest, set: &WorkingSet) -> v1::WorkingSet {
 }
 
 /// What the messages of one recording say.
-#[derive(Default)]
 struct Received {
     image: Option<Digest>,
     id: [u8; 16],
     touched: Vec<v1::PageSpan>,
     unseen: Vec<v1::PageSpan>,
     pages: u64,
+    /// A permit for each of its spans.
+    room: Option<OwnedSemaphorePermit>,
+    spans: Arc<Semaphore>,
 }
 
 impl Received {
+    fn new(spans: Arc<Semaphore>) -> Self {
+        let (touched, unseen) = (Vec::new(), Vec::new());
+        Self { image: None, id: [0; 16], touched, unseen, pages: 0, room: None, spans }
+    }
+
     fn add(&mut self, request: v1::RecordRequest) -> Result<(), Status> {
         match self.image {
             None => {
@@ -85,6 +100,16 @@ impl Received {
         if self.pages > MAX_PAGES {
             return Err(Status::invalid_argument(format!("more than {MAX_PAGES} pages")));
         }
+        let spans = request.touched.len() + request.unseen.len();
+        let more =
+            u32::try_from(spans).ok().map(|spans| Arc::clone(&self.spans).try_acquire_many_owned(spans));
+        let Some(Ok(more)) = more else {
+            return Err(Status::resource_exhausted("too many recordings come at once: try again later"));
+        };
+        match &mut self.room {
+            Some(room) => room.merge(more),
+            None => self.room = Some(more),
+        }
         self.touched.extend(request.touched);
         self.unseen.extend(request.unseen);
         Ok(())
@@ -101,7 +126,7 @@ impl WorkingSetService for WorkingSetServer {
     ) -> Result<Response<v1::WorkingSet>, Status> {
         let _in_flight = self.drain.enter()?;
         let mut requests = request.into_inner();
-        let mut received = Received::default();
+        let mut received = Received::new(Arc::clone(&self.spans));
         loop {
             let request = tokio::time::timeout(MAX_SILENCE, requests.message()).await;
             match request.map_err(|_| Status::deadline_exceeded("nothing came for 30 s"))?? {
@@ -109,13 +134,24 @@ impl WorkingSetService for WorkingSetServer {
                 None => break,
             }
         }
-        let Received { image, id, touched, unseen, .. } = received;
+        let Received { image, id, touched, unseen, room, .. } = received;
         let image = image.ok_or_else(|| Status::invalid_argument("image: the first message names it"))?;
         let store = Arc::clone(&self.store);
-        blocking(move || store.keep_recording(&image, id, touched, unseen)).await?;
+        blocking(move || {
+            let _room = room;
+            store.keep_recording(&image, id, touched, unseen)
+        })
+        .await?;
         let (store, share) = (Arc::clone(&self.store), self.share);
         let build = move || Ok(describe(&image, &store.build_working_set(&image, share)?));
-        self.builds.next(image, build).await.map(Response::new)
+        let built = tokio::time::timeout(MAX_WAIT, self.builds.next(image, build)).await;
+        if let Ok(built) = built {
+            return built.map(Response::new);
+        }
+        // It is kept, and the set is made without anybody who waits.
+        let store = Arc::clone(&self.store);
+        let set = blocking(move || store.working_set(&image)).await?.unwrap_or_default();
+        Ok(Response::new(describe(&image, &set)))
     }
 
     async fn get_working_set(
@@ -180,5 +216,27 @@ impl WorkingSetService for WorkingSetServer {
             }
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recordings_that_come_at_a_time_take_a_bounded_amount_of_memory() {
+        let room = Arc::new(Semaphore::new(3));
+        let spans = |count: u32| v1::RecordRequest {
+            image: vec![1; 32].into(),
+            id: vec![2; 16].into(),
+            touched: (0..count).map(|first| v1::PageSpan { file: 0, first, count: 1 }).collect(),
+            ..Default::default()
+        };
+        let (mut first, mut second) = (Received::new(Arc::clone(&room)), Received::new(Arc::clone(&room)));
+        first.add(spans(1)).unwrap();
+        first.add(spans(1)).unwrap();
+        assert_eq!(second.add(spans(2)).unwrap_err().code(), tonic::Code::ResourceExhausted);
+        drop(first);
+        second.add(spans(2)).unwrap();
     }
 }

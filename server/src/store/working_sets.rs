@@ -38,7 +38,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-/// Pages of one frame: 256 KiB.
+/// Pages of one frame: 256 KiB, or one chunk that is longer.
 const FRAME_PAGES: usize = 64;
 /// How often a set is looked for that is being replaced.
 const ATTEMPTS: usize = 3;
@@ -138,6 +138,12 @@ impl Files {
         let in_chunk = u16::try_from(page % chunk_pages).expect("less than 512");
         (chunk, page - page % chunk_pages, in_chunk)
     }
+
+    /// How many pages a page's chunk has.
+    fn pages_of_chunk(&self, page: Page) -> usize {
+        let len = chunk_len(self.root.chunk_size(), &self.files[page.0 as usize], self.chunk_of(page).0);
+        len.expect("checked: a page of the file").div_ceil(PAGE_BYTES)
+    }
 }
 
 /// What frames are to hold of a chunk.
@@ -220,11 +226,12 @@ impl Store {
     fn cut(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<SetChunk>>, StoreError> {
         // By file and chunk, ascending, as frames have them.
         let mut wanted: BTreeMap<(u32, u32), Wanted> = BTreeMap::new();
-        for (number, page) in pages.iter().enumerate() {
+        let numbers = frame_numbers(files, pages);
+        for (page, number) in pages.iter().zip(&numbers) {
             let (chunk, first_page, in_chunk) = files.chunk_of(*page);
             let of_chunk = || Wanted { chunk, file: page.0, first_page, pages: Vec::new() };
             let wanted = wanted.entry((page.0, first_page)).or_insert_with(of_chunk);
-            wanted.pages.push((number / FRAME_PAGES, in_chunk));
+            wanted.pages.push((*number, in_chunk));
         }
         let wanted: Vec<_> = wanted.into_values().collect();
         let cut: Vec<_> = wanted
@@ -234,7 +241,7 @@ impl Store {
                 |(decoder, plain), wanted| self.cut_chunk(files, wanted, decoder, plain),
             )
             .collect::<Result<_, _>>()?;
-        let mut frames = vec![Vec::new(); pages.len().div_ceil(FRAME_PAGES)];
+        let mut frames = vec![Vec::new(); numbers.last().map_or(0, |last| last + 1)];
         for (frame, chunk) in cut.into_iter().flatten() {
             frames[frame].push(chunk);
         }
@@ -351,6 +358,22 @@ impl Store {
             None => Ok(false),
         }
     }
+}
+
+/// In which frame each of the pages is to be. A chunk whose pages are all there, one after another, is not divided.
+fn frame_numbers(files: &Files, pages: &[Page]) -> Vec<usize> {
+    let (mut numbers, mut number, mut held) = (Vec::with_capacity(pages.len()), 0, 0);
+    for run in pages.chunk_by(|a, b| files.chunk_of(*a).0 == files.chunk_of(*b).0) {
+        let is_whole = run.len() == files.pages_of_chunk(run[0]);
+        for part in run.chunks(if is_whole { run.len() } else { 1 }) {
+            if held > 0 && held + part.len() > FRAME_PAGES {
+                (number, held) = (number + 1, 0);
+            }
+            held += part.len();
+            numbers.extend(std::iter::repeat_n(number, part.len()));
+        }
+    }
+    numbers
 }
 
 /// Ascending page numbers as runs.

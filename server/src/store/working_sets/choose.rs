@@ -6,6 +6,7 @@
 //! brought comes after as many.
 
 use postcopy_proto::v1::PageSpan;
+use std::collections::HashMap;
 
 /// A page: its file's place in the image, and its number in the file.
 pub(crate) type Page = (u32, u32);
@@ -29,6 +30,8 @@ pub(crate) fn count(spans: &[PageSpan]) -> u64 {
     spans.iter().map(|span| u64::from(span.count)).sum()
 }
 
+/// 2 MiB.
+const HUGE_PAGES: u32 = 512;
 /// Runs of pages that were not seen, of one recording.
 const MOST_UNSEEN: usize = 1 << 20;
 
@@ -92,7 +95,32 @@ pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
     // The average, as a fraction that is compared exactly; then by address.
     let scaled = |a: &Seen, b: &Seen| u128::from(a.places) * b.times as u128;
     chosen.sort_unstable_by(|a, b| scaled(a, b).cmp(&scaled(b, a)).then(a.page.cmp(&b.page)));
-    chosen.into_iter().map(|seen| seen.page).collect()
+    together(chosen.into_iter().map(|seen| seen.page).collect())
+}
+
+/// The same, in which the pages of 2 MiB that are all there follow one another, from where the first of them was: memory of huge
+/// pages gets all of it or nothing.
+fn together(pages: Vec<Page>) -> Vec<Page> {
+    let huge = |(file, page): Page| (file, page / HUGE_PAGES);
+    let mut counts: HashMap<Page, u32> = HashMap::new();
+    for page in &pages {
+        *counts.entry(huge(*page)).or_default() += 1;
+    }
+    counts.retain(|_, count| *count == HUGE_PAGES);
+    let mut ordered = Vec::with_capacity(pages.len());
+    for page in pages {
+        let (file, number) = huge(page);
+        match counts.get_mut(&(file, number)) {
+            None => ordered.push(page),
+            Some(0) => {}
+            Some(count) => {
+                let first = number * HUGE_PAGES;
+                ordered.extend((first..first + *count).map(|page| (file, page)));
+                *count = 0;
+            }
+        }
+    }
+    ordered
 }
 
 /// What the recordings have touched, by page.
@@ -201,6 +229,21 @@ mod tests {
     fn the_order_is_that_of_the_average_first_touch() {
         let recordings = [recording(&[1, 2, 3], &[]), recording(&[3, 2, 1], &[]), recording(&[2, 3, 1], &[])];
         assert_eq!(chosen(&recordings), [2, 3, 1]);
+    }
+
+    #[test]
+    fn huge_pages_come_one_after_another() {
+        let huge = |first: u32| (first..first + HUGE_PAGES).collect::<Vec<_>>();
+        let (a, b) = (huge(0), huge(1024));
+        let recordings = [recording_of(&[a.clone(), b.clone()]), recording_of(&[b.clone(), a.clone()])];
+        assert_eq!(chosen(&recordings), [a, b].concat());
+        // One that is not there as a whole comes as it was touched.
+        let part = recording_of(&[(0..511).rev().collect(), vec![2000]]);
+        assert_eq!(chosen(&[part]), (0..511).rev().chain([2000]).collect::<Vec<_>>());
+    }
+
+    fn recording_of(touched: &[Vec<u32>]) -> Recording {
+        bounded(spans(&touched.concat()), Vec::new(), 10_000)
     }
 
     fn any_recording() -> impl Strategy<Value = Recording> {
