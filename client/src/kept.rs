@@ -6,7 +6,7 @@
 use crate::chunk::ChunkPages;
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// The most bytes of frames. What is beyond is fetched again.
 const MOST_BYTES: usize = 128 << 20;
@@ -15,9 +15,11 @@ const DECODED: usize = 16;
 
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
-    frames: HashMap<ChunkIndex, Bytes>,
-    /// The oldest first.
-    order: VecDeque<ChunkIndex>,
+    /// Each with its number.
+    frames: HashMap<ChunkIndex, (u64, Bytes)>,
+    /// By their numbers, the oldest first.
+    order: BTreeMap<u64, ChunkIndex>,
+    last: u64,
     bytes: usize,
     /// The oldest first.
     decoded: VecDeque<(ChunkIndex, ChunkPages)>,
@@ -26,7 +28,7 @@ pub(crate) struct Kept {
 impl Kept {
     /// The frame of a chunk that is kept.
     pub(crate) fn frame(&self, chunk: ChunkIndex) -> Option<Bytes> {
-        self.frames.get(&chunk).cloned()
+        self.frames.get(&chunk).map(|(_, frame)| frame.clone())
     }
 
     /// The same as its pages, if they are at hand.
@@ -40,11 +42,12 @@ impl Kept {
         self.forget(chunk);
         self.bytes += frame.len();
         // Not a part of a message, which would be kept as a whole.
-        self.frames.insert(chunk, Bytes::copy_from_slice(frame));
-        self.order.push_back(chunk);
+        self.last += 1;
+        self.frames.insert(chunk, (self.last, Bytes::copy_from_slice(frame)));
+        self.order.insert(self.last, chunk);
         while self.bytes > MOST_BYTES {
-            let Some(oldest) = self.order.pop_front() else { break };
-            self.remove(oldest);
+            let Some((_, oldest)) = self.order.pop_first() else { break };
+            self.forget(oldest);
         }
     }
 
@@ -57,15 +60,10 @@ impl Kept {
 
     /// Nothing of it is absent any more.
     pub(crate) fn forget(&mut self, chunk: ChunkIndex) {
-        if self.remove(chunk) {
-            self.order.retain(|kept| *kept != chunk);
+        if let Some((number, frame)) = self.frames.remove(&chunk) {
+            self.bytes -= frame.len();
+            self.order.remove(&number);
         }
-    }
-
-    fn remove(&mut self, chunk: ChunkIndex) -> bool {
-        let removed = self.frames.remove(&chunk);
-        self.bytes -= removed.as_ref().map_or(0, Bytes::len);
-        removed.is_some()
     }
 }
 

@@ -107,6 +107,12 @@ pub struct SetRun {
 }
 
 impl SetRun {
+    /// Whether the other one begins where it ends, and is as it is.
+    fn is_before(&self, other: &Self) -> bool {
+        let end = u64::from(self.first) + u64::from(self.count);
+        self.file == other.file && self.is_zero == other.is_zero && end == u64::from(other.first)
+    }
+
     fn parse(bytes: &[u8; RUN_BYTES]) -> (Self, u16) {
         let word = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
         let half = |i: usize| u16::from_le_bytes([bytes[i], bytes[i + 1]]);
@@ -321,14 +327,27 @@ impl SetDecoder {
 
     /// The pages of the frame that was decoded last, and their bytes, padded with zeros to whole pages; None: zeros.
     pub fn pages(&self) -> impl Iterator<Item = (SetRun, Option<&[u8]>)> {
+        self.parts(|_, _| false)
+    }
+
+    /// The same, with neighbours of one file together, also where they are of several chunks.
+    pub fn stretches(&self) -> impl Iterator<Item = (SetRun, Option<&[u8]>)> {
+        self.parts(SetRun::is_before)
+    }
+
+    fn parts(
+        &self,
+        are_one: impl Fn(&SetRun, &SetRun) -> bool,
+    ) -> impl Iterator<Item = (SetRun, Option<&[u8]>)> {
         let mut next = 0;
-        self.runs.iter().map(move |run| {
+        self.runs.chunk_by(are_one).map(move |runs| {
+            let run = SetRun { count: runs.iter().map(|run| run.count).sum(), ..runs[0] };
             let bytes = (!run.is_zero).then(|| {
                 let bytes = usize::from(run.count) * PAGE_BYTES;
                 next += bytes;
                 &self.padded[next - bytes..next]
             });
-            (*run, bytes)
+            (run, bytes)
         })
     }
 }
@@ -592,6 +611,11 @@ mod tests {
                 }
             }
             prop_assert!(found == expected);
+            let stretches: Vec<_> = decoder.stretches().collect();
+            prop_assert!(!stretches.windows(2).any(|two| two[0].0.is_before(&two[1].0)));
+            prop_assert!(stretches.iter().flat_map(|(_, bytes)| bytes.unwrap_or_default()).eq(decoder.pages().flat_map(|(_, bytes)| bytes.unwrap_or_default())));
+            let count = |run: &SetRun| usize::from(run.count);
+            prop_assert_eq!(stretches.iter().map(|(run, _)| count(run)).sum::<usize>(), expected.len());
 
             let at = at.index(frame.len());
             frame[at] ^= 1 << bit;

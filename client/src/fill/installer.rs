@@ -147,7 +147,7 @@ impl Installer {
     /// Installs what was decoded last.
     fn install_set(&mut self, spaces: &Spaces) {
         let image = Arc::clone(&self.shared.image);
-        for (run, bytes) in self.set.pages() {
+        for (run, bytes) in self.set.stretches() {
             for (region, pages) in set_regions(&image, spaces, run) {
                 if region.gathering().is_some() {
                     continue;
