@@ -2402,6 +2402,8 @@ pub mod working_set_service_client {
         /// one names another image, or a span is empty or not in the image; more than 16,777,216 pages.
         /// NOT_FOUND: the image is not there.
         /// DATA_LOSS: a chunk of the working set is damaged; the recording is kept.
+        /// RESOURCE_EXHAUSTED: too many others come at the same time; to be tried again later.
+        /// A set that is not made within 10 s is made without waiting: the answer is what there was before.
         ///
         /// grpcurl -plaintext -d '{"image": "<base64>", "id": "AAAAAAAAAAAAAAAAAAAAAA==",
         /// "touched": \[{"file": 0, "first": 7, "count": 1}\]}'
@@ -2544,6 +2546,8 @@ pub mod working_set_service_server {
         /// one names another image, or a span is empty or not in the image; more than 16,777,216 pages.
         /// NOT_FOUND: the image is not there.
         /// DATA_LOSS: a chunk of the working set is damaged; the recording is kept.
+        /// RESOURCE_EXHAUSTED: too many others come at the same time; to be tried again later.
+        /// A set that is not made within 10 s is made without waiting: the answer is what there was before.
         ///
         /// grpcurl -plaintext -d '{"image": "<base64>", "id": "AAAAAAAAAAAAAAAAAAAAAA==",
         /// "touched": \[{"file": 0, "first": 7, "count": 1}\]}'
