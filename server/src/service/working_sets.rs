@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// The most pages of one recording, touched and unseen: 64 GiB.
 const MAX_PAGES: u64 = 1 << 24;
-/// Spans of all recordings that come at a time: 384 MiB.
+/// Spans of all recordings that come at a time: 384 MiB, and up to twice that while they come.
 const MAX_SPANS: usize = 1 << 25;
 /// How long a recording is not answered because a set is being made of it.
 const MAX_WAIT: Duration = Duration::from_secs(10);
