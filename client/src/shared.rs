@@ -230,7 +230,7 @@ impl Shared {
 
     /// What has been touched has been sent, or that is given up.
     pub(crate) fn recording_has_changed(&self) {
-        self.outcome().reports += 1;
+        self.outcome().changes += 1;
         self.changed.notify_all();
     }
 
