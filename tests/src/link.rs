@@ -2,11 +2,12 @@
 //! more of them through than the link carries.
 
 use postcopy::ServerAddress;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -91,41 +92,45 @@ impl Link {
     }
 }
 
-fn forward(mut from: TcpStream, to: TcpStream, way: Arc<Way>, counter: Arc<AtomicU64>) {
-    let mut far_end = FarEnd(to);
-    if way.quality.round_trip.is_zero() {
-        // Nothing is on its way then while more comes.
-        std::thread::spawn(move || {
-            as_soon_as_it_may();
-            let mut piece = vec![0; PIECE_BYTES];
-            while let Ok(bytes @ 1..) = from.read(&mut piece) {
-                counter.fetch_add(bytes as u64, Ordering::Relaxed);
-                if far_end.give(way.arrival(bytes), &piece[..bytes]).is_err() {
-                    break;
-                }
-            }
-        });
-        return;
-    }
-    let (sender, pieces) = sync_channel::<(Instant, Vec<u8>)>(PIECES);
+fn forward(mut from: TcpStream, mut to: TcpStream, way: Arc<Way>, counter: Arc<AtomicU64>) {
     std::thread::spawn(move || {
         as_soon_as_it_may();
-        let mut piece = vec![0; PIECE_BYTES];
-        while let Ok(bytes @ 1..) = from.read(&mut piece) {
+        let _ = carry(&mut from, &mut to, &way, &counter);
+        let _ = to.shutdown(Shutdown::Write);
+    });
+}
+
+/// One thread reads and writes: what comes while a piece is on its way is on its way at once, and a lone piece wakes nobody else.
+fn carry(from: &mut TcpStream, to: &mut TcpStream, way: &Way, counter: &AtomicU64) -> std::io::Result<()> {
+    let mut under_way = VecDeque::<(Instant, Vec<u8>)>::new();
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut more_come = true;
+    while more_come || !under_way.is_empty() {
+        let now = Instant::now();
+        while let Some((arrival, piece)) = under_way.front()
+            && *arrival <= now
+        {
+            to.write_all(piece)?;
+            under_way.pop_front();
+        }
+        let next = under_way.front().map(|(arrival, _)| arrival.saturating_duration_since(Instant::now()));
+        if !more_come || under_way.len() >= PIECES {
+            std::thread::park_timeout(next.unwrap_or_default());
+        } else if has_bytes(from, next) {
+            let bytes = from.read(&mut piece)?;
+            more_come = bytes > 0;
             counter.fetch_add(bytes as u64, Ordering::Relaxed);
-            if sender.send((way.arrival(bytes), piece[..bytes].to_vec())).is_err() {
-                break;
-            }
+            under_way.push_back((way.arrival(bytes), piece[..bytes].to_vec()));
         }
-    });
-    std::thread::spawn(move || {
-        as_soon_as_it_may();
-        for (arrival, piece) in pieces {
-            if far_end.give(arrival, &piece).is_err() {
-                break;
-            }
-        }
-    });
+    }
+    Ok(())
+}
+
+/// Whether bytes, or their end, are there before this time is over; without a time, it waits for them.
+fn has_bytes(stream: &TcpStream, time: Option<Duration>) -> bool {
+    let time = time.map(|time| Timespec::try_from(time).expect("less than a minute"));
+    let mut polled = [PollFd::new(stream, PollFlags::IN)];
+    poll(&mut polled, time.as_ref()) == Ok(1)
 }
 
 /// A network does not wait for a core: this thread goes before others, where that is allowed, and sleeps no longer than it is
@@ -133,23 +138,4 @@ fn forward(mut from: TcpStream, to: TcpStream, way: Arc<Way>, counter: Arc<Atomi
 fn as_soon_as_it_may() {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), -20);
     let _ = rustix::thread::set_current_timer_slack(Some(NonZeroU64::MIN));
-}
-
-/// Where the bytes of one way go. It is told when no more come.
-struct FarEnd(TcpStream);
-
-impl FarEnd {
-    fn give(&mut self, arrival: Instant, piece: &[u8]) -> std::io::Result<()> {
-        let wait = arrival.saturating_duration_since(Instant::now());
-        if !wait.is_zero() {
-            std::thread::park_timeout(wait);
-        }
-        self.0.write_all(piece)
-    }
-}
-
-impl Drop for FarEnd {
-    fn drop(&mut self) {
-        let _ = self.0.shutdown(Shutdown::Write);
-    }
 }
