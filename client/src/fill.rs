@@ -36,6 +36,8 @@ use tonic::transport::Channel;
 const WINDOW_BYTES: usize = pace::MOST_BYTES;
 /// The most plain bytes of one request.
 const REQUEST_BYTES: usize = 1 << 20;
+/// How long nothing is asked for before it looks again whether the fill is in somebody's way.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Jobs that may wait for an installer; the window bounds their bytes.
 const JOBS: usize = 256;
 /// How long to wait after a pass that brought nothing.
@@ -371,10 +373,13 @@ impl Fill {
                 let mut pace = self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner);
                 pace.window(on_their_way, Instant::now())
             };
-            if on_their_way == 0 || on_their_way + REQUEST_BYTES.min(window / 4) <= window {
-                return Ok(REQUEST_BYTES.min(window / 4) / PAGE_BYTES);
+            let request = REQUEST_BYTES.min(window / 4);
+            match on_their_way {
+                0 if window == 0 => tokio::time::sleep(PAUSE).await,
+                0 => return Ok(request / PAGE_BYTES),
+                _ if on_their_way + request <= window => return Ok(request / PAGE_BYTES),
+                _ => self.receive(stream).await?,
             }
-            self.receive(stream).await?;
         }
     }
 

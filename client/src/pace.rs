@@ -1,9 +1,9 @@
 //! How much of the background fill may be on its way at a time, so that it does not hold up who waits for a page.
 //!
 //! What matters is what touches take: where the network is the narrow place, all that the fill has asked for is in a
-//! touch's way. So what an answer on the demand lane usually takes is learned while almost nothing else is on its way, and the
-//! fill gets less room when answers take longer than that, and more when they do not. Where nobody touches anything it
-//! has all the room that there is.
+//! touch's way. So what an answer on the demand lane usually takes is learned while nothing else is on its way, and the
+//! fill gets less room when answers take longer than that, and more when they do not. Where even a single chunk is too much,
+//! it pauses for as long as it does not. Where nobody touches anything it has all the room that there is.
 //!
 //! Where the cores are the narrow place, what has come already is in the way, too, while it is decompressed and installed:
 //! see [`Cores`].
@@ -11,14 +11,14 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The least that is on its way, in plain bytes.
-pub(crate) const LEAST_BYTES: usize = 256 << 10;
+/// The least that is on its way where anything is, in plain bytes.
+const LEAST_BYTES: usize = 64 << 10;
 /// The most.
 pub(crate) const MOST_BYTES: usize = 16 << 20;
 /// Answers after which there is a decision.
 const ANSWERS: u32 = 8;
 /// How much longer answers may usually take than they take alone.
-const TOLERANCE: f64 = 1.2;
+const TOLERANCE: f64 = 1.1;
 /// Without an answer for so long nobody is in the way.
 const QUIET: Duration = Duration::from_millis(20);
 /// How much an answer moves what is usual.
@@ -27,11 +27,11 @@ const STEP: f64 = 0.05;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Pace {
-    /// Plain bytes that may be on their way.
+    /// Plain bytes that may be on their way. 0: a pause, to see what answers take alone.
     window: usize,
-    /// Since when no more than the least is.
+    /// Since when nothing is.
     clear_since: Option<Instant>,
-    /// Seconds that an answer usually takes when no more than that is on its way.
+    /// Seconds that an answer usually takes then.
     alone: Option<f64>,
     /// Seconds that it takes of late: about the median.
     usual: f64,
@@ -52,10 +52,10 @@ impl Pace {
     pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) {
         self.last = Some(now);
         if self.alone.is_none() {
-            self.window = LEAST_BYTES;
+            self.window = 0;
         }
-        let is_clear = self.window == LEAST_BYTES && self.clear_since.is_some_and(|since| since <= asked_at);
-        if self.window == LEAST_BYTES && !is_clear {
+        let is_clear = self.window == 0 && self.clear_since.is_some_and(|since| since <= asked_at);
+        if self.window == 0 && !is_clear {
             // It says what was in its way before.
             return;
         }
@@ -79,23 +79,23 @@ impl Pace {
             _ => self.usual,
         };
         self.alone = Some(alone);
-        self.window = if self.usual > alone * TOLERANCE {
+        self.window = if self.usual <= alone * TOLERANCE {
+            (self.window + self.window / 2).clamp(LEAST_BYTES, MOST_BYTES)
+        } else if self.window > LEAST_BYTES {
             (self.window / 2).max(LEAST_BYTES)
         } else {
-            (self.window + self.window / 2).min(MOST_BYTES)
+            0
         };
-        if self.window > LEAST_BYTES {
-            self.clear_since = None;
-        }
+        self.clear_since = None;
     }
 
-    /// How many plain bytes may be on their way, where so many are.
+    /// How many plain bytes may be on their way, where so many are; none in a pause.
     pub(crate) fn window(&mut self, on_their_way: usize, now: Instant) -> usize {
         if self.last.is_some_and(|last| now.saturating_duration_since(last) > QUIET) {
-            self.window = (self.window * 2).min(MOST_BYTES);
+            self.window = (self.window * 2).clamp(LEAST_BYTES, MOST_BYTES);
             (self.last, self.answers) = (Some(now), 0);
         }
-        match self.window == LEAST_BYTES && on_their_way <= LEAST_BYTES {
+        match self.window == 0 && on_their_way == 0 {
             true => self.clear_since = self.clear_since.or(Some(now)),
             false => self.clear_since = None,
         }
@@ -188,6 +188,19 @@ mod tests {
     }
 
     #[test]
+    fn where_one_chunk_is_too_much_it_pauses_half_of_the_time() {
+        let (mut pace, mut now, mut on_their_way, mut paused) = (Pace::default(), Instant::now(), 0, 0);
+        for _ in 0..2000 {
+            let asked_at = now;
+            on_their_way = pace.window(on_their_way, now);
+            paused += u32::from(on_their_way == 0);
+            now += Duration::from_micros(100 + if on_their_way > 0 { 100 } else { 0 });
+            pace.answered(asked_at, now);
+        }
+        assert!((800..1200).contains(&paused), "{paused}");
+    }
+
+    #[test]
     fn where_the_fill_is_in_nobody_s_way_it_has_all_the_room() {
         let (mut pace, mut now) = (Pace::default(), Instant::now());
         for touch in 0..200u64 {
@@ -195,7 +208,7 @@ mod tests {
             let window = pace.window(0, now);
             now += Duration::from_micros(100 + touch % 7);
             pace.answered(asked_at, now);
-            assert!(touch < 100 || window == MOST_BYTES);
+            assert!(touch < 150 || window == MOST_BYTES);
         }
     }
 }
