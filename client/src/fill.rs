@@ -36,8 +36,8 @@ use tonic::transport::Channel;
 const WINDOW_BYTES: usize = pace::MOST_BYTES;
 /// The most plain bytes of one request.
 const REQUEST_BYTES: usize = 1 << 20;
-/// How long nothing is asked for before it looks again whether the fill is in somebody's way.
-const PAUSE: Duration = Duration::from_millis(1);
+/// How long nothing is asked for before it looks whether the fill is in anybody's way still.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Jobs that may wait for an installer; the window bounds their bytes.
 const JOBS: usize = 256;
 /// How long to wait after a pass that brought nothing.
@@ -201,10 +201,11 @@ impl Fill {
         for attempt in 1..=MAX_ATTEMPTS {
             match self.receive_working_set(channel.take()).await {
                 Ok(received) => lane = Some(received),
-                Err(error) if attempt == MAX_ATTEMPTS => {
+                Err(error) if attempt == MAX_ATTEMPTS && !self.shared.has_ended() => {
                     tracing::warn!("the working set of image {image} does not come: {error}");
                 }
-                Err(_) => tokio::time::sleep(pause).await,
+                // Or until the session ends.
+                Err(_) => _ = tokio::time::timeout(pause, self.wait_while(|_| true)).await,
             }
             if self.shared.has_ended() || lane.is_some() {
                 break;
@@ -375,7 +376,9 @@ impl Fill {
             };
             let request = REQUEST_BYTES.min(window / 4);
             match on_their_way {
-                0 if window == 0 => tokio::time::sleep(PAUSE).await,
+                0 if window == 0 => {
+                    let _ = tokio::time::timeout(PAUSE, self.shared.fill_may_go_on.notified()).await;
+                }
                 0 => return Ok(request / PAGE_BYTES),
                 _ if on_their_way + request <= window => return Ok(request / PAGE_BYTES),
                 _ => self.receive(stream).await?,

@@ -17,6 +17,8 @@ const LEAST_BYTES: usize = 64 << 10;
 pub(crate) const MOST_BYTES: usize = 16 << 20;
 /// Answers after which there is a decision.
 const ANSWERS: u32 = 8;
+/// As many in a pause.
+const ANSWERS_ALONE: u32 = 4;
 /// How much longer answers may usually take than they take alone.
 const TOLERANCE: f64 = 1.1;
 /// Without an answer for so long nobody is in the way.
@@ -48,8 +50,8 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// A touch has been answered that was asked for at that time.
-    pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) {
+    /// A touch has been answered that was asked for at that time: whether a pause has ended.
+    pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) -> bool {
         self.last = Some(now);
         if self.alone.is_none() {
             self.window = 0;
@@ -57,7 +59,7 @@ impl Pace {
         let is_clear = self.window == 0 && self.clear_since.is_some_and(|since| since <= asked_at);
         if self.window == 0 && !is_clear {
             // It says what was in its way before.
-            return;
+            return false;
         }
         let took = now.saturating_duration_since(asked_at).as_secs_f64();
         self.usual = match self.usual {
@@ -66,9 +68,10 @@ impl Pace {
             usual => usual * (1.0 - STEP),
         };
         self.answers += 1;
-        if self.answers >= ANSWERS {
+        if self.answers >= if is_clear { ANSWERS_ALONE } else { ANSWERS } {
             self.decide(is_clear);
         }
+        is_clear && self.window > 0
     }
 
     fn decide(&mut self, is_clear: bool) {
@@ -188,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn where_one_chunk_is_too_much_it_pauses_half_of_the_time() {
+    fn where_one_chunk_is_too_much_it_pauses_a_third_of_the_time() {
         let (mut pace, mut now, mut on_their_way, mut paused) = (Pace::default(), Instant::now(), 0, 0);
         for _ in 0..2000 {
             let asked_at = now;
@@ -197,7 +200,7 @@ mod tests {
             now += Duration::from_micros(100 + if on_their_way > 0 { 100 } else { 0 });
             pace.answered(asked_at, now);
         }
-        assert!((800..1200).contains(&paused), "{paused}");
+        assert!((600..1000).contains(&paused), "{paused}");
     }
 
     #[test]

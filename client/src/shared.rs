@@ -97,6 +97,8 @@ pub(crate) struct Shared {
     pub(crate) is_left_open: AtomicBool,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
+    /// A pause of the fill has ended ([`Pace`]).
+    pub(crate) fill_may_go_on: Notify,
     /// The pager has ended; for the recorder.
     pub(crate) has_ended: Notify,
 }
@@ -154,6 +156,7 @@ impl Shared {
             has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
             fill_work: Notify::new(),
+            fill_may_go_on: Notify::new(),
             has_ended: Notify::new(),
         }
     }

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use rustix::process::Pid;
 use rustix::thread::CpuSet;
+use rustix::time::{ClockId, clock_gettime};
 use std::process::Command;
 use std::time::Duration;
 
@@ -92,6 +93,11 @@ pub(crate) fn time_of(pid: u32) -> Result<Duration> {
         nanoseconds += stat.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
     }
     Ok(Duration::from_nanos(nanoseconds))
+}
+
+/// CPU time of this process, its threads that have ended included.
+pub(crate) fn time_of_this() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::ProcessCPUTime).try_into()?)
 }
 
 /// The most memory that a process has had at a time, in bytes.

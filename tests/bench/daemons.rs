@@ -1,6 +1,6 @@
 //! `postcopy firecracker`: what a killed worker costs, and how soon a machine has touched what it needs.
 
-use crate::{Figure, median, percentile};
+use crate::{Figure, PAIRS, aa, median, percentile};
 use anyhow::{Result, ensure};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::daemon::Daemon;
@@ -22,7 +22,6 @@ use userfaultfd::{Event, Uffd};
 
 const PAGE: usize = 4096;
 const KILLS: usize = 100;
-const ROUNDS: usize = 10;
 /// Of 512 MiB of `memory_like`, those that are not zero pages.
 const WITH_BYTES_MIB: usize = 512 * 10 / 11;
 
@@ -154,7 +153,7 @@ pub(crate) fn touches() -> Result<Vec<Figure>> {
     };
     let (mut example, mut lazy, mut filled, mut filled_first, mut mapped) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
+    for round in 0..PAIRS {
         let socket = snapshot.folder.path().join(format!("example-{round}"));
         let handler = example_handler(&socket, &snapshot.memory())?;
         example.push(touch(&socket, round, &|_| {})?);
@@ -171,7 +170,7 @@ pub(crate) fn touches() -> Result<Vec<Figure>> {
     }
     // The same touches, noted by a restore before; only now, as the server sends a set to all that ask.
     let mut set = Vec::new();
-    for round in 0..ROUNDS {
+    for round in 0..PAIRS {
         let (mut daemon, socket) = snapshot.daemon_with(&["--record"]);
         touch(&socket, round, &|_| {})?;
         daemon.assert_says("is gone");
@@ -187,7 +186,11 @@ pub(crate) fn touches() -> Result<Vec<Figure>> {
         let ratio = time / base_time;
         Figure {
             name: format!("64 MiB of 512 touched at random, {name}, beside {beside}"),
-            value: format!("**{ratio:.2} x** ({time:.2} s beside {base_time:.2} s)"),
+            value: format!(
+                "**{ratio:.2} x** ({time:.2} s, {}, beside {base_time:.2} s, {})",
+                aa(times),
+                aa(base)
+            ),
             bar: format!("≤ {bar} x"),
             met: ratio <= bar,
             raw: json!({ "seconds": times, "beside_seconds": base }),

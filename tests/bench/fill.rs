@@ -1,6 +1,6 @@
 //! The background fill of a compressible file.
 
-use crate::{Figure, cpu, floor, median};
+use crate::{Figure, PAIRS, aa, cpu, floor, median};
 use anyhow::Result;
 use postcopy::proto::digest::Digest;
 use postcopy::proto::frame::{ChunkFrame, FrameDecoder, FrameEncoder};
@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 const BYTES: usize = 512 << 20;
 const CHUNK: usize = 64 << 10;
-const ROUNDS: usize = 7;
 const LEVEL: i32 = 3;
 
 pub(crate) fn measure() -> Result<Figure> {
@@ -25,7 +24,7 @@ pub(crate) fn measure() -> Result<Figure> {
     let pushed = run(server.address(), ["push".as_ref(), path.as_os_str(), "mem".as_ref()]);
     let frames = frames(&bytes);
     let (mut ratios, mut times, mut sums) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..PAIRS {
         let before = cpu::time_of(server.pid())?;
         let started = Instant::now();
         let session =
@@ -46,12 +45,12 @@ pub(crate) fn measure() -> Result<Figure> {
         times.push(ours);
         sums.push(alone);
     }
-    let ratio = median(&mut ratios);
+    let (ratio, aa) = (median(&mut ratios), aa(&times));
     Ok(Figure {
         name: "background fill of 512 MiB, beside cores / (CPU time of the server, and of zstd + BLAKE3 + UFFDIO_COPY alone)"
             .into(),
         value: format!(
-            "**{ratio:.2} x** ({:.2} s; alone {:.2} s of CPU time, the server included; {:.2} : 1)",
+            "**{ratio:.2} x** ({:.2} s, {aa}; alone {:.2} s of CPU time, the server included; {:.2} : 1)",
             median(&mut times),
             median(&mut sums),
             pushed["ratio"].as_f64().unwrap_or(f64::NAN)

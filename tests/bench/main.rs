@@ -34,6 +34,8 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 use std::path::Path;
 
+/// Pairs of what is measured and what it is beside.
+const PAIRS: usize = 30;
 const MAPPED_ROUNDS: u64 = 30;
 const SWEEP_ROUNDS: u64 = 7;
 
@@ -159,6 +161,12 @@ fn option(arguments: &mut Vec<String>, name: &str) -> Result<Option<String>> {
     let Some(at) = arguments.iter().position(|argument| argument == name) else { return Ok(None) };
     ensure!(at + 1 < arguments.len(), "{name} needs a value");
     Ok(arguments.drain(at..at + 2).nth(1))
+}
+
+/// How far apart runs of the same are: each beside the one before it, in the order in which they were measured.
+fn aa(runs: &[f64]) -> String {
+    let mut ratios: Vec<f64> = runs.windows(2).map(|pair| pair[1] / pair[0]).collect();
+    format!("A/A {:.2} to {:.2}", percentile(&mut ratios, 3), percentile(&mut ratios, 97))
 }
 
 /// The middle of the values, which are sorted by this.

@@ -1,7 +1,7 @@
 //! Touches of absent pages while everything else comes in the background, beside the same without that; and touches one
 //! after another, which are read ahead, beside touches at random.
 
-use crate::{Figure, median};
+use crate::{Figure, PAIRS, aa, median};
 use anyhow::{Context, Result};
 use postcopy::ServerAddress;
 use postcopy_tests::cli::run;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use std::time::Duration;
 
 const BYTES: usize = 256 << 20;
-const ROUNDS: usize = 7;
+const SCANS: usize = 7;
 const BAR: f64 = 1.3;
 
 /// On one machine, where the cores are short; and 1 ms away, where 1 Gbit/s are.
@@ -35,7 +35,7 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
 
 fn scan(server: &ServerAddress, place: &str) -> Result<Figure> {
     let (mut forward, mut scattered) = (Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
+    for round in 0..SCANS {
         let seed = round.to_string();
         let args = ["bench", "mem", "mem", "--no-eager", "--seed", &seed];
         scattered.push(number(&run(server, args), "all_touched_ms")?);
@@ -57,7 +57,7 @@ fn scan(server: &ServerAddress, place: &str) -> Result<Figure> {
 
 fn beside(server: &ServerAddress, place: &str) -> Result<Figure> {
     let (mut without, mut with, mut whole) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
+    for round in 0..PAIRS {
         let seed = round.to_string();
         let args = ["bench", "mem", "mem", "--no-eager", "--seed", &seed];
         without.push(number(&run(server, args), "touch_p50_us")?);
@@ -65,13 +65,14 @@ fn beside(server: &ServerAddress, place: &str) -> Result<Figure> {
         with.push(number(&filled, "touch_p50_us")?);
         whole.push(number(&filled, "all_touched_ms")?);
     }
+    let aa = aa(&without);
     let ratio = median(&mut with) / median(&mut without);
     Ok(Figure {
         name: format!(
             "touch of an absent page while the rest comes in the background, {place}: p50 beside the same without"
         ),
         value: format!(
-            "**{ratio:.2} x** ({:.0} us beside {:.0} us; all there after {:.0} ms)",
+            "**{ratio:.2} x** ({:.0} us beside {:.0} us, {aa}; all there after {:.0} ms)",
             median(&mut with),
             median(&mut without),
             median(&mut whole)

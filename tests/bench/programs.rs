@@ -9,6 +9,7 @@ use crate::report::Report;
 use crate::workloads::Workload;
 use crate::{Figure, median, percentile};
 use anyhow::Result;
+use postcopy::ServerAddress;
 use postcopy::proto::page::PAGE_BYTES;
 use postcopy::proto::v1::GetWorkingSetRequest;
 use postcopy::proto::v1::working_set_service_client::WorkingSetServiceClient;
@@ -104,7 +105,8 @@ pub(crate) fn measure(plan: &Plan, mut done: impl FnMut(Report, Vec<Figure>) -> 
     for (workload, networks) in &plan.workloads {
         let asked = FIRST_SEED..FIRST_SEED + plan.rounds;
         let mut dumped = Dumped::new(*workload, RECORDED.into_iter().chain(asked.clone()))?;
-        let recorded = Recorded::new(&mut dumped)?;
+        let address = dumped.server.address().clone();
+        let recorded = Recorded::new(&address, "app", |seed| dumped.record(seed))?;
         for network in networks {
             dumped.place(network.placement)?;
             let mut runs = Arm::EACH.map(|arm| (arm, Vec::new()));
@@ -236,24 +238,29 @@ impl Waits {
 }
 
 /// What two recordings have in common. The first one is the image's working set afterwards.
-struct Recorded {
-    pages: usize,
-    frame_bytes: u64,
+pub(crate) struct Recorded {
+    pub(crate) pages: usize,
+    pub(crate) frame_bytes: u64,
     /// Of the first, the share that the second has not touched.
-    wasted: f64,
+    pub(crate) wasted: f64,
     /// Of the second, the share that is not in the first.
-    missed: f64,
+    pub(crate) missed: f64,
 }
 
 impl Recorded {
-    fn new(dumped: &mut Dumped) -> Result<Self> {
+    /// Of an image, of which `record` records a request.
+    pub(crate) fn new(
+        server: &ServerAddress,
+        image: &str,
+        mut record: impl FnMut(u64) -> Result<()>,
+    ) -> Result<Self> {
         let [first, second] = RECORDED;
-        dumped.record(second)?;
-        let (other, _) = working_set(dumped)?;
-        let removed = postcopy(dumped.server.address(), ["working-set", "rm", "app"]).status()?;
+        record(second)?;
+        let (other, _) = working_set(server, image)?;
+        let removed = postcopy(server, ["working-set", "rm", image]).status()?;
         anyhow::ensure!(removed.success(), "a working set can be removed");
-        dumped.record(first)?;
-        let (pages, frame_bytes) = working_set(dumped)?;
+        record(first)?;
+        let (pages, frame_bytes) = working_set(server, image)?;
         #[expect(clippy::cast_precision_loss, reason = "a share")]
         let share = |a: &BTreeSet<_>, b: &BTreeSet<_>| a.difference(b).count() as f64 / a.len() as f64;
         Ok(Self {
@@ -266,12 +273,12 @@ impl Recorded {
 }
 
 /// The pages of the image's working set, and the bytes of its frames.
-fn working_set(dumped: &Dumped) -> Result<(BTreeSet<(u32, u32)>, u64)> {
-    let address = dumped.server.address().to_string();
+fn working_set(server: &ServerAddress, image: &str) -> Result<(BTreeSet<(u32, u32)>, u64)> {
+    let address = server.to_string();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut service = WorkingSetServiceClient::connect(address).await?;
-        let request = GetWorkingSetRequest { reference: "app".into() };
+        let request = GetWorkingSetRequest { reference: image.into() };
         let mut parts = service.get_working_set(request).await?.into_inner();
         let (mut pages, mut frame_bytes) = (BTreeSet::new(), 0);
         while let Some(part) = parts.message().await? {

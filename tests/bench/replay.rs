@@ -1,7 +1,7 @@
 //! Working sets alone: what recording and replaying one takes, beside what it could take.
 
 use crate::programs::mib;
-use crate::{Figure, cpu, fill, floor, median};
+use crate::{Figure, PAIRS, aa, cpu, fill, floor, median};
 use anyhow::{Result, ensure};
 use postcopy::proto::page::PAGE_BYTES;
 use postcopy::{Options, Region, ServerAddress, Session};
@@ -16,7 +16,6 @@ const BYTES: usize = 512 << 20;
 const SET_PAGES: usize = (64 << 20) / PAGE_BYTES;
 /// What a recording is made of for its cost: fewer, because each is a round trip.
 const FEW_PAGES: usize = 4096;
-const ROUNDS: usize = 7;
 const PATIENCE: Duration = Duration::from_secs(120);
 const GIGABIT: f64 = 125e6;
 
@@ -102,18 +101,18 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
 fn recording(pushed: &Pushed) -> Result<Figure> {
     let pages = &pushed.pages[..FEW_PAGES];
     let (mut recorded, mut plain, mut here, mut ratios) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..PAIRS {
         plain.push(pushed.touched(false, pages)?);
         recorded.push(pushed.touched(true, pages)?);
         here.push(pushed.touched_here(pages)?);
         let last = plain.len() - 1;
         ratios.push((recorded[last] - plain[last]) / here[last]);
     }
-    let ratio = median(&mut ratios);
+    let (ratio, aa) = (median(&mut ratios), aa(&plain));
     Ok(Figure {
         name: "recording: more than without, beside faults on the same pages that are answered here".into(),
         value: format!(
-            "**{ratio:.2} x** ({:.3} s beside {:.3} s; faults answered here {:.3} s)",
+            "**{ratio:.2} x** ({:.3} s beside {:.3} s, {aa}; faults answered here {:.3} s)",
             median(&mut recorded),
             median(&mut plain),
             median(&mut here)
@@ -136,7 +135,7 @@ fn replay(pushed: &Pushed, round_trip_ms: u64) -> Result<Vec<Figure>> {
     let (mut times, mut floors, mut ratios, mut missed, mut wire) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), 0);
     let (mut touched, mut touched_ratios) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..PAIRS {
         let link = Link::to(&pushed.server.address().to_string(), quality);
         let started = Instant::now();
         let (region, session) = open(link.address(), options())?;
@@ -166,6 +165,7 @@ fn replay(pushed: &Pushed, round_trip_ms: u64) -> Result<Vec<Figure>> {
     }
     let (ratio, share, touched_ratio) =
         (median(&mut ratios), median(&mut missed), median(&mut touched_ratios));
+    let (same, same_touched) = (aa(&times), aa(&touched));
     let place = format!("a working set of 64 MiB, pages at random, {round_trip_ms} ms and 1 Gbit/s away");
     Ok(vec![
         Figure {
@@ -173,7 +173,7 @@ fn replay(pushed: &Pushed, round_trip_ms: u64) -> Result<Vec<Figure>> {
                 "{place}: all there, beside the larger of its time on the wire and its CPU time on all cores"
             ),
             value: format!(
-                "**{ratio:.2} x** ({:.3} s beside {:.3} s; {:.1} MiB on the wire)",
+                "**{ratio:.2} x** ({:.3} s beside {:.3} s, {same}; {:.1} MiB on the wire)",
                 median(&mut times),
                 median(&mut floors),
                 mib(wire)
@@ -185,7 +185,7 @@ fn replay(pushed: &Pushed, round_trip_ms: u64) -> Result<Vec<Figure>> {
         Figure {
             name: format!("{place}, touched at once in that order: all touched, beside the same"),
             value: format!(
-                "**{touched_ratio:.2} x** ({:.3} s beside {:.3} s)",
+                "**{touched_ratio:.2} x** ({:.3} s beside {:.3} s, {same_touched})",
                 median(&mut touched),
                 median(&mut floors)
             ),

@@ -12,6 +12,7 @@ use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::link::Link;
 use postcopy_tests::server::Server;
 use serde_json::json;
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +20,8 @@ use std::time::{Duration, Instant};
 const PAGE: usize = 4096;
 const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(300);
-const CHUNKS: [usize; 6] = [PAGE, 16 << 10, 64 << 10, 256 << 10, MIB, 2 * MIB];
+/// In KiB.
+const CHUNKS: [usize; 6] = [4, 16, 64, 256, 1024, 2048];
 const COUNTS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 /// A file on a server.
@@ -68,28 +70,41 @@ fn float(value: usize) -> f64 {
     value as f64
 }
 
+/// Measures for each of `sizes` in turn, in each round: of each value the medians, by size.
+fn in_turns<const VALUES: usize>(
+    rounds: u64,
+    sizes: &[usize],
+    mut measure: impl FnMut(usize, u64) -> Result<[f64; VALUES]>,
+) -> Result<[Vec<(f64, f64)>; VALUES]> {
+    let mut measured: Vec<_> = sizes.iter().map(|size| (*size, [const { Vec::new() }; VALUES])).collect();
+    for round in 0..rounds {
+        for (size, values) in &mut measured {
+            values.iter_mut().zip(measure(*size, round)?).for_each(|(values, value)| values.push(value));
+        }
+    }
+    let points = |value: usize| {
+        measured.iter_mut().map(|(size, values)| (float(*size), median(&mut values[value]))).collect()
+    };
+    Ok(std::array::from_fn(points))
+}
+
 /// Scattered and sequential touches of a file, by the size of its chunks.
 pub(crate) fn chunks(rounds: u64) -> Result<Report> {
     const SCATTERED: usize = 500;
     const SEQUENTIAL: usize = 4096;
-    let (mut scattered, mut sequential, mut wire) = (Vec::new(), Vec::new(), Vec::new());
-    for chunk in CHUNKS {
-        let pushed = Pushed::new(memory_like(64 * MIB, 11), chunk)?;
-        let (mut touch, mut each, mut received) = (Vec::new(), Vec::new(), Vec::new());
-        for seed in 0..rounds {
-            let link = Link::to(&pushed.server.address().to_string(), NEAR.quality);
-            let (region, _session) = open(link.address(), false)?;
-            let before = link.received();
-            let pages = some_pages(pushed.bytes.len(), SCATTERED, seed);
-            touch.push(pushed.touch(&region, pages.into_iter())? / float(SCATTERED) * 1e3);
-            received.push(float(usize::try_from(link.received() - before)?) / float(SCATTERED) / 1024.0);
-            let (region, _session) = open(link.address(), false)?;
-            each.push(float(SEQUENTIAL * PAGE / MIB) / pushed.touch(&region, 0..SEQUENTIAL)?);
-        }
-        scattered.push((float(chunk >> 10), median(&mut touch)));
-        sequential.push((float(chunk >> 10), median(&mut each)));
-        wire.push((float(chunk >> 10), median(&mut received)));
-    }
+    let pushed = |kib: usize| Ok((kib, Pushed::new(memory_like(64 * MIB, 11), kib << 10)?));
+    let pushed = CHUNKS.into_iter().map(pushed).collect::<Result<HashMap<_, _>>>()?;
+    let [scattered, sequential, wire] = in_turns(rounds, &CHUNKS, |kib, seed| {
+        let pushed = &pushed[&kib];
+        let link = Link::to(&pushed.server.address().to_string(), NEAR.quality);
+        let (region, _session) = open(link.address(), false)?;
+        let before = link.received();
+        let pages = some_pages(pushed.bytes.len(), SCATTERED, seed);
+        let touch = pushed.touch(&region, pages.into_iter())? / float(SCATTERED) * 1e3;
+        let received = float(usize::try_from(link.received() - before)?) / float(SCATTERED) / 1024.0;
+        let (region, _session) = open(link.address(), false)?;
+        Ok([touch, float(SEQUENTIAL * PAGE / MIB) / pushed.touch(&region, 0..SEQUENTIAL)?, received])
+    })?;
     let mut table = format!(
         "**Size of chunks**: a file of 64 MiB that compresses, over {}. {SCATTERED} pages at random (until most chunks are there), \
          and {SEQUENTIAL} in a row; {rounds} rounds.\n\n\
@@ -117,22 +132,16 @@ pub(crate) fn restores(rounds: u64) -> Result<(Report, Vec<Figure>)> {
         pushed.touch(&region, (0..BYTES / PAGE).step_by(97))?;
         Ok(seconds)
     };
-    let (mut rates, mut slowest) = (Vec::new(), Vec::new());
-    for count in COUNTS {
-        let (mut rate, mut slow) = (Vec::new(), Vec::new());
-        for _ in 0..rounds {
-            let started = Instant::now();
-            let mut seconds = std::thread::scope(|scope| {
-                let threads: Vec<_> = (0..count).map(|_| scope.spawn(one)).collect();
-                threads.into_iter().map(|t| t.join().expect("no panic")).collect::<Result<Vec<_>>>()
-            })?;
-            rate.push(float(count * BYTES / MIB) / started.elapsed().as_secs_f64());
-            let most = seconds.iter().copied().fold(0.0, f64::max);
-            slow.push(most / median(&mut seconds));
-        }
-        rates.push((float(count), median(&mut rate)));
-        slowest.push((float(count), median(&mut slow)));
-    }
+    let [rates, slowest] = in_turns(rounds, &COUNTS, |count, _| {
+        let started = Instant::now();
+        let mut seconds = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..count).map(|_| scope.spawn(one)).collect();
+            threads.into_iter().map(|t| t.join().expect("no panic")).collect::<Result<Vec<_>>>()
+        })?;
+        let rate = float(count * BYTES / MIB) / started.elapsed().as_secs_f64();
+        let most = seconds.iter().copied().fold(0.0, f64::max);
+        Ok([rate, most / median(&mut seconds)])
+    })?;
     let mut table = format!(
         "**Restores at a time** of 16 MiB each, from one server on the same machine, in sessions of one process; {rounds} rounds.\n\n\
          | restores | MiB/s of all | the slowest beside the median |\n|---|---|---|\n"
@@ -175,26 +184,22 @@ pub(crate) fn threads(rounds: u64) -> Result<(Report, Vec<Figure>)> {
     let floor = ThreadsFloor::new(&pushed.bytes)?;
     let (mut lines, mut floors) = (Vec::new(), Vec::new());
     for (name, address) in places {
-        let mut points = Vec::new();
-        for count in COUNTS {
-            let mut rates = Vec::new();
-            for seed in 0..rounds {
-                let (region, _session) = open(&address, false)?;
-                let pages = some_pages(BYTES, TOUCHES.min(512 * count), seed);
-                let started = Instant::now();
-                std::thread::scope(|scope| {
-                    let parts = pages.chunks(pages.len() / count);
-                    let touch = |part: &[usize]| pushed.touch(&region, part.iter().copied());
-                    let threads: Vec<_> = parts.map(|part| scope.spawn(move || touch(part))).collect();
-                    threads.into_iter().try_for_each(|t| t.join().expect("no panic").map(drop))
-                })?;
-                rates.push(float(pages.len()) / started.elapsed().as_secs_f64() / 1e3);
-                if count == THREADS && lines.is_empty() {
-                    floors.push(floor.rate(&pages)?);
-                }
+        let [points] = in_turns(rounds, &COUNTS, |count, seed| {
+            let (region, _session) = open(&address, false)?;
+            let pages = some_pages(BYTES, TOUCHES.min(512 * count), seed);
+            let started = Instant::now();
+            std::thread::scope(|scope| {
+                let parts = pages.chunks(pages.len() / count);
+                let touch = |part: &[usize]| pushed.touch(&region, part.iter().copied());
+                let threads: Vec<_> = parts.map(|part| scope.spawn(move || touch(part))).collect();
+                threads.into_iter().try_for_each(|t| t.join().expect("no panic").map(drop))
+            })?;
+            let rate = float(pages.len()) / started.elapsed().as_secs_f64() / 1e3;
+            if count == THREADS && lines.is_empty() {
+                floors.push(floor.rate(&pages)?);
             }
-            points.push((float(count), median(&mut rates)));
-        }
+            Ok([rate])
+        })?;
         lines.push(Line { name: name.into(), points });
     }
     let mut table = format!(

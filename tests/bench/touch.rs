@@ -1,7 +1,7 @@
 //! A touch of an absent page: in chunks of 4 KiB that do not compress, and of 64 KiB that do.
 
 use crate::floor::FloorServer;
-use crate::{Figure, cpu, median, percentile};
+use crate::{Figure, PAIRS, cpu, median, percentile};
 use anyhow::{Context, Result};
 use postcopy::proto::digest::Digest;
 use postcopy::proto::page::PAGE_BYTES;
@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 const PAGES: usize = 3000;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 600;
-const PAIRS: usize = 30;
 
 /// What one round took: p50 of a touch, CPU time of both sides for each touch, all in microseconds.
 #[derive(Clone, Copy, Debug)]

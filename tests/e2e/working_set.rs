@@ -3,7 +3,7 @@
 use crate::map::random_pages;
 use crate::session::{Source, give_back};
 use bytes::Bytes;
-use postcopy::{Options, Region, Session, Sharing};
+use postcopy::{LossPolicy, Options, Region, Session, Sharing};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
@@ -27,7 +27,7 @@ const RECORDING: Options = Options { record: true, ..QUIET };
 const REPLAYING: Options = Options { working_set: true, ..QUIET };
 const QUIET: Options = Options {
     fault_deadline: MINUTE,
-    on_loss: postcopy::LossPolicy::Poison,
+    on_loss: LossPolicy::Poison,
     working_set: false,
     fill: false,
     record: false,
@@ -268,6 +268,36 @@ fn what_was_touched_is_told_when_it_is_asked_for() {
         end(&session, region);
         // Nothing to tell any more.
         session.send_recording(MINUTE).unwrap();
+    });
+}
+
+#[test]
+fn a_recording_that_is_sent_is_no_loss_to_who_waits_for_pages() {
+    within(WATCHDOG, || {
+        let source = start();
+        let is_open = Arc::new(AtomicBool::new(false));
+        let opened = Arc::clone(&is_open);
+        let lies = Lies::default().chunk(move |_, answer| {
+            while !opened.load(Ordering::SeqCst) {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            vec![answer]
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let options = Options { on_loss: LossPolicy::Wait, ..RECORDING };
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut page = vec![0; PAGE];
+                region.read_at(5 * PAGE, &mut page).map(|()| page)
+            });
+            wait_until("it is asked for", || !chaos.asked().demand().is_empty());
+            // It is answered, although this server takes none.
+            session.send_recording(MINUTE).unwrap_err();
+            is_open.store(true, Ordering::SeqCst);
+            assert!(reader.join().unwrap().unwrap() == source.bytes[5 * PAGE..6 * PAGE], "a wrong byte");
+        });
     });
 }
 

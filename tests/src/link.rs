@@ -3,11 +3,12 @@
 
 use postcopy::ServerAddress;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::time::{ClockId, clock_gettime};
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,15 @@ pub struct Link {
     address: ServerAddress,
     /// Bytes that went to the clients.
     received: Arc<AtomicU64>,
+    spent: Arc<Spent>,
+}
+
+/// What the connections have taken of the machine that the link is no part of.
+#[derive(Debug, Default)]
+struct Spent {
+    threads: AtomicUsize,
+    /// Of those that have ended.
+    cpu_nanoseconds: AtomicU64,
 }
 
 /// One way of the link: when it will have carried what it has been given.
@@ -61,9 +71,9 @@ impl Link {
         let target = address.trim_start_matches("http://").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port of loopback");
         let own = format!("http://{}", listener.local_addr().expect("it is bound"));
-        let received = Arc::new(AtomicU64::new(0));
+        let (received, spent) = (Arc::new(AtomicU64::new(0)), Arc::new(Spent::default()));
         let way = || Arc::new(Way { quality, free_at: Mutex::new(Instant::now()) });
-        let (there, back, counter) = (way(), way(), Arc::clone(&received));
+        let (there, back, counter, spends) = (way(), way(), Arc::clone(&received), Arc::clone(&spent));
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 let Ok(server) = TcpStream::connect(&target) else { continue };
@@ -72,11 +82,11 @@ impl Link {
                 }
                 let (client_in, server_in) =
                     (client.try_clone().expect("a descriptor"), server.try_clone().expect("a descriptor"));
-                forward(client_in, server, Arc::clone(&there), Arc::default());
-                forward(server_in, client, Arc::clone(&back), Arc::clone(&counter));
+                forward(client_in, server, Arc::clone(&there), Arc::default(), Arc::clone(&spends));
+                forward(server_in, client, Arc::clone(&back), Arc::clone(&counter), Arc::clone(&spends));
             }
         });
-        Self { address: own.parse().expect("an address"), received }
+        Self { address: own.parse().expect("an address"), received, spent }
     }
 
     /// Where clients connect.
@@ -90,13 +100,31 @@ impl Link {
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
+
+    /// The CPU time of its connections, once all have ended.
+    #[must_use]
+    pub fn cpu_time(&self) -> Option<Duration> {
+        let has_ended = self.spent.threads.load(Ordering::Acquire) == 0;
+        has_ended.then(|| Duration::from_nanos(self.spent.cpu_nanoseconds.load(Ordering::Relaxed)))
+    }
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, way: Arc<Way>, counter: Arc<AtomicU64>) {
+fn forward(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    way: Arc<Way>,
+    counter: Arc<AtomicU64>,
+    spent: Arc<Spent>,
+) {
+    spent.threads.fetch_add(1, Ordering::Relaxed);
     std::thread::spawn(move || {
         as_soon_as_it_may();
         let _ = carry(&mut from, &mut to, &way, &counter);
         let _ = to.shutdown(Shutdown::Write);
+        let cpu = clock_gettime(ClockId::ThreadCPUTime);
+        let nanoseconds = Duration::try_from(cpu).map_or(0, |cpu| cpu.as_nanos());
+        spent.cpu_nanoseconds.fetch_add(u64::try_from(nanoseconds).unwrap_or(0), Ordering::Relaxed);
+        spent.threads.fetch_sub(1, Ordering::Release);
     });
 }
 

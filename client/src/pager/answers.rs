@@ -48,8 +48,9 @@ impl Pager {
         // The fill looks at it, or not: then this one does not count.
         if let Ok(mut pace) = self.shared().pace.try_lock()
             && let Some(asked_at) = now.checked_sub(waited)
+            && pace.answered(asked_at.into_std(), now.into_std())
         {
-            pace.answered(asked_at.into_std(), now.into_std());
+            self.shared().fill_may_go_on.notify_one();
         }
     }
 
