@@ -162,10 +162,11 @@ fn health_names() -> [&'static str; 4] {
 async fn stop(signal: impl Future<Output = ()>, drain: Drain, mut health: HealthReporter) {
     signal.await;
     tracing::info!("shutting down");
+    // First: who has been told that it does not serve is not to be served.
+    drain.begin();
     for name in health_names() {
         health.set_service_status(name, ServingStatus::NotServing).await;
     }
-    drain.begin();
     drain.idle().await;
     // Health's own streams have no end; they have told NOT_SERVING, and end with what they watch.
     for name in health_names() {
