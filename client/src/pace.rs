@@ -39,21 +39,36 @@ pub(crate) struct Pace {
     usual: f64,
     /// Since the last decision.
     answers: u32,
-    /// The last answer, or more room since.
+    /// The last answer.
+    answered_at: Option<Instant>,
+    /// That, or more room since.
     last: Option<Instant>,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { window: MOST_BYTES, clear_since: None, alone: None, usual: 0.0, answers: 0, last: None }
+        Self {
+            window: MOST_BYTES,
+            clear_since: None,
+            alone: None,
+            usual: 0.0,
+            answers: 0,
+            answered_at: None,
+            last: None,
+        }
     }
 }
 
 impl Pace {
     /// A touch has been answered that was asked for at that time: whether a pause has ended.
     pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) -> bool {
-        self.last = Some(now);
+        // A touch now and then is nobody who would gain by a pause.
+        let follows = self.answered_at.is_some_and(|last| asked_at.saturating_duration_since(last) < QUIET);
+        (self.last, self.answered_at) = (Some(now), Some(now));
         if self.alone.is_none() {
+            if !follows {
+                return false;
+            }
             self.window = 0;
         }
         let is_clear = self.window == 0 && self.clear_since.is_some_and(|since| since <= asked_at);
@@ -201,6 +216,18 @@ mod tests {
             pace.answered(asked_at, now);
         }
         assert!((600..1000).contains(&paused), "{paused}");
+    }
+
+    #[test]
+    fn a_touch_now_and_then_is_not_waited_for() {
+        let (mut pace, mut now) = (Pace::default(), Instant::now());
+        for _ in 0..100 {
+            pace.answered(now - Duration::from_micros(500), now);
+            assert_eq!(pace.window(MOST_BYTES, now), MOST_BYTES);
+            // Also where it looks in between.
+            assert_eq!(pace.window(MOST_BYTES, now + QUIET + Duration::from_millis(1)), MOST_BYTES);
+            now += QUIET * 3 / 2;
+        }
     }
 
     #[test]
