@@ -3,7 +3,7 @@
 //! What matters is what touches take: where the network is the narrow place, all that the fill has asked for is in a
 //! touch's way. So what an answer on the demand lane usually takes is learned while nothing else is on its way, and the
 //! fill gets less room when answers take longer than that, and more when they do not. Where even a single chunk is too much,
-//! it pauses for as long as it does not. Where nobody touches anything it has all the room that there is.
+//! it pauses in between. Where nobody touches anything it has all the room that there is.
 //!
 //! Where the cores are the narrow place, what has come already is in the way, too, while it is decompressed and installed:
 //! see [`Cores`].
