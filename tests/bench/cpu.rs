@@ -5,6 +5,7 @@ use rustix::process::Pid;
 use rustix::thread::CpuSet;
 use rustix::time::{ClockId, clock_gettime};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// On which cores the two ends of a network are.
@@ -72,10 +73,10 @@ fn all() -> CpuSet {
     set
 }
 
-/// How many cores the machine has, whatever this thread may use of them.
+/// How many cores this process had when it began, whatever this thread may use of them now.
 pub(crate) fn cores() -> usize {
-    let online = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    online.lines().filter(|line| line.starts_with("processor")).count().max(1)
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// A command that runs pinned.

@@ -6,7 +6,8 @@
 //! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
 //! with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
-//! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all.
+//! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
+//! (`taskset -c 0`).
 
 mod arms;
 mod changes;
@@ -52,6 +53,8 @@ fn main() -> Result<()> {
     // Restored programs are not the business of this system's init, which may look for the dead only now and then.
     nix::sys::prctl::set_child_subreaper(true)?;
     let mut names: Vec<String> = std::env::args().skip(1).collect();
+    // Before a thread is pinned.
+    let has_one_core = cpu::cores() == 1;
     if names.first().is_some_and(|name| name == "floor-server") {
         return floor::serve();
     }
@@ -60,6 +63,7 @@ fn main() -> Result<()> {
         folder: Path::new(&docs).join("bench"),
         document: Path::new(&docs).join("BENCHMARKS.md"),
     });
+    let _pids = ManyPids::new();
     let rounds = option(&mut names, "--rounds")?.map(|rounds| rounds.parse()).transpose()?;
     let only = option(&mut names, "--only")?;
     let over = option(&mut names, "--over")?;
@@ -100,9 +104,10 @@ fn main() -> Result<()> {
     if wanted("criu-remote") {
         figures.extend(criu::remote()?);
     }
-    if let (true, Some(documents)) = (names.is_empty(), &documents) {
-        let (name, table, raw) = ("figures".into(), table(&figures), raw(&figures));
-        documents.write(&Report { name, table, plot: None, raw })?;
+    let all_or_on_one_core = (names.is_empty() || has_one_core) && !figures.is_empty();
+    if let (true, Some(documents)) = (all_or_on_one_core, &documents) {
+        let name = if has_one_core { "figures-one-core" } else { "figures" }.into();
+        documents.write(&Report { name, table: table(&figures), plot: None, raw: raw(&figures) })?;
     }
     let mut show = |mut report: Report, beside: Vec<Figure>| {
         if !beside.is_empty() {
@@ -154,6 +159,26 @@ fn table(figures: &[Figure]) -> String {
 
 fn raw(figures: &[Figure]) -> serde_json::Value {
     figures.iter().map(|f| json!({ "name": f.name, "met": f.met, "raw": f.raw })).collect()
+}
+
+/// A dumped program comes back under its own pid, which must not go round to another process meanwhile: as many pids as
+/// systems of 64 bits usually have, until this is dropped.
+struct ManyPids(Option<String>);
+
+impl ManyPids {
+    const FILE: &str = "/proc/sys/kernel/pid_max";
+
+    fn new() -> Self {
+        let before = std::fs::read_to_string(Self::FILE).ok();
+        // Who may not write it restores no programs.
+        Self(before.filter(|_| std::fs::write(Self::FILE, "4194304").is_ok()))
+    }
+}
+
+impl Drop for ManyPids {
+    fn drop(&mut self) {
+        _ = self.0.take().map(|before| std::fs::write(Self::FILE, before));
+    }
 }
 
 /// Takes an option and its value out of the arguments.
