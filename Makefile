@@ -59,7 +59,7 @@ bench: bench-build
 # All of it; takes hours.
 bench-full: bench-build
 	target/release/postcopy-bench --docs docs
-	taskset -c 0 target/release/postcopy-bench --docs docs fill pace replay machines criu
+	taskset -c 0 target/release/postcopy-bench --docs docs fill pace replay machines
 	target/release/postcopy-bench --docs docs programs-full mapped chunks restores threads
 
 bench-build:
