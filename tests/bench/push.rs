@@ -39,7 +39,11 @@ pub(crate) fn measure() -> Result<Figure> {
     let ratio = median(&mut ratios);
     Ok(Figure {
         name: "push of 1 GiB to a server on the same machine, beside zstd + BLAKE3 alone on all cores".into(),
-        value: format!("**{ratio:.2} x** ({:.2} s, {spread}; alone {:.2} s)", median(&mut times), median(&mut floors)),
+        value: format!(
+            "**{ratio:.2} x** ({:.2} s, {spread}; alone {:.2} s)",
+            median(&mut times),
+            median(&mut floors)
+        ),
         bar: "≥ 0.55 x".into(),
         met: ratio >= 0.55,
         raw: json!({ "ratios": ratios, "seconds": times, "alone_seconds": floors }),
