@@ -19,7 +19,7 @@ pub(crate) mod runtime_dir;
 mod served;
 pub(crate) mod surroundings;
 
-pub(crate) use control::ask_to_drain;
+pub(crate) use control::{ask_to_drain, ask_to_record};
 
 use anyhow::{Context, Result};
 use guardian::Turn;

@@ -370,11 +370,13 @@ impl Fill {
         loop {
             let on_their_way = stream.asked.iter().map(|asked| asked.permit.num_permits()).sum::<usize>();
             let on_their_way = on_their_way * PAGE_BYTES;
+            let now = Instant::now();
+            let is_waited_for = self.shared.cores.is_waited_for(now);
             let window = {
                 let mut pace = self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner);
-                pace.window(on_their_way, Instant::now())
+                pace.window(on_their_way, is_waited_for, now)
             };
-            let request = REQUEST_BYTES.min(window / 4);
+            let request = REQUEST_BYTES.min(window / 4).max(self.shared.image.root().chunk_size().bytes());
             match on_their_way {
                 0 if window == 0 => {
                     let _ = tokio::time::timeout(PAUSE, self.shared.fill_may_go_on.notified()).await;

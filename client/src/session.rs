@@ -528,12 +528,12 @@ impl Session {
     /// Has what was touched so far told to the server now ([`Options::record`]), and waits for that at most for `timeout`.
     ///
     /// # Errors
-    /// Why it could not be told, or that it has not been yet. It is told again, as [`Session::wait_recorded`] says.
+    /// That nothing is noted of what is touched. Why it could not be told, or that it has not been yet: it is told again, as [`Session::wait_recorded`] says.
     ///
     /// # Blocking
     /// As long as it says; the server makes the working set anew before it answers, if that does not take long.
     pub fn send_recording(&self, timeout: Duration) -> Result<(), String> {
-        let Some(recorder) = &self.shared.recorder else { return Ok(()) };
+        let recorder = self.shared.recorder.as_ref().ok_or("what it touches is not recorded")?;
         let (number, deadline) = (recorder.ask(), Instant::now().checked_add(timeout));
         let outcome = self.shared.wait(deadline, |_| recorder.answer(number));
         outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))

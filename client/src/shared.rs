@@ -124,7 +124,7 @@ impl Shared {
         state: State,
         owner: Option<u32>,
     ) -> Self {
-        let chunks = image.root().chunks();
+        let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
         let recorder = options.record.then(|| Recorder::new(&image));
         if let Some(recorder) = &recorder {
             recorder.has(&image, spaces.regions());
@@ -146,7 +146,7 @@ impl Shared {
             reported: Condvar::new(),
             trace: options.trace.then(Notes::new),
             recorder,
-            pace: Mutex::default(),
+            pace: Mutex::new(Pace::new(chunk_bytes)),
             cores: Cores::default(),
             on_demand: Arc::new(Underway::new(chunks)),
             in_bulk: Underway::new(chunks),

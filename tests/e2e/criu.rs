@@ -1,7 +1,7 @@
 //! `postcopy criu`, with the real CRIU: programs that are dumped, stored, and restored while their memory arrives.
 
 use nix::sys::signal::Signal;
-use postcopy_tests::cli::{fail, run};
+use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::criu::{
     Criu, Program, Restored, assert_success, compile, compile_statically, numbers, status, wait_for_status,
 };
@@ -752,7 +752,12 @@ fn what_a_restore_has_touched_comes_ahead_the_next_time() {
         };
         let (mut daemon, restored) = bench.restore_lazily("recorded", &["--record"]);
         touch_a_quarter(&restored);
-        // It is recorded in any case: when the processes are gone, or when it is told to end.
+        // When it is asked for; and in any case when the processes are gone, or when it is told to end.
+        let (pid, root) = (restored.pid().to_string(), daemon.root().to_str().unwrap());
+        let send = ["working-set", "send", &pid, "--runtime-dir", root];
+        assert!(postcopy(bench.server.address(), send).status().unwrap().success());
+        let sets = run(bench.server.address(), ["working-set", "ls"]);
+        assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 4096), "{sets}");
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
         drop(restored);

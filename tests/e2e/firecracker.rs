@@ -242,6 +242,40 @@ fn a_machine_that_is_left_asleep_has_told_what_it_touched() {
 }
 
 #[test]
+fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
+    with_root("what_a_machine_has_touched_is_told_when_it_is_asked_for", || {
+        let snapshot = Snapshot::push(32);
+        let server = snapshot.server.address();
+        let send = |pid: u32, daemon: &Daemon| {
+            let (pid, root) = (pid.to_string(), daemon.root().display().to_string());
+            ["working-set".into(), "send".into(), pid, "--runtime-dir".into(), root]
+        };
+        let is_sent = |args: [String; 5]| postcopy(server, args).status().unwrap().success();
+        let mut daemon = snapshot.daemon(&["--record"]);
+        let (mut vmm, mut other) = (snapshot.vmm(&["small:32"]), snapshot.vmm(&["small:32"]));
+        vmm.tell("touch 8 5");
+        assert_eq!(vmm.touches().wrong, 0);
+        assert!(is_sent(send(vmm.pid(), &daemon)));
+        let sets = run(server, ["working-set", "ls"]);
+        assert_eq!(sets[0]["recordings"], 1, "of one machine: {sets}");
+        assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 512), "{sets}");
+        // What another worker serves, too.
+        daemon.kill_worker();
+        other.tell("touch 8 5");
+        assert_eq!(other.touches().wrong, 0);
+        assert!(is_sent(send(other.pid(), &daemon)));
+        assert_eq!(run(server, ["working-set", "ls"])[0]["recordings"], 2);
+        // And what nobody can tell is refused.
+        let stranger = std::process::id();
+        assert!(fail(server, send(stranger, &daemon)).contains(&format!("serves process {stranger}")));
+        let quiet = snapshot.daemon(&[]);
+        let vmm = snapshot.vmm(&["small:32"]);
+        let refused = format!("process {}: what it touches is not recorded", vmm.pid());
+        assert!(fail(server, send(vmm.pid(), &quiet)).contains(&refused));
+    });
+}
+
+#[test]
 fn a_worker_goes_on_without_its_guardian_and_says_so() {
     with_root("a_worker_goes_on_without_its_guardian_and_says_so", || {
         let snapshot = Snapshot::push(32);

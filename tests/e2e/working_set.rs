@@ -253,6 +253,8 @@ fn a_page_is_in_the_set_that_as_large_a_share_has_touched_as_the_server_is_told(
 fn what_was_touched_is_told_when_it_is_asked_for() {
     within(WATCHDOG, || {
         let source = start();
+        let unrecorded = source.open(REPLAYING);
+        assert_eq!(unrecorded.send_recording(MINUTE), Err("what it touches is not recorded".into()));
         let session = source.open(RECORDING);
         let region = session.map("mem").unwrap();
         session.send_recording(MINUTE).unwrap();

@@ -3,6 +3,7 @@
 use super::heat_map::HeatMap;
 use super::images::{digest, refused, with_remote};
 use super::output::{Output, bytes};
+use crate::daemon::{ask_to_record, runtime_dir};
 use anyhow::{Context, Result};
 use clap::Subcommand;
 use postcopy::ServerAddress;
@@ -26,6 +27,16 @@ pub(crate) enum WorkingSetCommand {
         /// Draw it into this file, too
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
+    },
+    /// Tell the server now what processes or microVMs have touched that are restored with --record
+    #[command(after_help = "Example:\n  postcopy working-set send 4711")]
+    Send {
+        /// The processes; those that they have forked, too
+        #[arg(required = true)]
+        pids: Vec<u32>,
+        /// Where the daemons keep what outlives their workers
+        #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
+        runtime_dir: Option<PathBuf>,
     },
     /// Forget an image's working set and what it was made of
     #[command(after_help = "Example:\n  postcopy working-set rm vm/web:v1")]
@@ -74,6 +85,10 @@ pub(crate) fn run(server: ServerAddress, command: WorkingSetCommand, output: Out
     match command {
         WorkingSetCommand::Ls => list(server, output)?,
         WorkingSetCommand::Show { reference, svg } => show(server, &reference, svg, output)?,
+        WorkingSetCommand::Send { pids, runtime_dir } => {
+            let root = runtime_dir.unwrap_or_else(runtime_dir::default_root);
+            pids.iter().try_for_each(|pid| ask_to_record(&root, *pid))?;
+        }
         WorkingSetCommand::Rm { reference } => with_remote(server, |remote| async move {
             let request = v1::DeleteWorkingSetRequest { reference: reference.to_string() };
             remote.working_sets().delete_working_set(request).await.map_err(refused)?;

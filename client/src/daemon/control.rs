@@ -1,7 +1,7 @@
 //! What others ask a daemon for, over a socket in its runtime directory: lines of text, each with an answer.
 //!
-//! `drain PID…` fills the sessions of these processes now, and answers when they have ended in order: `ok`, `unknown`
-//! (none of them is served here) or `error REASON`.
+//! `drain PID…` fills the sessions of these processes now, and answers when they have ended in order. `record PID…` tells the
+//! server what they have touched so far. The answer is `ok`, `unknown` (none of them is served here) or `error REASON`.
 
 use super::Worker;
 use super::runtime_dir;
@@ -35,22 +35,24 @@ pub(crate) fn answer(worker: &Arc<Worker>, stream: UnixStream) {
 
 fn carry_out(worker: &Arc<Worker>, line: &str) -> Result<String> {
     let mut words = line.split_whitespace();
-    if words.next() != Some("drain") {
-        bail!("{line:?} is not known");
-    }
+    let what = words.next().unwrap_or_default();
     let pids = words.map(|pid| pid.parse().with_context(|| format!("{pid:?} is no pid")));
     let pids: Vec<u32> = pids.collect::<Result<_>>()?;
-    let served = worker.sessions();
-    // What a process has left behind that has exited is its children's.
-    let is_meant = |served: &Arc<Served>| pids.contains(&served.name.pid) || !served.name.is_alive();
-    let served: Vec<_> = served.into_iter().filter(is_meant).collect();
-    if served.is_empty() {
-        return Ok("unknown".into());
+    let is_named = |served: &Served| pids.contains(&served.name.pid);
+    let sessions = worker.sessions();
+    let served: Vec<_> = match what {
+        // What a process has left behind that has exited is its children's.
+        "drain" => sessions.iter().filter(|served| is_named(served) || !served.name.is_alive()).collect(),
+        "record" => sessions.iter().filter(|served| is_named(served)).collect(),
+        _ => bail!("{line:?} is not known"),
+    };
+    for served in &served {
+        match what {
+            "drain" => drain(worker, served)?,
+            _ => served.send_recording()?,
+        }
     }
-    for served in served {
-        drain(worker, &served)?;
-    }
-    Ok("ok".into())
+    Ok(if served.is_empty() { "unknown".into() } else { "ok".into() })
 }
 
 /// Fills a session and ends it.
@@ -91,7 +93,7 @@ fn drain(worker: &Worker, served: &Served) -> Result<()> {
 pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
     for _ in 0..ATTEMPTS {
         // That of a process that was forked comes with its parent's.
-        pids.iter().try_for_each(|pid| drain_one(root, *pid))?;
+        pids.iter().try_for_each(|pid| ask(root, "drain", *pid).map(drop))?;
         let absent = pids.iter().map(|pid| has_absent_memory(*pid)).collect::<Result<Vec<_>>>()?;
         if !absent.contains(&true) {
             return Ok(());
@@ -106,13 +108,31 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
     )
 }
 
-/// Has it drained by the daemon that serves it, if there is one.
-fn drain_one(root: &Path, pid: u32) -> Result<()> {
+/// Has the daemons below `root` tell the server what this process, and those that it has forked, have touched so far.
+///
+/// # Errors
+/// What a daemon says; or that none says that it serves one of them.
+pub(crate) fn ask_to_record(root: &Path, pid: u32) -> Result<()> {
+    for _ in 0..ATTEMPTS {
+        let mut is_served = false;
+        for process in postcopy::with_descendants([pid]) {
+            is_served |= ask(root, "record", process)?;
+        }
+        if is_served {
+            return Ok(());
+        }
+        std::thread::park_timeout(PATIENCE);
+    }
+    bail!("no daemon below {} serves process {pid}", root.display())
+}
+
+/// Has something done by the daemon that serves a process: whether there is one.
+fn ask(root: &Path, what: &str, pid: u32) -> Result<bool> {
     for directory in runtime_dir::all(root) {
         let Ok(mut stream) = UnixStream::connect(directory.join("control")) else { continue };
         let mut line = String::new();
         let asked =
-            writeln!(stream, "drain {pid}").and_then(|()| BufReader::new(&stream).read_line(&mut line));
+            writeln!(stream, "{what} {pid}").and_then(|()| BufReader::new(&stream).read_line(&mut line));
         match asked {
             // Its worker has died: ask the next one.
             Err(error) if [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&error.kind()) => {
@@ -122,12 +142,12 @@ fn drain_one(root: &Path, pid: u32) -> Result<()> {
             Ok(_) => {}
         }
         match line.trim().split_once(' ').unwrap_or((line.trim(), "")) {
-            ("ok", _) => return Ok(()),
+            ("ok", _) => return Ok(true),
             ("error", reason) => bail!("{reason}"),
             _ => {}
         }
     }
-    Ok(())
+    Ok(false)
 }
 
 /// Whether a process has memory that a userfaultfd tells of (`um` among the VmFlags of proc_pid_smaps(5)).

@@ -4,7 +4,7 @@ use super::Setup;
 use super::guardian::Turn;
 use super::kernel;
 use super::runtime_dir::SessionName;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use postcopy::state::{self, StateError};
 use postcopy::trace::TraceWriter;
 use postcopy::{ForeignMemory, ForeignRegion, Image, LossPolicy, Session, SessionError};
@@ -204,6 +204,15 @@ impl Served {
         }
         self.setup.runtime.remove(&self.name);
         is_safe
+    }
+
+    /// Has what it has touched so far told to the server now.
+    ///
+    /// # Errors
+    /// As [`Session::send_recording`].
+    pub(crate) fn send_recording(&self) -> Result<()> {
+        let sent = self.session().send_recording(RECORDED);
+        sent.map_err(|reason| anyhow!("process {}: {reason}", self.name.pid))
     }
 
     /// Whether what it has touched has been told to the server, and its trace is written, where that was asked for; the
