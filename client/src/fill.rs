@@ -228,6 +228,15 @@ impl Fill {
         }
     }
 
+    /// What comes of this, unless the session ends before.
+    async fn unless_ended<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            done = work => Some(done),
+            () = self.wait_while(|_| true) => None,
+        }
+    }
+
     async fn receive_working_set(&self, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {
         let server = &self.shared.address;
         // At once: what comes before there is memory waits in the lane's window.
@@ -257,10 +266,11 @@ impl Fill {
             .map(|(_, file)| file.size_bytes.div_ceil(PAGE_BYTES as u64))
             .sum::<u64>();
         loop {
-            let message = within(server, "working set", lane.answers.message()).await?;
-            let message = message.map_err(server.status("the working set"))?;
+            let message = within(server, "working set", lane.answers.message());
+            let Some(message) = self.unless_ended(message).await else { return Ok(lane) };
+            let message = message?.map_err(server.status("the working set"))?;
             let message = message.ok_or_else(|| server.wrong("working set", "the stream has ended"))?;
-            if message.working_set_ended || self.shared.has_ended() {
+            if message.working_set_ended {
                 return Ok(lane);
             }
             let frames = message.working_set_frames;
@@ -441,7 +451,9 @@ impl Fill {
 
     async fn bulk_answer(&self, stream: &mut Stream) -> Result<v1::StreamChunksResponse, RemoteError> {
         let server = &self.shared.address;
-        let message = stream.lane.answers.message().await.map_err(server.status("the bulk lane"))?;
+        let message = self.unless_ended(stream.lane.answers.message()).await;
+        let message = message.ok_or_else(|| server.wrong("bulk answer", "the session has ended"))?;
+        let message = message.map_err(server.status("the bulk lane"))?;
         let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
         if message.chunks.is_empty() {
             return Err(server.wrong("bulk answer", "it holds nothing"));

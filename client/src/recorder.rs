@@ -28,8 +28,11 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Spans of one message: at most 18 bytes each.
 const SPANS: usize = 65_536;
 
-/// Pages that are told as touched, and as many that are told as not seen: the server takes twice as many in all.
-const MOST_PAGES: usize = 8 << 20;
+/// Pages that are told as touched, the first of them: a set of more is not made. The others are told as not seen.
+const MOST_TOUCHED: usize = (1 << 30) / PAGE_BYTES;
+/// Runs of pages that are told as not seen. Where these are more, each file is told as not seen from the first to the last
+/// of its own.
+const MOST_UNSEEN: usize = 1 << 20;
 /// How long the last sending is tried again, and the pause between.
 const LAST_ATTEMPTS: Duration = Duration::from_secs(8);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
@@ -136,23 +139,23 @@ impl Recorder {
 
     /// What has been seen so far, as messages: these pages were touched, in this order.
     fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
-        let touched = spans(order.iter().copied().take(MOST_PAGES));
+        let (told, beyond) = order.split_at(order.len().min(MOST_TOUCHED));
+        let (touched, mut unseen) = (spans(told.iter().copied()), spans(beyond.iter().copied()));
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
-        let (mut unseen, mut left) = (Vec::new(), MOST_PAGES);
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
             let Some(seen) = seen.get() else {
                 // It may be another process's memory, whose session tells of it.
-                if (1..=left).contains(&pages) {
-                    left -= pages;
+                if pages > 0 {
                     unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
                 }
                 continue;
             };
-            let brought = seen.brought.ones().filter(|page| !seen.touched.is_set(*page)).take(left);
-            let brought = spans(brought.map(|page| (short(place), short(page))));
-            left -= brought.iter().map(|span| span.count as usize).sum::<usize>();
-            unseen.extend(brought);
+            let brought = seen.brought.ones().filter(|page| !seen.touched.is_set(*page));
+            unseen.extend(spans(brought.map(|page| (short(place), short(page)))));
+        }
+        if unseen.len() > MOST_UNSEEN {
+            unseen = by_file(unseen);
         }
         let first =
             RecordRequest { image: image.digest().into(), id: self.id.to_vec().into(), ..Default::default() };
@@ -236,6 +239,19 @@ fn spans(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageSpan> {
             _ => spans.push(PageSpan { file, first: page, count: 1 }),
         }
     }
+    spans
+}
+
+/// One span for each file, from the first to the last of its own.
+fn by_file(mut spans: Vec<PageSpan>) -> Vec<PageSpan> {
+    spans.sort_unstable_by_key(|span| (span.file, span.first));
+    spans.dedup_by(|next, last| {
+        let is_one = next.file == last.file;
+        if is_one {
+            last.count = (last.first + last.count).max(next.first + next.count) - last.first;
+        }
+        is_one
+    });
     spans
 }
 
@@ -335,6 +351,26 @@ mod tests {
         let messages = recorder.messages(&image, &order);
         assert_eq!(messages[1].touched, [SPAN(1, 3, 1), SPAN(1, 9, 1)]);
         assert_eq!(messages[2].unseen, [SPAN(0, 0, 10), SPAN(1, 2, 1), SPAN(1, 4, 1)]);
+    }
+
+    #[test]
+    fn what_is_too_much_to_tell_counts_as_not_seen() {
+        let (image, _) = image_and_region();
+        let recorder = Recorder::new(&image);
+        // Each second page, so that each is a span.
+        let most = u32::try_from(MOST_TOUCHED).unwrap();
+        let order: Vec<_> = (0..most + 2).map(|number| (1, 2 * number)).collect();
+        let told = |messages: &[RecordRequest]| -> (usize, Vec<PageSpan>) {
+            let touched = messages.iter().map(|message| message.touched.len()).sum();
+            (touched, messages.iter().flat_map(|message| message.unseen.clone()).collect())
+        };
+        let (touched, unseen) = told(&recorder.messages(&image, &order));
+        let first = 2 * most;
+        assert_eq!(touched, MOST_TOUCHED);
+        // The image's files are absent memory of others here.
+        assert_eq!(unseen[..2], [SPAN(1, first, 1), SPAN(1, first + 2, 1)]);
+        assert_eq!(unseen[2..], [SPAN(0, 0, 10), SPAN(1, 0, 10)]);
+        assert_eq!(by_file(unseen), [SPAN(0, 0, 10), SPAN(1, 0, first + 3)]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod layout;
 mod lease;
 mod lock;
 mod manifests;
-mod map;
+pub(crate) mod map;
 mod objects;
 mod packs;
 mod references;

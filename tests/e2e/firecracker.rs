@@ -266,7 +266,7 @@ fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
         assert!(is_sent(send(other.pid(), &daemon)));
         assert_eq!(run(server, ["working-set", "ls"])[0]["recordings"], 2);
         // And what nobody can tell is refused.
-        let stranger = std::process::id();
+        let stranger = daemon.guardian();
         assert!(fail(server, send(stranger, &daemon)).contains(&format!("serves process {stranger}")));
         let quiet = snapshot.daemon(&[]);
         let vmm = snapshot.vmm(&["small:32"]);

@@ -4,7 +4,7 @@ use super::heat_map::HeatMap;
 use super::images::{digest, refused, with_remote};
 use super::output::{Output, bytes};
 use crate::daemon::{ask_to_record, runtime_dir};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Subcommand;
 use postcopy::ServerAddress;
 use postcopy::proto::page::PAGE_BYTES;
@@ -63,7 +63,7 @@ impl From<&v1::WorkingSet> for Shown {
             recordings: set.recordings,
             pages: set.pages,
             zero_pages: set.zero_pages,
-            plain_bytes: set.pages * PAGE_BYTES as u64,
+            plain_bytes: set.pages.saturating_mul(PAGE_BYTES as u64),
             frame_bytes: set.frame_bytes,
         }
     }
@@ -110,16 +110,18 @@ fn list(server: ServerAddress, output: Output) -> Result<()> {
 
 fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, output: Output) -> Result<()> {
     let (set, spans, files) = with_remote(server, |remote| async move {
+        let (image, _) = remote.open(reference, &[], false).await?;
+        let files: Vec<_> =
+            image.root().files().map(|(path, file)| (path.to_string(), file.size_bytes)).collect();
+        let pages: u64 = files.iter().map(|(_, bytes)| bytes.div_ceil(PAGE_BYTES as u64)).sum();
         let request = v1::GetWorkingSetRequest { reference: reference.to_string() };
         let mut parts = remote.working_sets().get_working_set(request).await.map_err(refused)?.into_inner();
         let (mut set, mut spans) = (None, Vec::new());
         while let Some(part) = parts.message().await.map_err(refused)? {
             set = set.or(part.working_set);
             spans.extend(part.pages);
+            ensure!(spans.len() as u64 <= pages, "the server tells of more pages than the image has");
         }
-        let (image, _) = remote.open(reference, &[], false).await?;
-        let files: Vec<_> =
-            image.root().files().map(|(path, file)| (path.to_string(), file.size_bytes)).collect();
         Ok((set.context("the server does not say what it is")?, spans, files))
     })?;
     let map = HeatMap::new(&files, &spans, "not sent ahead");

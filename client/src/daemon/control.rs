@@ -46,12 +46,12 @@ fn carry_out(worker: &Arc<Worker>, line: &str) -> Result<String> {
         "record" => sessions.iter().filter(|served| is_named(served)).collect(),
         _ => bail!("{line:?} is not known"),
     };
-    for served in &served {
-        match what {
-            "drain" => drain(worker, served)?,
-            _ => served.send_recording()?,
-        }
-    }
+    let done = served.iter().map(|served| match what {
+        "drain" => drain(worker, served),
+        _ => served.send_recording(),
+    });
+    // The others are done, too.
+    done.reduce(Result::and).unwrap_or(Ok(()))?;
     Ok(if served.is_empty() { "unknown".into() } else { "ok".into() })
 }
 
@@ -113,34 +113,18 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
 /// # Errors
 /// What a daemon says; or that none says that it serves one of them.
 pub(crate) fn ask_to_record(root: &Path, pid: u32) -> Result<()> {
-    for _ in 0..ATTEMPTS {
-        let mut is_served = false;
-        for process in postcopy::with_descendants([pid]) {
-            is_served |= ask(root, "record", process)?;
-        }
-        if is_served {
-            return Ok(());
-        }
-        std::thread::park_timeout(PATIENCE);
-    }
-    bail!("no daemon below {} serves process {pid}", root.display())
+    let asked: Vec<_> =
+        postcopy::with_descendants([pid]).into_iter().map(|process| ask(root, "record", process)).collect();
+    // All have been asked, whatever one of them says.
+    let served = asked.into_iter().collect::<Result<Vec<_>>>()?;
+    ensure!(served.contains(&true), "no daemon below {} serves process {pid}", root.display());
+    Ok(())
 }
 
 /// Has something done by the daemon that serves a process: whether there is one.
 fn ask(root: &Path, what: &str, pid: u32) -> Result<bool> {
     for directory in runtime_dir::all(root) {
-        let Ok(mut stream) = UnixStream::connect(directory.join("control")) else { continue };
-        let mut line = String::new();
-        let asked =
-            writeln!(stream, "{what} {pid}").and_then(|()| BufReader::new(&stream).read_line(&mut line));
-        match asked {
-            // Its worker has died: ask the next one.
-            Err(error) if [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&error.kind()) => {
-                continue;
-            }
-            Err(error) => return Err(error).with_context(|| directory.display().to_string()),
-            Ok(_) => {}
-        }
+        let line = converse(&directory, &format!("{what} {pid}"))?;
         match line.trim().split_once(' ').unwrap_or((line.trim(), "")) {
             ("ok", _) => return Ok(true),
             ("error", reason) => bail!("{reason}"),
@@ -148,6 +132,24 @@ fn ask(root: &Path, what: &str, pid: u32) -> Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// What a daemon says to a line; nothing where there is none any more.
+fn converse(directory: &Path, line: &str) -> Result<String> {
+    for _ in 0..ATTEMPTS {
+        let Ok(mut stream) = UnixStream::connect(directory.join("control")) else { break };
+        let mut answer = String::new();
+        let asked = writeln!(stream, "{line}").and_then(|()| BufReader::new(&stream).read_line(&mut answer));
+        match asked {
+            Ok(1..) => return Ok(answer),
+            // Its worker has died: ask the next one.
+            Ok(0) => {}
+            Err(error) if [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&error.kind()) => {}
+            Err(error) => return Err(error).with_context(|| directory.display().to_string()),
+        }
+        std::thread::park_timeout(PATIENCE);
+    }
+    Ok(String::new())
 }
 
 /// Whether a process has memory that a userfaultfd tells of (`um` among the VmFlags of proc_pid_smaps(5)).

@@ -160,10 +160,10 @@ impl Installer {
                     let before = region.file_pages(pages.clone()).start - run.first as usize;
                     let bytes =
                         bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
-                    add(&self.shared.counters.working_set_pages, pages.len());
                     self.bring(region, &pages, Cause::WorkingSet, || {
                         install::install_pages(&self.shared.gate, region, pages.clone(), bytes)
                     });
+                    add(&self.shared.counters.working_set_pages, pages.len());
                 }
             }
         }
@@ -194,11 +194,11 @@ impl Installer {
             });
             self.pages.set(chunk_bytes, in_chunk);
             for region in spaces.of_chunk(chunk).filter(|region| region.gathering().is_some()) {
-                add(&self.shared.counters.working_set_pages, held);
                 let pages = region.pages_of(chunk).expect("a region of the chunk");
                 self.bring(region, &pages, Cause::WorkingSet, || {
                     install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
                 });
+                add(&self.shared.counters.working_set_pages, held);
             }
         }
     }

@@ -7,7 +7,7 @@
 use crate::service::blocking;
 use crate::service::chunks::{Chunks, check_runs, numbers};
 use crate::shutdown::{InFlight, shutting_down};
-use crate::store::{Store, chain};
+use crate::store::{Store, chain, map};
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
@@ -228,6 +228,19 @@ async fn working_set(store: &Arc<Store>, image: Digest) -> Result<Vec<Vec<Bytes>
     Ok(messages)
 }
 
+/// These frames. What has left the page cache since the set was read is read again.
+async fn in_memory(frames: Vec<Bytes>) -> Result<Vec<Bytes>, Status> {
+    if frames.iter().all(|frame| map::is_resident(frame)) {
+        return Ok(frames);
+    }
+    blocking(move || {
+        let populated = frames.iter().try_for_each(|frame| map::populate(frame));
+        populated.map_err(|error| Status::data_loss(format!("a working set's pack: {error}")))?;
+        Ok::<_, Status>(frames)
+    })
+    .await
+}
+
 /// The bulk lane.
 pub(super) fn stream_chunks(
     store: Arc<Store>,
@@ -247,7 +260,8 @@ pub(super) fn stream_chunks(
             let (id, attempt) = (request.id, request.attempt);
             if request.working_set {
                 for frames in working_set(&store, chunks.image()).await? {
-                    yield v1::StreamChunksResponse { id, attempt, working_set_frames: frames, ..Default::default() };
+                    let working_set_frames = in_memory(frames).await?;
+                    yield v1::StreamChunksResponse { id, attempt, working_set_frames, ..Default::default() };
                 }
                 yield v1::StreamChunksResponse { id, attempt, working_set_ended: true, ..Default::default() };
             }

@@ -19,8 +19,6 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 
-/// The most pages of one recording, touched and unseen: 64 GiB.
-const MAX_PAGES: u64 = 1 << 24;
 /// Spans of all recordings that come at a time: 384 MiB, and up to twice that while they come.
 const MAX_SPANS: usize = 1 << 25;
 /// How long a recording is not answered because a set is being made of it.
@@ -39,6 +37,8 @@ pub struct WorkingSetServer {
     builds: Builds,
     /// A permit for each span of recordings that come.
     spans: Arc<Semaphore>,
+    /// One recording at a time is kept: the older ones are read for that.
+    keeping: Arc<Semaphore>,
 }
 
 impl WorkingSetServer {
@@ -46,7 +46,8 @@ impl WorkingSetServer {
     /// recordings in which that could be seen.
     #[must_use]
     pub fn new(store: Arc<Store>, drain: Drain, share: f64) -> Self {
-        Self { store, drain, share, builds: Builds::default(), spans: Arc::new(Semaphore::new(MAX_SPANS)) }
+        let (spans, keeping) = (Arc::new(Semaphore::new(MAX_SPANS)), Arc::new(Semaphore::new(1)));
+        Self { store, drain, share, builds: Builds::default(), spans, keeping }
     }
 }
 
@@ -66,7 +67,6 @@ struct Received {
     id: [u8; 16],
     touched: Vec<v1::PageSpan>,
     unseen: Vec<v1::PageSpan>,
-    pages: u64,
     /// A permit for each of its spans.
     room: Option<OwnedSemaphorePermit>,
     spans: Arc<Semaphore>,
@@ -75,7 +75,7 @@ struct Received {
 impl Received {
     fn new(spans: Arc<Semaphore>) -> Self {
         let (touched, unseen) = (Vec::new(), Vec::new());
-        Self { image: None, id: [0; 16], touched, unseen, pages: 0, room: None, spans }
+        Self { image: None, id: [0; 16], touched, unseen, room: None, spans }
     }
 
     fn add(&mut self, request: v1::RecordRequest) -> Result<(), Status> {
@@ -90,15 +90,9 @@ impl Received {
             }
             Some(_) => {}
         }
-        for span in request.touched.iter().chain(&request.unseen) {
-            // It would count for nothing, and take memory.
-            if span.count == 0 {
-                return Err(Status::invalid_argument("a span of no pages"));
-            }
-            self.pages += u64::from(span.count);
-        }
-        if self.pages > MAX_PAGES {
-            return Err(Status::invalid_argument(format!("more than {MAX_PAGES} pages")));
+        // It would count for nothing, and take memory.
+        if request.touched.iter().chain(&request.unseen).any(|span| span.count == 0) {
+            return Err(Status::invalid_argument("a span of no pages"));
         }
         let spans = request.touched.len() + request.unseen.len();
         let more =
@@ -137,8 +131,9 @@ impl WorkingSetService for WorkingSetServer {
         let Received { image, id, touched, unseen, room, .. } = received;
         let image = image.ok_or_else(|| Status::invalid_argument("image: the first message names it"))?;
         let store = Arc::clone(&self.store);
+        let turn = Arc::clone(&self.keeping).acquire_owned().await.expect("it is never closed");
         blocking(move || {
-            let _room = room;
+            let _held = (room, turn);
             store.keep_recording(&image, id, touched, unseen)
         })
         .await?;

@@ -205,8 +205,8 @@ impl Store {
     fn build(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<u8>>, StoreError> {
         let frames: Vec<Vec<u8>> = self
             .cut(files, pages)?
-            .par_iter()
-            .map_init(|| SetEncoder::new(LEVEL), |encoder, chunks| encoder.encode(chunks).0)
+            .into_par_iter()
+            .map_init(|| SetEncoder::new(LEVEL), |encoder, chunks| encoder.encode(&chunks).0)
             .collect();
         let mut packs = vec![SetPackBuilder::default()];
         for frame in frames {
