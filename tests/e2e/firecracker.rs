@@ -268,6 +268,7 @@ fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
         // And what nobody can tell is refused.
         let stranger = daemon.guardian();
         assert!(fail(server, send(stranger, &daemon)).contains(&format!("serves process {stranger}")));
+        drop((vmm, other, daemon));
         let quiet = snapshot.daemon(&[]);
         let vmm = snapshot.vmm(&["small:32"]);
         let refused = format!("process {}: what it touches is not recorded", vmm.pid());
