@@ -9,7 +9,7 @@ use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::link::{Link, Quality};
 use std::collections::HashSet;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
@@ -114,5 +114,45 @@ fn from_afar_hardly_a_chunk_is_asked_for_on_both_lanes() {
         let both = demand.keys().filter(|chunk| bulk.contains_key(*chunk)).count();
         println!("{} on demand, {} in bulk, {both} on both", demand.len(), bulk.len());
         assert!(both < CHUNKS / 6, "{both} of {CHUNKS} chunks");
+    });
+}
+
+/// How long touches of chunks at random take over a link, those that wait; now and then there are none for a while.
+fn waits(source: &Source, quality: Quality, fill: bool) -> Vec<Duration> {
+    let link = Link::to(&source.server.address().to_string(), quality);
+    let options = Options { fill, ..OPTIONS };
+    let session = Session::open(link.address(), &"app".parse().unwrap(), options).unwrap();
+    let region = session.map("mem").unwrap();
+    let mut chunks: Vec<usize> = (0..region.len() / CHUNK).collect();
+    fastrand::Rng::with_seed(5).shuffle(&mut chunks);
+    let took = |(number, chunk): (usize, &usize)| {
+        if number % 20 == 0 {
+            std::thread::park_timeout(Duration::from_millis(300));
+        }
+        let before = Instant::now();
+        touch(&region, source, chunk * CHUNK / PAGE);
+        before.elapsed()
+    };
+    let took = chunks[..80].iter().enumerate().map(took).filter(|took| *took > quality.round_trip / 2);
+    let mut waits: Vec<_> = took.collect();
+    waits.sort_unstable();
+    waits
+}
+
+#[test]
+fn the_fill_leaves_touches_their_way_over_a_narrow_link_and_a_long_one() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(384 << 20, 42), CHUNK);
+        for round_trip in [1, 30] {
+            let quality = Quality { round_trip: Duration::from_millis(round_trip), bytes_per_second: 12.5e6 };
+            let (alone, beside) = (waits(&source, quality, false), waits(&source, quality, true));
+            let median = |waits: &[Duration]| waits[waits.len() / 2];
+            println!("{}: {:?} alone, {}: {:?}", alone.len(), median(&alone), beside.len(), median(&beside));
+            // The first ones wait for all that had been asked for before there was a touch.
+            assert!(
+                beside.len() > 40 && median(&beside) < median(&alone) * 3 / 2,
+                "{beside:?} beside {alone:?}"
+            );
+        }
     });
 }
