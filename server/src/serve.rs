@@ -55,8 +55,8 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Serves `store` to whoever connects to `listener`, until `signal`. Then health turns NOT_SERVING, the listener is
-/// closed, new requests are refused, and what is in flight finishes within 10 s. `working_set_share`: see
+/// Serves `store` to whoever connects to `listener`, until `signal`. Then new requests are refused, health turns NOT_SERVING, the listener
+/// is closed, and what is in flight finishes within 10 s. `working_set_share`: see
 /// [`WorkingSetServer::new`].
 ///
 /// # Errors

@@ -280,7 +280,7 @@ pub(crate) fn log_level(verbosity: Option<u8>) -> &'static str {
     match verbosity {
         Some(0 | 1) => "error",
         Some(2) => "warn",
-        // Of a release build that is all there is.
+        // Where it is compiled in, which it usually is not.
         Some(4..) if LevelFilter::DEBUG <= STATIC_MAX_LEVEL => "debug",
         None | Some(_) => "info",
     }

@@ -2399,7 +2399,7 @@ pub mod working_set_service_client {
         /// first touch. A recording that comes again under the same id replaces the first one.
         ///
         /// Ends with INVALID_ARGUMENT: the first message names no image or has no id of 16 bytes, a later
-        /// one names another image, or a span is empty or not in the image; more than 16,777,216 pages.
+        /// one names another image, or a span is empty or not in the image.
         /// NOT_FOUND: the image is not there.
         /// DATA_LOSS: a chunk of the working set is damaged; the recording is kept.
         /// RESOURCE_EXHAUSTED: too many others come at the same time; to be tried again later.
@@ -2543,7 +2543,7 @@ pub mod working_set_service_server {
         /// first touch. A recording that comes again under the same id replaces the first one.
         ///
         /// Ends with INVALID_ARGUMENT: the first message names no image or has no id of 16 bytes, a later
-        /// one names another image, or a span is empty or not in the image; more than 16,777,216 pages.
+        /// one names another image, or a span is empty or not in the image.
         /// NOT_FOUND: the image is not there.
         /// DATA_LOSS: a chunk of the working set is damaged; the recording is kept.
         /// RESOURCE_EXHAUSTED: too many others come at the same time; to be tried again later.
