@@ -231,9 +231,10 @@ impl Fill {
     /// What comes of this, unless the session ends before.
     async fn unless_ended<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
+            // Looked at first: there may be work all the time.
             biased;
-            done = work => Some(done),
             () = self.wait_while(|_| true) => None,
+            done = work => Some(done),
         }
     }
 
@@ -388,7 +389,7 @@ impl Fill {
             };
             let request = REQUEST_BYTES.min(window / 4).max(self.shared.image.root().chunk_size().bytes());
             match on_their_way {
-                0 if window == 0 => {
+                0 if window == 0 && !self.shared.has_ended() => {
                     let _ = tokio::time::timeout(PAUSE, self.shared.fill_may_go_on.notified()).await;
                 }
                 0 => return Ok(request / PAGE_BYTES),

@@ -241,7 +241,8 @@ impl Pager {
                 return shared.report(reason);
             }
             self.send();
-            shared.cores.waits(self.requests.wait_since().map(Instant::into_std));
+            let behind = self.behind.values().copied().max();
+            shared.cores.waits(self.requests.wait_since().max(behind).map(Instant::into_std));
             let waits = !self.requests.is_empty();
             let put_off = self.requests.has_put_off() || !self.put_off.is_empty();
             tokio::select! {

@@ -147,7 +147,8 @@ impl Recorder {
             let Some(seen) = seen.get() else {
                 // It may be another process's memory, whose session tells of it.
                 if pages > 0 {
-                    unseen.push(PageSpan { file: short(place), first: 0, count: short(pages) });
+                    let count = u32::try_from(pages).unwrap_or(u32::MAX);
+                    unseen.push(PageSpan { file: short(place), first: 0, count });
                 }
                 continue;
             };

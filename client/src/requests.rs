@@ -272,13 +272,13 @@ impl Requests {
         asked.map_or(Duration::ZERO, |asked| now.saturating_duration_since(asked))
     }
 
-    /// Since when somebody waits for a page, and it is not given up for the moment.
+    /// Since when somebody waits for a page that is not given up for the moment: the one who came last.
     pub(crate) fn wait_since(&self) -> Option<Instant> {
         let chunks = self.chunks.values().filter(|wanted| !wanted.is_ahead);
         let chunks = chunks.map(|wanted| (wanted.deadline, wanted.again_at));
         let segments = self.segments.values().map(|wanted| (wanted.deadline, wanted.again_at));
         let deadlines = chunks.chain(segments).filter(|(_, again_at)| again_at.is_none());
-        deadlines.filter_map(|(deadline, _)| deadline.checked_sub(self.patience)).min()
+        deadlines.filter_map(|(deadline, _)| deadline.checked_sub(self.patience)).max()
     }
 
     /// Nobody waits for the chunk any more.

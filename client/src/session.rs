@@ -216,7 +216,7 @@ pub struct Progress {
     pub read_ahead_chunks: u64,
     /// Chunks that came over the bulk lane.
     pub bulk_chunks: u64,
-    /// Pages that have come with the working set, those that a touch had brought before included.
+    /// Pages that have come with the working set; not those of frames of which touches had brought all before.
     pub working_set_pages: u64,
     /// Bytes of the frames that came over both.
     pub frame_bytes: u64,

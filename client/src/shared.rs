@@ -225,6 +225,8 @@ impl Shared {
     /// The pager has ended.
     pub(crate) fn end(&self) {
         self.outcome().ended = true;
+        // Nobody waits for it any more.
+        self.cores.waits(None);
         self.reported.notify_all();
         self.changed.notify_all();
         self.fill_work.notify_one();

@@ -252,19 +252,20 @@ fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
         };
         let is_sent = |args: [String; 5]| postcopy(server, args).status().unwrap().success();
         let mut daemon = snapshot.daemon(&["--record"]);
-        let (mut vmm, mut other) = (snapshot.vmm(&["small:32"]), snapshot.vmm(&["small:32"]));
+        let mut vmm = snapshot.vmm(&["small:32"]);
         vmm.tell("touch 8 5");
         assert_eq!(vmm.touches().wrong, 0);
         assert!(is_sent(send(vmm.pid(), &daemon)));
         let sets = run(server, ["working-set", "ls"]);
         assert_eq!(sets[0]["recordings"], 1, "of one machine: {sets}");
         assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 512), "{sets}");
-        // What another worker serves, too.
+        // What another worker serves, too; the first one may have told of it before.
+        let mut other = snapshot.vmm(&["small:32"]);
         daemon.kill_worker();
         other.tell("touch 8 5");
         assert_eq!(other.touches().wrong, 0);
         assert!(is_sent(send(other.pid(), &daemon)));
-        assert_eq!(run(server, ["working-set", "ls"])[0]["recordings"], 2);
+        assert!(run(server, ["working-set", "ls"])[0]["recordings"].as_u64() >= Some(2));
         // And what nobody can tell is refused.
         let stranger = daemon.guardian();
         assert!(fail(server, send(stranger, &daemon)).contains(&format!("serves process {stranger}")));

@@ -113,12 +113,18 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
 /// # Errors
 /// What a daemon says; or that none says that it serves one of them.
 pub(crate) fn ask_to_record(root: &Path, pid: u32) -> Result<()> {
-    let asked: Vec<_> =
-        postcopy::with_descendants([pid]).into_iter().map(|process| ask(root, "record", process)).collect();
-    // All have been asked, whatever one of them says.
-    let served = asked.into_iter().collect::<Result<Vec<_>>>()?;
-    ensure!(served.contains(&true), "no daemon below {} serves process {pid}", root.display());
-    Ok(())
+    for _ in 0..ATTEMPTS {
+        let processes = postcopy::with_descendants([pid]);
+        let asked: Vec<_> = processes.into_iter().map(|process| ask(root, "record", process)).collect();
+        // All have been asked, whatever one of them says.
+        let served = asked.into_iter().collect::<Result<Vec<_>>>()?;
+        if served.contains(&true) {
+            return Ok(());
+        }
+        // A worker that has just begun may not have it yet.
+        std::thread::park_timeout(PATIENCE);
+    }
+    bail!("no daemon below {} serves process {pid}", root.display())
 }
 
 /// Has something done by the daemon that serves a process: whether there is one.
