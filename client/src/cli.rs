@@ -98,7 +98,7 @@ enum Command {
         target: TagReference,
     },
     /// What restores of an image touch, and what of that is sent ahead
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  postcopy working-set ls")]
     WorkingSet(working_sets::WorkingSetCommand),
     /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
     #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]

@@ -32,7 +32,7 @@ pub(crate) enum Fill {
 /// What comes ahead of touches, and what is noted of these.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Ahead {
-    /// What is brought beyond what is touched; with --record nothing, unless told
+    /// What is brought beyond what is touched [default: of a microVM the working set, of processes all; with --record nothing]
     #[arg(long, value_enum)]
     fill: Option<Fill>,
     /// Do without the working set
@@ -346,8 +346,9 @@ fn status_file(fd: RawFd) -> Result<File> {
 fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
     let mut pids = pids.to_vec();
     if pids.is_empty() {
-        let action =
-            std::env::var("CRTOOLS_SCRIPT_ACTION").context("say which processes: postcopy criu drain PID")?;
+        let action = std::env::var("CRTOOLS_SCRIPT_ACTION")
+            .ok()
+            .context("say which processes: postcopy criu drain PID")?;
         if action != "pre-dump" {
             return Ok(ExitCode::SUCCESS);
         }

@@ -52,6 +52,8 @@ fn next_step(error: &str) -> Option<&'static str> {
         Some("`postcopy doctor` says what this machine allows, and how to get what is missing.")
     } else if error.contains("of the image") && !error.contains("of the image's chunks") {
         Some("`postcopy inspect` lists the paths of an image.")
+    } else if error.contains("a working set of") {
+        Some("Have a restore recorded: --record. `postcopy working-set ls` lists the images that have one.")
     } else if error.contains("entity was not found") || error.contains("no such reference") {
         Some("`postcopy ls` lists what the server has.")
     } else {

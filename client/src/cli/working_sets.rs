@@ -105,7 +105,11 @@ fn list(server: ServerAddress, output: Output) -> Result<()> {
         Ok(listed.into_inner().working_sets)
     })?;
     let shown: Vec<Shown> = sets.iter().map(Shown::from).collect();
-    output.show(&shown, || shown.iter().map(|set| set.text() + "\n").collect())
+    let text = || match shown.is_empty() {
+        true => "none yet: have a restore recorded (--record)".to_owned(),
+        false => shown.iter().map(|set| set.text() + "\n").collect(),
+    };
+    output.show(&shown, text)
 }
 
 fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, output: Output) -> Result<()> {

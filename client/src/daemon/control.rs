@@ -124,7 +124,7 @@ pub(crate) fn ask_to_record(root: &Path, pid: u32) -> Result<()> {
         // A worker that has just begun may not have it yet.
         std::thread::park_timeout(PATIENCE);
     }
-    bail!("no daemon below {} serves process {pid}", root.display())
+    bail!("no daemon below {} (--runtime-dir) serves process {pid}", root.display())
 }
 
 /// Has something done by the daemon that serves a process: whether there is one.
