@@ -26,8 +26,11 @@ const ANSWERS_ALONE: usize = 8;
 const TOLERANCE: f64 = 1.1;
 /// When nobody has touched anything for so long, and waits, the cores are for the fill.
 const QUIET: Duration = Duration::from_millis(20);
-/// Touches that are further apart have nothing to do with one another: then there is more room, and more each [`QUIET`].
+/// Touches that are further apart have nothing to do with one another.
 const APART: Duration = Duration::from_millis(100);
+/// When nobody has waited for as many times what the last answer took, from [`QUIET`] to [`APART`], there is more room, and
+/// more each [`QUIET`].
+const QUIET_ANSWERS: u32 = 100;
 /// Decisions after which there is a pause in any case: what answers take alone may have changed, or have been learned at a
 /// bad time.
 const DECISIONS: u32 = 16;
@@ -62,8 +65,8 @@ pub(crate) struct Pace {
     answers: u32,
     /// The last answer.
     answered_at: Option<Instant>,
-    /// That, or more room since.
-    last: Option<Instant>,
+    /// When there is more room, if nobody waits then.
+    more_at: Option<Instant>,
 }
 
 impl Pace {
@@ -81,14 +84,16 @@ impl Pace {
             usual: 0.0,
             answers: 0,
             answered_at: None,
-            last: None,
+            more_at: None,
         }
     }
 
     /// A touch has been answered that was asked for at that time: whether a pause has ended.
     pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) -> bool {
         let follows = self.answered_at.is_some_and(|last| asked_at.saturating_duration_since(last) < APART);
-        (self.last, self.answered_at) = (Some(now), Some(now));
+        let took = now.saturating_duration_since(asked_at);
+        self.more_at = Some(now + (took * QUIET_ANSWERS).clamp(QUIET, APART));
+        self.answered_at = Some(now);
         self.quiet = 0;
         if !follows {
             return false;
@@ -100,11 +105,10 @@ impl Pace {
             // It says what was in its way before.
             return false;
         }
-        let took = now.saturating_duration_since(asked_at).as_secs_f64();
         match self.window {
-            0 => self.answered_alone(took),
+            0 => self.answered_alone(took.as_secs_f64()),
             _ => {
-                self.answered_beside(took);
+                self.answered_beside(took.as_secs_f64());
                 false
             }
         }
@@ -162,12 +166,9 @@ impl Pace {
     /// How many plain bytes may be on their way, where so many are, and somebody waits for a page or nobody does; none in a
     /// pause.
     pub(crate) fn window(&mut self, on_their_way: usize, is_waited_for: bool, now: Instant) -> usize {
-        let is_past = |since: Option<Instant>, time| {
-            since.is_some_and(|since| now.saturating_duration_since(since) > time)
-        };
-        if is_past(self.answered_at, APART) && is_past(self.last, QUIET) && !is_waited_for {
+        if !is_waited_for && self.more_at.is_some_and(|at| at <= now) {
             self.quiet = (self.window.max(self.quiet) * 2).clamp(self.least, MOST_BYTES);
-            (self.last, self.answers) = (Some(now), 0);
+            (self.more_at, self.answers) = (Some(now + QUIET), 0);
         }
         match on_their_way <= self.window {
             true => self.fits_since = self.fits_since.or(Some(now)),
