@@ -23,7 +23,7 @@ const ANSWERS_LEAST: u32 = 4;
 /// Answers of a pause.
 const ANSWERS_ALONE: usize = 8;
 /// How much longer answers may usually take than they take alone.
-const TOLERANCE: f64 = 1.1;
+const TOLERANCE: f64 = 1.2;
 /// When nobody has touched anything for so long, and waits, the cores are for the fill.
 const QUIET: Duration = Duration::from_millis(20);
 /// Touches that are further apart have nothing to do with one another.
