@@ -50,7 +50,6 @@ mod spin;
 pub mod state;
 mod sync;
 pub mod trace;
-pub mod uffd;
 mod way_out;
 
 pub use advice::with_descendants;
@@ -63,3 +62,4 @@ pub use session::{ImageSource, LossError, LossPolicy, Options, Progress, Session
 pub use shared_pager::SharedPager;
 
 pub use postcopy_proto as proto;
+pub use postcopy_uffd as uffd;

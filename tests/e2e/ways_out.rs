@@ -143,7 +143,8 @@ fn a_pager_whose_calls_fail_is_succeeded() {
 
 /// Whether a panic here would be one of the pager's: in its own code, or in what it waits for.
 fn may_panic(function: &str) -> bool {
-    let of_pager = ["postcopy::", "<postcopy::"].iter().any(|own| function.starts_with(own));
+    let own = ["postcopy::", "<postcopy::", "postcopy_uffd::", "<postcopy_uffd::"];
+    let of_pager = own.iter().any(|own| function.starts_with(own));
     let awaited = ["Interval::poll_tick", "Streaming<T>", "mpsc::chan::Rx", "AsyncFd"];
     (of_pager || awaited.iter().any(|name| function.contains(name))) && !function.contains("drop")
 }

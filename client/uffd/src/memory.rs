@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicU64;
 /// Children of a fork do not have it (MADV_DONTFORK): nobody would fill it for them, and a touch of theirs
 /// is SIGSEGV and not a silent zero.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub struct Memory {
     start: *mut c_void,
     len: usize,
 }
@@ -24,7 +24,7 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     /// Reserves `len` bytes, a positive multiple of the page size. Takes no memory until pages are installed.
-    pub(crate) fn reserve(len: usize) -> io::Result<Self> {
+    pub fn reserve(len: usize) -> io::Result<Self> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping, placed by the kernel where nothing is.
@@ -36,17 +36,18 @@ impl Memory {
     }
 
     /// The first address.
-    pub(crate) fn start(&self) -> usize {
+    pub fn start(&self) -> usize {
         self.start.addr()
     }
 
     /// Length in bytes.
-    pub(crate) fn len(&self) -> usize {
+    #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
+    pub fn len(&self) -> usize {
         self.len
     }
 
     /// The first `len` bytes. Reading an absent page waits until it is installed.
-    pub(crate) fn slice(&self, len: usize) -> &[u8] {
+    pub fn slice(&self, len: usize) -> &[u8] {
         assert!(len <= self.len, "within the mapping");
         // SAFETY: mapped readable for as long as `self` lives; a page's bytes do not change after its first
         // read but through `slice_mut`, because the kernel installs each page before it can be read.
@@ -54,7 +55,7 @@ impl Memory {
     }
 
     /// The first `len` bytes, to be changed. Touching an absent page waits until it is installed.
-    pub(crate) fn slice_mut(&mut self, len: usize) -> &mut [u8] {
+    pub fn slice_mut(&mut self, len: usize) -> &mut [u8] {
         assert!(len <= self.len, "within the mapping");
         // SAFETY: mapped writable for as long as `self` lives, and borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.start.cast::<u8>(), len) }
@@ -69,7 +70,7 @@ impl Drop for Memory {
 }
 
 /// Makes every later touch of a range of a [`Memory`] SIGSEGV.
-pub(crate) fn forbid(start: usize, len: usize) -> io::Result<()> {
+pub fn forbid(start: usize, len: usize) -> io::Result<()> {
     let start = std::ptr::with_exposed_provenance_mut(start);
     // SAFETY: takes rights away and changes no byte. Whoever still reads the range is stopped, which is the
     // purpose.
@@ -79,7 +80,7 @@ pub(crate) fn forbid(start: usize, len: usize) -> io::Result<()> {
 
 /// A file as words that several processes may see; unmapped when dropped.
 #[derive(Debug)]
-pub(crate) struct SharedWords {
+pub struct SharedWords {
     start: *mut c_void,
     words: usize,
 }
@@ -91,7 +92,7 @@ unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
     /// Maps the whole words of a file. The file must not become shorter: a touch beyond its end is SIGBUS.
-    pub(crate) fn map(file: impl AsFd) -> io::Result<Self> {
+    pub fn map(file: impl AsFd) -> io::Result<Self> {
         let bytes = usize::try_from(rustix::fs::fstat(&file)?.st_size).unwrap_or(0);
         let words = bytes / size_of::<u64>();
         if words == 0 {

@@ -1,8 +1,8 @@
 //! /proc/PID/pagemap: whether a page is mapped; and PAGEMAP_SCAN, since Linux 6.7: which pages of this process were written
 //! to since they were write-protected.
 
-use super::{abi, update};
-use postcopy_proto::page::{PAGE_BYTES, to_usize};
+use super::{PAGE_BYTES, abi, to_usize, update};
+
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::fs::File;
@@ -17,24 +17,28 @@ const WINDOW: u64 = 64 << 20;
 
 /// A process's /proc/PID/pagemap.
 #[derive(Debug)]
-pub(crate) struct Pagemap {
+pub struct Pagemap {
     file: File,
     /// Held over each look at what was written, and over [`Pagemap::unseen`].
     looking: Mutex<()>,
 }
 
 impl Pagemap {
-    pub(crate) fn open() -> io::Result<Self> {
+    /// This process's.
+    ///
+    /// # Errors
+    /// Whatever open(2) answers.
+    pub fn open() -> io::Result<Self> {
         Ok(Self { file: File::open("/proc/self/pagemap")?, looking: Mutex::default() })
     }
 
     /// Another process's, which is to be alive.
-    pub(crate) fn of(pid: u32) -> io::Result<Self> {
+    pub fn of(pid: u32) -> io::Result<Self> {
         Ok(Self { file: File::open(format!("/proc/{pid}/pagemap"))?, looking: Mutex::default() })
     }
 
     /// Whether the page at an address is mapped; false, too, if the kernel does not say.
-    pub(crate) fn is_present(&self, address: usize) -> bool {
+    pub fn is_present(&self, address: usize) -> bool {
         const PRESENT: u64 = 1 << 63;
         let mut entry = [0; size_of::<u64>()];
         let at = (address / PAGE_BYTES * size_of::<u64>()) as u64;
@@ -47,7 +51,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// Whatever the ioctl answers.
-    pub(crate) fn written(
+    pub fn written(
         &self,
         addresses: Range<usize>,
         protect: bool,
@@ -65,7 +69,7 @@ impl Pagemap {
 
     /// Does something that nobody who asks what was written is to see half of. None: somebody is looking. He is not waited
     /// for: a signal's handler of his may wait for this thread.
-    pub(crate) fn unseen<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+    pub fn unseen<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         let _unseen = match self.looking.try_lock() {
             Ok(unseen) => unseen,
             Err(TryLockError::Poisoned(unseen)) => unseen.into_inner(),
@@ -78,7 +82,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// As [`Pagemap::written`].
-    pub(crate) fn protect_zeros(&self, addresses: Range<usize>) -> io::Result<()> {
+    pub fn protect_zeros(&self, addresses: Range<usize>) -> io::Result<()> {
         let scan = abi::PagemapScan {
             flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
             category_mask: abi::PAGE_IS_PFNZERO,

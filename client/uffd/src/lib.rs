@@ -11,13 +11,12 @@
 #![expect(unsafe_code, reason = "ioctls on userfaultfds, and mappings")]
 
 mod abi;
-pub(crate) mod memory;
-pub(crate) mod pagemap;
+pub mod memory;
+pub mod pagemap;
 
 pub use pagemap::works as pagemap_scan_works;
 
 use pagemap::Pagemap;
-use postcopy_proto::page::PAGE_BYTES;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use rustix::io::Errno;
@@ -31,8 +30,19 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use userfaultfd::RegisterMode;
 
+/// A page of ordinary memory, in bytes.
+pub const PAGE_BYTES: usize = 4096;
+
+const _: () = assert!(usize::BITS == 64, "addresses are words of the kernel's messages");
+
+/// An address or a length as the kernel gives it.
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, as asserted above")]
+const fn to_usize(n: u64) -> usize {
+    n as usize
+}
+
 /// A message as words of 64 bits.
-pub(crate) const MESSAGE_WORDS: usize = size_of::<abi::Msg>() / size_of::<u64>();
+pub const MESSAGE_WORDS: usize = size_of::<abi::Msg>() / size_of::<u64>();
 
 /// One thing that a kernel may offer, by its name in ioctl_userfaultfd(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +59,8 @@ pub struct Feature {
 
 macro_rules! features {
     ($($constant:ident = $bit:literal, $since:literal, $used_for:literal;)*) => {
-        $(pub(crate) const $constant: u64 = 1 << $bit;)*
+        $(#[doc = concat!("`UFFD_FEATURE_", stringify!($constant), "`, since Linux ", $since, ".")]
+        pub const $constant: u64 = 1 << $bit;)*
         /// All features that Linux 6.8 knows, in the order of their bits.
         pub const FEATURES: &[Feature] = &[
             $(Feature { name: stringify!($constant), bit: $constant, since: $since, used_for: $used_for },)*
@@ -106,15 +117,18 @@ pub enum OpenError {
 }
 
 /// The size of a huge page (hugetlb) in bytes; there are others, which are not served.
-pub(crate) const HUGE_BYTES: usize = 2 << 20;
+pub const HUGE_BYTES: usize = 2 << 20;
 
 /// What an ioctl did to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// All of it is done.
     Done,
     /// Its first so many bytes are done; then something was in the way. Try the rest.
-    Partial { bytes: usize },
+    Partial {
+        /// Multiple of the page size.
+        bytes: usize,
+    },
     /// Its first page is there already. Nobody was woken.
     AlreadyPresent,
     /// An event waits to be read first (EAGAIN without progress).
@@ -129,31 +143,53 @@ pub(crate) enum Outcome {
 
 /// One message of a userfaultfd. Ranges are of addresses.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub enum Event {
     /// A thread touched an absent page at this address, and sleeps; or it wrote to one that is protected.
-    Fault { address: usize, is_protected: bool },
+    Fault {
+        /// The page's first address.
+        address: usize,
+        /// A write to a protected page.
+        is_protected: bool,
+    },
     /// This range is about to lose its content (madvise).
-    Remove { addresses: Range<usize> },
+    Remove {
+        /// Which.
+        addresses: Range<usize>,
+    },
     /// This range has been unmapped.
-    Unmap { addresses: Range<usize> },
+    Unmap {
+        /// Which.
+        addresses: Range<usize>,
+    },
     /// A range has been moved (mremap).
-    Remap { from: Range<usize>, to: usize },
+    Remap {
+        /// Where it was.
+        from: Range<usize>,
+        /// Where it begins from then on.
+        to: usize,
+    },
     /// The process has forked, and this is its child's userfaultfd.
-    Fork { child: OwnedFd },
+    Fork {
+        /// Not registered with anybody yet.
+        child: OwnedFd,
+    },
     /// Something that was not asked for.
-    Unknown { event: u8 },
+    Unknown {
+        /// Its number.
+        event: u8,
+    },
 }
 
 /// Whether reading a userfaultfd can go well later: a fork's event takes a descriptor and memory, and stays until there
 /// are some.
-pub(crate) fn may_pass(error: &io::Error) -> bool {
+pub fn may_pass(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw_os_error);
     matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
 /// What memory is at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SharedAt {
+pub enum SharedAt {
     /// Nobody else's; or none.
     Private,
     /// A page of shared memory, which is there.
@@ -178,7 +214,7 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A userfaultfd: non-blocking, close-on-exec, its API handshake done.
 #[derive(Debug)]
-pub(crate) struct Uffd {
+pub struct Uffd {
     registrar: userfaultfd::Uffd,
     access: Access,
     /// The features that the kernel has, and those that were asked for.
@@ -306,7 +342,7 @@ impl Uffd {
     ///
     /// # Errors
     /// [`OpenError`]; [`OpenError::Features`] names those that the kernel lacks.
-    pub(crate) fn open(wanted: u64) -> Result<Self, OpenError> {
+    pub fn open(wanted: u64) -> Result<Self, OpenError> {
         let (access, available) = probe()?;
         let missing: Vec<_> =
             FEATURES.iter().filter(|f| wanted & !available & f.bit != 0).map(|f| f.name).collect();
@@ -329,7 +365,7 @@ impl Uffd {
     /// # Errors
     /// [`OpenError::Foreign`]: it is none. [`OpenError::Features`]: the kernel cannot poison, and somebody else's
     /// memory can be made safe by nothing else.
-    pub(crate) fn adopt(fd: OwnedFd, tracks_writes: bool) -> Result<Self, OpenError> {
+    pub fn adopt(fd: OwnedFd, tracks_writes: bool) -> Result<Self, OpenError> {
         let asked = foreign_features(fd.as_fd())?;
         let (access, available) = probe()?;
         if available & POISON == 0 {
@@ -343,32 +379,32 @@ impl Uffd {
     }
 
     /// Whether the kernel's own accesses to absent memory are served, too.
-    pub(crate) fn serves_kernel_faults(&self) -> bool {
+    pub fn serves_kernel_faults(&self) -> bool {
         self.access != Access::UserModeOnly
     }
 
     /// Whether pages can be poisoned.
-    pub(crate) fn can_poison(&self) -> bool {
+    pub fn can_poison(&self) -> bool {
         self.available & POISON != 0
     }
 
     /// Whether it tells of memory that is unmapped.
-    pub(crate) fn tells_of_unmaps(&self) -> bool {
+    pub fn tells_of_unmaps(&self) -> bool {
         self.asked & EVENT_UNMAP != 0
     }
 
     /// Whether it tells of forks.
-    pub(crate) fn tells_of_forks(&self) -> bool {
+    pub fn tells_of_forks(&self) -> bool {
         self.asked & EVENT_FORK != 0
     }
 
     /// Whether an event has not been read whose causer has changed memory already, or is about to.
-    pub(crate) fn has_event(&self) -> bool {
+    pub fn has_event(&self) -> bool {
         self.look() == Err(Errno::AGAIN)
     }
 
     /// Has the first touch of each absent page of the range reported here.
-    pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
+    pub fn register(&self, start: usize, len: usize) -> io::Result<()> {
         let start = std::ptr::without_provenance_mut(start);
         let mode = match self.tracking {
             Tracking::Off => RegisterMode::MISSING,
@@ -378,17 +414,17 @@ impl Uffd {
     }
 
     /// What tells of writes to this process's memory, if that was asked for.
-    pub(crate) fn pagemap(&self) -> Option<&Pagemap> {
+    pub fn pagemap(&self) -> Option<&Pagemap> {
         if let Tracking::Async(pagemap) = &self.tracking { Some(pagemap) } else { None }
     }
 
     /// Whether what is written to is to be known.
-    pub(crate) fn tracks(&self) -> bool {
+    pub fn tracks(&self) -> bool {
         !matches!(self.tracking, Tracking::Off)
     }
 
     /// Whether a look at what was written can protect it anew; else [`Uffd::protect`] does.
-    pub(crate) fn protects_by_scan(&self) -> bool {
+    pub fn protects_by_scan(&self) -> bool {
         !matches!(self.tracking, Tracking::Sync)
     }
 
@@ -396,7 +432,7 @@ impl Uffd {
     ///
     /// # Errors
     /// Whatever the ioctl answers; not that there is no such memory any more, or nobody who could write to it.
-    pub(crate) fn protect(&self, addresses: Range<usize>) -> io::Result<bool> {
+    pub fn protect(&self, addresses: Range<usize>) -> io::Result<bool> {
         match self.write_protect(addresses, abi::WRITEPROTECT_ON) {
             Ok(()) | Err(Errno::NOENT | Errno::SRCH) => Ok(true),
             Err(Errno::AGAIN) => Ok(false),
@@ -405,7 +441,7 @@ impl Uffd {
     }
 
     /// Lets writes to these pages pass from now on, and wakes who waits for that. Deferred: as in [`Uffd::protect`].
-    pub(crate) fn unprotect(&self, addresses: Range<usize>) -> Outcome {
+    pub fn unprotect(&self, addresses: Range<usize>) -> Outcome {
         outcome(self.write_protect(addresses, 0), 0, 0)
     }
 
@@ -416,25 +452,25 @@ impl Uffd {
     }
 
     /// Ends that. Whoever sleeps on an absent page of the range goes on, and sees zeros.
-    pub(crate) fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
+    pub fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
         let start = std::ptr::without_provenance_mut(start);
         self.registrar.unregister(start, len).map_err(io::Error::other)
     }
 
     /// Lets those who sleep on pages of the range try again.
-    pub(crate) fn wake(&self, start: usize, len: usize) {
+    pub fn wake(&self, start: usize, len: usize) {
         // Fails only for a range that is not page-aligned or empty, which no caller has.
         let _ = self.registrar.wake(std::ptr::without_provenance_mut(start), len);
     }
 
     /// The same for all pages that there can be.
-    pub(crate) fn wake_all(&self) {
+    pub fn wake_all(&self) {
         // Of a process with fewer addresses than most the kernel refuses it; that one has regions to be woken.
         self.wake(abi::FIRST_ADDRESS, abi::LAST_ADDRESS - abi::FIRST_ADDRESS);
     }
 
     /// Installs `source` at `address`, page by page, each at once, and wakes who waits for them.
-    pub(crate) fn copy(&self, address: usize, source: &[u8]) -> Outcome {
+    pub fn copy(&self, address: usize, source: &[u8]) -> Outcome {
         let mut copy = abi::Copy {
             dst: address as u64,
             src: source.as_ptr().addr() as u64,
@@ -447,7 +483,7 @@ impl Uffd {
     }
 
     /// Whether the owner of the memory has exited.
-    pub(crate) fn is_owner_gone(&self) -> bool {
+    pub fn is_owner_gone(&self) -> bool {
         self.look() == Err(Errno::SRCH)
     }
 
@@ -459,13 +495,13 @@ impl Uffd {
     }
 
     /// Whether a page of shared memory is there, in this mapping or another one. It is mapped then.
-    pub(crate) fn is_cached(&self, address: usize, len: usize) -> bool {
+    pub fn is_cached(&self, address: usize, len: usize) -> bool {
         matches!(self.map_cached(address, len), Ok(()) | Err(Errno::EXIST))
     }
 
     /// What is at an address, as far as others may have it mapped, too. A page that is there is mapped then.
     /// `page_bytes` is the size of the kernel's pages there.
-    pub(crate) fn shared_at(&self, address: usize, page_bytes: usize) -> SharedAt {
+    pub fn shared_at(&self, address: usize, page_bytes: usize) -> SharedAt {
         match self.map_cached(address - address % page_bytes, page_bytes) {
             Ok(()) | Err(Errno::EXIST) => SharedAt::There,
             Err(Errno::FAULT) => SharedAt::Absent,
@@ -479,7 +515,7 @@ impl Uffd {
     ///
     /// # Errors
     /// That there is no memory that was registered here.
-    pub(crate) fn is_huge(&self, address: usize) -> io::Result<Option<bool>> {
+    pub fn is_huge(&self, address: usize) -> io::Result<Option<bool>> {
         // Private memory has nothing that could be mapped, and is refused like a range that is not of whole pages; then
         // the one of 2 MiB is, too.
         let small = self.map_cached(address, PAGE_BYTES);
@@ -503,7 +539,7 @@ impl Uffd {
     ///
     /// # Errors
     /// Whatever poll(2) answers.
-    pub(crate) fn is_readable(&self) -> io::Result<bool> {
+    pub fn is_readable(&self) -> io::Result<bool> {
         let mut fds = [PollFd::new(self, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&now)));
@@ -511,7 +547,7 @@ impl Uffd {
     }
 
     /// Installs zeros, at most 64 KiB. A poisoned page counts as present; use [`Uffd::copy`] for it.
-    pub(crate) fn zero(&self, address: usize, len: usize) -> Outcome {
+    pub fn zero(&self, address: usize, len: usize) -> Outcome {
         // Nothing could protect them before somebody writes to them.
         if matches!(self.tracking, Tracking::Sync) {
             return self.copy(address, &ZEROS[..len]);
@@ -542,7 +578,7 @@ impl Uffd {
 
     /// Makes every later touch of the range's absent pages SIGBUS, also after this fd is closed, and wakes
     /// who waits for them. Stops at the first page that is there.
-    pub(crate) fn poison(&self, address: usize, len: usize) -> Outcome {
+    pub fn poison(&self, address: usize, len: usize) -> Outcome {
         let range = abi::Range { start: address as u64, len: len as u64 };
         let mut poison = abi::Poison { range, ..Default::default() };
         let result = update::<{ abi::IOC_POISON }, _>(self.as_fd(), &mut poison);
@@ -550,7 +586,7 @@ impl Uffd {
     }
 
     /// Takes over the userfaultfd of a child, made by a fork of a process whose userfaultfd this is.
-    pub(crate) fn of_child(&self, child: OwnedFd) -> Self {
+    pub fn of_child(&self, child: OwnedFd) -> Self {
         // It is as its parent was when it was made. Cannot fail for a descriptor that is open.
         let _ = rustix::io::ioctl_fionbio(&child, true);
         // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
@@ -561,7 +597,7 @@ impl Uffd {
     }
 
     /// The number of its descriptor.
-    pub(crate) fn number(&self) -> RawFd {
+    pub fn number(&self) -> RawFd {
         self.as_raw_fd()
     }
 
@@ -570,7 +606,7 @@ impl Uffd {
     ///
     /// # Errors
     /// Whatever read(2) answers but EAGAIN.
-    pub(crate) fn read_messages(&self, words: &[AtomicU64]) -> io::Result<usize> {
+    pub fn read_messages(&self, words: &[AtomicU64]) -> io::Result<usize> {
         let start = words.as_ptr().cast::<u8>().cast_mut();
         // SAFETY: atomic words may be changed through &, are as long, and any bytes are words; nobody uses them.
         let buffer = unsafe { std::slice::from_raw_parts_mut(start, size_of_val(words)) };
@@ -587,7 +623,7 @@ impl Uffd {
 
 impl Event {
     /// What a message says that was read just now, not more than once.
-    pub(crate) fn of(message: [u64; MESSAGE_WORDS]) -> Self {
+    pub fn of(message: [u64; MESSAGE_WORDS]) -> Self {
         Self::with_child(message, |fd| {
             // SAFETY: reading the message made this descriptor, and nobody else knows of it.
             Some(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -595,11 +631,8 @@ impl Event {
     }
 
     /// What a message says, where `child` gives a child's descriptor by its number.
-    pub(crate) fn with_child(
-        message: [u64; MESSAGE_WORDS],
-        child: impl FnOnce(RawFd) -> Option<OwnedFd>,
-    ) -> Self {
-        let [_, a, b, c] = message.map(postcopy_proto::page::to_usize);
+    pub fn with_child(message: [u64; MESSAGE_WORDS], child: impl FnOnce(RawFd) -> Option<OwnedFd>) -> Self {
+        let [_, a, b, c] = message.map(to_usize);
         let event = message[0].to_ne_bytes()[0];
         match event {
             // With UFFD_FEATURE_EXACT_ADDRESS it is not the page's.
@@ -618,7 +651,7 @@ impl Event {
     }
 
     /// The number of the descriptor that a message of a fork brings.
-    pub(crate) fn child_of(message: [u64; MESSAGE_WORDS]) -> Option<RawFd> {
+    pub fn child_of(message: [u64; MESSAGE_WORDS]) -> Option<RawFd> {
         let [a, b, c, d, ..] = message[1].to_ne_bytes();
         (message[0].to_ne_bytes()[0] == abi::EVENT_FORK).then(|| RawFd::from_ne_bytes([a, b, c, d]))
     }
@@ -641,14 +674,14 @@ fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outcome {
 
 /// A userfaultfd that the current tokio runtime watches.
 #[derive(Debug)]
-pub(crate) struct AsyncUffd(AsyncFd<std::sync::Arc<Uffd>>);
+pub struct AsyncUffd(AsyncFd<std::sync::Arc<Uffd>>);
 
 impl AsyncUffd {
     /// Must be called in a runtime.
     ///
     /// # Errors
     /// Whatever epoll answers.
-    pub(crate) fn new(uffd: std::sync::Arc<Uffd>) -> io::Result<Self> {
+    pub fn new(uffd: std::sync::Arc<Uffd>) -> io::Result<Self> {
         // SAFETY: the Arc keeps the one fd open for as long as the AsyncFd lives.
         let watched = unsafe { AsyncFd::register_with_interest(uffd, Interest::READABLE) };
         Ok(Self(watched?))
@@ -658,18 +691,18 @@ impl AsyncUffd {
     ///
     /// # Errors
     /// If the runtime is shutting down.
-    pub(crate) fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<Readable<'_>>> {
+    pub fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<Readable<'_>>> {
         self.0.poll_read_ready(context).map(|ready| Ok(Readable(ready?)))
     }
 }
 
 /// There may be messages. Dropped without [`Readable::drained`] it says so again.
 #[derive(Debug)]
-pub(crate) struct Readable<'a>(tokio::io::unix::AsyncFdReadyGuard<'a, std::sync::Arc<Uffd>>);
+pub struct Readable<'a>(tokio::io::unix::AsyncFdReadyGuard<'a, std::sync::Arc<Uffd>>);
 
 impl Readable<'_> {
     /// All messages have been read: wait for new ones.
-    pub(crate) fn drained(mut self) {
+    pub fn drained(mut self) {
         self.0.clear_ready();
     }
 }
