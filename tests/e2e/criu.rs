@@ -96,7 +96,7 @@ impl Bench {
 
     /// Dumps with the script that docs/CRIU.md tells of; the daemon has its runtime directory in `root`.
     fn dump_with_script(&self, pid: u32, name: &str, root: &Path) -> Output {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/scripts/postcopy-criu-drain");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/cli/scripts/postcopy-criu-drain");
         let programs = postcopy_tests::binary("postcopy").parent().unwrap().to_owned();
         let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
         let variables = [("PATH", path.as_str()), ("POSTCOPY_RUNTIME_DIR", root.to_str().unwrap())];

@@ -1,8 +1,8 @@
 //! `postcopy`: push, look at, pull and try images; restore programs from them.
 
-mod cli;
+mod commands;
 mod daemon;
 
 fn main() -> std::process::ExitCode {
-    cli::main()
+    commands::main()
 }

@@ -3,8 +3,8 @@
 use super::arrivals::Arrivals;
 use super::waits::Wait;
 use super::{Report, Told, estimate, memory, millis};
-use crate::cli::heat_map::{HeatMap, escaped, shortened};
-use crate::cli::output::{printable, time};
+use crate::commands::heat_map::{HeatMap, escaped, shortened};
+use crate::commands::output::{printable, time};
 use postcopy::proto::v1::PageSpan;
 use postcopy::trace::Cause;
 use std::collections::BTreeSet;

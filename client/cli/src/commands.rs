@@ -1,4 +1,4 @@
-//! The command line: what there is to say is here, what it does in `cli/*.rs` and in the library.
+//! The command line: what there is to say is here, what it does in `commands/*.rs` and in the library.
 
 mod archive;
 mod bench;

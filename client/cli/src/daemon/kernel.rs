@@ -1,4 +1,4 @@
-//! Calls of the kernel that no crate has, but for those of userfaultfd, which are in [`crate::uffd`].
+//! Calls of the kernel that no crate has, but for those of userfaultfd, which are in [`postcopy::uffd`].
 #![expect(unsafe_code, reason = "system calls")]
 
 use nix::libc;
