@@ -10,8 +10,8 @@ pub(super) const UFFD_API: u64 = 0xAA;
 /// `UFFD_USER_MODE_ONLY`, a flag of userfaultfd(2) since Linux 5.11.
 pub(super) const USER_MODE_ONLY: u32 = 1;
 
-/// What the kernel takes for addresses of a process: from vm.mmap_min_addr's default on, below TASK_SIZE of x86-64
-/// with four levels of page tables; that of aarch64 with 48 bits is larger.
+/// What the kernel takes for addresses of a process: from vm.mmap_min_addr's default on, below
+/// TASK_SIZE of x86-64 with four levels of page tables; that of aarch64 with 48 bits is larger.
 pub(super) const FIRST_ADDRESS: usize = 1 << 16;
 pub(super) const LAST_ADDRESS: usize = (1 << 47) - (1 << 12);
 

@@ -1,4 +1,4 @@
-//! Mappings of this process: address space that fills on touch, and words that it shares with a successor.
+//! Mappings of this process: memory to be filled, and words that it shares with other processes.
 
 use rustix::fd::AsFd;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
@@ -7,10 +7,14 @@ use std::io;
 use std::ops::Deref;
 use std::sync::atomic::AtomicU64;
 
-/// Private anonymous memory that nothing was written to yet; unmapped when dropped.
+/// Private anonymous memory whose pages are absent; unmapped when dropped.
 ///
-/// Children of a fork do not have it (MADV_DONTFORK): nobody would fill it for them, and a touch of theirs
-/// is SIGSEGV and not a silent zero.
+/// Register it ([`Uffd::register`](crate::Uffd::register)) before the first access: until then an
+/// access gets zeros, as from any anonymous memory. Unregister it before the drop, where munmap(2)
+/// is an event of the userfaultfd: the drop would wait until that is read.
+///
+/// Children of a fork do not inherit it (MADV_DONTFORK): no pager would serve them, and their
+/// access is SIGSEGV and not a silent zero.
 #[derive(Debug)]
 pub struct Memory {
     start: *mut c_void,
@@ -23,38 +27,54 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Reserves `len` bytes, a positive multiple of the page size. Takes no memory until pages are installed.
+    /// Reserves `len` bytes, a positive multiple of the page size. Takes no memory until pages are
+    /// installed.
+    ///
+    /// # Errors
+    /// Whatever mmap(2) or madvise(2) answers: EINVAL for no bytes, ENOMEM.
     pub fn reserve(len: usize) -> io::Result<Self> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping, placed by the kernel where nothing is.
         let start = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, flags) }?;
         let memory = Self { start, len };
-        // SAFETY: the range was mapped just now; the advice changes nothing but what fork does with it.
+        // SAFETY: the range was mapped just now; the advice changes nothing but what fork does with
+        // it.
         unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontFork) }?;
         Ok(memory)
     }
 
     /// The first address.
+    #[must_use]
     pub fn start(&self) -> usize {
         self.start.addr()
     }
 
-    /// Length in bytes.
+    /// The length in bytes.
+    #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// The first `len` bytes. Reading an absent page waits until it is installed.
+    /// Returns the first `len` bytes.
+    ///
+    /// # Blocking
+    /// Reading an absent page waits until it is installed. A poisoned page is SIGBUS.
+    ///
+    /// # Panics
+    /// Beyond the mapping's length.
+    #[must_use]
     pub fn slice(&self, len: usize) -> &[u8] {
         assert!(len <= self.len, "within the mapping");
-        // SAFETY: mapped readable for as long as `self` lives; a page's bytes do not change after its first
-        // read but through `slice_mut`, because the kernel installs each page before it can be read.
+        // SAFETY: mapped readable for as long as `self` lives; a page's bytes do not change after
+        // its first read but through `slice_mut`, because the kernel installs each page before it
+        // can be read.
         unsafe { std::slice::from_raw_parts(self.start.cast::<u8>(), len) }
     }
 
-    /// The first `len` bytes, to be changed. Touching an absent page waits until it is installed.
+    /// Returns the first `len` bytes, to be changed. As [`Memory::slice`] otherwise.
+    #[must_use]
     pub fn slice_mut(&mut self, len: usize) -> &mut [u8] {
         assert!(len <= self.len, "within the mapping");
         // SAFETY: mapped writable for as long as `self` lives, and borrowed exclusively.
@@ -64,21 +84,31 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and all borrows of it have ended. It cannot fail for a whole mapping.
+        // SAFETY: the mapping is ours, and all borrows of it have ended. It cannot fail for a whole
+        // mapping.
         let _ = unsafe { rustix::mm::munmap(self.start, self.len) };
     }
 }
 
-/// Makes every later touch of a range of a [`Memory`] SIGSEGV.
+/// Makes every later access to a range SIGSEGV (PROT_NONE): of a [`Memory`] whose absent pages
+/// nobody will fill, where the kernel cannot poison. `start` and `len` are in bytes, multiples of
+/// the page size.
+///
+/// # Errors
+/// Whatever mprotect(2) answers: ENOMEM where the process has too many mappings. Then a longer
+/// range may do.
 pub fn forbid(start: usize, len: usize) -> io::Result<()> {
     let start = std::ptr::with_exposed_provenance_mut(start);
-    // SAFETY: takes rights away and changes no byte. Whoever still reads the range is stopped, which is the
-    // purpose.
+    // SAFETY: takes rights away and changes no byte. Whoever still reads the range is stopped,
+    // which is the purpose.
     unsafe { rustix::mm::mprotect(start, len, MprotectFlags::empty()) }?;
     Ok(())
 }
 
-/// A file as words that several processes may see; unmapped when dropped.
+/// A file as atomic words that several processes may map; unmapped when dropped.
+///
+/// For state that outlives its process: messages that were read into it
+/// ([`Uffd::read_messages`](crate::Uffd::read_messages)) are found by a successor.
 #[derive(Debug)]
 pub struct SharedWords {
     start: *mut c_void,
@@ -91,7 +121,11 @@ unsafe impl Send for SharedWords {}
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// Maps the whole words of a file. The file must not become shorter: a touch beyond its end is SIGBUS.
+    /// Maps the whole words of a file, for reading and writing. The file must not become shorter:
+    /// an access beyond its end is SIGBUS.
+    ///
+    /// # Errors
+    /// Whatever fstat(2) or mmap(2) answers.
     pub fn map(file: impl AsFd) -> io::Result<Self> {
         let bytes = usize::try_from(rustix::fs::fstat(&file)?.st_size).unwrap_or(0);
         let words = bytes / size_of::<u64>();
@@ -113,15 +147,16 @@ impl Deref for SharedWords {
         if self.words == 0 {
             return &[];
         }
-        // SAFETY: mapped readable and writable for as long as `self` lives, aligned to pages; whoever else has the
-        // file mapped changes these words atomically, too.
+        // SAFETY: mapped readable and writable for as long as `self` lives, aligned to pages;
+        // whoever else has the file mapped changes these words atomically, too.
         unsafe { std::slice::from_raw_parts(self.start.cast::<AtomicU64>(), self.words) }
     }
 }
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and all borrows of it have ended. An empty one was never mapped, and fails.
+        // SAFETY: the mapping is ours, and all borrows of it have ended. An empty one was never
+        // mapped, and fails.
         let _ = unsafe { rustix::mm::munmap(self.start, self.words * size_of::<u64>()) };
     }
 }

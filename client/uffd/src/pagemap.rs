@@ -1,8 +1,10 @@
-//! /proc/PID/pagemap: whether a page is mapped; and PAGEMAP_SCAN, since Linux 6.7: which pages of this process were written
-//! to since they were write-protected.
+//! The page tables of a process, by /proc/PID/pagemap: which pages are mapped, and, since Linux 6.7
+//! (PAGEMAP_SCAN), which pages of this process were written since they were write-protected.
+//!
+//! See proc_pid_pagemap(5) and the kernel's Documentation/admin-guide/mm/pagemap.rst.
 
-use super::{PAGE_BYTES, abi, to_usize, update};
-
+use super::ioctl::update;
+use super::{PAGE_BYTES, abi, to_usize};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::fs::File;
@@ -10,21 +12,21 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, TryLockError};
 
-/// Ranges that are asked for at once.
+/// Ranges in one answer.
 const RANGES: usize = 256;
-/// So many bytes are looked at at once, so that nobody waits long behind that.
+/// Bytes that one call looks at, so that other callers do not wait long.
 const WINDOW: u64 = 64 << 20;
 
-/// A process's /proc/PID/pagemap.
+/// An open /proc/PID/pagemap.
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
-    /// Held over each look at what was written, and over [`Pagemap::unseen`].
+    /// Held over each call of [`Pagemap::written`] into the kernel, and over [`Pagemap::unseen`].
     looking: Mutex<()>,
 }
 
 impl Pagemap {
-    /// This process's.
+    /// Opens this process's.
     ///
     /// # Errors
     /// Whatever open(2) answers.
@@ -32,12 +34,16 @@ impl Pagemap {
         Ok(Self { file: File::open("/proc/self/pagemap")?, looking: Mutex::default() })
     }
 
-    /// Another process's, which is to be alive.
+    /// Opens that of a process that is alive.
+    ///
+    /// # Errors
+    /// Whatever open(2) answers: ENOENT, or EACCES without the right to trace the process.
     pub fn of(pid: u32) -> io::Result<Self> {
         Ok(Self { file: File::open(format!("/proc/{pid}/pagemap"))?, looking: Mutex::default() })
     }
 
-    /// Whether the page at an address is mapped; false, too, if the kernel does not say.
+    /// Returns whether the page at an address is mapped; false, too, where the kernel does not say.
+    #[must_use]
     pub fn is_present(&self, address: usize) -> bool {
         const PRESENT: u64 = 1 << 63;
         let mut entry = [0; size_of::<u64>()];
@@ -46,11 +52,19 @@ impl Pagemap {
         read == Ok(entry.len()) && u64::from_ne_bytes(entry) & PRESENT != 0
     }
 
-    /// Gives the ranges of addresses of pages that are there and were written to, and whether they are in memory. If asked to, it protects them anew, with
-    /// the same look at each page, so that no write in between is lost. Pages that are not there are left alone.
+    /// Calls `give` with each range of addresses whose pages have content and were written to, and
+    /// whether they are in memory (and not swapped out). With `protect`, write-protects them again
+    /// in the same look at each page, so that no write in between is lost. Leaves absent pages
+    /// alone.
+    ///
+    /// A page counts as written unless it was installed write-protected and is so still.
     ///
     /// # Errors
-    /// Whatever the ioctl answers.
+    /// Whatever PAGEMAP_SCAN answers: ENOTTY before Linux 6.7, EPERM to protect memory that is not
+    /// registered with [`WP_ASYNC`](crate::WP_ASYNC).
+    ///
+    /// # Blocking
+    /// For some milliseconds a GiB.
     pub fn written(
         &self,
         addresses: Range<usize>,
@@ -67,8 +81,11 @@ impl Pagemap {
         self.scan(addresses, scan, Some(&self.looking), &mut give)
     }
 
-    /// Does something that nobody who asks what was written is to see half of. None: somebody is looking. He is not waited
-    /// for: a signal's handler of his may wait for this thread.
+    /// Calls `work` while no [`Pagemap::written`] looks, and returns its result; None, without a
+    /// call, where one looks.
+    ///
+    /// It does not wait for that one, whose thread may itself wait for the caller: in a signal
+    /// handler that accesses an absent page.
     pub fn unseen<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         let _unseen = match self.looking.try_lock() {
             Ok(unseen) => unseen,
@@ -78,7 +95,7 @@ impl Pagemap {
         Some(work())
     }
 
-    /// Write-protects the pages of zeros among these that take no memory.
+    /// Write-protects, among these, the pages that are the kernel's page of zeros.
     ///
     /// # Errors
     /// As [`Pagemap::written`].
@@ -130,9 +147,9 @@ impl Pagemap {
     }
 }
 
-/// Whether PAGEMAP_SCAN works on this process's memory.
+/// Returns whether PAGEMAP_SCAN works on this process's memory: since Linux 6.7.
 #[must_use]
-pub fn works() -> bool {
+pub fn pagemap_scan_works() -> bool {
     // An empty range: nothing is looked at, and old kernels answer ENOTTY.
     let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
     Pagemap::open()

@@ -98,9 +98,30 @@ fn examine() -> Report {
     ];
     let features = FEATURES
         .iter()
-        .map(|f| FeatureFound { name: f.name, available: has(f.bit), since: f.since, used_for: f.used_for })
+        .map(|f| FeatureFound {
+            name: f.name,
+            available: has(f.bit),
+            since: f.since,
+            used_for: used_for(f.bit),
+        })
         .collect();
     Report { kernel, can_map, findings, features }
+}
+
+/// What postcopy does with a feature.
+fn used_for(bit: u64) -> &'static str {
+    match bit {
+        uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC => "knowing what was written to, if asked for",
+        uffd::EVENT_FORK => "another process's children are served, too; needs CAP_SYS_PTRACE",
+        uffd::EVENT_REMAP => "memory that is moved is served where it went",
+        uffd::EVENT_REMOVE => "madvise: memory given back stays given back",
+        uffd::MISSING_HUGETLBFS => "another process's memory of huge pages",
+        uffd::MISSING_SHMEM => "another process's shared memory",
+        uffd::EVENT_UNMAP => "memory that is unmapped is noticed",
+        uffd::WP_HUGETLBFS_SHMEM => "the same for private memory of huge pages and of files",
+        uffd::POISON => "a page that cannot be had is SIGBUS, never a silent zero",
+        _ => "not used",
+    }
 }
 
 fn userfaultfd(access: Option<Access>, error: Option<String>) -> Finding {

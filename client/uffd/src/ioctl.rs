@@ -1,0 +1,58 @@
+//! The one call that all ioctls go through, and the meaning of their answers.
+
+use rustix::fd::BorrowedFd;
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater};
+
+pub(super) fn update<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: &mut T) -> Result<(), Errno> {
+    // SAFETY: each opcode of `abi` is paired by its callers with the struct that it was made from.
+    let updater = unsafe { Updater::<OPCODE, T>::new(argument) };
+    // SAFETY: as above; the kernel reads and writes that struct, and memory of regions only at
+    // addresses that are registered, which nobody takes to be immutable.
+    unsafe { rustix::ioctl::ioctl(fd, updater) }
+}
+
+/// The kernel's answer to an ioctl over a range.
+///
+/// None of these is an error: each one is expected in a race of a pager with the owner of the
+/// memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The whole range is done.
+    Done,
+    /// A part is done, then something was in the way: a present page, or an event. Call again for
+    /// the rest, whose own outcome tells the reason.
+    Partial {
+        /// Bytes done, from the range's first one on; a multiple of the page size.
+        bytes: usize,
+    },
+    /// The first page is present already (EEXIST). The call has woken no waiter of it: see
+    /// [`Uffd::wake`](crate::Uffd::wake).
+    AlreadyPresent,
+    /// An unread event changes the address space (EAGAIN without progress). Read it
+    /// ([`Uffd::read_messages`](crate::Uffd::read_messages)), then call again.
+    Deferred,
+    /// The range is no longer registered, or no longer mapped (ENOENT, EFAULT, EINVAL).
+    Gone,
+    /// The owner of the memory has exited (ESRCH).
+    OwnerGone,
+    /// The kernel has no memory for it at the moment (ENOMEM). Call again later.
+    NoMemory,
+}
+
+/// Reads an answer: the call's error, and the signed count of bytes that the kernel has left in its
+/// argument, which is a negative errno where nothing was done.
+pub(super) fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outcome {
+    let done = usize::try_from(done).unwrap_or(0);
+    match result {
+        Ok(()) if done == len => Outcome::Done,
+        Ok(()) | Err(Errno::AGAIN) if done > 0 => Outcome::Partial { bytes: done },
+        Err(_) if done > 0 => Outcome::Partial { bytes: done },
+        Ok(()) | Err(Errno::AGAIN) => Outcome::Deferred,
+        Err(Errno::EXIST) => Outcome::AlreadyPresent,
+        Err(Errno::NOMEM) => Outcome::NoMemory,
+        Err(Errno::SRCH) => Outcome::OwnerGone,
+        // ENOENT: not registered. EFAULT and EINVAL: unmapped, or mapped anew, in between.
+        Err(_) => Outcome::Gone,
+    }
+}
