@@ -74,7 +74,7 @@ pub struct ForeignMemory<'a> {
     /// asks for, the session ends in an error.
     pub pid: Option<u32>,
     /// Whether the regions are registered with the userfaultfd. If not they will be, one by one, before they are first
-    /// touched, and [`crate::Session::settle`] is called when all are; until then there should be no background fill.
+    /// touched, and [`crate::host::Hosted::settle`] is called when all are; until then there should be no background fill.
     pub is_registered: bool,
 }
 

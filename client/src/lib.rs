@@ -28,6 +28,7 @@ mod events;
 mod fetch;
 mod fill;
 mod gate;
+pub mod host;
 mod huge;
 mod image;
 mod install;

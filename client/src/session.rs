@@ -7,6 +7,7 @@
 use crate::attach::{self, ForeignMemory, Owner};
 use crate::changes::{self, Changes};
 use crate::fill;
+use crate::host::Hosted;
 use crate::image::Image;
 use crate::pager::Start;
 use crate::recorder::{self};
@@ -225,8 +226,8 @@ pub struct Progress {
 /// Memory that is being filled from one image. Lives until it and its regions are dropped.
 #[derive(Debug)]
 pub struct Session {
-    shared: Arc<Shared>,
-    commands: mpsc::Sender<Command>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) commands: mpsc::Sender<Command>,
 }
 
 impl Session {
@@ -561,43 +562,10 @@ impl Session {
         shared.wait(Instant::now().checked_add(timeout), |outcome| outcome.ended.then_some(())).is_some()
     }
 
-    /// All memory of the process is registered: see [`ForeignMemory::is_registered`].
-    pub fn settle(&self) {
-        self.shared.spaces().spaces().iter().for_each(|space| space.settle());
-        self.shared.state.settle();
-        self.shared.fill_work.notify_one();
-    }
-
-    /// Has the pages at these addresses come as if they had been touched: for those that the kernel reads on somebody
-    /// else's behalf without waiting for them, such as the arguments that /proc shows.
-    ///
-    /// # Blocking
-    /// Until the pager has been told; not until they are there.
-    pub fn bring(&self, addresses: &Range<usize>) {
-        let spaces = self.shared.spaces();
-        for region in spaces.regions() {
-            let pages = region.pages_in(addresses);
-            if !pages.is_empty() {
-                let command = Command::Bring { region: Arc::clone(region), pages };
-                // An ended session brings nothing any more.
-                let _ = self.commands.blocking_send(command);
-            }
-        }
-    }
-
-    /// Nobody can take the session over any more, although it has a state file: when it cannot go on, what is absent is
-    /// made SIGBUS instead of being left.
-    pub fn has_no_successor(&self) {
-        self.shared.has_no_successor.store(true, Ordering::Release);
-    }
-
-    /// Ends the session and leaves its memory as it is, to whoever takes it over from its state file; waits for that at
-    /// most for `timeout`: whether it has ended. Descriptors that the file names stay open.
+    /// Returns the calls for a program that serves the session for another one.
     #[must_use]
-    pub fn leave(&self, timeout: Duration) -> bool {
-        // It may have ended already.
-        let _ = self.commands.blocking_send(Command::Leave);
-        self.wait_end(timeout)
+    pub fn hosted(&self) -> Hosted<'_> {
+        Hosted::new(self)
     }
 
     /// Ends the session in order, as [`Session::end`], for those who share it. Memory of another process has no regions
@@ -608,22 +576,10 @@ impl Session {
         self.wait_end(timeout)
     }
 
-    /// Whether it has ended and left its memory to be taken over: it could not go on.
-    #[must_use]
-    pub fn is_left(&self) -> bool {
-        self.shared.has_ended() && self.shared.is_left_open.load(Ordering::Acquire)
-    }
-
     /// Whether every page of every region is resident or was given back.
     #[must_use]
     pub fn is_resident(&self) -> bool {
         self.shared.spaces().regions().iter().all(|region| region.is_resolved())
-    }
-
-    /// Sends a signal to the process whose memory it is, and to all that it has forked. False: nobody has told who that
-    /// is.
-    pub fn signal_owners(&self, signal: rustix::process::Signal) -> bool {
-        self.shared.signal_owners(signal)
     }
 
     /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over another

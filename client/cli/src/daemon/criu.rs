@@ -140,7 +140,7 @@ impl Criu {
         }
         inbox::take(&connection.stream, PID_BYTES)?;
         for served in &tasks {
-            served.session().settle();
+            served.session().hosted().settle();
             bring_arguments(served);
         }
         tracing::info!("all {} tasks have been restored", tasks.len());
@@ -310,8 +310,8 @@ fn bring_arguments(served: &Served) {
     let Ok(fields) = runtime_dir::stat_of::<4>(served.name.pid, 48) else { return };
     let [arguments, arguments_end, environment, environment_end] =
         fields.map(postcopy::proto::page::to_usize);
-    served.session().bring(&(arguments..arguments_end));
-    served.session().bring(&(environment..environment_end));
+    served.session().hosted().bring(&(arguments..arguments_end));
+    served.session().hosted().bring(&(environment..environment_end));
 }
 
 /// Where in an image CRIU's images are.

@@ -122,7 +122,7 @@ impl Served {
             return;
         }
         self.is_alone.store(true, Ordering::Release);
-        self.session().has_no_successor();
+        self.session().hosted().has_no_successor();
     }
 
     /// Looks how it is; brings it back if it has failed.
@@ -133,7 +133,7 @@ impl Served {
         {
             tracing::error!("process {}: {reason}", self.name.pid);
         }
-        if session.is_left() {
+        if session.hosted().is_left() {
             self.bring_back();
             return Status::Serving;
         }
@@ -182,8 +182,8 @@ impl Served {
         let session = self.session();
         match self.setup.options.on_loss {
             LossPolicy::Wait => return,
-            LossPolicy::Kill => drop(session.signal_owners(Signal::KILL)),
-            LossPolicy::Pause => drop(session.signal_owners(Signal::STOP)),
+            LossPolicy::Kill => drop(session.hosted().signal_owners(Signal::KILL)),
+            LossPolicy::Pause => drop(session.hosted().signal_owners(Signal::STOP)),
             LossPolicy::Poison => drop(session.close(END)),
         }
         tracing::error!("process {}: its memory is lost: {:?}", self.name.pid, self.setup.options.on_loss);
@@ -193,14 +193,14 @@ impl Served {
     /// which would have read zeros.
     pub(crate) fn end(&self) -> bool {
         let session = self.session();
-        let is_safe = session.close(END) && !session.is_left();
+        let is_safe = session.close(END) && !session.hosted().is_left();
         if !is_safe {
             let reason = session.error().unwrap_or_else(|| "its session does not end".into());
             tracing::error!(
                 "process {}: its memory cannot be made safe, it is killed: {reason}",
                 self.name.pid
             );
-            session.signal_owners(Signal::KILL);
+            session.hosted().signal_owners(Signal::KILL);
         }
         self.setup.runtime.remove(&self.name);
         is_safe
@@ -243,7 +243,7 @@ impl Served {
 
     /// Ends serving it, and leaves it to whoever takes it over.
     pub(crate) fn leave(&self) {
-        if !self.session().leave(END) {
+        if !self.session().hosted().leave(END) {
             tracing::error!("process {}: its session does not end", self.name.pid);
             return;
         }

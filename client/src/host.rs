@@ -1,0 +1,84 @@
+//! What a program needs that serves sessions for others, as the daemons do, and an ordinary user of
+//! [`Session`] does not.
+//!
+//! Such a host registers memory after the session has begun, hands a session over to a successor,
+//! and signals the processes whose memory it serves. [`Session::hosted`] gives it these calls.
+
+use crate::session::Session;
+use crate::shared::Command;
+use rustix::process::Signal;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// A session as its host sees it: see [`Session::hosted`].
+#[derive(Clone, Copy, Debug)]
+pub struct Hosted<'a> {
+    session: &'a Session,
+}
+
+impl<'a> Hosted<'a> {
+    pub(crate) fn new(session: &'a Session) -> Self {
+        Self { session }
+    }
+
+    /// Declares all memory of the process registered: see
+    /// [`ForeignMemory::is_registered`](crate::ForeignMemory::is_registered).
+    pub fn settle(self) {
+        let shared = &self.session.shared;
+        shared.spaces().spaces().iter().for_each(|space| space.settle());
+        shared.state.settle();
+        shared.fill_work.notify_one();
+    }
+
+    /// Fetches and installs the pages at these addresses as if a thread had faulted on them: for
+    /// memory that the kernel reads without waiting for a page, such as the arguments that /proc
+    /// shows. A session that has ended does nothing.
+    ///
+    /// # Blocking
+    /// Until the pager has the request; not until the pages are installed.
+    pub fn bring(self, addresses: &Range<usize>) {
+        let spaces = self.session.shared.spaces();
+        for region in spaces.regions() {
+            let pages = region.pages_in(addresses);
+            if !pages.is_empty() {
+                let command = Command::Bring { region: Arc::clone(region), pages };
+                // Fails for a session that has ended.
+                let _ = self.session.commands.blocking_send(command);
+            }
+        }
+    }
+
+    /// Declares that no successor can take the session over, although it has a state file: when it
+    /// cannot go on, its absent pages are poisoned, and not left.
+    pub fn has_no_successor(self) {
+        self.session.shared.has_no_successor.store(true, Ordering::Release);
+    }
+
+    /// Ends the session and leaves its memory as it is, to the successor that takes it over from
+    /// the state file. Returns whether the session has ended within `timeout`. Descriptors that the
+    /// file names stay open.
+    ///
+    /// # Blocking
+    /// At most for `timeout`, once the pager has the request.
+    #[must_use]
+    pub fn leave(self, timeout: Duration) -> bool {
+        // Fails for a session that has ended.
+        let _ = self.session.commands.blocking_send(Command::Leave);
+        self.session.wait_end(timeout)
+    }
+
+    /// Returns whether the session could not go on, and has ended and left its memory to a successor.
+    #[must_use]
+    pub fn is_left(self) -> bool {
+        let shared = &self.session.shared;
+        shared.has_ended() && shared.is_left_open.load(Ordering::Acquire)
+    }
+
+    /// Sends a signal to the process whose memory it is, and to all that it has forked. Returns
+    /// false where that process is unknown ([`ForeignMemory::pid`](crate::ForeignMemory::pid)).
+    pub fn signal_owners(self, signal: Signal) -> bool {
+        self.session.shared.signal_owners(signal)
+    }
+}
