@@ -15,6 +15,7 @@ pub(crate) mod guardian;
 mod inbox;
 pub(crate) mod kernel;
 mod leftovers;
+pub(crate) mod log;
 pub(crate) mod runtime_dir;
 mod served;
 pub(crate) mod surroundings;
@@ -128,6 +129,7 @@ impl Setup {
     /// As [`guardian::guard`].
     pub(crate) fn run(mut self, program: Arc<dyn Program>, on_ready: impl FnMut()) -> Result<i32> {
         surroundings::prepare();
+        log::log_panics();
         self.base = leftovers::open_descriptors()?;
         let setup = Arc::new(self);
         let patience = setup.options.fault_deadline;
@@ -418,9 +420,9 @@ impl Worker {
     }
 
     fn guardian_has_died(&self) {
-        tracing::error!("the guardian has died: if this process is killed, too, nobody takes over");
         self.is_alone.store(true, Ordering::Release);
         self.sessions().iter().for_each(|served| served.set_alone());
+        tracing::error!("the guardian has died: if this process is killed, too, nobody takes over");
     }
 
     fn stop(&self, since: Instant) {
@@ -488,12 +490,6 @@ impl Worker {
         fds.extend(stream.map(|stream| PollFd::new(stream, PollFlags::IN)));
         poll_for(&mut fds, timeout);
     }
-}
-
-/// Says something on stdout, to whoever may still listen there.
-pub(crate) fn say(text: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// What a session may take to end.

@@ -6,9 +6,10 @@ mod images;
 
 pub(crate) use images::Dump;
 
+use super::log::say;
 use super::runtime_dir::{self, SessionName};
 use super::served::{self, Served, Status};
-use super::{Connection, LOOK, Program, Worker, inbox, say, surroundings};
+use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
 use anyhow::{Context, Result, ensure};
 use postcopy::proto::digest::Digest;
 use postcopy::{Content, ForeignRegion, Image, Sharing};
