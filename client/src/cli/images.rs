@@ -50,6 +50,7 @@ pub(crate) fn push(
 ) -> Result<ExitCode> {
     let unpacked = super::archive::unpack(path)?;
     let path = unpacked.as_ref().map_or(path, TempDir::path);
+    criu::ensure_whole(path)?;
     // Not drawn where stderr is no terminal.
     let bar = if output.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";

@@ -4,7 +4,7 @@
 
 mod images;
 
-pub(crate) use images::Dump;
+pub(crate) use images::{Dump, ensure_whole};
 
 use super::log::say;
 use super::runtime_dir::{self, SessionName};
