@@ -427,6 +427,18 @@ fn images_whose_pages_are_stored_in_another_form_are_refused_by_name() {
 }
 
 #[test]
+fn a_dump_that_failed_is_not_stored() {
+    with_criu("a_dump_that_failed_is_not_stored", |bench| {
+        let Heap { program, .. } = bench.heap(8);
+        bench.dump_as(program, "images");
+        fs::remove_file(bench.path("images/inventory.img")).unwrap();
+        let images = bench.path("images");
+        let said = fail(bench.server.address(), [OsStr::new("push"), images.as_os_str(), OsStr::new("app")]);
+        assert!(said.contains("and no inventory.img: the dump has failed"), "{said}");
+    });
+}
+
+#[test]
 fn a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained() {
     with_criu("a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained", |bench| {
         let Heap { program, status } = bench.heap_that_touches(64, 0);
