@@ -427,6 +427,35 @@ fn images_whose_pages_are_stored_in_another_form_are_refused_by_name() {
 }
 
 #[test]
+fn shared_memory_is_said_not_to_be_lazy() {
+    with_criu("shared_memory_is_said_not_to_be_lazy", |bench| {
+        let ready = bench.path("ready");
+        let script = format!(
+            "import mmap, pathlib, time\nshared = mmap.mmap(-1, 8 << 20)\nshared.write(b'x' * (8 << 20))\n\
+             private = b'y' * (16 << 20)\npathlib.Path({ready:?}).write_text('')\nwhile True: time.sleep(0.01)"
+        );
+        let mut command = Command::new("python3");
+        command.args(["-c", &script]);
+        let program = Program::start(&command);
+        wait_until("its memory", || ready.exists());
+        bench.dump(program);
+        let (_, pulled) = bench.pull("app", "lazy");
+        let shared = pulled["not_lazy"]["shared_bytes"].as_u64().unwrap();
+        assert!((8 << 20..9 << 20).contains(&shared), "{pulled}");
+        let private = pulled["not_lazy"]["private_bytes"].as_u64().unwrap();
+        assert!((1..8 << 20).contains(&private), "{pulled}");
+        let target = bench.path("told");
+        let args = [OsStr::new("pull"), OsStr::new("app"), target.as_os_str(), OsStr::new("--criu")];
+        let told = postcopy(bench.server.address(), args).output().unwrap();
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        assert!(
+            told.contains("not lazy: 8.") && told.contains("of shared memory (pagemap-shmem-*.img"),
+            "{told}"
+        );
+    });
+}
+
+#[test]
 fn a_dump_that_failed_is_not_stored() {
     with_criu("a_dump_that_failed_is_not_stored", |bench| {
         let Heap { program, .. } = bench.heap(8);

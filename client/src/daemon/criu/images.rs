@@ -204,6 +204,13 @@ impl Dump {
         self.tasks.get(&pid).map(Vec::as_slice)
     }
 
+    /// Bytes that `criu restore` reads itself: of shared memory, and of private memory.
+    pub(crate) fn not_lazy_bytes(&self) -> (u64, u64) {
+        let bytes =
+            |extents: &[Extent]| extents.iter().filter(|e| !e.is_lazy).map(|e| e.pages * PAGE).sum::<u64>();
+        (bytes(&self.shared), self.tasks.values().map(|extents| bytes(extents)).sum())
+    }
+
     /// What `criu restore` reads itself: parts of files that hold pages.
     pub(crate) fn eager(&self) -> impl Iterator<Item = (&Path, Range<u64>)> {
         let all = self.tasks.values().flatten().chain(&self.shared);
@@ -435,6 +442,7 @@ mod tests {
             dump.eager().map(|(file, bytes)| (file.to_str().unwrap(), bytes.end / PAGE)).collect();
         let files = ["parent/pages-1.img", "pages-3.img", "pages-4.img"];
         assert_eq!(eager, files.into_iter().zip([12, 6, 5]).collect::<Vec<_>>());
+        assert_eq!(dump.not_lazy_bytes(), (5 * PAGE, 8 * PAGE));
     }
 
     #[test]
