@@ -176,6 +176,11 @@ pub(crate) trait Program: std::fmt::Debug + Send + Sync {
 
     /// What is there to be served besides connections, in the first worker.
     fn begin(&self, worker: &Arc<Worker>) -> Result<()>;
+
+    /// Ends a daemon that has nothing to serve: Some is its status. Called by each worker once in a while.
+    fn end_idle(&self, _worker: &Worker) -> Option<i32> {
+        None
+    }
 }
 
 /// A program that has connected.
@@ -298,6 +303,11 @@ impl Worker {
             self.next(&signals, &mut guardian)?;
             if let Some(status) = self.status.get() {
                 return Ok(*status);
+            }
+            if self.threads.load(Ordering::Acquire) == 0
+                && let Some(status) = self.program.end_idle(&self)
+            {
+                return Ok(status);
             }
             let past = self.deadline.get().is_some_and(|deadline| Instant::now() > *deadline + served_end());
             if self.is_stopping() && (self.threads.load(Ordering::Acquire) == 0 || past) {

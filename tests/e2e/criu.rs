@@ -322,6 +322,33 @@ fn a_restore_that_fails_ends_the_daemon_with_an_error() {
 }
 
 #[test]
+fn a_daemon_whose_restore_does_not_come_ends_when_it_was_told_to() {
+    with_criu("a_daemon_whose_restore_does_not_come_ends_when_it_was_told_to", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(16, 0);
+        bench.dump(program);
+        let (images, _) = bench.pull("app", "lazy");
+        let mut daemon = bench.daemon(&images, "app", &["--wait-for-restore", "2s"]);
+        // A successor counts from the daemon's start.
+        daemon.kill_worker();
+        assert_eq!(daemon.wait().code(), Some(1));
+        daemon.assert_says("no criu restore has connected within 2s");
+        assert!(!images.join("lazy-pages.socket").exists());
+        // A restore that has come is served for as long as it takes, by a successor, too.
+        let args = ["--fill", "nothing", "--wait-for-restore", "2s"];
+        let mut daemon = bench.daemon(&images, "app", &args);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        std::thread::park_timeout(Duration::from_secs(3));
+        daemon.kill_worker();
+        std::thread::park_timeout(Duration::from_secs(2));
+        assert_all_right(&status, &restored);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+    });
+}
+
+#[test]
 fn what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way() {
     with_criu("what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way", |bench| {
         let Heap { program, status } = bench.heap_that_touches(32, 0);
