@@ -318,6 +318,23 @@ fn a_log_that_is_full_holds_up_neither_faults_nor_a_successor() {
 }
 
 #[test]
+fn a_tag_that_moves_changes_nothing_for_a_daemon_that_runs() {
+    with_root("a_tag_that_moves_changes_nothing_for_a_daemon_that_runs", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&[]);
+        let mut first = snapshot.vmm(&["small:16"]);
+        let moved = snapshot.folder.path().join("moved");
+        std::fs::create_dir(&moved).unwrap();
+        std::fs::write(moved.join("guest.mem"), memory_like(16 << 20, 902)).unwrap();
+        let _ = run(snapshot.server.address(), [OsStr::new("push"), moved.as_os_str(), OsStr::new("vm")]);
+        snapshot.vmm(&["small:16"]).assert_right();
+        daemon.kill_worker();
+        snapshot.vmm(&["small:16"]).assert_right();
+        first.assert_right();
+    });
+}
+
+#[test]
 fn a_loss_is_dealt_with_as_was_asked_for() {
     with_root("a_loss_is_dealt_with_as_was_asked_for", || {
         for policy in ["kill", "pause", "poison"] {
