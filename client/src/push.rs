@@ -106,6 +106,11 @@ pub enum PushError {
     /// Something that is no file, directory or symbolic link.
     #[error("{0} is no file, directory or symbolic link")]
     Kind(PathBuf),
+    /// A directory without anything in it.
+    #[error(
+        "{0} is empty: there is nothing to store. If a program was to fill it (criu dump), see why it did not, and push then"
+    )]
+    Empty(PathBuf),
     /// A name that images cannot have.
     #[error(transparent)]
     Path(#[from] PathError),
@@ -183,6 +188,9 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
     }
     let mut sources = Vec::new();
     collect_below(root, &[], &mut sources)?;
+    if sources.is_empty() {
+        return Err(PushError::Empty(root.to_owned()));
+    }
     sources.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(sources)
 }

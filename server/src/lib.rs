@@ -9,3 +9,4 @@ pub mod serve;
 pub mod service;
 pub mod shutdown;
 pub mod store;
+mod written;

@@ -4,6 +4,7 @@ use crate::listen::Listener;
 use crate::service::{ImageServer, PageServer, WorkingSetServer};
 use crate::shutdown::Drain;
 use crate::store::Store;
+use crate::written::Counted;
 use async_stream::stream;
 use futures_util::{Stream, StreamExt};
 use postcopy_proto::v1::image_service_server::ImageServiceServer;
@@ -176,7 +177,7 @@ async fn stop(signal: impl Future<Output = ()>, drain: Drain, mut health: Health
 
 /// Connections until `drain` begins. Then the listener is closed; the stream stays pending, because
 /// tonic closes all connections at its end, and new requests on them are to be refused first.
-fn accept<S, C, E>(incoming: S, drain: Drain) -> impl Stream<Item = Result<C, E>>
+fn accept<S, C, E>(incoming: S, drain: Drain) -> impl Stream<Item = Result<Counted<C>, E>>
 where
     S: Stream<Item = Result<C, E>> + Unpin,
     E: Display,
@@ -193,7 +194,7 @@ where
                 tracing::warn!("accepting a connection: {error}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
-            yield connection;
+            yield connection.map(Counted::new);
         }
         drop(incoming);
         std::future::pending::<()>().await;

@@ -1,6 +1,8 @@
 //! `postcopy criu`, with the real CRIU: programs that are dumped, stored, and restored while their memory arrives.
 
 use nix::sys::signal::Signal;
+use postcopy::Remote;
+use postcopy::push::{self, PushOptions};
 use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::criu::{
     Criu, Program, Restored, assert_success, compile, compile_statically, numbers, status, wait_for_status,
@@ -16,6 +18,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -319,6 +322,33 @@ fn a_restore_that_fails_ends_the_daemon_with_an_error() {
 }
 
 #[test]
+fn a_daemon_whose_restore_does_not_come_ends_when_it_was_told_to() {
+    with_criu("a_daemon_whose_restore_does_not_come_ends_when_it_was_told_to", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(16, 0);
+        bench.dump(program);
+        let (images, _) = bench.pull("app", "lazy");
+        let mut daemon = bench.daemon(&images, "app", &["--wait-for-restore", "2s"]);
+        // A successor counts from the daemon's start.
+        daemon.kill_worker();
+        assert_eq!(daemon.wait().code(), Some(1));
+        daemon.assert_says("no criu restore has connected within 2s");
+        assert!(!images.join("lazy-pages.socket").exists());
+        // A restore that has come is served for as long as it takes, by a successor, too.
+        let args = ["--fill", "nothing", "--wait-for-restore", "2s"];
+        let mut daemon = bench.daemon(&images, "app", &args);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        std::thread::park_timeout(Duration::from_secs(3));
+        daemon.kill_worker();
+        std::thread::park_timeout(Duration::from_secs(2));
+        assert_all_right(&status, &restored);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+    });
+}
+
+#[test]
 fn what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way() {
     with_criu("what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way", |bench| {
         let Heap { program, status } = bench.heap_that_touches(32, 0);
@@ -368,6 +398,99 @@ fn images_that_are_not_the_stored_ones_are_refused() {
         let said =
             fail(bench.server.address(), ["criu", "-D", "/nowhere", "--image", "app", "--runtime-dir", root]);
         assert!(said.contains("/nowhere"), "{said}");
+    });
+}
+
+/// An image file of CRIU: its magic numbers, and messages.
+fn image_file(magic: u32, messages: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = [0x5456_4319_u32.to_ne_bytes(), magic.to_ne_bytes()].concat();
+    for message in messages {
+        bytes.extend(u32::try_from(message.len()).unwrap().to_ne_bytes());
+        bytes.extend(*message);
+    }
+    bytes
+}
+
+#[test]
+fn images_whose_pages_are_stored_in_another_form_are_refused_by_name() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let root = postcopy_tests::daemon::runtime_root();
+    let head: &[u8] = &[0x08, 1];
+    // vaddr 0x10000, compat_nr_pages 2, flags PRESENT | LAZY, nr_pages 2.
+    let known: &[u8] = &[0x08, 0x80, 0x80, 0x04, 0x10, 2, 0x20, 6, 0x28, 2];
+    let compressed = [known, &[0x32, 1, 77]].concat();
+    let flagged: &[u8] = &[0x08, 0x80, 0x80, 0x08, 0x10, 1, 0x20, 0x0e, 0x28, 1];
+    let cases = [
+        ("field", vec![head, &compressed], 2, "pagemap-7.img: entry 0: field 6,"),
+        ("flag", vec![head, known, flagged], 3, "pagemap-7.img: entry 1: flag 0x8,"),
+        ("head", vec![&[0x08, 1, 0x10, 1], known], 2, "pagemap-7.img: its head: field 2,"),
+        ("length", vec![head, known], 1, "pages-1.img: it has 4096 bytes, and pagemap-7.img tells of 8192"),
+    ];
+    for (name, messages, pages, reason) in cases {
+        let dump = folder.path().join(name);
+        fs::create_dir(&dump).unwrap();
+        fs::write(dump.join("inventory.img"), image_file(0x5831_3116, &[])).unwrap();
+        fs::write(dump.join("pstree.img"), image_file(0x5027_3030, &[])).unwrap();
+        fs::write(dump.join("pagemap-7.img"), image_file(0x5608_4025, &messages)).unwrap();
+        fs::write(dump.join("pages-1.img"), vec![7; pages * 4096]).unwrap();
+        let said = fail(server.address(), [OsStr::new("push"), dump.as_os_str(), OsStr::new(name)]);
+        assert!(said.contains(reason), "push: {said}");
+        // Stored all the same: by somebody who looks at no images.
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let remote = Remote::connect(server.address().clone()).await.unwrap();
+            let (options, reference) = (PushOptions::default(), name.parse().unwrap());
+            push::push(&remote, &dump, &reference, options, Arc::new(|_, _| ())).await.unwrap();
+        });
+        let target = folder.path().join(format!("{name}.pulled"));
+        let args = [OsStr::new("pull"), OsStr::new(name), target.as_os_str(), OsStr::new("--criu")];
+        let said = fail(server.address(), args);
+        assert!(said.contains(reason), "pull: {said}");
+        assert!(!target.exists());
+        let (dump, root) = (dump.to_str().unwrap(), root.path().to_str().unwrap());
+        let said = fail(server.address(), ["criu", "-D", dump, "--image", name, "--runtime-dir", root]);
+        assert!(said.contains(reason), "daemon: {said}");
+    }
+}
+
+#[test]
+fn shared_memory_is_said_not_to_be_lazy() {
+    with_criu("shared_memory_is_said_not_to_be_lazy", |bench| {
+        let ready = bench.path("ready");
+        let script = format!(
+            "import mmap, pathlib, time\nshared = mmap.mmap(-1, 8 << 20)\nshared.write(b'x' * (8 << 20))\n\
+             private = b'y' * (16 << 20)\npathlib.Path({ready:?}).write_text('')\nwhile True: time.sleep(0.01)"
+        );
+        let mut command = Command::new("python3");
+        command.args(["-c", &script]);
+        let program = Program::start(&command);
+        wait_until("its memory", || ready.exists());
+        bench.dump(program);
+        let (_, pulled) = bench.pull("app", "lazy");
+        let shared = pulled["not_lazy"]["shared_bytes"].as_u64().unwrap();
+        assert!((8 << 20..9 << 20).contains(&shared), "{pulled}");
+        let private = pulled["not_lazy"]["private_bytes"].as_u64().unwrap();
+        assert!((1..8 << 20).contains(&private), "{pulled}");
+        let target = bench.path("told");
+        let args = [OsStr::new("pull"), OsStr::new("app"), target.as_os_str(), OsStr::new("--criu")];
+        let told = postcopy(bench.server.address(), args).output().unwrap();
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        assert!(
+            told.contains("not lazy: 8.") && told.contains("of shared memory (pagemap-shmem-*.img"),
+            "{told}"
+        );
+    });
+}
+
+#[test]
+fn a_dump_that_failed_is_not_stored() {
+    with_criu("a_dump_that_failed_is_not_stored", |bench| {
+        let Heap { program, .. } = bench.heap(8);
+        bench.dump_as(program, "images");
+        fs::remove_file(bench.path("images/inventory.img")).unwrap();
+        let images = bench.path("images");
+        let said = fail(bench.server.address(), [OsStr::new("push"), images.as_os_str(), OsStr::new("app")]);
+        assert!(said.contains("and no inventory.img: the dump has failed"), "{said}");
     });
 }
 

@@ -155,8 +155,9 @@ fn the_demo_ends_its_server_and_leaves_nothing() {
     wait_until("the demo's scratch folder is gone", || std::fs::read_dir(&scratch).unwrap().next().is_none());
 }
 
-/// Runs the commands of a guide in `folder`, with these programs in its `bin` before all others.
-fn run_guide(document: &str, folder: &Path, programs: &[(&str, &str)]) -> String {
+/// Runs the commands of a guide in `folder`, with these programs in its `bin` before all others, in a shell with these
+/// options.
+fn run_guide(document: &str, folder: &Path, programs: &[(&str, &str)], options: &str) -> String {
     let bin = folder.join("bin");
     std::fs::create_dir(&bin).unwrap();
     for (name, script) in programs {
@@ -164,7 +165,7 @@ fn run_guide(document: &str, folder: &Path, programs: &[(&str, &str)]) -> String
         std::fs::set_permissions(bin.join(name), PermissionsExt::from_mode(0o755)).unwrap();
     }
     let runtime = runtime_root();
-    let script = String::from("set -eu\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n")
+    let script = format!("set {options}\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n")
         + &blocks_of(document, "sh").concat();
     let ours = binary("postcopy").parent().unwrap().to_owned();
     let path = format!("{}:{}:{}", bin.display(), ours.display(), std::env::var("PATH").unwrap());
@@ -192,14 +193,14 @@ fn the_guide_to_criu_leads_to_a_lazy_restore() {
         Err(why) => return skip(name, &why),
     };
     let words = [criu.get_program()].into_iter().chain(criu.get_args()).map(|word| word.to_str().unwrap());
-    let folder = tempfile::tempdir().unwrap();
-    run_guide(
-        "docs/CRIU.md",
-        folder.path(),
-        &[("criu", &format!("exec {} \"$@\"", words.collect::<Vec<_>>().join(" ")))],
-    );
+    let criu = format!("exec {} \"$@\"", words.collect::<Vec<_>>().join(" "));
     let expected: u64 = (0..20_000).map(|page| page % 251).sum();
-    assert_eq!(std::fs::read_to_string(folder.path().join("answer")).unwrap(), expected.to_string());
+    // As in a script, and with the job control that an interactive shell has.
+    for options in ["-eu", "-eum"] {
+        let folder = tempfile::tempdir().unwrap();
+        run_guide("docs/CRIU.md", folder.path(), &[("criu", &criu)], options);
+        assert_eq!(std::fs::read_to_string(folder.path().join("answer")).unwrap(), expected.to_string());
+    }
 }
 
 #[test]
@@ -229,7 +230,7 @@ fn the_guide_to_firecracker_leads_to_a_lazy_restore() {
         stream.write_all(b"exit\n").unwrap();
         (loaded, checked)
     });
-    run_guide("docs/FIRECRACKER.md", folder.path(), &[("firecracker", listen), ("curl", &load)]);
+    run_guide("docs/FIRECRACKER.md", folder.path(), &[("firecracker", listen), ("curl", &load)], "-eu");
     assert_eq!(machine.join().unwrap(), ("loaded [true, true]".to_owned(), "wrong 0".to_owned()));
     assert_eq!(std::fs::read_to_string(folder.path().join("local/guest.state")).unwrap(), "state");
 }

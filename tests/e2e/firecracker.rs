@@ -292,6 +292,49 @@ fn a_worker_goes_on_without_its_guardian_and_says_so() {
 }
 
 #[test]
+fn a_log_that_is_full_holds_up_neither_faults_nor_a_successor() {
+    with_root("a_log_that_is_full_holds_up_neither_faults_nor_a_successor", || {
+        let snapshot = Snapshot::push(32);
+        let args = snapshot.args(&snapshot.socket(), &[]);
+        let mut daemon = Daemon::start_unread(snapshot.server.address(), args);
+        let mut vmm = snapshot.vmm(&["small:32"]);
+        daemon.fill_log();
+        for round in 0..3 {
+            daemon.kill_worker();
+            vmm.tell(&format!("touch 4 {round}"));
+            let longest = Duration::from_micros(vmm.touches().longest_us);
+            assert!(longest < Duration::from_secs(5), "a fault took {longest:?}");
+        }
+        let mut other = snapshot.vmm(&["small:32"]);
+        other.assert_right();
+        vmm.assert_right();
+        daemon.read_log();
+        drop(vmm);
+        daemon.assert_says("the log was full: ");
+        drop(other);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+#[test]
+fn a_tag_that_moves_changes_nothing_for_a_daemon_that_runs() {
+    with_root("a_tag_that_moves_changes_nothing_for_a_daemon_that_runs", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&[]);
+        let mut first = snapshot.vmm(&["small:16"]);
+        let moved = snapshot.folder.path().join("moved");
+        std::fs::create_dir(&moved).unwrap();
+        std::fs::write(moved.join("guest.mem"), memory_like(16 << 20, 902)).unwrap();
+        let _ = run(snapshot.server.address(), [OsStr::new("push"), moved.as_os_str(), OsStr::new("vm")]);
+        snapshot.vmm(&["small:16"]).assert_right();
+        daemon.kill_worker();
+        snapshot.vmm(&["small:16"]).assert_right();
+        first.assert_right();
+    });
+}
+
+#[test]
 fn a_loss_is_dealt_with_as_was_asked_for() {
     with_root("a_loss_is_dealt_with_as_was_asked_for", || {
         for policy in ["kill", "pause", "poison"] {

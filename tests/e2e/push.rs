@@ -326,6 +326,19 @@ fn what_is_no_file_directory_or_link_is_refused_by_name() {
 
 /// The client looks at sizes first and reads later; a file that is cut between is no image of anything.
 #[test]
+fn a_directory_without_anything_is_refused() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let root = folder.path().join("nothing");
+    fs::create_dir(&root).unwrap();
+    let push = [OsStr::new("push"), root.as_os_str(), OsStr::new("app")];
+    let said = fail(server.address(), push);
+    assert!(said.contains("nothing is empty") && said.contains("criu dump"), "{said}");
+    // A directory in it is something.
+    fs::create_dir(root.join("empty")).unwrap();
+    push_cli(&server, &root, "app");
+}
+
+#[test]
 fn a_file_that_is_cut_while_it_is_pushed_is_an_error_that_names_it() {
     let server = Server::start();
     let folder = tempfile::tempdir().unwrap();

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
+use userfaultfd::UffdBuilder;
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
@@ -134,6 +135,20 @@ fn progress_counts_pages_faults_and_chunks() {
             "what is there is not brought again"
         );
         assert!(*region == source.bytes[..]);
+    });
+}
+
+#[test]
+fn memory_that_is_being_restored_takes_no_other_userfaultfd() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(1 << 20, 3), CHUNK);
+        let session = source.open(Options::default());
+        let region = session.map("mem").unwrap();
+        let other = UffdBuilder::new().user_mode_only(true).create().unwrap();
+        let refused = other.register(region.as_ptr().cast_mut().cast(), 1 << 20);
+        let refused = format!("{:?}", refused.unwrap_err());
+        assert!(refused.contains("EBUSY"), "{refused}");
+        assert_pages(&region, &source.bytes, "it is served on");
     });
 }
 

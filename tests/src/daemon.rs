@@ -3,9 +3,10 @@
 use crate::cli::postcopy;
 use crate::wait_until;
 use postcopy::ServerAddress;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -20,6 +21,8 @@ pub struct Daemon {
     root: PathBuf,
     /// Every worker that was seen.
     worker: Option<Pid>,
+    /// Its stderr, where nobody reads that.
+    unread: Option<(PipeReader, PipeWriter)>,
 }
 
 /// A directory for daemons, in memory.
@@ -86,13 +89,58 @@ impl Daemon {
     /// As there.
     #[must_use]
     pub fn spawn_as(root: &Path, mut command: Command) -> Self {
-        command.arg("--runtime-dir").arg(root).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stderr(Stdio::piped());
+        let mut daemon = Self::spawn_with(root, command);
+        let stderr = daemon.child.stderr.take().expect("piped");
+        read_into(&daemon.said, stderr);
+        daemon
+    }
+
+    /// Starts one whose stderr is a pipe that is not read, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_unread<A: AsRef<OsStr>>(server: &ServerAddress, args: impl IntoIterator<Item = A>) -> Self {
+        let (runtime, (reader, writer)) = (runtime_root(), std::io::pipe().expect("a pipe"));
+        let mut command = postcopy(server, args);
+        command.stderr(writer.try_clone().expect("a descriptor"));
+        let mut daemon = Self::spawn_with(runtime.path(), command);
+        daemon.runtime = Some(runtime);
+        daemon.unread = Some((reader, writer));
+        daemon.assert_says("ready: ");
+        daemon
+    }
+
+    fn spawn_with(root: &Path, mut command: Command) -> Self {
+        command.arg("--runtime-dir").arg(root).stdout(Stdio::piped());
         let mut child = command.spawn().expect("it can be started");
         let said = Arc::new(Mutex::new(Vec::new()));
-        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
-        read_into(&said, stdout);
-        read_into(&said, stderr);
-        Self { child, said, runtime: None, root: root.to_owned(), worker: None }
+        read_into(&said, child.stdout.take().expect("piped"));
+        Self { child, said, runtime: None, root: root.to_owned(), worker: None, unread: None }
+    }
+
+    /// Fills the pipe that is not read.
+    ///
+    /// # Panics
+    /// If it is read.
+    pub fn fill_log(&mut self) {
+        let (_, writer) = self.unread.as_mut().expect("its stderr is not read");
+        let now = Timespec::default();
+        let has_room =
+            |writer: &PipeWriter| poll(&mut [PollFd::new(writer, PollFlags::OUT)], Some(&now)) == Ok(1);
+        while has_room(writer) {
+            writer.write_all(&[b'\n'; 4096]).expect("a page of room");
+        }
+    }
+
+    /// Reads its stderr from here on.
+    ///
+    /// # Panics
+    /// If it is read already.
+    pub fn read_log(&mut self) {
+        let (reader, _) = self.unread.take().expect("its stderr is not read");
+        read_into(&self.said, reader);
     }
 
     /// What it has said so far, on both of its streams.

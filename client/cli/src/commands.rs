@@ -10,6 +10,7 @@ mod output;
 mod report;
 mod working_sets;
 
+use crate::daemon::log::Log;
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 use output::Output;
@@ -18,6 +19,7 @@ use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::{DEFAULT_SERVER, ServerAddress};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// Memory that arrives as it is touched: push, look at, pull and try page images.
 #[derive(Debug, Parser)]
@@ -144,6 +146,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Criu(args) => daemons::log_level(args.verbosity),
         _ => "error",
     };
+    let is_daemon = matches!(cli.command, Command::Firecracker(_) | Command::Criu(_));
+    let writer = if is_daemon { BoxMakeWriter::new(|| Log) } else { BoxMakeWriter::new(std::io::stderr) };
     let filter = tracing_subscriber::EnvFilter::try_from_env("POSTCOPY_LOG");
     tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|_| level.into()))
@@ -151,7 +155,7 @@ pub(crate) fn main() -> ExitCode {
         .with_target(false)
         // That would be a panic where nobody reads stderr any more.
         .log_internal_errors(false)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .init();
     let output = Output { json: cli.json };
     match run(cli, output) {

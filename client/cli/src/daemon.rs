@@ -15,6 +15,7 @@ pub(crate) mod guardian;
 mod inbox;
 pub(crate) mod kernel;
 mod leftovers;
+pub(crate) mod log;
 pub(crate) mod runtime_dir;
 mod served;
 pub(crate) mod surroundings;
@@ -128,6 +129,7 @@ impl Setup {
     /// As [`guardian::guard`].
     pub(crate) fn run(mut self, program: Arc<dyn Program>, on_ready: impl FnMut()) -> Result<i32> {
         surroundings::prepare();
+        log::log_panics();
         self.base = leftovers::open_descriptors()?;
         let setup = Arc::new(self);
         let patience = setup.options.fault_deadline;
@@ -174,6 +176,11 @@ pub(crate) trait Program: std::fmt::Debug + Send + Sync {
 
     /// What is there to be served besides connections, in the first worker.
     fn begin(&self, worker: &Arc<Worker>) -> Result<()>;
+
+    /// Ends a daemon that has nothing to serve: Some is its status. Called by each worker once in a while.
+    fn end_idle(&self, _worker: &Worker) -> Option<i32> {
+        None
+    }
 }
 
 /// A program that has connected.
@@ -297,6 +304,11 @@ impl Worker {
             if let Some(status) = self.status.get() {
                 return Ok(*status);
             }
+            if self.threads.load(Ordering::Acquire) == 0
+                && let Some(status) = self.program.end_idle(&self)
+            {
+                return Ok(status);
+            }
             let past = self.deadline.get().is_some_and(|deadline| Instant::now() > *deadline + served_end());
             if self.is_stopping() && (self.threads.load(Ordering::Acquire) == 0 || past) {
                 return Ok(0);
@@ -418,9 +430,9 @@ impl Worker {
     }
 
     fn guardian_has_died(&self) {
-        tracing::error!("the guardian has died: if this process is killed, too, nobody takes over");
         self.is_alone.store(true, Ordering::Release);
         self.sessions().iter().for_each(|served| served.set_alone());
+        tracing::error!("the guardian has died: if this process is killed, too, nobody takes over");
     }
 
     fn stop(&self, since: Instant) {
@@ -488,12 +500,6 @@ impl Worker {
         fds.extend(stream.map(|stream| PollFd::new(stream, PollFlags::IN)));
         poll_for(&mut fds, timeout);
     }
-}
-
-/// Says something on stdout, to whoever may still listen there.
-pub(crate) fn say(text: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// What a session may take to end.

@@ -328,11 +328,16 @@ pub struct ReadFileResponse {
     #[prost(bytes = "bytes", tag = "1")]
     pub data: ::prost::bytes::Bytes,
 }
-/// How urgent an answer is.
+/// How urgent an answer is. Within one FetchChunks stream the server answers DEMAND before PREFETCH
+/// before BACKGROUND: a request that has arrived overtakes all answers of less urgent ones that the
+/// server has not given to the connection yet, which are about 64 KiB, and what the connection's
+/// socket and the client's window hold. Requests of one class are answered in their order. One
+/// answer of 16 is for the oldest less urgent request, so that these go on. The server reads at
+/// most 128 unanswered requests of a stream; a request beyond these overtakes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum RequestClass {
-    /// Not said: taken as BACKGROUND.
+    /// Not said: taken as BACKGROUND, as is a class that the server does not know.
     Unspecified = 0,
     /// A thread sleeps until the answer is there.
     Demand = 1,
@@ -536,7 +541,8 @@ pub mod page_service_client {
                 .insert(GrpcMethod::new("postcopy.v1.PageService", "OpenImage"));
             self.inner.server_streaming(req, path, codec).await
         }
-        /// The demand lane: answers come as they are ready, the first chunk of a request first.
+        /// The demand lane: answers come as they are ready, the first chunk of a request first, urgent
+        /// requests before others (RequestClass).
         /// What is wrong with one request stands in its answer; a status ends the stream:
         /// INVALID_ARGUMENT for a request that is not well-formed (the first one names no image, a later
         /// one another, a run is empty, the chunks are more than 1,024; a request without runs is well-formed:
@@ -680,7 +686,8 @@ pub mod page_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// The demand lane: answers come as they are ready, the first chunk of a request first.
+        /// The demand lane: answers come as they are ready, the first chunk of a request first, urgent
+        /// requests before others (RequestClass).
         /// What is wrong with one request stands in its answer; a status ends the stream:
         /// INVALID_ARGUMENT for a request that is not well-formed (the first one names no image, a later
         /// one another, a run is empty, the chunks are more than 1,024; a request without runs is well-formed:

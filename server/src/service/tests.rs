@@ -190,6 +190,88 @@ async fn read_file(
     Ok(bytes)
 }
 
+/// The answers before the last one to a request `overtaking`, which is sent when the server has answered some of
+/// `first`: as much as the client's window of 64 KiB lets through.
+async fn answers_before(
+    overtaking: v1::FetchChunksRequest,
+    first: v1::FetchChunksRequest,
+    server: &Server,
+) -> usize {
+    let endpoint = Endpoint::from_shared(format!("unix:{}", server.path("socket").display())).unwrap();
+    let channel = endpoint.initial_stream_window_size(65_535).connect().await.unwrap();
+    let (requests, received) = mpsc::channel(4);
+    let (id, runs) = (overtaking.id, first.runs.clone());
+    requests.send(first).await.unwrap();
+    let mut pages = PageServiceClient::new(channel);
+    let mut answers = pages.fetch_chunks(ReceiverStream::new(received)).await.unwrap().into_inner();
+    answers.message().await.unwrap().unwrap();
+    requests.send(overtaking).await.unwrap();
+    // The channel's capacity comes back when the connection has taken the message.
+    while requests.capacity() < 4 {
+        tokio::task::yield_now().await;
+    }
+    drop(requests);
+    let (mut all, mut last) = (1, 0);
+    while let Some(answer) = answers.message().await.unwrap() {
+        all += 1;
+        if answer.id == id {
+            last = all;
+        }
+    }
+    let asked: u32 = runs.iter().map(|run| run.count).sum();
+    assert!(all > usize::try_from(asked).unwrap() && last > 0, "all are answered: {all}");
+    last
+}
+
+#[tokio::test]
+async fn demand_overtakes_prefetch_that_is_not_sent() {
+    let (server, image) = (Server::start().await, Image::with_more_chunks(5));
+    pushed(&server, &image, "a").await;
+    let request = |image, id, class: v1::RequestClass, runs: &[(u64, u32)]| v1::FetchChunksRequest {
+        id,
+        class: class.into(),
+        ..fetch(image, runs)
+    };
+    let demand = |runs| request(None, 2, v1::RequestClass::Demand, runs);
+    // 4 MiB that do not compress.
+    let many = [(0, 20); 51];
+    for attempt in 0..2 {
+        for class in [v1::RequestClass::Prefetch, v1::RequestClass::Background] {
+            let first = v1::FetchChunksRequest { attempt, ..request(Some(&image), 1, class, &many) };
+            let before = answers_before(demand(&[(3, 2)]), first, &server).await;
+            // The client's window, what the connection may hold, what is being loaded, and a message.
+            assert!(before < 100, "{before} of 1020 came before the urgent one, attempt {attempt}");
+        }
+    }
+    let first = request(Some(&image), 1, v1::RequestClass::Background, &many);
+    let prefetch = request(None, 2, v1::RequestClass::Prefetch, &[(3, 2)]);
+    assert!(answers_before(prefetch, first, &server).await < 100, "prefetch overtakes the background");
+    let first = request(Some(&image), 1, v1::RequestClass::Demand, &many);
+    assert_eq!(answers_before(demand(&[(3, 2)]), first, &server).await, 1022, "equals keep their order");
+}
+
+/// What a stream holds back is told from what its connection has written: an answer that counts for more than the
+/// connection writes would hold the stream up for ever, after some thousands of them.
+#[tokio::test]
+async fn tens_of_thousands_of_small_prefetched_answers_all_come() {
+    let (server, image) = (Server::start().await, Image::with_more_chunks(5));
+    pushed(&server, &image, "a").await;
+    let class = v1::RequestClass::Prefetch.into();
+    let request = v1::FetchChunksRequest { id: 1, class, ..fetch(Some(&image), &[(1, 1); 1000]) };
+    let (requests, received) = mpsc::channel(4);
+    requests.send(request.clone()).await.unwrap();
+    let mut answers = server.pages().fetch_chunks(ReceiverStream::new(received)).await.unwrap().into_inner();
+    let all = async {
+        for _ in 0..20 {
+            requests.send(request.clone()).await.unwrap();
+            for number in 0..1000 {
+                assert!(answers.message().await.unwrap().is_some(), "answer {number}");
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), all).await.expect("all answers come");
+}
+
 #[tokio::test]
 async fn a_bulk_message_holds_about_256_kib() {
     let (server, image) = (Server::start().await, Image::with_more_chunks(5));

@@ -228,6 +228,9 @@ pub(crate) struct CriuArgs {
     /// What was pushed
     #[arg(long, value_name = "REF", required = true)]
     image: Option<Reference>,
+    /// End, with status 1, when no `criu restore` has connected within this time [default: wait for ever, as criu's own]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    wait_for_restore: Option<Duration>,
     /// Write the daemon's pid to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -294,7 +297,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let (server, reference) = (server()?, args.image.clone().context("--image")?);
     let images = open_images(&server, &[reference])?;
     let options = args.common.options(args.ahead, Fill::All);
-    let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill)?;
+    let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill, args.wait_for_restore)?;
     // Begins once all is restored.
     let options = Options { fill: false, ..options };
     let status = args.status_fd.map(status_file).transpose()?;

@@ -50,6 +50,7 @@ pub(crate) fn push(
 ) -> Result<ExitCode> {
     let unpacked = super::archive::unpack(path)?;
     let path = unpacked.as_ref().map_or(path, TempDir::path);
+    criu::ensure_whole(path)?;
     // Not drawn where stderr is no terminal.
     let bar = if output.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
@@ -106,7 +107,20 @@ pub(crate) fn push(
     Ok(ExitCode::SUCCESS)
 }
 
-fn show_pulled(output: Output, what: &str, report: &PullReport) -> Result<ExitCode> {
+/// Memory of CRIU's images that `criu restore` reads itself.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct NotLazy {
+    /// Of pagemap-shmem-*.img.
+    shared_bytes: u64,
+    private_bytes: u64,
+}
+
+fn show_pulled(
+    output: Output,
+    what: &str,
+    report: &PullReport,
+    not_lazy: Option<NotLazy>,
+) -> Result<ExitCode> {
     #[derive(Serialize)]
     struct Pulled {
         image: String,
@@ -114,6 +128,8 @@ fn show_pulled(output: Output, what: &str, report: &PullReport) -> Result<ExitCo
         size_bytes: u64,
         chunks: u64,
         frame_bytes: u64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        not_lazy: Option<NotLazy>,
     }
     let pulled = Pulled {
         image: report.image.to_string(),
@@ -121,11 +137,22 @@ fn show_pulled(output: Output, what: &str, report: &PullReport) -> Result<ExitCo
         size_bytes: report.size_bytes,
         chunks: report.chunks,
         frame_bytes: report.frame_bytes,
+        not_lazy,
     };
     output.show(&pulled, || {
         let PullReport { image, entries, size_bytes, chunks, frame_bytes } = report;
+        let not_lazy = not_lazy.map_or(String::new(), |NotLazy { shared_bytes, private_bytes }| {
+            let shared = match shared_bytes {
+                0 => String::new(),
+                _ => format!(
+                    "{} of shared memory (pagemap-shmem-*.img; CRIU restores no shared memory lazily) and ",
+                    bytes(shared_bytes)
+                ),
+            };
+            format!("\n  not lazy: {shared}{} of private memory", bytes(private_bytes))
+        });
         format!(
-            "{what}: {image}, {entries} entries, {}, {chunks} chunks verified, {} over the wire",
+            "{what}: {image}, {entries} entries, {}, {chunks} chunks verified, {} over the wire{not_lazy}",
             bytes(*size_bytes),
             bytes(*frame_bytes)
         )
@@ -162,7 +189,7 @@ async fn pull_part(
     reference: &Reference,
     directory: &Path,
     part: &Part,
-) -> Result<PullReport> {
+) -> Result<(PullReport, Option<NotLazy>)> {
     let is_wanted = |path: &ImagePath| match part {
         Part::Only(globs) => globs.is_match(OsStr::from_bytes(path.as_bytes())),
         Part::All | Part::Criu => true,
@@ -172,7 +199,7 @@ async fn pull_part(
         let all = pulling.extents_of(|_| true);
         anyhow::ensure!(!all.is_empty() || matches!(part, Part::All), "no file of {reference} matches");
         pulling.fetch(all).await?;
-        return Ok(pulling.finish()?);
+        return Ok((pulling.finish()?, None));
     }
     let prefix = criu::prefix_in(pulling.image())?;
     let is_pages = |path: &ImagePath| {
@@ -189,7 +216,8 @@ async fn pull_part(
     });
     let eager = eager.collect::<Result<Vec<_>>>()?;
     pulling.fetch(eager).await?;
-    Ok(pulling.finish()?)
+    let (shared_bytes, private_bytes) = dump.not_lazy_bytes();
+    Ok((pulling.finish()?, Some(NotLazy { shared_bytes, private_bytes })))
 }
 
 pub(crate) fn pull(
@@ -202,7 +230,8 @@ pub(crate) fn pull(
     let part = &part;
     let pulled =
         with_remote(server, |remote| async move { pull_part(&remote, reference, directory, part).await });
-    show_pulled(output, &format!("{reference} -> {}", directory.display()), &pulled?)
+    let (report, not_lazy) = pulled?;
+    show_pulled(output, &format!("{reference} -> {}", directory.display()), &report, not_lazy)
 }
 
 pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
@@ -215,7 +244,7 @@ pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Outpu
             eprintln!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason);
         }
     }
-    show_pulled(output, &format!("{reference} is sound"), &verified?)
+    show_pulled(output, &format!("{reference} is sound"), &verified?, None)
 }
 
 #[derive(Serialize)]

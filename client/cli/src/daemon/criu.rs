@@ -4,11 +4,12 @@
 
 mod images;
 
-pub(crate) use images::Dump;
+pub(crate) use images::{Dump, ensure_whole};
 
+use super::log::say;
 use super::runtime_dir::{self, SessionName};
 use super::served::{self, Served, Status};
-use super::{Connection, LOOK, Program, Worker, inbox, say, surroundings};
+use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
 use anyhow::{Context, Result, ensure};
 use postcopy::proto::digest::Digest;
 use postcopy::{Content, ForeignRegion, Image, Sharing};
@@ -19,7 +20,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What `criu restore` says when all is restored ("RSTF").
 const RESTORE_FINISHED: i32 = 0x5253_5446;
@@ -41,6 +42,8 @@ pub(crate) struct Criu {
     pub(crate) dump: Dump,
     /// Bring everything in the background once all is restored.
     pub(crate) fill: bool,
+    /// How long the daemon waits for `criu restore` to connect, and since when; None: for ever.
+    patience: Option<(Instant, Duration)>,
     /// A restore is served: there are no others.
     is_taken: AtomicBool,
 }
@@ -81,7 +84,12 @@ impl Criu {
     ///
     /// # Errors
     /// Where the image is of other images.
-    pub(crate) fn new(image: Arc<Image>, directory: &Path, fill: bool) -> Result<Self> {
+    pub(crate) fn new(
+        image: Arc<Image>,
+        directory: &Path,
+        fill: bool,
+        wait_for_restore: Option<Duration>,
+    ) -> Result<Self> {
         let prefix = prefix_in(&image)?;
         let dump = Dump::read(directory)?;
         for entry in fs::read_dir(directory)?.flatten() {
@@ -97,7 +105,8 @@ impl Criu {
                 );
             }
         }
-        Ok(Self { image, prefix, dump, fill, is_taken: AtomicBool::new(false) })
+        let patience = wait_for_restore.map(|patience| (Instant::now(), patience));
+        Ok(Self { image, prefix, dump, fill, patience, is_taken: AtomicBool::new(false) })
     }
 
     /// The lazy memory of a task.
@@ -300,6 +309,22 @@ impl Program for Criu {
             say(&format!("ready: {} ({})", path.display(), self.image.digest()));
         }
         Ok(())
+    }
+
+    fn end_idle(&self, worker: &Worker) -> Option<i32> {
+        let (since, patience) = self.patience?;
+        // A worker before this one may have had a restore.
+        let is_idle = || {
+            !self.is_taken.load(Ordering::Acquire)
+                && worker.setup.runtime.sessions().is_ok_and(|all| all.is_empty())
+        };
+        if worker.is_stopping() || since.elapsed() < patience || !is_idle() {
+            return None;
+        }
+        tracing::error!(
+            "no criu restore has connected within {patience:?}: the daemon ends (--wait-for-restore)"
+        );
+        Some(1)
     }
 }
 

@@ -2,9 +2,10 @@
 //! says in one message what lies where, in JSON, with its userfaultfd. It never reads from that socket, and closes it when it
 //! exits. docs/FIRECRACKER.md tells how to use it.
 
+use super::log::say;
 use super::runtime_dir::{self, RuntimeDir, SessionName};
 use super::served::{self, Served, Status};
-use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, say, surroundings};
+use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::{ForeignRegion, Image, Sharing};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};

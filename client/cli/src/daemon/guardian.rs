@@ -6,10 +6,13 @@
 //! files, descriptors, handshakes that nobody has taken) its successor finds in the table and in the runtime directory,
 //! and takes over: [`super::leftovers`].
 //!
+//! It never waits for whoever reads its log: a successor is cloned first, and a log that is full loses lines ([`super::log`]).
+//!
 //! Whoever survives acts. When the guardian dies, its worker is told by a pidfd and goes on alone. When workers die one after
 //! another for as long as a fault may take, the guardian has one do what the loss policy says, and goes on trying.
 
 use super::kernel;
+use super::log::Log;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -64,9 +67,15 @@ pub(crate) fn guard(
     let mut pause = PAUSES.start;
     let mut failing_since = None;
     let mut is_ready = false;
+    let mut killed: Option<Pid> = None;
     loop {
         let worker = match start(turn, &mut work) {
-            Ok(worker) => worker,
+            Ok(worker) => {
+                if let Some(killed) = killed.take() {
+                    log_successor(killed, worker);
+                }
+                worker
+            }
             Err(error) if !turn.is_successor => return Err(error),
             // There may be processes and memory again.
             Err(_) => {
@@ -100,9 +109,7 @@ pub(crate) fn guard(
         if let WaitStatus::Exited(_, status) = end {
             return Ok(status);
         }
-        // Nobody may be left to read it.
-        let _ =
-            writeln!(std::io::stderr(), "postcopy: the worker {worker} was killed; another one takes over");
+        killed = Some(worker);
         // Killed, and not ended by what it does itself.
         let was_killed = matches!(end, WaitStatus::Signaled(_, Signal::SIGKILL, _));
         if has_served && (was_killed || started.elapsed() > APART) {
@@ -119,6 +126,17 @@ pub(crate) fn guard(
             failing_since = None;
         }
         turn = Turn { is_successor: true, is_last_resort, ..turn };
+    }
+}
+
+/// In one write: the worker writes to the same log.
+fn log_successor(killed: Pid, worker: Pid) {
+    let mut line = [0; 96];
+    let mut rest = &mut line[..];
+    let fits = writeln!(rest, "postcopy: the worker {killed} was killed; worker {worker} takes over");
+    let unused = rest.len();
+    if fits.is_ok() {
+        let _ = Log.write(&line[..line.len() - unused]);
     }
 }
 

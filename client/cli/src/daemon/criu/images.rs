@@ -5,7 +5,7 @@
 //! machine has it). See CRIU's images/pagemap.proto and its wiki, "Images".
 
 use anyhow::{Context, Result, bail, ensure};
-use prost::Message;
+use prost::{Message, decode_length_delimiter};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
 const PAGE: u64 = 4096;
 /// Dumps that one may be built upon; the next one is a loop of links.
 const MAX_PARENTS: usize = 64;
@@ -21,6 +22,14 @@ const MAX_PARENTS: usize = 64;
 const PE_PARENT: u32 = 1;
 const PE_LAZY: u32 = 2;
 const PE_PRESENT: u32 = 4;
+
+/// The fields of [`PagemapHead`] and [`PagemapEntry`]: all that CRIU 4.2 writes.
+const HEAD_FIELDS: &[usize] = &[1];
+const ENTRY_FIELDS: &[usize] = &[1, 2, 3, 4, 5];
+
+/// Why something unknown in a pagemap is refused: pages would be taken from the wrong places.
+const OTHER_FORM: &str = "which is not known here: its pages may be stored in another form (CRIU after 4.2 can compress \
+                          them). Dump without compression, or with CRIU 4.2";
 
 #[derive(Clone, PartialEq, Message)]
 struct PagemapHead {
@@ -67,6 +76,8 @@ struct Run {
 #[derive(Debug)]
 struct Pagemap {
     pages_file: String,
+    /// The length that file must have.
+    pages_bytes: u64,
     runs: Vec<Run>,
 }
 
@@ -94,12 +105,33 @@ fn messages(bytes: &[u8], magic: u32) -> Result<Vec<&[u8]>> {
     Ok(messages)
 }
 
+/// Sees that a message has no other fields than these.
+fn ensure_known(mut message: &[u8], fields: &[usize]) -> Result<()> {
+    while !message.is_empty() {
+        let key = decode_length_delimiter(&mut message)?;
+        let (field, wire_type) = (key >> 3, key & 7);
+        ensure!(fields.contains(&field), "field {field}, {OTHER_FORM}");
+        let len = match wire_type {
+            0 => decode_length_delimiter(&mut message).map(|_| 0)?,
+            1 => 8,
+            2 => decode_length_delimiter(&mut message)?,
+            5 => 4,
+            other => bail!("field {field} is of wire type {other}"),
+        };
+        message = message.get(len..).with_context(|| format!("it ends within field {field}"))?;
+    }
+    Ok(())
+}
+
 fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
     let mut messages = messages(bytes, PAGEMAP_MAGIC)?.into_iter();
-    let head = PagemapHead::decode(messages.next().context("it has no head")?).context("its head")?;
+    let head = messages.next().context("it has no head")?;
+    ensure_known(head, HEAD_FIELDS).context("its head")?;
+    let head = PagemapHead::decode(head).context("its head")?;
     let mut runs: Vec<Run> = Vec::new();
     let mut offset = 0_u64;
     for (index, message) in messages.enumerate() {
+        ensure_known(message, ENTRY_FIELDS).with_context(|| format!("entry {index}"))?;
         let entry = PagemapEntry::decode(message).with_context(|| format!("entry {index}"))?;
         let pages = entry.nr_pages.unwrap_or(entry.compat_nr_pages.into());
         let end = pages.checked_mul(PAGE).and_then(|len| entry.vaddr.checked_add(len));
@@ -112,6 +144,8 @@ fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
         ensure!(entry.vaddr >= last_end, "entry {index} is not after the one before");
         // Without flags they are older than these.
         let flags = entry.flags.unwrap_or(if entry.in_parent { PE_PARENT } else { PE_PRESENT });
+        let unknown = flags & !(PE_PARENT | PE_LAZY | PE_PRESENT);
+        ensure!(unknown == 0, "entry {index}: flag {unknown:#x}, {OTHER_FORM}");
         let is_in_parent = entry.in_parent || flags & PE_PARENT != 0;
         let is_here = !is_in_parent && flags & PE_PRESENT != 0;
         if is_here || is_in_parent {
@@ -127,7 +161,7 @@ fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
             offset = offset.checked_add(pages * PAGE).context("more pages than a file can have")?;
         }
     }
-    Ok(Pagemap { pages_file: format!("pages-{}.img", head.pages_id), runs })
+    Ok(Pagemap { pages_file: format!("pages-{}.img", head.pages_id), pages_bytes: offset, runs })
 }
 
 /// A directory of images: the tasks' memory.
@@ -170,6 +204,13 @@ impl Dump {
         self.tasks.get(&pid).map(Vec::as_slice)
     }
 
+    /// Bytes that `criu restore` reads itself: of shared memory, and of private memory.
+    pub(crate) fn not_lazy_bytes(&self) -> (u64, u64) {
+        let bytes =
+            |extents: &[Extent]| extents.iter().filter(|e| !e.is_lazy).map(|e| e.pages * PAGE).sum::<u64>();
+        (bytes(&self.shared), self.tasks.values().map(|extents| bytes(extents)).sum())
+    }
+
     /// What `criu restore` reads itself: parts of files that hold pages.
     pub(crate) fn eager(&self) -> impl Iterator<Item = (&Path, Range<u64>)> {
         let all = self.tasks.values().flatten().chain(&self.shared);
@@ -183,6 +224,70 @@ pub(crate) fn pid_of_pagemap(name: &str) -> Option<u32> {
     name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
 }
 
+/// Sees that the pages of a pagemap are as many as their file has.
+fn ensure_length(directory: &Path, name: &str, pagemap: &Pagemap) -> Result<()> {
+    let (path, expected) = (directory.join(&pagemap.pages_file), pagemap.pages_bytes);
+    let found = match fs::metadata(&path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && expected == 0 => 0,
+        Err(error) => return Err(error).with_context(|| format!("{}, the pages of {name}", path.display())),
+    };
+    ensure!(
+        found == expected,
+        "{}: it has {found} bytes, and {name} tells of {expected}: it is not whole, or its pages are stored in another form",
+        path.display()
+    );
+    Ok(())
+}
+
+/// Sees that directories of CRIU's images, at `root` and below, are whole before they are stored. Directories of other
+/// files are none of its business, whatever the files are called: CRIU's begin with its magic numbers.
+///
+/// # Errors
+/// Which directory or file lacks what.
+pub(crate) fn ensure_whole(root: &Path) -> Result<()> {
+    // Those are looked at with what is built upon them.
+    let is_parent = |entry: &walkdir::DirEntry| entry.depth() > 0 && entry.file_name() == "parent";
+    let walk = walkdir::WalkDir::new(root).follow_root_links(true).into_iter();
+    let walk =
+        walk.filter_entry(|entry| (entry.depth() == 0 || entry.file_type().is_dir()) && !is_parent(entry));
+    // Whoever reads all files says which of them cannot be read.
+    for directory in walk.flatten().filter(|entry| entry.path().is_dir()) {
+        ensure_whole_directory(directory.path())?;
+    }
+    Ok(())
+}
+
+fn ensure_whole_directory(directory: &Path) -> Result<()> {
+    let (mut some, mut has_inventory, mut has_pagemap) = (None, false, false);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if name.ends_with(".img") && is_of_criu(&entry.path()) {
+            has_inventory |= name == "inventory.img";
+            has_pagemap |= pid_of_pagemap(&name).is_some();
+            some = Some(name);
+        }
+    }
+    let Some(some) = some else { return Ok(()) };
+    let lacks = |what: &str| {
+        format!(
+            "{}: there is {some} of CRIU, and no {what}: the dump has failed, or this is a part of one. Look into its log, \
+             and dump again",
+            directory.display()
+        )
+    };
+    ensure!(has_inventory, lacks("inventory.img"));
+    ensure!(has_pagemap, lacks("pagemap-PID.img"));
+    Dump::read(directory).map(drop)
+}
+
+/// Whether a file begins as CRIU's images do.
+fn is_of_criu(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = fs::File::open(path).and_then(|mut file| io::Read::read_exact(&mut file, &mut magic));
+    read.is_ok() && [IMG_COMMON_MAGIC, PAGEMAP_MAGIC, INVENTORY_MAGIC].contains(&u32::from_ne_bytes(magic))
+}
+
 /// What a pagemap says, and those of the same name in the dumps that this one is built upon.
 fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
     let mut chain = Vec::new();
@@ -191,7 +296,11 @@ fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
         let path = directory.join(&below).join(name);
         let shown = path.display().to_string();
         match fs::read(&path) {
-            Ok(bytes) => chain.push((below.clone(), parse_pagemap(&bytes).context(shown)?)),
+            Ok(bytes) => {
+                let pagemap = parse_pagemap(&bytes).context(shown)?;
+                ensure_length(&directory.join(&below), name, &pagemap)?;
+                chain.push((below.clone(), pagemap));
+            }
             // It did not exist when the parent was dumped.
             Err(error) if error.kind() == io::ErrorKind::NotFound && !chain.is_empty() => break,
             Err(error) => return Err(error).context(shown),
@@ -286,6 +395,12 @@ mod tests {
         entry.encode_to_vec()
     }
 
+    /// A file of so many pages.
+    fn pages(folder: &Path, id: u32, pages: u64) {
+        let file = fs::File::create(folder.join(format!("pages-{id}.img"))).unwrap();
+        file.set_len(pages * PAGE).unwrap();
+    }
+
     fn pagemap(pages_id: u32, entries: &[Vec<u8>]) -> Vec<u8> {
         let mut messages = vec![PagemapHead { pages_id }.encode_to_vec()];
         messages.extend_from_slice(entries);
@@ -304,6 +419,9 @@ mod tests {
         let below = [entry(8, 8, lazy), entry(16, 10, PE_PRESENT)];
         fs::write(parent.join("pagemap-7.img"), pagemap(1, &below)).unwrap();
         fs::write(folder.path().join("pagemap-shmem-9.img"), pagemap(4, &[entry(0, 5, PE_PRESENT)])).unwrap();
+        pages(folder.path(), 3, 9);
+        pages(folder.path(), 4, 5);
+        pages(&parent, 1, 18);
         let dump = Dump::read(folder.path()).unwrap();
         let found: Vec<_> = dump
             .task(7)
@@ -324,6 +442,7 @@ mod tests {
             dump.eager().map(|(file, bytes)| (file.to_str().unwrap(), bytes.end / PAGE)).collect();
         let files = ["parent/pages-1.img", "pages-3.img", "pages-4.img"];
         assert_eq!(eager, files.into_iter().zip([12, 6, 5]).collect::<Vec<_>>());
+        assert_eq!(dump.not_lazy_bytes(), (5 * PAGE, 8 * PAGE));
     }
 
     #[test]
@@ -335,6 +454,7 @@ mod tests {
         fs::create_dir(folder.path().join("parent")).unwrap();
         fs::write(folder.path().join("parent/pagemap-7.img"), pagemap(1, &[entry(10, 3, PE_PRESENT)]))
             .unwrap();
+        pages(&folder.path().join("parent"), 1, 3);
         let error = format!("{:#}", Dump::read(folder.path()).unwrap_err());
         assert!(error.contains("0xd000") && error.contains("lacks it"), "{error}");
     }
@@ -349,7 +469,82 @@ mod tests {
         assert_eq!(read.runs, [Run { address: 0, pages: 2, offset: Some(0), is_lazy: false }]);
     }
 
+    #[test]
+    fn pages_that_are_not_as_many_as_their_file_has_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("pagemap-7.img"), pagemap(3, &[entry(10, 4, PE_PRESENT)])).unwrap();
+        let error = || format!("{:#}", Dump::read(folder.path()).unwrap_err());
+        assert!(error().contains("pages-3.img, the pages of pagemap-7.img: No such file"), "{}", error());
+        for len in [3, 5] {
+            pages(folder.path(), 3, len);
+            let said = error();
+            let expected =
+                format!("pages-3.img: it has {} bytes, and pagemap-7.img tells of 16384", len * PAGE);
+            assert!(said.contains(&expected), "{said}");
+        }
+        pages(folder.path(), 3, 4);
+        assert!(Dump::read(folder.path()).is_ok());
+    }
+
+    #[test]
+    fn a_dump_that_is_not_whole_is_told_from_other_directories() {
+        let folder = tempfile::tempdir().unwrap();
+        let dump = folder.path().join("checkpoint");
+        fs::create_dir(&dump).unwrap();
+        for ordinary in ["inventory.img", "pagemap-1.img", "pages-1.img", "x.img"] {
+            fs::write(dump.join(ordinary), b"a disk, perhaps").unwrap();
+        }
+        assert!(ensure_whole(folder.path()).is_ok(), "the names alone say nothing");
+        assert!(ensure_whole(&dump.join("x.img")).is_ok(), "a file");
+        let error = |what: &str| {
+            let said = format!("{:#}", ensure_whole(folder.path()).unwrap_err());
+            assert!(said.contains("checkpoint") && said.contains(what), "{said}");
+        };
+        fs::write(dump.join("pagemap-7.img"), pagemap(3, &[entry(10, 4, PE_PRESENT)])).unwrap();
+        error("there is pagemap-7.img of CRIU, and no inventory.img");
+        fs::write(dump.join("inventory.img"), image(&[IMG_COMMON_MAGIC, INVENTORY_MAGIC], &[])).unwrap();
+        error("pages-3.img");
+        pages(&dump, 3, 4);
+        // Not of a process.
+        fs::remove_file(dump.join("pagemap-1.img")).unwrap();
+        assert!(ensure_whole(folder.path()).is_ok());
+        fs::remove_file(dump.join("pagemap-7.img")).unwrap();
+        error("there is inventory.img of CRIU, and no pagemap-PID.img");
+    }
+
     proptest! {
+        #[test]
+        fn what_is_unknown_in_an_entry_is_refused_by_its_number(
+            before in 0..4_u32,
+            flags in any::<u32>(),
+            unknown in proptest::option::of((6..1_000_u64, proptest::sample::select(vec![0_u64, 1, 2, 5]))),
+            is_first in any::<bool>(),
+        ) {
+            let mut last = entry(100, 2, flags);
+            if let Some((field, wire_type)) = unknown {
+                let mut bytes = Vec::new();
+                prost::encode_length_delimiter(usize::try_from(field << 3 | wire_type).unwrap(), &mut bytes).unwrap();
+                // As a number it is 3; as a length, too.
+                bytes.extend(match wire_type { 0 => vec![3], 1 => vec![9; 8], 2 => vec![3, 8, 9, 10], _ => vec![9; 4] });
+                last = if is_first { [bytes, last].concat() } else { [last, bytes].concat() };
+            }
+            let mut entries: Vec<_> = (0..before).map(|n| entry(n.into(), 1, PE_PRESENT)).collect();
+            entries.push(last);
+            let parsed = parse_pagemap(&pagemap(1, &entries));
+            let (entry, others) = (format!("entry {before}"), flags & !7);
+            match unknown {
+                None if others == 0 => prop_assert!(parsed.is_ok()),
+                None => {
+                    let said = format!("{:#}", parsed.unwrap_err());
+                    prop_assert!(said.contains(&format!("{entry}: flag {others:#x}")), "{}", said);
+                }
+                Some((field, _)) => {
+                    let said = format!("{:#}", parsed.unwrap_err());
+                    prop_assert!(said.contains(&format!("{entry}: field {field},")), "{}", said);
+                }
+            }
+        }
+
         #[test]
         fn any_bytes_are_a_pagemap_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..200), good in any::<bool>()) {
             let mut image = if good { pagemap(1, &[entry(3, 2, PE_PRESENT)]) } else { Vec::new() };

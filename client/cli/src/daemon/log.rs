@@ -1,0 +1,119 @@
+//! What a daemon says. No line may hold up a fault or a successor: a log that is full (a pipe that is not read, a
+//! terminal that is stopped) loses lines, and says how many when it takes lines again.
+//!
+//! The flags of the descriptor are left alone: other processes share it.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
+use rustix::io::{Errno, ReadWriteFlags, pwritev2, write};
+use std::io::{self, IoSlice, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A pipe takes so many bytes whole or not at all: PIPE_BUF of Linux.
+const WHOLE_BYTES: usize = 4096;
+/// The current position, to pwritev2(2).
+const CURRENT: u64 = u64::MAX;
+/// How long stdout is waited for: programs that start a daemon read their lines from there.
+const STDOUT: Duration = Duration::from_secs(1);
+
+/// Lines that stderr did not take.
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// Writes to the log of daemons: stderr.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Log;
+
+impl Write for Log {
+    /// Takes all bytes, written or lost. Allocates nothing.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let stderr = rustix::stdio::stderr();
+        let lost = LOST.load(Ordering::Relaxed);
+        let mut note = [0; 80];
+        let mut rest = &mut note[..];
+        if lost > 0 && writeln!(rest, "postcopy: the log was full: {lost} lines are lost").is_ok() {
+            let unused = rest.len();
+            if try_write(stderr, &note[..note.len() - unused], Duration::ZERO) {
+                LOST.fetch_sub(lost, Ordering::Relaxed);
+            }
+        }
+        if !try_write(stderr, line, Duration::ZERO) {
+            LOST.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Says something on stdout, to whoever may still listen there. Waits for a second at most.
+pub(crate) fn say(text: &str) {
+    try_write(rustix::stdio::stdout(), format!("{text}\n").as_bytes(), STDOUT);
+}
+
+/// Writes messages of panics to the log. A thread that panics ends the worker, and must not be held up on its way there.
+pub(crate) fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let line = format!("postcopy: thread {}: {panic}\n", thread.name().unwrap_or("without a name"));
+        let _ = Log.write_all(line.as_bytes());
+    }));
+}
+
+/// Writes all bytes where `to` takes them within `patience`. False: it did not take some of them.
+fn try_write(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> bool {
+    bytes.chunks(WHOLE_BYTES).all(|part| {
+        let timeout = Timespec::try_from(patience).ok();
+        let mut polled = [PollFd::from_borrowed_fd(to.as_fd(), PollFlags::OUT)];
+        let is_ready = poll(&mut polled, timeout.as_ref()) == Ok(1);
+        is_ready && polled[0].revents().contains(PollFlags::OUT) && write_now(to, part) == Ok(part.len())
+    })
+}
+
+/// Another process may have filled it since it was ready. A file may not take bytes now, and does not keep a writer
+/// waiting either.
+fn write_now(to: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
+    let is_file = fstat(to).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+    if is_file {
+        return write(to, bytes);
+    }
+    match pwritev2(to, &[IoSlice::new(bytes)], CURRENT, ReadWriteFlags::NOWAIT) {
+        // Terminals, and pipes before Linux 6.4.
+        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => write(to, bytes),
+        written => written,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_full_pipe_takes_nothing_and_keeps_nobody_waiting() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut written = 0;
+        while try_write(writer.as_fd(), &[1; 1000], Duration::ZERO) {
+            written += 1000;
+        }
+        assert!(written >= 60_000, "{written} bytes");
+        assert_eq!(write_now(writer.as_fd(), &[1; WHOLE_BYTES]), Err(Errno::AGAIN), "without a poll before");
+        reader.read_exact(&mut vec![0; 60_000]).unwrap();
+        assert!(try_write(writer.as_fd(), &[1; 1000], Duration::ZERO), "it has room again");
+        drop(reader);
+        assert!(!try_write(writer.as_fd(), &[1; 1000], Duration::ZERO), "its reader is gone");
+    }
+
+    #[test]
+    fn a_file_takes_lines_of_any_length() {
+        let mut file = tempfile::tempfile().unwrap();
+        assert!(try_write(file.as_fd(), &[7; 10_000], Duration::ZERO));
+        io::Seek::rewind(&mut file).unwrap();
+        let mut read = Vec::new();
+        file.read_to_end(&mut read).unwrap();
+        assert_eq!(read, [7; 10_000]);
+    }
+}

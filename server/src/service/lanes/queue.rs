@@ -1,0 +1,240 @@
+//! The requests of one demand stream that wait for their turn: DEMAND before PREFETCH before BACKGROUND.
+
+use crate::service::chunks::numbers;
+use postcopy_proto::v1::{self, RequestClass};
+use std::collections::VecDeque;
+use std::iter::Peekable;
+
+/// Requests that a stream reads ahead of its answers. At most 1,024 runs of 16 bytes each: 2 MiB. With more, the
+/// stream is not read until one is answered, and HTTP/2's window holds the client back.
+const MAX_REQUESTS: usize = 128;
+
+/// One of so many chunks is the oldest less urgent one. A thread may wait for a chunk that was asked for as
+/// PREFETCH, so that DEMAND must not hold it up for ever.
+const TURNS: u32 = 16;
+
+/// How urgent a request is, most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Urgency {
+    Demand,
+    Prefetch,
+    Background,
+}
+
+impl Urgency {
+    fn of(request: &v1::FetchChunksRequest) -> Self {
+        match request.class() {
+            RequestClass::Demand => Self::Demand,
+            RequestClass::Prefetch => Self::Prefetch,
+            // A class that this version does not know is read as UNSPECIFIED.
+            RequestClass::Background | RequestClass::Unspecified => Self::Background,
+        }
+    }
+}
+
+/// A chunk or segment that is to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Chunk(u64),
+    Segment(u32),
+}
+
+/// One answer to be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Turn {
+    pub(super) urgency: Urgency,
+    pub(super) id: u64,
+    pub(super) attempt: u32,
+    pub(super) wanted: Wanted,
+}
+
+struct Request {
+    /// Counts up with the requests of the stream.
+    arrival: u64,
+    id: u64,
+    attempt: u32,
+    wanted: Peekable<Box<dyn Iterator<Item = Wanted> + Send>>,
+}
+
+/// The next answer to be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// One that was loaded and is not urgent.
+    Held,
+    /// What the oldest request of an urgency wants next.
+    Request(Urgency),
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Queue {
+    /// By urgency. Each request has something left that is wanted.
+    requests: [VecDeque<Request>; 3],
+    arrivals: u64,
+    /// Loaded answers to less urgent requests.
+    held: VecDeque<v1::FetchChunksResponse>,
+    /// Answers since a less urgent request had its turn, while one waited.
+    overtaken: u32,
+}
+
+impl Queue {
+    /// Adds a request whose runs were checked.
+    pub(super) fn push(&mut self, request: v1::FetchChunksRequest) {
+        let urgency = Urgency::of(&request);
+        let segment = request.segment.into_iter().map(Wanted::Segment);
+        let wanted = segment.chain(numbers(request.runs).map(Wanted::Chunk));
+        let wanted: Box<dyn Iterator<Item = Wanted> + Send> = Box::new(wanted);
+        let mut wanted = wanted.peekable();
+        if wanted.peek().is_some() {
+            self.arrivals += 1;
+            let (arrival, id, attempt) = (self.arrivals, request.id, request.attempt);
+            self.requests[urgency as usize].push_back(Request { arrival, id, attempt, wanted });
+        }
+    }
+
+    /// Keeps a loaded answer to a less urgent request for its turn.
+    pub(super) fn hold(&mut self, answer: v1::FetchChunksResponse) {
+        self.held.push_back(answer);
+    }
+
+    /// How many loaded answers wait.
+    pub(super) fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.is_empty() && self.requests.iter().all(VecDeque::is_empty)
+    }
+
+    /// Whether the stream is not to be read any further.
+    pub(super) fn is_full(&self) -> bool {
+        self.requests.iter().map(VecDeque::len).sum::<usize>() >= MAX_REQUESTS
+    }
+
+    /// Whether a DEMAND request waits.
+    pub(super) fn has_demand(&self) -> bool {
+        !self.requests[Urgency::Demand as usize].is_empty()
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.overtaken + 1 >= TURNS
+    }
+
+    /// The next answer to be given. Without `may_begin` no less urgent request gets a turn that may need the disk.
+    pub(super) fn next(&self, may_begin: bool) -> Option<Choice> {
+        let ahead = [Urgency::Prefetch, Urgency::Background];
+        let ahead =
+            || ahead.into_iter().filter(|urgency| may_begin && !self.requests[*urgency as usize].is_empty());
+        let arrival =
+            |urgency: &Urgency| self.requests[*urgency as usize].front().map(|request| request.arrival);
+        let held = (!self.held.is_empty()).then_some(Choice::Held);
+        let demand = self.has_demand().then_some(Choice::Request(Urgency::Demand));
+        let oldest = || ahead().min_by_key(arrival).map(Choice::Request);
+        let overdue = if self.is_overdue() { held.or_else(oldest) } else { None };
+        overdue.or(demand).or(held).or_else(|| ahead().next().map(Choice::Request))
+    }
+
+    /// Takes a loaded answer.
+    pub(super) fn take_held(&mut self) -> Option<v1::FetchChunksResponse> {
+        self.overtaken = 0;
+        self.held.pop_front()
+    }
+
+    /// Takes what the oldest request of an urgency wants next.
+    pub(super) fn take(&mut self, urgency: Urgency) -> Option<Turn> {
+        let less_urgent = &self.requests[urgency as usize + 1..];
+        let overtakes = less_urgent.iter().any(|requests| !requests.is_empty()) || !self.held.is_empty();
+        self.overtaken = if overtakes && !self.is_overdue() { self.overtaken + 1 } else { 0 };
+        let requests = &mut self.requests[urgency as usize];
+        let request = requests.front_mut()?;
+        let (id, attempt, wanted) = (request.id, request.attempt, request.wanted.next()?);
+        if request.wanted.peek().is_none() {
+            requests.pop_front();
+        }
+        Some(Turn { urgency, id, attempt, wanted })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(id: u64, class: RequestClass, runs: &[(u64, u32)]) -> v1::FetchChunksRequest {
+        let runs = runs.iter().map(|&(first, count)| v1::ChunkRun { first, count }).collect();
+        v1::FetchChunksRequest { id, class: class.into(), runs, ..Default::default() }
+    }
+
+    fn take(queue: &mut Queue) -> Option<(u64, Wanted)> {
+        match queue.next(true)? {
+            Choice::Request(urgency) => queue.take(urgency).map(|turn| (turn.id, turn.wanted)),
+            Choice::Held => panic!("nothing is held"),
+        }
+    }
+
+    #[test]
+    fn urgent_requests_overtake_and_equal_ones_keep_their_order() {
+        let mut queue = Queue::default();
+        queue.push(request(1, RequestClass::Unspecified, &[(1, 1)]));
+        queue.push(request(2, RequestClass::Prefetch, &[(2, 2)]));
+        assert_eq!(take(&mut queue), Some((2, Wanted::Chunk(2))));
+        let mut with_segment = request(3, RequestClass::Demand, &[(7, 1), (5, 1)]);
+        with_segment.segment = Some(9);
+        queue.push(with_segment);
+        queue.push(request(4, RequestClass::Demand, &[(u64::MAX, 1)]));
+        queue.push(request(5, RequestClass::Background, &[(6, 1)]));
+        queue.push(request(6, RequestClass::Demand, &[]));
+        let rest: Vec<_> = std::iter::from_fn(|| take(&mut queue)).collect();
+        let chunk = |id, chunk| (id, Wanted::Chunk(chunk));
+        let expected = [
+            (3, Wanted::Segment(9)),
+            chunk(3, 7),
+            chunk(3, 5),
+            chunk(4, u64::MAX),
+            chunk(2, 3),
+            chunk(1, 1),
+            chunk(5, 6),
+        ];
+        assert_eq!(rest, expected);
+        assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn less_urgent_requests_are_not_starved() {
+        let mut queue = Queue::default();
+        queue.push(request(1, RequestClass::Background, &[(0, 1000)]));
+        queue.push(request(2, RequestClass::Prefetch, &[(0, 1000)]));
+        queue.push(request(3, RequestClass::Demand, &[(0, 1000)]));
+        let given: Vec<_> = (0..160).filter_map(|_| take(&mut queue)).map(|(id, _)| id).collect();
+        let of = |id| given.iter().filter(|given| **given == id).count();
+        assert_eq!((of(3), of(2), of(1)), (150, 0, 10), "the oldest of the less urgent ones");
+    }
+
+    #[test]
+    fn a_held_answer_is_less_urgent_and_is_not_starved() {
+        let mut queue = Queue::default();
+        queue.push(request(1, RequestClass::Prefetch, &[(0, 1)]));
+        queue.push(request(2, RequestClass::Demand, &[(0, 100)]));
+        queue.hold(v1::FetchChunksResponse::default());
+        for _ in 0..15 {
+            assert_eq!(take(&mut queue).map(|(id, _)| id), Some(2));
+        }
+        assert_eq!(queue.next(false), Some(Choice::Held));
+        assert!(queue.take_held().is_some());
+        assert_eq!(queue.next(false), Some(Choice::Request(Urgency::Demand)));
+    }
+
+    #[test]
+    fn a_full_queue_has_room_when_a_request_is_answered() {
+        let mut queue = Queue::default();
+        for id in 0..128 {
+            assert!(!queue.is_full());
+            queue.push(request(id, RequestClass::Prefetch, &[(0, 2)]));
+        }
+        assert!(queue.is_full());
+        take(&mut queue);
+        assert!(queue.is_full());
+        take(&mut queue);
+        assert!(!queue.is_full());
+    }
+}
