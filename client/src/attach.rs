@@ -3,13 +3,12 @@
 
 use crate::events;
 use crate::image::Image;
-use crate::page_state::PageState;
-use crate::region::{Common, RegionState};
+use crate::memory::HUGE_PAGES;
+use crate::memory::{Object, ObjectKind, PageState, Place, Region, Space, Spaces, states_for};
 use crate::remote::ServerAddress;
 use crate::session::{Options, SessionError};
 use crate::shared::Shared;
-use crate::space::{Space, Spaces};
-use crate::state::{Contents, RegionRow, State, StateError};
+use crate::state_file::{Contents, State, StateError, replay};
 use crate::uffd::{self, Event, HUGE_BYTES, OpenError, Outcome, Uffd};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
@@ -74,7 +73,7 @@ pub struct ForeignMemory<'a> {
     /// asks for, the session ends in an error.
     pub pid: Option<u32>,
     /// Whether the regions are registered with the userfaultfd. If not they will be, one by one, before they are first
-    /// touched, and [`crate::host::Hosted::settle`] is called when all are; until then there should be no background fill.
+    /// touched, and [`crate::host::Hosted::set_registered`] is called when all are; until then there should be no background fill.
     pub is_registered: bool,
 }
 
@@ -87,7 +86,7 @@ pub(crate) enum Owner {
         regions: Vec<ForeignRegion>,
         state: Option<File>,
         pid: Option<u32>,
-        is_settled: bool,
+        is_registered: bool,
     },
     /// Its descriptors by the numbers that the state file has for them.
     Left {
@@ -114,11 +113,11 @@ impl Owner {
                 let tracking =
                     if options.track_writes { uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC } else { 0 };
                 let features = OWN_PROCESS_FEATURES | tracking;
-                let space = Arc::new(Space::new(0, Uffd::open(features)?, &state));
-                let spaces = Spaces::new(vec![space], Vec::new());
+                let mut spaces = Spaces::default();
+                spaces.add_space(Arc::new(Space::new(0, Uffd::open(features)?, &state)));
                 Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }
-            Self::Another { uffd, regions, state, pid, is_settled } => {
+            Self::Another { uffd, regions, state, pid, is_registered } => {
                 let tracks = options.track_writes;
                 let uffd = Uffd::adopt(uffd, tracks)?;
                 let state = match state {
@@ -126,13 +125,12 @@ impl Owner {
                     Some(file) => State::create(file, &image.digest(), &options, pid)?,
                 };
                 let space = Space::new(0, uffd, &state).of_process(pid);
-                let space = Arc::new(if is_settled { space } else { space.unsettled() });
-                if is_settled {
-                    state.settle();
+                let space = Arc::new(if is_registered { space } else { space.unregistered() });
+                if is_registered {
+                    state.set_registered();
                 }
-                let regions = self::regions(&image, &space, &regions, &state, tracks)?;
-                let spaces = Spaces::new(vec![space], regions);
-                state.write(&spaces, 1, None)?;
+                let spaces = spaces_of(&image, &space, &regions, &state, tracks)?;
+                state.rewrite(&spaces, 1, None)?;
                 // Of faults that somebody has read who served it before.
                 wake_everybody(&spaces);
                 Ok(Shared::new(address, image, options, spaces, 1, state, pid))
@@ -150,17 +148,17 @@ fn take_over(
     contents: &Contents,
     mut uffds: HashMap<RawFd, OwnedFd>,
 ) -> Result<Shared, SessionError> {
-    let mut spaces = Vec::new();
+    let mut spaces = BTreeMap::new();
     for (id, fd) in &contents.spaces {
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
         // The others' pids are not known.
         let pid = contents.owner.filter(|_| *id == 0);
         let uffd = Uffd::adopt(uffd, contents.options.track_writes && *id == 0)?;
         let space = Space::new(*id, uffd, &state).of_process(pid);
-        spaces.push(Arc::new(if contents.is_settled { space } else { space.unsettled() }));
+        spaces.insert(*id, Arc::new(if contents.is_registered { space } else { space.unregistered() }));
     }
-    let [regions, moved, displaced] = left_regions(&image, &state, contents, &spaces)?;
-    let spaces = Spaces::new(spaces, regions).with(moved, displaced);
+    let spaces = replay(&state, contents, &image, spaces)?;
+    spaces.regions().for_each(|region| region.complete_huge_pages());
     let (options, next_space) = (contents.options, contents.next_space);
     let shared = Shared::new(address, image, options, spaces, next_space, state, contents.owner);
     if let Err(error) = catch_up(&shared, contents, uffds) {
@@ -178,8 +176,8 @@ fn catch_up(
     mut uffds: HashMap<RawFd, OwnedFd>,
 ) -> Result<(), StateError> {
     // The descriptors have other numbers here.
-    shared.set_spaces(shared.spaces(), None)?;
-    let of = shared.spaces().spaces().iter().find(|space| space.id == contents.messages_of).cloned();
+    shared.state.rewrite(&shared.spaces(), contents.next_space, None)?;
+    let of = shared.spaces().space(contents.messages_of).cloned();
     for (index, message) in contents.messages.iter().enumerate() {
         let event = Event::with_child(*message, |fd| uffds.remove(&fd));
         // Of a process that has exited since, nothing is left to be done.
@@ -197,9 +195,11 @@ fn catch_up(
 fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
     let spaces = shared.spaces();
     let started = Instant::now();
-    let mut regions: Vec<_> = spaces.regions().iter().filter(|r| r.removals().is_some()).cloned().collect();
+    let tracked =
+        |spaces: &Spaces| -> Vec<_> { spaces.regions().filter(|r| r.removals().is_some()).collect() };
+    let mut regions = tracked(&spaces);
     while let Some(region) = regions.pop() {
-        if unprotect_removed(&region) {
+        if unprotect_removed(&region)? {
             continue;
         }
         // An event is in the way, which may move or cut regions. Faults come back.
@@ -212,22 +212,23 @@ fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
             }
         }
         std::thread::park_timeout(PAUSE);
-        regions = shared.spaces().regions().iter().filter(|r| r.removals().is_some()).cloned().collect();
+        regions = tracked(&shared.spaces());
     }
     Ok(())
 }
 
-fn unprotect_removed(region: &RegionState) -> bool {
+/// False: an event must be read first.
+fn unprotect_removed(region: &Region) -> Result<bool, StateError> {
     let mut next = 0;
     while let Some(run) = region.next_run(next..region.pages(), &[PageState::Removed]) {
         next = run.end;
         let addresses = region.address(run.start)..region.address(run.end);
         if region.space.uffd.unprotect(addresses) == Outcome::Deferred {
-            return false;
+            return Ok(false);
         }
-        region.set_removed(run);
+        region.set_removed(run)?;
     }
-    true
+    Ok(true)
 }
 
 /// Brings back the faults that a pager had read which has died.
@@ -236,7 +237,7 @@ fn wake_everybody(spaces: &Spaces) {
         space.uffd.wake_all();
     }
     for region in spaces.regions() {
-        region.space.uffd.wake(region.address(0), region.len());
+        region.space.wake(&region.addresses());
     }
 }
 
@@ -259,54 +260,108 @@ pub(crate) fn descriptors_left<'a>(
     contents.descriptors().into_iter().map(duplicate).collect()
 }
 
-/// The regions that a pager has left, the old places of those that were moved, and those that were displaced.
-type LeftRegions = [Vec<Arc<RegionState>>; 3];
-
-fn left_regions(
-    image: &Image,
-    state: &State,
-    contents: &Contents,
-    spaces: &[Arc<Space>],
-) -> Result<LeftRegions, StateError> {
-    let files: HashMap<u64, FileEntry> = image
-        .root()
-        .files()
-        .filter(|(_, file)| file.size_bytes > 0)
-        .map(|(_, file)| (file.first_chunk.0, *file))
-        .collect();
-    let tracks = contents.options.track_writes;
-    let mut states = HashMap::new();
-    let mut regions = LeftRegions::default();
-    for row in &contents.regions {
-        let file = files.get(&row.file_first_chunk).filter(|file| file.size_bytes == row.file_bytes);
-        let file = file.ok_or_else(|| {
-            let chunk = row.file_first_chunk;
-            StateError::Wrong(format!("the image has no file that begins with chunk {chunk}"))
-        })?;
-        let space = spaces.iter().find(|space| space.id == row.space).expect("checked when it was read");
-        let states = states
-            .entry(row.states_at)
-            .or_insert_with(|| Common::new(state.page_states_of(row), row.is_huge, tracks && row.space == 0));
-        let chunk_bytes = image.root().chunk_size().bytes();
-        let region = RegionState::restored(row, Arc::clone(space), *file, chunk_bytes, states.clone());
-        region.settle();
-        let kind = if row.is_displaced { 2 } else { usize::from(row.is_left) };
-        regions[kind].push(Arc::new(region));
-    }
-    Ok(regions)
+/// A region of another process that was found to be possible.
+#[derive(Debug)]
+struct Checked {
+    address: usize,
+    file: FileEntry,
+    file_pages: Range<usize>,
+    kind: ObjectKind,
+    sharing: Sharing,
 }
 
-/// What a pager knows of regions that were registered by their owner.
+/// The first space of a session: regions that were registered by their owner.
 ///
 /// # Errors
 /// [`SessionError::Region`]: the first that cannot be.
-fn regions(
+fn spaces_of(
     image: &Image,
     space: &Arc<Space>,
     regions: &[ForeignRegion],
     state: &State,
     tracks: bool,
-) -> Result<Vec<Arc<RegionState>>, SessionError> {
+) -> Result<Spaces, SessionError> {
+    let checked = check(image, space, regions, tracks)?;
+    let mut spaces = Spaces::default();
+    spaces.add_space(Arc::clone(space));
+    for group in objects_of(&checked) {
+        let (first, kind) = (&checked[group[0]], checked[group[0]].kind);
+        let pages = group.iter().map(|index| &checked[*index].file_pages);
+        let hull =
+            pages.clone().fold(usize::MAX..0, |hull, run| hull.start.min(run.start)..hull.end.max(run.end));
+        let states = states_for(state.arena(), &hull, pages.cloned()).map_err(StateError::from)?;
+        let object = Object::new(first.file, hull.start, states, kind, image.root().chunk_size().bytes());
+        let object = spaces.add_object(space.id, Arc::new(object));
+        for region in group.iter().map(|index| &checked[*index]) {
+            spaces.add(space.id, object, Place::Here, region.address, region.file_pages.clone());
+        }
+    }
+    if tracks {
+        for region in spaces.regions() {
+            let registered = space.uffd.register(region.address(0), region.len());
+            registered.map_err(|error| SessionError::NoTracking(error.to_string()))?;
+        }
+    }
+    Ok(spaces)
+}
+
+/// Which regions have an object in common, by their numbers: all mappings of the same shared memory, and regions of
+/// private memory that have other pages of the same file each.
+fn objects_of(regions: &[Checked]) -> Vec<Vec<usize>> {
+    /// Regions that are further apart in the file have objects of their own, so that tables stay small: 4 GiB.
+    const FAR_PAGES: usize = 1 << 20;
+    let mut shared: BTreeMap<(u32, u64), Vec<usize>> = BTreeMap::new();
+    let mut private: Vec<usize> = Vec::new();
+    for (index, region) in regions.iter().enumerate() {
+        match region.sharing {
+            Sharing::Shared(object) => {
+                shared.entry((object, region.file.first_chunk.0)).or_default().push(index)
+            }
+            Sharing::Private => private.push(index),
+        }
+    }
+    // Huge pages of an object begin at whole ones of it.
+    let class = |index: usize| {
+        let Checked { file, file_pages, kind, .. } = &regions[index];
+        (file.first_chunk.0, kind.is_huge, if kind.is_huge { file_pages.start % HUGE_PAGES } else { 0 })
+    };
+    private.sort_unstable_by_key(|index| (class(*index), regions[*index].file_pages.start));
+    let mut objects: Vec<Vec<usize>> = shared.into_values().collect();
+    // Of the current class: objects that can go on, by the page behind their last region.
+    let mut open: BTreeMap<(usize, usize), ()> = BTreeMap::new();
+    let mut last_class = None;
+    for index in private {
+        if last_class.replace(class(index)) != Some(class(index)) {
+            open.clear();
+        }
+        let pages = &regions[index].file_pages;
+        let before = open.range(..=(pages.start, usize::MAX)).next_back().map(|(key, ())| *key);
+        let number = match before.filter(|(end, _)| pages.start - end <= FAR_PAGES) {
+            Some(key) => {
+                open.remove(&key);
+                key.1
+            }
+            None => {
+                objects.push(Vec::new());
+                objects.len() - 1
+            }
+        };
+        objects[number].push(index);
+        open.insert((pages.end, number), ());
+    }
+    objects
+}
+
+/// Checks the regions that a process has registered.
+///
+/// # Errors
+/// [`SessionError::Region`]: the first that cannot be.
+fn check(
+    image: &Image,
+    space: &Arc<Space>,
+    regions: &[ForeignRegion],
+    tracks: bool,
+) -> Result<Vec<Checked>, SessionError> {
     if tracks && !uffd::pagemap_scan_works() {
         return Err(SessionError::NoTracking("the kernel lacks PAGEMAP_SCAN (Linux 6.7)".into()));
     }
@@ -314,7 +369,8 @@ fn regions(
         let reason = "that takes the process's pid, and the right to read /proc/PID/pagemap";
         return Err(SessionError::NoTracking(reason.into()));
     }
-    let mut rows: Vec<(RegionRow, FileEntry)> = Vec::new();
+    let mut checked = Vec::with_capacity(regions.len());
+    let mut files: HashMap<&[u8], FileEntry> = HashMap::new();
     // By address: the end, and which one it is.
     let mut placed: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
     // By object and file: the pages of it that regions have.
@@ -338,9 +394,16 @@ fn regions(
         }
         placed.insert(address, (end, index));
         let path = String::from_utf8_lossy(&region.path);
-        let file = image.file(&region.path).ok_or_else(|| wrong(format!("no file {path:?} of the image")))?;
+        let file = match files.get(&*region.path) {
+            Some(file) => *file,
+            None => {
+                image.file(&region.path).ok_or_else(|| wrong(format!("no file {path:?} of the image")))?
+            }
+        };
+        files.insert(&region.path, file);
         let pages = pages(region.offset_bytes, len)
             .filter(|pages| pages.end <= to_usize(file.size_bytes).div_ceil(PAGE_BYTES))
+            .filter(|pages| u32::try_from(pages.len()).is_ok())
             .ok_or_else(|| {
                 let (offset, size) = (region.offset_bytes, file.size_bytes);
                 wrong(format!("{path:?} has {size} bytes, so not these pages from byte {offset} on"))
@@ -354,7 +417,7 @@ fn regions(
         }
         let not_registered = || wrong("there is no memory registered with this userfaultfd".into());
         let found = match space.uffd.is_huge(address) {
-            Err(_) if !space.is_settled() => None,
+            Err(_) if !space.is_registered() => None,
             is_huge => is_huge.map_err(|_| not_registered())?,
         };
         if tracks && region.sharing != Sharing::Private {
@@ -368,52 +431,12 @@ fn regions(
                 "it was said to have pages of {page_bytes} bytes, and has such of {found}"
             )));
         }
-        let row = RegionRow {
-            space: space.id,
-            address,
-            pages: pages.len(),
-            first_page: pages.start,
-            file_first_chunk: file.first_chunk.0,
-            file_bytes: file.size_bytes,
-            states_at: 0,
-            states_pages: pages.len(),
-            first_state: 0,
-            is_shared: region.sharing != Sharing::Private,
-            is_huge,
-            is_left: false,
-            is_displaced: false,
-        };
-        rows.push((row, file));
+        let is_shared = region.sharing != Sharing::Private;
+        let kind = ObjectKind { is_shared, is_huge, tracks_removals: tracks };
+        let sharing = region.sharing;
+        checked.push(Checked { address, file, file_pages: pages, kind, sharing });
     }
-    let of_object = |(object, span): ((u32, u64), Range<usize>)| {
-        let is_huge = rows
-            .iter()
-            .zip(regions)
-            .any(|((row, _), r)| r.sharing == Sharing::Shared(object.0) && row.is_huge);
-        Ok((object, (span.start, Common::new(state.page_states(span.len())?, is_huge, false))))
-    };
-    let objects: HashMap<_, _> = objects.into_iter().map(of_object).collect::<Result<_, StateError>>()?;
-    let chunk_bytes = image.root().chunk_size().bytes();
-    let region = |((mut row, file), region): ((RegionRow, FileEntry), &ForeignRegion)| {
-        let states = match region.sharing {
-            Sharing::Private => Common::new(state.page_states(row.pages)?, row.is_huge, tracks),
-            Sharing::Shared(object) => {
-                let (first_page, states) = &objects[&(object, file.first_chunk.0)];
-                row.first_state = row.first_page - first_page;
-                states.clone()
-            }
-        };
-        Ok(Arc::new(RegionState::restored(&row, Arc::clone(space), file, chunk_bytes, states)))
-    };
-    let made: Vec<Arc<RegionState>> =
-        rows.iter().cloned().zip(regions).map(region).collect::<Result<_, SessionError>>()?;
-    if tracks {
-        for region in &made {
-            let registered = space.uffd.register(region.address(0), region.len());
-            registered.map_err(|error| SessionError::NoTracking(error.to_string()))?;
-        }
-    }
-    Ok(made)
+    Ok(checked)
 }
 
 /// The pages of a file from a byte on; None if none begins there, or there are too many.

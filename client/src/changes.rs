@@ -1,14 +1,12 @@
 //! What has become of memory since the restore: what was written to, which the page tables tell, and what was removed,
 //! which the pager has been told.
 
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{PageState, Region};
 use crate::shared::Shared;
 use crate::uffd::Outcome;
 use postcopy_proto::page::PAGE_BYTES;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -29,7 +27,7 @@ pub struct Changes {
 }
 
 /// What was written to and removed since it was installed, or since this was last called with `reset`.
-pub(crate) fn of_region(region: &RegionState, shared: &Shared, reset: bool) -> io::Result<Changes> {
+pub(crate) fn of_region(region: &Region, shared: &Shared, reset: bool) -> io::Result<Changes> {
     // All but poison, which looks as if it had been written to. Absent, too: whoever touched a page may go on a little
     // before it is noted as resident.
     const NOT_LOST: [PageState; 3] = [PageState::Absent, PageState::Resident, PageState::Removed];
@@ -38,7 +36,7 @@ pub(crate) fn of_region(region: &RegionState, shared: &Shared, reset: bool) -> i
     }
     // Whoever removes something goes on when the pager has read that, and is done with it when it lets others in. The pass is
     // not kept: a signal's handler may touch what is absent, and the pager would wait for this thread.
-    let Some(pass) = shared.gate.enter() else { return Err(io::Error::other("the session has ended")) };
+    let Some(pass) = shared.map.gate.enter() else { return Err(io::Error::other("the session has ended")) };
     drop(pass);
     // Before the look at what was written: what is removed after it is of the next time, as its writes are.
     let removed = removed(region, reset);
@@ -89,16 +87,16 @@ pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
         return Err(io::ErrorKind::Unsupported.into());
     }
     loop {
-        let spaces = shared.spaces();
-        let regions: Vec<_> = spaces.regions().iter().filter(|region| region.space.id == 0).collect();
+        let regions: Vec<_> = shared.spaces().regions_of(0).collect();
         let mut told = Vec::new();
         let looked: io::Result<()> = regions.iter().try_for_each(|region| {
             told.push(of_region(region, shared, reset)?);
             Ok(())
         });
         // What the pager has read meanwhile is done when it lets others in.
-        drop(shared.gate.enter());
-        let stay = regions.iter().all(|region| region.is_alive() || region.space.is_gone());
+        drop(shared.map.gate.enter());
+        let spaces = shared.spaces();
+        let stay = regions.iter().all(|region| spaces.holds(region) || region.space.is_gone());
         if looked.is_ok() && stay {
             return Ok(at_addresses(&regions, told));
         }
@@ -118,7 +116,7 @@ pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
 }
 
 /// What was told of regions, by addresses.
-fn at_addresses(regions: &[&Arc<RegionState>], told: Vec<Changes>) -> Changes {
+fn at_addresses(regions: &[Region], told: Vec<Changes>) -> Changes {
     let mut all = Changes::default();
     for (region, Changes { written, removed }) in regions.iter().zip(told) {
         let start = region.address(0);
@@ -130,16 +128,14 @@ fn at_addresses(regions: &[&Arc<RegionState>], told: Vec<Changes>) -> Changes {
 }
 
 /// Has pages be told of the next time that could not be told of now, wherever they have been moved to.
-fn put_back(shared: &Shared, region: &RegionState, written: &[Range<usize>], removed: &[Range<usize>]) {
+fn put_back(shared: &Shared, region: &Region, written: &[Range<usize>], removed: &[Range<usize>]) {
     removed.iter().for_each(|run| region.count_removed(run.clone()));
     let started = Instant::now();
     for run in written {
         let unprotect = || {
-            let spaces = shared.spaces();
-            let places = spaces.regions().iter().filter(|other| other.space.id == region.space.id);
-            let mut places =
-                places.map(|other| other.same_memory(region, run)).filter(|place| !place.is_empty());
-            places.all(|place| region.space.uffd.unprotect(place) != Outcome::Deferred)
+            let mappings = shared.spaces().mappings(region, run);
+            let mut places = mappings.into_iter().filter(|(space, _)| space.id == region.space.id);
+            places.all(|(space, place)| space.uffd.unprotect(place) != Outcome::Deferred)
         };
         while !unprotect() && !shared.has_ended() && started.elapsed() < shared.options.fault_deadline {
             std::thread::park_timeout(PAUSE);
@@ -148,7 +144,7 @@ fn put_back(shared: &Shared, region: &RegionState, written: &[Range<usize>], rem
 }
 
 /// The runs of pages that were removed since this was last called with `reset`.
-fn removed(region: &RegionState, reset: bool) -> Vec<Range<usize>> {
+fn removed(region: &Region, reset: bool) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let Some(removals) = region.removals() else { return runs };
     let states = region.placed(0..region.pages());
@@ -169,18 +165,14 @@ fn removed(region: &RegionState, reset: bool) -> Vec<Range<usize>> {
 }
 
 /// Protects pages anew that have been written to. A write in between is of what is told now.
-fn protect(
-    region: &RegionState,
-    shared: &Shared,
-    runs: impl Iterator<Item = Range<usize>>,
-) -> io::Result<()> {
+fn protect(region: &Region, shared: &Shared, runs: impl Iterator<Item = Range<usize>>) -> io::Result<()> {
     let started = Instant::now();
     for run in runs {
         let addresses = region.address(run.start)..region.address(run.end);
         // In the gate, so that it is the region's memory that is there: an event that is not read yet is in the way.
         let protect = || {
-            let Some(_pass) = shared.gate.enter() else { return Err(io::ErrorKind::BrokenPipe.into()) };
-            if !region.is_alive() {
+            let Some(_pass) = shared.map.gate.enter() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+            if !shared.spaces().holds(region) {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             region.space.uffd.protect(addresses.clone())

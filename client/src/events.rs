@@ -7,13 +7,12 @@
 //! ([`Spaces`]).
 
 use crate::advice::{self, Call};
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{Change, PageState, Region, Space, Spaces};
 use crate::shared::Shared;
-use crate::space::{Space, Spaces};
-use crate::state::{MESSAGES, StateError};
+use crate::state_file::{MESSAGES, Record, StateError};
 use crate::uffd::{self, Event};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Why not all messages of a userfaultfd were read and done.
@@ -40,8 +39,9 @@ pub(crate) fn read(
     space: &Arc<Space>,
     faults: &mut Vec<(usize, bool)>,
 ) -> Result<(), Stopped> {
-    let callers = shared.callers.as_ref().filter(|_| shared.spaces().has_shared());
-    let most = if shared.spaces().has_shared() { 1 } else { MESSAGES };
+    let has_shared = shared.spaces().has_shared();
+    let callers = shared.callers.as_ref().filter(|_| has_shared);
+    let most = if has_shared { 1 } else { MESSAGES };
     loop {
         // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time;
         // and as long as an event is under way, none without a look at who is in madvise. (Where none is, what can be
@@ -87,68 +87,78 @@ pub(crate) fn apply(
     done: usize,
 ) -> Result<(), String> {
     let full = |error: StateError| error.to_string();
-    let mut spaces = shared.spaces();
+    let id = space.id;
     match event {
         Event::Fault { .. } => {}
         // The content is about to go: nothing of the image may be installed there any more.
         Event::Remove { addresses } => {
-            // Only of what is mapped there is it told: shared memory that was moved from there, and stays.
-            if Arc::make_mut(&mut spaces).take_back_in(space, &addresses) {
-                shared.set_spaces(Arc::clone(&spaces), None).map_err(full)?;
+            // REMOVE is reported for mapped addresses only, so shared memory that was moved from here must still be
+            // mapped here.
+            if shared.spaces().can_take_back(id, &addresses) {
+                let change = Change::TakeBack { space: id, addresses: addresses.clone() };
+                shared.change(change, None).map_err(full)?;
             }
+            let spaces = shared.spaces();
             for region in spaces.overlapping(space, &addresses) {
                 let pages = region.pages_in(&addresses);
-                if !region.is_shared() {
-                    region.set_removed(pages);
-                } else if !keeps_content(shared, region, &pages, calls, &addresses)? {
-                    region.set_removed(pages.clone());
-                    wake_mappings(&spaces, region, &pages);
+                let keeps = region.is_shared() && keeps_content(shared, &region, &pages, calls, &addresses)?;
+                if !keeps {
+                    region.set_removed(pages.clone()).map_err(|error| full(error.into()))?;
+                }
+                if region.is_shared() && !keeps {
+                    wake_mappings(&spaces, &region, &pages);
                 }
             }
             shared.state.done(done);
             wake(space, &addresses);
         }
         Event::Unmap { addresses } => {
-            for region in Arc::make_mut(&mut spaces).unmap(space, &addresses) {
-                if !region.is_shared() {
-                    region.set_removed(0..region.pages());
-                }
-            }
-            shared.set_spaces(spaces, Some(done)).map_err(full)?;
+            let change = Change::Unmap { space: id, addresses: addresses.clone() };
+            shared.change(change, Some(done)).map_err(full)?;
             wake(space, &addresses);
         }
         // An old size of 0: it is mapped in both places now.
         Event::Remap { from, to } if from.is_empty() => {
-            Arc::make_mut(&mut spaces).map_again(space, from.start, to);
-            shared.set_spaces(spaces, Some(done)).map_err(full)?;
+            let change = Change::MapAgain { space: id, from: from.start, to };
+            shared.change(change, Some(done)).map_err(full)?;
         }
         // What is left at the old place with MREMAP_DONTUNMAP is zero, or the same if it is shared.
         Event::Remap { from, to } => {
-            Arc::make_mut(&mut spaces).move_to(space, &from, to);
+            let moved = to..to + from.len();
+            shared.change(Change::Move { space: id, from: from.clone(), to }, Some(done)).map_err(full)?;
             // It may have been moved before the session was attached, which registered it anew for tracking.
-            let moved = spaces.overlapping(space, &(to..to + from.len())).iter();
-            for region in moved.filter(|region| region.removals().is_some()) {
-                let _ = space.uffd.register(region.address(0), region.len());
+            for region in shared.spaces().overlapping(space, &moved) {
+                if region.removals().is_some() {
+                    let _ = space.uffd.register(region.address(0), region.len());
+                }
             }
-            shared.set_spaces(spaces, Some(done)).map_err(full)?;
             wake(space, &from);
         }
-        Event::Fork { child } => {
-            let child = space.uffd.of_child(child);
-            let id = shared.next_space_id();
-            let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, &shared.state));
-            let forked =
-                id.and_then(|_| Arc::make_mut(&mut spaces).fork(space, Arc::clone(&child), &shared.state));
-            if let Err(error) = forked.and_then(|()| shared.set_spaces(spaces, Some(done))) {
-                // Its message is not done: a successor takes it from there, and it must stay open.
-                std::mem::forget(child);
-                return Err(full(error));
-            }
-        }
+        Event::Fork { child } => fork(shared, space, child, done).map_err(full)?,
         Event::Unknown { event } => return Err(format!("the kernel sent event {event:#x}, not asked for")),
     }
     shared.pages_changed();
     Ok(())
+}
+
+/// Adds the space of a child, whose userfaultfd came with its parent's event.
+fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<(), StateError> {
+    let child = parent.uffd.of_child(child);
+    let id = shared.next_space_id();
+    let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, &shared.state));
+    let mut spaces = shared.spaces();
+    let forked = id.and_then(|id| {
+        Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
+        let private = spaces.objects_of(id).filter(|(_, object)| !object.kind().is_shared);
+        let tables = private.map(|(number, object)| (number, object.states().table_at())).collect();
+        let record = Record::Fork { parent: parent.id, child: id, fd: child.uffd.number(), tables };
+        shared.set_spaces(Arc::clone(&spaces), &record, Some(done))
+    });
+    if forked.is_err() {
+        // Its message is not done: a successor takes it from there, and the descriptor must stay open.
+        std::mem::forget(child);
+    }
+    forked
 }
 
 /// Whether shared memory keeps its content whose REMOVE event was read.
@@ -157,7 +167,7 @@ pub(crate) fn apply(
 /// If that cannot be known, and matters: where pages are absent.
 fn keeps_content(
     shared: &Shared,
-    region: &RegionState,
+    region: &Region,
     pages: &Range<usize>,
     calls: Option<&[Call]>,
     addresses: &Range<usize>,
@@ -179,12 +189,9 @@ fn keeps_content(
 }
 
 /// Wakes those who sleep on these pages in any of their mappings.
-pub(crate) fn wake_mappings(spaces: &Spaces, region: &RegionState, pages: &Range<usize>) {
-    for other in spaces.regions() {
-        let addresses = other.same_memory(region, pages);
-        if !addresses.is_empty() {
-            wake(&other.space, &addresses);
-        }
+pub(crate) fn wake_mappings(spaces: &Spaces, region: &Region, pages: &Range<usize>) {
+    for (space, addresses) in spaces.mappings(region, pages) {
+        wake(&space, &addresses);
     }
 }
 

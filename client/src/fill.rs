@@ -12,19 +12,19 @@ mod installer;
 use crate::image::Content;
 use crate::install;
 use crate::lane::{BulkLane, runs_of};
+use crate::memory::{Region, Spaces};
 use crate::pace;
-use crate::region::RegionState;
 use crate::remote::Lane::Bulk;
 use crate::remote::{Remote, RemoteError, ServerAddress, within};
 use crate::requests::MAX_ATTEMPTS;
 use crate::shared::Shared;
-use crate::space::Spaces;
 use bytes::Bytes;
 use installer::{Installer, Job, Refused, Work};
+use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use postcopy_proto::set_frame::SetFrame;
 use postcopy_proto::v1;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,7 +61,7 @@ struct Stream {
 /// A request: the chunks of a region that are still to come, and the room that they take.
 struct AskedFor {
     id: u64,
-    region: Arc<RegionState>,
+    region: Region,
     chunks: u64,
     permit: OwnedSemaphorePermit,
     at: Instant,
@@ -138,23 +138,23 @@ impl Fill {
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
             let spaces = self.shared.spaces();
-            let regions = spaces.regions();
-            let before = unresolved_pages(regions);
+            let before = unresolved_pages(&spaces);
             if before == 0 || !self.shared.fills() {
+                drop(spaces);
                 self.shared.fill_work.notified().await;
                 progressed = Instant::now();
                 continue;
             }
             self.shared.set_filling(true);
             let outcome = match self.lane(lane.take(), channel.take()).await {
-                Ok(lane) => self.pass(regions, fruitless_passes, lane).await,
+                Ok(lane) => self.pass(&spaces, fruitless_passes, lane).await,
                 Err(error) => Err(error),
             };
             // All permits are back: nothing is in flight.
             self.all_installed().await;
             self.shared.in_bulk.clear();
             self.shared.set_filling(false);
-            if unresolved_pages(regions) < before {
+            if unresolved_pages(&spaces) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
                 continue;
             }
@@ -172,6 +172,7 @@ impl Fill {
             if given_up {
                 self.report(outcome.err());
             }
+            drop(spaces);
             // New regions are new work; else it is tried again: what was lost may come back.
             let _ = tokio::time::timeout(pause, self.shared.fill_work.notified()).await;
         }
@@ -250,10 +251,10 @@ impl Fill {
             BulkLane::over(channel, server, &self.shared.image.digest(), Some(request)).await
         };
         let prepare = async {
-            self.wait_while(|spaces| spaces.regions().is_empty()).await;
+            self.wait_while(Spaces::is_empty).await;
             // Frames are proved against segments, which may be still to come.
-            self.bring_segments(self.shared.spaces().regions()).await?;
-            self.wait_while(|spaces| !spaces.spaces().iter().all(|space| space.is_settled())).await;
+            self.bring_segments(&self.shared.spaces()).await?;
+            self.wait_while(|spaces| !spaces.spaces().all(|space| space.is_registered())).await;
             Ok(())
         };
         let (lane, prepared) = tokio::join!(ask, prepare);
@@ -301,16 +302,11 @@ impl Fill {
     }
 
     /// Goes once over everything that is unresolved: whether it has left out what touches have asked for.
-    async fn pass(
-        &self,
-        regions: &[Arc<RegionState>],
-        attempt: u32,
-        lane: BulkLane,
-    ) -> Result<bool, RemoteError> {
-        self.bring_segments(regions).await?;
+    async fn pass(&self, spaces: &Spaces, attempt: u32, lane: BulkLane) -> Result<bool, RemoteError> {
+        self.bring_segments(spaces).await?;
         let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0, leaves: false };
-        for region in regions {
-            self.fill_region(&mut stream, region, attempt).await?;
+        for region in spaces.regions() {
+            self.fill_region(&mut stream, &region, attempt).await?;
         }
         while !stream.asked.is_empty() && !self.shared.has_ended() {
             self.receive(&mut stream).await?;
@@ -319,13 +315,13 @@ impl Fill {
     }
 
     /// Has the segments of the regions' files come, those that are not here yet.
-    async fn bring_segments(&self, regions: &[Arc<RegionState>]) -> Result<(), RemoteError> {
+    async fn bring_segments(&self, spaces: &Spaces) -> Result<(), RemoteError> {
         let image = &self.shared.image;
-        let missing = |region: &&Arc<RegionState>| {
-            image.root().segments_of(&region.file).any(|index| image.segment(index).is_none())
-        };
-        let files = regions.iter().filter(missing).map(|region| region.file.first_chunk);
-        let files: Vec<_> = files.collect();
+        let missing =
+            |file: &FileEntry| image.root().segments_of(file).any(|index| image.segment(index).is_none());
+        let spaces_of = || spaces.spaces().flat_map(|space| spaces.objects_of(space.id));
+        let files = spaces_of().map(|(_, object)| object.file).filter(missing);
+        let files: HashSet<_> = files.map(|file| file.first_chunk).collect();
         let paths: Vec<_> = image
             .root()
             .files()
@@ -347,11 +343,11 @@ impl Fill {
     async fn fill_region(
         &self,
         stream: &mut Stream,
-        region: &Arc<RegionState>,
+        region: &Region,
         attempt: u32,
     ) -> Result<(), RemoteError> {
         let Range { start: mut next, end } = region.chunks();
-        while next < end && !self.shared.has_ended() && region.is_alive() {
+        while next < end && !self.shared.has_ended() && self.shared.spaces().holds(region) {
             let most = self.wait_for_turn(stream).await?;
             match self.plan(region, &mut next, most, &mut stream.leaves) {
                 Plan::Nothing => {}
@@ -362,7 +358,7 @@ impl Fill {
                 Plan::Ask { chunks, pages } => {
                     let permit = self.permit(stream, pages).await?;
                     stream.last_id += 1;
-                    let (id, region, count) = (stream.last_id, Arc::clone(region), chunks.len() as u64);
+                    let (id, region, count) = (stream.last_id, region.clone(), chunks.len() as u64);
                     let at = Instant::now();
                     stream.asked.push_back(AskedFor { id, region, chunks: count, permit, at });
                     chunks.iter().for_each(|chunk| self.shared.in_bulk.add(ChunkIndex(*chunk)));
@@ -435,8 +431,7 @@ impl Fill {
             .await
             .map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))??;
         let Some(front) = stream.asked.front_mut() else { return Ok(()) };
-        let (region, count, wire) =
-            (Arc::clone(&front.region), message.chunks.len() as u64, front.at.elapsed());
+        let (region, count, wire) = (front.region.clone(), message.chunks.len() as u64, front.at.elapsed());
         let permit = if count < front.chunks {
             // Room goes back with the frames, in proportion.
             let pages = front.permit.num_permits() as u64 * count / front.chunks;
@@ -469,7 +464,7 @@ impl Fill {
 
     /// What to do from chunk `next` of the region on; `next` goes past it.
     /// At most `most` pages, or one chunk. `leaves` is set where a touch has asked for one.
-    fn plan(&self, region: &RegionState, next: &mut u64, most: usize, leaves: &mut bool) -> Plan {
+    fn plan(&self, region: &Region, next: &mut u64, most: usize, leaves: &mut bool) -> Plan {
         let image = &self.shared.image;
         let most = most.max(image.root().chunk_size().bytes() / PAGE_BYTES);
         let (mut chunks, mut pages) = (Vec::new(), 0);
@@ -513,9 +508,6 @@ enum Plan {
     Ask { chunks: Vec<u64>, pages: usize },
 }
 
-fn unresolved_pages(regions: &[Arc<RegionState>]) -> usize {
-    let unresolved = |region: &Arc<RegionState>| {
-        install::unresolved(region).iter().map(|state| region.count(*state)).sum::<usize>()
-    };
-    regions.iter().filter(|region| region.is_alive()).map(unresolved).sum()
+fn unresolved_pages(spaces: &Spaces) -> usize {
+    spaces.unresolved(spaces.spaces().all(|space| space.uffd.can_poison()))
 }

@@ -8,7 +8,6 @@ use crate::session::Session;
 use crate::shared::Command;
 use rustix::process::Signal;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -25,10 +24,10 @@ impl<'a> Hosted<'a> {
 
     /// Declares all memory of the process registered: see
     /// [`ForeignMemory::is_registered`](crate::ForeignMemory::is_registered).
-    pub fn settle(self) {
+    pub fn set_registered(self) {
         let shared = &self.session.shared;
-        shared.spaces().spaces().iter().for_each(|space| space.settle());
-        shared.state.settle();
+        shared.spaces().spaces().for_each(|space| space.set_registered());
+        shared.state.set_registered();
         shared.fill_work.notify_one();
     }
 
@@ -40,13 +39,11 @@ impl<'a> Hosted<'a> {
     /// Until the pager has the request; not until the pages are installed.
     pub fn bring(self, addresses: &Range<usize>) {
         let spaces = self.session.shared.spaces();
-        for region in spaces.regions() {
+        let regions = spaces.spaces().flat_map(|space| spaces.overlapping(space, addresses));
+        for region in regions {
             let pages = region.pages_in(addresses);
-            if !pages.is_empty() {
-                let command = Command::Bring { region: Arc::clone(region), pages };
-                // Fails for a session that has ended.
-                let _ = self.session.commands.blocking_send(command);
-            }
+            // Fails for a session that has ended.
+            let _ = self.session.commands.blocking_send(Command::Bring { region, pages });
         }
     }
 

@@ -4,13 +4,12 @@
 //! touched, at most 64 KiB in one ioctl, so that nobody waits long behind it.
 
 use crate::chunk::{ChunkPages, PIECE_PAGES};
-use crate::gate::{Gate, InstallerPass};
 use crate::huge;
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{InstallerPass, MemoryMap, PageState, Region, Spaces};
 use crate::uffd::Outcome;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between attempts of the kernel's that were put off.
@@ -19,7 +18,7 @@ const PAUSE: Duration = Duration::from_micros(200);
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
 /// The states of pages that may be installed. Before Linux 6.6 a lost page is inaccessible, and stays so.
-pub(crate) fn unresolved(region: &RegionState) -> &'static [PageState] {
+pub(crate) fn unresolved(region: &Region) -> &'static [PageState] {
     if region.space.uffd.can_poison() {
         &[PageState::Absent, PageState::Poisoned]
     } else {
@@ -40,44 +39,69 @@ pub(crate) enum Installed {
     Ended,
 }
 
-/// Passes as an installer, where there is a gate; None: it is the pager itself that installs.
-///
-/// # Errors
-/// If the pager has ended.
-pub(crate) fn enter(gate: Option<&Gate>) -> Result<Option<InstallerPass<'_>>, Installed> {
-    gate.map(|gate| gate.enter().ok_or(Installed::Ended)).transpose()
+/// Installs one after another into a region, from a thread of an installer or from the pager.
+#[derive(Debug)]
+pub(crate) struct Entrance<'a> {
+    /// None: the pager itself installs, and no event is read meanwhile.
+    map: Option<&'a MemoryMap>,
+    /// The spaces that hold the region, as they were last seen.
+    seen: Option<Arc<Spaces>>,
+}
+
+impl<'a> Entrance<'a> {
+    pub(crate) fn new(map: Option<&'a MemoryMap>) -> Self {
+        Self { map, seen: None }
+    }
+
+    /// Passes the gate as an installer, for one piece, if the region is still what it was.
+    ///
+    /// # Errors
+    /// [`Installed::All`] if its memory was moved or unmapped; [`Installed::Ended`].
+    pub(crate) fn enter(&mut self, region: &Region) -> Result<Option<InstallerPass<'a>>, Installed> {
+        let Some(map) = self.map else {
+            return if region.space.is_gone() { Err(Installed::All) } else { Ok(None) };
+        };
+        let pass = map.gate.enter().ok_or(Installed::Ended)?;
+        let spaces = map.spaces();
+        let is_same = self.seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, &spaces));
+        if region.space.is_gone() || !is_same && !spaces.holds(region) {
+            return Err(Installed::All);
+        }
+        self.seen = Some(spaces);
+        Ok(Some(pass))
+    }
 }
 
 /// Installs the pages of a chunk that `region` has and that are unresolved, those around region page `first` before the
 /// others, and wakes who waits for them. `content` is what the chunk holds.
 ///
 /// # Blocking
-/// With a `gate` it passes it as an installer for each piece; without one it must be the pager.
+/// With a `map` it passes its gate as an installer for each piece; without one it must be the pager.
 pub(crate) fn install(
-    gate: Option<&Gate>,
-    region: &RegionState,
+    map: Option<&MemoryMap>,
+    region: &Region,
     chunk: ChunkIndex,
     content: &ChunkPages,
     first: Option<usize>,
 ) -> Installed {
     if region.gathering().is_some() {
-        return huge::install(gate, region, chunk, content);
+        return huge::install(map, region, chunk, content);
     }
     let Some(all) = region.pages_of(chunk) else { return Installed::All };
     let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - all.start);
     let middle = first.map_or(all.start, piece_of);
     for part in [middle..all.end, all.start..middle] {
-        match install_part(gate, region, &all, content, part) {
+        match install_part(map, region, &all, content, part) {
             Installed::All => {}
             other => return other,
         }
     }
-    wake_shared(gate, region, all)
+    wake_shared(map, region, &all)
 }
 
 /// Installs one page of a chunk, and wakes who waits for it.
 pub(crate) fn install_page(
-    region: &RegionState,
+    region: &Region,
     chunk: ChunkIndex,
     content: &ChunkPages,
     page: usize,
@@ -88,15 +112,15 @@ pub(crate) fn install_page(
 
 /// Installs pages `part` of the region's pages `all` of a chunk.
 fn install_part(
-    gate: Option<&Gate>,
-    region: &RegionState,
+    map: Option<&MemoryMap>,
+    region: &Region,
     all: &Range<usize>,
     content: &ChunkPages,
     part: Range<usize>,
 ) -> Installed {
     // A region may begin within a chunk.
     let place = region.place_in_chunk(all.start);
-    install_runs(gate, region, part, |run| {
+    install_runs(map, region, part, |run| {
         let (piece, held) = content.piece(run.start - all.start + place..run.end - all.start + place);
         let len = piece.len();
         (len, held.then(|| content.bytes_of(piece)))
@@ -108,19 +132,19 @@ fn install_part(
 /// # Blocking
 /// As [`install`].
 pub(crate) fn install_pages(
-    gate: &Gate,
-    region: &RegionState,
+    map: &MemoryMap,
+    region: &Region,
     pages: Range<usize>,
     bytes: Option<&[u8]>,
 ) -> Installed {
     let start = pages.start;
-    let installed = install_runs(Some(gate), region, pages.clone(), |run| {
+    let installed = install_runs(Some(map), region, pages.clone(), |run| {
         let len = run.len().min(PIECE_PAGES);
         let at = (run.start - start) * PAGE_BYTES;
         (len, bytes.map(|bytes| &bytes[at..at + len * PAGE_BYTES]))
     });
     match installed {
-        Installed::All => wake_shared(Some(gate), region, pages),
+        Installed::All => wake_shared(Some(map), region, &pages),
         other => other,
     }
 }
@@ -128,18 +152,19 @@ pub(crate) fn install_pages(
 /// Installs what is unresolved of `pages`. `piece` says of such a run how many of its first pages, at most 64 KiB, are
 /// installed by one ioctl, and gives their bytes, or None for zeros.
 fn install_runs<'a>(
-    gate: Option<&Gate>,
-    region: &RegionState,
+    map: Option<&MemoryMap>,
+    region: &Region,
     pages: Range<usize>,
     piece: impl Fn(Range<usize>) -> (usize, Option<&'a [u8]>),
 ) -> Installed {
     // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
     let (mut next, mut one_page) = (pages.start, false);
+    let mut entrance = Entrance::new(map);
     while next < pages.end {
-        let Ok(pass) = enter(gate) else { return Installed::Ended };
-        if !region.is_alive() {
-            return Installed::All;
-        }
+        let pass = match entrance.enter(region) {
+            Ok(pass) => pass,
+            Err(why) => return why,
+        };
         let Some(run) = region.next_run(next..pages.end, unresolved(region)) else { break };
         let (len, bytes) = piece(run.start..if one_page { run.start + 1 } else { run.end });
         match install_piece(region, run.start..run.start + len, bytes) {
@@ -154,10 +179,13 @@ fn install_runs<'a>(
 
 /// What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager may just
 /// have seen waiting, and what it reads in their place is an event whose caller it has not looked for.
-fn wake_shared(gate: Option<&Gate>, region: &RegionState, pages: Range<usize>) -> Installed {
-    if region.is_shared() {
-        let Ok(_pass) = enter(gate) else { return Installed::Ended };
-        region.space.uffd.wake(region.address(pages.start), pages.len() * PAGE_BYTES);
+fn wake_shared(map: Option<&MemoryMap>, region: &Region, pages: &Range<usize>) -> Installed {
+    if !region.is_shared() {
+        return Installed::All;
+    }
+    match Entrance::new(map).enter(region) {
+        Ok(_pass) => region.space.wake(&region.addresses_of(pages)),
+        Err(why) => return why,
     }
     Installed::All
 }
@@ -170,7 +198,7 @@ enum Step {
     Stop(Installed),
 }
 
-fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>) -> Step {
+fn install_piece(region: &Region, pages: Range<usize>, bytes: Option<&[u8]>) -> Step {
     let uffd = &region.space.uffd;
     let (address, len) = (region.address(pages.start), pages.len() * PAGE_BYTES);
     // UFFDIO_ZEROPAGE takes poison for a page that is there; a copy goes over it.
@@ -222,7 +250,8 @@ fn install_piece(region: &RegionState, pages: Range<usize>, bytes: Option<&[u8]>
 ///
 /// `read_events` is called when an event must be read first.
 pub(crate) fn poison(
-    region: &RegionState,
+    map: &MemoryMap,
+    region: &Region,
     pages: Range<usize>,
     patience: Duration,
     mut read_events: impl FnMut(),
@@ -238,7 +267,7 @@ pub(crate) fn poison(
     // Those that are poisoned, too: poison belongs to a mapping, and whoever has set the state may have been killed.
     while let Some(run) = region.next_run(next..pages.end, &UNRESOLVED) {
         // An event that was read may have moved it.
-        if !region.is_alive() {
+        if !map.spaces().holds(region) {
             return true;
         }
         let run = run.start..run.end.min(run.start.saturating_add(most));
@@ -246,7 +275,9 @@ pub(crate) fn poison(
         let run = region.next_run(run.clone(), &[region.state(run.start)]).unwrap_or(run);
         if region.state(run.start) == PageState::Absent {
             // Before the kernel is asked: poison that looks absent would be taken for a page that is there.
-            region.set_poisoned(run.clone());
+            if region.set_poisoned(run.clone()).is_err() {
+                return false;
+            }
             were_absent = run.clone();
         }
         let (address, len) = (region.address(run.start), run.len() * PAGE_BYTES);
@@ -301,7 +332,7 @@ pub(crate) fn poison(
     true
 }
 
-fn poison_run(region: &RegionState, address: usize, len: usize) -> Outcome {
+fn poison_run(region: &Region, address: usize, len: usize) -> Outcome {
     let uffd = &region.space.uffd;
     if uffd.can_poison() {
         return region.space.counted(uffd.poison(address, len));
@@ -313,17 +344,18 @@ fn poison_run(region: &RegionState, address: usize, len: usize) -> Outcome {
 
 /// A page is no longer registered, or not mapped. If an event is to be read yet, that decides what becomes of it, which
 /// may be that it has only been moved; else nothing will tell of it, and it is final. Or it is still to be registered.
-pub(crate) fn gone(region: &RegionState, page: usize) {
+pub(crate) fn gone(region: &Region, page: usize) {
     let uffd = &region.space.uffd;
-    if !uffd.has_event() && !region.is_shared() && region.space.is_settled() {
-        region.set_removed(region.whole(&(page..page + 1)));
+    if !uffd.has_event() && !region.is_shared() && region.space.is_registered() {
+        // Without memory for that the page stays absent, and its next fault comes here again.
+        let _ = region.set_removed(region.whole(&(page..page + 1)));
     }
     let addresses = region.whole_addresses(page);
     uffd.wake(addresses.start, addresses.len());
 }
 
 /// Before Linux 6.6: no access at all to these pages, which is SIGSEGV.
-fn forbid(region: &RegionState, pages: Range<usize>) {
+fn forbid(region: &Region, pages: Range<usize>) {
     use crate::uffd::memory::forbid;
     if forbid(region.address(pages.start), pages.len() * PAGE_BYTES).is_ok() {
         return;
@@ -336,35 +368,31 @@ fn forbid(region: &RegionState, pages: Range<usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::region::Common;
-    use crate::space::Space;
-    use crate::state::State;
+    use crate::memory::{Object, ObjectKind, Place, Space, states_for};
+    use crate::state_file::State;
     use crate::uffd::Uffd;
     use crate::uffd::memory::Memory;
     use postcopy_proto::manifest::FileEntry;
-    use std::sync::Arc;
 
     const PAGES: usize = PIECE_PAGES;
 
     /// A region of one chunk, registered.
-    fn region(memory: &Memory) -> RegionState {
+    fn region(memory: &Memory) -> (MemoryMap, Region) {
         let state = State::own();
         let space = Arc::new(Space::new(0, Uffd::open(0).unwrap(), &state));
         space.uffd.register(memory.start(), memory.len()).unwrap();
         let file =
             FileEntry { size_bytes: memory.len() as u64, first_chunk: ChunkIndex(0), executable: false };
-        let states = state.page_states(PAGES).unwrap();
-        RegionState::new(
-            space,
-            memory.start(),
-            file,
-            0..PAGES,
-            memory.len(),
-            Common::new(states, false, false),
-        )
+        let states = states_for(state.arena(), &(0..PAGES), [0..PAGES]).unwrap();
+        let object = Arc::new(Object::new(file, 0, states, ObjectKind::default(), memory.len()));
+        let mut spaces = Spaces::default();
+        spaces.add_space(Arc::clone(&space));
+        let id = spaces.add_object(0, Arc::clone(&object));
+        spaces.add(0, id, Place::Here, memory.start(), 0..PAGES);
+        (MemoryMap::new(spaces), Region::new(space, object, memory.start(), 0..PAGES))
     }
 
-    fn install_zeros(region: &RegionState) -> Installed {
+    fn install_zeros(region: &Region) -> Installed {
         let mut content = ChunkPages::default();
         content.set_zeros(region.len());
         install(None, region, ChunkIndex(0), &content, None)
@@ -373,7 +401,7 @@ mod tests {
     #[test]
     fn pages_that_are_there_are_left_and_the_rest_comes() {
         let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
-        let region = region(&memory);
+        let (_map, region) = region(&memory);
         // Nobody has noted these: their installer was killed.
         for page in [0, 5, 6, 15] {
             let copied = region.space.uffd.copy(region.address(page), &[7; PAGE_BYTES]);
@@ -393,13 +421,13 @@ mod tests {
     #[test]
     fn poison_goes_around_what_is_there() {
         let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
-        let region = region(&memory);
+        let (map, region) = region(&memory);
         for page in [3, 9] {
             assert_eq!(region.space.uffd.copy(region.address(page), &[7; PAGE_BYTES]), Outcome::Done);
         }
-        region.set_removed(12..13);
+        region.set_removed(12..13).unwrap();
         let minute = Duration::from_secs(60);
-        assert!(poison(&region, 1..PAGES, minute, || unreachable!("nobody causes an event")));
+        assert!(poison(&map, &region, 1..PAGES, minute, || unreachable!("nobody causes an event")));
         let states = [(0, PageState::Absent), (1, PageState::Poisoned), (3, PageState::Resident)];
         for (page, state) in states.into_iter().chain([(9, PageState::Resident), (12, PageState::Removed)]) {
             assert_eq!(region.state(page), state, "page {page}");
@@ -413,12 +441,12 @@ mod tests {
     #[test]
     fn memory_that_is_gone_is_left_alone() {
         let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
-        let region = region(&memory);
+        let (map, region) = region(&memory);
         region.space.uffd.unregister(region.address(4), 4 * PAGE_BYTES).unwrap();
         assert_eq!(install_zeros(&region), Installed::All);
         assert_eq!(region.count(PageState::Resident), PAGES - 4);
         // Nothing tells of it, so that it is final.
         assert_eq!(region.count(PageState::Removed), 4);
-        assert!(region.is_resolved());
+        assert_eq!(map.spaces().unresolved(true), 0);
     }
 }

@@ -23,13 +23,11 @@ use crate::events::{self, Stopped};
 use crate::image::Image;
 use crate::kept::Kept;
 use crate::lane::DemandLane;
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{Change, PageState, Region, Space};
 use crate::remote::{Lane, ServerAddress};
 use crate::requests::Requests;
 use crate::session::{ImageSource, Options, SessionError};
 use crate::shared::{Command, Shared, add};
-use crate::space::{Space, Spaces};
 use crate::spin::Spin;
 use crate::uffd::{AsyncUffd, Readable};
 use crate::way_out::WayOut;
@@ -212,10 +210,9 @@ impl Pager {
     /// Watches the spaces that there are.
     fn watch(&mut self) -> io::Result<()> {
         let spaces = self.shared().spaces();
-        self.watched.retain(|watched| !watched.space.is_gone());
         // They only come at the end.
         let last = self.watched.last().map(|watched| watched.space.id);
-        for space in spaces.spaces().iter().filter(|space| last.is_none_or(|last| space.id > last)) {
+        for space in spaces.spaces().filter(|space| last.is_none_or(|last| space.id > last)) {
             let uffd = AsyncUffd::new(Arc::clone(&space.uffd))?;
             self.watched.push(Watched { space: Arc::clone(space), uffd });
         }
@@ -250,8 +247,8 @@ impl Pager {
                 readable = readable(&self.watched) => match readable {
                     Err(error) => return shared.report(&format!("a userfaultfd cannot be watched: {error}")),
                     Ok((watched, readable)) => {
-                        let Some(pass) = shared.gate.try_enter_alone() else {
-                            shared.gate.installers_left().await;
+                        let Some(pass) = shared.map.gate.try_enter_alone() else {
+                            shared.map.gate.installers_left().await;
                             continue;
                         };
                         let space = Arc::clone(&watched.space);
@@ -311,7 +308,7 @@ impl Pager {
     /// Reads what could not be read before.
     fn read_again(&mut self) {
         let shared = Arc::clone(&self.way_out.shared);
-        let Some(pass) = shared.gate.try_enter_alone() else { return };
+        let Some(pass) = shared.map.gate.try_enter_alone() else { return };
         let spaces: Vec<_> = self.watched.iter().map(|watched| Arc::clone(&watched.space)).collect();
         let read = spaces.iter().try_for_each(|space| self.read(space));
         drop(pass);
@@ -325,21 +322,29 @@ impl Pager {
     /// Forgets the memory of processes that have exited: whether there are others.
     fn owners_are_left(&mut self) -> bool {
         let shared = Arc::clone(&self.way_out.shared);
-        let spaces = shared.spaces();
-        for space in spaces.spaces().iter().filter(|space| space.uffd.is_owner_gone()) {
+        for space in shared.spaces().spaces().filter(|space| space.uffd.is_owner_gone()) {
             space.set_gone();
         }
-        if spaces.spaces().iter().any(|space| space.is_gone()) {
-            self.change_spaces(Spaces::forget_gone);
-            self.watched.retain(|watched| !watched.space.is_gone());
+        for space in shared.spaces().spaces().filter(|space| space.is_gone()) {
+            self.change(Change::Forget { space: space.id });
         }
+        self.clear_final_children();
+        self.watched.retain(|watched| !watched.space.is_gone());
         !self.watched.is_empty()
     }
 
-    fn change_spaces(&mut self, change: impl FnOnce(&mut Spaces)) {
-        let mut spaces = self.shared().spaces();
-        change(Arc::make_mut(&mut spaces));
-        if let Err(error) = self.shared().set_spaces(spaces, None) {
+    /// Drops the records of children none of whose pages can become the image's any more: what still faults there is
+    /// zero, as memory of no region is. Their descriptors stay: other processes may have them open, too, so that closing
+    /// these would end no wait for the pager.
+    fn clear_final_children(&mut self) {
+        let spaces = self.shared().spaces();
+        for child in spaces.spaces().filter(|space| space.id > 0 && spaces.is_final(space.id)) {
+            self.change(Change::Clear { space: child.id });
+        }
+    }
+
+    fn change(&mut self, change: Change) {
+        if let Err(error) = self.shared().change(change, None) {
             self.broken.get_or_insert(error.to_string());
         }
     }
@@ -385,9 +390,9 @@ impl Pager {
                 let registered = region.space.uffd.register(region.address(0), region.len());
                 if registered.is_ok() {
                     if let Some(recorder) = &self.shared().recorder {
-                        recorder.has(&self.shared().image, std::slice::from_ref(&region));
+                        recorder.has(&self.shared().image, std::iter::once(region.clone()));
                     }
-                    self.change_spaces(|spaces| spaces.add(region));
+                    self.shared().add_region(&region);
                 }
                 // The program waits for it, in `Session::map`.
                 let _ = reply.try_send(registered);
@@ -411,12 +416,7 @@ impl Pager {
     }
 
     /// In record mode: these pages, as far as they are of the chunk, count as touched, and the chunk comes as a whole.
-    fn bring_recorded(
-        &mut self,
-        region: &Arc<RegionState>,
-        chunk: ChunkIndex,
-        pages: &std::ops::Range<usize>,
-    ) {
+    fn bring_recorded(&mut self, region: &Region, chunk: ChunkIndex, pages: &std::ops::Range<usize>) {
         let of_chunk = region.pages_of(chunk).expect("a page of the region");
         if let Some(recorder) = &self.shared().recorder {
             let image = &self.shared().image;
@@ -428,20 +428,19 @@ impl Pager {
     }
 
     /// Lets go of a region. Its memory is never unmapped while it is registered: that would wait for this thread.
-    fn unmap(&mut self, region: &Arc<RegionState>, memory: crate::uffd::memory::Memory) {
+    fn unmap(&mut self, region: &Region, memory: crate::uffd::memory::Memory) {
         let shared = Arc::clone(&self.way_out.shared);
         // Whoever still touches it by a stray pointer is stopped, and never sees zeros.
         let forbidden = crate::uffd::memory::forbid(memory.start(), memory.len());
-        region.end();
         let unregistered = region.space.uffd.unregister(memory.start(), memory.len());
         // By address: a stray mremap or munmap may have made parts of it.
         let addresses = memory.start()..memory.start() + memory.len();
-        self.change_spaces(|spaces| drop(spaces.cut(&region.space, &addresses)));
-        self.requests.forget(region, shared.spaces().regions());
+        self.change(Change::Unmap { space: region.space.id, addresses });
+        self.requests.forget(region, &shared.spaces());
         if forbidden.is_ok() && unregistered.is_ok() {
             // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.
             let give_back = move || {
-                shared.gate.pass_through();
+                shared.map.gate.pass_through();
                 drop(memory);
             };
             // Without a thread it is given back at once, which nobody waits for here: it is not registered any more.

@@ -7,8 +7,7 @@
 
 use crate::bits::Bits;
 use crate::image::Image;
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{PageState, Region};
 use crate::remote::{Remote, RemoteError, within};
 use crate::shared::Shared;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
@@ -86,9 +85,9 @@ impl Recorder {
     }
 
     /// What is known of the pages of a region's file.
-    fn seen(&self, image: &Image, region: &RegionState) -> &Seen {
-        self.files[image.place_of(&region.file)].get_or_init(|| {
-            let pages = to_usize(region.file.size_bytes).div_ceil(PAGE_BYTES);
+    fn seen(&self, image: &Image, region: &Region) -> &Seen {
+        self.files[image.place_of(region.file())].get_or_init(|| {
+            let pages = to_usize(region.file().size_bytes).div_ceil(PAGE_BYTES);
             Seen { touched: Bits::new(pages), brought: Bits::new(pages) }
         })
     }
@@ -102,8 +101,8 @@ impl Recorder {
     }
 
     /// Pages of a region are touched.
-    pub(crate) fn touched(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
-        let (place, seen) = (image.place_of(&region.file), self.seen(image, region));
+    pub(crate) fn touched(&self, image: &Image, region: &Region, pages: Range<usize>) {
+        let (place, seen) = (image.place_of(region.file()), self.seen(image, region));
         for page in region.file_pages(pages) {
             if seen.touched.set(page) {
                 let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
@@ -113,15 +112,16 @@ impl Recorder {
     }
 
     /// Pages of a region came without having been touched, if they have not been.
-    pub(crate) fn brought(&self, image: &Image, region: &RegionState, pages: Range<usize>) {
+    pub(crate) fn brought(&self, image: &Image, region: &Region, pages: Range<usize>) {
         let seen = self.seen(image, region);
         let new = region.file_pages(pages).filter(|page| seen.brought.set(*page)).count();
         self.brought.fetch_add(new, Ordering::Relaxed);
     }
 
     /// The session has these regions now. What is there has been brought by who served the memory before.
-    pub(crate) fn has(&self, image: &Image, regions: &[Arc<RegionState>]) {
+    pub(crate) fn has(&self, image: &Image, regions: impl Iterator<Item = Region>) {
         for region in regions {
+            let region = &region;
             let _ = self.seen(image, region);
             let mut next = 0;
             while let Some(run) = region.next_run(next..region.pages(), &[PageState::Resident]) {
@@ -315,8 +315,7 @@ async fn run(shared: &Shared) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::region::Common;
-    use crate::state::State;
+    use crate::memory::tests::{any_region, any_space};
     use postcopy_proto::manifest::{ChunkContent, ManifestBuilder};
     use postcopy_proto::page::ChunkSize;
     use postcopy_proto::path::ImagePath;
@@ -324,16 +323,14 @@ mod tests {
     const SPAN: fn(u32, u32, u32) -> PageSpan = |file, first, count| PageSpan { file, first, count };
 
     /// An image of two files of 10 pages, and a region of the second one.
-    fn image_and_region() -> (Image, RegionState) {
+    fn image_and_region() -> (Image, Region) {
         let mut manifest = ManifestBuilder::new(ChunkSize::MIN);
         for path in [&b"a"[..], b"b"] {
             manifest.file(&ImagePath::try_from(path).unwrap(), 10 * PAGE_BYTES as u64, false);
             (0..10).for_each(|_| manifest.chunk(ChunkContent::Zero));
         }
         let image = Image::new(manifest.finish().unwrap().root);
-        let common = Common::new(State::own().page_states(10).unwrap(), false, false);
-        let space = crate::space::tests::any_space(0);
-        let region = RegionState::new(space, 0, image.files()[1], 0..10, PAGE_BYTES, common);
+        let region = any_region(&any_space(0), 0, image.files()[1], 0..10, PAGE_BYTES);
         (image, region)
     }
 

@@ -4,7 +4,7 @@
 
 use crate::bits::Underway;
 use crate::lane::runs_of;
-use crate::region::RegionState;
+use crate::memory::{Region, Spaces};
 use crate::trace::Stages;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
@@ -26,7 +26,7 @@ const LOST_RETRY: Duration = Duration::from_secs(1);
 const BUSY_RETRY: Duration = Duration::from_millis(100);
 
 /// A page that somebody waits for.
-pub(crate) type Waiting = (Arc<RegionState>, usize);
+pub(crate) type Waiting = (Region, usize);
 
 /// A chunk that was asked for and has not been installed.
 #[derive(Debug)]
@@ -410,18 +410,20 @@ impl Requests {
     }
 
     /// Forgets a region, of which `rest` are left: another one of the same file may wait for the same chunk.
-    pub(crate) fn forget(&mut self, region: &Arc<RegionState>, rest: &[Arc<RegionState>]) {
-        for (chunk, wanted) in &mut self.chunks {
-            if Arc::ptr_eq(&wanted.first.0, region)
-                && let Some((other, pages)) =
-                    rest.iter().find_map(|region| Some((region, region.pages_of(*chunk)?)))
+    pub(crate) fn forget(&mut self, region: &Region, rest: &Spaces) {
+        let is_it = |other: &Region| Arc::ptr_eq(&other.object, &region.object);
+        let chunk_pages = region.object.chunk_pages();
+        for (chunk, wanted) in self.chunks.iter_mut().filter(|(_, wanted)| is_it(&wanted.first.0)) {
+            let other = rest.of_chunk(*chunk, chunk_pages).find(|other| !is_it(other));
+            if let Some(other) = other
+                && let Some(pages) = other.pages_of(*chunk)
             {
-                wanted.first = (Arc::clone(other), pages.start);
+                wanted.first = (other, pages.start);
             }
         }
-        self.forget_chunks(|_, wanted| Arc::ptr_eq(&wanted.first.0, region));
+        self.forget_chunks(|_, wanted| is_it(&wanted.first.0));
         for wanted in self.segments.values_mut() {
-            wanted.pages.retain(|_, (r, _)| !Arc::ptr_eq(r, region));
+            wanted.pages.retain(|_, (other, _)| !is_it(other));
         }
         self.segments.retain(|_, wanted| !wanted.pages.is_empty());
     }

@@ -9,12 +9,13 @@ use crate::changes::{self, Changes};
 use crate::fill;
 use crate::host::Hosted;
 use crate::image::Image;
+use crate::memory::{self, Object, ObjectKind, states_for};
 use crate::pager::Start;
 use crate::recorder::{self};
-use crate::region::{Common, Region, RegionState};
+use crate::region::Region;
 use crate::remote::{RemoteError, ServerAddress};
 use crate::shared::{Command, OutcomeSoFar, Shared};
-use crate::state::{State, StateError};
+use crate::state_file::{State, StateError};
 use crate::trace::{self, TraceWriter};
 use crate::uffd::OpenError;
 use crate::uffd::memory::Memory;
@@ -297,12 +298,12 @@ impl Session {
         let uffd = memory.uffd.try_clone_to_owned().map_err(descriptor)?;
         let state = memory.state.map(File::try_clone).transpose().map_err(descriptor)?;
         let (regions, pid) = (memory.regions.to_vec(), memory.pid);
-        let owner = Owner::Another { uffd, regions, state, pid, is_settled: memory.is_registered };
+        let owner = Owner::Another { uffd, regions, state, pid, is_registered: memory.is_registered };
         Self::start(address, image, options, owner, run)
     }
 
     /// Goes on with a session whose process has died, or that could not go on: from its state file, and the
-    /// userfaultfds that the file names by number ([`crate::state::descriptors`]), which `uffds` gives by these numbers.
+    /// userfaultfds that the file names by number ([`crate::state_file::descriptors`]), which `uffds` gives by these numbers.
     /// Nothing that its owners did in between is missed, as long as all these descriptors have stayed open somewhere
     /// and nobody has read from them.
     ///
@@ -462,13 +463,19 @@ impl Session {
         };
         let start = memory.as_ref().map_or(0, Memory::start);
         let chunk_bytes = self.shared.image.root().chunk_size().bytes();
-        let space = self.shared.spaces().spaces().first().cloned().ok_or(SessionError::Ended)?;
-        let states = self.shared.state.page_states(pages.len())?;
-        let common = Common::new(states, false, self.shared.options.track_writes);
-        let state = Arc::new(RegionState::new(space, start, file, pages, chunk_bytes, common));
+        let space = self.shared.spaces().spaces().next().cloned().ok_or(SessionError::Ended)?;
+        if u32::try_from(pages.len()).is_err() {
+            let source = io::Error::from(io::ErrorKind::FileTooLarge);
+            return Err(SessionError::System { what: "a region of more than 16 TiB", source });
+        }
+        let states =
+            states_for(self.shared.state.arena(), &pages, [pages.clone()]).map_err(StateError::from)?;
+        let kind = ObjectKind { tracks_removals: self.shared.options.track_writes, ..ObjectKind::default() };
+        let object = Arc::new(Object::new(file, pages.start, states, kind, chunk_bytes));
+        let state = memory::Region::new(space, object, start, pages);
         if memory.is_some() {
             let (reply, registered) = std::sync::mpsc::sync_channel(1);
-            let command = Command::Map { region: Arc::clone(&state), reply };
+            let command = Command::Map { region: state.clone(), reply };
             self.commands.blocking_send(command).map_err(|_| SessionError::Ended)?;
             let registered = registered.recv().map_err(|_| SessionError::Ended)?;
             registered.map_err(system("a userfaultfd registration"))?;
@@ -579,7 +586,7 @@ impl Session {
     /// Whether every page of every region is resident or was given back.
     #[must_use]
     pub fn is_resident(&self) -> bool {
-        self.shared.spaces().regions().iter().all(|region| region.is_resolved())
+        self.shared.spaces().unresolved(true) == 0
     }
 
     /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over another
@@ -610,7 +617,7 @@ impl Session {
         // Too far away to be counted is for ever.
         let deadline = Instant::now().checked_add(timeout);
         let outcome = self.shared.wait(deadline, |outcome| {
-            if self.shared.spaces().regions().iter().all(|region| region.is_resolved()) {
+            if self.shared.spaces().unresolved(true) == 0 {
                 return Some(Ok(()));
             }
             let ended = outcome.ended.then(|| "the session has ended".into());

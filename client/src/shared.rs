@@ -2,18 +2,16 @@
 
 use crate::advice::Callers;
 use crate::bits::Underway;
-use crate::gate::Gate;
 use crate::image::Image;
+use crate::memory::{Change, MemoryMap, PageState, Place, Region, Spaces};
 use crate::pace::{Cores, Pace};
-use crate::page_state::PageState;
 use crate::recorder::Recorder;
-use crate::region::RegionState;
 use crate::remote::ServerAddress;
 use crate::session::{LossError, LossPolicy, Options, Progress};
-use crate::space::Spaces;
-use crate::state::{State, StateError};
+use crate::state_file::{Record, State, StateError};
 use crate::trace::Notes;
 use crate::uffd::memory::Memory;
+use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
@@ -41,11 +39,11 @@ pub(crate) fn add(counter: &AtomicU64, n: usize) {
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Serve this region from now on; answers when it is registered.
-    Map { region: Arc<RegionState>, reply: std::sync::mpsc::SyncSender<io::Result<()>> },
+    Map { region: Region, reply: std::sync::mpsc::SyncSender<io::Result<()>> },
     /// Let go of this region and give its memory back.
-    Unmap { region: Arc<RegionState>, memory: Memory },
+    Unmap { region: Region, memory: Memory },
     /// Bring these pages as if they had been touched.
-    Bring { region: Arc<RegionState>, pages: Range<usize> },
+    Bring { region: Region, pages: Range<usize> },
     /// End in order, although there may be regions.
     End,
     /// End, and leave all as it is to whoever takes the session over.
@@ -59,10 +57,8 @@ pub(crate) struct Shared {
     pub(crate) image: Arc<Image>,
     pub(crate) options: Options,
     pub(crate) serves_kernel_faults: bool,
-    pub(crate) gate: Gate,
+    pub(crate) map: MemoryMap,
     pub(crate) counters: Counters,
-    /// Changed by the pager alone. Held for a copy of the Arc, never over a touch of a region.
-    spaces: Mutex<Arc<Spaces>>,
     next_space_id: AtomicU32,
     /// Written to by the pager alone, but for page states.
     pub(crate) state: State,
@@ -125,6 +121,7 @@ impl Shared {
         owner: Option<u32>,
     ) -> Self {
         let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
+        let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
         let recorder = options.record.then(|| Recorder::new(&image));
         if let Some(recorder) = &recorder {
             recorder.has(&image, spaces.regions());
@@ -133,10 +130,9 @@ impl Shared {
             address,
             image,
             options,
-            serves_kernel_faults: spaces.spaces().iter().all(|space| space.uffd.serves_kernel_faults()),
-            gate: Gate::default(),
+            serves_kernel_faults,
+            map: MemoryMap::new(spaces),
             counters: Counters::default(),
-            spaces: Mutex::new(Arc::new(spaces)),
             next_space_id: AtomicU32::new(next_space_id),
             state,
             callers: owner.map(Callers::of),
@@ -163,18 +159,53 @@ impl Shared {
 
     /// The spaces and regions that there are at the moment.
     pub(crate) fn spaces(&self) -> Arc<Spaces> {
-        Arc::clone(&self.spaces.lock().unwrap_or_else(PoisonError::into_inner))
+        self.map.spaces()
     }
 
-    /// Replaces them, and writes that down: see [`State::write`]. For the pager alone.
+    /// Replaces the spaces, and appends the record of the change to the state file ([`State::append`]). For the pager
+    /// alone.
     ///
     /// # Errors
     /// As there.
-    pub(crate) fn set_spaces(&self, spaces: Arc<Spaces>, done: Option<usize>) -> Result<(), StateError> {
-        self.state.write(&spaces, self.next_space_id.load(Ordering::Relaxed), done)?;
-        *self.spaces.lock().unwrap_or_else(PoisonError::into_inner) = spaces;
+    pub(crate) fn set_spaces(
+        &self,
+        spaces: Arc<Spaces>,
+        record: &Record,
+        done: Option<usize>,
+    ) -> Result<(), StateError> {
+        self.state.append(record, &spaces, self.next_space_id.load(Ordering::Relaxed), done)?;
+        self.map.replace(spaces);
         self.fill_work.notify_one();
         Ok(())
+    }
+
+    /// Applies a change to the spaces. Pages of private memory that is mapped nowhere any more become removed.
+    ///
+    /// # Errors
+    /// As [`Shared::set_spaces`].
+    pub(crate) fn change(&self, change: Change, done: Option<usize>) -> Result<(), StateError> {
+        let mut spaces = self.spaces();
+        let unmapped = Arc::make_mut(&mut spaces).apply(&change);
+        for region in unmapped.iter().filter(|region| !region.is_shared()) {
+            region.set_removed(0..region.pages())?;
+        }
+        self.set_spaces(spaces, &Record::Change(change), done)
+    }
+
+    /// Adds a region of this process's own memory, which no successor can take over.
+    pub(crate) fn add_region(&self, region: &Region) {
+        let mut spaces = self.spaces();
+        let (all, space) = (Arc::make_mut(&mut spaces), region.space.id);
+        let object = all.add_object(space, Arc::clone(&region.object));
+        all.add(space, object, Place::Here, region.address(0), region.file_pages(0..region.pages()));
+        self.map.replace(spaces);
+        self.fill_work.notify_one();
+    }
+
+    /// The regions that have pages of a chunk.
+    pub(crate) fn of_chunk(&self, chunk: ChunkIndex) -> Vec<Region> {
+        let chunk_pages = self.image.root().chunk_size().bytes() / PAGE_BYTES;
+        self.spaces().of_chunk(chunk, chunk_pages).collect()
     }
 
     /// An id that no space has had. After four thousand million there is none.
@@ -298,13 +329,13 @@ impl Shared {
     pub(crate) fn bring(
         &self,
         commands: &mpsc::Sender<Command>,
-        region: &Arc<RegionState>,
+        region: &Region,
         pages: Range<usize>,
     ) -> Result<(), LossError> {
         let absent = |pages: &Range<usize>| region.next_run(pages.clone(), &[PageState::Absent]);
         let reported_before = self.outcome().reports;
         if absent(&pages).is_some() {
-            let command = Command::Bring { region: Arc::clone(region), pages: pages.clone() };
+            let command = Command::Bring { region: region.clone(), pages: pages.clone() };
             // An ended pager has poisoned what was absent, which is seen below.
             let _ = commands.blocking_send(command);
         }

@@ -4,14 +4,22 @@
 
 use crate::events;
 use crate::install;
-use crate::region::RegionState;
+use crate::memory::{Change, Object, Region, Space};
 use crate::shared::Shared;
-use crate::space::Space;
+use crate::state_file::StateError;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Regions that are poisoned. Kept, so that none that comes has the address of one that is done.
-type Done = HashMap<*const RegionState, Arc<RegionState>>;
+/// Regions that are poisoned, by space, address, length and object. Kept, so that no object that comes has the address
+/// of one that is done.
+type Done = HashMap<(u32, usize, usize, *const Object), Region>;
+
+fn key(region: &Region) -> (u32, usize, usize, *const Object) {
+    (region.space.id, region.address(0), region.len(), Arc::as_ptr(&region.object))
+}
+
+/// Beyond all addresses that a process has.
+const ADDRESSES: usize = 1 << 57;
 
 /// See the module.
 #[derive(Debug)]
@@ -30,24 +38,24 @@ impl WayOut {
         let shared = &self.shared;
         loop {
             // Shared memory that was moved may be mapped at its old place still.
-            let mut spaces = shared.spaces();
-            Arc::make_mut(&mut spaces).take_all_back();
-            if let Err(error) = shared.set_spaces(Arc::clone(&spaces), None) {
+            if let Err(error) = take_all_back(shared) {
                 shared.report(&error.to_string());
                 return false;
             }
-            let is_left = |region: &&Arc<RegionState>| !done.contains_key(&Arc::as_ptr(region));
-            let left: Vec<_> = spaces.regions().iter().filter(is_left).cloned().collect();
+            let spaces = shared.spaces();
+            let left: Vec<_> = spaces.regions().filter(|region| !done.contains_key(&key(region))).collect();
             if left.is_empty() {
                 return true;
             }
             for region in left {
                 let patience = shared.options.fault_deadline;
-                if !install::poison(&region, 0..region.pages(), patience, || self.read(&region.space)) {
+                if !install::poison(&shared.map, &region, 0..region.pages(), patience, || {
+                    self.read(&region.space)
+                }) {
                     shared.report("memory could not be made safe at the session's end; its faults wait");
                     return false;
                 }
-                done.insert(Arc::as_ptr(&region), region);
+                done.insert(key(&region), region);
             }
             for space in spaces.spaces() {
                 self.read(space);
@@ -61,10 +69,22 @@ impl WayOut {
     }
 }
 
+/// Takes all shared memory back that was moved and may be mapped at its old place still.
+fn take_all_back(shared: &Shared) -> Result<(), StateError> {
+    let all = 0..ADDRESSES;
+    let ids: Vec<_> = shared.spaces().spaces().map(|space| space.id).collect();
+    for id in ids {
+        if shared.spaces().can_take_back(id, &all) {
+            shared.change(Change::TakeBack { space: id, addresses: all.clone() }, None)?;
+        }
+    }
+    Ok(())
+}
+
 impl Drop for WayOut {
     fn drop(&mut self) {
         let shared = &self.shared;
-        shared.gate.close();
+        shared.map.gate.close();
         if self.is_open && !self.in_order && shared.error().is_none() {
             shared.report("the pager has failed (a panic, which was printed)");
         }
@@ -90,7 +110,7 @@ impl Drop for WayOut {
             for space in spaces.spaces() {
                 self.read(space);
             }
-            if shared.spaces().regions().iter().all(|region| done.contains_key(&Arc::as_ptr(region))) {
+            if shared.spaces().regions().all(|region| done.contains_key(&key(&region))) {
                 break;
             }
         }

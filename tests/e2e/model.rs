@@ -519,7 +519,7 @@ impl World {
         }
         let mut seen = seen.lock().unwrap();
         if let Some(keeper) = &self.keeper {
-            for (name, count) in postcopy::state::answers(keeper.state()).unwrap() {
+            for (name, count) in postcopy::state_file::answers(keeper.state()).unwrap() {
                 *seen.answers.entry(name).or_default() += count;
             }
         }

@@ -269,6 +269,90 @@ fn ten_thousand_regions_are_served_forked_and_filled() {
     });
 }
 
+/// A process with one mapping that is served as so many regions of one page each, from all over the file, with a state
+/// file that is full of them.
+struct ManyRegions {
+    source: Source,
+    faulter: Faulter,
+    session: Session,
+    regions: usize,
+}
+
+impl ManyRegions {
+    fn start(regions: usize, seed: u64) -> Self {
+        let source = Source::start(memory_like(regions * PAGE, seed), CHUNK);
+        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{regions}")]);
+        let region = |index: usize| {
+            let place = Self::place(index, regions);
+            let whole = faulter.region(0, "mem", (place * PAGE) as u64);
+            ForeignRegion { address: whole.address + index * PAGE, len: PAGE, ..whole }
+        };
+        let listed: Vec<_> = (0..regions).map(region).collect();
+        let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &listed,
+            state: Some(&state),
+            pid: None,
+            is_registered: true,
+        };
+        let (reference, address) = ("app".parse().unwrap(), source.server.address());
+        let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
+        faulter.let_go();
+        Self { source, faulter, session, regions }
+    }
+
+    /// The page of the file that a region has.
+    fn place(index: usize, regions: usize) -> usize {
+        index * 7919 % regions
+    }
+
+    fn bytes_of(&self, index: usize) -> &[u8] {
+        &self.source.bytes[Self::place(index, self.regions) * PAGE..][..PAGE]
+    }
+}
+
+#[test]
+fn two_hundred_thousand_regions_are_served_with_a_state_file() {
+    let test = "scale::two_hundred_thousand_regions_are_served_with_a_state_file";
+    if !is_root() {
+        return skip(test, "attaching needs root");
+    }
+    within(WATCHDOG, || {
+        let mut many = ManyRegions::start(200_000, 85);
+        for index in (0..many.regions).step_by(9_973) {
+            let bytes = many.bytes_of(index).to_vec();
+            many.faulter.assert_reads(0, index, &bytes);
+        }
+        assert_eq!(many.session.error(), None);
+    });
+}
+
+#[test]
+fn five_thousand_regions_are_forked_a_hundred_times_with_a_state_file() {
+    let test = "scale::five_thousand_regions_are_forked_a_hundred_times_with_a_state_file";
+    if !is_root() {
+        return skip(test, "attaching needs root");
+    }
+    within(WATCHDOG, || {
+        let mut many = ManyRegions::start(5_000, 86);
+        let mut children: Vec<_> = (0..100).map(|_| many.faulter.fork()).collect();
+        for (number, child) in children.iter_mut().enumerate() {
+            let index = number * 47 % many.regions;
+            let at = many.faulter.at(0, index);
+            child.assert_reads(at, many.bytes_of(index));
+        }
+        // Each goes its own way.
+        for (number, child) in children.iter_mut().enumerate() {
+            child.does(&format!("advise 4 {} 1", many.faulter.at(0, number)));
+            child.assert_reads(many.faulter.at(0, number), &[0; PAGE]);
+        }
+        let bytes = many.bytes_of(0).to_vec();
+        many.faulter.assert_reads(0, 0, &bytes);
+        assert_eq!(many.session.error(), None);
+    });
+}
+
 #[test]
 fn a_sparse_region_of_64_gib_takes_memory_for_what_is_touched() {
     within(WATCHDOG, || {

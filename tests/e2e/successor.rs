@@ -291,7 +291,7 @@ fn a_fork_for_which_there_is_no_descriptor_waits_for_one() {
         let other = std::thread::spawn(move || read_from_outside(pid, address, PAGE));
         // As long as the fork is not told of nothing can be installed.
         let put_off = |victim: &Victim| {
-            let mut answers = postcopy::state::answers(victim.keeper.state()).unwrap();
+            let mut answers = postcopy::state_file::answers(victim.keeper.state()).unwrap();
             answers.find(|(name, _)| *name == "deferred").map(|(_, count)| count)
         };
         wait_until("installs are put off", || put_off(&victim) > Some(20));

@@ -3,7 +3,7 @@
 use crate::gate::Gate;
 use crate::gate_models::Memory;
 use crate::page_models::{install_and_look, states_of};
-use crate::page_state::PageState;
+use crate::page_states::PageState;
 use crate::{check, join, spawn};
 use loom::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -42,8 +42,8 @@ fn an_installer_that_does_not_enter_is_found() {
 fn a_plain_store_is_found() {
     check(|| {
         let states = Arc::new(states_of(2));
-        let installer = spawn(&states, |states| states.set_resident(0..2));
-        let word = &states.words()[0];
+        let installer = spawn(&states, |states| states.set_resident(0..2).unwrap());
+        let word = states.own_word(0).unwrap();
         let removed = word.load(Ordering::Acquire) | PageState::Removed as u64;
         word.store(removed, Ordering::Release);
         join([installer]);
@@ -57,7 +57,8 @@ fn a_plain_store_is_found() {
 fn a_change_with_no_ordering_is_found() {
     check(|| {
         install_and_look(|states| {
-            states.words()[0].fetch_or(PageState::Resident as u64, Ordering::Relaxed);
+            let word = states.own_word(0).unwrap();
+            word.fetch_or(PageState::Resident as u64, Ordering::Relaxed);
         });
     });
 }

@@ -2,7 +2,7 @@
 
 use crate::gate::Gate;
 use crate::page_models::states_of;
-use crate::page_state::{PageState, PageStates};
+use crate::page_states::{PageState, PageStates};
 use crate::{check, enter_alone, join, spawn, wait_for_installers};
 use loom::sync::Notify;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -64,7 +64,7 @@ impl Memory {
     pub(crate) fn install(&self, run: std::ops::Range<usize>) {
         self.inside(1, || {
             run.clone().for_each(|page| self.copy(page));
-            self.states.set_resident(run);
+            self.states.set_resident(run).unwrap();
         });
     }
 
@@ -86,7 +86,7 @@ impl Memory {
         let pass = enter_alone(&self.gate);
         self.inside(PAGER, || {
             self.kernel[0].fetch_or(REMOVE_READ, Relaxed);
-            self.states.set_removed(0..1);
+            self.states.set_removed(0..1).unwrap();
         });
         drop(pass);
     }

@@ -4,9 +4,8 @@ use crate::chunk::ChunkPages;
 use crate::image::{Content, Image};
 use crate::install::{self, Installed};
 use crate::lane::frame_of;
-use crate::region::RegionState;
+use crate::memory::{Region, Spaces};
 use crate::shared::{Shared, add};
-use crate::space::Spaces;
 use crate::trace::{self, Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::frame::FrameDecoder;
@@ -41,7 +40,7 @@ impl Job {
 }
 
 pub(super) enum Work {
-    Frames(Arc<RegionState>, Vec<v1::ChunkAnswer>),
+    Frames(Region, Vec<v1::ChunkAnswer>),
     Zeros(Range<u64>),
     WorkingSet(Vec<Bytes>),
 }
@@ -103,7 +102,7 @@ impl Installer {
     }
 
     /// Installs a chunk. What is wrong with it leaves it absent; the next pass asks again.
-    fn frame(&mut self, region: &RegionState, answer: &v1::ChunkAnswer) {
+    fn frame(&mut self, region: &Region, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         if let Err(reason) = self.verified_frame(region, chunk, answer) {
             self.refuse(&format!("chunk {chunk}"), &reason);
@@ -126,8 +125,8 @@ impl Installer {
             let spaces = shared.spaces();
             let mut runs = frame.runs();
             let is_wanted = |run: SetRun| {
-                set_regions(image, &spaces, run).any(|(region, pages)| {
-                    region.next_run(region.whole(&pages), install::unresolved(region)).is_some()
+                set_regions(image, &spaces, run).into_iter().any(|(region, pages)| {
+                    region.next_run(region.whole(&pages), install::unresolved(&region)).is_some()
                 })
             };
             // Faults may have overtaken all of it.
@@ -153,15 +152,15 @@ impl Installer {
                     continue;
                 }
                 let parts = match &self.shared.trace {
-                    Some(trace) => trace.withhold(&image, region, pages),
+                    Some(trace) => trace.withhold(&image, &region, pages),
                     None => vec![pages],
                 };
                 for pages in parts {
                     let before = region.file_pages(pages.clone()).start - run.first as usize;
                     let bytes =
                         bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
-                    self.bring(region, &pages, Cause::WorkingSet, || {
-                        install::install_pages(&self.shared.gate, region, pages.clone(), bytes)
+                    self.bring(&region, &pages, Cause::WorkingSet, || {
+                        install::install_pages(&self.shared.map, &region, pages.clone(), bytes)
                     });
                     add(&self.shared.counters.working_set_pages, pages.len());
                 }
@@ -193,10 +192,10 @@ impl Installer {
                 (first..first + usize::from(run.count), *bytes)
             });
             self.pages.set(chunk_bytes, in_chunk);
-            for region in spaces.of_chunk(chunk).filter(|region| region.gathering().is_some()) {
+            for region in spaces.of_chunk(chunk, chunk_pages).filter(|region| region.gathering().is_some()) {
                 let pages = region.pages_of(chunk).expect("a region of the chunk");
-                self.bring(region, &pages, Cause::WorkingSet, || {
-                    install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
+                self.bring(&region, &pages, Cause::WorkingSet, || {
+                    install::install(Some(&self.shared.map), &region, chunk, &self.pages, None)
                 });
                 add(&self.shared.counters.working_set_pages, held);
             }
@@ -205,7 +204,7 @@ impl Installer {
 
     fn verified_frame(
         &mut self,
-        region: &RegionState,
+        region: &Region,
         chunk: ChunkIndex,
         answer: &v1::ChunkAnswer,
     ) -> Result<(), String> {
@@ -218,13 +217,13 @@ impl Installer {
         add(&shared.counters.bulk_chunks, 1);
         add(&shared.counters.frame_bytes, frame.len());
         // A fault may have overtaken it.
-        let is_wanted = |region: &Arc<RegionState>| {
+        let is_wanted = |region: &Region| {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
             region.next_run(pages, install::unresolved(region)).is_some()
         };
-        if shared.spaces().of_chunk(chunk).any(is_wanted) {
+        if shared.of_chunk(chunk).iter().any(is_wanted) {
             let before = Instant::now();
-            self.pages.decode(&mut self.decoder, image, &region.file, chunk, &digest, frame)?;
+            self.pages.decode(&mut self.decoder, image, region.file(), chunk, &digest, frame)?;
             self.stages.decompress = before.elapsed();
             self.install(chunk);
         }
@@ -240,22 +239,16 @@ impl Installer {
 
     fn install(&self, chunk: ChunkIndex) {
         // Those of other regions over the same file are not asked for then.
-        for region in self.shared.spaces().of_chunk(chunk) {
+        for region in self.shared.of_chunk(chunk) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
-            self.bring(region, &pages, Cause::Background, || {
-                install::install(Some(&self.shared.gate), region, chunk, &self.pages, None)
+            self.bring(&region, &pages, Cause::Background, || {
+                install::install(Some(&self.shared.map), &region, chunk, &self.pages, None)
             });
         }
     }
 
     /// Installs pages of a region that nobody has touched, as soon as the kernel lets it.
-    fn bring(
-        &self,
-        region: &RegionState,
-        pages: &Range<usize>,
-        cause: Cause,
-        install: impl Fn() -> Installed,
-    ) {
+    fn bring(&self, region: &Region, pages: &Range<usize>, cause: Cause, install: impl Fn() -> Installed) {
         if let Some(recorder) = &self.shared.recorder {
             recorder.brought(&self.shared.image, region, pages.clone());
         }
@@ -271,17 +264,15 @@ impl Installer {
 }
 
 /// The regions that have pages of a run, and which of theirs.
-fn set_regions<'a>(
-    image: &'a Image,
-    spaces: &'a Spaces,
-    run: SetRun,
-) -> impl Iterator<Item = (&'a Arc<RegionState>, Range<usize>)> {
-    let file = image.files().get(run.file as usize);
-    let of_file = move |region: &&Arc<RegionState>| file.is_some_and(|file| *file == region.file);
+fn set_regions(image: &Image, spaces: &Spaces, run: SetRun) -> Vec<(Region, Range<usize>)> {
+    let Some(file) = image.files().get(run.file as usize) else { return Vec::new() };
+    let chunk_pages = image.root().chunk_size().bytes() / PAGE_BYTES;
     let first = run.first as usize;
-    let pages = move |region: &'a Arc<RegionState>| {
+    let in_image = file.first_chunk.0 * chunk_pages as u64 + u64::from(run.first);
+    let regions = spaces.of_image_pages(in_image..in_image + u64::from(run.count));
+    let pages = regions.map(|region| {
         let pages = region.pages_of_file(first..first + usize::from(run.count));
-        (!pages.is_empty()).then_some((region, pages))
-    };
-    spaces.regions().iter().filter(of_file).filter_map(pages)
+        (region, pages)
+    });
+    pages.filter(|(_, pages)| !pages.is_empty()).collect()
 }

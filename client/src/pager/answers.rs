@@ -4,8 +4,7 @@ use super::{FAR, Pager};
 use crate::chunk::ChunkPages;
 use crate::install::{self, Installed};
 use crate::lane::{frame_of, may_pass};
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{PageState, Region};
 use crate::remote::{SegmentRefused, take_segment};
 use crate::requests::Refused;
 use crate::shared::add;
@@ -13,7 +12,6 @@ use crate::trace::{self, Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1;
-use std::sync::Arc;
 use tokio::time::Instant;
 
 impl Pager {
@@ -60,22 +58,24 @@ impl Pager {
         let shared = &self.way_out.shared;
         let decoder = &mut self.decoder;
         let came = Instant::now();
-        if let Err(reason) = self.pages.decode(decoder, &shared.image, &waiting.file, chunk, &digest, &frame)
+        if let Err(reason) = self.pages.decode(decoder, &shared.image, waiting.file(), chunk, &digest, &frame)
         {
             return self.refuse(chunk, &reason);
         }
         let stages = Stages { decompress: came.elapsed(), ..self.requests.stages(chunk) };
         if self.is_recorded(chunk) {
-            let (region, page) = (Arc::clone(waiting), *page);
+            let (region, page) = (waiting.clone(), *page);
             return self.install_recorded(chunk, &frame, &region, page, stages);
         }
         self.whole.remove(&chunk);
         let is_ahead = self.requests.is_ahead(chunk);
         let cause = if is_ahead { Cause::ReadAhead } else { Cause::Demand };
         let mut outcome = Installed::All;
-        for region in shared.spaces().of_chunk(chunk) {
-            let first = (Arc::ptr_eq(region, waiting) && !is_ahead).then_some(*page);
-            match self.install_in(region, chunk, first, cause, stages) {
+        let waiting_at = waiting.address(*page);
+        for region in shared.of_chunk(chunk) {
+            let is_waiting = region.space.id == waiting.space.id && !is_ahead;
+            let first = region.page_at(waiting_at).filter(|_| is_waiting);
+            match self.install_in(&region, chunk, first, cause, stages) {
                 Installed::All => {}
                 // Whoever waits for it there touches it again, and has a deadline of his own.
                 Installed::NoMemory if first.is_none() => region.wake_chunk(chunk),
@@ -96,7 +96,7 @@ impl Pager {
         &mut self,
         chunk: ChunkIndex,
         frame: &[u8],
-        waiting: &Arc<RegionState>,
+        waiting: &Region,
         page: usize,
         stages: Stages,
     ) {
@@ -104,10 +104,10 @@ impl Pager {
             Some(_) => Installed::All,
             None => self.install_one(waiting, chunk, &self.pages, page, stages),
         };
-        for other in self.shared().spaces().of_chunk(chunk) {
+        for other in self.shared().of_chunk(chunk) {
             // Those who wait for others of its pages touch them again.
             if other.gathering().is_none()
-                || self.install_in(other, chunk, None, Cause::Demand, stages) != Installed::All
+                || self.install_in(&other, chunk, None, Cause::Demand, stages) != Installed::All
             {
                 other.wake_chunk(chunk);
             }
@@ -123,7 +123,7 @@ impl Pager {
     /// Installs the pages of the chunk that was decoded last, the touched one first.
     fn install_in(
         &self,
-        region: &RegionState,
+        region: &Region,
         chunk: ChunkIndex,
         touched: Option<usize>,
         cause: Cause,
@@ -144,7 +144,7 @@ impl Pager {
     /// Installs the one page of a chunk that was touched; of huge pages all that it has.
     pub(super) fn install_one(
         &self,
-        region: &RegionState,
+        region: &Region,
         chunk: ChunkIndex,
         content: &ChunkPages,
         page: usize,
@@ -167,7 +167,7 @@ impl Pager {
     /// One page of a chunk that is kept was to be installed.
     pub(super) fn one_installed(
         &mut self,
-        region: &Arc<RegionState>,
+        region: &Region,
         chunk: ChunkIndex,
         page: usize,
         installed: Installed,
@@ -185,13 +185,15 @@ impl Pager {
 
     /// Whether touches of a chunk's pages are waited for. Huge pages have taken all of it.
     fn lacks_pages(&self, chunk: ChunkIndex) -> bool {
-        self.shared().spaces().of_chunk(chunk).filter(|region| region.gathering().is_none()).any(|region| {
-            let pages = region.pages_of(chunk).expect("a region of the chunk");
-            region.next_run(pages, &[PageState::Absent]).is_some()
-        })
+        self.shared().of_chunk(chunk).into_iter().filter(|region| region.gathering().is_none()).any(
+            |region| {
+                let pages = region.pages_of(chunk).expect("a region of the chunk");
+                region.next_run(pages, &[PageState::Absent]).is_some()
+            },
+        )
     }
 
-    pub(super) fn install_zeros(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex, page: usize) {
+    pub(super) fn install_zeros(&mut self, region: &Region, chunk: ChunkIndex, page: usize) {
         let shared = &self.way_out.shared;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
         if self.is_recorded(chunk) {

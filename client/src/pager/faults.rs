@@ -5,9 +5,7 @@ use crate::events;
 use crate::huge;
 use crate::image::Content;
 use crate::install::Installed;
-use crate::page_state::PageState;
-use crate::region::RegionState;
-use crate::space::Space;
+use crate::memory::{Change, PageState, Region, Space};
 use crate::trace::{self, Cause, Stages};
 use crate::uffd::{HUGE_BYTES, Outcome, SharedAt};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
@@ -37,7 +35,7 @@ impl Pager {
             && let Some((region, page)) = shared.spaces().at(space, address)
             && region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some()
         {
-            trace.touched(&shared.image, region, page);
+            trace.touched(&shared.image, &region, page);
         }
     }
 
@@ -52,14 +50,14 @@ impl Pager {
         match absent.map_or_else(|| region.state(page), |_| PageState::Absent) {
             PageState::Absent => {
                 if let Some(recorder) = &self.shared().recorder {
-                    recorder.touched(&self.shared().image, region, region.whole(&(page..page + 1)));
+                    recorder.touched(&self.shared().image, &region, region.whole(&(page..page + 1)));
                 }
-                self.ask(region, page);
+                self.ask(&region, page);
             }
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
             // there, its owner has dropped it without being asked to tell, and it is zero, too.
             PageState::Removed | PageState::Resident if region.gathering().is_some() => {
-                self.zero_huge(&Arc::clone(region), page);
+                self.zero_huge(&region, page);
             }
             PageState::Removed | PageState::Resident => self.zero(space, address),
             PageState::Poisoned => {
@@ -87,8 +85,9 @@ impl Pager {
 
     /// A fault on memory of no region: what a region has left behind, or has grown by, or what is not mapped any more.
     pub(super) fn fault_outside(&mut self, space: &Arc<Space>, address: usize) {
-        let mut spaces = self.shared().spaces();
-        if !Arc::make_mut(&mut spaces).take_back(space, address) {
+        let spaces = self.shared().spaces();
+        let page = address..address + PAGE_BYTES;
+        if !spaces.can_take_back(space.id, &page) {
             if !spaces.has_shared() {
                 return self.zero(space, address);
             }
@@ -100,12 +99,12 @@ impl Pager {
                 SharedAt::NotNow => self.put_off(space, address),
             };
         }
-        if let Err(error) = self.shared().set_spaces(Arc::clone(&spaces), None) {
-            self.broken.get_or_insert(error.to_string());
+        self.change(Change::TakeBack { space: space.id, addresses: page });
+        if self.broken.is_some() {
             return;
         }
         // Not again: where other memory is now, nothing was taken back.
-        match spaces.at(space, address) {
+        match self.shared().spaces().at(space, address) {
             Some(_) => self.fault(space, address),
             None => self.zero(space, address),
         }
@@ -160,7 +159,7 @@ impl Pager {
     }
 
     /// The same for a page of 2 MiB.
-    pub(super) fn zero_huge(&mut self, region: &Arc<RegionState>, page: usize) {
+    pub(super) fn zero_huge(&mut self, region: &Region, page: usize) {
         let space = &region.space;
         let addresses = region.whole_addresses(page);
         match space.counted(space.uffd.copy(addresses.start, &huge::ZEROS)) {
@@ -170,7 +169,7 @@ impl Pager {
             // It is there, or there was none to be had: whoever waits for it tells.
             Outcome::AlreadyPresent => {
                 space.uffd.wake(addresses.start, addresses.len());
-                if !region.is_there(page) {
+                if !region.is_mapped(page) {
                     self.put_off(space, addresses.start);
                 }
             }
@@ -181,7 +180,7 @@ impl Pager {
     }
 
     /// Asks for what an absent page needs, unless that has been done.
-    pub(super) fn ask(&mut self, region: &Arc<RegionState>, page: usize) {
+    pub(super) fn ask(&mut self, region: &Region, page: usize) {
         let Some(gathering) = region.gathering() else { return self.ask_chunk(region, page) };
         let whole = region.whole(&(page..page + 1));
         let mut next = whole.start;
@@ -209,10 +208,10 @@ impl Pager {
     }
 
     /// Asks for the chunk of an absent page, unless that has been done.
-    pub(super) fn ask_chunk(&mut self, region: &Arc<RegionState>, page: usize) {
+    pub(super) fn ask_chunk(&mut self, region: &Region, page: usize) {
         let chunk = region.chunk_of(page);
         let now = Instant::now();
-        if !self.requests.waits_for(chunk, &(Arc::clone(region), page), now) {
+        if !self.requests.waits_for(chunk, &(region.clone(), page), now) {
             self.ask_anew(region, chunk, page, now);
         }
         if self.shared().recorder.is_none() && region.gathering().is_none() {
@@ -221,7 +220,7 @@ impl Pager {
     }
 
     /// Asks for what lies ahead of a touched chunk, where touches go forward.
-    pub(super) fn read_ahead(&mut self, region: &Arc<RegionState>, touched: ChunkIndex, now: Instant) {
+    pub(super) fn read_ahead(&mut self, region: &Region, touched: ChunkIndex, now: Instant) {
         let shared = Arc::clone(&self.way_out.shared);
         for chunk in self.ahead.touched(touched.0).map(ChunkIndex) {
             // The region's end.
@@ -232,18 +231,12 @@ impl Pager {
                 && !self.requests.has_chunk(chunk)
                 && !shared.in_bulk.has(chunk)
             {
-                self.requests.add_ahead(chunk, digest, (Arc::clone(region), pages.start), now);
+                self.requests.add_ahead(chunk, digest, (region.clone(), pages.start), now);
             }
         }
     }
 
-    pub(super) fn ask_anew(
-        &mut self,
-        region: &Arc<RegionState>,
-        chunk: ChunkIndex,
-        page: usize,
-        now: Instant,
-    ) {
+    pub(super) fn ask_anew(&mut self, region: &Region, chunk: ChunkIndex, page: usize, now: Instant) {
         if self.has_kept(region, chunk)
             && let Some(kept) = self.kept.pages(chunk)
         {
@@ -251,7 +244,7 @@ impl Pager {
             let installed = self.install_one(region, chunk, kept, page, stages);
             return self.one_installed(region, chunk, page, installed);
         }
-        let waiting = (Arc::clone(region), page);
+        let waiting = (region.clone(), page);
         match self.shared().image.content(chunk) {
             Content::Data(_) if self.is_coming(chunk, now) => {
                 self.put_off(&region.space, region.address(page));
@@ -267,14 +260,14 @@ impl Pager {
     }
 
     /// Whether a chunk is kept; then its pages are at hand.
-    fn has_kept(&mut self, region: &RegionState, chunk: ChunkIndex) -> bool {
+    fn has_kept(&mut self, region: &Region, chunk: ChunkIndex) -> bool {
         let Some(frame) = self.kept.frame(chunk) else { return false };
         if self.kept.pages(chunk).is_some() {
             return true;
         }
         let image = &self.way_out.shared.image;
         let Content::Data(digest) = image.content(chunk) else { return false };
-        let decoded = self.pages.decode(&mut self.decoder, image, &region.file, chunk, &digest, &frame);
+        let decoded = self.pages.decode(&mut self.decoder, image, region.file(), chunk, &digest, &frame);
         if decoded.is_ok() {
             self.kept.swap(chunk, &mut self.pages);
         }

@@ -2,11 +2,9 @@
 
 use super::Pager;
 use crate::install;
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{PageState, Region, Space};
 use crate::requests::Late;
 use crate::session::LossPolicy;
-use crate::space::Space;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,8 +39,8 @@ impl Pager {
         match self.fate() {
             Fate::Poison => {
                 self.requests.chunk_done(chunk);
-                for region in shared.spaces().of_chunk(chunk) {
-                    self.poison_chunk(region, chunk);
+                for region in shared.of_chunk(chunk) {
+                    self.poison_chunk(&region, chunk);
                 }
             }
             Fate::Wait => self.requests.chunk_later(chunk, Instant::now()),
@@ -76,7 +74,7 @@ impl Pager {
         }
         match shared.spaces().at(space, address) {
             Some((region, page)) if region.state(page) == PageState::Absent => {
-                self.poison(region, region.whole(&(page..page + 1)));
+                self.poison(&region, region.whole(&(page..page + 1)));
             }
             // It stays removed: nothing of the image may come there.
             other => {
@@ -88,25 +86,25 @@ impl Pager {
         }
     }
 
-    pub(super) fn poison_chunk(&mut self, region: &Arc<RegionState>, chunk: ChunkIndex) {
+    pub(super) fn poison_chunk(&mut self, region: &Region, chunk: ChunkIndex) {
         if let Some(pages) = region.pages_of(chunk) {
             self.poison(region, region.whole(&pages));
         }
     }
 
-    pub(super) fn poison(&mut self, region: &Arc<RegionState>, pages: Range<usize>) {
+    pub(super) fn poison(&mut self, region: &Region, pages: Range<usize>) {
         let shared = Arc::clone(&self.way_out.shared);
         let patience = shared.options.fault_deadline;
-        let poisoned = install::poison(region, pages, patience, || {
+        let poisoned = install::poison(&shared.map, region, pages, patience, || {
             // Where installers are inside, the next attempt comes when they have left: new ones wait.
-            let Some(_pass) = shared.gate.try_enter_alone() else { return };
+            let Some(_pass) = shared.map.gate.try_enter_alone() else { return };
             if let Err(stopped) = self.read(&region.space)
                 && !stopped.may_pass
             {
                 self.broken.get_or_insert(stopped.reason);
             }
         });
-        shared.gate.stop_waiting();
+        shared.map.gate.stop_waiting();
         if !poisoned {
             shared.report("a lost page could not be poisoned; its faults wait");
         }

@@ -3,8 +3,7 @@
 use super::{Came, Cause, End, Event, Header, Touch, TracedFile, WITHHELD_ONE_OF, Withheld};
 use crate::image::Image;
 use crate::install::{self, Installed};
-use crate::page_state::PageState;
-use crate::region::RegionState;
+use crate::memory::{PageState, Region};
 use crate::shared::Shared;
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
@@ -66,18 +65,13 @@ impl Notes {
     }
 
     /// A page is touched, and is absent.
-    pub(crate) fn touched(&self, image: &Image, region: &RegionState, page: usize) {
+    pub(crate) fn touched(&self, image: &Image, region: &Region, page: usize) {
         let (space, file, page) = place(image, region, page);
         self.note(Event::Touch(Touch { at: self.now(), space, file, page }));
     }
 
     /// The parts of `pages` that are not withheld, of pages that the working set has brought; notes those that are.
-    pub(crate) fn withhold(
-        &self,
-        image: &Image,
-        region: &RegionState,
-        pages: Range<usize>,
-    ) -> Vec<Range<usize>> {
+    pub(crate) fn withhold(&self, image: &Image, region: &Region, pages: Range<usize>) -> Vec<Range<usize>> {
         let (mut parts, mut start) = (Vec::new(), pages.start);
         for page in pages.clone() {
             let (space, file, file_page) = place(image, region, page);
@@ -102,7 +96,7 @@ impl Notes {
 /// Has pages installed, and notes which of them have come by that, where there is a trace.
 pub(crate) fn installing(
     shared: &Shared,
-    region: &RegionState,
+    region: &Region,
     pages: &Range<usize>,
     cause: Cause,
     stages: Stages,
@@ -143,7 +137,7 @@ fn is_chosen(seed: u64, file: u32, page: u32) -> bool {
 }
 
 /// The parts of a region's pages that are in one of these states.
-fn runs(region: &RegionState, pages: Range<usize>, states: &[PageState]) -> Vec<Range<usize>> {
+fn runs(region: &Region, pages: Range<usize>, states: &[PageState]) -> Vec<Range<usize>> {
     let (mut found, mut next) = (Vec::new(), pages.start);
     while let Some(run) = region.next_run(next..pages.end, states) {
         next = run.end;
@@ -154,9 +148,9 @@ fn runs(region: &RegionState, pages: Range<usize>, states: &[PageState]) -> Vec<
 
 /// Whose a region's page is, of which file of the image, and which page of it. Memory that processes share is one, whoever
 /// touches it: the first one's.
-fn place(image: &Image, region: &RegionState, page: usize) -> (u32, u32, u32) {
+fn place(image: &Image, region: &Region, page: usize) -> (u32, u32, u32) {
     let space = if region.is_shared() { 0 } else { region.space.id };
-    (space, short(image.place_of(&region.file)), short(region.file_pages(page..page + 1).start))
+    (space, short(image.place_of(region.file())), short(region.file_pages(page..page + 1).start))
 }
 
 fn short(n: usize) -> u32 {

@@ -140,6 +140,21 @@ impl SharedWords {
     }
 }
 
+impl SharedWords {
+    /// Maps `words` words of this process's own, all of them 0. They take memory as they are written to.
+    ///
+    /// # Errors
+    /// The error of mmap(2).
+    pub fn anonymous(words: usize) -> io::Result<Self> {
+        let (protection, flags) =
+            (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+        let bytes = words * size_of::<u64>();
+        // SAFETY: a new mapping, placed by the kernel where nothing is.
+        let start = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, protection, flags) }?;
+        Ok(Self { start, words })
+    }
+}
+
 impl Deref for SharedWords {
     type Target = [AtomicU64];
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 use nix::sched::CloneFlags;
 use nix::sys::wait::{WaitStatus, waitpid};
-use postcopy::state::StateError;
+use postcopy::state_file::StateError;
 use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Session, SessionError, Sharing};
 use postcopy_tests::descriptors;
 use std::collections::BTreeSet;
@@ -123,7 +123,7 @@ impl Work {
     fn close_leftovers(&self, socket: &UnixStream) -> Result<()> {
         let mut keep: BTreeSet<RawFd> = [0, 1, 2].into();
         keep.extend([self.uffd.as_raw_fd(), self.state.as_raw_fd(), socket.as_raw_fd()]);
-        match postcopy::state::descriptors(&self.state) {
+        match postcopy::state_file::descriptors(&self.state) {
             Ok(listed) => keep.extend(listed),
             Err(StateError::Empty) => {}
             Err(error) => return Err(error.into()),

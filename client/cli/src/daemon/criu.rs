@@ -149,7 +149,7 @@ impl Criu {
         }
         inbox::take(&connection.stream, PID_BYTES)?;
         for served in &tasks {
-            served.session().hosted().settle();
+            served.session().hosted().set_registered();
             bring_arguments(served);
         }
         tracing::info!("all {} tasks have been restored", tasks.len());

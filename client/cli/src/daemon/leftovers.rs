@@ -3,7 +3,7 @@
 
 use super::{Setup, kernel};
 use anyhow::{Context, Result};
-use postcopy::state::{self, StateError};
+use postcopy::state_file::{self, StateError};
 use rustix::net::{AddressFamily, SocketAddrUnix, getsockname};
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -32,7 +32,7 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
     keep.extend(own.iter().map(AsRawFd::as_raw_fd));
     let mut is_unreadable = false;
     for name in setup.runtime.sessions().context("the runtime directory")? {
-        match setup.runtime.state(&name).map(state::descriptors) {
+        match setup.runtime.state(&name).map(state_file::descriptors) {
             Ok(Ok(listed)) => keep.extend(listed),
             Ok(Err(StateError::Empty | StateError::Ended)) => {}
             // It is told of when it is to be resumed.

@@ -5,7 +5,7 @@
 //! start, and the connection that it came over (SO_COOKIE), which are the same for every worker.
 
 use anyhow::{Context, Result, ensure};
-use postcopy::state::StateError;
+use postcopy::state_file::StateError;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use std::fmt;
 use std::fs::{self, File};
@@ -226,7 +226,8 @@ pub(crate) fn take_over(root: &Path, pid: u32, to: &RuntimeDir) -> Result<Option
         let sessions = sessions_in(&directory).unwrap_or_default();
         // One that nothing was written to yet says nothing.
         let is_there = |session: &SessionName| {
-            let state = File::open(directory.join(session.to_string())).map(postcopy::state::descriptors);
+            let state =
+                File::open(directory.join(session.to_string())).map(postcopy::state_file::descriptors);
             !matches!(state, Ok(Err(StateError::Empty)))
         };
         let mut sessions = sessions.into_iter().filter(of_pid);

@@ -5,7 +5,7 @@ use super::guardian::Turn;
 use super::kernel;
 use super::runtime_dir::SessionName;
 use anyhow::{Context, Result, anyhow};
-use postcopy::state::{self, StateError};
+use postcopy::state_file::{self, StateError};
 use postcopy::trace::TraceWriter;
 use postcopy::{ForeignMemory, ForeignRegion, Image, LossPolicy, Session, SessionError};
 use rustix::process::Signal;
@@ -276,7 +276,7 @@ pub(crate) fn finish<'a>(ended: impl IntoIterator<Item = &'a Served>) {
 
 /// Goes on with a session, and closes the descriptors that it was served by before.
 fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
-    let listed = state::descriptors(file)?;
+    let listed = state_file::descriptors(file)?;
     #[expect(unsafe_code, reason = "descriptors by number")]
     let by_number = |fd| {
         // SAFETY: whoever had it has left it open, and nobody closes it before the session has been resumed.

@@ -1,0 +1,60 @@
+//! A session's records of address spaces: which region lies where, and the state of each page.
+//!
+//! From the outside in: [`MemoryMap`] holds the current [`Spaces`] and the [`Gate`]; a [`Spaces`] value is an immutable
+//! snapshot of all address spaces, each with its regions ordered by address and an index from the image's pages to
+//! regions; a [`Region`] names a span of one address space and the [`Object`] that holds the states of its pages.
+//!
+//! Snapshots share structure (persistent B+ trees), so that a change copies a path of a tree and a fork copies nothing
+//! but the tables of page states. The trees of a child are those of its parent until one of them changes; the page
+//! states of a child are its parent's blocks, copied when one of both writes to them ([`PageStates`]).
+//!
+//! The pager alone changes spaces. Installers and the program's threads take snapshots.
+
+mod arena;
+mod gate;
+mod gathering;
+mod object;
+mod overlaps;
+mod page_states;
+mod region;
+mod space;
+mod spaces;
+#[cfg(test)]
+pub(crate) mod tests;
+mod words;
+
+pub(crate) use arena::{Arena, ArenaFull};
+pub(crate) use gate::{Gate, InstallerPass};
+pub(crate) use gathering::{Gathered, HUGE_PAGES};
+pub(crate) use object::{Object, ObjectKind};
+pub(crate) use page_states::{PageState, PageStates, runs_in_use, table_words};
+pub(crate) use region::Region;
+pub(crate) use space::Space;
+pub(crate) use spaces::{Change, Place, Spaces, states_for, union};
+pub(crate) use words::{MappedFile, Words};
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The current spaces of a session, and the gate that orders installs and events.
+#[derive(Debug, Default)]
+pub(crate) struct MemoryMap {
+    pub(crate) gate: Gate,
+    /// Replaced by the pager alone. Held for a copy of the Arc, never over a fault on a region.
+    spaces: Mutex<Arc<Spaces>>,
+}
+
+impl MemoryMap {
+    pub(crate) fn new(spaces: Spaces) -> Self {
+        Self { gate: Gate::default(), spaces: Mutex::new(Arc::new(spaces)) }
+    }
+
+    /// A snapshot of the current spaces.
+    pub(crate) fn spaces(&self) -> Arc<Spaces> {
+        Arc::clone(&self.spaces.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Replaces the current spaces. For the pager alone.
+    pub(crate) fn replace(&self, spaces: Arc<Spaces>) {
+        *self.spaces.lock().unwrap_or_else(PoisonError::into_inner) = spaces;
+    }
+}

@@ -1,0 +1,105 @@
+//! An address space: the memory of one process, as its userfaultfd sees it.
+
+use crate::state_file::{AnswerCounts, State};
+use crate::uffd::pagemap::Pagemap;
+use crate::uffd::{Outcome, Uffd};
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Space {
+    /// Unique among all spaces that the session has had; later ones have greater ids.
+    pub(crate) id: u32,
+    pub(crate) uffd: Arc<Uffd>,
+    answers: AnswerCounts,
+    gone: AtomicBool,
+    /// All memory is registered. Until then ENOENT means that a registration is still to come.
+    registered: AtomicBool,
+    /// The process's page tables, where the process is known.
+    pagemap: Option<Pagemap>,
+}
+
+impl Space {
+    /// A space of a session with this state.
+    pub(crate) fn new(id: u32, uffd: Uffd, state: &State) -> Self {
+        let (answers, gone, registered) = (state.answers(), AtomicBool::new(false), AtomicBool::new(true));
+        Self { id, uffd: Arc::new(uffd), answers, gone, registered, pagemap: None }
+    }
+
+    /// A space with this id whose process has exited, where only what lay where is of interest.
+    pub(crate) fn stand_in(&self, id: u32) -> Self {
+        let (answers, gone, registered) =
+            (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
+        Self { id, uffd: Arc::clone(&self.uffd), answers, gone, registered, pagemap: None }
+    }
+
+    /// The same, where memory is still to be registered.
+    pub(crate) fn unregistered(self) -> Self {
+        self.registered.store(false, Ordering::Release);
+        self
+    }
+
+    /// Notes that all memory is registered.
+    pub(crate) fn set_registered(&self) {
+        self.registered.store(true, Ordering::Release);
+    }
+
+    /// Whether all memory is registered.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.registered.load(Ordering::Acquire)
+    }
+
+    /// The same, of a process that is known by its pid.
+    pub(crate) fn of_process(self, pid: Option<u32>) -> Self {
+        Self { pagemap: pid.and_then(|pid| Pagemap::of(pid).ok()), ..self }
+    }
+
+    /// Gives the ranges of addresses that were written to since they were installed or protected anew, and whether they
+    /// are in memory: those that are not may be swapped out, or poison. Absent pages are left alone. With `reset` they
+    /// are protected anew, without losing a write, where one scan can do both.
+    ///
+    /// # Errors
+    /// Unsupported where tracking was not asked for, or the page tables cannot be read.
+    pub(crate) fn written(
+        &self,
+        addresses: Range<usize>,
+        reset: bool,
+        give: impl FnMut(Range<usize>, bool),
+    ) -> io::Result<()> {
+        let pagemap = self.uffd.pagemap().or(self.pagemap.as_ref()).ok_or(io::ErrorKind::Unsupported)?;
+        pagemap.written(addresses, reset && self.uffd.protects_by_scan(), give)
+    }
+
+    /// Whether the process's page tables can be read.
+    pub(crate) fn has_pagemap(&self) -> bool {
+        self.pagemap.is_some()
+    }
+
+    /// Whether the page tables map a page; false, too, where they cannot be read.
+    pub(crate) fn is_present(&self, address: usize) -> bool {
+        self.pagemap.as_ref().is_some_and(|pagemap| pagemap.is_present(address))
+    }
+
+    /// Counts an answer of the kernel, and gives it back.
+    pub(crate) fn counted(&self, outcome: Outcome) -> Outcome {
+        self.answers.count(outcome)
+    }
+
+    /// Whether the process is known to have exited.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Notes that the process has exited.
+    pub(crate) fn set_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// Wakes the threads that sleep on pages of the range: they fault again, unless the page is present.
+    pub(crate) fn wake(&self, addresses: &Range<usize>) {
+        self.uffd.wake(addresses.start, addresses.len());
+    }
+}

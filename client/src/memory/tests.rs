@@ -1,0 +1,57 @@
+//! What the tests of this crate have in common: spaces and regions of which nothing is registered.
+
+use super::{Object, ObjectKind, Place, Region, Space, Spaces, states_for};
+use crate::state_file::State;
+use crate::uffd::{EVENT_UNMAP, Uffd};
+use postcopy_proto::manifest::FileEntry;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A space of which nothing is registered.
+pub(crate) fn any_space(id: u32) -> Arc<Space> {
+    let uffd = Uffd::open(EVENT_UNMAP).expect("a userfaultfd can be had");
+    Arc::new(Space::new(id, uffd, &State::own()))
+}
+
+/// An object of these pages of a file.
+pub(crate) fn any_object(
+    state: &State,
+    file: FileEntry,
+    pages: Range<usize>,
+    chunk_bytes: usize,
+) -> Arc<Object> {
+    let states = states_for(state.arena(), &pages, [pages.clone()]).unwrap();
+    Arc::new(Object::new(file, pages.start, states, ObjectKind::default(), chunk_bytes))
+}
+
+/// A region at an address, of these pages of a file.
+pub(crate) fn any_region(
+    space: &Arc<Space>,
+    address: usize,
+    file: FileEntry,
+    pages: Range<usize>,
+    chunk_bytes: usize,
+) -> Region {
+    let object = any_object(&State::own(), file, pages.clone(), chunk_bytes);
+    Region::new(Arc::clone(space), object, address, pages)
+}
+
+/// One space with regions: addresses, and the pages of the file that lie there.
+pub(crate) fn spaces_with(
+    space: &Arc<Space>,
+    state: &State,
+    file: FileEntry,
+    kind: ObjectKind,
+    chunk_bytes: usize,
+    regions: &[(usize, Range<usize>)],
+) -> Spaces {
+    let mut spaces = Spaces::default();
+    spaces.add_space(Arc::clone(space));
+    for (address, pages) in regions {
+        let states = states_for(state.arena(), pages, [pages.clone()]).unwrap();
+        let object =
+            spaces.add_object(0, Arc::new(Object::new(file, pages.start, states, kind, chunk_bytes)));
+        spaces.add(0, object, Place::Here, *address, pages.clone());
+    }
+    spaces
+}

@@ -1,0 +1,144 @@
+//! What a state file says, read with all checks: whoever wrote it may have been another version, or anything.
+
+use super::layout::{
+    AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_MAGIC, AT_MESSAGES, AT_MESSAGES_OF,
+    AT_ON_LOSS, AT_OWNER, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit, LOG_WORDS, MAGIC,
+    MAX_CALLS, MESSAGES, ON_LOSS, VERSION, log_range,
+};
+use super::log::Record;
+use super::{StateError, wrong};
+use crate::advice::Call;
+use crate::memory::Change;
+use crate::session::Options;
+use crate::uffd::{Event, MESSAGE_WORDS};
+use postcopy_proto::digest::{DIGEST_BYTES, Digest};
+use postcopy_proto::page::to_usize;
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// What a state file says. Regions and their page states are made of `records` by [`super::replay`].
+#[derive(Clone, Debug)]
+pub(crate) struct Contents {
+    pub(crate) image: Digest,
+    pub(crate) options: Options,
+    /// The process that the first space is of.
+    pub(crate) owner: Option<u32>,
+    pub(crate) is_registered: bool,
+    /// The log.
+    pub(crate) records: Vec<Record>,
+    /// Spaces that the log leaves, by their ids, and the numbers of their descriptors.
+    pub(crate) spaces: BTreeMap<u32, RawFd>,
+    pub(crate) next_space: u32,
+    /// The space that the messages are of that were read.
+    pub(crate) messages_of: u32,
+    /// How many of the messages received are done; not among these.
+    pub(crate) messages_done: usize,
+    pub(crate) messages: Vec<[u64; MESSAGE_WORDS]>,
+    /// The calls of madvise that were in progress before these were read, if there was memory for which that matters.
+    pub(crate) calls: Vec<Call>,
+}
+
+impl Contents {
+    /// The numbers of the descriptors that it names.
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        let listed = self.spaces.values().copied();
+        let coming = self.messages.iter().filter_map(|message| Event::child_of(*message));
+        listed.chain(coming).collect()
+    }
+
+    pub(super) fn read(words: &[AtomicU64]) -> Result<Self, StateError> {
+        let word = |at: usize| words[at].load(Ordering::Acquire);
+        if words.len() < AT_STATES {
+            // A new file has no length yet.
+            return if words.is_empty() { Err(StateError::Empty) } else { wrong("it has been cut") };
+        }
+        if word(AT_MAGIC) == 0 {
+            return Err(StateError::Empty);
+        }
+        if word(AT_MAGIC) != MAGIC {
+            return wrong("it is something else");
+        }
+        if word(AT_VERSION) != VERSION {
+            return Err(StateError::Version { found: word(AT_VERSION) });
+        }
+        let Some(commit) = Commit::of(word(AT_COMMIT)) else { return Err(StateError::Empty) };
+        if word(AT_ENDED) != 0 {
+            return Err(StateError::Ended);
+        }
+        if commit.log_words > LOG_WORDS || commit.messages_done > MESSAGES {
+            return wrong(format!(
+                "a log of {} words, {} messages done",
+                commit.log_words, commit.messages_done
+            ));
+        }
+        let records = records(&words[log_range(commit.log)][..commit.log_words])?;
+        let (spaces, next_space) = spaces(&records)?;
+        let message = |index: usize| -> [u64; MESSAGE_WORDS] {
+            std::array::from_fn(|i| word(AT_MESSAGES + index * MESSAGE_WORDS + i))
+        };
+        let call = |index: usize| {
+            let [start, end, advice] = std::array::from_fn(|i| word(AT_CALLS + index * CALL_WORDS + i));
+            Call { addresses: to_usize(start)..to_usize(end), advice }
+        };
+        let on_loss = ON_LOSS.get(to_usize(word(AT_ON_LOSS)));
+        let Some(on_loss) = on_loss else { return wrong(format!("loss policy {}", word(AT_ON_LOSS))) };
+        let mut image = [0; DIGEST_BYTES];
+        for (index, bytes) in image.chunks_mut(8).enumerate() {
+            bytes.copy_from_slice(&word(AT_IMAGE + index).to_le_bytes());
+        }
+        let done = commit.messages_done;
+        Ok(Self {
+            image: image.into(),
+            options: Options {
+                fault_deadline: Duration::from_millis(word(AT_DEADLINE_MS)),
+                on_loss: *on_loss,
+                fill: word(AT_FILL) & 1 != 0,
+                track_writes: word(AT_FILL) & 2 != 0,
+                working_set: word(AT_FILL) & 4 != 0,
+                record: word(AT_FILL) & 8 != 0,
+                trace: word(AT_FILL) & 16 != 0,
+            },
+            owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
+            is_registered: word(AT_REGISTERED) != 0,
+            records,
+            spaces,
+            next_space,
+            messages_of: u32::try_from(word(AT_MESSAGES_OF))
+                .or_else(|_| wrong("whose messages these are"))?,
+            messages_done: done,
+            calls: (0..MAX_CALLS).map(call).take_while(|call| call.addresses.end != 0).collect(),
+            messages: (done..MESSAGES).map(message).take_while(|message| message[0] != 0).collect(),
+        })
+    }
+}
+
+fn records(log: &[AtomicU64]) -> Result<Vec<Record>, StateError> {
+    let (mut records, mut at) = (Vec::new(), 0);
+    while at < log.len() {
+        let (record, next) = Record::read(|at| log[at].load(Ordering::Acquire), at, log.len())?;
+        records.push(record);
+        at = next;
+    }
+    Ok(records)
+}
+
+/// The spaces that a log leaves, and the id of the next one.
+fn spaces(records: &[Record]) -> Result<(BTreeMap<u32, RawFd>, u32), StateError> {
+    let (mut spaces, mut next) = (BTreeMap::new(), 0);
+    for record in records {
+        match record {
+            Record::NextSpace { id } => next = (*id).max(next),
+            Record::Space { id, fd } | Record::Fork { child: id, fd, .. } => {
+                next = next.max(id.saturating_add(1));
+                if spaces.insert(*id, *fd).is_some() {
+                    return wrong(format!("space {id} begins twice"));
+                }
+            }
+            Record::Change(Change::Forget { space }) => drop(spaces.remove(space)),
+            Record::Object(_) | Record::Region(_) | Record::Change(_) => {}
+        }
+    }
+    Ok((spaces, next))
+}

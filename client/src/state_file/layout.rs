@@ -1,0 +1,119 @@
+//! Where things lie in a state file. Everything is words of 64 bits; docs/FORMATS.md tells the same to other readers.
+
+use crate::session::LossPolicy;
+use crate::uffd::{Event, MESSAGE_WORDS, Outcome};
+use std::ops::Range;
+
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"postcopy");
+pub(super) const VERSION: u64 = 2;
+
+/// Messages that are read at once.
+pub(crate) const MESSAGES: usize = 32;
+
+pub(super) const AT_MAGIC: usize = 0;
+pub(super) const AT_VERSION: usize = 1;
+pub(super) const AT_IMAGE: usize = 2;
+pub(super) const AT_DEADLINE_MS: usize = 6;
+pub(super) const AT_ON_LOSS: usize = 7;
+pub(super) const AT_FILL: usize = 8;
+pub(super) const AT_ENDED: usize = 9;
+pub(super) const AT_OWNER: usize = 10;
+pub(super) const AT_REGISTERED: usize = 11;
+pub(super) const AT_COMMIT: usize = 16;
+pub(super) const AT_MESSAGES_OF: usize = 24;
+pub(super) const AT_MESSAGES: usize = 32;
+pub(super) const AT_ANSWERS: usize = AT_MESSAGES + MESSAGES * MESSAGE_WORDS;
+pub(super) const AT_CALLS: usize = AT_ANSWERS + ANSWERS.len();
+pub(super) const MAX_CALLS: usize = 16;
+pub(super) const CALL_WORDS: usize = 3;
+pub(super) const HEADER_WORDS: usize = AT_CALLS + MAX_CALLS * CALL_WORDS;
+/// Two logs, of which one holds: 512 MiB each at most.
+pub(super) const AT_LOGS: usize = 1024;
+pub(super) const LOG_WORDS: usize = (1 << 26) - AT_LOGS / 2;
+/// Page states: the rest, for those of 48 TiB of memory.
+pub(super) const AT_STATES: usize = 1 << 27;
+/// 4 GiB, of which only words in use take memory.
+pub(super) const FILE_WORDS: usize = 1 << 29;
+
+const _: () = assert!(HEADER_WORDS <= AT_LOGS && AT_LOGS + 2 * LOG_WORDS == AT_STATES);
+
+/// By their numbers in the file.
+pub(super) const ON_LOSS: [LossPolicy; 4] =
+    [LossPolicy::Poison, LossPolicy::Wait, LossPolicy::Kill, LossPolicy::Pause];
+
+/// What the kernel can answer or tell, in the order of their counts in the file.
+pub(super) const ANSWERS: [&str; 12] = [
+    "done",
+    "partial",
+    "present",
+    "deferred",
+    "gone",
+    "exited",
+    "no memory",
+    "fault",
+    "remove",
+    "unmap",
+    "remap",
+    "fork",
+];
+
+pub(super) fn answer(outcome: Outcome) -> usize {
+    match outcome {
+        Outcome::Done => 0,
+        Outcome::Partial { .. } => 1,
+        Outcome::AlreadyPresent => 2,
+        Outcome::Deferred => 3,
+        Outcome::Gone => 4,
+        Outcome::OwnerGone => 5,
+        Outcome::NoMemory => 6,
+    }
+}
+
+pub(super) fn event(event: &Event) -> usize {
+    match event {
+        Event::Fault { .. } => 7,
+        Event::Remove { .. } => 8,
+        Event::Unmap { .. } => 9,
+        Event::Remap { .. } => 10,
+        Event::Fork { .. } | Event::Unknown { .. } => 11,
+    }
+}
+
+/// The commit word: the one store that makes a step true. It tells which log holds, how many words of it, and how many
+/// of the messages received are done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Commit {
+    /// 0 or 1.
+    pub(super) log: usize,
+    pub(super) log_words: usize,
+    pub(super) messages_done: usize,
+}
+
+const VALID: u64 = 1 << 63;
+const LOG_SHIFT: u32 = 62;
+const DONE_BITS: u32 = 8;
+
+impl Commit {
+    pub(super) fn word(self) -> u64 {
+        VALID
+            | (self.log as u64) << LOG_SHIFT
+            | (self.log_words as u64) << DONE_BITS
+            | self.messages_done as u64
+    }
+
+    /// None: nothing was committed yet.
+    pub(super) fn of(word: u64) -> Option<Self> {
+        let number = postcopy_proto::page::to_usize;
+        (word & VALID != 0).then(|| Self {
+            log: number(word >> LOG_SHIFT & 1),
+            log_words: number(word << 2 >> 2 >> DONE_BITS),
+            messages_done: number(word & ((1 << DONE_BITS) - 1)),
+        })
+    }
+}
+
+/// The words of a log.
+pub(super) fn log_range(log: usize) -> Range<usize> {
+    let start = AT_LOGS + log * LOG_WORDS;
+    start..start + LOG_WORDS
+}
