@@ -92,6 +92,23 @@ impl Callers {
         self.look().asleep.iter().filter_map(|asleep| call_of(&asleep.call)).collect()
     }
 
+    /// The threads that may cause events now: those in a call that does, and those that run.
+    pub(crate) fn causers(&self) -> Vec<i32> {
+        let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        add_children(&mut processes);
+        processes.retain(|process| is_alive(*process));
+        let of = |process: &u32| {
+            std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten()
+        };
+        let causes = |task: std::fs::DirEntry| {
+            let call = std::fs::read_to_string(task.path().join("syscall")).ok()?;
+            let number = call.split_whitespace().next()?;
+            let causes = number == "running" || number.parse().is_ok_and(|number| CAUSES.contains(&number));
+            causes.then(|| task.file_name().to_str()?.parse().ok())?
+        };
+        processes.iter().flat_map(of).filter_map(causes).collect()
+    }
+
     /// Sends a signal to the owner, and to all that it has forked: false if none of them is there.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
         let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,7 +4,7 @@
 use crate::events;
 use crate::image::Image;
 use crate::memory::HUGE_PAGES;
-use crate::memory::{Object, ObjectKind, PageState, Place, Region, Space, Spaces, states_for};
+use crate::memory::{Object, ObjectKind, PageState, Place, Region, Space, Spaces, hull, states_for};
 use crate::remote::ServerAddress;
 use crate::session::{Options, SessionError};
 use crate::shared::Shared;
@@ -287,8 +287,7 @@ fn spaces_of(
     for group in objects_of(&checked) {
         let (first, kind) = (&checked[group[0]], checked[group[0]].kind);
         let pages = group.iter().map(|index| &checked[*index].file_pages);
-        let hull =
-            pages.clone().fold(usize::MAX..0, |hull, run| hull.start.min(run.start)..hull.end.max(run.end));
+        let hull = hull(pages.clone().cloned()).expect("a group has a region, and no region is empty");
         let states = states_for(state.arena(), &hull, pages.cloned()).map_err(StateError::from)?;
         let object = Object::new(first.file, hull.start, states, kind, image.root().chunk_size().bytes());
         let object = spaces.add_object(space.id, Arc::new(object));

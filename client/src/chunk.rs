@@ -12,7 +12,7 @@ pub(crate) const PIECE_PAGES: usize = 16;
 
 /// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero. Its memory is kept from one
 /// chunk to the next.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct ChunkPages {
     bytes: Vec<u8>,
     chunk_bytes: usize,

@@ -39,35 +39,45 @@ pub(crate) fn read(
     space: &Arc<Space>,
     faults: &mut Vec<(usize, bool)>,
 ) -> Result<(), Stopped> {
+    while read_some(shared, space, faults, MESSAGES)? {}
+    Ok(())
+}
+
+/// Reads at most `most` messages, and does what they say: whether there may be more.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_some(
+    shared: &Shared,
+    space: &Arc<Space>,
+    faults: &mut Vec<(usize, bool)>,
+    most: usize,
+) -> Result<bool, Stopped> {
     let has_shared = shared.spaces().has_shared();
     let callers = shared.callers.as_ref().filter(|_| has_shared);
-    let most = if has_shared { 1 } else { MESSAGES };
-    loop {
-        // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time;
-        // and as long as an event is under way, none without a look at who is in madvise. (Where none is, what can be
-        // read is a fault. It can go away again, if its page has just come, and an event come right then: that may end
-        // the session, by name.)
-        let mut calls = None;
-        if let Some(callers) = callers {
-            if !space.uffd.is_readable().map_err(stopped)? {
-                return Ok(());
-            }
-            calls = space.uffd.has_event().then(|| callers.calls_of_an_event());
-            shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
+    let most = if has_shared { 1 } else { most };
+    // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time;
+    // and as long as an event is under way, none without a look at who is in madvise. (Where none is, what can be
+    // read is a fault. It can go away again, if its page has just come, and an event come right then: that may end
+    // the session, by name.)
+    let mut calls = None;
+    if let Some(callers) = callers {
+        if !space.uffd.is_readable().map_err(stopped)? {
+            return Ok(false);
         }
-        let received = shared.state.receive(space.id, &space.uffd, most);
-        let received = received.map_err(stopped)?;
-        for index in 0..received {
-            match shared.state.message(index) {
-                Event::Fault { address, is_protected } => faults.push((address, is_protected)),
-                event => apply(shared, space, event, calls.as_deref(), index + 1)?,
-            }
-        }
-        // A fork's message that there is no descriptor for ends a reading short, and is told of by the next one.
-        if received == 0 || received < most && !space.uffd.tells_of_forks() {
-            return Ok(());
+        calls = space.uffd.has_event().then(|| callers.calls_of_an_event());
+        shared.state.note_calls(calls.as_deref().unwrap_or(&[]));
+    }
+    let received = shared.state.receive(space.id, &space.uffd, most);
+    let received = received.map_err(stopped)?;
+    for index in 0..received {
+        match shared.state.message(index) {
+            Event::Fault { address, is_protected } => faults.push((address, is_protected)),
+            event => apply(shared, space, event, calls.as_deref(), index + 1)?,
         }
     }
+    // A fork's message that there is no descriptor for ends a reading short, and the next one tells of it.
+    Ok(received > 0 && (received == most || space.uffd.tells_of_forks()))
 }
 
 fn stopped(error: std::io::Error) -> Stopped {

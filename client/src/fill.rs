@@ -19,7 +19,7 @@ use crate::remote::{Remote, RemoteError, ServerAddress, within};
 use crate::requests::MAX_ATTEMPTS;
 use crate::shared::Shared;
 use bytes::Bytes;
-use installer::{Installer, Job, Refused, Work};
+use installer::{Arrived, Installer, Job, Refused};
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use postcopy_proto::set_frame::SetFrame;
@@ -289,7 +289,7 @@ impl Fill {
             let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
             let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
             let permit = permit.expect("the window is never closed");
-            self.job(Job::new(Work::WorkingSet(frames), permit, Duration::ZERO)).await;
+            self.job(Job::new(Arrived::WorkingSet(frames), permit, Duration::ZERO)).await;
         }
     }
 
@@ -353,7 +353,7 @@ impl Fill {
                 Plan::Nothing => {}
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
-                    self.job(Job::new(Work::Zeros(chunks), permit, Duration::ZERO)).await;
+                    self.job(Job::new(Arrived::Zeros(chunks), permit, Duration::ZERO)).await;
                 }
                 Plan::Ask { chunks, pages } => {
                     let permit = self.permit(stream, pages).await?;
@@ -441,7 +441,7 @@ impl Fill {
             stream.asked.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
-        self.job(Job::new(Work::Frames(region, message.chunks), permit, wire)).await;
+        self.job(Job::new(Arrived::Frames(region, message.chunks), permit, wire)).await;
         Ok(())
     }
 

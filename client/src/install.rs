@@ -132,19 +132,19 @@ fn install_part(
 /// # Blocking
 /// As [`install`].
 pub(crate) fn install_pages(
-    map: &MemoryMap,
+    map: Option<&MemoryMap>,
     region: &Region,
     pages: Range<usize>,
     bytes: Option<&[u8]>,
 ) -> Installed {
     let start = pages.start;
-    let installed = install_runs(Some(map), region, pages.clone(), |run| {
+    let installed = install_runs(map, region, pages.clone(), |run| {
         let len = run.len().min(PIECE_PAGES);
         let at = (run.start - start) * PAGE_BYTES;
         (len, bytes.map(|bytes| &bytes[at..at + len * PAGE_BYTES]))
     });
     match installed {
-        Installed::All => wake_shared(Some(map), region, &pages),
+        Installed::All => wake_shared(map, region, &pages),
         other => other,
     }
 }
@@ -300,10 +300,10 @@ pub(crate) fn poison(
                 uffd.wake(address, unit * PAGE_BYTES);
                 run.start + unit
             }
-            // Paced: both pass when somebody else gets a turn.
+            // The event's causer must run before the kernel lets it through.
             Outcome::Deferred => {
                 read_events();
-                std::thread::park_timeout(PAUSE);
+                std::thread::yield_now();
                 run.start
             }
             Outcome::NoMemory => {
@@ -383,7 +383,7 @@ mod tests {
         space.uffd.register(memory.start(), memory.len()).unwrap();
         let file =
             FileEntry { size_bytes: memory.len() as u64, first_chunk: ChunkIndex(0), executable: false };
-        let states = states_for(state.arena(), &(0..PAGES), [0..PAGES]).unwrap();
+        let states = states_for(state.arena(), &(0..PAGES), std::iter::once(0..PAGES)).unwrap();
         let object = Arc::new(Object::new(file, 0, states, ObjectKind::default(), memory.len()));
         let mut spaces = Spaces::default();
         spaces.add_space(Arc::clone(&space));

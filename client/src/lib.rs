@@ -50,6 +50,7 @@ pub mod state_file;
 mod sync;
 pub mod trace;
 mod way_out;
+mod work;
 
 pub use advice::with_descendants;
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};

@@ -14,7 +14,9 @@
 
 mod answers;
 mod faults;
+pub(crate) mod hold;
 mod losses;
+mod ready;
 
 use crate::ahead::Ahead;
 use crate::attach::Owner;
@@ -29,13 +31,16 @@ use crate::requests::Requests;
 use crate::session::{ImageSource, Options, SessionError};
 use crate::shared::{Command, Shared, add};
 use crate::spin::Spin;
+use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
 use crate::way_out::WayOut;
+use crate::work::HandedOver;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use ready::Ready;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;
@@ -51,8 +56,8 @@ const TICK: Duration = Duration::from_millis(100);
 const LOOK_FOR_OWNERS: Duration = Duration::from_millis(250);
 /// How soon messages are read again for which there was no descriptor or memory.
 const READ_AGAIN: Duration = Duration::from_millis(20);
-/// How soon an install is tried again that the kernel put off.
-const RETRY: Duration = Duration::from_millis(1);
+/// Where answers are nearer than this, a page is asked for although the fill has asked for it.
+const NEAR: Duration = Duration::from_millis(1);
 /// What answers take at most, where the server is well.
 const FAR: Duration = Duration::from_millis(200);
 /// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
@@ -69,8 +74,10 @@ pub(crate) struct Pager {
     /// Before the next attempt to reach a server that was lost.
     reconnect_pause: Duration,
     requests: Requests,
-    /// Faults on zero and removed pages that the kernel put off: by space and address, each with its deadline.
-    put_off: BTreeMap<(u32, usize), (Arc<Space>, Instant)>,
+    ready: Ready,
+    handed_over: mpsc::Receiver<HandedOver>,
+    /// Threads that did not stop in time when they were to be held, and are to be let go.
+    lingering: Vec<nix::unistd::Pid>,
     spin: Spin,
     ahead: Ahead,
     /// How long an answer takes of late.
@@ -181,13 +188,16 @@ impl Pager {
         };
         let is_foreign = !matches!(owner, Owner::ThisProcess);
         let shared = Arc::new(owner.share(address, image, options)?);
+        let handed_over = shared.to_pager.take_queue();
         let mut pager = Self {
             watched: Vec::new(),
             is_foreign,
             lane,
             reconnect_pause: RECONNECT.start,
             requests: Requests::new(shared.options.fault_deadline, Arc::clone(&shared.on_demand)),
-            put_off: BTreeMap::new(),
+            ready: Ready::default(),
+            handed_over,
+            lingering: Vec::new(),
             spin: Spin::new(),
             ahead: Ahead::new(shared.image.root().chunk_size().bytes()),
             usual: Duration::ZERO,
@@ -231,7 +241,7 @@ impl Pager {
             interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             interval
         };
-        let (mut tick, mut retry, mut look) = (paced(TICK), paced(RETRY), paced(LOOK_FOR_OWNERS));
+        let (mut tick, mut look) = (paced(TICK), paced(LOOK_FOR_OWNERS));
         let mut again = paced(READ_AGAIN);
         loop {
             if let Some(reason) = &self.broken {
@@ -241,9 +251,17 @@ impl Pager {
             let behind = self.behind.values().copied().max();
             shared.cores.waits(self.requests.wait_since().max(behind).map(Instant::into_std));
             let waits = !self.requests.is_empty();
-            let put_off = self.requests.has_put_off() || !self.put_off.is_empty();
+            if self.has_ready() {
+                self.install_ready();
+                // Answers and commands have their turn, whatever events there are.
+                tokio::task::yield_now().await;
+            }
+            let attempt =
+                [self.ready.next_attempt(), self.requests.next_attempt()].into_iter().flatten().min();
+            let later = attempt.unwrap_or_else(Instant::now);
+            let is_ready = self.has_ready();
+            // In no order: none of these may starve another.
             tokio::select! {
-                biased;
                 readable = readable(&self.watched) => match readable {
                     Err(error) => return shared.report(&format!("a userfaultfd cannot be watched: {error}")),
                     Ok((watched, readable)) => {
@@ -268,21 +286,33 @@ impl Pager {
                     Some(Command::Leave) => return self.way_out.leaves = true,
                     Some(command) => self.command(command),
                 },
-                _ = retry.tick(), if put_off => self.retry_put_off(),
+                Some(work) = self.handed_over.recv() => self.ready.hand_over(work),
+                () = tokio::time::sleep_until(later), if attempt.is_some() => self.try_ready(),
+                () = tokio::task::yield_now(), if is_ready => {}
                 _ = again.tick(), if self.unreadable.is_some() => self.read_again(),
                 _ = look.tick(), if self.is_foreign => if !self.owners_are_left() {
                     return self.way_out.in_order = true;
                 },
-                _ = tick.tick(), if waits => self.check_deadlines(),
+                _ = tick.tick(), if waits || !self.lingering.is_empty() => {
+                    self.release_lingering();
+                    self.check_deadlines();
+                }
                 () = tokio::task::yield_now(), if waits && self.spin.is_on(Instant::now()) && !shared.is_filling() => {}
             }
         }
     }
 
-    /// Reads what a space has to tell, and keeps its faults. The gate is passed alone.
+    /// Reads all messages of a space, and keeps its faults. The gate is passed alone.
     fn read(&mut self, space: &Arc<Space>) -> Result<(), Stopped> {
+        while self.read_some(space, MESSAGES)? {}
+        Ok(())
+    }
+
+    /// Reads at most so many messages of a space, and keeps its faults: whether there may be more. The gate is passed
+    /// alone.
+    fn read_some(&mut self, space: &Arc<Space>, most: usize) -> Result<bool, Stopped> {
         let mut faults = Vec::new();
-        let read = events::read(&self.way_out.shared, space, &mut faults);
+        let read = events::read_some(&self.way_out.shared, space, &mut faults, most);
         add(&self.shared().counters.faults, faults.len());
         // Writes to what is there do not wait for pages.
         if faults.iter().any(|(_, is_write_protected)| !is_write_protected) {

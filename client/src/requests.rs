@@ -43,8 +43,8 @@ struct Chunk {
     /// When it was asked for last, and answered.
     sent: Option<Instant>,
     answered: Option<Instant>,
-    /// The frame came, and the kernel put the install off.
-    frame: Option<Bytes>,
+    /// The frame has arrived, and the install was deferred; until then, or None: until events let it through.
+    frame: Option<(Bytes, Option<Instant>)>,
     /// Given up, or not to be had at the moment: ask again at this time.
     again_at: Option<Instant>,
     /// Why it was not to be had at the moment.
@@ -96,8 +96,8 @@ pub(crate) struct Requests {
     underway: Arc<Underway>,
     segments_to_ask: Vec<u32>,
     last_id: u64,
-    /// Some chunk's install was put off.
-    has_put_off: bool,
+    /// How many frames have arrived that are not installed.
+    arrived: usize,
 }
 
 impl Requests {
@@ -112,7 +112,7 @@ impl Requests {
             underway,
             segments_to_ask: Vec::new(),
             last_id: 0,
-            has_put_off: false,
+            arrived: 0,
         }
     }
 
@@ -283,7 +283,8 @@ impl Requests {
 
     /// Nobody waits for the chunk any more.
     pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
-        self.chunks.remove(&chunk);
+        let done = self.chunks.remove(&chunk);
+        self.arrived -= usize::from(done.is_some_and(|wanted| wanted.frame.is_some()));
         self.underway.remove(chunk);
     }
 
@@ -292,29 +293,54 @@ impl Requests {
             let is_forgotten = is_forgotten(*chunk, wanted);
             if is_forgotten {
                 self.underway.remove(*chunk);
+                self.arrived -= usize::from(wanted.frame.is_some());
             }
             !is_forgotten
         });
         self.ahead_to_ask.retain(|chunk| self.chunks.contains_key(chunk));
     }
 
-    /// The chunk came, but could not be installed yet.
-    pub(crate) fn put_off(&mut self, chunk: ChunkIndex, frame: Bytes) {
-        if let Some(wanted) = self.chunks.get_mut(&chunk) {
-            wanted.frame = Some(frame);
-            self.has_put_off = true;
+    /// Keeps a frame that has arrived and could not be installed: until `at` without memory, or None where an event is
+    /// in the way.
+    pub(crate) fn defer(&mut self, chunk: ChunkIndex, frame: Bytes, at: Option<Instant>) {
+        if let Some(wanted) = self.chunks.get_mut(&chunk)
+            && wanted.frame.replace((frame, at)).is_none()
+        {
+            self.arrived += 1;
         }
     }
 
-    /// Whether a chunk came that could not be installed yet.
-    pub(crate) fn has_put_off(&self) -> bool {
-        self.has_put_off
+    /// Whether frames have arrived that wait for nothing but events.
+    pub(crate) fn has_ready(&self) -> bool {
+        self.arrived > 0 && self.chunks.values().any(|wanted| matches!(wanted.frame, Some((_, None))))
     }
 
-    /// The chunks that came and could not be installed, to be tried again.
-    pub(crate) fn take_put_off(&mut self) -> Vec<(ChunkIndex, Bytes)> {
-        self.has_put_off = false;
-        self.chunks.iter_mut().filter_map(|(chunk, wanted)| Some((*chunk, wanted.frame.take()?))).collect()
+    /// Takes it that there is no memory for the frames that wait for events: they are tried again at this time.
+    pub(crate) fn suspect_memory(&mut self, at: Instant) {
+        for frame in self.chunks.values_mut().filter_map(|wanted| wanted.frame.as_mut()) {
+            frame.1.get_or_insert(at);
+        }
+    }
+
+    /// When to try again to install a frame that there was no memory for.
+    pub(crate) fn next_attempt(&self) -> Option<Instant> {
+        let frames = self.chunks.values().filter(|_| self.arrived > 0);
+        frames.filter_map(|wanted| wanted.frame.as_ref()?.1).min()
+    }
+
+    /// Takes the frames that can be tried now.
+    pub(crate) fn take_ready(&mut self, now: Instant) -> Vec<(ChunkIndex, Bytes)> {
+        if self.arrived == 0 {
+            return Vec::new();
+        }
+        let is_due = |frame: &mut (Bytes, Option<Instant>)| frame.1.is_none_or(|at| at <= now);
+        let due = self
+            .chunks
+            .iter_mut()
+            .filter_map(|(chunk, wanted)| Some((*chunk, wanted.frame.take_if(is_due)?.0)));
+        let due: Vec<_> = due.collect();
+        self.arrived -= due.len();
+        due
     }
 
     /// The answer for a chunk was wrong, or an error.

@@ -78,19 +78,31 @@ pub struct Options {
     /// writes first to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and it is
     /// [`Session::changes`] that tells.
     pub track_writes: bool,
+    /// Hold threads of another process that cause events (madvise, munmap, mremap, fork) without a pause, where they
+    /// return to user mode, while a page is installed that they would keep out for ever: three and more such threads do.
+    /// By ptrace(2), for a few milliseconds; a system call in which a held thread sleeps may return EINTR, as after a
+    /// stop by SIGSTOP. Off by default; the daemons turn it on. Needs [`crate::ForeignMemory::pid`] and the right to
+    /// trace the process. Never in this process's own memory: two threads cannot keep a page out, more can.
+    pub hold_causers: bool,
+}
+
+impl Options {
+    /// Page faults wait for at most 30 s and are poisoned then; nothing else is turned on.
+    pub const DEFAULT: Self = Self {
+        fault_deadline: Duration::from_secs(30),
+        on_loss: LossPolicy::Poison,
+        working_set: false,
+        fill: false,
+        record: false,
+        trace: false,
+        track_writes: false,
+        hold_causers: false,
+    };
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            fault_deadline: Duration::from_secs(30),
-            on_loss: LossPolicy::default(),
-            working_set: false,
-            fill: false,
-            record: false,
-            trace: false,
-            track_writes: false,
-        }
+        Self::DEFAULT
     }
 }
 
@@ -222,6 +234,8 @@ pub struct Progress {
     pub working_set_pages: u64,
     /// Bytes of the frames that came over both.
     pub frame_bytes: u64,
+    /// How often threads were held that cause events without a pause ([`Options::hold_causers`]).
+    pub holds: u64,
 }
 
 /// Memory that is being filled from one image. Lives until it and its regions are dropped.

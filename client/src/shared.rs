@@ -11,6 +11,7 @@ use crate::session::{LossError, LossPolicy, Options, Progress};
 use crate::state_file::{Record, State, StateError};
 use crate::trace::Notes;
 use crate::uffd::memory::Memory;
+use crate::work::ToPager;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::io;
 use std::mem::ManuallyDrop;
@@ -29,6 +30,7 @@ pub(crate) struct Counters {
     pub(crate) bulk_chunks: AtomicU64,
     pub(crate) working_set_pages: AtomicU64,
     pub(crate) frame_bytes: AtomicU64,
+    pub(crate) holds: AtomicU64,
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: usize) {
@@ -91,6 +93,8 @@ pub(crate) struct Shared {
     pub(crate) has_no_successor: AtomicBool,
     /// The pager has ended, and memory is registered still.
     pub(crate) is_left_open: AtomicBool,
+    /// Installs for the pager.
+    pub(crate) to_pager: ToPager,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
     /// A pause of the fill has ended ([`Pace`]).
@@ -151,6 +155,7 @@ impl Shared {
             is_filling: AtomicBool::new(false),
             has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
+            to_pager: ToPager::default(),
             fill_work: Notify::new(),
             fill_may_go_on: Notify::new(),
             has_ended: Notify::new(),
@@ -382,6 +387,7 @@ impl Shared {
             bulk_chunks: self.counters.bulk_chunks.load(Ordering::Relaxed),
             working_set_pages: self.counters.working_set_pages.load(Ordering::Relaxed),
             frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),
+            holds: self.counters.holds.load(Ordering::Relaxed),
             ..Progress::default()
         };
         for region in self.spaces().regions() {

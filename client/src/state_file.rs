@@ -167,8 +167,8 @@ impl State {
         );
         let on_loss = ON_LOSS.iter().position(|policy| *policy == options.on_loss);
         state.set(AT_ON_LOSS, on_loss.expect("all are listed") as u64);
-        let Options { fill, track_writes, working_set, record, trace, .. } = *options;
-        let bits = [fill, track_writes, working_set, record, trace].into_iter().enumerate();
+        let Options { fill, track_writes, working_set, record, trace, hold_causers, .. } = *options;
+        let bits = [fill, track_writes, working_set, record, trace, hold_causers].into_iter().enumerate();
         state.set(AT_FILL, bits.map(|(bit, is_on)| u64::from(is_on) << bit).sum());
         state.set(AT_OWNER, owner.unwrap_or(0).into());
         state.set(AT_VERSION, VERSION);
@@ -519,8 +519,11 @@ mod tests {
         Ok((state, contents, spaces))
     }
 
-    /// All that there is, wherever it belongs, with the states of its pages.
-    fn all(spaces: &Spaces) -> Vec<(u32, usize, Range<usize>, Vec<PageState>, bool)> {
+    /// Space, address, pages of the file, their states, and whether the region is in the address order.
+    type Row = (u32, usize, Range<usize>, Vec<PageState>, bool);
+
+    /// All regions, wherever they belong.
+    fn all(spaces: &Spaces) -> Vec<Row> {
         let ids: Vec<_> = spaces.spaces().map(|space| space.id).collect();
         let row = |(place, _, region): (crate::memory::Place, u32, Region)| {
             let states = (0..region.pages()).map(|page| region.state(page)).collect();

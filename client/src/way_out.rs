@@ -5,10 +5,12 @@
 use crate::events;
 use crate::install;
 use crate::memory::{Change, Object, Region, Space};
+use crate::pager::hold::Held;
 use crate::shared::Shared;
 use crate::state_file::StateError;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Regions that are poisoned, by space, address, length and object. Kept, so that no object that comes has the address
 /// of one that is done.
@@ -18,6 +20,8 @@ fn key(region: &Region) -> (u32, usize, usize, *const Object) {
     (region.space.id, region.address(0), region.len(), Arc::as_ptr(&region.object))
 }
 
+/// How long poison and events take turns before the causers of events are held, as in the pager.
+const HOLD_AFTER: Duration = Duration::from_millis(3);
 /// Beyond all addresses that a process has.
 const ADDRESSES: usize = 1 << 57;
 
@@ -49,9 +53,15 @@ impl WayOut {
             }
             for region in left {
                 let patience = shared.options.fault_deadline;
-                if !install::poison(&shared.map, &region, 0..region.pages(), patience, || {
-                    self.read(&region.space)
-                }) {
+                let (started, mut held) = (Instant::now(), None);
+                let poisoned = install::poison(&shared.map, &region, 0..region.pages(), patience, || {
+                    if held.is_none() && started.elapsed() > HOLD_AFTER {
+                        held = Held::hold_causers(shared);
+                    }
+                    self.read(&region.space);
+                });
+                self.let_go(held);
+                if !poisoned {
                     shared.report("memory could not be made safe at the session's end; its faults wait");
                     return false;
                 }
@@ -60,6 +70,16 @@ impl WayOut {
             for space in spaces.spaces() {
                 self.read(space);
             }
+        }
+    }
+
+    /// Lets threads go that were held: they stop when their events are read.
+    fn let_go(&self, held: Option<Held>) {
+        let Some(mut held) = held else { return };
+        let started = Instant::now();
+        while !held.release() && started.elapsed() < self.shared.options.fault_deadline {
+            self.shared.spaces().spaces().for_each(|space| self.read(space));
+            std::thread::yield_now();
         }
     }
 

@@ -15,15 +15,7 @@ const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 512;
 const WATCHDOG: Duration = Duration::from_secs(100);
-const OPTIONS: Options = Options {
-    fault_deadline: Duration::from_secs(60),
-    on_loss: LossPolicy::Poison,
-    working_set: false,
-    fill: false,
-    record: false,
-    trace: false,
-    track_writes: false,
-};
+const OPTIONS: Options = Options { fault_deadline: Duration::from_secs(60), ..Options::DEFAULT };
 
 fn start() -> Source {
     Source::start(memory_like(CHUNKS * CHUNK, 41), CHUNK)

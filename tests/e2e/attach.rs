@@ -2,7 +2,7 @@
 
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
-use postcopy::{ForeignMemory, LossPolicy, Options, Session, SessionError};
+use postcopy::{ForeignMemory, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
@@ -17,15 +17,7 @@ const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
-const FILLING: Options = Options {
-    working_set: false,
-    fill: true,
-    record: false,
-    trace: false,
-    fault_deadline: Duration::from_secs(30),
-    on_loss: LossPolicy::Poison,
-    track_writes: false,
-};
+const FILLING: Options = Options { fill: true, ..Options::DEFAULT };
 
 fn start() -> Source {
     let mut bytes = memory_like(PAGES * PAGE, 70);

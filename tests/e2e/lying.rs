@@ -23,15 +23,7 @@ use tempfile::TempDir;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 24;
 /// Longer than anything here takes, so that what ends a test is not the deadline.
-const PATIENT: Options = Options {
-    fault_deadline: Duration::from_secs(60),
-    on_loss: LossPolicy::Poison,
-    working_set: false,
-    fill: false,
-    record: false,
-    trace: false,
-    track_writes: false,
-};
+const PATIENT: Options = Options { fault_deadline: Duration::from_secs(60), ..Options::DEFAULT };
 /// For answers that are none, so that the deadline has to decide.
 const IMPATIENT: Options = Options { fault_deadline: Duration::from_secs(1), ..PATIENT };
 const WATCHDOG: Duration = Duration::from_secs(100);

@@ -19,6 +19,7 @@ mod map;
 mod model;
 mod origins;
 mod pressure;
+mod progress;
 mod push;
 mod python;
 mod scale;

@@ -18,15 +18,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 const SIGBUS: i32 = 7;
 const SIGKILL: i32 = 9;
 const PAGEOUT: i32 = 21;
-const PATIENT: Options = Options {
-    working_set: false,
-    fill: false,
-    record: false,
-    trace: false,
-    fault_deadline: Duration::from_secs(3),
-    on_loss: LossPolicy::Wait,
-    track_writes: false,
-};
+const PATIENT: Options =
+    Options { fault_deadline: Duration::from_secs(3), on_loss: LossPolicy::Wait, ..Options::DEFAULT };
 
 fn start() -> Source {
     let mut bytes = memory_like(PAGES * PAGE, 90);

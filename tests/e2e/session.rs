@@ -25,15 +25,7 @@ const WATCHDOG: Duration = Duration::from_secs(110);
 const MINUTE: Duration = Duration::from_secs(60);
 /// Tells this program, started again by a test of it, where the server is whose page it is to touch.
 const CHILD: &str = "POSTCOPY_TESTS_CHILD";
-const FILLING: Options = Options {
-    working_set: false,
-    fill: true,
-    record: false,
-    trace: false,
-    fault_deadline: Duration::from_secs(30),
-    on_loss: LossPolicy::Poison,
-    track_writes: false,
-};
+const FILLING: Options = Options { fill: true, ..Options::DEFAULT };
 
 /// A server that has the image `app` of one file, `mem`.
 pub(crate) struct Source {

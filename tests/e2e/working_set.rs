@@ -25,15 +25,7 @@ const WATCHDOG: Duration = Duration::from_secs(100);
 const MINUTE: Duration = Duration::from_secs(60);
 const RECORDING: Options = Options { record: true, ..QUIET };
 const REPLAYING: Options = Options { working_set: true, ..QUIET };
-const QUIET: Options = Options {
-    fault_deadline: MINUTE,
-    on_loss: LossPolicy::Poison,
-    working_set: false,
-    fill: false,
-    record: false,
-    trace: false,
-    track_writes: false,
-};
+const QUIET: Options = Options { fault_deadline: MINUTE, ..Options::DEFAULT };
 
 fn start() -> Source {
     let mut bytes = memory_like((PAGES - 1) * PAGE + 100, 31);

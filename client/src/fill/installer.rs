@@ -7,6 +7,7 @@ use crate::lane::frame_of;
 use crate::memory::{Region, Spaces};
 use crate::shared::{Shared, add};
 use crate::trace::{self, Cause, Stages};
+use crate::work::{HandedOver, Work};
 use bytes::Bytes;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::chunk_len;
@@ -18,14 +19,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-/// How soon an install is tried again that the kernel put off.
-const RETRY: Duration = Duration::from_micros(200);
+/// The first pause before an install is tried again that the kernel has no memory for, and the longest.
+const MEMORY_PAUSE: Range<Duration> = Duration::from_micros(200)..Duration::from_millis(50);
 /// How soon one that gives way looks whether it is quiet.
 const GIVE_WAY: Duration = Duration::from_millis(2);
 
 /// What an installer does next. The permit is given back when that is done.
 pub(super) struct Job {
-    work: Work,
+    arrived: Arrived,
     permit: OwnedSemaphorePermit,
     came: Instant,
     /// From asking for it to its coming.
@@ -34,12 +35,12 @@ pub(super) struct Job {
 
 impl Job {
     /// What has come now.
-    pub(super) fn new(work: Work, permit: OwnedSemaphorePermit, wire: Duration) -> Self {
-        Self { work, permit, came: Instant::now(), wire }
+    pub(super) fn new(arrived: Arrived, permit: OwnedSemaphorePermit, wire: Duration) -> Self {
+        Self { arrived, permit, came: Instant::now(), wire }
     }
 }
 
-pub(super) enum Work {
+pub(super) enum Arrived {
     Frames(Region, Vec<v1::ChunkAnswer>),
     Zeros(Range<u64>),
     WorkingSet(Vec<Bytes>),
@@ -83,14 +84,14 @@ impl Installer {
             let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
             let Some(job) = job else { return };
             self.stages = Stages { queue: job.came.elapsed(), wire: job.wire, ..Stages::default() };
-            match job.work {
-                Work::Frames(region, answers) => {
+            match job.arrived {
+                Arrived::Frames(region, answers) => {
                     for answer in &answers {
                         self.frame(&region, answer);
                     }
                 }
-                Work::WorkingSet(frames) => frames.iter().for_each(|frame| self.set_frame(frame)),
-                Work::Zeros(chunks) => {
+                Arrived::WorkingSet(frames) => frames.iter().for_each(|frame| self.set_frame(frame)),
+                Arrived::Zeros(chunks) => {
                     for chunk in chunks {
                         self.zeros(ChunkIndex(chunk));
                     }
@@ -159,9 +160,7 @@ impl Installer {
                     let before = region.file_pages(pages.clone()).start - run.first as usize;
                     let bytes =
                         bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
-                    self.bring(&region, &pages, Cause::WorkingSet, || {
-                        install::install_pages(&self.shared.map, &region, pages.clone(), bytes)
-                    });
+                    self.bring(&region, &pages, Cause::WorkingSet, Work::Pages(bytes));
                     add(&self.shared.counters.working_set_pages, pages.len());
                 }
             }
@@ -194,9 +193,7 @@ impl Installer {
             self.pages.set(chunk_bytes, in_chunk);
             for region in spaces.of_chunk(chunk, chunk_pages).filter(|region| region.gathering().is_some()) {
                 let pages = region.pages_of(chunk).expect("a region of the chunk");
-                self.bring(&region, &pages, Cause::WorkingSet, || {
-                    install::install(Some(&self.shared.map), &region, chunk, &self.pages, None)
-                });
+                self.bring(&region, &pages, Cause::WorkingSet, Work::Chunk(chunk, &self.pages));
                 add(&self.shared.counters.working_set_pages, held);
             }
         }
@@ -241,24 +238,33 @@ impl Installer {
         // Those of other regions over the same file are not asked for then.
         for region in self.shared.of_chunk(chunk) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
-            self.bring(&region, &pages, Cause::Background, || {
-                install::install(Some(&self.shared.map), &region, chunk, &self.pages, None)
-            });
+            self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.pages));
         }
     }
 
-    /// Installs pages of a region that nobody has touched, as soon as the kernel lets it.
-    fn bring(&self, region: &Region, pages: &Range<usize>, cause: Cause, install: impl Fn() -> Installed) {
-        if let Some(recorder) = &self.shared.recorder {
-            recorder.brought(&self.shared.image, region, pages.clone());
+    /// Prefetches pages of a region. The pager installs where an event is in the way; without memory this tries again.
+    fn bring(&self, region: &Region, pages: &Range<usize>, cause: Cause, work: Work<'_>) {
+        let shared = &self.shared;
+        if let Some(recorder) = &shared.recorder {
+            recorder.brought(&shared.image, region, pages.clone());
         }
-        let started = Instant::now();
-        // The pager reads the event, or somebody frees memory; else another pass has it.
-        while started.elapsed() < self.shared.options.fault_deadline {
-            match trace::installing(&self.shared, region, pages, cause, self.stages, &install) {
-                Installed::All | Installed::Ended => return,
-                Installed::Deferred | Installed::NoMemory => std::thread::park_timeout(RETRY),
+        let deadline = Instant::now() + shared.options.fault_deadline;
+        let install = || match work.install(Some(&shared.map), region, pages) {
+            Installed::Deferred => {
+                let (handed_over, outcome) = HandedOver::new(region, pages, work, deadline);
+                shared.to_pager.send(handed_over);
+                outcome.recv().unwrap_or(Installed::Ended)
             }
+            installed => installed,
+        };
+        let mut pause = MEMORY_PAUSE.start;
+        while Instant::now() < deadline {
+            match trace::installing(shared, region, pages, cause, self.stages, install) {
+                // Deferred: another pass has it.
+                Installed::All | Installed::Ended | Installed::Deferred => return,
+                Installed::NoMemory => std::thread::park_timeout(pause),
+            }
+            pause = (pause * 2).min(MEMORY_PAUSE.end);
         }
     }
 }

@@ -222,16 +222,16 @@ impl AddressSpace {
     /// ranges, too. Their objects are held until [`AddressSpace::release_all`].
     fn take_places(&mut self, place: Place, ranges: &mut Vec<Range<usize>>) -> Vec<(usize, Placed)> {
         let mut taken = Vec::new();
-        let whole = ranges.iter().fold(usize::MAX..0, |all, r| all.start.min(r.start)..all.end.max(r.end));
-        if whole.is_empty() || self.places(place).is_empty() {
+        let Some(whole) = hull(ranges.iter().cloned()).filter(|_| !self.places(place).is_empty()) else {
             return taken;
-        }
+        };
         let near = self.places(place).near(whole.start as u64..whole.end as u64);
         let mut near: Vec<_> = near.map(|(at, tag, placed)| (tag, to_usize(at), *placed)).collect();
         // In the order in which they came there.
         near.sort_unstable_by_key(|(tag, ..)| *tag);
         for (tag, at, placed) in near {
-            let mut kept = vec![at..Self::end(at, &placed)];
+            let region = at..Self::end(at, &placed);
+            let mut kept = vec![region.clone()];
             for range in std::mem::take(ranges) {
                 let Some((start, part)) = Self::part(at, &placed, &range) else {
                     ranges.push(range);
@@ -243,8 +243,8 @@ impl AddressSpace {
                 self.hold(part.object);
                 taken.push((start, part));
             }
-            if kept != [at..Self::end(at, &placed)] {
-                self.places(place).remove(at as u64..Self::end(at, &placed) as u64, tag);
+            if kept.first() != Some(&region) {
+                self.places(place).remove(region.start as u64..region.end as u64, tag);
                 for rest in kept {
                     let part = Self::part(at, &placed, &rest);
                     let (at, part) = part.expect("what is left of a region is not empty");
@@ -692,6 +692,12 @@ pub(crate) fn states_for(
 ) -> Result<PageStates, ArenaFull> {
     let covered = union(regions).iter().map(|run| run.len()).sum();
     PageStates::new(arena, pages.len(), covered)
+}
+
+/// From the lowest start of some ranges to their highest end; None of none, or of empty ones.
+pub(crate) fn hull(ranges: impl Iterator<Item = Range<usize>>) -> Option<Range<usize>> {
+    let ranges = ranges.filter(|range| !range.is_empty());
+    ranges.reduce(|hull, range| hull.start.min(range.start)..hull.end.max(range.end))
 }
 
 /// Runs without a page in common that have all pages of `runs`.

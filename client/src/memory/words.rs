@@ -68,7 +68,7 @@ impl MappedFile {
 pub(crate) enum Words {
     /// Mapped segment by segment, as more is used. Segment 0 has the words below [`FIRST_SEGMENT`]; each other one has
     /// those from a power of two to the next.
-    Own([OnceLock<SharedWords>; SEGMENTS]),
+    Own(Box<[OnceLock<SharedWords>; SEGMENTS]>),
     /// From the beginning of a file.
     Mapped(Arc<MappedFile>),
 }
@@ -76,7 +76,7 @@ pub(crate) enum Words {
 impl Words {
     /// Words of this process's own.
     pub(crate) fn own() -> Self {
-        Self::Own([const { OnceLock::new() }; SEGMENTS])
+        Self::Own(Box::new([const { OnceLock::new() }; SEGMENTS]))
     }
 
     /// How many words there can be.

@@ -1,5 +1,6 @@
 //! From an answer to pages in memory.
 
+use super::ready::Obstacle;
 use super::{FAR, Pager};
 use crate::chunk::ChunkPages;
 use crate::install::{self, Installed};
@@ -83,8 +84,15 @@ impl Pager {
             }
         }
         match outcome {
-            Installed::All => self.requests.chunk_done(chunk),
-            Installed::Deferred | Installed::NoMemory => self.requests.put_off(chunk, frame),
+            Installed::All => {
+                self.ready.has_memory();
+                self.requests.chunk_done(chunk);
+            }
+            Installed::Deferred => self.requests.defer(chunk, frame, None),
+            Installed::NoMemory => {
+                self.ready.wait_for(Obstacle::Memory);
+                self.requests.defer(chunk, frame, self.ready.next_attempt());
+            }
             Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
         self.shared().pages_changed();
@@ -174,13 +182,23 @@ impl Pager {
     ) {
         match installed {
             Installed::All => {}
-            Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
-            Installed::Ended => unreachable!("the pager itself closes the gate"),
+            installed => self.defer_install(region, page, installed),
         }
         if !self.lacks_pages(chunk) {
             self.kept.forget(chunk);
         }
         self.shared().pages_changed();
+    }
+
+    /// Defers the fault on a page that could not be installed.
+    pub(super) fn defer_install(&mut self, region: &Region, page: usize, installed: Installed) {
+        let obstacle = match installed {
+            Installed::All => return,
+            Installed::Deferred => Obstacle::Event,
+            Installed::NoMemory => Obstacle::Memory,
+            Installed::Ended => unreachable!("the pager itself closes the gate"),
+        };
+        self.defer(&region.space, region.address(page), obstacle);
     }
 
     /// Whether touches of a chunk's pages are waited for. Huge pages have taken all of it.
@@ -203,8 +221,7 @@ impl Pager {
         self.whole.remove(&chunk);
         match self.install_in(region, chunk, Some(page), Cause::Demand, Stages::default()) {
             Installed::All => {}
-            Installed::Deferred | Installed::NoMemory => self.put_off(&region.space, region.address(page)),
-            Installed::Ended => unreachable!("the pager itself closes the gate"),
+            installed => self.defer_install(region, page, installed),
         }
         self.shared().pages_changed();
     }

@@ -1,6 +1,7 @@
 //! From a fault to a request, or to what can be installed at once.
 
-use super::{Pager, RETRY};
+use super::ready::Obstacle;
+use super::{NEAR, Pager};
 use crate::events;
 use crate::huge;
 use crate::image::Content;
@@ -63,7 +64,8 @@ impl Pager {
             PageState::Poisoned => {
                 let addresses = region.whole_addresses(page);
                 match space.uffd.poison(addresses.start, addresses.len()) {
-                    Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
+                    Outcome::Deferred => self.defer(space, address, Obstacle::Event),
+                    Outcome::NoMemory => self.defer(space, address, Obstacle::Memory),
                     _ => space.uffd.wake(addresses.start, addresses.len()),
                 }
             }
@@ -78,7 +80,7 @@ impl Pager {
         match space.uffd.unprotect(page.clone()) {
             Outcome::OwnerGone => space.set_gone(),
             // By a touch of what is there: that wakes, and the message comes again.
-            Outcome::Deferred => self.put_off(space, address),
+            Outcome::Deferred => self.defer(space, address, Obstacle::Event),
             _ => space.uffd.wake(page.start, page.len()),
         }
     }
@@ -96,7 +98,7 @@ impl Pager {
                 SharedAt::Private => self.zero(space, address),
                 SharedAt::Absent => self.lose_outside(space, address),
                 SharedAt::There => space.uffd.wake(address, PAGE_BYTES),
-                SharedAt::NotNow => self.put_off(space, address),
+                SharedAt::NotNow => self.defer(space, address, Obstacle::Event),
             };
         }
         self.change(Change::TakeBack { space: space.id, addresses: page });
@@ -116,7 +118,8 @@ impl Pager {
         let shared = Arc::clone(&self.way_out.shared);
         shared.report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
         match space.uffd.poison(address, PAGE_BYTES) {
-            Outcome::Deferred | Outcome::NoMemory => return self.put_off(space, address),
+            Outcome::Deferred => return self.defer(space, address, Obstacle::Event),
+            Outcome::NoMemory => return self.defer(space, address, Obstacle::Memory),
             Outcome::Gone => {
                 if let Some(first) = self.huge_outside(space, address) {
                     let _ = space.uffd.poison(first, HUGE_BYTES);
@@ -145,7 +148,8 @@ impl Pager {
                 }
                 space.uffd.wake(address, PAGE_BYTES);
             }
-            Outcome::Deferred | Outcome::NoMemory => self.put_off(space, address),
+            Outcome::Deferred => self.defer(space, address, Obstacle::Event),
+            Outcome::NoMemory => self.defer(space, address, Obstacle::Memory),
         }
     }
 
@@ -170,12 +174,13 @@ impl Pager {
             Outcome::AlreadyPresent => {
                 space.uffd.wake(addresses.start, addresses.len());
                 if !region.is_mapped(page) {
-                    self.put_off(space, addresses.start);
+                    self.defer(space, addresses.start, Obstacle::Memory);
                 }
             }
-            Outcome::Partial { .. } | Outcome::Deferred | Outcome::NoMemory => {
-                self.put_off(space, addresses.start);
+            Outcome::Partial { .. } | Outcome::Deferred => {
+                self.defer(space, addresses.start, Obstacle::Event)
             }
+            Outcome::NoMemory => self.defer(space, addresses.start, Obstacle::Memory),
         }
     }
 
@@ -202,7 +207,7 @@ impl Pager {
             match trace::installing(self.shared(), region, &whole, Cause::Demand, Stages::default(), install)
             {
                 Installed::All => events::wake_mappings(&self.shared().spaces(), region, &whole),
-                _ => self.put_off(&region.space, region.address(whole.start)),
+                installed => self.defer_install(region, whole.start, installed),
             }
         }
     }
@@ -247,7 +252,7 @@ impl Pager {
         let waiting = (region.clone(), page);
         match self.shared().image.content(chunk) {
             Content::Data(_) if self.is_coming(chunk, now) => {
-                self.put_off(&region.space, region.address(page));
+                self.defer(&region.space, region.address(page), Obstacle::Fill);
             }
             Content::Data(digest) => {
                 self.requests.add_chunk(chunk, digest, waiting, now);
@@ -277,38 +282,10 @@ impl Pager {
     /// Whether the fill has asked for a chunk, and it may come as soon as it would if it was asked for now. Where answers are near
     /// it is asked for in any case.
     pub(super) fn is_coming(&mut self, chunk: ChunkIndex, now: Instant) -> bool {
-        if !self.shared().in_bulk.has(chunk) || self.usual < RETRY {
+        if !self.shared().in_bulk.has(chunk) || self.usual < NEAR {
             return false;
         }
         let since = *self.behind.entry(chunk).or_insert(now);
         now.saturating_duration_since(since) < self.usual.min(self.shared().options.fault_deadline / 4)
-    }
-
-    pub(super) fn put_off(&mut self, space: &Arc<Space>, address: usize) {
-        let deadline = Instant::now() + self.shared().options.fault_deadline;
-        self.put_off.entry((space.id, address)).or_insert_with(|| (Arc::clone(space), deadline));
-    }
-
-    pub(super) fn retry_put_off(&mut self) {
-        let now = Instant::now();
-        for (place, (space, deadline)) in std::mem::take(&mut self.put_off) {
-            if space.is_gone() {
-                continue;
-            }
-            if deadline <= now {
-                self.lose_page(&space, place.1);
-                continue;
-            }
-            self.fault(&space, place.1);
-            if let Some((_, again)) = self.put_off.get_mut(&place) {
-                *again = deadline;
-            }
-        }
-        for (chunk, frame) in self.requests.take_put_off() {
-            self.install(chunk, frame);
-        }
-        if self.put_off.is_empty() {
-            self.behind.clear();
-        }
     }
 }

@@ -1,6 +1,7 @@
 //! What becomes of faults that cannot be answered.
 
 use super::Pager;
+use super::ready::{HOLD_AFTER, Obstacle};
 use crate::install;
 use crate::memory::{PageState, Region, Space};
 use crate::requests::Late;
@@ -64,13 +65,18 @@ impl Pager {
         shared.pages_changed();
     }
 
-    /// The kernel has had no memory for a page of zeros for as long as a fault may take.
-    pub(super) fn lose_page(&mut self, space: &Arc<Space>, address: usize) {
+    /// A fault could not be answered for as long as it may take, because of this.
+    pub(super) fn lose_page(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
         let shared = Arc::clone(&self.way_out.shared);
         let deadline = shared.options.fault_deadline;
-        shared.report(&format!("the page at {address:#x}: the kernel had no memory for {deadline:?}"));
+        let reason = match obstacle {
+            Obstacle::Memory => "the kernel had no memory",
+            Obstacle::Event => "its process caused events without a pause",
+            Obstacle::Fill => "the background fill did not bring it",
+        };
+        shared.report(&format!("the page at {address:#x}: {reason} for {deadline:?}"));
         if self.fate() == Fate::Wait {
-            return self.put_off(space, address);
+            return self.defer(space, address, obstacle);
         }
         match shared.spaces().at(space, address) {
             Some((region, page)) if region.state(page) == PageState::Absent => {
@@ -95,7 +101,11 @@ impl Pager {
     pub(super) fn poison(&mut self, region: &Region, pages: Range<usize>) {
         let shared = Arc::clone(&self.way_out.shared);
         let patience = shared.options.fault_deadline;
+        let (started, mut held) = (Instant::now(), None);
         let poisoned = install::poison(&shared.map, region, pages, patience, || {
+            if held.is_none() && started.elapsed() > HOLD_AFTER {
+                held = self.hold_causers();
+            }
             // Where installers are inside, the next attempt comes when they have left: new ones wait.
             let Some(_pass) = shared.map.gate.try_enter_alone() else { return };
             if let Err(stopped) = self.read(&region.space)
@@ -105,6 +115,7 @@ impl Pager {
             }
         });
         shared.map.gate.stop_waiting();
+        self.let_go(held);
         if !poisoned {
             shared.report("a lost page could not be poisoned; its faults wait");
         }

@@ -99,6 +99,7 @@ impl Contents {
                 working_set: word(AT_FILL) & 4 != 0,
                 record: word(AT_FILL) & 8 != 0,
                 trace: word(AT_FILL) & 16 != 0,
+                hold_causers: word(AT_FILL) & 32 != 0,
             },
             owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
             is_registered: word(AT_REGISTERED) != 0,

@@ -239,6 +239,13 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
         "kernel-write" => kernel_write(number(1)?, pages(2)?, u8::try_from(number(3)?)?).map(|()| done())?,
         "add" => add(number(1)?).to_string(),
         "advise" => advise(number(2)?, pages(3)?, i32::try_from(number(1)?)?).map(|()| done())?,
+        // Gives pages back for ever, without a pause, in a thread of its own.
+        "storm" => {
+            let (start, len) = (number(1)?, pages(2)?);
+            std::thread::Builder::new()
+                .spawn(move || while advise(start, len, libc::MADV_DONTNEED).is_ok() {})?;
+            done()
+        }
         "unmap" => unmap(number(1)?, pages(2)?).map(|()| done())?,
         "cover" => cover(number(1)?, pages(2)?).map(|()| done())?,
         "remap" => {

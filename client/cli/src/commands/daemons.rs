@@ -80,6 +80,10 @@ pub(crate) struct DaemonArgs {
     /// Where daemons keep what outlives their workers: on tmpfs [default: postcopy below $XDG_RUNTIME_DIR, /run or /dev/shm]
     #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
+    /// Never hold threads that cause events (madvise, munmap, mremap, fork) without a pause, by ptrace(2): three and more
+    /// of them in a process can then keep its page faults waiting until the fault deadline
+    #[arg(long)]
+    no_hold: bool,
     /// Write what happens to each process's memory, and when, for `postcopy report`: a file for each in this directory
     #[arg(long, value_name = "DIR")]
     trace: Option<PathBuf>,
@@ -105,6 +109,7 @@ impl DaemonArgs {
             record: ahead.record,
             trace: self.trace.is_some(),
             track_writes: false,
+            hold_causers: !self.no_hold,
         }
     }
 
