@@ -639,7 +639,9 @@ impl Spaces {
     /// How many pages are unresolved: absent, or poisoned where that can be undone. Pages of memory that several
     /// mappings share count once for each.
     pub(crate) fn unresolved(&self, poison_can_be_undone: bool) -> usize {
-        self.spaces.values().map(|space| space.unresolved(poison_can_be_undone)).sum()
+        // A process that has exited waits for nothing.
+        let spaces = self.spaces.values().filter(|space| !space.space.is_gone());
+        spaces.map(|space| space.unresolved(poison_can_be_undone)).sum()
     }
 
     /// Whether a space has regions, and all of their pages are resident or removed, for good.
