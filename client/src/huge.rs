@@ -84,7 +84,7 @@ pub(crate) fn install_gathered(region: &Region, first: usize) -> Installed {
             uffd.wake(address, HUGE_BYTES);
             Some(Installed::NoMemory)
         }
-        Outcome::NoMemory => Some(Installed::NoMemory),
+        Outcome::NoMemory | Outcome::Unexpected { .. } => Some(Installed::NoMemory),
         Outcome::Deferred | Outcome::Partial { .. } => Some(Installed::Deferred),
         Outcome::Gone => {
             gone(region, first);

@@ -232,7 +232,7 @@ fn install_piece(region: &Region, pages: Range<usize>, bytes: Option<&[u8]>) -> 
             Step::Next(pages.start + 1)
         }
         Outcome::Deferred => Step::Stop(Installed::Deferred),
-        Outcome::NoMemory => Step::Stop(Installed::NoMemory),
+        Outcome::NoMemory | Outcome::Unexpected { .. } => Step::Stop(Installed::NoMemory),
         Outcome::Gone if pages.len() > 1 => Step::OnePage,
         Outcome::Gone => {
             gone(region, pages.start);
@@ -306,7 +306,7 @@ pub(crate) fn poison(
                 std::thread::yield_now();
                 run.start
             }
-            Outcome::NoMemory => {
+            Outcome::NoMemory | Outcome::Unexpected { .. } => {
                 std::thread::park_timeout(PAUSE);
                 run.start
             }

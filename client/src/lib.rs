@@ -38,6 +38,7 @@ mod pace;
 mod pager;
 pub mod pull;
 pub mod push;
+mod reaper;
 mod recorder;
 mod region;
 mod remote;

@@ -26,6 +26,7 @@ use crate::image::Image;
 use crate::kept::Kept;
 use crate::lane::DemandLane;
 use crate::memory::{Change, PageState, Region, Space};
+use crate::reaper;
 use crate::remote::{Lane, ServerAddress};
 use crate::requests::Requests;
 use crate::session::{ImageSource, Options, SessionError};
@@ -251,6 +252,11 @@ impl Pager {
             let behind = self.behind.values().copied().max();
             shared.cores.waits(self.requests.wait_since().max(behind).map(Instant::into_std));
             let waits = !self.requests.is_empty();
+            let ticks = waits || !self.lingering.is_empty();
+            if !ticks {
+                // A tick that no wait asked for is not late.
+                tick.reset();
+            }
             if self.has_ready() {
                 self.install_ready();
                 // Answers and commands have their turn, whatever events there are.
@@ -293,8 +299,9 @@ impl Pager {
                 _ = look.tick(), if self.is_foreign => if !self.owners_are_left() {
                     return self.way_out.in_order = true;
                 },
-                _ = tick.tick(), if waits || !self.lingering.is_empty() => {
+                due = tick.tick(), if ticks => {
                     self.release_lingering();
+                    self.extend_deadlines(due);
                     self.check_deadlines();
                 }
                 () = tokio::task::yield_now(), if waits && self.spin.is_on(Instant::now()) && !shared.is_filling() => {}
@@ -468,13 +475,8 @@ impl Pager {
         self.change(Change::Unmap { space: region.space.id, addresses });
         self.requests.forget(region, &shared.spaces());
         if forbidden.is_ok() && unregistered.is_ok() {
-            // Giving back many pages takes long. Installers are done with the region: they look at it in the gate.
-            let give_back = move || {
-                shared.map.gate.pass_through();
-                drop(memory);
-            };
-            // Without a thread it is given back at once, which nobody waits for here: it is not registered any more.
-            drop(std::thread::Builder::new().name("postcopy-unmap".into()).spawn(give_back));
+            // Giving back many pages takes long.
+            reaper::give_back(&shared, memory);
         } else {
             std::mem::forget(memory);
             self.shared().report("a region could not be unregistered; its address space is not given back");

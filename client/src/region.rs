@@ -2,6 +2,7 @@
 
 use crate::changes::{self, Changes};
 use crate::memory::{self, PageState};
+use crate::reaper;
 use crate::session::LossError;
 use crate::shared::{Command, Shared};
 use crate::uffd::memory::Memory;
@@ -135,14 +136,14 @@ impl Drop for Region {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
         let command = Command::Unmap { region: self.state.clone(), memory };
-        // A full queue is a pager that is busy with what other threads asked for; it takes some time then.
-        let command = match self.commands.try_send(command) {
-            Ok(()) => return,
-            Err(mpsc::error::TrySendError::Full(command) | mpsc::error::TrySendError::Closed(command)) => {
-                command
+        match self.commands.try_send(command) {
+            Ok(()) => {}
+            // The pager is busy with what other threads asked for.
+            Err(mpsc::error::TrySendError::Full(command)) => {
+                reaper::send(&self.shared, &self.commands, command)
             }
-        };
-        // Closed: the pager has ended, and unregistered the memory if it could.
-        self.shared.unmap_later(&self.commands, command);
+            // It has ended, and unregistered the memory if it could.
+            Err(mpsc::error::TrySendError::Closed(command)) => reaper::drop_unsent(&self.shared, command),
+        }
     }
 }

@@ -409,6 +409,12 @@ impl Requests {
         }
     }
 
+    /// Extends all deadlines.
+    pub(crate) fn extend_deadlines(&mut self, by: Duration) {
+        self.chunks.values_mut().for_each(|wanted| wanted.deadline += by);
+        self.segments.values_mut().for_each(|wanted| wanted.deadline += by);
+    }
+
     /// What is late; asks again for what was to be asked for again by now.
     pub(crate) fn late(&mut self, now: Instant) -> Late {
         let mut late = Late::default();

@@ -14,7 +14,6 @@ use crate::uffd::memory::Memory;
 use crate::work::ToPager;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::io;
-use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -354,29 +353,6 @@ impl Shared {
             None => Ok(()),
             Some(_) => Err(LossError::Lost(self.error().unwrap_or_else(|| "the session has ended".into()))),
         }
-    }
-
-    /// Sends `command` when there is room for it; drops it if the pager has ended.
-    pub(crate) fn unmap_later(&self, commands: &mpsc::Sender<Command>, command: Command) {
-        if commands.is_closed() {
-            // An munmap of memory that is registered would wait for somebody to read its event.
-            return if self.is_left_open.load(Ordering::Acquire) {
-                std::mem::forget(command)
-            } else {
-                drop(command)
-            };
-        }
-        let commands = commands.clone();
-        let sender = std::thread::Builder::new().name("postcopy-unmap".into());
-        // The one that cannot be had a thread for leaks: better than a range that is unmapped while registered.
-        let kept = Arc::new(Mutex::new(ManuallyDrop::new(Some(command))));
-        let send = move || {
-            let command = kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(command) = command {
-                drop(commands.blocking_send(command));
-            }
-        };
-        let _ = sender.spawn(send);
     }
 
     pub(crate) fn progress(&self) -> Progress {

@@ -1,5 +1,6 @@
 //! `postcopy firecracker`, against a stand-in for Firecracker: every byte of guests that run, with workers that are killed.
 
+use postcopy_tests::chaos::{Chaos, Lies};
 use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::descriptors;
@@ -9,12 +10,15 @@ use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::{is_root, resident_kib, skip, wait_until};
+use rustix::process::{Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -356,6 +360,41 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
             daemon.terminate();
             assert_eq!(daemon.wait().code(), Some(0));
         }
+    });
+}
+
+/// The answer of a fault lies in the worker's socket, and the worker does not run until after the fault deadline.
+#[test]
+fn a_worker_that_was_stopped_past_the_deadline_loses_nothing() {
+    with_root("a_worker_that_was_stopped_past_the_deadline_loses_nothing", || {
+        let snapshot = Snapshot::push(16);
+        let (is_held, is_asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (hold, asked) = (Arc::clone(&is_held), Arc::clone(&is_asked));
+        let lies = Lies::default().chunk(move |_, answer| {
+            while hold.load(Ordering::SeqCst) {
+                asked.store(true, Ordering::SeqCst);
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            vec![answer]
+        });
+        let chaos = Chaos::start(snapshot.server.address(), lies);
+        let args = ["--on-loss", "poison", "--fault-deadline", "1s", "--fill", "nothing"];
+        let mut daemon = Daemon::start(chaos.address(), snapshot.args(&snapshot.socket(), &args));
+        for _ in 0..3 {
+            let mut vmm = snapshot.vmm(&["small:16"]);
+            is_held.store(true, Ordering::SeqCst);
+            vmm.tell("touch 16 5");
+            wait_until("the fault's chunk is asked for", || is_asked.swap(false, Ordering::SeqCst));
+            let worker = daemon.worker();
+            kill_process(worker, Signal::STOP).unwrap();
+            is_held.store(false, Ordering::SeqCst);
+            // It is about time that passes here.
+            std::thread::park_timeout(Duration::from_millis(2500));
+            kill_process(worker, Signal::CONT).unwrap();
+            let _ = vmm.answer();
+            vmm.assert_right();
+        }
+        assert!(!daemon.has_said("no answer within"), "{:#?}", daemon.said());
     });
 }
 

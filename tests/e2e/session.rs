@@ -195,6 +195,32 @@ fn regions_that_come_and_go_at_reused_addresses_are_right() {
     });
 }
 
+#[test]
+fn twenty_thousand_regions_are_dropped_by_one_thread() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(16 * PAGE, 4), CHUNK);
+        let session = source.open(Options::DEFAULT);
+        let regions: Vec<_> = (0..20_000).map(|_| session.map_part("mem", 0..PAGE as u64).unwrap()).collect();
+        let reapers = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+            let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
+            tasks.filter_map(|task| name(task).ok()).filter(|name| name.starts_with("postcopy-")).count()
+        };
+        let (before, mut most) = (reapers(), 0);
+        for (number, region) in regions.into_iter().enumerate() {
+            drop(region);
+            if number % 1000 == 0 {
+                most = most.max(reapers());
+            }
+        }
+        most = most.max(reapers());
+        // Other tests of this process have sessions, too.
+        assert!(most < before + 40, "{most} threads, {before} before");
+        let region = session.map("mem").unwrap();
+        assert_eq!(*region, *source.bytes);
+    });
+}
+
 /// Two regions wait for the same chunk; the one that asked first is dropped.
 #[test]
 fn dropping_a_region_does_not_lose_the_faults_of_another() {

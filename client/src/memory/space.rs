@@ -6,7 +6,7 @@ use crate::uffd::{Outcome, Uffd};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 /// See the module.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub(crate) struct Space {
     pub(crate) uffd: Arc<Uffd>,
     answers: AnswerCounts,
     gone: AtomicBool,
+    /// The last error of an install that is not known, or 0.
+    unexpected: AtomicI32,
     /// All memory is registered. Until then ENOENT means that a registration is still to come.
     registered: AtomicBool,
     /// The process's page tables, where the process is known.
@@ -26,14 +28,23 @@ impl Space {
     /// A space of a session with this state.
     pub(crate) fn new(id: u32, uffd: Uffd, state: &State) -> Self {
         let (answers, gone, registered) = (state.answers(), AtomicBool::new(false), AtomicBool::new(true));
-        Self { id, uffd: Arc::new(uffd), answers, gone, registered, pagemap: None }
+        Self {
+            id,
+            uffd: Arc::new(uffd),
+            answers,
+            gone,
+            unexpected: AtomicI32::new(0),
+            registered,
+            pagemap: None,
+        }
     }
 
     /// A space with this id whose process has exited, where only what lay where is of interest.
     pub(crate) fn stand_in(&self, id: u32) -> Self {
         let (answers, gone, registered) =
             (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
-        Self { id, uffd: Arc::clone(&self.uffd), answers, gone, registered, pagemap: None }
+        let unexpected = AtomicI32::new(0);
+        Self { id, uffd: Arc::clone(&self.uffd), answers, gone, unexpected, registered, pagemap: None }
     }
 
     /// The same, where memory is still to be registered.
@@ -83,9 +94,19 @@ impl Space {
         self.pagemap.as_ref().is_some_and(|pagemap| pagemap.is_present(address))
     }
 
-    /// Counts an answer of the kernel, and gives it back.
+    /// Counts an answer of the kernel, and gives it back. An error that is not known is kept for
+    /// [`Space::unexpected`].
     pub(crate) fn counted(&self, outcome: Outcome) -> Outcome {
+        if let Outcome::Unexpected { errno } = outcome {
+            self.unexpected.store(errno, Ordering::Relaxed);
+        }
         self.answers.count(outcome)
+    }
+
+    /// The last error of an install that is not known, if there was one.
+    pub(crate) fn unexpected(&self) -> Option<std::io::Error> {
+        let errno = self.unexpected.load(Ordering::Relaxed);
+        (errno != 0).then(|| std::io::Error::from_raw_os_error(errno))
     }
 
     /// Whether the process is known to have exited.

@@ -65,7 +65,9 @@ impl Pager {
                 let addresses = region.whole_addresses(page);
                 match space.uffd.poison(addresses.start, addresses.len()) {
                     Outcome::Deferred => self.defer(space, address, Obstacle::Event),
-                    Outcome::NoMemory => self.defer(space, address, Obstacle::Memory),
+                    Outcome::NoMemory | Outcome::Unexpected { .. } => {
+                        self.defer(space, address, Obstacle::Memory)
+                    }
                     _ => space.uffd.wake(addresses.start, addresses.len()),
                 }
             }
@@ -119,7 +121,9 @@ impl Pager {
         shared.report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
         match space.uffd.poison(address, PAGE_BYTES) {
             Outcome::Deferred => return self.defer(space, address, Obstacle::Event),
-            Outcome::NoMemory => return self.defer(space, address, Obstacle::Memory),
+            Outcome::NoMemory | Outcome::Unexpected { .. } => {
+                return self.defer(space, address, Obstacle::Memory);
+            }
             Outcome::Gone => {
                 if let Some(first) = self.huge_outside(space, address) {
                     let _ = space.uffd.poison(first, HUGE_BYTES);
@@ -149,7 +153,7 @@ impl Pager {
                 space.uffd.wake(address, PAGE_BYTES);
             }
             Outcome::Deferred => self.defer(space, address, Obstacle::Event),
-            Outcome::NoMemory => self.defer(space, address, Obstacle::Memory),
+            Outcome::NoMemory | Outcome::Unexpected { .. } => self.defer(space, address, Obstacle::Memory),
         }
     }
 
@@ -180,7 +184,9 @@ impl Pager {
             Outcome::Partial { .. } | Outcome::Deferred => {
                 self.defer(space, addresses.start, Obstacle::Event)
             }
-            Outcome::NoMemory => self.defer(space, addresses.start, Obstacle::Memory),
+            Outcome::NoMemory | Outcome::Unexpected { .. } => {
+                self.defer(space, addresses.start, Obstacle::Memory)
+            }
         }
     }
 

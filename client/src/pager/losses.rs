@@ -1,7 +1,7 @@
 //! What becomes of faults that cannot be answered.
 
-use super::Pager;
 use super::ready::{HOLD_AFTER, Obstacle};
+use super::{Pager, TICK};
 use crate::install;
 use crate::memory::{PageState, Region, Space};
 use crate::requests::Late;
@@ -69,10 +69,11 @@ impl Pager {
     pub(super) fn lose_page(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
         let shared = Arc::clone(&self.way_out.shared);
         let deadline = shared.options.fault_deadline;
-        let reason = match obstacle {
-            Obstacle::Memory => "the kernel had no memory",
-            Obstacle::Event => "its process caused events without a pause",
-            Obstacle::Fill => "the background fill did not bring it",
+        let reason = match (obstacle, space.unexpected()) {
+            (Obstacle::Memory, Some(error)) => format!("the kernel refused the install ({error})"),
+            (Obstacle::Memory, None) => "the kernel had no memory".to_owned(),
+            (Obstacle::Event, _) => "its process caused events without a pause".to_owned(),
+            (Obstacle::Fill, _) => "the background fill did not bring it".to_owned(),
         };
         shared.report(&format!("the page at {address:#x}: {reason} for {deadline:?}"));
         if self.fate() == Fate::Wait {
@@ -120,6 +121,16 @@ impl Pager {
             shared.report("a lost page could not be poisoned; its faults wait");
         }
         self.faults();
+    }
+
+    /// Extends all deadlines by the time that this thread did not run in (SIGSTOP, a suspended machine): the answer may
+    /// lie in its socket. A tick was due at `due`.
+    pub(super) fn extend_deadlines(&mut self, due: Instant) {
+        let late = due.elapsed();
+        if late > TICK {
+            self.requests.extend_deadlines(late);
+            self.ready.extend_deadlines(late);
+        }
     }
 
     pub(super) fn check_deadlines(&mut self) {

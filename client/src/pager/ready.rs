@@ -98,6 +98,11 @@ impl Ready {
         }
     }
 
+    /// Extends the deadlines of faults.
+    pub(super) fn extend_deadlines(&mut self, by: Duration) {
+        self.faults.values_mut().for_each(|fault| fault.deadline += by);
+    }
+
     pub(super) fn hand_over(&mut self, work: HandedOver) {
         self.handed_over.push(work);
     }

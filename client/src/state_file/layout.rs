@@ -65,7 +65,7 @@ pub(super) fn answer(outcome: Outcome) -> usize {
         Outcome::Deferred => 3,
         Outcome::Gone => 4,
         Outcome::OwnerGone => 5,
-        Outcome::NoMemory => 6,
+        Outcome::NoMemory | Outcome::Unexpected { .. } => 6,
     }
 }
 

@@ -38,6 +38,11 @@ pub enum Outcome {
     OwnerGone,
     /// The kernel has no memory for it at the moment (ENOMEM). Call again later.
     NoMemory,
+    /// An error that ioctl_userfaultfd(2) does not name for this call. Nothing was done.
+    Unexpected {
+        /// Its number, as in errno(3).
+        errno: i32,
+    },
 }
 
 /// Reads an answer: the call's error, and the signed count of bytes that the kernel has left in its
@@ -52,7 +57,25 @@ pub(super) fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outco
         Err(Errno::EXIST) => Outcome::AlreadyPresent,
         Err(Errno::NOMEM) => Outcome::NoMemory,
         Err(Errno::SRCH) => Outcome::OwnerGone,
-        // ENOENT: not registered. EFAULT and EINVAL: unmapped, or mapped anew, in between.
-        Err(_) => Outcome::Gone,
+        // Not registered; unmapped, or mapped anew, in between.
+        Err(Errno::NOENT | Errno::FAULT | Errno::INVAL) => Outcome::Gone,
+        Err(error) => Outcome::Unexpected { errno: error.raw_os_error() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_is_not_known_is_none_of_those_that_are() {
+        for errno in [Errno::NOENT, Errno::FAULT, Errno::INVAL] {
+            assert_eq!(outcome(Err(errno), 0, 4096), Outcome::Gone, "{errno}");
+        }
+        for errno in [Errno::PERM, Errno::IO, Errno::BADF, Errno::OPNOTSUPP, Errno::HWPOISON] {
+            let expected = Outcome::Unexpected { errno: errno.raw_os_error() };
+            assert_eq!(outcome(Err(errno), -11, 4096), expected, "memory that is gone reads as zeros");
+            assert_eq!(outcome(Err(errno), 4096, 8192), Outcome::Partial { bytes: 4096 });
+        }
     }
 }
