@@ -3,8 +3,9 @@
 //! arguments of system calls.
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal};
-use std::collections::BTreeSet;
+use rustix::process::{Pid, PidfdFlags, Signal};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -57,16 +58,31 @@ struct Look {
 /// The processes whose calls are looked at: the memory's owner, and what it has forked.
 #[derive(Debug)]
 pub(crate) struct Callers {
-    /// Those that are alive, as far as they have been found.
-    found: Mutex<BTreeSet<u32>>,
+    /// Those that are alive, as far as they have been found, each with the time that it was started at: the kernel gives
+    /// the pid of a process that has exited to another one.
+    found: Mutex<BTreeMap<u32, u64>>,
     /// Who was seen before the last event was read, and may not have noticed that yet.
     seen: Mutex<Vec<Asleep>>,
 }
 
 impl Callers {
-    /// The owner, and whatever it forks.
-    pub(crate) fn of(owner: u32) -> Self {
-        Self { found: Mutex::new([owner].into()), seen: Mutex::default() }
+    /// The owner, which was started at that time ([`start_of`]), and whatever it forks.
+    pub(crate) fn of(owner: u32, start: u64) -> Self {
+        Self { found: Mutex::new([(owner, start)].into()), seen: Mutex::default() }
+    }
+
+    /// The processes that there are now.
+    fn processes(&self) -> BTreeMap<u32, u64> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.retain(|process, start| start_of(*process) == Some(*start) && is_alive(*process));
+        let mut all = found.keys().copied().collect();
+        add_children(&mut all);
+        for process in all {
+            if let (Entry::Vacant(new), Some(start)) = (found.entry(process), start_of(process)) {
+                new.insert(start);
+            }
+        }
+        found.clone()
     }
 
     /// The calls of madvise in progress, while an event is under way. Who causes it may not sleep yet, and cannot be seen
@@ -94,9 +110,7 @@ impl Callers {
 
     /// The threads that may cause events now: those in a call that does, and those that run.
     pub(crate) fn causers(&self) -> Vec<i32> {
-        let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        add_children(&mut processes);
-        processes.retain(|process| is_alive(*process));
+        let processes = self.processes();
         let of = |process: &u32| {
             std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten()
         };
@@ -106,29 +120,35 @@ impl Callers {
             let causes = number == "running" || number.parse().is_ok_and(|number| CAUSES.contains(&number));
             causes.then(|| task.file_name().to_str()?.parse().ok())?
         };
-        processes.iter().flat_map(of).filter_map(causes).collect()
+        processes.keys().flat_map(of).filter_map(causes).collect()
     }
 
     /// Sends a signal to the owner, and to all that it has forked: false if none of them is there.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
-        let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        add_children(&mut processes);
-        let mut sent = false;
-        for process in processes.iter().filter_map(|process| Pid::from_raw(process.cast_signed())) {
-            sent |= rustix::process::kill_process(process, signal).is_ok();
-        }
-        sent
+        let send = |(process, start): (u32, u64)| {
+            let pid = Pid::from_raw(process.cast_signed())?;
+            let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+            // Looked at after that: the descriptor is of this process, or of one that got its pid before.
+            (start_of(process) == Some(start)).then_some(())?;
+            rustix::process::pidfd_send_signal(&pidfd, signal).ok()
+        };
+        self.processes().into_iter().filter_map(send).count() > 0
     }
 
     /// A child can be seen a moment after its fork is told of; so they are looked for each time.
     fn look(&self) -> Look {
-        let mut processes = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        add_children(&mut processes);
-        processes.retain(|process| is_alive(*process));
         let mut look = Look::default();
-        processes.iter().for_each(|process| look.add_threads_of(*process));
+        self.processes().keys().for_each(|process| look.add_threads_of(*process));
         look
     }
+}
+
+/// When a process was started, in clock ticks since the machine was: field 22 of /proc/PID/stat. None: there is no such
+/// process.
+pub(crate) fn start_of(process: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name in parentheses may hold anything.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// Whether memory keeps its content whose REMOVE event was read while these calls were in progress; None if that cannot
@@ -249,6 +269,17 @@ mod tests {
         assert_eq!(keeps_content(&calls, &page(7)), Some(false));
         assert_eq!(keeps_content(&calls, &page(5)), None, "both are possible");
         assert_eq!(keeps_content(&calls, &page(9)), None, "nobody is there");
+    }
+
+    #[test]
+    fn a_process_that_got_the_pid_of_an_owner_is_not_signalled() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let start = start_of(child.id()).unwrap();
+        assert!(!Callers::of(child.id(), start - 1).signal(Signal::KILL));
+        assert!(child.try_wait().unwrap().is_none(), "it is another process");
+        assert!(Callers::of(child.id(), start).signal(Signal::KILL));
+        assert!(!child.wait().unwrap().success());
+        assert!(!Callers::of(child.id(), start).signal(Signal::KILL), "it has exited");
     }
 
     proptest! {

@@ -1,6 +1,7 @@
 //! Whose memory a session fills: this process's own, which it maps itself; another one's, of which it gets the
 //! userfaultfd and is told what lies where; or what a pager that has died has left.
 
+use crate::advice;
 use crate::events;
 use crate::image::Image;
 use crate::memory::HUGE_PAGES;
@@ -119,10 +120,11 @@ impl Owner {
             }
             Self::Another { uffd, regions, state, pid, is_registered } => {
                 let tracks = options.track_writes;
+                let owner = pid.and_then(|pid| Some((pid, advice::start_of(pid)?)));
                 let uffd = Uffd::adopt(uffd, tracks)?;
                 let state = match state {
                     None => State::own(),
-                    Some(file) => State::create(file, &image.digest(), &options, pid)?,
+                    Some(file) => State::create(file, &image.digest(), &options, owner)?,
                 };
                 let space = Space::new(0, uffd, &state).of_process(pid);
                 let space = Arc::new(if is_registered { space } else { space.unregistered() });
@@ -133,7 +135,7 @@ impl Owner {
                 state.rewrite(&spaces, 1, None)?;
                 // Of faults that somebody has read who served it before.
                 wake_everybody(&spaces);
-                Ok(Shared::new(address, image, options, spaces, 1, state, pid))
+                Ok(Shared::new(address, image, options, spaces, 1, state, owner))
             }
             Self::Left { state, contents, uffds } => take_over(address, image, state, &contents, uffds),
         }
@@ -152,7 +154,7 @@ fn take_over(
     for (id, fd) in &contents.spaces {
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
         // The others' pids are not known.
-        let pid = contents.owner.filter(|_| *id == 0);
+        let pid = contents.owner.map(|(pid, _)| pid).filter(|_| *id == 0);
         let uffd = Uffd::adopt(uffd, contents.options.track_writes && *id == 0)?;
         let space = Space::new(*id, uffd, &state).of_process(pid);
         spaces.insert(*id, Arc::new(if contents.is_registered { space } else { space.unregistered() }));

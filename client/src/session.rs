@@ -48,8 +48,8 @@ pub enum LossPolicy {
     /// The process that owns the memory, and all that it has forked, are killed: SIGKILL. Where that process is not known
     /// ([`crate::ForeignMemory::pid`]), as [`LossPolicy::Wait`].
     Kill,
-    /// They are stopped (SIGSTOP), and the fault stays pending and is tried again. Where the process is not known, or is
-    /// this one, as [`LossPolicy::Wait`].
+    /// They are stopped (SIGSTOP), and the fault stays pending and is tried again. Where the process is not known, as
+    /// [`LossPolicy::Wait`].
     Pause,
 }
 

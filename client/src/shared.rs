@@ -121,7 +121,7 @@ impl Shared {
         spaces: Spaces,
         next_space_id: u32,
         state: State,
-        owner: Option<u32>,
+        owner: Option<(u32, u64)>,
     ) -> Self {
         let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
         let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
@@ -138,7 +138,7 @@ impl Shared {
             counters: Counters::default(),
             next_space_id: AtomicU32::new(next_space_id),
             state,
-            callers: owner.map(Callers::of),
+            callers: owner.map(|(pid, start)| Callers::of(pid, start)),
             outcome: Mutex::default(),
             changed: Condvar::new(),
             waiters: AtomicU64::new(0),
@@ -345,7 +345,8 @@ impl Shared {
         }
         self.wait(None, |outcome| {
             // What was lost before this call may have come since; what is lost now may be what it waits for.
-            let waiting = self.options.on_loss == LossPolicy::Wait && outcome.reports > reported_before;
+            let waits = matches!(self.options.on_loss, LossPolicy::Wait | LossPolicy::Pause);
+            let waiting = waits && outcome.reports > reported_before;
             (absent(&pages).is_none() || waiting || outcome.ended).then_some(())
         });
         let lost = [PageState::Absent, PageState::Poisoned];

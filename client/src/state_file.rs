@@ -26,8 +26,8 @@ use crate::session::Options;
 use crate::uffd::{Event, Outcome, Uffd};
 use layout::{
     ANSWERS, AT_ANSWERS, AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_LOGS, AT_MAGIC,
-    AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS,
-    Commit, FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC, MAX_CALLS, ON_LOSS, VERSION, log_range,
+    AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_REGISTERED, AT_STATES, AT_VERSION,
+    CALL_WORDS, Commit, FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC, MAX_CALLS, ON_LOSS, VERSION, log_range,
 };
 use log::{ObjectRecord, RegionRecord};
 use postcopy_proto::digest::Digest;
@@ -152,7 +152,7 @@ impl State {
         file: impl AsFd,
         image: &Digest,
         options: &Options,
-        owner: Option<u32>,
+        owner: Option<(u32, u64)>,
     ) -> Result<Self, StateError> {
         let bytes = (FILE_WORDS * size_of::<u64>()) as u64;
         rustix::fs::ftruncate(&file, 0).map_err(|error| StateError::Map(error.into()))?;
@@ -170,7 +170,9 @@ impl State {
         let Options { fill, track_writes, working_set, record, trace, hold_causers, .. } = *options;
         let bits = [fill, track_writes, working_set, record, trace, hold_causers].into_iter().enumerate();
         state.set(AT_FILL, bits.map(|(bit, is_on)| u64::from(is_on) << bit).sum());
-        state.set(AT_OWNER, owner.unwrap_or(0).into());
+        let (pid, start) = owner.unwrap_or_default();
+        state.set(AT_OWNER, pid.into());
+        state.set(AT_OWNER_START, start);
         state.set(AT_VERSION, VERSION);
         state.set(AT_MAGIC, MAGIC);
         Ok(state)

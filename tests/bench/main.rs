@@ -2,7 +2,7 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, pace, push, memory, replay, changes, kills, machines, criu, criu-remote; and, where
+//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, kills, machines, criu, criu-remote; and, where
 //! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
 //! with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
@@ -22,6 +22,7 @@ mod pace;
 mod plot;
 mod programs;
 mod push;
+mod regions;
 mod replay;
 mod report;
 mod sweeps;
@@ -91,6 +92,9 @@ fn main() -> Result<()> {
     if wanted("changes") {
         figures.push(changes::measure()?);
         figures.push(changes::first_write()?);
+    }
+    if wanted("regions") {
+        figures.extend(regions::measure()?);
     }
     if wanted("kills") {
         figures.push(daemons::kills()?);

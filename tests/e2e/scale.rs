@@ -8,6 +8,7 @@ use postcopy_tests::cgroup::MemoryCgroup;
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::{memory_like, noise, sparse};
+use postcopy_tests::many_regions::ManyRegions;
 use postcopy_tests::mounts::Swap;
 use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip};
@@ -269,49 +270,6 @@ fn ten_thousand_regions_are_served_forked_and_filled() {
     });
 }
 
-/// A process with one mapping that is served as so many regions of one page each, from all over the file, with a state
-/// file that is full of them.
-struct ManyRegions {
-    source: Source,
-    faulter: Faulter,
-    session: Session,
-    regions: usize,
-}
-
-impl ManyRegions {
-    fn start(regions: usize, seed: u64) -> Self {
-        let source = Source::start(memory_like(regions * PAGE, seed), CHUNK);
-        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{regions}")]);
-        let region = |index: usize| {
-            let place = Self::place(index, regions);
-            let whole = faulter.region(0, "mem", (place * PAGE) as u64);
-            ForeignRegion { address: whole.address + index * PAGE, len: PAGE, ..whole }
-        };
-        let listed: Vec<_> = (0..regions).map(region).collect();
-        let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
-        let memory = ForeignMemory {
-            uffd: faulter.uffd(),
-            regions: &listed,
-            state: Some(&state),
-            pid: None,
-            is_registered: true,
-        };
-        let (reference, address) = ("app".parse().unwrap(), source.server.address());
-        let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
-        faulter.let_go();
-        Self { source, faulter, session, regions }
-    }
-
-    /// The page of the file that a region has.
-    fn place(index: usize, regions: usize) -> usize {
-        index * 7919 % regions
-    }
-
-    fn bytes_of(&self, index: usize) -> &[u8] {
-        &self.source.bytes[Self::place(index, self.regions) * PAGE..][..PAGE]
-    }
-}
-
 #[test]
 fn two_hundred_thousand_regions_are_served_with_a_state_file() {
     let test = "scale::two_hundred_thousand_regions_are_served_with_a_state_file";
@@ -319,7 +277,7 @@ fn two_hundred_thousand_regions_are_served_with_a_state_file() {
         return skip(test, "attaching needs root");
     }
     within(WATCHDOG, || {
-        let mut many = ManyRegions::start(200_000, 85);
+        let mut many = ManyRegions::start(200_000, 0, CHUNK, 85);
         for index in (0..many.regions).step_by(9_973) {
             let bytes = many.bytes_of(index).to_vec();
             many.faulter.assert_reads(0, index, &bytes);
@@ -335,7 +293,7 @@ fn five_thousand_regions_are_forked_a_hundred_times_with_a_state_file() {
         return skip(test, "attaching needs root");
     }
     within(WATCHDOG, || {
-        let mut many = ManyRegions::start(5_000, 86);
+        let mut many = ManyRegions::start(5_000, 0, CHUNK, 86);
         let mut children: Vec<_> = (0..100).map(|_| many.faulter.fork()).collect();
         for (number, child) in children.iter_mut().enumerate() {
             let index = number * 47 % many.regions;

@@ -516,6 +516,37 @@ fn a_touch_that_waits_for_a_lost_page_is_sigbus() {
     });
 }
 
+/// The loss policies that act on a process act on the program's own.
+#[test]
+fn a_program_whose_own_page_is_lost_is_killed_or_stopped_if_it_asked_for_that() {
+    let test = "session::a_program_whose_own_page_is_lost_is_killed_or_stopped_if_it_asked_for_that";
+    if let Ok(told) = std::env::var(CHILD) {
+        let (policy, server) = told.split_once(' ').unwrap();
+        let on_loss = if policy == "kill" { LossPolicy::Kill } else { LossPolicy::Pause };
+        let options = Options { fault_deadline: Duration::from_secs(1), on_loss, ..Options::DEFAULT };
+        let session = Session::open(&server.parse().unwrap(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        // Stopped, and going on, it learns of the loss.
+        region.read_at(5 * CHUNK, &mut [0; 1]).unwrap_err();
+        std::process::exit(7);
+    }
+    within(WATCHDOG, move || {
+        let source = Source::start(noise(16 * CHUNK, 12), CHUNK);
+        let chaos = Chaos::start(source.server.address(), Lies::default().chunk(|_, _| Vec::new()));
+        let status = as_child(test, &format!("kill {}", chaos.address()));
+        assert_eq!(status.signal(), Some(rustix::process::Signal::KILL.as_raw()), "{status}");
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([test, "--exact", "--nocapture"]).env(CHILD, format!("pause {}", chaos.address()));
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        let stat = format!("/proc/{}/stat", child.id());
+        let is_stopped = || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T "));
+        wait_until("it is stopped", is_stopped);
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(7));
+    });
+}
+
 /// Runs true(1): by a real fork, and by the quicker way that shares memory until the exec.
 #[expect(unsafe_code, reason = "pre_exec, which makes the library fork")]
 fn fork_and_exec(really: bool) {

@@ -13,6 +13,7 @@ pub mod faulter;
 pub mod fixtures;
 pub mod keeper;
 pub mod link;
+pub mod many_regions;
 pub mod model;
 pub mod mounts;
 pub mod pool;

@@ -26,10 +26,20 @@ impl Pager {
         match shared.options.on_loss {
             LossPolicy::Poison => return Fate::Poison,
             LossPolicy::Wait => {}
-            LossPolicy::Kill => drop(shared.signal_owners(Signal::KILL)),
-            LossPolicy::Pause => drop(shared.signal_owners(Signal::STOP)),
+            LossPolicy::Kill => self.signal(Signal::KILL),
+            LossPolicy::Pause => self.signal(Signal::STOP),
         }
         Fate::Wait
+    }
+
+    /// Sends a signal to the memory's owner and its children, or to this process where the memory is its own.
+    fn signal(&self, signal: rustix::process::Signal) {
+        if self.is_foreign {
+            self.shared().signal_owners(signal);
+        } else {
+            // Cannot fail.
+            let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+        }
     }
 
     /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.

@@ -2,8 +2,8 @@
 
 use super::layout::{
     AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_MAGIC, AT_MESSAGES, AT_MESSAGES_OF,
-    AT_ON_LOSS, AT_OWNER, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit, LOG_WORDS, MAGIC,
-    MAX_CALLS, MESSAGES, ON_LOSS, VERSION, log_range,
+    AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit,
+    LOG_WORDS, MAGIC, MAX_CALLS, MESSAGES, ON_LOSS, VERSION, log_range,
 };
 use super::log::Record;
 use super::{StateError, wrong};
@@ -23,8 +23,8 @@ use std::time::Duration;
 pub(crate) struct Contents {
     pub(crate) image: Digest,
     pub(crate) options: Options,
-    /// The process that the first space is of.
-    pub(crate) owner: Option<u32>,
+    /// The process that the first space is of, and when it was started.
+    pub(crate) owner: Option<(u32, u64)>,
     pub(crate) is_registered: bool,
     /// The log.
     pub(crate) records: Vec<Record>,
@@ -101,7 +101,10 @@ impl Contents {
                 trace: word(AT_FILL) & 16 != 0,
                 hold_causers: word(AT_FILL) & 32 != 0,
             },
-            owner: u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0),
+            owner: u32::try_from(word(AT_OWNER))
+                .ok()
+                .filter(|pid| *pid != 0)
+                .map(|pid| (pid, word(AT_OWNER_START))),
             is_registered: word(AT_REGISTERED) != 0,
             records,
             spaces,

@@ -19,6 +19,7 @@ pub(super) const AT_FILL: usize = 8;
 pub(super) const AT_ENDED: usize = 9;
 pub(super) const AT_OWNER: usize = 10;
 pub(super) const AT_REGISTERED: usize = 11;
+pub(super) const AT_OWNER_START: usize = 12;
 pub(super) const AT_COMMIT: usize = 16;
 pub(super) const AT_MESSAGES_OF: usize = 24;
 pub(super) const AT_MESSAGES: usize = 32;
