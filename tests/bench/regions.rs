@@ -18,7 +18,7 @@ const ABSENT: usize = 3;
 
 pub(crate) fn measure() -> Result<Vec<Figure>> {
     // Chunks of one page, so that a fault is one page wherever its region lies.
-    let start = |regions| ManyRegions::start(regions, FRESH * (PAIRS + 1), PAGE_BYTES, 95);
+    let start = |regions| ManyRegions::start(regions, MANY, FRESH * (PAIRS + 1), PAGE_BYTES, 95);
     let (mut few, mut many) = (start(FEW), start(MANY));
     let mut attached: Vec<f64> = (0..5).map(|_| start(MANY).attached.as_secs_f64() * 1000.0).collect();
     let raw_attached = attached.clone();
@@ -81,7 +81,7 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
 
 /// How much longer a fork takes with many regions than one of a process without a userfaultfd of ours.
 fn forks() -> (f64, Vec<f64>) {
-    let mut served = ManyRegions::start(FORKED, 0, PAGE_BYTES, 96);
+    let mut served = ManyRegions::start(FORKED, FORKED, 0, PAGE_BYTES, 96);
     // Without features, and registered memory that stays absent: the kernel tells of no fork.
     let mut plain = Faulter::start(0, &[&format!("private:{FORKED}")]);
     let time = |faulter: &mut Faulter| {

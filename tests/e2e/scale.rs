@@ -277,7 +277,7 @@ fn two_hundred_thousand_regions_are_served_with_a_state_file() {
         return skip(test, "attaching needs root");
     }
     within(WATCHDOG, || {
-        let mut many = ManyRegions::start(200_000, 0, CHUNK, 85);
+        let mut many = ManyRegions::start(200_000, 200_000, 0, CHUNK, 85);
         for index in (0..many.regions).step_by(9_973) {
             let bytes = many.bytes_of(index).to_vec();
             many.faulter.assert_reads(0, index, &bytes);
@@ -293,7 +293,7 @@ fn five_thousand_regions_are_forked_a_hundred_times_with_a_state_file() {
         return skip(test, "attaching needs root");
     }
     within(WATCHDOG, || {
-        let mut many = ManyRegions::start(5_000, 0, CHUNK, 86);
+        let mut many = ManyRegions::start(5_000, 5_000, 0, CHUNK, 86);
         let mut children: Vec<_> = (0..100).map(|_| many.faulter.fork()).collect();
         for (number, child) in children.iter_mut().enumerate() {
             let index = number * 47 % many.regions;

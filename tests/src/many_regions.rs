@@ -21,18 +21,19 @@ pub struct ManyRegions {
     pub regions: usize,
     /// How long attaching took.
     pub attached: Duration,
+    /// Of the file, whose pages regions have in an order of their own.
     bytes: Vec<u8>,
     _server: Server,
 }
 
 impl ManyRegions {
-    /// Starts it, in chunks of so many bytes.
+    /// Starts it: regions of a file of `file_pages` pages, at least as many, in chunks of so many bytes.
     ///
     /// # Panics
     /// If it cannot be attached.
     #[must_use]
-    pub fn start(regions: usize, beyond: usize, chunk_bytes: usize, seed: u64) -> Self {
-        let bytes = memory_like(regions * PAGE, seed);
+    pub fn start(regions: usize, file_pages: usize, beyond: usize, chunk_bytes: usize, seed: u64) -> Self {
+        let bytes = memory_like(file_pages * PAGE, seed);
         let folder = tempfile::tempdir().expect("a scratch folder");
         let path = folder.path().join("mem");
         std::fs::write(&path, &bytes).expect("there is room");
@@ -42,7 +43,7 @@ impl ManyRegions {
             run(server.address(), push.into_iter().chain(["--chunk-size".as_ref(), chunk_bytes.as_ref()]));
         let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{}", regions + beyond)]);
         let region = |index: usize| {
-            let whole = faulter.region(0, "mem", (Self::place(index, regions) * PAGE) as u64);
+            let whole = faulter.region(0, "mem", (Self::place(index, file_pages) * PAGE) as u64);
             ForeignRegion { address: whole.address + index * PAGE, len: PAGE, ..whole }
         };
         let listed: Vec<_> = (0..regions).map(region).collect();
@@ -65,13 +66,13 @@ impl ManyRegions {
     }
 
     /// The page of the file that a region has.
-    fn place(index: usize, regions: usize) -> usize {
-        index * 7919 % regions
+    fn place(index: usize, file_pages: usize) -> usize {
+        index * 7919 % file_pages
     }
 
     /// The bytes of a region.
     #[must_use]
     pub fn bytes_of(&self, index: usize) -> &[u8] {
-        &self.bytes[Self::place(index, self.regions) * PAGE..][..PAGE]
+        &self.bytes[Self::place(index, self.bytes.len() / PAGE) * PAGE..][..PAGE]
     }
 }
