@@ -143,6 +143,13 @@ impl Callers {
     }
 }
 
+/// Sends a signal to a process that was started at `start`, in clock ticks since boot, and to all
+/// its descendants. Returns whether it reached any of them: a process that has the pid only since
+/// then is left alone.
+pub fn signal_process_tree(pid: u32, start: u64, signal: Signal) -> bool {
+    Callers::of(pid, start).signal(signal)
+}
+
 /// When a process was started, in clock ticks since the machine was: field 22 of /proc/PID/stat. None: there is no such
 /// process.
 pub(crate) fn start_of(process: u32) -> Option<u64> {

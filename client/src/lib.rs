@@ -53,7 +53,7 @@ pub mod trace;
 mod way_out;
 mod work;
 
-pub use advice::with_descendants;
+pub use advice::{signal_process_tree, with_descendants};
 pub use attach::{ForeignMemory, ForeignRegion, Sharing};
 pub use changes::Changes;
 pub use image::{Content, Image};

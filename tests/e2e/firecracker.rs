@@ -410,6 +410,8 @@ fn a_machine_whose_workers_fail_for_as_long_as_the_deadline_is_lost() {
             let worker = daemon.worker();
             daemon.crash_worker();
             wait_until("another worker", || daemon.worker() != worker);
+            // Time for it to do what it fails at.
+            std::thread::park_timeout(Duration::from_millis(20));
             crashes += 1;
             assert!(failing.elapsed() < Duration::from_secs(60), "{:#?}", daemon.said());
         }

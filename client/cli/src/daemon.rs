@@ -274,6 +274,10 @@ impl Worker {
 
     /// Serves until all is done: the daemon's exit status.
     fn run(self: Arc<Self>) -> Result<i32> {
+        if self.turn.is_last_resort {
+            // Before anything that may be what the workers before this one failed at.
+            served::lose_all(&self.setup)?;
+        }
         let signals =
             SignalFd::with_flags(&guardian::signals(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
                 .context("signals")?;

@@ -120,11 +120,11 @@ pub(crate) fn guard(
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(PAUSES.end);
         }
-        // Once for each time that patience ends.
-        let is_last_resort = failing_since.is_some_and(|since: Instant| since.elapsed() > patience);
-        if is_last_resort {
+        // One that has served has done what the loss policy says; one that was killed before may not have.
+        if turn.is_last_resort && has_served {
             failing_since = None;
         }
+        let is_last_resort = failing_since.is_some_and(|since: Instant| since.elapsed() > patience);
         turn = Turn { is_successor: true, is_last_resort, ..turn };
     }
 }

@@ -91,7 +91,7 @@ impl Served {
             Err(error) => return Err(error).with_context(|| format!("session {name}")),
         };
         let served = Self::new(setup, name, state, session);
-        if turn.is_last_resort {
+        if turn.is_last_resort && setup.options.on_loss == LossPolicy::Poison {
             served.lose();
         }
         Ok(Some(served))
@@ -249,6 +249,26 @@ impl Served {
         }
         self.traced();
     }
+}
+
+/// Kills or stops the processes of all sessions, where the loss policy is that. Needs nothing of the sessions but their
+/// names: resuming one may be what workers fail at.
+///
+/// # Errors
+/// If the runtime directory cannot be read.
+pub(crate) fn lose_all(setup: &Setup) -> Result<()> {
+    let policy = setup.options.on_loss;
+    let signal = match policy {
+        LossPolicy::Kill => Signal::KILL,
+        LossPolicy::Pause => Signal::STOP,
+        LossPolicy::Wait | LossPolicy::Poison => return Ok(()),
+    };
+    for name in setup.runtime.sessions().context("the runtime directory")? {
+        if postcopy::signal_process_tree(name.pid, name.start, signal) {
+            tracing::error!("process {}: its memory is lost: {policy:?}", name.pid);
+        }
+    }
+    Ok(())
 }
 
 /// Has a session's trace written, where that was asked for: in a file of its own, also after another worker. The session
