@@ -9,14 +9,14 @@
 
 mod installer;
 
-use crate::image::Content;
 use crate::install;
-use crate::lane::{BulkLane, runs_of};
 use crate::memory::{Region, Spaces};
 use crate::pace;
+use crate::remote::Content;
 use crate::remote::Lane::Bulk;
+use crate::remote::MAX_ATTEMPTS;
+use crate::remote::lane::{BulkLane, runs_of};
 use crate::remote::{Remote, RemoteError, ServerAddress, within};
-use crate::requests::MAX_ATTEMPTS;
 use crate::shared::Shared;
 use bytes::Bytes;
 use installer::{Arrived, Installer, Job, Refused};
@@ -298,7 +298,9 @@ impl Fill {
         let reason = error.map(|error| error.to_string()).or(refused);
         let reason = reason.unwrap_or_else(|| "pages are still absent".to_owned());
         let server = &self.shared.address;
-        self.shared.report(&format!("the background fill from {server} does not get further: {reason}"));
+        self.shared
+            .outcome
+            .report(&format!("the background fill from {server} does not get further: {reason}"));
     }
 
     /// Goes once over everything that is unresolved: whether it has left out what touches have asked for.

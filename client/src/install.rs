@@ -3,9 +3,11 @@
 //! Knows nothing of where the bytes came from; they have been verified. Only pages that are absent or poisoned are
 //! touched, at most 64 KiB in one ioctl, so that nobody waits long behind it.
 
-use crate::chunk::{ChunkPages, PIECE_PAGES};
-use crate::huge;
-use crate::memory::{InstallerPass, MemoryMap, PageState, Region, Spaces};
+pub(crate) mod chunk;
+pub(crate) mod hand_over;
+pub(crate) mod huge;
+
+use crate::memory::{ChunkPages, InstallerPass, MemoryMap, PIECE_PAGES, PageState, Region, Spaces};
 use crate::uffd::Outcome;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
@@ -379,7 +381,7 @@ mod tests {
     /// A region of one chunk, registered.
     fn region(memory: &Memory) -> (MemoryMap, Region) {
         let state = State::own();
-        let space = Arc::new(Space::new(0, Uffd::open(0).unwrap(), &state));
+        let space = Arc::new(Space::new(0, Uffd::open(0).unwrap(), state.answers()));
         space.uffd.register(memory.start(), memory.len()).unwrap();
         let file =
             FileEntry { size_bytes: memory.len() as u64, first_chunk: ChunkIndex(0), executable: false };

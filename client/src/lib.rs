@@ -1,4 +1,4 @@
-//! Post-copy restore: memory that fills on touch, from page images that a server holds.
+//! Post-copy restore: memory that fills on page faults, from page images that a server holds.
 //!
 //! ```no_run
 //! use postcopy::{Options, Session};
@@ -12,55 +12,38 @@
 //!
 //! [`Session::attach`] does the same for memory of another process, whose userfaultfd it is given.
 //!
-//! The way of a page: a touch is a message of the userfaultfd ([`uffd`]), read by the pager ([`pager`]),
-//! asked for over the demand lane ([`lane`]), verified against the image's manifest ([`image`]) and installed
-//! ([`install`]) into its region ([`region`]). The background fill ([`fill`]) brings the rest. [`push`] and
-//! [`pull`] move whole images.
+//! The way of a page: a page fault is a message of the userfaultfd ([`uffd`]), which the pager ([`pager`]) reads. It
+//! asks for the page's chunk over the demand lane ([`remote`]), and installs the pages once they are verified
+//! ([`install`]). The background fill ([`fill`]) brings the rest. [`transfer`] moves whole images. ARCHITECTURE.md has
+//! the rooms of this crate, and what imports what.
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
-mod advice;
-mod ahead;
-mod attach;
 mod bits;
-mod changes;
-mod chunk;
-mod events;
-mod fetch;
+mod error;
 mod fill;
-pub mod host;
-mod huge;
-mod image;
 mod install;
-mod kept;
-mod lane;
 mod memory;
+mod options;
+mod outcome;
 mod pace;
 mod pager;
-pub mod pull;
-pub mod push;
+mod processes;
 mod reaper;
-mod recorder;
-mod region;
+mod record;
 mod remote;
-mod requests;
 mod session;
 mod shared;
-mod shared_pager;
-mod spin;
 pub mod state_file;
 mod sync;
-pub mod trace;
-mod way_out;
-mod work;
+mod transfer;
 
-pub use advice::{signal_process_tree, with_descendants};
-pub use attach::{ForeignMemory, ForeignRegion, Sharing};
-pub use changes::Changes;
-pub use image::{Content, Image};
-pub use region::Region;
-pub use remote::{DEFAULT_SERVER, Remote, RemoteError, Segments, ServerAddress};
-pub use session::{ImageSource, LossError, LossPolicy, Options, Progress, Session, SessionError};
-pub use shared_pager::SharedPager;
+pub use error::{LossError, SessionError};
+pub use options::{LossPolicy, Options, Progress};
+pub use processes::{signal_process_tree, with_descendants};
+pub use record::trace;
+pub use remote::{Content, DEFAULT_SERVER, Image, ImageSource, Remote, RemoteError, Segments, ServerAddress};
+pub use session::{Changes, ForeignMemory, ForeignRegion, Region, Session, SharedPager, Sharing, host};
+pub use transfer::{pull, push};
 
 pub use postcopy_proto as proto;
 pub use postcopy_uffd as uffd;

@@ -10,7 +10,9 @@
 //!
 //! The pager alone changes spaces. Installers and the program's threads take snapshots.
 
+mod answers;
 mod arena;
+mod chunk_pages;
 mod gate;
 mod gathering;
 mod object;
@@ -23,7 +25,9 @@ mod spaces;
 pub(crate) mod tests;
 mod words;
 
+pub(crate) use answers::AnswerCounts;
 pub(crate) use arena::{Arena, ArenaFull};
+pub(crate) use chunk_pages::{ChunkPages, PIECE_PAGES};
 pub(crate) use gate::{Gate, InstallerPass};
 pub(crate) use gathering::{Gathered, HUGE_PAGES};
 pub(crate) use object::{Object, ObjectKind};
@@ -31,7 +35,7 @@ pub(crate) use page_states::{PageState, PageStates, runs_in_use, table_words};
 pub(crate) use region::Region;
 pub(crate) use space::Space;
 pub(crate) use spaces::{Change, Place, Spaces, hull, states_for, union};
-pub(crate) use words::{MappedFile, Words};
+pub(crate) use words::{FixedWords, MappedFile, Words};
 
 use std::sync::{Arc, Mutex, PoisonError};
 

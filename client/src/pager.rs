@@ -9,33 +9,43 @@
 //! 4. [`Pager::install`] puts its pages into every region that has them, which wakes the threads.
 //!
 //! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
-//! log, and touches no region's memory. Whatever way it ends, [`WayOut`] first makes what is unresolved SIGBUS, or
+//! log, and touches no region's memory. Whatever way it ends, [`OnExit`] first makes what is unresolved SIGBUS, or
 //! leaves it to a successor.
 
 mod answers;
+pub(crate) mod attach;
+mod events;
 mod faults;
-pub(crate) mod hold;
+mod frame_cache;
+mod hold;
 mod losses;
+mod on_exit;
+mod read_ahead;
 mod ready;
+mod requests;
+mod spin;
 
-use crate::ahead::Ahead;
-use crate::attach::Owner;
-use crate::chunk::ChunkPages;
-use crate::events::{self, Stopped};
-use crate::image::Image;
-use crate::kept::Kept;
-use crate::lane::DemandLane;
+use crate::error::SessionError;
+use crate::install::hand_over::HandedOver;
+use crate::memory::ChunkPages;
 use crate::memory::{Change, PageState, Region, Space};
+use crate::options::Options;
+use crate::options::add;
+use crate::pager::attach::Owner;
+use crate::pager::frame_cache::FrameCache;
+use crate::pager::on_exit::OnExit;
+use crate::pager::read_ahead::ReadAhead;
+use crate::pager::requests::Requests;
+use crate::pager::spin::Spin;
 use crate::reaper;
+use crate::remote::Image;
+use crate::remote::ImageSource;
+use crate::remote::lane::DemandLane;
 use crate::remote::{Lane, ServerAddress};
-use crate::requests::Requests;
-use crate::session::{ImageSource, Options, SessionError};
-use crate::shared::{Command, Shared, add};
-use crate::spin::Spin;
+use crate::shared::{Command, Shared};
 use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
-use crate::way_out::WayOut;
-use crate::work::HandedOver;
+use events::Stopped;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::page::ChunkIndex;
@@ -67,7 +77,7 @@ const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Pager {
-    way_out: WayOut,
+    on_exit: OnExit,
     watched: Vec<Watched>,
     /// The memory is other processes'.
     is_foreign: bool,
@@ -80,7 +90,7 @@ pub(crate) struct Pager {
     /// Threads that did not stop in time when they were to be held, and are to be let go.
     lingering: Vec<nix::unistd::Pid>,
     spin: Spin,
-    ahead: Ahead,
+    ahead: ReadAhead,
     /// How long an answer takes of late.
     usual: Duration,
     /// Chunks that the fill has asked for, and that somebody has been waiting for since then.
@@ -94,7 +104,7 @@ pub(crate) struct Pager {
     pages: ChunkPages,
     decoder: FrameDecoder,
     /// In record mode: chunks of which touched pages are installed one by one.
-    kept: Kept,
+    frame_cache: FrameCache,
     /// In record mode: chunks that are wanted as a whole.
     whole: HashSet<ChunkIndex>,
     // Dropped last: memory that waits in it to be unmapped must have been unregistered.
@@ -144,10 +154,10 @@ impl Start {
         match opened {
             Err(error) => drop(reply.send(Err(error))),
             Ok(pager) => {
-                let shared = Arc::clone(&pager.way_out.shared);
+                let shared = Arc::clone(&pager.on_exit.shared);
                 drop(reply.send(Ok(shared)));
                 // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
-                // After a panic `WayOut` has done its work by then, and nobody is left to be told.
+                // After a panic `OnExit` has done its work by then, and nobody is left to be told.
                 let _ = tokio::spawn(pager.run()).await;
             }
         }
@@ -200,7 +210,7 @@ impl Pager {
             handed_over,
             lingering: Vec::new(),
             spin: Spin::new(),
-            ahead: Ahead::new(shared.image.root().chunk_size().bytes()),
+            ahead: ReadAhead::new(shared.image.root().chunk_size().bytes()),
             usual: Duration::ZERO,
             behind: HashMap::new(),
             broken: None,
@@ -208,13 +218,13 @@ impl Pager {
             faults: Vec::new(),
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
-            kept: Kept::default(),
+            frame_cache: FrameCache::default(),
             whole: HashSet::new(),
             commands,
-            way_out: WayOut { shared, is_open: false, in_order: false, leaves: false },
+            on_exit: OnExit { shared, is_open: false, in_order: false, leaves: false },
         };
         pager.watch().map_err(|source| SessionError::System { what: "epoll", source })?;
-        pager.way_out.is_open = true;
+        pager.on_exit.is_open = true;
         Ok(pager)
     }
 
@@ -231,12 +241,12 @@ impl Pager {
     }
 
     fn shared(&self) -> &Shared {
-        &self.way_out.shared
+        &self.on_exit.shared
     }
 
     /// Serves until all who can ask for something are gone, or the kernel's side fails.
     async fn run(mut self) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let paced = |period| {
             let mut interval = tokio::time::interval(period);
             interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -246,7 +256,7 @@ impl Pager {
         let mut again = paced(READ_AGAIN);
         loop {
             if let Some(reason) = &self.broken {
-                return shared.report(reason);
+                return shared.outcome.report(reason);
             }
             self.send();
             let behind = self.behind.values().copied().max();
@@ -269,7 +279,7 @@ impl Pager {
             // In no order: none of these may starve another.
             tokio::select! {
                 readable = readable(&self.watched) => match readable {
-                    Err(error) => return shared.report(&format!("a userfaultfd cannot be watched: {error}")),
+                    Err(error) => return shared.outcome.report(&format!("a userfaultfd cannot be watched: {error}")),
                     Ok((watched, readable)) => {
                         let Some(pass) = shared.map.gate.try_enter_alone() else {
                             shared.map.gate.installers_left().await;
@@ -288,8 +298,8 @@ impl Pager {
                 },
                 lane = next_answer(&mut self.lane) => self.lane_answers(lane),
                 command = self.commands.recv() => match command {
-                    None | Some(Command::End) => return self.way_out.in_order = true,
-                    Some(Command::Leave) => return self.way_out.leaves = true,
+                    None | Some(Command::End) => return self.on_exit.in_order = true,
+                    Some(Command::Leave) => return self.on_exit.leaves = true,
                     Some(command) => self.command(command),
                 },
                 Some(work) = self.handed_over.recv() => self.ready.hand_over(work),
@@ -297,7 +307,7 @@ impl Pager {
                 () = tokio::task::yield_now(), if is_ready => {}
                 _ = again.tick(), if self.unreadable.is_some() => self.read_again(),
                 _ = look.tick(), if self.is_foreign => if !self.owners_are_left() {
-                    return self.way_out.in_order = true;
+                    return self.on_exit.in_order = true;
                 },
                 due = tick.tick(), if ticks => {
                     self.release_lingering();
@@ -319,7 +329,7 @@ impl Pager {
     /// alone.
     fn read_some(&mut self, space: &Arc<Space>, most: usize) -> Result<bool, Stopped> {
         let mut faults = Vec::new();
-        let read = events::read_some(&self.way_out.shared, space, &mut faults, most);
+        let read = events::read_some(&self.on_exit.shared, space, &mut faults, most);
         add(&self.shared().counters.faults, faults.len());
         // Writes to what is there do not wait for pages.
         if faults.iter().any(|(_, is_write_protected)| !is_write_protected) {
@@ -344,7 +354,7 @@ impl Pager {
 
     /// Reads what could not be read before.
     fn read_again(&mut self) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let Some(pass) = shared.map.gate.try_enter_alone() else { return };
         let spaces: Vec<_> = self.watched.iter().map(|watched| Arc::clone(&watched.space)).collect();
         let read = spaces.iter().try_for_each(|space| self.read(space));
@@ -358,7 +368,7 @@ impl Pager {
 
     /// Forgets the memory of processes that have exited: whether there are others.
     fn owners_are_left(&mut self) -> bool {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         for space in shared.spaces().spaces().filter(|space| space.uffd.is_owner_gone()) {
             space.set_gone();
         }
@@ -460,13 +470,13 @@ impl Pager {
             recorder.touched(image, region, of_chunk.start.max(pages.start)..of_chunk.end.min(pages.end));
             recorder.brought(image, region, of_chunk);
         }
-        self.kept.forget(chunk);
+        self.frame_cache.forget(chunk);
         self.whole.insert(chunk);
     }
 
     /// Lets go of a region. Its memory is never unmapped while it is registered: that would wait for this thread.
     fn unmap(&mut self, region: &Region, memory: crate::uffd::memory::Memory) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         // Whoever still touches it by a stray pointer is stopped, and never sees zeros.
         let forbidden = crate::uffd::memory::forbid(memory.start(), memory.len());
         let unregistered = region.space.uffd.unregister(memory.start(), memory.len());
@@ -479,7 +489,9 @@ impl Pager {
             reaper::give_back(&shared, memory);
         } else {
             std::mem::forget(memory);
-            self.shared().report("a region could not be unregistered; its address space is not given back");
+            self.shared()
+                .outcome
+                .report("a region could not be unregistered; its address space is not given back");
         }
     }
 }

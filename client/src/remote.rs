@@ -1,8 +1,12 @@
 //! A server: its address, connections to it, and what is asked of it once: manifests and images.
 //!
-//! Knows nothing of memory. The lanes that pages come over are in [`crate::lane`].
+//! Knows nothing of memory. The lanes that pages come over are in [`crate::remote::lane`].
 
-use crate::image::Image;
+mod image;
+pub(crate) mod lane;
+
+pub use image::{Content, Image, ImageSource};
+
 use bytes::BytesMut;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, ManifestError, Root};
@@ -18,6 +22,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
+
+/// How often a chunk or a segment is asked for before a wrong answer is final. From the second time on the server
+/// checks its copy itself.
+pub(crate) const MAX_ATTEMPTS: u32 = 3;
 
 /// The server that is taken when none is named.
 pub const DEFAULT_SERVER: &str = "http://127.0.0.1:7070";

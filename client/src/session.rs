@@ -4,21 +4,30 @@
 //! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
 //! ([`crate::fill`]). They share what stands in [`Shared`].
 
-use crate::attach::{self, ForeignMemory, Owner};
-use crate::changes::{self, Changes};
+mod changes;
+pub mod host;
+mod region;
+mod shared_pager;
+
+pub use crate::pager::attach::{ForeignMemory, ForeignRegion, Sharing};
+pub use changes::Changes;
+pub use region::Region;
+pub use shared_pager::SharedPager;
+
+use crate::error::{LossError, SessionError};
 use crate::fill;
-use crate::host::Hosted;
-use crate::image::Image;
 use crate::memory::{self, Object, ObjectKind, states_for};
+use crate::options::{Options, Progress};
 use crate::pager::Start;
-use crate::recorder::{self};
-use crate::region::Region;
-use crate::remote::{RemoteError, ServerAddress};
-use crate::shared::{Command, OutcomeSoFar, Shared};
+use crate::pager::attach::{self, Owner};
+use crate::record::recorder::{self};
+use crate::record::trace::{self, TraceWriter};
+use crate::remote::ServerAddress;
+use crate::remote::{Image, ImageSource};
+use crate::shared::{Command, Shared};
 use crate::state_file::{State, StateError};
-use crate::trace::{self, TraceWriter};
-use crate::uffd::OpenError;
 use crate::uffd::memory::Memory;
+use host::Hosted;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::reference::Reference;
@@ -26,8 +35,8 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -35,208 +44,6 @@ const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Commands that may wait for the pager.
 const COMMANDS: usize = 256;
-
-/// What happens to a fault that cannot be served within its deadline, or at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LossPolicy {
-    /// Its page is poisoned: this touch is SIGBUS, and so is every later one, unless a background fill brings the
-    /// page after all. Before Linux 6.6 it is SIGSEGV, for good.
-    #[default]
-    Poison,
-    /// It stays pending, is reported by [`Session::error`], and is tried again every second.
-    Wait,
-    /// The process that owns the memory, and all that it has forked, are killed: SIGKILL. Where that process is not known
-    /// ([`crate::ForeignMemory::pid`]), as [`LossPolicy::Wait`].
-    Kill,
-    /// They are stopped (SIGSTOP), and the fault stays pending and is tried again. Where the process is not known, as
-    /// [`LossPolicy::Wait`].
-    Pause,
-}
-
-/// How a session behaves.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// How long a fault may take before the loss policy decides. 30 s by default, at most a year.
-    pub fault_deadline: Duration,
-    /// What happens to a fault that is lost.
-    pub on_loss: LossPolicy,
-    /// Bring the image's working set at once, if the server has one: the pages that earlier restores have touched, in the
-    /// order of their first touches, before all else. Off by default. Of files that are mapped later than the first one it may
-    /// not bring all.
-    pub working_set: bool,
-    /// Bring everything in the background, from the beginning on, after the working set. Off by default; see also
-    /// [`Session::fill`].
-    pub fill: bool,
-    /// Note what is touched, for the image's working set, and tell the server. Off by default. Every touched page is a fault
-    /// then, where otherwise one brings its neighbours, too. See [`Session::wait_recorded`].
-    pub record: bool,
-    /// Note what happens, and when, for [`Session::write_trace`]. Off by default. One page in 50 of the working set is left
-    /// to whoever touches it then: see [`crate::trace`].
-    pub trace: bool,
-    /// Note what is written to and removed: [`Region::changes`], from Linux 6.7 on. Off by default. The first write to a
-    /// page takes a fault of about a microsecond more. In another process's memory, which must be private, whoever
-    /// writes first to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and it is
-    /// [`Session::changes`] that tells.
-    pub track_writes: bool,
-    /// Hold threads of another process that cause events (madvise, munmap, mremap, fork) without a pause, where they
-    /// return to user mode, while a page is installed that they would keep out for ever: three and more such threads do.
-    /// By ptrace(2), for a few milliseconds; a system call in which a held thread sleeps may return EINTR, as after a
-    /// stop by SIGSTOP. Off by default; the daemons turn it on. Needs [`crate::ForeignMemory::pid`] and the right to
-    /// trace the process. Never in this process's own memory: two threads cannot keep a page out, more can.
-    pub hold_causers: bool,
-}
-
-impl Options {
-    /// Page faults wait for at most 30 s and are poisoned then; nothing else is turned on.
-    pub const DEFAULT: Self = Self {
-        fault_deadline: Duration::from_secs(30),
-        on_loss: LossPolicy::Poison,
-        working_set: false,
-        fill: false,
-        record: false,
-        trace: false,
-        track_writes: false,
-        hold_causers: false,
-    };
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
-/// What a session is filled from.
-#[derive(Clone, Debug)]
-pub enum ImageSource {
-    /// What the server has under this reference.
-    Named(Reference),
-    /// An image of the server's that was opened before ([`Image::open`]). The session begins without a word from the
-    /// server; faults wait until it is there.
-    Opened(Arc<Image>),
-}
-
-impl From<&Reference> for ImageSource {
-    fn from(reference: &Reference) -> Self {
-        Self::Named(reference.clone())
-    }
-}
-
-impl From<Arc<Image>> for ImageSource {
-    fn from(image: Arc<Image>) -> Self {
-        Self::Opened(image)
-    }
-}
-
-/// Why a session could not be opened, or memory not be mapped.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// The server, or what it sent.
-    #[error(transparent)]
-    Remote(#[from] RemoteError),
-    /// The kernel.
-    #[error(transparent)]
-    Uffd(#[from] OpenError),
-    /// The image has no regular file of that path.
-    #[error("image {image} has no file {path:?}")]
-    NoSuchFile {
-        /// The image.
-        image: postcopy_proto::digest::Digest,
-        /// The path.
-        path: String,
-    },
-    /// The file has no such bytes, or they do not begin with a page.
-    #[error(
-        "bytes {} to {} of {path:?}: the file has {file_bytes}, and a part begins at a multiple of 4096",
-        bytes.start, bytes.end
-    )]
-    Span {
-        /// The file's path.
-        path: String,
-        /// What was asked for.
-        bytes: Range<u64>,
-        /// Its length.
-        file_bytes: u64,
-    },
-    /// A region of another process cannot be.
-    #[error("region {index}, {len} bytes at {address:#x}: {reason}")]
-    Region {
-        /// Which one of those that were given, from 0.
-        index: usize,
-        /// Its first address.
-        address: usize,
-        /// Its length.
-        len: usize,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Address space, threads or descriptors could not be had.
-    #[error("{what} cannot be had")]
-    System {
-        /// What.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The state file, see [`Session::resume`].
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// [`Options::track_writes`] was asked for with [`Session::attach`], and cannot be.
-    #[error("what is written to another process's memory cannot be told: {0}")]
-    NoTracking(String),
-    /// The session has ended before.
-    #[error("the session has ended")]
-    Ended,
-}
-
-/// Why pages were lost.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum LossError {
-    /// A page could not be had; later touches of it are SIGBUS, or wait, by the loss policy.
-    #[error("{0}")]
-    Lost(Arc<str>),
-    /// Beyond the region's end.
-    #[error("bytes {offset} to {offset} + {len} are beyond the region's {region_bytes} bytes")]
-    OutOfRange {
-        /// The first byte asked for.
-        offset: usize,
-        /// How many.
-        len: usize,
-        /// The region's length.
-        region_bytes: usize,
-    },
-    /// It took longer than the caller wanted to wait.
-    #[error("not all was resident within {0:?}")]
-    TimedOut(Duration),
-}
-
-/// How far a session is. All counts are since it was opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Pages of all regions.
-    pub total_pages: u64,
-    /// Pages that are there.
-    pub resident_pages: u64,
-    /// Pages that were lost: a touch is SIGBUS.
-    pub poisoned_pages: u64,
-    /// Pages whose content the program gave back: a touch gives zeros.
-    pub removed_pages: u64,
-    /// Messages about touches of absent pages; several threads at one page are several.
-    pub faults: u64,
-    /// Chunks that came over the demand lane.
-    pub demand_chunks: u64,
-    /// Of these, those that had not been touched when they came: touches went forward.
-    pub read_ahead_chunks: u64,
-    /// Chunks that came over the bulk lane.
-    pub bulk_chunks: u64,
-    /// Pages that have come with the working set; not those of frames of which touches had brought all before.
-    pub working_set_pages: u64,
-    /// Bytes of the frames that came over both.
-    pub frame_bytes: u64,
-    /// How often threads were held that cause events without a pause ([`Options::hold_causers`]).
-    pub holds: u64,
-}
 
 /// Memory that is being filled from one image. Lives until it and its regions are dropped.
 #[derive(Debug)]
@@ -380,12 +187,13 @@ impl Session {
         if let Some(fill) = fill
             && let Err(error) = session.start_fill(fill)
         {
-            session.shared.report(&format!("no background fill: {error}"));
+            session.shared.outcome.report(&format!("no background fill: {error}"));
         }
         if options.record
-            && let Err(source) = recorder::start(&session.shared)
+            && let Some(sender) = session.shared.sender()
+            && let Err(source) = recorder::start(sender)
         {
-            session.shared.report(&format!("nothing is recorded: {source}"));
+            session.shared.outcome.report(&format!("nothing is recorded: {source}"));
         }
         Ok(session)
     }
@@ -523,12 +331,16 @@ impl Session {
     }
 
     /// Writes the session's trace ([`Options::trace`]) from its beginning to its end, in a thread of its own: lines of JSON, see
-    /// [`crate::trace`]. Can be done once.
+    /// [`crate::record::trace`]. Can be done once.
     ///
     /// # Errors
     /// Unsupported where there is none, or it is written already; or there is no thread to be had.
     pub fn write_trace(&self, to: impl io::Write + Send + 'static) -> io::Result<TraceWriter> {
-        trace::start(&self.shared, to)
+        let writer = self.shared.trace_writer();
+        trace::start(
+            writer.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "no trace was asked for"))?,
+            to,
+        )
     }
 
     /// Waits until what was touched has been told to the server ([`Options::record`]), at most for `timeout`. That is done
@@ -543,7 +355,7 @@ impl Session {
     pub fn wait_recorded(&self, timeout: Duration) -> Result<(), String> {
         let Some(recorder) = &self.shared.recorder else { return Ok(()) };
         let deadline = Instant::now().checked_add(timeout);
-        let outcome = self.shared.wait(deadline, |_| recorder.outcome());
+        let outcome = self.shared.outcome.wait(deadline, |_| recorder.outcome());
         outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
     }
 
@@ -557,7 +369,7 @@ impl Session {
     pub fn send_recording(&self, timeout: Duration) -> Result<(), String> {
         let recorder = self.shared.recorder.as_ref().ok_or("what it touches is not recorded")?;
         let (number, deadline) = (recorder.ask(), Instant::now().checked_add(timeout));
-        let outcome = self.shared.wait(deadline, |_| recorder.answer(number));
+        let outcome = self.shared.outcome.wait(deadline, |_| recorder.answer(number));
         outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
     }
 
@@ -570,7 +382,7 @@ impl Session {
     /// Why pages were lost, if any were: the first reason.
     #[must_use]
     pub fn error(&self) -> Option<Arc<str>> {
-        self.shared.error()
+        self.shared.outcome.error()
     }
 
     /// Ends the session, and waits for it at most for `timeout`: whether it has ended. A drop ends it, too, but does not
@@ -580,7 +392,10 @@ impl Session {
     pub fn end(self, timeout: Duration) -> bool {
         let Self { shared, commands } = self;
         drop(commands);
-        shared.wait(Instant::now().checked_add(timeout), |outcome| outcome.ended.then_some(())).is_some()
+        shared
+            .outcome
+            .wait(Instant::now().checked_add(timeout), |outcome| outcome.ended.then_some(()))
+            .is_some()
     }
 
     /// Returns the calls for a program that serves the session for another one.
@@ -608,15 +423,13 @@ impl Session {
     #[must_use]
     pub fn wait_end(&self, timeout: Duration) -> bool {
         let deadline = Instant::now().checked_add(timeout);
-        self.shared.wait(deadline, |outcome| outcome.ended.then_some(())).is_some()
+        self.shared.outcome.wait(deadline, |outcome| outcome.ended.then_some(())).is_some()
     }
 
     /// Waits until a page is lost; the reason, or None after `timeout` or when the session has ended.
     #[must_use]
     pub fn wait_error(&self, timeout: Duration) -> Option<Arc<str>> {
-        let none = |outcome: &mut OutcomeSoFar| outcome.error.is_none() && !outcome.ended;
-        let waited = self.shared.reported.wait_timeout_while(self.shared.outcome(), timeout, none);
-        waited.unwrap_or_else(PoisonError::into_inner).0.error.clone()
+        self.shared.outcome.wait_error(timeout)
     }
 
     /// Waits until every page of every region is resident or was given back. Without [`Session::fill`] that
@@ -630,7 +443,7 @@ impl Session {
     pub fn wait_resident(&self, timeout: Duration) -> Result<(), LossError> {
         // Too far away to be counted is for ever.
         let deadline = Instant::now().checked_add(timeout);
-        let outcome = self.shared.wait(deadline, |outcome| {
+        let outcome = self.shared.outcome.wait(deadline, |outcome| {
             if self.shared.spaces().unresolved(true) == 0 {
                 return Some(Ok(()));
             }

@@ -1,40 +1,26 @@
 //! What the pager, the installers and the program's threads have in common: a session's [`Shared`].
 
-use crate::advice::Callers;
 use crate::bits::Underway;
-use crate::image::Image;
+use crate::error::LossError;
+use crate::install::Installed;
+use crate::install::hand_over::ToPager;
 use crate::memory::{Change, MemoryMap, PageState, Place, Region, Spaces};
+use crate::options::{Counters, LossPolicy, Options, Progress};
+use crate::outcome::Outcome;
 use crate::pace::{Cores, Pace};
-use crate::recorder::Recorder;
+use crate::processes::Callers;
+use crate::record::recorder::{Recorder, Sender};
+use crate::record::trace::{Cause, Notes, Stages, Writer, installing};
+use crate::remote::Image;
 use crate::remote::ServerAddress;
-use crate::session::{LossError, LossPolicy, Options, Progress};
 use crate::state_file::{Record, State, StateError};
-use crate::trace::Notes;
 use crate::uffd::memory::Memory;
-use crate::work::ToPager;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, mpsc};
-
-/// What is counted, in the order of [`Progress`].
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) faults: AtomicU64,
-    pub(crate) demand_chunks: AtomicU64,
-    pub(crate) read_ahead_chunks: AtomicU64,
-    pub(crate) bulk_chunks: AtomicU64,
-    pub(crate) working_set_pages: AtomicU64,
-    pub(crate) frame_bytes: AtomicU64,
-    pub(crate) holds: AtomicU64,
-}
-
-pub(crate) fn add(counter: &AtomicU64, n: usize) {
-    counter.fetch_add(n as u64, Ordering::Relaxed);
-}
 
 /// What the program asks of the pager.
 #[derive(Debug)]
@@ -65,18 +51,12 @@ pub(crate) struct Shared {
     pub(crate) state: State,
     /// Whose calls tell what becomes of shared memory.
     pub(crate) callers: Option<Callers>,
-    /// The first loss, and whether the pager has ended. Held for reading and writing these alone.
-    outcome: Mutex<OutcomeSoFar>,
-    /// Something in the page states or in `outcome` has changed.
-    changed: Condvar,
-    /// Threads that wait for `changed` because of page states.
-    waiters: AtomicU64,
-    /// Something in `outcome` has changed.
-    pub(crate) reported: Condvar,
+    /// What went wrong, and whether the pager has ended.
+    pub(crate) outcome: Arc<Outcome>,
     /// Notes what happens, if that was asked for.
-    pub(crate) trace: Option<Notes>,
+    pub(crate) trace: Option<Arc<Notes>>,
     /// Notes what is touched, if that was asked for.
-    pub(crate) recorder: Option<Recorder>,
+    pub(crate) recorder: Option<Arc<Recorder>>,
     /// Held for an answer or a look, and only tried by the pager.
     pub(crate) pace: Mutex<Pace>,
     pub(crate) cores: Cores,
@@ -98,18 +78,6 @@ pub(crate) struct Shared {
     pub(crate) fill_work: Notify,
     /// A pause of the fill has ended ([`Pace`]).
     pub(crate) fill_may_go_on: Notify,
-    /// The pager has ended; for the recorder.
-    pub(crate) has_ended: Notify,
-}
-
-#[derive(Clone, Debug, Default)]
-pub(crate) struct OutcomeSoFar {
-    pub(crate) error: Option<Arc<str>>,
-    /// How often something was reported.
-    pub(crate) reports: u64,
-    pub(crate) ended: bool,
-    /// How often page states have changed while somebody waited for that.
-    pub(crate) changes: u64,
 }
 
 impl Shared {
@@ -125,7 +93,7 @@ impl Shared {
     ) -> Self {
         let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
         let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
-        let recorder = options.record.then(|| Recorder::new(&image));
+        let recorder = options.record.then(|| Arc::new(Recorder::new(&image)));
         if let Some(recorder) = &recorder {
             recorder.has(&image, spaces.regions());
         }
@@ -139,11 +107,8 @@ impl Shared {
             next_space_id: AtomicU32::new(next_space_id),
             state,
             callers: owner.map(|(pid, start)| Callers::of(pid, start)),
-            outcome: Mutex::default(),
-            changed: Condvar::new(),
-            waiters: AtomicU64::new(0),
-            reported: Condvar::new(),
-            trace: options.trace.then(Notes::new),
+            outcome: Arc::default(),
+            trace: options.trace.then(|| Arc::new(Notes::new())),
             recorder,
             pace: Mutex::new(Pace::new(chunk_bytes)),
             cores: Cores::default(),
@@ -157,7 +122,6 @@ impl Shared {
             to_pager: ToPager::default(),
             fill_work: Notify::new(),
             fill_may_go_on: Notify::new(),
-            has_ended: Notify::new(),
         }
     }
 
@@ -219,26 +183,17 @@ impl Shared {
         id.map_err(|_| StateError::Full("more processes"))
     }
 
-    pub(crate) fn outcome(&self) -> MutexGuard<'_, OutcomeSoFar> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The pager has ended.
+    pub(crate) fn end(&self) {
+        // No page is waited for any more.
+        self.cores.waits(None);
+        self.outcome.end();
+        self.fill_work.notify_one();
     }
 
-    /// Tells those who wait for pages that states have changed.
-    pub(crate) fn pages_changed(&self) {
-        if self.waiters.load(Ordering::SeqCst) > 0 {
-            self.outcome().changes += 1;
-            self.changed.notify_all();
-        }
-    }
-
-    /// Notes why pages are lost; the first reason is kept.
-    pub(crate) fn report(&self, reason: &str) {
-        let mut outcome = self.outcome();
-        outcome.error.get_or_insert_with(|| reason.into());
-        outcome.reports += 1;
-        drop(outcome);
-        self.reported.notify_all();
-        self.changed.notify_all();
+    /// Whether the pager has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.outcome.has_ended()
     }
 
     /// Whether somebody can take the session over when this process ends.
@@ -257,21 +212,30 @@ impl Shared {
         self.spaces().leave_open();
     }
 
-    /// The pager has ended.
-    pub(crate) fn end(&self) {
-        self.outcome().ended = true;
-        // Nobody waits for it any more.
-        self.cores.waits(None);
-        self.reported.notify_all();
-        self.changed.notify_all();
-        self.fill_work.notify_one();
-        self.has_ended.notify_one();
+    /// Has pages installed, and notes which of them came by that, where there is a trace.
+    pub(crate) fn installing(
+        &self,
+        region: &Region,
+        pages: &Range<usize>,
+        cause: Cause,
+        stages: Stages,
+        install: impl FnOnce() -> Installed,
+    ) -> Installed {
+        installing(self.trace.as_deref(), &self.image, region, pages, cause, stages, install)
     }
 
-    /// What has been touched has been sent, or that is given up.
-    pub(crate) fn recording_has_changed(&self) {
-        self.outcome().changes += 1;
-        self.changed.notify_all();
+    /// For the thread that sends the recording, where there is one.
+    pub(crate) fn sender(&self) -> Option<Sender> {
+        let recorder = Arc::clone(self.recorder.as_ref()?);
+        let (image, address) = (Arc::clone(&self.image), self.address.clone());
+        Some(Sender { recorder, image, address, outcome: Arc::clone(&self.outcome) })
+    }
+
+    /// For the thread that writes the trace, where there is one.
+    pub(crate) fn trace_writer(&self) -> Option<Writer> {
+        let notes = Arc::clone(self.trace.as_ref()?);
+        let (image, options) = (Arc::clone(&self.image), self.options);
+        Some(Writer { notes, image, options, outcome: Arc::clone(&self.outcome) })
     }
 
     /// Whether all is to be brought, and not the working set alone.
@@ -289,46 +253,6 @@ impl Shared {
         self.is_filling.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn has_ended(&self) -> bool {
-        self.outcome().ended
-    }
-
-    pub(crate) fn error(&self) -> Option<Arc<str>> {
-        self.outcome().error.clone()
-    }
-
-    /// Waits until `done` gives something.
-    pub(crate) fn wait<T>(
-        &self,
-        deadline: Option<Instant>,
-        mut done: impl FnMut(&OutcomeSoFar) -> Option<T>,
-    ) -> Option<T> {
-        self.waiters.fetch_add(1, Ordering::SeqCst);
-        let mut outcome = self.outcome();
-        let result = loop {
-            // Without the lock: it may take long, and the pager does not wait for it.
-            let seen = outcome.clone();
-            drop(outcome);
-            if let Some(result) = done(&seen) {
-                break Some(result);
-            }
-            outcome = self.outcome();
-            if (outcome.changes, outcome.reports, outcome.ended) != (seen.changes, seen.reports, seen.ended) {
-                continue;
-            }
-            // States change without the lock and only then look for waiters: a second look now and then costs
-            // little and needs no proof.
-            let pause = Duration::from_millis(100);
-            let pause = deadline.map_or(pause, |at| pause.min(at.saturating_duration_since(Instant::now())));
-            if pause.is_zero() {
-                break None;
-            }
-            outcome = self.changed.wait_timeout(outcome, pause).unwrap_or_else(PoisonError::into_inner).0;
-        };
-        self.waiters.fetch_sub(1, Ordering::SeqCst);
-        result
-    }
-
     /// Brings pages of a region; an error if one of them is lost.
     pub(crate) fn bring(
         &self,
@@ -337,13 +261,13 @@ impl Shared {
         pages: Range<usize>,
     ) -> Result<(), LossError> {
         let absent = |pages: &Range<usize>| region.next_run(pages.clone(), &[PageState::Absent]);
-        let reported_before = self.outcome().reports;
+        let reported_before = self.outcome.reports();
         if absent(&pages).is_some() {
             let command = Command::Bring { region: region.clone(), pages: pages.clone() };
             // An ended pager has poisoned what was absent, which is seen below.
             let _ = commands.blocking_send(command);
         }
-        self.wait(None, |outcome| {
+        self.outcome.wait(None, |outcome| {
             // What was lost before this call may have come since; what is lost now may be what it waits for.
             let waits = matches!(self.options.on_loss, LossPolicy::Wait | LossPolicy::Pause);
             let waiting = waits && outcome.reports > reported_before;
@@ -352,7 +276,9 @@ impl Shared {
         let lost = [PageState::Absent, PageState::Poisoned];
         match region.next_run(pages, &lost) {
             None => Ok(()),
-            Some(_) => Err(LossError::Lost(self.error().unwrap_or_else(|| "the session has ended".into()))),
+            Some(_) => {
+                Err(LossError::Lost(self.outcome.error().unwrap_or_else(|| "the session has ended".into())))
+            }
         }
     }
 

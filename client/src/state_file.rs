@@ -20,10 +20,10 @@ pub(crate) use layout::MESSAGES;
 pub(crate) use log::Record;
 pub(crate) use replay::replay;
 
-use crate::advice::Call;
-use crate::memory::{Arena, ArenaFull, MappedFile, Spaces, Words};
-use crate::session::Options;
-use crate::uffd::{Event, Outcome, Uffd};
+use crate::memory::{AnswerCounts, Arena, ArenaFull, FixedWords, MappedFile, Spaces, Words};
+use crate::options::Options;
+use crate::processes::Call;
+use crate::uffd::{Event, Uffd};
 use layout::{
     ANSWERS, AT_ANSWERS, AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_LOGS, AT_MAGIC,
     AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_REGISTERED, AT_STATES, AT_VERSION,
@@ -32,7 +32,6 @@ use layout::{
 use log::{ObjectRecord, RegionRecord};
 use postcopy_proto::digest::Digest;
 use std::io;
-use std::ops::Deref;
 use std::os::fd::{AsFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -80,36 +79,6 @@ fn wrong<T>(reason: impl Into<String>) -> Result<T, StateError> {
     Err(StateError::Wrong(reason.into()))
 }
 
-/// The header's words: this process's own, or those of the file.
-#[derive(Debug)]
-enum Header {
-    Own(Box<[AtomicU64]>),
-    Mapped(Arc<MappedFile>),
-}
-
-impl Deref for Header {
-    type Target = [AtomicU64];
-
-    fn deref(&self) -> &[AtomicU64] {
-        match self {
-            Self::Own(words) => words,
-            Self::Mapped(file) => &file.words()[..HEADER_WORDS],
-        }
-    }
-}
-
-/// Counts the kernel's answers.
-#[derive(Clone, Debug)]
-pub(crate) struct AnswerCounts(Arc<Header>);
-
-impl AnswerCounts {
-    /// Counts an answer, and gives it back.
-    pub(crate) fn count(&self, outcome: Outcome) -> Outcome {
-        self.0[AT_ANSWERS + layout::answer(outcome)].fetch_add(1, Ordering::Relaxed);
-        outcome
-    }
-}
-
 /// The logs of a file. The pager alone writes to them.
 #[derive(Debug)]
 struct Logs {
@@ -129,7 +98,7 @@ struct Written {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct State {
-    header: Arc<Header>,
+    header: Arc<FixedWords>,
     arena: Arc<Arena>,
     logs: Option<Logs>,
 }
@@ -137,7 +106,7 @@ pub(crate) struct State {
 impl State {
     /// For a session that no successor can take over.
     pub(crate) fn own() -> Self {
-        let header = Header::Own((0..HEADER_WORDS).map(|_| AtomicU64::new(0)).collect());
+        let header = FixedWords::Own((0..HEADER_WORDS).map(|_| AtomicU64::new(0)).collect());
         let state =
             Self { header: Arc::new(header), arena: Arc::new(Arena::new(Words::own(), 0)), logs: None };
         state.commit(Commit::default());
@@ -197,7 +166,11 @@ impl State {
         file.reserve(&(0..AT_LOGS)).map_err(StateError::Map)?;
         let arena = Arena::new(Words::Mapped(Arc::clone(&file)), AT_STATES);
         let logs = Logs { file: Arc::clone(&file), written: Mutex::default() };
-        Ok(Self { header: Arc::new(Header::Mapped(file)), arena: Arc::new(arena), logs: Some(logs) })
+        Ok(Self {
+            header: Arc::new(FixedWords::Mapped { file, words: HEADER_WORDS }),
+            arena: Arc::new(arena),
+            logs: Some(logs),
+        })
     }
 
     fn set(&self, at: usize, value: u64) {
@@ -269,7 +242,7 @@ impl State {
 
     /// To count what the kernel answers.
     pub(crate) fn answers(&self) -> AnswerCounts {
-        AnswerCounts(Arc::clone(&self.header))
+        AnswerCounts::new(Arc::clone(&self.header), AT_ANSWERS)
     }
 
     fn committed(&self) -> Commit {
@@ -443,10 +416,10 @@ pub fn descriptors(state: impl AsFd) -> Result<Vec<RawFd>, StateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Image;
     use crate::memory::tests::{any_space, spaces_with};
     use crate::memory::{Change, ObjectKind, PageState, Region, Space};
-    use crate::session::LossPolicy;
+    use crate::options::LossPolicy;
+    use crate::remote::Image;
     use postcopy_proto::manifest::{ChunkContent, FileEntry, ManifestBuilder};
     use postcopy_proto::page::ChunkSize;
     use postcopy_proto::path::ImagePath;

@@ -3,6 +3,7 @@
 use postcopy_tests::criu::Criu;
 use postcopy_tests::daemon::runtime_root;
 use postcopy_tests::{binary, is_root, skip, wait_until};
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -233,4 +234,77 @@ fn the_guide_to_firecracker_leads_to_a_lazy_restore() {
     run_guide("docs/FIRECRACKER.md", folder.path(), &[("firecracker", listen), ("curl", &load)], "-eu");
     assert_eq!(machine.join().unwrap(), ("loaded [true, true]".to_owned(), "wrong 0".to_owned()));
     assert_eq!(std::fs::read_to_string(folder.path().join("local/guest.state")).unwrap(), "state");
+}
+
+/// The source without tests and comments: what its modules import.
+fn imports(room: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    if room.is_dir() {
+        for entry in std::fs::read_dir(room).unwrap() {
+            found.extend(imports(&entry.unwrap().path()));
+        }
+        return found;
+    }
+    if room.file_name().unwrap() == "tests.rs" {
+        return found;
+    }
+    let text = std::fs::read_to_string(room).unwrap();
+    let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    for line in lines {
+        for after in line.split("crate::").skip(1) {
+            let name = after.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+            found.insert(name.to_owned());
+        }
+    }
+    found
+}
+
+#[test]
+fn imports_of_the_library_follow_the_arrows() {
+    let source = workspace().join("client/src");
+    let diagram = blocks_of("ARCHITECTURE.md", "rooms").concat();
+    let rooms: Vec<(&str, BTreeSet<String>)> = diagram
+        .lines()
+        .map(|line| {
+            let (room, below) = line.split_once("->").expect("an arrow");
+            (room.trim(), below.split_whitespace().map(str::to_owned).collect())
+        })
+        .collect();
+    for (at, (room, below)) in rooms.iter().enumerate() {
+        let mut imported = imports(&source.join(format!("{room}.rs")));
+        if source.join(room).is_dir() {
+            imported.extend(imports(&source.join(room)));
+        }
+        imported.remove(*room);
+        assert_eq!(imported, *below, "what `{room}` imports, and what ARCHITECTURE.md says");
+        let above: Vec<_> = rooms[..=at].iter().map(|(room, _)| *room).collect();
+        let up = below.iter().find(|below| above.contains(&below.as_str()));
+        assert_eq!(up, None, "`{room}` imports something above it");
+    }
+    let listed: BTreeSet<_> = rooms.iter().map(|(room, _)| (*room).to_owned()).collect();
+    let files = std::fs::read_dir(&source).unwrap().map(|entry| entry.unwrap().path());
+    let there =
+        files.filter(|path| path.is_file()).map(|path| path.file_stem().unwrap().display().to_string());
+    let there: BTreeSet<_> = there.filter(|room| room != "lib").collect();
+    assert_eq!(listed, there, "the rooms in ARCHITECTURE.md, and in client/src");
+}
+
+#[test]
+fn the_files_that_documents_name_exist() {
+    for document in ["ARCHITECTURE.md", "docs/FAULTS.md", "docs/FORMATS.md", "docs/BENCHMARKS.md"] {
+        let text = std::fs::read_to_string(workspace().join(document)).unwrap();
+        for named in text.split('`').filter(|named| named.ends_with(".rs") && named.contains('/')) {
+            let (package, file) = match named.strip_prefix("client/cli/") {
+                Some(file) => ("client/cli", file),
+                None => named.split_once('/').unwrap(),
+            };
+            if !["client", "client/cli", "server", "proto", "tests"].contains(&package) {
+                continue;
+            }
+            let path = workspace().join(package);
+            let exists = path.join("src").join(file).exists() || path.join(file).exists();
+            assert!(exists, "{document} names {named}");
+        }
+    }
 }

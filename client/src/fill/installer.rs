@@ -1,13 +1,15 @@
 //! The threads that decompress, verify and install what comes over the bulk lane.
 
-use crate::chunk::ChunkPages;
-use crate::image::{Content, Image};
+use crate::install::chunk::decode;
+use crate::install::hand_over::{HandedOver, Work};
 use crate::install::{self, Installed};
-use crate::lane::frame_of;
+use crate::memory::ChunkPages;
 use crate::memory::{Region, Spaces};
-use crate::shared::{Shared, add};
-use crate::trace::{self, Cause, Stages};
-use crate::work::{HandedOver, Work};
+use crate::options::add;
+use crate::record::trace::{Cause, Stages};
+use crate::remote::lane::frame_of;
+use crate::remote::{Content, Image};
+use crate::shared::Shared;
 use bytes::Bytes;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::chunk_len;
@@ -97,7 +99,7 @@ impl Installer {
                     }
                 }
             }
-            self.shared.pages_changed();
+            self.shared.outcome.pages_changed();
             drop(job.permit);
         }
     }
@@ -220,7 +222,7 @@ impl Installer {
         };
         if shared.of_chunk(chunk).iter().any(is_wanted) {
             let before = Instant::now();
-            self.pages.decode(&mut self.decoder, image, region.file(), chunk, &digest, frame)?;
+            decode(&mut self.pages, &mut self.decoder, image, region.file(), chunk, &digest, frame)?;
             self.stages.decompress = before.elapsed();
             self.install(chunk);
         }
@@ -259,7 +261,7 @@ impl Installer {
         };
         let mut pause = MEMORY_PAUSE.start;
         while Instant::now() < deadline {
-            match trace::installing(shared, region, pages, cause, self.stages, install) {
+            match shared.installing(region, pages, cause, self.stages, install) {
                 // Deferred: another pass has it.
                 Installed::All | Installed::Ended | Installed::Deferred => return,
                 Installed::NoMemory => std::thread::park_timeout(pause),

@@ -1,7 +1,7 @@
 //! Parts of huge pages (2 MiB, hugetlb) that have arrived. The kernel installs huge pages whole, and chunks arrive one by
 //! one: a huge page is gathered until all of its chunks are here.
 
-use crate::chunk::ChunkPages;
+use super::ChunkPages;
 use crate::uffd::HUGE_BYTES;
 use postcopy_proto::page::PAGE_BYTES;
 use std::collections::HashMap;

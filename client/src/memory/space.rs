@@ -1,6 +1,6 @@
 //! An address space: the memory of one process, as its userfaultfd sees it.
 
-use crate::state_file::{AnswerCounts, State};
+use super::AnswerCounts;
 use crate::uffd::pagemap::Pagemap;
 use crate::uffd::{Outcome, Uffd};
 use std::io;
@@ -25,9 +25,9 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    /// A space of a session with this state.
-    pub(crate) fn new(id: u32, uffd: Uffd, state: &State) -> Self {
-        let (answers, gone, registered) = (state.answers(), AtomicBool::new(false), AtomicBool::new(true));
+    /// A space that counts what the kernel answers.
+    pub(crate) fn new(id: u32, uffd: Uffd, answers: AnswerCounts) -> Self {
+        let (gone, registered) = (AtomicBool::new(false), AtomicBool::new(true));
         Self {
             id,
             uffd: Arc::new(uffd),

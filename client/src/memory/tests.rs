@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// A space of which nothing is registered.
 pub(crate) fn any_space(id: u32) -> Arc<Space> {
     let uffd = Uffd::open(EVENT_UNMAP).expect("a userfaultfd can be had");
-    Arc::new(Space::new(id, uffd, &State::own()))
+    Arc::new(Space::new(id, uffd, State::own().answers()))
 }
 
 /// An object of these pages of a file.

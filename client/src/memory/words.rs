@@ -3,7 +3,7 @@
 use postcopy_proto::page::to_usize;
 use rustix::fs::FallocateFlags;
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
@@ -129,6 +129,24 @@ fn segment_of(at: usize) -> (usize, usize, usize) {
             let index = to_usize(u64::from(quotient.ilog2()));
             let first = FIRST_SEGMENT << index;
             (index + 1, first, first)
+        }
+    }
+}
+
+/// Words of a fixed number, zero at first: this process's own, or the first ones of a file.
+#[derive(Debug)]
+pub(crate) enum FixedWords {
+    Own(Box<[AtomicU64]>),
+    Mapped { file: Arc<MappedFile>, words: usize },
+}
+
+impl Deref for FixedWords {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        match self {
+            Self::Own(words) => words,
+            Self::Mapped { file, words } => &file.words()[..*words],
         }
     }
 }

@@ -2,14 +2,15 @@
 
 use super::ready::Obstacle;
 use super::{FAR, Pager};
-use crate::chunk::ChunkPages;
+use crate::install::chunk::decode;
 use crate::install::{self, Installed};
-use crate::lane::{frame_of, may_pass};
+use crate::memory::ChunkPages;
 use crate::memory::{PageState, Region};
+use crate::options::add;
+use crate::pager::requests::Refused;
+use crate::record::trace::{Cause, Stages};
+use crate::remote::lane::{frame_of, may_pass};
 use crate::remote::{SegmentRefused, take_segment};
-use crate::requests::Refused;
-use crate::shared::add;
-use crate::trace::{self, Cause, Stages};
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1;
@@ -56,10 +57,11 @@ impl Pager {
     /// Verifies a chunk's frame and installs its pages.
     pub(super) fn install(&mut self, chunk: ChunkIndex, frame: Bytes) {
         let Some((digest, (waiting, page))) = self.requests.chunk(chunk) else { return };
-        let shared = &self.way_out.shared;
+        let shared = &self.on_exit.shared;
         let decoder = &mut self.decoder;
         let came = Instant::now();
-        if let Err(reason) = self.pages.decode(decoder, &shared.image, waiting.file(), chunk, &digest, &frame)
+        if let Err(reason) =
+            decode(&mut self.pages, decoder, &shared.image, waiting.file(), chunk, &digest, &frame)
         {
             return self.refuse(chunk, &reason);
         }
@@ -95,7 +97,7 @@ impl Pager {
             }
             Installed::Ended => unreachable!("the pager itself closes the gate"),
         }
-        self.shared().pages_changed();
+        self.shared().outcome.pages_changed();
     }
 
     /// In record mode: installs the touched page of the chunk that was decoded last, and keeps the others at hand. Huge pages
@@ -122,8 +124,8 @@ impl Pager {
         }
         self.requests.chunk_done(chunk);
         if self.lacks_pages(chunk) {
-            self.kept.keep(chunk, frame);
-            self.kept.swap(chunk, &mut self.pages);
+            self.frame_cache.keep(chunk, frame);
+            self.frame_cache.swap(chunk, &mut self.pages);
         }
         self.one_installed(waiting, chunk, page, installed);
     }
@@ -139,14 +141,14 @@ impl Pager {
     ) -> Installed {
         if let Some(page) = touched.filter(|_| region.gathering().is_none()) {
             let install = || install::install_page(region, chunk, &self.pages, page);
-            match trace::installing(self.shared(), region, &(page..page + 1), cause, stages, install) {
+            match self.shared().installing(region, &(page..page + 1), cause, stages, install) {
                 Installed::All => {}
                 other => return other,
             }
         }
         let Some(pages) = region.pages_of(chunk) else { return Installed::All };
         let install = || install::install(None, region, chunk, &self.pages, touched);
-        trace::installing(self.shared(), region, &pages, cause, stages, install)
+        self.shared().installing(region, &pages, cause, stages, install)
     }
 
     /// Installs the one page of a chunk that was touched; of huge pages all that it has.
@@ -161,10 +163,10 @@ impl Pager {
         if region.gathering().is_some() {
             let pages = region.pages_of(chunk).expect("a page of the chunk");
             let install = || install::install(None, region, chunk, content, None);
-            return trace::installing(self.shared(), region, &pages, Cause::Demand, stages, install);
+            return self.shared().installing(region, &pages, Cause::Demand, stages, install);
         }
         let install = || install::install_page(region, chunk, content, page);
-        trace::installing(self.shared(), region, &(page..page + 1), Cause::Demand, stages, install)
+        self.shared().installing(region, &(page..page + 1), Cause::Demand, stages, install)
     }
 
     /// Whether what is touched of a chunk is recorded, at the grain of the kernel's pages, and comes alone.
@@ -185,9 +187,9 @@ impl Pager {
             installed => self.defer_install(region, page, installed),
         }
         if !self.lacks_pages(chunk) {
-            self.kept.forget(chunk);
+            self.frame_cache.forget(chunk);
         }
-        self.shared().pages_changed();
+        self.shared().outcome.pages_changed();
     }
 
     /// Defers the fault on a page that could not be installed.
@@ -212,7 +214,7 @@ impl Pager {
     }
 
     pub(super) fn install_zeros(&mut self, region: &Region, chunk: ChunkIndex, page: usize) {
-        let shared = &self.way_out.shared;
+        let shared = &self.on_exit.shared;
         self.pages.set_zeros(shared.image.root().chunk_size().bytes());
         if self.is_recorded(chunk) {
             let installed = self.install_one(region, chunk, &self.pages, page, Stages::default());
@@ -223,7 +225,7 @@ impl Pager {
             Installed::All => {}
             installed => self.defer_install(region, page, installed),
         }
-        self.shared().pages_changed();
+        self.shared().outcome.pages_changed();
     }
 
     /// An answer was wrong or an error: ask again, or give up.

@@ -2,12 +2,13 @@
 
 use super::ready::Obstacle;
 use super::{NEAR, Pager};
-use crate::events;
-use crate::huge;
-use crate::image::Content;
 use crate::install::Installed;
+use crate::install::chunk::decode;
+use crate::install::huge;
 use crate::memory::{Change, PageState, Region, Space};
-use crate::trace::{self, Cause, Stages};
+use crate::pager::events;
+use crate::record::trace::{Cause, Stages};
+use crate::remote::Content;
 use crate::uffd::{HUGE_BYTES, Outcome, SharedAt};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::sync::Arc;
@@ -117,8 +118,10 @@ impl Pager {
     /// A fault on what shared memory has grown by, which the session was not told of: zeros would be so for all who have it
     /// mapped.
     pub(super) fn lose_outside(&mut self, space: &Arc<Space>, address: usize) {
-        let shared = Arc::clone(&self.way_out.shared);
-        shared.report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
+        let shared = Arc::clone(&self.on_exit.shared);
+        shared
+            .outcome
+            .report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
         match space.uffd.poison(address, PAGE_BYTES) {
             Outcome::Deferred => return self.defer(space, address, Obstacle::Event),
             Outcome::NoMemory | Outcome::Unexpected { .. } => {
@@ -210,8 +213,7 @@ impl Pager {
         // All had come, and could not be installed.
         if missing.is_empty() {
             let install = || huge::install_gathered(region, whole.start);
-            match trace::installing(self.shared(), region, &whole, Cause::Demand, Stages::default(), install)
-            {
+            match self.shared().installing(region, &whole, Cause::Demand, Stages::default(), install) {
                 Installed::All => events::wake_mappings(&self.shared().spaces(), region, &whole),
                 installed => self.defer_install(region, whole.start, installed),
             }
@@ -232,7 +234,7 @@ impl Pager {
 
     /// Asks for what lies ahead of a touched chunk, where touches go forward.
     pub(super) fn read_ahead(&mut self, region: &Region, touched: ChunkIndex, now: Instant) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         for chunk in self.ahead.touched(touched.0).map(ChunkIndex) {
             // The region's end.
             let Some(pages) = region.pages_of(chunk) else { break };
@@ -249,7 +251,7 @@ impl Pager {
 
     pub(super) fn ask_anew(&mut self, region: &Region, chunk: ChunkIndex, page: usize, now: Instant) {
         if self.has_kept(region, chunk)
-            && let Some(kept) = self.kept.pages(chunk)
+            && let Some(kept) = self.frame_cache.pages(chunk)
         {
             let stages = Stages { decompress: now.elapsed(), ..Stages::default() };
             let installed = self.install_one(region, chunk, kept, page, stages);
@@ -272,15 +274,16 @@ impl Pager {
 
     /// Whether a chunk is kept; then its pages are at hand.
     fn has_kept(&mut self, region: &Region, chunk: ChunkIndex) -> bool {
-        let Some(frame) = self.kept.frame(chunk) else { return false };
-        if self.kept.pages(chunk).is_some() {
+        let Some(frame) = self.frame_cache.frame(chunk) else { return false };
+        if self.frame_cache.pages(chunk).is_some() {
             return true;
         }
-        let image = &self.way_out.shared.image;
+        let image = &self.on_exit.shared.image;
         let Content::Data(digest) = image.content(chunk) else { return false };
-        let decoded = self.pages.decode(&mut self.decoder, image, region.file(), chunk, &digest, &frame);
+        let decoded =
+            decode(&mut self.pages, &mut self.decoder, image, region.file(), chunk, &digest, &frame);
         if decoded.is_ok() {
-            self.kept.swap(chunk, &mut self.pages);
+            self.frame_cache.swap(chunk, &mut self.pages);
         }
         decoded.is_ok()
     }

@@ -4,8 +4,8 @@ use super::ready::{HOLD_AFTER, Obstacle};
 use super::{Pager, TICK};
 use crate::install;
 use crate::memory::{PageState, Region, Space};
-use crate::requests::Late;
-use crate::session::LossPolicy;
+use crate::options::LossPolicy;
+use crate::pager::requests::Late;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,9 +44,9 @@ impl Pager {
 
     /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.
     pub(super) fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let image = shared.image.digest();
-        shared.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
+        shared.outcome.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
         match self.fate() {
             Fate::Poison => {
                 self.requests.chunk_done(chunk);
@@ -56,13 +56,13 @@ impl Pager {
             }
             Fate::Wait => self.requests.chunk_later(chunk, Instant::now()),
         }
-        shared.pages_changed();
+        shared.outcome.pages_changed();
     }
 
     pub(super) fn lose_segment(&mut self, index: u32, reason: &str) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let image = shared.image.digest();
-        shared.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
+        shared.outcome.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
         match self.fate() {
             Fate::Poison => {
                 for (region, page) in self.requests.segment_done(index) {
@@ -72,12 +72,12 @@ impl Pager {
             }
             Fate::Wait => self.requests.segment_later(index, Instant::now()),
         }
-        shared.pages_changed();
+        shared.outcome.pages_changed();
     }
 
     /// A fault could not be answered for as long as it may take, because of this.
     pub(super) fn lose_page(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let deadline = shared.options.fault_deadline;
         let reason = match (obstacle, space.unexpected()) {
             (Obstacle::Memory, Some(error)) => format!("the kernel refused the install ({error})"),
@@ -85,7 +85,7 @@ impl Pager {
             (Obstacle::Event, _) => "its process caused events without a pause".to_owned(),
             (Obstacle::Fill, _) => "the background fill did not bring it".to_owned(),
         };
-        shared.report(&format!("the page at {address:#x}: {reason} for {deadline:?}"));
+        shared.outcome.report(&format!("the page at {address:#x}: {reason} for {deadline:?}"));
         if self.fate() == Fate::Wait {
             return self.defer(space, address, obstacle);
         }
@@ -110,7 +110,7 @@ impl Pager {
     }
 
     pub(super) fn poison(&mut self, region: &Region, pages: Range<usize>) {
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let patience = shared.options.fault_deadline;
         let (started, mut held) = (Instant::now(), None);
         let poisoned = install::poison(&shared.map, region, pages, patience, || {
@@ -128,7 +128,7 @@ impl Pager {
         shared.map.gate.stop_waiting();
         self.let_go(held);
         if !poisoned {
-            shared.report("a lost page could not be poisoned; its faults wait");
+            shared.outcome.report("a lost page could not be poisoned; its faults wait");
         }
         self.faults();
     }

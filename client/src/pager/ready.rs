@@ -12,9 +12,10 @@
 use super::Pager;
 use super::hold::Held;
 use crate::install::Installed;
+use crate::install::hand_over::HandedOver;
 use crate::memory::Space;
-use crate::trace::{self, Cause, Stages};
-use crate::work::HandedOver;
+use crate::options::add;
+use crate::record::trace::{Cause, Stages};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -198,7 +199,7 @@ impl Pager {
     pub(super) fn hold_causers(&self) -> Option<Held> {
         let shared = self.shared();
         let held = Held::hold_causers(shared)?;
-        crate::shared::add(&shared.counters.holds, 1);
+        add(&shared.counters.holds, 1);
         Some(held)
     }
 
@@ -226,7 +227,7 @@ impl Pager {
     /// Gives whether there was a message, or an event is under way.
     fn read_in_turns(&mut self) -> bool {
         let mut is_under_way = false;
-        let shared = Arc::clone(&self.way_out.shared);
+        let shared = Arc::clone(&self.on_exit.shared);
         let watched: Vec<_> = self.watched.iter().map(|watched| Arc::clone(&watched.space)).collect();
         for space in &watched {
             if !space.uffd.is_readable().unwrap_or(true) {
@@ -294,7 +295,7 @@ impl Pager {
         }
         let install = || work.install();
         let (region, pages) = (&work.region, &work.pages);
-        match trace::installing(self.shared(), region, pages, Cause::Background, Stages::default(), install) {
+        match self.shared().installing(region, pages, Cause::Background, Stages::default(), install) {
             Installed::Deferred => self.ready.hand_over(work),
             installed => work.done(installed),
         }

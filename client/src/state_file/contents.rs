@@ -7,9 +7,9 @@ use super::layout::{
 };
 use super::log::Record;
 use super::{StateError, wrong};
-use crate::advice::Call;
 use crate::memory::Change;
-use crate::session::Options;
+use crate::options::Options;
+use crate::processes::Call;
 use crate::uffd::{Event, MESSAGE_WORDS};
 use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::page::to_usize;

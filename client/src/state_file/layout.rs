@@ -1,7 +1,7 @@
 //! Where things lie in a state file. Everything is words of 64 bits; docs/FORMATS.md tells the same to other readers.
 
-use crate::session::LossPolicy;
-use crate::uffd::{Event, MESSAGE_WORDS, Outcome};
+use crate::options::LossPolicy;
+use crate::uffd::{Event, MESSAGE_WORDS};
 use std::ops::Range;
 
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"postcopy");
@@ -57,18 +57,6 @@ pub(super) const ANSWERS: [&str; 12] = [
     "remap",
     "fork",
 ];
-
-pub(super) fn answer(outcome: Outcome) -> usize {
-    match outcome {
-        Outcome::Done => 0,
-        Outcome::Partial { .. } => 1,
-        Outcome::AlreadyPresent => 2,
-        Outcome::Deferred => 3,
-        Outcome::Gone => 4,
-        Outcome::OwnerGone => 5,
-        Outcome::NoMemory | Outcome::Unexpected { .. } => 6,
-    }
-}
 
 pub(super) fn event(event: &Event) -> usize {
     match event {

@@ -5,10 +5,10 @@
 
 use super::log::{ObjectRecord, Record, RegionRecord};
 use super::{Contents, State, StateError, wrong};
-use crate::image::Image;
 use crate::memory::{
     Arena, ArenaFull, Object, ObjectKind, PageStates, Space, Spaces, Words, runs_in_use, union,
 };
+use crate::remote::Image;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::collections::{BTreeMap, HashMap};

@@ -6,10 +6,11 @@
 //! rarely, and at the session's end.
 
 use crate::bits::Bits;
-use crate::image::Image;
 use crate::memory::{PageState, Region};
+use crate::outcome::Outcome;
+use crate::remote::Image;
+use crate::remote::ServerAddress;
 use crate::remote::{Remote, RemoteError, within};
-use crate::shared::Shared;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
 use std::io;
@@ -169,9 +170,9 @@ impl Recorder {
     }
 
     /// Sends what has been touched so far.
-    async fn send(&self, shared: &Shared, order: &[(u32, u32)]) -> Result<(), RemoteError> {
-        let messages = self.messages(&shared.image, order);
-        let address = &shared.address;
+    async fn send(&self, sender: &Sender, order: &[(u32, u32)]) -> Result<(), RemoteError> {
+        let messages = self.messages(&sender.image, order);
+        let address = &sender.address;
         let remote = Remote::connect(address.clone()).await?;
         let mut service = remote.working_sets();
         let sent = within(address, "recording", service.record(tokio_stream::iter(messages))).await?;
@@ -256,23 +257,31 @@ fn by_file(mut spans: Vec<PageSpan>) -> Vec<PageSpan> {
     spans
 }
 
+/// What the thread needs that sends a recording.
+#[derive(Debug)]
+pub(crate) struct Sender {
+    pub(crate) recorder: Arc<Recorder>,
+    pub(crate) image: Arc<Image>,
+    pub(crate) address: ServerAddress,
+    pub(crate) outcome: Arc<Outcome>,
+}
+
 /// Starts the thread that sends a session's recording.
 ///
 /// # Errors
 /// If there is no thread or runtime to be had.
-pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
+pub(crate) fn start(sender: Sender) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let shared = Arc::clone(shared);
     let thread = std::thread::Builder::new().name("postcopy-record".into());
-    thread.spawn(move || runtime.block_on(run(&shared))).map(drop)
+    thread.spawn(move || runtime.block_on(run(&sender))).map(drop)
 }
 
-async fn run(shared: &Shared) {
-    let Some(recorder) = &shared.recorder else { return };
+async fn run(sender: &Sender) {
+    let Sender { recorder, outcome, .. } = sender;
     let (mut order, mut sent, mut sendings) = (Vec::new(), (0, 0), Sendings::new(Instant::now()));
     let mut ended_at: Option<Instant> = None;
     loop {
-        if shared.has_ended() {
+        if outcome.has_ended() {
             ended_at.get_or_insert_with(Instant::now);
         }
         // Looked at first: what was touched before is taken then.
@@ -287,16 +296,16 @@ async fn run(shared: &Shared) {
         let is_asked = asked > recorder.sent().answered;
         let is_due = ended_at.is_some() || is_asked || sendings.is_due(Instant::now());
         if is_due && !order.is_empty() && known != sent {
-            let outcome = recorder.send(shared, &order).await;
-            if outcome.is_ok() {
+            let result = recorder.send(sender, &order).await;
+            if result.is_ok() {
                 sent = known;
             }
-            recorder.sent().error = outcome.err().map(|error| error.to_string());
+            recorder.sent().error = result.err().map(|error| error.to_string());
             sendings.sent(Instant::now());
         }
         if is_asked {
             recorder.sent().answered = asked;
-            shared.recording_has_changed();
+            outcome.recording_has_changed();
         }
         if let Some(ended_at) = ended_at {
             if recorder.sent().error.is_none() || ended_at.elapsed() > LAST_ATTEMPTS {
@@ -306,10 +315,10 @@ async fn run(shared: &Shared) {
             continue;
         }
         // Too early is a look more.
-        let _ = tokio::time::timeout(LOOK, shared.has_ended.notified()).await;
+        let _ = tokio::time::timeout(LOOK, outcome.ended.notified()).await;
     }
     recorder.sent().has_ended = true;
-    shared.recording_has_changed();
+    outcome.recording_has_changed();
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 //! and only then are the regions let go of. Where a successor can come, and the end is none in order, all is left to it as
 //! it is.
 
-use crate::events;
 use crate::install;
 use crate::memory::{Change, Object, Region, Space};
+use crate::pager::events;
 use crate::pager::hold::Held;
 use crate::shared::Shared;
 use crate::state_file::StateError;
@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Regions that are poisoned, by space, address, length and object. Kept, so that no object that comes has the address
+/// Regions that are poisoned, by space, address, length and object. FrameCache, so that no object that comes has the address
 /// of one that is done.
 type Done = HashMap<(u32, usize, usize, *const Object), Region>;
 
@@ -27,7 +27,7 @@ const ADDRESSES: usize = 1 << 57;
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct WayOut {
+pub(crate) struct OnExit {
     pub(crate) shared: Arc<Shared>,
     /// Until then whoever opens the session has its descriptors, too.
     pub(crate) is_open: bool,
@@ -36,14 +36,14 @@ pub(crate) struct WayOut {
     pub(crate) leaves: bool,
 }
 
-impl WayOut {
+impl OnExit {
     /// Poisons what is absent in all regions, also of processes that are forked meanwhile; false if that cannot be done.
     fn poison(&self, done: &mut Done) -> bool {
         let shared = &self.shared;
         loop {
             // Shared memory that was moved may be mapped at its old place still.
             if let Err(error) = take_all_back(shared) {
-                shared.report(&error.to_string());
+                shared.outcome.report(&error.to_string());
                 return false;
             }
             let spaces = shared.spaces();
@@ -62,7 +62,9 @@ impl WayOut {
                 });
                 self.let_go(held);
                 if !poisoned {
-                    shared.report("memory could not be made safe at the session's end; its faults wait");
+                    shared
+                        .outcome
+                        .report("memory could not be made safe at the session's end; its faults wait");
                     return false;
                 }
                 done.insert(key(&region), region);
@@ -101,12 +103,12 @@ fn take_all_back(shared: &Shared) -> Result<(), StateError> {
     Ok(())
 }
 
-impl Drop for WayOut {
+impl Drop for OnExit {
     fn drop(&mut self) {
         let shared = &self.shared;
         shared.map.gate.close();
-        if self.is_open && !self.in_order && shared.error().is_none() {
-            shared.report("the pager has failed (a panic, which was printed)");
+        if self.is_open && !self.in_order && shared.outcome.error().is_none() {
+            shared.outcome.report("the pager has failed (a panic, which was printed)");
         }
         if !self.in_order && (shared.has_successor() || self.leaves && shared.state.has_file()) {
             shared.leave_open();

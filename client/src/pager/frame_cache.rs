@@ -3,7 +3,7 @@
 //! They are kept as they came, and a few of late as their pages, too: memory that is used again costs less than new one, and the
 //! next touch is often near.
 
-use crate::chunk::ChunkPages;
+use crate::memory::ChunkPages;
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -14,7 +14,7 @@ const MOST_BYTES: usize = 128 << 20;
 const DECODED: usize = 16;
 
 #[derive(Debug, Default)]
-pub(crate) struct Kept {
+pub(crate) struct FrameCache {
     /// Each with its number.
     frames: HashMap<ChunkIndex, (u64, Bytes)>,
     /// By their numbers, the oldest first.
@@ -25,7 +25,7 @@ pub(crate) struct Kept {
     decoded: VecDeque<(ChunkIndex, ChunkPages)>,
 }
 
-impl Kept {
+impl FrameCache {
     /// The frame of a chunk that is kept.
     pub(crate) fn frame(&self, chunk: ChunkIndex) -> Option<Bytes> {
         self.frames.get(&chunk).map(|(_, frame)| frame.clone())
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_bounded_and_the_oldest_goes_first() {
-        let mut kept = Kept::default();
+        let mut kept = FrameCache::default();
         let most = MOST_BYTES as u64 >> 16;
         let mut pages = ChunkPages::default();
         for chunk in (0..2 * most).map(ChunkIndex) {

@@ -1,9 +1,9 @@
 //! Files of images as memory of this process.
 
-use crate::changes::{self, Changes};
+use crate::error::LossError;
 use crate::memory::{self, PageState};
 use crate::reaper;
-use crate::session::LossError;
+use crate::session::changes::{self, Changes};
 use crate::shared::{Command, Shared};
 use crate::uffd::memory::Memory;
 use postcopy_proto::page::PAGE_BYTES;

@@ -1,8 +1,9 @@
 //! Fetching chunks of an image for a file or a check, and not for memory.
 
-use crate::chunk::ChunkPages;
-use crate::image::{Content, Image};
-use crate::lane::{BulkLane, frame_of, runs_of};
+use crate::install::chunk::decode;
+use crate::memory::ChunkPages;
+use crate::remote::lane::{BulkLane, frame_of, runs_of};
+use crate::remote::{Content, Image};
 use crate::remote::{RemoteError, ServerAddress, within};
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::{FileEntry, chunk_offset};
@@ -174,7 +175,7 @@ impl Fetch {
         };
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
         self.frame_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
-        pages.decode(decoder, &self.image, file, chunk, &digest, frame)?;
+        decode(pages, decoder, &self.image, file, chunk, &digest, frame)?;
         let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
         (self.sink)(path, offset as u64, pages)
     }

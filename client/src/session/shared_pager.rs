@@ -1,10 +1,13 @@
 //! One thread for the pagers of several sessions, where their owner asks for that.
 
-use crate::attach::ForeignMemory;
-use crate::image::Image;
+use crate::error::SessionError;
+use crate::options::Options;
 use crate::pager::Start;
+use crate::pager::attach::ForeignMemory;
+use crate::remote::Image;
+use crate::remote::ImageSource;
 use crate::remote::ServerAddress;
-use crate::session::{ImageSource, Options, Session, SessionError};
+use crate::session::Session;
 use postcopy_proto::reference::Reference;
 use std::fs::File;
 use std::io;

@@ -6,8 +6,8 @@
 //! and not posted yet, which is answered with EAGAIN, too, and may be told of after what others have done since
 //! ([`Spaces`]).
 
-use crate::advice::{self, Call};
 use crate::memory::{Change, PageState, Region, Space, Spaces};
+use crate::processes::{self, Call};
 use crate::shared::Shared;
 use crate::state_file::{MESSAGES, Record, StateError};
 use crate::uffd::{self, Event};
@@ -147,7 +147,7 @@ pub(crate) fn apply(
         Event::Fork { child } => fork(shared, space, child, done).map_err(full)?,
         Event::Unknown { event } => return Err(format!("the kernel sent event {event:#x}, not asked for")),
     }
-    shared.pages_changed();
+    shared.outcome.pages_changed();
     Ok(())
 }
 
@@ -155,7 +155,7 @@ pub(crate) fn apply(
 fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<(), StateError> {
     let child = parent.uffd.of_child(child);
     let id = shared.next_space_id();
-    let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, &shared.state));
+    let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, shared.state.answers()));
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
@@ -182,12 +182,12 @@ fn keeps_content(
     calls: Option<&[Call]>,
     addresses: &Range<usize>,
 ) -> Result<bool, String> {
-    let known = calls.and_then(|calls| advice::keeps_content(calls, addresses));
+    let known = calls.and_then(|calls| processes::keeps_content(calls, addresses));
     // It may have begun after the look before the reading; it goes on for a while.
     // Where it was ambiguous it stays so: who is there still is not who is meant.
-    let seen = calls.is_some_and(|calls| advice::is_covered(calls, addresses));
+    let seen = calls.is_some_and(|calls| processes::is_covered(calls, addresses));
     let look = || Some(shared.callers.as_ref()?.calls());
-    let known = known.or_else(|| advice::keeps_content(&look().filter(|_| !seen)?, addresses));
+    let known = known.or_else(|| processes::keeps_content(&look().filter(|_| !seen)?, addresses));
     // A resident page's next fault shows whether it is still there.
     let matters = region.next_run(pages.clone(), &[PageState::Absent, PageState::Poisoned]).is_some();
     known.or((!matters).then_some(true)).ok_or_else(|| {

@@ -24,13 +24,13 @@ struct Stream {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Ahead {
+pub(crate) struct ReadAhead {
     /// The one that has gone on last comes last.
     streams: Vec<Stream>,
     most: u64,
 }
 
-impl Ahead {
+impl ReadAhead {
     pub(crate) fn new(chunk_bytes: usize) -> Self {
         Self { streams: Vec::with_capacity(STREAMS), most: (MOST_BYTES / chunk_bytes).max(1) as u64 }
     }
@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_scan_is_read_ahead_by_more_and_more_and_each_chunk_once() {
-        let mut ahead = Ahead::new(64 << 10);
+        let mut ahead = ReadAhead::new(64 << 10);
         let (mut asked, mut sizes) = (Vec::new(), Vec::new());
         for chunk in 100..1000 {
             let range = ahead.touched(chunk);
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn what_came_ahead_is_not_seen_and_the_scan_goes_on_behind_it() {
-        let mut ahead = Ahead::new(64 << 10);
+        let mut ahead = ReadAhead::new(64 << 10);
         assert!(ahead.touched(5).is_empty());
         let mut touch = 6;
         for size in [1, 2, 4, 8] {
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn several_scans_at_once_are_told_apart() {
-        let mut ahead = Ahead::new(64 << 10);
+        let mut ahead = ReadAhead::new(64 << 10);
         for step in 0..10 {
             for scan in 0..STREAMS as u64 {
                 assert_eq!(ahead.touched(scan * 1000 + step).is_empty(), ![1, 2, 3, 6].contains(&step));
@@ -117,7 +117,7 @@ mod tests {
         fn scattered_touches_bring_nothing_and_any_bring_only_what_lies_ahead(
             chunks in proptest::collection::vec(0u64..50, 0..300),
         ) {
-            let (mut ahead, mut scattered) = (Ahead::new(64 << 10), Ahead::new(64 << 10));
+            let (mut ahead, mut scattered) = (ReadAhead::new(64 << 10), ReadAhead::new(64 << 10));
             for chunk in chunks {
                 prop_assert!(scattered.touched(chunk * 2).is_empty(), "every second chunk at most");
                 let range = ahead.touched(chunk);

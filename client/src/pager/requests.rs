@@ -3,9 +3,10 @@
 //! but what it is told.
 
 use crate::bits::Underway;
-use crate::lane::runs_of;
 use crate::memory::{Region, Spaces};
-use crate::trace::Stages;
+use crate::record::trace::Stages;
+use crate::remote::MAX_ATTEMPTS;
+use crate::remote::lane::runs_of;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, to_usize};
@@ -14,10 +15,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
-
-/// How often a chunk or a segment is asked for before a wrong answer is final. From the second time on the server
-/// checks its copy itself.
-pub(crate) const MAX_ATTEMPTS: u32 = 3;
 
 /// How soon something lost is asked for again, where faults go on waiting for it.
 const LOST_RETRY: Duration = Duration::from_secs(1);

@@ -1,10 +1,8 @@
-//! A chunk on its way from a frame to memory or a file.
+//! The pages of a chunk, decompressed and verified.
 
-use crate::image::Image;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
-use postcopy_proto::manifest::{FileEntry, chunk_len};
-use postcopy_proto::page::{ChunkIndex, MAX_PAGES_PER_CHUNK, PAGE_BYTES};
+use postcopy_proto::page::{MAX_PAGES_PER_CHUNK, PAGE_BYTES};
 use std::ops::Range;
 
 /// The most pages that are installed by one ioctl: 64 KiB, some 28 us.
@@ -20,31 +18,26 @@ pub(crate) struct ChunkPages {
 }
 
 impl ChunkPages {
-    /// Makes it the chunk that `frame` is of, after checking it against the image: `file` is the image's file that
-    /// the chunk belongs to, `digest` what the manifest says of it.
+    /// Makes it the chunk of `chunk_bytes` bytes that `frame` holds, once its content has this digest.
     ///
     /// # Errors
     /// Why the frame is not the chunk's; the content is unspecified then, and must not be used.
     pub(crate) fn decode(
         &mut self,
         decoder: &mut FrameDecoder,
-        image: &Image,
-        file: &FileEntry,
-        chunk: ChunkIndex,
+        chunk_bytes: usize,
         digest: &Digest,
         frame: &[u8],
     ) -> Result<(), String> {
-        let expected =
-            chunk_len(image.root().chunk_size(), file, chunk).ok_or("the file has no such chunk")?;
         let frame = ChunkFrame::parse(frame).map_err(|e| e.to_string())?;
-        self.set_zeros(expected);
+        self.set_zeros(chunk_bytes);
         for run in frame.runs() {
             for page in usize::from(run.first)..run.end_page() {
                 self.held[page / 64] |= 1 << (page % 64);
             }
         }
-        self.bytes[expected..].fill(0);
-        let bytes = &mut self.bytes[..expected];
+        self.bytes[chunk_bytes..].fill(0);
+        let bytes = &mut self.bytes[..chunk_bytes];
         decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
     }
 

@@ -1,9 +1,9 @@
 //! From a server to files, and checking an image without keeping it.
 
-use crate::chunk::ChunkPages;
-use crate::fetch::{Damage, data_chunks, fetch};
-use crate::image::{Content, Image};
+use crate::memory::ChunkPages;
+use crate::remote::{Content, Image};
 use crate::remote::{Remote, RemoteError};
+use crate::transfer::fetch::{Damage, data_chunks, fetch};
 use postcopy_proto::manifest::{Entry, EntryKind};
 use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::path::ImagePath;
@@ -233,7 +233,7 @@ async fn fetch_into(
     remote: &Remote,
     image: &Arc<Image>,
     chunks: Vec<u64>,
-    sink: Arc<crate::fetch::Sink>,
+    sink: Arc<crate::transfer::fetch::Sink>,
 ) -> Result<(), PullError> {
     let count = chunks.len() as u64;
     let fetched = fetch(remote.address(), image, chunks, sink).await?;

@@ -1,8 +1,8 @@
 //! Pages of 2 MiB (hugetlb). The kernel installs them whole, and what comes are chunks: these are gathered until all of a
 //! page are there.
 
-use crate::chunk::ChunkPages;
 use crate::install::{Entrance, Installed, gone, unresolved};
+use crate::memory::ChunkPages;
 use crate::memory::{Gathered, HUGE_PAGES, MemoryMap, PageState, Region};
 use crate::uffd::{HUGE_BYTES, Outcome};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};

@@ -1,10 +1,11 @@
 //! From what happens to a trace's events, and from these to lines.
 
 use super::{Came, Cause, End, Event, Header, Touch, TracedFile, WITHHELD_ONE_OF, Withheld};
-use crate::image::Image;
 use crate::install::{self, Installed};
 use crate::memory::{PageState, Region};
-use crate::shared::Shared;
+use crate::options::Options;
+use crate::outcome::Outcome;
+use crate::remote::Image;
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
@@ -95,14 +96,15 @@ impl Notes {
 
 /// Has pages installed, and notes which of them have come by that, where there is a trace.
 pub(crate) fn installing(
-    shared: &Shared,
+    notes: Option<&Notes>,
+    image: &Image,
     region: &Region,
     pages: &Range<usize>,
     cause: Cause,
     stages: Stages,
     install: impl FnOnce() -> Installed,
 ) -> Installed {
-    let Some(notes) = &shared.trace else { return install() };
+    let Some(notes) = notes else { return install() };
     // Of a page of 2 MiB all comes with its last chunk.
     let pages = region.whole(pages);
     let were_absent = runs(region, pages, install::unresolved(region));
@@ -111,7 +113,7 @@ pub(crate) fn installing(
     let took = started.elapsed();
     let at = notes.now();
     for run in were_absent.into_iter().flat_map(|run| runs(region, run, &[PageState::Resident])) {
-        let (space, file, page) = place(&shared.image, region, run.start);
+        let (space, file, page) = place(image, region, run.start);
         notes.note(Event::Came(Came {
             at,
             space,
@@ -187,25 +189,33 @@ impl TraceWriter {
 /// Starts the thread that writes a session's trace.
 ///
 /// # Errors
-/// Unsupported where none was asked for, or somebody writes it already; or there is no thread to be had.
-pub(crate) fn start(shared: &Arc<Shared>, to: impl Write + Send + 'static) -> io::Result<TraceWriter> {
-    let queue = shared.trace.as_ref().and_then(Notes::take_queue);
+/// Unsupported where it is written already; the error of starting a thread.
+pub(crate) fn start(writer: Writer, to: impl Write + Send + 'static) -> io::Result<TraceWriter> {
+    let queue = writer.notes.take_queue();
     let queue =
-        queue.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "there is no trace to be had"))?;
-    let shared = Arc::clone(shared);
+        queue.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "the trace is written already"))?;
     let thread = std::thread::Builder::new().name("postcopy-trace".into());
-    Ok(TraceWriter(thread.spawn(move || write(&shared, &queue, BufWriter::new(to)))?))
+    Ok(TraceWriter(thread.spawn(move || write(&writer, &queue, BufWriter::new(to)))?))
 }
 
-fn header(shared: &Shared, started_us: u64) -> Header {
-    let (image, options) = (&shared.image, &shared.options);
+/// What the thread needs that writes a trace.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    pub(crate) notes: Arc<Notes>,
+    pub(crate) image: Arc<Image>,
+    pub(crate) options: Options,
+    pub(crate) outcome: Arc<Outcome>,
+}
+
+fn header(writer: &Writer) -> Header {
+    let (image, options) = (&writer.image, &writer.options);
     let file = |path: String, size_bytes| TracedFile { path, size_bytes };
     Header {
         trace: super::VERSION,
         image: image.digest().to_string(),
         chunk_bytes: image.root().chunk_size().bytes() as u64,
         files: image.root().files().map(|(path, entry)| file(path.to_string(), entry.size_bytes)).collect(),
-        started_us,
+        started_us: writer.notes.started_us,
         working_set: options.working_set,
         fill: options.fill,
         record: options.record,
@@ -217,23 +227,23 @@ fn write_line(to: &mut impl Write, line: &impl Serialize) -> io::Result<()> {
     to.write_all(b"\n")
 }
 
-fn write(shared: &Shared, queue: &Receiver<Event>, mut to: impl Write) -> io::Result<()> {
-    let Some(notes) = &shared.trace else { return Ok(()) };
-    write_line(&mut to, &header(shared, notes.started_us))?;
+fn write(writer: &Writer, queue: &Receiver<Event>, mut to: impl Write) -> io::Result<()> {
+    let Writer { notes, outcome, .. } = writer;
+    write_line(&mut to, &header(writer))?;
     loop {
         // Looked at first: what was noted before the end is there then.
-        let has_ended = shared.has_ended();
+        let has_ended = outcome.has_ended();
         for event in queue.try_iter() {
             write_line(&mut to, &event)?;
         }
         if has_ended {
-            let (lost, error) = (notes.lost.load(Ordering::Relaxed), shared.error());
+            let (lost, error) = (notes.lost.load(Ordering::Relaxed), outcome.error());
             let error = error.map(|error| error.to_string());
             write_line(&mut to, &Event::End(End { at: notes.now(), lost, error }))?;
             return to.flush();
         }
         to.flush()?;
-        let _ = shared.reported.wait_timeout_while(shared.outcome(), WRITE, |outcome| !outcome.ended);
+        outcome.wait_end(WRITE);
     }
 }
 

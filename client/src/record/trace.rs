@@ -7,10 +7,10 @@
 //! A touch of a page that is there cannot be seen. So a traced session withholds one page in 50 of the working set, chosen at
 //! random: which of these are touched is an estimate for the others. Of huge pages none is withheld.
 
-mod noted;
+mod notes;
 
-pub use noted::TraceWriter;
-pub(crate) use noted::{Notes, Stages, installing, start};
+pub use notes::TraceWriter;
+pub(crate) use notes::{Notes, Stages, Writer, installing, start};
 
 use postcopy_proto::page::PAGE_BYTES;
 use serde::{Deserialize, Serialize};

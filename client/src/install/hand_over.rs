@@ -1,7 +1,7 @@
 //! Installs that are done from a thread of an installer, or handed over to the pager where an event is in the way.
 
-use crate::chunk::ChunkPages;
 use crate::install::{self, Installed};
+use crate::memory::ChunkPages;
 use crate::memory::{MemoryMap, Region};
 use postcopy_proto::page::ChunkIndex;
 use std::ops::Range;

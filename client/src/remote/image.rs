@@ -144,3 +144,25 @@ pub enum Content {
     /// The image has no such chunk.
     OutOfRange,
 }
+
+/// What a session is filled from.
+#[derive(Clone, Debug)]
+pub enum ImageSource {
+    /// What the server has under this reference.
+    Named(Reference),
+    /// An image of the server's that was opened before ([`Image::open`]). The session begins without a word from the
+    /// server; faults wait until it is there.
+    Opened(Arc<Image>),
+}
+
+impl From<&Reference> for ImageSource {
+    fn from(reference: &Reference) -> Self {
+        Self::Named(reference.clone())
+    }
+}
+
+impl From<Arc<Image>> for ImageSource {
+    fn from(image: Arc<Image>) -> Self {
+        Self::Opened(image)
+    }
+}

@@ -1,13 +1,14 @@
 //! Whose memory a session fills: this process's own, which it maps itself; another one's, of which it gets the
 //! userfaultfd and is told what lies where; or what a pager that has died has left.
 
-use crate::advice;
-use crate::events;
-use crate::image::Image;
+use crate::error::SessionError;
 use crate::memory::HUGE_PAGES;
 use crate::memory::{Object, ObjectKind, PageState, Place, Region, Space, Spaces, hull, states_for};
+use crate::options::Options;
+use crate::pager::events;
+use crate::processes;
+use crate::remote::Image;
 use crate::remote::ServerAddress;
-use crate::session::{Options, SessionError};
 use crate::shared::Shared;
 use crate::state_file::{Contents, State, StateError, replay};
 use crate::uffd::{self, Event, HUGE_BYTES, OpenError, Outcome, Uffd};
@@ -74,7 +75,7 @@ pub struct ForeignMemory<'a> {
     /// asks for, the session ends in an error.
     pub pid: Option<u32>,
     /// Whether the regions are registered with the userfaultfd. If not they will be, one by one, before they are first
-    /// touched, and [`crate::host::Hosted::set_registered`] is called when all are; until then there should be no background fill.
+    /// touched, and [`crate::session::host::Hosted::set_registered`] is called when all are; until then there should be no background fill.
     pub is_registered: bool,
 }
 
@@ -115,18 +116,18 @@ impl Owner {
                     if options.track_writes { uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC } else { 0 };
                 let features = OWN_PROCESS_FEATURES | tracking;
                 let mut spaces = Spaces::default();
-                spaces.add_space(Arc::new(Space::new(0, Uffd::open(features)?, &state)));
+                spaces.add_space(Arc::new(Space::new(0, Uffd::open(features)?, state.answers())));
                 Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }
             Self::Another { uffd, regions, state, pid, is_registered } => {
                 let tracks = options.track_writes;
-                let owner = pid.and_then(|pid| Some((pid, advice::start_of(pid)?)));
+                let owner = pid.and_then(|pid| Some((pid, processes::start_of(pid)?)));
                 let uffd = Uffd::adopt(uffd, tracks)?;
                 let state = match state {
                     None => State::own(),
                     Some(file) => State::create(file, &image.digest(), &options, owner)?,
                 };
-                let space = Space::new(0, uffd, &state).of_process(pid);
+                let space = Space::new(0, uffd, state.answers()).of_process(pid);
                 let space = Arc::new(if is_registered { space } else { space.unregistered() });
                 if is_registered {
                     state.set_registered();
@@ -156,7 +157,7 @@ fn take_over(
         // The others' pids are not known.
         let pid = contents.owner.map(|(pid, _)| pid).filter(|_| *id == 0);
         let uffd = Uffd::adopt(uffd, contents.options.track_writes && *id == 0)?;
-        let space = Space::new(*id, uffd, &state).of_process(pid);
+        let space = Space::new(*id, uffd, state.answers()).of_process(pid);
         spaces.insert(*id, Arc::new(if contents.is_registered { space } else { space.unregistered() }));
     }
     let spaces = replay(&state, contents, &image, spaces)?;

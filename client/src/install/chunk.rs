@@ -1,0 +1,27 @@
+//! From a frame to a chunk's verified pages.
+
+use crate::memory::ChunkPages;
+use crate::remote::Image;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::FrameDecoder;
+use postcopy_proto::manifest::{FileEntry, chunk_len};
+use postcopy_proto::page::ChunkIndex;
+
+/// Decompresses `frame` into `pages`, and verifies it: `file` is the image's file that the chunk belongs to, `digest`
+/// what the manifest says of the chunk.
+///
+/// # Errors
+/// Why the frame is not the chunk's; `pages` are unspecified then, and must not be used.
+pub(crate) fn decode(
+    pages: &mut ChunkPages,
+    decoder: &mut FrameDecoder,
+    image: &Image,
+    file: &FileEntry,
+    chunk: ChunkIndex,
+    digest: &Digest,
+    frame: &[u8],
+) -> Result<(), String> {
+    let chunk_bytes =
+        chunk_len(image.root().chunk_size(), file, chunk).ok_or("the file has no such chunk")?;
+    pages.decode(decoder, chunk_bytes, digest, frame)
+}
