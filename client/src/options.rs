@@ -3,47 +3,56 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What happens to a fault that cannot be served within its deadline, or at all.
+/// What happens to a page fault that cannot be answered within its deadline, or at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LossPolicy {
-    /// Its page is poisoned: this touch is SIGBUS, and so is every later one, unless a background fill brings the
-    /// page after all. Before Linux 6.6 it is SIGSEGV, for good.
+    /// The page is poisoned: this access and every later one raise SIGBUS, unless a background fill brings the page
+    /// after all. Before Linux 6.6 it is SIGSEGV, for good.
     #[default]
     Poison,
-    /// It stays pending, is reported by [`crate::Session::error`], and is tried again every second.
+    /// The fault stays pending, is reported by [`crate::Session::error`], and is tried again every second.
     Wait,
-    /// The process that owns the memory, and all that it has forked, are killed: SIGKILL. Where that process is not known
-    /// ([`crate::ForeignMemory::pid`]), as [`LossPolicy::Wait`].
+    /// The process that waits is killed (SIGKILL) with all of its descendants that share the memory. A process that is
+    /// not known for certain gets [`LossPolicy::Poison`] instead.
     Kill,
-    /// They are stopped (SIGSTOP), and the fault stays pending and is tried again. Where the process is not known, as
-    /// [`LossPolicy::Wait`].
+    /// The same with SIGSTOP. The fault stays pending and is tried again.
     Pause,
 }
 
-/// How a session behaves.
+/// How a session behaves. Made from [`Options::DEFAULT`], one call for each change:
+///
+/// ```
+/// use postcopy::Options;
+/// use std::time::Duration;
+///
+/// let options = Options::DEFAULT.fill(true).fault_deadline(Duration::from_secs(5));
+/// assert!(options.fill);
+/// ```
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Options {
-    /// How long a fault may take before the loss policy decides. 30 s by default, at most a year.
+    /// How long a page fault may take before the loss policy decides. 30 s by default, at most a year.
     pub fault_deadline: Duration,
-    /// What happens to a fault that is lost.
+    /// What happens to a page fault that is lost. [`LossPolicy::Poison`] by default.
     pub on_loss: LossPolicy,
-    /// Bring the image's working set at once, if the server has one: the pages that earlier restores have touched, in the
-    /// order of their first touches, before all else. Off by default. Of files that are mapped later than the first one it may
-    /// not bring all.
+    /// Fetch the image's working set at once, if the server has one: the pages that earlier restores accessed, in the
+    /// order of their first accesses, before all else. Off by default. Files that are mapped after the first one may
+    /// get a part of theirs.
     pub working_set: bool,
-    /// Bring everything in the background, from the beginning on, after the working set. Off by default; see also
+    /// Fetch all pages in the background, in the order of the image, after the working set. Off by default; see also
     /// [`crate::Session::fill`].
     pub fill: bool,
-    /// Note what is touched, for the image's working set, and tell the server. Off by default. Every touched page is a fault
-    /// then, where otherwise one brings its neighbours, too. See [`crate::Session::wait_recorded`].
+    /// Record which pages are accessed first, and send that to the server for the image's working set. Off by default.
+    /// Every first access is a page fault then; otherwise one brings the page's neighbours, too. See
+    /// [`crate::Session::wait_recorded`].
     pub record: bool,
-    /// Note what happens, and when, for [`crate::Session::write_trace`]. Off by default. One page in 50 of the working set is left
-    /// to whoever touches it then: see [`crate::record::trace`].
+    /// Note what happens when, for [`crate::Session::write_trace`]. Off by default. One page in 50 of the working set
+    /// is then left to page faults: see [`crate::trace`].
     pub trace: bool,
-    /// Note what is written to and removed: [`crate::Region::changes`], from Linux 6.7 on. Off by default. The first write to a
-    /// page takes a fault of about a microsecond more. In another process's memory, which must be private, whoever
-    /// writes first to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and it is
-    /// [`crate::Session::changes`] that tells.
+    /// Track which pages are written to and removed: [`crate::Region::changes`], from Linux 6.7 on. Off by default. The
+    /// first write to a page takes a fault of about a microsecond more. In another process's memory, which must be
+    /// private, the first write to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and
+    /// [`crate::Session::changes`] has the results.
     pub track_writes: bool,
     /// Hold threads of another process that cause events (madvise, munmap, mremap, fork) without a pause, where they
     /// return to user mode, while a page is installed that they would keep out for ever: three and more such threads do.
@@ -65,6 +74,54 @@ impl Options {
         track_writes: false,
         hold_causers: false,
     };
+
+    /// With this [`Options::fault_deadline`].
+    #[must_use]
+    pub const fn fault_deadline(self, fault_deadline: Duration) -> Self {
+        Self { fault_deadline, ..self }
+    }
+
+    /// With this [`Options::on_loss`].
+    #[must_use]
+    pub const fn on_loss(self, on_loss: LossPolicy) -> Self {
+        Self { on_loss, ..self }
+    }
+
+    /// With this [`Options::working_set`].
+    #[must_use]
+    pub const fn working_set(self, working_set: bool) -> Self {
+        Self { working_set, ..self }
+    }
+
+    /// With this [`Options::fill`].
+    #[must_use]
+    pub const fn fill(self, fill: bool) -> Self {
+        Self { fill, ..self }
+    }
+
+    /// With this [`Options::record`].
+    #[must_use]
+    pub const fn record(self, record: bool) -> Self {
+        Self { record, ..self }
+    }
+
+    /// With this [`Options::trace`].
+    #[must_use]
+    pub const fn trace(self, trace: bool) -> Self {
+        Self { trace, ..self }
+    }
+
+    /// With this [`Options::track_writes`].
+    #[must_use]
+    pub const fn track_writes(self, track_writes: bool) -> Self {
+        Self { track_writes, ..self }
+    }
+
+    /// With this [`Options::hold_causers`].
+    #[must_use]
+    pub const fn hold_causers(self, hold_causers: bool) -> Self {
+        Self { hold_causers, ..self }
+    }
 }
 
 impl Default for Options {

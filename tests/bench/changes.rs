@@ -24,7 +24,7 @@ pub(crate) fn measure() -> Result<Figure> {
     sparse(&path, BYTES as u64, &[(0, &island)]);
     let server = Server::start();
     let _ = run(server.address(), ["push".as_ref(), path.as_os_str(), "mem".as_ref()]);
-    let options = Options { track_writes: true, fill: true, ..Options::default() };
+    let options = Options::DEFAULT.track_writes(true).fill(true);
     let session = Session::open(server.address(), &"mem".parse()?, options)?;
     let mut region = session.map("mem")?;
     session.wait_resident(Duration::from_secs(600))?;
@@ -63,7 +63,7 @@ pub(crate) fn first_write() -> Result<Figure> {
     let _ = run(server.address(), ["push".as_ref(), path.as_os_str(), "mem".as_ref()]);
     let attach = |track_writes: bool| -> Result<(Faulter, Session)> {
         let faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{PAGES}")]);
-        let options = Options { track_writes, fill: true, ..Options::default() };
+        let options = Options::DEFAULT.track_writes(track_writes).fill(true);
         let regions = [faulter.region(0, "mem", 0)];
         let pid = Some(faulter.main.pid);
         let memory =

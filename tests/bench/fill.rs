@@ -27,8 +27,7 @@ pub(crate) fn measure() -> Result<Figure> {
     for _ in 0..PAIRS {
         let before = cpu::time_of(server.pid())?;
         let started = Instant::now();
-        let session =
-            Session::open(server.address(), &"mem".parse()?, Options { fill: true, ..Options::default() })?;
+        let session = Session::open(server.address(), &"mem".parse()?, Options::DEFAULT.fill(true))?;
         let region = session.map("mem")?;
         session.wait_resident(Duration::from_secs(600))?;
         let ours = started.elapsed().as_secs_f64();

@@ -87,7 +87,7 @@ impl<'a> Pushed<'a> {
     }
 
     fn record(&self, seed: u64) -> Result<()> {
-        let options = Options { record: true, ..Options::default() };
+        let options = Options::DEFAULT.record(true);
         let session = Session::open(self.server.address(), &"driver".parse()?, options)?;
         let region = session.map("driver.so")?;
         let (names, expected) = self.chosen(seed);
@@ -119,7 +119,7 @@ impl<'a> Pushed<'a> {
             return Ok(Run { answered, resident: None, wire, client_cpu, server_cpu: 0.0 });
         }
         let (working_set, fill) = (way != Way::Lazy, way == Way::All);
-        let options = Options { working_set, fill, ..Options::default() };
+        let options = Options::DEFAULT.working_set(working_set).fill(fill);
         let session = Session::open(link.address(), &"driver".parse()?, options)?;
         let region = session.map("driver.so")?;
         ensure!(resolve(&region, &names)? == expected, "wrong bytes");

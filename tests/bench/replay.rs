@@ -48,7 +48,7 @@ impl Pushed {
 
     /// How many seconds it takes to touch these pages, of a session whose recording is told to the server.
     fn touched(&self, record: bool, pages: &[usize]) -> Result<f64> {
-        let (region, session) = open(self.server.address(), Options { record, ..Options::default() })?;
+        let (region, session) = open(self.server.address(), Options::DEFAULT.record(record))?;
         let started = Instant::now();
         self.touch(&region, pages)?;
         let seconds = started.elapsed().as_secs_f64();
@@ -131,7 +131,7 @@ fn replay(pushed: &Pushed, round_trip_ms: u64) -> Result<Vec<Figure>> {
         .copied()
         .collect();
     let frames = fill::frames(&held);
-    let options = || Options { working_set: true, ..Options::default() };
+    let options = || Options::DEFAULT.working_set(true);
     let (mut times, mut floors, mut ratios, mut missed, mut wire) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), 0);
     let (mut touched, mut touched_ratios) = (Vec::new(), Vec::new());

@@ -54,7 +54,7 @@ impl Pushed {
 }
 
 fn open(address: &ServerAddress, fill: bool) -> Result<(Region, Session)> {
-    let session = Session::open(address, &"mem".parse()?, Options { fill, ..Options::default() })?;
+    let session = Session::open(address, &"mem".parse()?, Options::DEFAULT.fill(fill))?;
     Ok((session.map("mem")?, session))
 }
 

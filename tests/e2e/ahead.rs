@@ -15,7 +15,7 @@ const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 512;
 const WATCHDOG: Duration = Duration::from_secs(100);
-const OPTIONS: Options = Options { fault_deadline: Duration::from_secs(60), ..Options::DEFAULT };
+const OPTIONS: Options = Options::DEFAULT.fault_deadline(Duration::from_secs(60));
 
 fn start() -> Source {
     Source::start(memory_like(CHUNKS * CHUNK, 41), CHUNK)
@@ -81,8 +81,7 @@ fn what_was_read_ahead_and_is_wrong_comes_when_it_is_touched() {
         });
         let chaos = Chaos::start(source.server.address(), lies);
         // What never comes is asked for again when its time is over, if it was read ahead, and lost if it was touched.
-        let options =
-            Options { fault_deadline: Duration::from_secs(1), on_loss: LossPolicy::Wait, ..OPTIONS };
+        let options = OPTIONS.fault_deadline(Duration::from_secs(1)).on_loss(LossPolicy::Wait);
         let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         (0..40 * CHUNK / PAGE).for_each(|page| touch(&region, &source, page));
@@ -97,7 +96,7 @@ fn from_afar_hardly_a_chunk_is_asked_for_on_both_lanes() {
         let chaos = Chaos::start(source.server.address(), Lies::default());
         let quality = Quality { round_trip: Duration::from_millis(10), bytes_per_second: 25e6 };
         let link = Link::to(&chaos.address().to_string(), quality);
-        let options = Options { fill: true, ..OPTIONS };
+        let options = OPTIONS.fill(true);
         let session = Session::open(link.address(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         // Where the fill is at work.
@@ -112,7 +111,7 @@ fn from_afar_hardly_a_chunk_is_asked_for_on_both_lanes() {
 /// How long touches of chunks at random take over a link, those that wait; now and then there are none for a while.
 fn waits(source: &Source, quality: Quality, fill: bool) -> Vec<Duration> {
     let link = Link::to(&source.server.address().to_string(), quality);
-    let options = Options { fill, ..OPTIONS };
+    let options = OPTIONS.fill(fill);
     let session = Session::open(link.address(), &"app".parse().unwrap(), options).unwrap();
     let region = session.map("mem").unwrap();
     let mut chunks: Vec<usize> = (0..region.len() / CHUNK).collect();

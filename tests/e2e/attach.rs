@@ -17,7 +17,7 @@ const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
-const FILLING: Options = Options { fill: true, ..Options::DEFAULT };
+const FILLING: Options = Options::DEFAULT.fill(true);
 
 fn start() -> Source {
     let mut bytes = memory_like(PAGES * PAGE, 70);
@@ -181,7 +181,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
             let error = attach(faulter.uffd(), &regions).unwrap_err().to_string();
             assert!(error.contains(which) && error.contains(why), "{error}");
         }
-        let tracking = source.attach(&faulter, Options { track_writes: true, ..Options::default() });
+        let tracking = source.attach(&faulter, Options::DEFAULT.track_writes(true));
         assert!(matches!(tracking, Err(SessionError::NoTracking(_))));
         let file = tempfile::tempfile().unwrap();
         let error = attach(file.as_fd(), std::slice::from_ref(&first)).unwrap_err().to_string();

@@ -30,7 +30,7 @@ fn start() -> Source {
 }
 
 fn open(source: &Source, track_writes: bool) -> Session {
-    let options = Options { track_writes, ..Options::default() };
+    let options = Options::DEFAULT.track_writes(track_writes);
     Session::open(source.server.address(), &"app".parse().unwrap(), options).unwrap()
 }
 
@@ -123,7 +123,7 @@ fn a_look_at_the_changes_leaves_absent_pages_alone() {
             vec![if answer.chunk == 20 { ChunkAnswer { result: None, ..answer } } else { answer }]
         });
         let chaos = Chaos::start(source.server.address(), lies);
-        let options = Options { track_writes: true, ..Options::default() };
+        let options = Options::DEFAULT.track_writes(true);
         let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
         let mut region = session.map("mem").unwrap();
         region[3 * PAGE] = 1;
@@ -259,7 +259,7 @@ fn what_another_process_changes_is_told_exactly() {
             // The kernel protects, and gives back, whole pages.
             let unit = if kind == "huge" { 512 } else { 1 };
             let (mut faulter, regions) = foreign(kind);
-            let options = Options { track_writes: true, ..Options::default() };
+            let options = Options::DEFAULT.track_writes(true);
             let memory = ForeignMemory {
                 uffd: faulter.uffd(),
                 regions: &regions,
@@ -405,7 +405,7 @@ fn memory_that_was_moved_before_the_session_is_tracked_too() {
             pid: Some(faulter.main.pid),
             is_registered: true,
         };
-        let options = Options { track_writes: true, ..Options::default() };
+        let options = Options::DEFAULT.track_writes(true);
         let reference = "app".parse().unwrap();
         let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
         faulter.let_go();
@@ -441,7 +441,7 @@ fn what_cannot_be_tracked_is_refused_by_name() {
                 pid,
                 is_registered: true,
             };
-            let options = Options { track_writes: true, ..Options::default() };
+            let options = Options::DEFAULT.track_writes(true);
             let reference = "app".parse().unwrap();
             let error = Session::attach(source.server.address(), &reference, options, &memory).unwrap_err();
             assert!(error.to_string().contains(why), "{error}");

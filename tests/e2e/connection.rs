@@ -17,7 +17,7 @@ const PAGE: usize = 4096;
 const WATCHDOG: Duration = Duration::from_secs(120);
 
 fn deadline(fault_deadline: Duration) -> Options {
-    Options { fault_deadline, ..Options::default() }
+    Options::DEFAULT.fault_deadline(fault_deadline)
 }
 
 /// A server that has the image `app` of one file, `mem`, in chunks of one page.
@@ -215,7 +215,7 @@ fn cuts_of_the_fill_are_not_noticed() {
         for how in [How::Close, How::Reset] {
             let when = Break::Each { direction: Direction::ToClient, bytes: 600_000, how };
             let proxy = source.proxy(when);
-            let session = open(proxy.address(), Options { fill: true, ..Options::default() }).unwrap();
+            let session = open(proxy.address(), Options::DEFAULT.fill(true)).unwrap();
             let region = session.map("mem").unwrap();
             session.wait_resident(Duration::from_secs(60)).unwrap();
             assert!(*region == source.bytes[..], "{how:?}: a wrong byte");
@@ -261,7 +261,7 @@ fn a_server_that_never_comes_back_is_an_error_after_the_deadline() {
 fn a_touch_waits_for_a_server_that_comes_back_after_the_deadline() {
     within(WATCHDOG, || {
         let mut source = Source::start(memory_like(1 << 20, 3));
-        let options = Options { on_loss: LossPolicy::Wait, ..deadline(Duration::from_millis(500)) };
+        let options = deadline(Duration::from_millis(500)).on_loss(LossPolicy::Wait);
         let session = open(source.server.address(), options).unwrap();
         let region = session.map("mem").unwrap();
         assert_eq!(region[0], source.bytes[0]);
@@ -289,7 +289,7 @@ fn a_connection_that_goes_silent_is_made_again() {
                 let source = &source;
                 scope.spawn(move || {
                     let proxy = source.proxy(Break::Never);
-                    let options = Options { fill, ..Options::default() };
+                    let options = Options::DEFAULT.fill(fill);
                     let session = open(proxy.address(), options).unwrap();
                     let region = session.map("mem").unwrap();
                     assert_eq!(region[0], source.bytes[0]);
@@ -338,7 +338,7 @@ fn connections_that_all_end_at_once_are_made_again() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(4 << 20, 3));
         let proxy = source.proxy(Break::Never);
-        let session = open(proxy.address(), Options { fill: true, ..Options::default() }).unwrap();
+        let session = open(proxy.address(), Options::DEFAULT.fill(true)).unwrap();
         let region = session.map("mem").unwrap();
         for round in 0..10 {
             proxy.end_all(if round % 2 == 0 { How::Close } else { How::Reset });

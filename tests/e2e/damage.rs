@@ -88,7 +88,7 @@ impl Sick {
             assert!(!target.exists(), "a failed pull leaves nothing");
             error("pull", shown(&output));
         }
-        let options = Options { fault_deadline: Duration::from_millis(300), ..Options::default() };
+        let options = Options::DEFAULT.fault_deadline(Duration::from_millis(300));
         let opened = Session::open(server.address(), &"bad".parse().expect("a reference"), options)
             .and_then(|session| Ok((session.map("mem")?, session)));
         match opened {

@@ -70,7 +70,7 @@ fn a_huge_page_comes_whole_from_wherever_in_the_file() {
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
             for fill in [false, true] {
                 let (mut faulter, regions) = faulter(kind, sharing);
-                let options = Options { fill, ..Options::default() };
+                let options = Options::DEFAULT.fill(fill);
                 let session = source.attach_huge(&faulter, &regions, options).unwrap();
                 faulter.let_go();
                 let mut other = faulter.thread();
@@ -141,9 +141,9 @@ fn huge_memory_that_is_given_back_moved_and_forked_stays_right() {
 #[test]
 fn an_empty_pool_is_waited_for_until_the_deadline() {
     with_pool("an_empty_pool_is_waited_for_until_the_deadline", 1, |source, pool| {
-        let options = Options { fault_deadline: Duration::from_secs(3), ..Options::default() };
+        let options = Options::DEFAULT.fault_deadline(Duration::from_secs(3));
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
-            for options in [Options { on_loss: LossPolicy::Wait, ..options }, options] {
+            for options in [options.on_loss(LossPolicy::Wait), options] {
                 pool.set_free(1);
                 let (mut faulter, regions) = faulter(kind, sharing);
                 let session = source.attach_huge(&faulter, &regions, options).unwrap();

@@ -23,9 +23,9 @@ use tempfile::TempDir;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 24;
 /// Longer than anything here takes, so that what ends a test is not the deadline.
-const PATIENT: Options = Options { fault_deadline: Duration::from_secs(60), ..Options::DEFAULT };
+const PATIENT: Options = Options::DEFAULT.fault_deadline(Duration::from_secs(60));
 /// For answers that are none, so that the deadline has to decide.
-const IMPATIENT: Options = Options { fault_deadline: Duration::from_secs(1), ..PATIENT };
+const IMPATIENT: Options = PATIENT.fault_deadline(Duration::from_secs(1));
 const WATCHDOG: Duration = Duration::from_secs(100);
 
 /// An honest server that has the image `app` of one file, `mem`, without a zero chunk.
@@ -201,7 +201,7 @@ fn a_wrong_chunk_on_the_bulk_lane_is_refused_by_name() {
             });
             let chaos = truth.told_with(lies);
             let server = chaos.address().to_string();
-            let session = open(&chaos, Options { fill: true, ..PATIENT });
+            let session = open(&chaos, PATIENT.fill(true));
             let region = session.map("mem").unwrap();
             let lost = session.wait_resident(Duration::from_secs(20)).expect_err(name).to_string();
             assert!(!region.is_resident(5 * CHUNK), "{name}: installed");
@@ -245,7 +245,7 @@ fn an_answer_for_another_chunk_is_none() {
         assert!(lost.contains("chunk 5 of image") && lost.contains("no answer within 1s"), "{lost}");
         assert_eq!(region.resident_pages(), 0);
 
-        let session = open(&chaos, Options { fill: true, ..PATIENT });
+        let session = open(&chaos, PATIENT.fill(true));
         let region = session.map("mem").unwrap();
         let lost = session.wait_resident(Duration::from_secs(20)).unwrap_err().to_string();
         assert!(lost.contains(&chaos.address().to_string()), "{lost}");
@@ -276,7 +276,7 @@ fn a_server_that_never_stops_answering_what_was_not_asked_does_not_hold_up_a_fil
         let flood = v1::StreamChunksResponse { chunks: vec![answer], ..Default::default() };
         let fill = |instead| {
             let chaos = truth.told_with(Lies::default().bulk_flood(flood.clone(), instead));
-            let session = open(&chaos, Options { fill: true, ..IMPATIENT });
+            let session = open(&chaos, IMPATIENT.fill(true));
             let region = session.map("mem").unwrap();
             let outcome = session.wait_resident(Duration::from_secs(20));
             assert!(*region == truth.bytes[..]);
@@ -301,7 +301,7 @@ fn a_touch_waits_until_the_truth_is_told() {
             vec![if turned.load(Ordering::SeqCst) { answer } else { ChunkAnswer { result, ..answer } }]
         });
         let chaos = truth.told_with(lies);
-        let session = open(&chaos, Options { on_loss: LossPolicy::Wait, ..PATIENT });
+        let session = open(&chaos, PATIENT.on_loss(LossPolicy::Wait));
         let region = session.map("mem").unwrap();
         std::thread::scope(|scope| {
             let toucher = scope.spawn(|| region[3 * CHUNK..4 * CHUNK].to_vec());
@@ -333,7 +333,7 @@ fn a_lie_that_is_told_once_harms_nothing() {
             assert!(chaos.asked().demand().values().all(|count| *count == 2), "{name}: lies were told");
             drop((region, session));
 
-            let session = open(&chaos, Options { fill: true, ..PATIENT });
+            let session = open(&chaos, PATIENT.fill(true));
             let region = session.map("mem").unwrap();
             session.wait_resident(Duration::from_secs(20)).unwrap_or_else(|error| panic!("{name}: {error}"));
             assert!(*region == truth.bytes[..], "{name}, by the fill");
@@ -352,7 +352,7 @@ fn an_answer_that_is_left_out_does_not_stop_the_fill() {
             if leave_out { vec![] } else { vec![answer] }
         });
         let chaos = truth.told_with(lies);
-        let session = open(&chaos, Options { fill: true, ..IMPATIENT });
+        let session = open(&chaos, IMPATIENT.fill(true));
         let region = session.map("mem").unwrap();
         session.wait_resident(Duration::from_secs(20)).unwrap();
         assert!(*region == truth.bytes[..], "a wrong byte");
@@ -384,7 +384,7 @@ fn late_answers_in_another_order_and_twice_are_right() {
         assert!(chaos.asked().demand().values().all(|count| *count == 1), "asked for twice");
         drop((region, session));
 
-        let session = open(&chaos, Options { fill: true, ..PATIENT });
+        let session = open(&chaos, PATIENT.fill(true));
         let region = session.map("mem").unwrap();
         let filled = session.wait_resident(Duration::from_secs(40));
         assert!(*region == truth.bytes[..], "a wrong byte");
@@ -465,7 +465,7 @@ fn a_wrong_segment_is_refused_by_name() {
             let chaos = truth.told_with(Lies::default().segment(move |answer| vec![lie(answer)]));
             let server = chaos.address().to_string();
             for fill in [false, true] {
-                let session = open(&chaos, Options { fill, ..PATIENT });
+                let session = open(&chaos, PATIENT.fill(fill));
                 let region = session.map("mem").unwrap();
                 let lost = if fill {
                     session.wait_resident(Duration::from_secs(20)).expect_err(name).to_string()
@@ -493,7 +493,7 @@ fn a_wrong_segment_that_is_sent_once_harms_nothing() {
                     vec![if told.swap(true, Ordering::SeqCst) { answer } else { lie(answer) }]
                 });
                 let chaos = truth.told_with(lies);
-                let session = open(&chaos, Options { fill, ..PATIENT });
+                let session = open(&chaos, PATIENT.fill(fill));
                 let region = session.map("mem").unwrap();
                 if fill {
                     let filled = session.wait_resident(Duration::from_secs(20));

@@ -82,7 +82,7 @@ fn every_file_reads_as_its_source(chunk: usize) {
     }
     assert_eq!(touched.progress().bulk_chunks, 0, "nothing came but by touch");
 
-    let filled = Session::open(server.address(), &reference, Options { fill: true, ..Options::default() });
+    let filled = Session::open(server.address(), &reference, Options::DEFAULT.fill(true));
     let filled = filled.unwrap();
     let regions: Vec<_> = files.iter().map(|(name, _)| filled.map(name).unwrap()).collect();
     filled.wait_resident(Duration::from_secs(60)).unwrap();
@@ -175,7 +175,7 @@ fn a_sparse_gigabyte_reads_as_its_source(chunk: usize, every_page_by_touch: bool
     }
     drop((region, session));
 
-    let session = Session::open(server.address(), &reference, Options { fill: true, ..Options::default() });
+    let session = Session::open(server.address(), &reference, Options::DEFAULT.fill(true));
     let session = session.unwrap();
     let region = session.map("mem").unwrap();
     session.wait_resident(Duration::from_secs(60)).unwrap();
@@ -222,7 +222,7 @@ fn parts_read_as_their_source(chunk: usize) {
     spans.extend([0..bytes.len(), 0..0, PAGE..PAGE + 1, bytes.len() / PAGE * PAGE..bytes.len()]);
 
     for fill in [false, true] {
-        let options = Options { fill, ..Options::default() };
+        let options = Options::DEFAULT.fill(fill);
         let session = Session::open(server.address(), &"app".parse().unwrap(), options).unwrap();
         let map = |span: &std::ops::Range<usize>| {
             session.map_part("mem", span.start as u64..span.end as u64).expect("a part of the file")

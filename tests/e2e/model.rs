@@ -550,7 +550,7 @@ fn make_working_set(source: &Source, name: &str) {
         sets.len()
     };
     let before = sets();
-    let options = Options { record: true, ..Options::default() };
+    let options = Options::DEFAULT.record(true);
     let session = Session::open(source.server.address(), &name.parse().unwrap(), options).unwrap();
     let region = session.map("mem").unwrap();
     for page in (0..IMAGE_PAGES).map(|i| i * 7 % IMAGE_PAGES).filter(|page| page % 40 < 15) {

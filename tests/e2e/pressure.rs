@@ -18,8 +18,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 const SIGBUS: i32 = 7;
 const SIGKILL: i32 = 9;
 const PAGEOUT: i32 = 21;
-const PATIENT: Options =
-    Options { fault_deadline: Duration::from_secs(3), on_loss: LossPolicy::Wait, ..Options::DEFAULT };
+const PATIENT: Options = Options::DEFAULT.fault_deadline(Duration::from_secs(3)).on_loss(LossPolicy::Wait);
 
 fn start() -> Source {
     let mut bytes = memory_like(PAGES * PAGE, 90);
@@ -61,7 +60,7 @@ fn a_full_tmpfs_is_waited_for_until_the_deadline() {
         {
             let tmpfs = Tmpfs::of_bytes(100 * PAGE);
             let kind = format!("file={}", tmpfs.path().join("mem").display());
-            let (mut faulter, session) = attach(&source, &kind, Options { fill, on_loss, ..PATIENT });
+            let (mut faulter, session) = attach(&source, &kind, PATIENT.fill(fill).on_loss(on_loss));
             // More than there is room for, in any order.
             faulter.main.tell(&format!("read {} 300", faulter.at(0, 0)));
             let error = session.wait_error(MINUTE).expect("there is no room");
@@ -91,7 +90,7 @@ fn a_full_memory_cgroup_is_waited_for() {
                 );
             };
             cgroup.kill_nobody();
-            let options = Options { fault_deadline: MINUTE, ..PATIENT };
+            let options = PATIENT.fault_deadline(MINUTE);
             let (mut faulter, session) = attach(&source, kind, options);
             cgroup.add(faulter.main.pid);
             cgroup.limit(2 << 20);
@@ -142,7 +141,7 @@ fn pages_that_were_pushed_out_to_swap_come_back() {
         let source = start();
         for kind in ["private", "shared", "memfd"] {
             for track_writes in [false, kind == "private"] {
-                let (mut faulter, session) = attach(&source, kind, Options { track_writes, ..PATIENT });
+                let (mut faulter, session) = attach(&source, kind, PATIENT.track_writes(track_writes));
                 let mut expected = source.bytes.clone();
                 faulter.assert_reads(0, 0, &source.bytes[..1000 * PAGE]);
                 for (page, count) in [(10, 3), (710, 2), (999, 1), (1500, 1)] {
@@ -188,7 +187,7 @@ fn what_a_memory_cgroup_pushes_out_during_a_fill_comes_back() {
                 let test = "pressure::what_a_memory_cgroup_pushes_out_during_a_fill_comes_back";
                 return skip(test, "no memory cgroups of version 1");
             };
-            let options = Options { fault_deadline: MINUTE, ..PATIENT };
+            let options = PATIENT.fault_deadline(MINUTE);
             let (mut faulter, session) = attach(&source, kind, options);
             cgroup.add(faulter.main.pid);
             cgroup.limit(3 << 20);

@@ -61,7 +61,7 @@ impl Storm {
 }
 
 fn holding() -> Options {
-    Options { hold_causers: true, ..Options::DEFAULT }
+    Options::DEFAULT.hold_causers(true)
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn poison_gets_through_threads_in_madvise() {
         };
         let (liar, _source) = silent();
         let deadline = Duration::from_secs(2);
-        let options = Options { fault_deadline: deadline, on_loss: LossPolicy::Poison, ..holding() };
+        let options = holding().fault_deadline(deadline).on_loss(LossPolicy::Poison);
         let mut storm = Storm::start(4, options, EVENT_REMOVE, Some(&liar.address().to_string()));
         let mut toucher = storm.faulter.thread();
         let started = Instant::now();

@@ -166,7 +166,7 @@ fn pages_that_a_file_has_already_are_left_as_they_are() {
                 file.write_all_at(&[9; PAGE], (page * PAGE) as u64).unwrap();
                 expected[page * PAGE..(page + 1) * PAGE].fill(9);
             }
-            let options = Options { fill, ..Options::default() };
+            let options = Options::DEFAULT.fill(fill);
             let session = attach(source.server.address(), &mut faulter, region, options);
             faulter.assert_reads(0, 500, &expected[500 * PAGE..530 * PAGE]);
             // Refused while pages are absent, or done with those that there are.
@@ -221,7 +221,7 @@ fn what_was_written_is_known_where_it_is_moved_to() {
     with_source("what_was_written_is_known_where_it_is_moved_to", |source| {
         let swap = Swap::of_mib(64);
         for (pages, swapped) in [(1, false), (1, true), (16, true), (HUGE_PAGES, false), (HUGE_PAGES, true)] {
-            let options = Options { track_writes: true, fill: true, ..Options::default() };
+            let options = Options::DEFAULT.track_writes(true).fill(true);
             let (mut faulter, session) = source.attached("private", options);
             session.wait_resident(MINUTE).unwrap();
             let case = format!("{pages} pages, swapped: {swapped}");
@@ -272,7 +272,7 @@ fn patterns_of_written_pages_are_told_exactly() {
             ("one in the middle", |page| page == PAGES / 2),
             ("around each 2 MiB", |page| page % HUGE_PAGES < 2 || page % HUGE_PAGES == HUGE_PAGES - 1),
         ];
-        let options = Options { track_writes: true, ..Options::default() };
+        let options = Options::DEFAULT.track_writes(true);
         let session = Session::open(source.server.address(), &"app".parse().unwrap(), options).unwrap();
         let mut region = session.map("mem").unwrap();
         for (round, (name, is_written)) in patterns.into_iter().cycle().take(4 * patterns.len()).enumerate() {

@@ -25,7 +25,7 @@ const WATCHDOG: Duration = Duration::from_secs(110);
 const MINUTE: Duration = Duration::from_secs(60);
 /// Tells this program, started again by a test of it, where the server is whose page it is to touch.
 const CHILD: &str = "POSTCOPY_TESTS_CHILD";
-const FILLING: Options = Options { fill: true, ..Options::DEFAULT };
+const FILLING: Options = Options::DEFAULT.fill(true);
 
 /// A server that has the image `app` of one file, `mem`.
 pub(crate) struct Source {
@@ -236,7 +236,7 @@ fn dropping_a_region_does_not_lose_the_faults_of_another() {
             }
         });
         let chaos = Chaos::start(source.server.address(), lies);
-        let options = Options { on_loss: LossPolicy::Wait, ..Options::default() };
+        let options = Options::DEFAULT.on_loss(LossPolicy::Wait);
         let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
         let first = session.map("mem").unwrap();
         let second = Arc::new(session.map("mem").unwrap());
@@ -358,7 +358,7 @@ fn a_lost_region_in_parts_is_sigbus_everywhere() {
 fn deadlines_that_are_too_far_away_are_for_ever() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(4 * CHUNK, 7), CHUNK);
-        let session = source.open(Options { fault_deadline: Duration::MAX, ..FILLING });
+        let session = source.open(FILLING.fault_deadline(Duration::MAX));
         let region = session.map("mem").unwrap();
         assert_eq!(region[CHUNK], source.bytes[CHUNK]);
         session.wait_resident(Duration::MAX).unwrap();
@@ -378,7 +378,7 @@ fn reads_after_a_loss_that_has_healed_are_right() {
             vec![ChunkAnswer { result, ..answer }]
         });
         let chaos = Chaos::start(source.server.address(), lies);
-        let options = Options { on_loss: LossPolicy::Wait, ..Options::default() };
+        let options = Options::DEFAULT.on_loss(LossPolicy::Wait);
         let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         let mut read = vec![0; 100];
@@ -477,7 +477,7 @@ fn as_child(test: &str, told: &str) -> ExitStatus {
 #[test]
 fn a_touch_of_a_lost_page_is_sigbus() {
     if let Ok(server) = std::env::var(CHILD) {
-        let options = Options { fault_deadline: Duration::from_secs(1), ..Options::default() };
+        let options = Options::DEFAULT.fault_deadline(Duration::from_secs(1));
         let session = Session::open(&server.parse().unwrap(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         region.read_at(5 * CHUNK, &mut [0; 1]).unwrap_err();
@@ -501,7 +501,7 @@ fn a_touch_of_a_lost_page_is_sigbus() {
 #[test]
 fn a_touch_that_waits_for_a_lost_page_is_sigbus() {
     if let Ok(server) = std::env::var(CHILD) {
-        let options = Options { fault_deadline: Duration::from_secs(1), ..Options::default() };
+        let options = Options::DEFAULT.fault_deadline(Duration::from_secs(1));
         let session = Session::open(&server.parse().unwrap(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         let byte = std::hint::black_box(region[5 * CHUNK + 77]);
@@ -523,7 +523,7 @@ fn a_program_whose_own_page_is_lost_is_killed_or_stopped_if_it_asked_for_that() 
     if let Ok(told) = std::env::var(CHILD) {
         let (policy, server) = told.split_once(' ').unwrap();
         let on_loss = if policy == "kill" { LossPolicy::Kill } else { LossPolicy::Pause };
-        let options = Options { fault_deadline: Duration::from_secs(1), on_loss, ..Options::DEFAULT };
+        let options = Options::DEFAULT.fault_deadline(Duration::from_secs(1)).on_loss(on_loss);
         let session = Session::open(&server.parse().unwrap(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         // Stopped, and going on, it learns of the loss.

@@ -26,7 +26,7 @@ const WATCHDOG: Duration = Duration::from_secs(100);
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn traced(options: Options) -> Options {
-    Options { trace: true, fault_deadline: MINUTE, ..options }
+    options.trace(true).fault_deadline(MINUTE)
 }
 
 fn start() -> Source {
@@ -136,7 +136,7 @@ fn what_comes_without_a_touch_is_told_apart() {
         assert_eq!(came(&read(&path)).len(), PAGES);
 
         let fill = |session: &Session, _: &Region, _: &Path| session.wait_resident(MINUTE).unwrap();
-        let ((), path, _folder) = trace(&source, Options { fill: true, ..Options::default() }, fill);
+        let ((), path, _folder) = trace(&source, Options::DEFAULT.fill(true), fill);
         assert_eq!(report(&source, &path)["pages"]["background"], PAGES);
         assert_eq!(came(&read(&path)).len(), PAGES);
     });
@@ -152,7 +152,7 @@ fn how_much_of_a_working_set_is_touched_is_estimated() {
         let all = |_: &Session, region: &Region, _: &Path| {
             pages.iter().for_each(|page| touch(region, &source, *page))
         };
-        let ((), path, _folder) = trace(&source, Options { record: true, ..Options::default() }, all);
+        let ((), path, _folder) = trace(&source, Options::DEFAULT.record(true), all);
         let recorded = report(&source, &path);
         assert_eq!(
             (&recorded["pages"]["touched"], &recorded["pages"]["neighbours"]),
@@ -170,7 +170,7 @@ fn how_much_of_a_working_set_is_touched_is_estimated() {
             pages[..pages.len() / 2].iter().for_each(|page| touch(region, &source, *page));
             resident
         };
-        let replaying = Options { working_set: true, ..Options::default() };
+        let replaying = Options::DEFAULT.working_set(true);
         let (resident, path, folder) = trace(&source, replaying, half);
         let trace = read(&path);
         let withheld = trace.withheld.len();
@@ -230,7 +230,7 @@ fn what_cannot_be_written_harms_nobody() {
         const MANY: usize = 40_000;
         let source = Source::start(vec![0; MANY * PAGE], CHUNK);
         let (go_on, blocked) = std::sync::mpsc::sync_channel(1);
-        let session = source.open(traced(Options { record: true, ..Options::default() }));
+        let session = source.open(traced(Options::DEFAULT.record(true)));
         let file = NamedTempFile::new().unwrap();
         let writer = session.write_trace(Blocked(blocked, file.reopen().unwrap())).unwrap();
         let again = session.write_trace(io::sink()).unwrap_err();
@@ -308,7 +308,7 @@ fn memory_that_processes_share_is_told_of_as_one() {
         for record in [false, true] {
             let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("shared:{PAGES}")]);
             let regions = [faulter.shared_region(0, "mem", 0, 1)];
-            let options = Options { record, ..Options::default() };
+            let options = Options::DEFAULT.record(record);
             let (session, writer, file) = attach(&source, &mut faulter, &regions, options);
             let mut child = faulter.fork();
             let at = |page| faulter.at(0, page);

@@ -282,7 +282,7 @@ fn a_session_that_is_dropped_while_faults_wait_leaves_sigbus() {
                 pid: None,
                 is_registered: true,
             };
-            let options = Options { on_loss: LossPolicy::Wait, ..Options::default() };
+            let options = Options::DEFAULT.on_loss(LossPolicy::Wait);
             let session =
                 Session::attach(chaos.address(), &"app".parse().unwrap(), options, &memory).unwrap();
             faulter.let_go();

@@ -23,9 +23,9 @@ const CHUNK: usize = 64 << 10;
 const PAGES: usize = 2001;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const MINUTE: Duration = Duration::from_secs(60);
-const RECORDING: Options = Options { record: true, ..QUIET };
-const REPLAYING: Options = Options { working_set: true, ..QUIET };
-const QUIET: Options = Options { fault_deadline: MINUTE, ..Options::DEFAULT };
+const RECORDING: Options = QUIET.record(true);
+const REPLAYING: Options = QUIET.working_set(true);
+const QUIET: Options = Options::DEFAULT.fault_deadline(MINUTE);
 
 fn start() -> Source {
     let mut bytes = memory_like((PAGES - 1) * PAGE + 100, 31);
@@ -124,7 +124,7 @@ fn a_working_set_and_then_everything() {
     within(WATCHDOG, || {
         let source = start();
         record(&source, RECORDING, &some_pages(&source));
-        let session = source.open(Options { fill: true, ..REPLAYING });
+        let session = source.open(REPLAYING.fill(true));
         let region = session.map("mem").unwrap();
         session.wait_resident(MINUTE).unwrap();
         (0..PAGES).for_each(|page| touch(&region, &source, page));
@@ -165,7 +165,7 @@ fn what_was_brought_is_not_taken_for_touched_nor_for_untouched() {
         // Three times the set is there before anything is touched, and half of it never is.
         for _ in 0..3 {
             let pages = listed(&source)["pages"].as_u64().unwrap();
-            let session = source.open(Options { record: true, ..REPLAYING });
+            let session = source.open(REPLAYING.record(true));
             let region = session.map("mem").unwrap();
             wait_until("the set is there", || session.progress().resident_pages == pages);
             second.iter().chain(&first[..first.len() / 2]).for_each(|page| touch(&region, &source, *page));
@@ -278,7 +278,7 @@ fn a_recording_that_is_sent_is_no_loss_to_who_waits_for_pages() {
             vec![answer]
         });
         let chaos = Chaos::start(source.server.address(), lies);
-        let options = Options { on_loss: LossPolicy::Wait, ..RECORDING };
+        let options = RECORDING.on_loss(LossPolicy::Wait);
         let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
         let region = session.map("mem").unwrap();
         std::thread::scope(|scope| {

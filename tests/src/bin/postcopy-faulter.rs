@@ -282,7 +282,7 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
 static OWN: OnceLock<(Session, Region)> = OnceLock::new();
 
 fn open(server: &str, image: &str, [fill, working_set, record]: [bool; 3]) -> Result<usize> {
-    let options = Options { fill, working_set, record, track_writes: true, ..Options::default() };
+    let options = Options::DEFAULT.fill(fill).working_set(working_set).record(record).track_writes(true);
     let session = Session::open(&server.parse()?, &image.parse()?, options)?;
     let region = session.map("mem")?;
     Ok(OWN.get_or_init(|| (session, region)).1.as_ptr().expose_provenance())

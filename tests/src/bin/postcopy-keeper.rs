@@ -52,15 +52,13 @@ impl Work {
             None | Some(Err(SessionError::State(StateError::Empty))) => {}
             Some(resumed) => return Ok(resumed?),
         }
-        let options = Options {
-            fill: self.fill,
-            working_set: self.working_set,
-            record: self.record,
-            fault_deadline: Duration::from_secs(20),
-            on_loss: LossPolicy::Poison,
-            track_writes: self.track,
-            ..Options::default()
-        };
+        let options = Options::DEFAULT
+            .fill(self.fill)
+            .working_set(self.working_set)
+            .record(self.record)
+            .fault_deadline(Duration::from_secs(20))
+            .on_loss(LossPolicy::Poison)
+            .track_writes(self.track);
         let memory = ForeignMemory {
             uffd: self.uffd.as_fd(),
             regions: &self.regions,

@@ -194,14 +194,12 @@ fn lazily(
 ) -> Result<Lazy> {
     let started = Instant::now();
     // A page that cannot be had is an error of this command, and not its death by SIGBUS.
-    let options = Options {
-        on_loss: LossPolicy::Wait,
-        fill: args.fill,
-        working_set: args.working_set,
-        record: args.record,
-        trace: args.trace.is_some(),
-        ..Options::default()
-    };
+    let options = Options::DEFAULT
+        .on_loss(LossPolicy::Wait)
+        .fill(args.fill)
+        .working_set(args.working_set)
+        .record(args.record)
+        .trace(args.trace.is_some());
     let trace =
         args.trace.as_ref().map(|path| File::create(path).with_context(|| path.display().to_string()));
     let trace = trace.transpose()?;
@@ -326,7 +324,7 @@ fn check(region: &Region, image: &Image, file: FileEntry) -> Result<u64> {
 /// How long it takes until all of the file is in memory, everything included.
 fn eagerly(server: &ServerAddress, reference: &Reference, path: &str) -> Result<Duration> {
     let started = Instant::now();
-    let session = Session::open(server, reference, Options { fill: true, ..Options::default() })?;
+    let session = Session::open(server, reference, Options::DEFAULT.fill(true))?;
     let _region = session.map(path)?;
     session.wait_resident(Duration::from_secs(3600))?;
     Ok(started.elapsed())

@@ -101,16 +101,15 @@ impl DaemonArgs {
             OnLoss::Pause => LossPolicy::Pause,
             OnLoss::Wait => LossPolicy::Wait,
         };
-        Options {
-            fault_deadline: self.fault_deadline,
-            on_loss,
-            working_set: ahead.working_set(fill),
-            fill: ahead.fill(fill) == Fill::All,
-            record: ahead.record,
-            trace: self.trace.is_some(),
-            track_writes: false,
-            hold_causers: !self.no_hold,
-        }
+        Options::DEFAULT
+            .fault_deadline(self.fault_deadline)
+            .on_loss(on_loss)
+            .working_set(ahead.working_set(fill))
+            .fill(ahead.fill(fill) == Fill::All)
+            .record(ahead.record)
+            .trace(self.trace.is_some())
+            .track_writes(false)
+            .hold_causers(!self.no_hold)
     }
 
     fn setup(
@@ -304,7 +303,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let options = args.common.options(args.ahead, Fill::All);
     let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill, args.wait_for_restore)?;
     // Begins once all is restored.
-    let options = Options { fill: false, ..options };
+    let options = options.fill(false);
     let status = args.status_fd.map(status_file).transpose()?;
     let root = std::path::absolute(args.common.root())?;
     let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
