@@ -11,6 +11,7 @@ mod installer;
 
 use crate::install;
 use crate::memory::{Region, Spaces};
+use crate::outcome::FailureKind;
 use crate::pace;
 use crate::remote::Content;
 use crate::remote::Lane::Bulk;
@@ -140,6 +141,7 @@ impl Fill {
             let spaces = self.shared.spaces();
             let before = unresolved_pages(&spaces);
             if before == 0 || !self.shared.fills() {
+                self.shared.outcome.recovered(&FailureKind::Fill);
                 drop(spaces);
                 self.shared.fill_work.notified().await;
                 progressed = Instant::now();
@@ -156,6 +158,7 @@ impl Fill {
             self.shared.set_filling(false);
             if unresolved_pages(&spaces) < before {
                 (progressed, fruitless_passes) = (Instant::now(), 0);
+                self.shared.outcome.recovered(&FailureKind::Fill);
                 continue;
             }
             fruitless_passes += u32::from(!matches!(outcome, Ok(true)));
@@ -298,9 +301,8 @@ impl Fill {
         let reason = error.map(|error| error.to_string()).or(refused);
         let reason = reason.unwrap_or_else(|| "pages are still absent".to_owned());
         let server = &self.shared.address;
-        self.shared
-            .outcome
-            .report(&format!("the background fill from {server} does not get further: {reason}"));
+        let reason = format!("the background fill from {server} does not get further: {reason}");
+        self.shared.outcome.add(FailureKind::Fill, &reason, None);
     }
 
     /// Goes once over everything that is unresolved: whether it has left out what touches have asked for.

@@ -39,6 +39,7 @@ mod transfer;
 
 pub use error::{LossError, SessionError};
 pub use options::{LossPolicy, Options, Progress};
+pub use outcome::{Failure, FailureEnd, FailureKind, Failures};
 pub use processes::{signal_process_tree, with_descendants};
 pub use record::trace;
 pub use remote::{Content, DEFAULT_SERVER, Image, ImageSource, Remote, RemoteError, Segments, ServerAddress};

@@ -18,19 +18,21 @@ mod events;
 mod faults;
 mod frame_cache;
 mod hold;
+mod identify;
 mod losses;
 mod on_exit;
 mod read_ahead;
 mod ready;
 mod requests;
 mod spin;
+mod waiters;
 
 use crate::error::SessionError;
 use crate::install::hand_over::HandedOver;
 use crate::memory::ChunkPages;
 use crate::memory::{Change, PageState, Region, Space};
-use crate::options::Options;
 use crate::options::add;
+use crate::options::{LossPolicy, Options};
 use crate::pager::attach::Owner;
 use crate::pager::frame_cache::FrameCache;
 use crate::pager::on_exit::OnExit;
@@ -41,7 +43,7 @@ use crate::reaper;
 use crate::remote::Image;
 use crate::remote::ImageSource;
 use crate::remote::lane::DemandLane;
-use crate::remote::{Lane, ServerAddress};
+use crate::remote::{Lane, RemoteError, ServerAddress};
 use crate::shared::{Command, Shared};
 use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
@@ -58,6 +60,7 @@ use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
+use waiters::{Wait, Waiters};
 
 /// How long opening a session may take.
 const OPEN: Duration = Duration::from_secs(30);
@@ -81,11 +84,15 @@ pub(crate) struct Pager {
     watched: Vec<Watched>,
     /// The memory is other processes'.
     is_foreign: bool,
-    lane: Result<DemandLane, oneshot::Receiver<DemandLane>>,
+    lane: Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
+    /// Why the server was not reached the last time.
+    lane_error: Option<String>,
     /// Before the next attempt to reach a server that was lost.
     reconnect_pause: Duration,
     requests: Requests,
     ready: Ready,
+    /// Who waits for pages.
+    waiters: Waiters,
     handed_over: mpsc::Receiver<HandedOver>,
     /// Threads that did not stop in time when they were to be held, and are to be let go.
     lingering: Vec<nix::unistd::Pid>,
@@ -205,7 +212,9 @@ impl Pager {
             is_foreign,
             lane,
             reconnect_pause: RECONNECT.start,
-            requests: Requests::new(shared.options.fault_deadline, Arc::clone(&shared.on_demand)),
+            requests: Requests::new(Arc::clone(&shared.on_demand)),
+            lane_error: None,
+            waiters: Waiters::new(shared.options.fault_deadline),
             ready: Ready::default(),
             handed_over,
             lingering: Vec::new(),
@@ -262,7 +271,8 @@ impl Pager {
             let behind = self.behind.values().copied().max();
             shared.cores.waits(self.requests.wait_since().max(behind).map(Instant::into_std));
             let waits = !self.requests.is_empty();
-            let ticks = waits || !self.lingering.is_empty();
+            let ticks =
+                waits || !self.waiters.is_empty() || !self.lingering.is_empty() || shared.outcome.has_open();
             if !ticks {
                 // A tick that no wait asked for is not late.
                 tick.reset();
@@ -376,6 +386,10 @@ impl Pager {
             self.change(Change::Forget { space: space.id });
         }
         self.clear_final_children();
+        if matches!(shared.options.on_loss, LossPolicy::Kill | LossPolicy::Pause) {
+            // A process whose parent has exited is harder to find.
+            self.identify();
+        }
         self.watched.retain(|watched| !watched.space.is_gone());
         !self.watched.is_empty()
     }
@@ -409,10 +423,13 @@ impl Pager {
     fn lane_answers(&mut self, next: NextAnswer) {
         match next {
             NextAnswer::Connected(lane) => {
-                self.lane = Ok(lane);
+                (self.lane, self.lane_error) = (Ok(lane), None);
                 self.requests.ask_all_again();
             }
-            NextAnswer::Lost => self.reconnect(),
+            NextAnswer::Lost(reason) => {
+                self.lane_error = reason.or(self.lane_error.take());
+                self.reconnect();
+            }
             NextAnswer::Answer(answer) => {
                 self.reconnect_pause = RECONNECT.start;
                 match answer.answer {
@@ -454,6 +471,8 @@ impl Pager {
                     if recorder {
                         self.bring_recorded(&region, chunk, &pages);
                     }
+                    let at = region.whole_addresses(run.start).start;
+                    self.waiters.add(&region.space, at, Wait::Call, Instant::now());
                     self.ask(&region, run.start);
                     // One page of each chunk will do.
                     next = region.pages_of(chunk).map_or(run.end, |pages| pages.end);
@@ -512,29 +531,36 @@ async fn readable(watched: &[Watched]) -> io::Result<(&Watched, Readable<'_>)> {
 /// What the lane, or the attempt to get one, gives next.
 enum NextAnswer {
     Answer(v1::FetchChunksResponse),
-    Lost,
+    /// With the reason, where a new one could not be had.
+    Lost(Option<String>),
     Connected(DemandLane),
 }
 
-async fn next_answer(lane: &mut Result<DemandLane, oneshot::Receiver<DemandLane>>) -> NextAnswer {
+async fn next_answer(
+    lane: &mut Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
+) -> NextAnswer {
     match lane {
-        Ok(lane) => lane.answer().await.map_or(NextAnswer::Lost, NextAnswer::Answer),
+        Ok(lane) => lane.answer().await.map_or(NextAnswer::Lost(None), NextAnswer::Answer),
         Err(coming) => match coming.await {
-            Ok(lane) => NextAnswer::Connected(lane),
-            Err(_) => NextAnswer::Lost,
+            Ok(Ok(lane)) => NextAnswer::Connected(lane),
+            Ok(Err(error)) => NextAnswer::Lost(Some(error.to_string())),
+            Err(_) => NextAnswer::Lost(None),
         },
     }
 }
 
-/// Opens a lane after a pause. Where that fails nothing is sent: then try again.
-fn reach(address: ServerAddress, image: Digest, pause: Duration) -> oneshot::Receiver<DemandLane> {
+/// Opens a lane after a pause.
+fn reach(
+    address: ServerAddress,
+    image: Digest,
+    pause: Duration,
+) -> oneshot::Receiver<Result<DemandLane, RemoteError>> {
     let (sender, receiver) = oneshot::channel();
     // Ends with the runtime at the latest.
     tokio::spawn(async move {
         tokio::time::sleep(pause).await;
-        if let Ok(lane) = DemandLane::open(&address, &image).await {
-            let _ = sender.send(lane);
-        }
+        // The session may have ended.
+        let _ = sender.send(DemandLane::open(&address, &image).await);
     });
     receiver
 }

@@ -18,6 +18,7 @@ use crate::error::{LossError, SessionError};
 use crate::fill;
 use crate::memory::{self, Object, ObjectKind, states_for};
 use crate::options::{Options, Progress};
+use crate::outcome::{Failure, FailureEnd, FailureKind, Failures};
 use crate::pager::Start;
 use crate::pager::attach::{self, Owner};
 use crate::record::recorder::{self};
@@ -187,13 +188,15 @@ impl Session {
         if let Some(fill) = fill
             && let Err(error) = session.start_fill(fill)
         {
-            session.shared.outcome.report(&format!("no background fill: {error}"));
+            let reason = format!("no background fill: {error}");
+            session.shared.outcome.add(FailureKind::Fill, &reason, None);
         }
         if options.record
             && let Some(sender) = session.shared.sender()
             && let Err(source) = recorder::start(sender)
         {
-            session.shared.outcome.report(&format!("nothing is recorded: {source}"));
+            let reason = format!("nothing is recorded: {source}");
+            session.shared.outcome.add(FailureKind::Recording, &reason, Some(FailureEnd::Reported));
         }
         Ok(session)
     }
@@ -379,6 +382,19 @@ impl Session {
         self.shared.progress()
     }
 
+    /// Returns what the session could not do: the first failure, the latest one, and how many there are.
+    #[must_use]
+    pub fn failures(&self) -> Failures {
+        self.shared.outcome.failures()
+    }
+
+    /// Returns the failures from this number on ([`Failure::number`]), as they are now, in order. The session keeps the
+    /// newest 256.
+    #[must_use]
+    pub fn failures_from(&self, number: u64) -> Vec<Failure> {
+        self.shared.outcome.failures_from(number)
+    }
+
     /// Why pages were lost, if any were: the first reason.
     #[must_use]
     pub fn error(&self) -> Option<Arc<str>> {
@@ -447,8 +463,10 @@ impl Session {
             if self.shared.spaces().unresolved(true) == 0 {
                 return Some(Ok(()));
             }
+            let is_poisoned = || self.shared.progress().poisoned_pages > 0;
+            let poisoned = || self.shared.outcome.last().filter(|_| is_poisoned());
             let ended = outcome.ended.then(|| "the session has ended".into());
-            outcome.error.clone().or(ended).map(|reason| Err(LossError::Lost(reason)))
+            outcome.open.clone().or_else(poisoned).or(ended).map(|reason| Err(LossError::Lost(reason)))
         });
         outcome.unwrap_or(Err(LossError::TimedOut(timeout)))
     }

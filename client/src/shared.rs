@@ -8,7 +8,7 @@ use crate::memory::{Change, MemoryMap, PageState, Place, Region, Spaces};
 use crate::options::{Counters, LossPolicy, Options, Progress};
 use crate::outcome::Outcome;
 use crate::pace::{Cores, Pace};
-use crate::processes::Callers;
+use crate::processes::{Callers, Process};
 use crate::record::recorder::{Recorder, Sender};
 use crate::record::trace::{Cause, Notes, Stages, Writer, installing};
 use crate::remote::Image;
@@ -89,7 +89,7 @@ impl Shared {
         spaces: Spaces,
         next_space_id: u32,
         state: State,
-        owner: Option<(u32, u64)>,
+        owner: Option<Process>,
     ) -> Self {
         let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
         let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
@@ -106,7 +106,7 @@ impl Shared {
             counters: Counters::default(),
             next_space_id: AtomicU32::new(next_space_id),
             state,
-            callers: owner.map(|(pid, start)| Callers::of(pid, start)),
+            callers: owner.map(|owner| Callers::of(owner.pid, owner.start)),
             outcome: Arc::default(),
             trace: options.trace.then(|| Arc::new(Notes::new())),
             recorder,
@@ -201,6 +201,13 @@ impl Shared {
         self.state.has_file() && !self.has_no_successor.load(Ordering::Acquire)
     }
 
+    /// Writes down for a successor which process a space is of.
+    pub(crate) fn note_process(&self, space: u32, process: Process) {
+        let next_space = self.next_space_id.load(Ordering::Relaxed);
+        // Without it a successor has to find that out again.
+        let _ = self.state.append(&Record::Process { space, process }, &self.spaces(), next_space, None);
+    }
+
     /// Sends a signal to those whose memory it is; false if nobody knows who that is.
     pub(crate) fn signal_owners(&self, signal: rustix::process::Signal) -> bool {
         self.callers.as_ref().is_some_and(|callers| callers.signal(signal))
@@ -261,7 +268,7 @@ impl Shared {
         pages: Range<usize>,
     ) -> Result<(), LossError> {
         let absent = |pages: &Range<usize>| region.next_run(pages.clone(), &[PageState::Absent]);
-        let reported_before = self.outcome.reports();
+        let losses_before = self.outcome.losses();
         if absent(&pages).is_some() {
             let command = Command::Bring { region: region.clone(), pages: pages.clone() };
             // An ended pager has poisoned what was absent, which is seen below.
@@ -270,14 +277,14 @@ impl Shared {
         self.outcome.wait(None, |outcome| {
             // What was lost before this call may have come since; what is lost now may be what it waits for.
             let waits = matches!(self.options.on_loss, LossPolicy::Wait | LossPolicy::Pause);
-            let waiting = waits && outcome.reports > reported_before;
+            let waiting = waits && outcome.losses > losses_before;
             (absent(&pages).is_none() || waiting || outcome.ended).then_some(())
         });
         let lost = [PageState::Absent, PageState::Poisoned];
         match region.next_run(pages, &lost) {
             None => Ok(()),
             Some(_) => {
-                Err(LossError::Lost(self.outcome.error().unwrap_or_else(|| "the session has ended".into())))
+                Err(LossError::Lost(self.outcome.last().unwrap_or_else(|| "the session has ended".into())))
             }
         }
     }

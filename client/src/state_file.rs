@@ -22,7 +22,7 @@ pub(crate) use replay::replay;
 
 use crate::memory::{AnswerCounts, Arena, ArenaFull, FixedWords, MappedFile, Spaces, Words};
 use crate::options::Options;
-use crate::processes::Call;
+use crate::processes::{Call, Process};
 use crate::uffd::{Event, Uffd};
 use layout::{
     ANSWERS, AT_ANSWERS, AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_LOGS, AT_MAGIC,
@@ -121,7 +121,7 @@ impl State {
         file: impl AsFd,
         image: &Digest,
         options: &Options,
-        owner: Option<(u32, u64)>,
+        owner: Option<Process>,
     ) -> Result<Self, StateError> {
         let bytes = (FILE_WORDS * size_of::<u64>()) as u64;
         rustix::fs::ftruncate(&file, 0).map_err(|error| StateError::Map(error.into()))?;
@@ -139,9 +139,10 @@ impl State {
         let Options { fill, track_writes, working_set, record, trace, hold_causers, .. } = *options;
         let bits = [fill, track_writes, working_set, record, trace, hold_causers].into_iter().enumerate();
         state.set(AT_FILL, bits.map(|(bit, is_on)| u64::from(is_on) << bit).sum());
-        let (pid, start) = owner.unwrap_or_default();
-        state.set(AT_OWNER, pid.into());
-        state.set(AT_OWNER_START, start);
+        if let Some(owner) = owner {
+            state.set(AT_OWNER, owner.pid.into());
+            state.set(AT_OWNER_START, owner.start);
+        }
         state.set(AT_VERSION, VERSION);
         state.set(AT_MAGIC, MAGIC);
         Ok(state)
@@ -361,6 +362,9 @@ fn words_of(spaces: &Spaces, next_space: u32) -> Vec<u64> {
     for space in spaces.spaces() {
         let id = space.id;
         Record::Space { id, fd: space.uffd.number() }.write(&mut words);
+        if let Some(process) = space.process().filter(|_| id != 0) {
+            Record::Process { space: id, process }.write(&mut words);
+        }
         for (object_id, object) in spaces.objects_of(id) {
             let record = ObjectRecord {
                 space: id,

@@ -2,12 +2,12 @@
 
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
-use postcopy::{ForeignMemory, Options, Session, SessionError};
+use postcopy::{FailureEnd, ForeignMemory, LossPolicy, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
-use postcopy_tests::skip;
+use postcopy_tests::{skip, wait_until};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -612,5 +612,106 @@ fn shared_memory_that_the_session_was_not_told_of_is_sigbus() {
         assert_eq!((read(100), read(150)), (Err(nix::Error::EFAULT), Err(nix::Error::EFAULT)));
         assert!(session.error().unwrap().contains("is beyond what the session was told of"));
         assert!(read(50).unwrap() == source.pages(50, 1));
+    });
+}
+
+/// A server whose answers for one chunk never come.
+fn without_chunk(source: &Source, chunk: u64) -> Chaos {
+    let lies =
+        Lies::default().chunk(move |_, answer| if answer.chunk == chunk { Vec::new() } else { vec![answer] });
+    Chaos::start(source.server.address(), lies)
+}
+
+fn attach_to(chaos: &Chaos, faulter: &Faulter, options: Options) -> Session {
+    let regions = [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
+    let reference = "app".parse().unwrap();
+    let pid = Some(faulter.main.pid);
+    let memory =
+        ForeignMemory { uffd: faulter.uffd(), regions: &regions, state: None, pid, is_registered: true };
+    Session::attach(chaos.address(), &reference, options, &memory).unwrap()
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn who_does_not_wait_any_more_loses_nothing() {
+    with_faulter("who_does_not_wait_any_more_loses_nothing", |source, mut faulter| {
+        let chaos = without_chunk(&source, 2);
+        let options = Options::DEFAULT.fault_deadline(SECOND).on_loss(LossPolicy::Kill);
+        let session = attach_to(&chaos, &faulter, options);
+        let mut thread = faulter.thread();
+        faulter.let_go();
+        // A page of chunk 2 is wanted, and given back before it comes.
+        let address = faulter.at(1, 40);
+        thread.tell(&format!("read {address} 1"));
+        wait_until("it is asked for", || session.progress().faults > 0);
+        faulter.main.does(&format!("advise {DONTNEED} {address} 1"));
+        thread.assert_answers(address, &[0; PAGE]);
+        std::thread::park_timeout(3 * SECOND);
+        assert_eq!(session.failures().count, 0, "{:?}", session.failures());
+        faulter.assert_reads(1, 0, source.pages(3, 29));
+    });
+}
+
+/// Of a parent that has exited and its two children the one that waits is killed, and nobody who has got a pid since.
+#[test]
+fn a_loss_kills_the_process_that_waits_and_no_other() {
+    with_faulter("a_loss_kills_the_process_that_waits_and_no_other", |source, mut faulter| {
+        let chaos = without_chunk(&source, 2);
+        let options = Options::DEFAULT.fault_deadline(SECOND).on_loss(LossPolicy::Kill);
+        let session = attach_to(&chaos, &faulter, options);
+        faulter.let_go();
+        let (mut waits, mut goes_on) = (faulter.fork(), faulter.fork());
+        // As long as it takes to find out which process is which.
+        std::thread::park_timeout(SECOND);
+        let owner = faulter.main.pid;
+        faulter.kill();
+        let mut stranger = with_pid(owner);
+        let address = faulter.at(1, 40);
+        waits.tell(&format!("read {address} 1"));
+        assert_eq!(waits.answer(), None, "it is killed");
+        wait_until("it is reported", || session.failures().count > 0);
+        let failure = session.failures().last.unwrap();
+        assert!(failure.reason.contains("chunk 2 of image"), "{failure:?}");
+        assert_eq!(failure.end.unwrap().0, FailureEnd::Killed);
+        goes_on.assert_reads(faulter.at(1, 0), source.pages(3, 29));
+        if let Some(stranger) = &mut stranger {
+            assert!(stranger.try_wait().unwrap().is_none(), "a process that has got its pid");
+            let _ = stranger.kill();
+            let _ = stranger.wait();
+        }
+    });
+}
+
+/// A process that has a pid which was another one's, if the kernel gives it.
+fn with_pid(pid: u32) -> Option<std::process::Child> {
+    for _ in 0..100 {
+        std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        if child.id() == pid {
+            return Some(child);
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    None
+}
+
+/// Two children of a parent with two threads, forked at the same time, cannot be told apart: neither is killed.
+#[test]
+fn who_cannot_be_told_apart_is_poisoned_and_not_killed() {
+    with_faulter("who_cannot_be_told_apart_is_poisoned_and_not_killed", |source, mut faulter| {
+        let chaos = without_chunk(&source, 2);
+        let options = Options::DEFAULT.fault_deadline(SECOND).on_loss(LossPolicy::Kill);
+        let session = attach_to(&chaos, &faulter, options);
+        let _thread = faulter.thread();
+        faulter.let_go();
+        let (mut waits, mut other) = (faulter.fork(), faulter.fork());
+        waits.tell(&format!("read {} 1", faulter.at(1, 40)));
+        assert_eq!(waits.answer(), None, "SIGBUS");
+        let failure = session.failures().last.unwrap();
+        assert_eq!(failure.end.unwrap().0, FailureEnd::Poisoned, "{failure:?}");
+        other.assert_reads(faulter.at(1, 0), source.pages(3, 29));
+        faulter.assert_reads(1, 0, source.pages(3, 29));
     });
 }

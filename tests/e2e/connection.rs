@@ -1,7 +1,7 @@
 //! Connections that are refused, cut, reset or stalled: an error or the right bytes, never zeros and never a hang.
 
 use crate::map::{push, random_pages};
-use postcopy::{LossPolicy, Options, ServerAddress, Session};
+use postcopy::{FailureEnd, LossPolicy, Options, ServerAddress, Session};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::proxy::{Break, Direction, How, Proxy};
@@ -253,6 +253,39 @@ fn a_server_that_never_comes_back_is_an_error_after_the_deadline() {
         });
         assert!(*region == source.bytes[..], "a wrong byte");
         drop(again);
+    });
+}
+
+#[test]
+fn each_outage_is_a_failure_and_ends_when_the_server_is_back() {
+    within(WATCHDOG, || {
+        let mut source = Source::start(noise(1 << 20, 5));
+        let options = deadline(Duration::from_millis(500)).on_loss(LossPolicy::Wait).fill(false);
+        let session = open(source.server.address(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        let mut again = None;
+        for outage in 0..2_u64 {
+            let at = (3 + usize::try_from(outage).unwrap()) * PAGE;
+            match again.take() {
+                None => source.server.kill(),
+                Some(server) => drop::<Server>(server),
+            }
+            std::thread::scope(|scope| {
+                let touch = scope.spawn(|| assert_eq!(region[at], source.bytes[at]));
+                wait_until("it is a failure", || session.failures().count == outage + 1);
+                let failure = session.failures().last.unwrap();
+                assert!(failure.end.is_none() && session.failures().open == 1, "{failure:?}");
+                assert!(failure.reason.contains("not reachable ("), "it says why: {failure:?}");
+                again = Some(source.start_again());
+                touch.join().unwrap();
+            });
+            wait_until("it has ended", || session.failures().open == 0);
+            assert_eq!(session.failures().last.unwrap().end.unwrap().0, FailureEnd::Recovered);
+        }
+        // What has healed is no reason to give up.
+        session.fill().unwrap();
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        assert!(*region == source.bytes[..], "a wrong byte");
     });
 }
 

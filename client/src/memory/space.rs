@@ -1,12 +1,13 @@
 //! An address space: the memory of one process, as its userfaultfd sees it.
 
 use super::AnswerCounts;
+use crate::processes::Process;
 use crate::uffd::pagemap::Pagemap;
 use crate::uffd::{Outcome, Uffd};
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// See the module.
 #[derive(Debug)]
@@ -22,6 +23,10 @@ pub(crate) struct Space {
     registered: AtomicBool,
     /// The process's page tables, where the process is known.
     pagemap: Option<Pagemap>,
+    /// The process, once it is known for certain.
+    process: OnceLock<Process>,
+    /// Of a child: the space of its parent, and when the fork was read, in clock ticks since boot.
+    forked: Option<(u32, u64)>,
 }
 
 impl Space {
@@ -36,6 +41,8 @@ impl Space {
             unexpected: AtomicI32::new(0),
             registered,
             pagemap: None,
+            process: OnceLock::new(),
+            forked: None,
         }
     }
 
@@ -44,7 +51,8 @@ impl Space {
         let (answers, gone, registered) =
             (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
         let unexpected = AtomicI32::new(0);
-        Self { id, uffd: Arc::clone(&self.uffd), answers, gone, unexpected, registered, pagemap: None }
+        let (uffd, process) = (Arc::clone(&self.uffd), OnceLock::new());
+        Self { id, uffd, answers, gone, unexpected, registered, pagemap: None, process, forked: None }
     }
 
     /// The same, where memory is still to be registered.
@@ -63,9 +71,31 @@ impl Space {
         self.registered.load(Ordering::Acquire)
     }
 
-    /// The same, of a process that is known by its pid.
-    pub(crate) fn of_process(self, pid: Option<u32>) -> Self {
-        Self { pagemap: pid.and_then(|pid| Pagemap::of(pid).ok()), ..self }
+    /// The same, of a process that is known.
+    pub(crate) fn of_process(self, process: Option<Process>) -> Self {
+        let pagemap = process.and_then(|process| Pagemap::of(process.pid).ok());
+        Self { pagemap, process: process.map_or_else(OnceLock::new, OnceLock::from), ..self }
+    }
+
+    /// The same, of a child of the process that the space `parent` is of: its fork was read at `ticks`, in clock ticks
+    /// since boot.
+    pub(crate) fn forked(self, parent: u32, ticks: u64) -> Self {
+        Self { forked: Some((parent, ticks)), ..self }
+    }
+
+    /// The process, if it is known for certain.
+    pub(crate) fn process(&self) -> Option<Process> {
+        self.process.get().copied()
+    }
+
+    /// Notes which process it is.
+    pub(crate) fn set_process(&self, process: Process) {
+        let _ = self.process.set(process);
+    }
+
+    /// The space of its parent, and when its fork was read: see [`Space::forked`].
+    pub(crate) fn parent(&self) -> Option<(u32, u64)> {
+        self.forked
     }
 
     /// Gives the ranges of addresses that were written to since they were installed or protected anew, and whether they

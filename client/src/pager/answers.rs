@@ -1,6 +1,7 @@
 //! From an answer to pages in memory.
 
 use super::ready::Obstacle;
+use super::waiters::Waiters;
 use super::{FAR, Pager};
 use crate::install::chunk::decode;
 use crate::install::{self, Installed};
@@ -79,7 +80,7 @@ impl Pager {
             let is_waiting = region.space.id == waiting.space.id && !is_ahead;
             let first = region.page_at(waiting_at).filter(|_| is_waiting);
             match self.install_in(&region, chunk, first, cause, stages) {
-                Installed::All => {}
+                Installed::All => resolved(&mut self.waiters, &region, chunk),
                 // Whoever waits for it there touches it again, and has a deadline of his own.
                 Installed::NoMemory if first.is_none() => region.wake_chunk(chunk),
                 installed => outcome = installed,
@@ -183,7 +184,7 @@ impl Pager {
         installed: Installed,
     ) {
         match installed {
-            Installed::All => {}
+            Installed::All => self.waiters.resolved(&region.space, &region.whole_addresses(page)),
             installed => self.defer_install(region, page, installed),
         }
         if !self.lacks_pages(chunk) {
@@ -222,7 +223,7 @@ impl Pager {
         }
         self.whole.remove(&chunk);
         match self.install_in(region, chunk, Some(page), Cause::Demand, Stages::default()) {
-            Installed::All => {}
+            Installed::All => resolved(&mut self.waiters, region, chunk),
             installed => self.defer_install(region, page, installed),
         }
         self.shared().outcome.pages_changed();
@@ -253,5 +254,15 @@ impl Pager {
             // By address: it may have been moved, or removed.
             self.fault(&region.space, region.address(page));
         }
+    }
+}
+
+/// Nothing waits for a region's pages of a chunk any more.
+fn resolved(waiters: &mut Waiters, region: &Region, chunk: ChunkIndex) {
+    // Of a page of 2 MiB other chunks may be missing.
+    if region.gathering().is_none()
+        && let Some(pages) = region.pages_of(chunk)
+    {
+        waiters.resolved(&region.space, &(region.address(pages.start)..region.address(pages.end)));
     }
 }

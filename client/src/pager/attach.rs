@@ -6,7 +6,7 @@ use crate::memory::HUGE_PAGES;
 use crate::memory::{Object, ObjectKind, PageState, Place, Region, Space, Spaces, hull, states_for};
 use crate::options::Options;
 use crate::pager::events;
-use crate::processes;
+use crate::processes::Process;
 use crate::remote::Image;
 use crate::remote::ServerAddress;
 use crate::shared::Shared;
@@ -121,13 +121,13 @@ impl Owner {
             }
             Self::Another { uffd, regions, state, pid, is_registered } => {
                 let tracks = options.track_writes;
-                let owner = pid.and_then(|pid| Some((pid, processes::start_of(pid)?)));
+                let owner = pid.and_then(Process::of);
                 let uffd = Uffd::adopt(uffd, tracks)?;
                 let state = match state {
                     None => State::own(),
                     Some(file) => State::create(file, &image.digest(), &options, owner)?,
                 };
-                let space = Space::new(0, uffd, state.answers()).of_process(pid);
+                let space = Space::new(0, uffd, state.answers()).of_process(owner);
                 let space = Arc::new(if is_registered { space } else { space.unregistered() });
                 if is_registered {
                     state.set_registered();
@@ -154,10 +154,9 @@ fn take_over(
     let mut spaces = BTreeMap::new();
     for (id, fd) in &contents.spaces {
         let uffd = uffds.remove(fd).ok_or_else(|| missing(*fd))?;
-        // The others' pids are not known.
-        let pid = contents.owner.map(|(pid, _)| pid).filter(|_| *id == 0);
+        let process = contents.processes.get(id).copied();
         let uffd = Uffd::adopt(uffd, contents.options.track_writes && *id == 0)?;
-        let space = Space::new(*id, uffd, state.answers()).of_process(pid);
+        let space = Space::new(*id, uffd, state.answers()).of_process(process);
         spaces.insert(*id, Arc::new(if contents.is_registered { space } else { space.unregistered() }));
     }
     let spaces = replay(&state, contents, &image, spaces)?;

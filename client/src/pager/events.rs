@@ -155,7 +155,8 @@ pub(crate) fn apply(
 fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<(), StateError> {
     let child = parent.uffd.of_child(child);
     let id = shared.next_space_id();
-    let child = Arc::new(Space::new(*id.as_ref().unwrap_or(&0), child, shared.state.answers()));
+    let child = Space::new(*id.as_ref().unwrap_or(&0), child, shared.state.answers());
+    let child = Arc::new(child.forked(parent.id, processes::ticks_now()));
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;

@@ -1,11 +1,13 @@
 //! From a fault to a request, or to what can be installed at once.
 
 use super::ready::Obstacle;
+use super::waiters::Wait;
 use super::{NEAR, Pager};
 use crate::install::Installed;
 use crate::install::chunk::decode;
 use crate::install::huge;
 use crate::memory::{Change, PageState, Region, Space};
+use crate::outcome::{FailureEnd, FailureKind};
 use crate::pager::events;
 use crate::record::trace::{Cause, Stages};
 use crate::remote::Content;
@@ -22,6 +24,7 @@ impl Pager {
                 true => self.first_write(&space, address),
                 false => {
                     self.trace_touch(&space, address);
+                    self.fault_came_back(&space, address);
                     self.fault(&space, address);
                 }
             }
@@ -54,6 +57,8 @@ impl Pager {
                 if let Some(recorder) = &self.shared().recorder {
                     recorder.touched(&self.shared().image, &region, region.whole(&(page..page + 1)));
                 }
+                let at = region.whole_addresses(page).start;
+                self.waiters.add(space, at, Wait::Fault, Instant::now());
                 self.ask(&region, page);
             }
             // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
@@ -119,9 +124,8 @@ impl Pager {
     /// mapped.
     pub(super) fn lose_outside(&mut self, space: &Arc<Space>, address: usize) {
         let shared = Arc::clone(&self.on_exit.shared);
-        shared
-            .outcome
-            .report(&format!("shared memory at {address:#x} is beyond what the session was told of"));
+        let reason = format!("shared memory at {address:#x} is beyond what the session was told of");
+        shared.outcome.add(FailureKind::Page { address }, &reason, Some(FailureEnd::Poisoned));
         match space.uffd.poison(address, PAGE_BYTES) {
             Outcome::Deferred => return self.defer(space, address, Obstacle::Event),
             Outcome::NoMemory | Outcome::Unexpected { .. } => {

@@ -1,106 +1,286 @@
 //! What becomes of faults that cannot be answered.
 
+use super::identify::identify;
 use super::ready::{HOLD_AFTER, Obstacle};
+use super::requests::{LOST_RETRY, Waiting};
+use super::waiters::{Key, Wait, Waiter, Waiters};
 use super::{Pager, TICK};
 use crate::install;
 use crate::memory::{PageState, Region, Space};
 use crate::options::LossPolicy;
-use crate::pager::requests::Late;
+use crate::outcome::{FailureEnd, FailureKind};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
+use rustix::process::{Signal, getpid, kill_process};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 
-/// What becomes of a fault that is lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    Poison,
-    Wait,
-}
+/// Waiters that may be noted before those are looked for that something else has resolved.
+const MANY: usize = 4096;
 
 impl Pager {
-    /// What becomes of a fault that is lost. Who is killed or stopped is so now.
-    pub(super) fn fate(&self) -> Fate {
-        use rustix::process::Signal;
-        let shared = self.shared();
-        match shared.options.on_loss {
-            LossPolicy::Poison => return Fate::Poison,
-            LossPolicy::Wait => {}
-            LossPolicy::Kill => self.signal(Signal::KILL),
-            LossPolicy::Pause => self.signal(Signal::STOP),
-        }
-        Fate::Wait
-    }
-
-    /// Sends a signal to the memory's owner and its children, or to this process where the memory is its own.
-    fn signal(&self, signal: rustix::process::Signal) {
-        if self.is_foreign {
-            self.shared().signal_owners(signal);
-        } else {
-            // Cannot fail.
-            let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
-        }
-    }
-
-    /// A chunk cannot be had: reports it, and does with its faults what the loss policy says.
-    pub(super) fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
-        let shared = Arc::clone(&self.on_exit.shared);
-        let image = shared.image.digest();
-        shared.outcome.report(&format!("chunk {chunk} of image {image} from {}: {reason}", shared.address));
-        match self.fate() {
-            Fate::Poison => {
-                self.requests.chunk_done(chunk);
-                for region in shared.of_chunk(chunk) {
-                    self.poison_chunk(&region, chunk);
-                }
+    /// Looks at the deadlines of all who wait, and at what is to be asked for again.
+    pub(super) fn check_deadlines(&mut self) {
+        let now = Instant::now();
+        for (key, waiter) in self.waiters.due(now) {
+            if !self.still_waits(key, &waiter) {
+                self.waiters.remove(key);
+                continue;
             }
-            Fate::Wait => self.requests.chunk_later(chunk, Instant::now()),
-        }
-        shared.outcome.pages_changed();
-    }
-
-    pub(super) fn lose_segment(&mut self, index: u32, reason: &str) {
-        let shared = Arc::clone(&self.on_exit.shared);
-        let image = shared.image.digest();
-        shared.outcome.report(&format!("segment {index} of image {image} from {}: {reason}", shared.address));
-        match self.fate() {
-            Fate::Poison => {
-                for (region, page) in self.requests.segment_done(index) {
-                    // The whole chunk, as when a chunk is lost: one page stands for all that were asked for.
-                    self.poison_chunk(&region, region.chunk_of(page));
+            match waiter.wait {
+                Wait::Fault => {
+                    self.waiters.woken(key, now);
+                    let page = self.page_at(&waiter.space, key.1);
+                    waiter.space.wake(&page);
                 }
+                // Its thread has not come back: it has been taken elsewhere by a signal, or stopped.
+                Wait::Woken => self.waiters.remove(key),
+                Wait::Call => self.lose_waiter(key, waiter),
             }
-            Fate::Wait => self.requests.segment_later(index, Instant::now()),
         }
-        shared.outcome.pages_changed();
+        if self.waiters.len() > MANY {
+            let mut waiters = std::mem::replace(&mut self.waiters, Waiters::new(Duration::ZERO));
+            waiters.retain(|key, waiter| self.still_waits(key, waiter));
+            self.waiters = waiters;
+        }
+        self.look_at_requests(now);
+        self.look_at_failures();
     }
 
-    /// A fault could not be answered for as long as it may take, because of this.
-    pub(super) fn lose_page(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
+    /// Asks again for what was put off, and forgets what nothing waits for any more.
+    fn look_at_requests(&mut self, now: Instant) {
         let shared = Arc::clone(&self.on_exit.shared);
-        let deadline = shared.options.fault_deadline;
-        let reason = match (obstacle, space.unexpected()) {
-            (Obstacle::Memory, Some(error)) => format!("the kernel refused the install ({error})"),
-            (Obstacle::Memory, None) => "the kernel had no memory".to_owned(),
-            (Obstacle::Event, _) => "its process caused events without a pause".to_owned(),
-            (Obstacle::Fill, _) => "the background fill did not bring it".to_owned(),
+        let waiters = &self.waiters;
+        let has_waiters = |chunk| {
+            let of_chunk = shared.of_chunk(chunk);
+            of_chunk.iter().any(|region| waiters.has(&region.space, &whole_chunk(region, chunk)))
         };
-        shared.outcome.report(&format!("the page at {address:#x}: {reason} for {deadline:?}"));
-        if self.fate() == Fate::Wait {
-            return self.defer(space, address, obstacle);
+        let waits = |(region, page): &Waiting| waiters.has(&region.space, &region.whole_addresses(*page));
+        self.requests.look(now, shared.options.fault_deadline, has_waiters, waits);
+    }
+
+    /// Failures that nothing waits because of any more have ended.
+    fn look_at_failures(&mut self) {
+        let shared = Arc::clone(&self.on_exit.shared);
+        for kind in shared.outcome.open() {
+            let goes_on = match kind {
+                FailureKind::Chunk { chunk } => {
+                    let chunk = ChunkIndex(chunk);
+                    let has_waiters =
+                        |region: &Region| self.waiters.has(&region.space, &whole_chunk(region, chunk));
+                    self.requests.has_chunk(chunk) && shared.of_chunk(chunk).iter().any(has_waiters)
+                }
+                FailureKind::Segment { segment } => !self.requests.pages_of_segment(segment).is_empty(),
+                FailureKind::Page { address } => {
+                    shared.spaces().spaces().any(|space| self.waiters.has(space, &(address..address + 1)))
+                }
+                FailureKind::Fill | FailureKind::Recording | FailureKind::Session => true,
+            };
+            if !goes_on {
+                shared.outcome.recovered(&kind);
+            }
         }
-        match shared.spaces().at(space, address) {
-            Some((region, page)) if region.state(page) == PageState::Absent => {
-                self.poison(&region, region.whole(&(page..page + 1)));
+    }
+
+    /// Whether the page of a waiter is still to come.
+    fn still_waits(&self, key: Key, waiter: &Waiter) -> bool {
+        let spaces = self.shared().spaces();
+        if waiter.space.is_gone() {
+            return false;
+        }
+        let is_absent = |(region, page): (Region, usize)| {
+            region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some()
+        };
+        spaces.at(&waiter.space, key.1).is_some_and(is_absent) || self.ready.obstacle(key).is_some()
+    }
+
+    /// The addresses of the page at an address, which may be one of 2 MiB.
+    fn page_at(&self, space: &Space, address: usize) -> Range<usize> {
+        let at = self.shared().spaces().at(space, address);
+        at.map_or(address..address + PAGE_BYTES, |(region, page)| region.whole_addresses(page))
+    }
+
+    /// A page fault was read: if its thread was woken because its deadline was over, it is lost.
+    pub(super) fn fault_came_back(&mut self, space: &Arc<Space>, address: usize) {
+        if !self.waiters.has_woken() {
+            return;
+        }
+        let address = self.page_at(space, address).start;
+        let waiter =
+            self.waiters.get((space.id, address)).filter(|waiter| waiter.wait == Wait::Woken).cloned();
+        if let Some(waiter) = waiter
+            && self.still_waits((space.id, address), &waiter)
+        {
+            self.lose_waiter((space.id, address), waiter);
+        }
+    }
+
+    /// Something waits for a page that could not be had in time.
+    fn lose_waiter(&mut self, key: Key, waiter: Waiter) {
+        let (kind, reason) = self.why(key, &waiter);
+        self.lose_waiters(vec![(key, waiter)], kind, &reason);
+    }
+
+    /// Why a page has not come.
+    fn why(&self, key: Key, waiter: &Waiter) -> (FailureKind, String) {
+        let shared = self.shared();
+        let deadline = shared.options.fault_deadline;
+        let (image, server, address) = (shared.image.digest(), &shared.address, key.1);
+        let of_page = |reason: &str| {
+            let reason = format!("the page at {address:#x}: {reason} for {deadline:?}");
+            (FailureKind::Page { address }, reason)
+        };
+        match (self.ready.obstacle(key), waiter.space.unexpected()) {
+            (Some(Obstacle::Memory), Some(error)) => {
+                return of_page(&format!("the kernel refused the install ({error})"));
+            }
+            (Some(Obstacle::Memory), None) => return of_page("the kernel had no memory"),
+            (Some(Obstacle::Event), _) => return of_page("its process caused events without a pause"),
+            (Some(Obstacle::Fill), _) => return of_page("the background fill did not bring it"),
+            (None, _) => {}
+        }
+        let Some((region, page)) = shared.spaces().at(&waiter.space, address) else {
+            return of_page("it is in no region");
+        };
+        let late = || self.late_reason();
+        let whole = region.whole(&(page..page + 1));
+        let mut chunks = whole.clone().map(|page| region.chunk_of(page));
+        if let Some(chunk) = chunks.find(|chunk| self.requests.has_chunk(*chunk)) {
+            let reason = self.requests.chunk_reason(chunk).unwrap_or_else(late);
+            let kind = FailureKind::Chunk { chunk: chunk.0 };
+            return (kind, format!("chunk {chunk} of image {image} from {server}: {reason}"));
+        }
+        let addresses = region.address(whole.start)..region.address(whole.end);
+        if let Some((segment, reason)) = self.requests.segment_of(waiter.space.id, &addresses) {
+            let reason = reason.unwrap_or_else(late);
+            let kind = FailureKind::Segment { segment };
+            return (kind, format!("segment {segment} of image {image} from {server}: {reason}"));
+        }
+        of_page("it was not installed")
+    }
+
+    /// Reports that pages are lost that somebody waits for, and does what the loss policy says.
+    fn lose_waiters(&mut self, waiters: Vec<(Key, Waiter)>, kind: FailureKind, reason: &str) {
+        let shared = Arc::clone(&self.on_exit.shared);
+        let policy = shared.options.on_loss;
+        let is_signalled = self.signal_waiters(&waiters, policy);
+        // Before poison: whoever sees that finds the reason.
+        shared.outcome.add(kind.clone(), reason, None);
+        let mut end = match policy {
+            LossPolicy::Wait => None,
+            LossPolicy::Poison => Some(FailureEnd::Poisoned),
+            LossPolicy::Kill => Some(FailureEnd::Killed),
+            LossPolicy::Pause => Some(FailureEnd::Paused),
+        };
+        for (key, waiter) in waiters {
+            let is_dealt_with = policy == LossPolicy::Wait || is_signalled.contains(&key.0);
+            if !is_dealt_with {
+                end = Some(FailureEnd::Poisoned);
+                self.poison_waiter(key, &waiter);
+            }
+            if is_dealt_with && policy != LossPolicy::Kill {
+                self.waiters.again(key, Instant::now() + LOST_RETRY);
+            } else {
+                self.waiters.remove(key);
+            }
+        }
+        if let Some(end) = end {
+            shared.outcome.add(kind.clone(), reason, Some(end));
+        }
+        match kind {
+            FailureKind::Chunk { chunk } => self.requests.chunk_later(ChunkIndex(chunk), Instant::now()),
+            FailureKind::Segment { segment } => self.requests.segment_later(segment, Instant::now()),
+            _ => {}
+        }
+        self.look_at_requests(Instant::now());
+        shared.outcome.pages_changed();
+    }
+
+    /// Kills or stops the processes of these waiters, where the policy is that: the spaces whose process is known.
+    fn signal_waiters(&self, waiters: &[(Key, Waiter)], policy: LossPolicy) -> BTreeSet<u32> {
+        if !matches!(policy, LossPolicy::Kill | LossPolicy::Pause) {
+            return BTreeSet::new();
+        }
+        let spaces: BTreeMap<u32, &Arc<Space>> =
+            waiters.iter().map(|((space, _), waiter)| (*space, &waiter.space)).collect();
+        spaces.into_iter().filter(|(_, space)| self.signal(space, policy)).map(|(id, _)| id).collect()
+    }
+
+    /// Kills or stops the process of a space: false if it is not known for certain which one that is.
+    fn signal(&self, space: &Arc<Space>, policy: LossPolicy) -> bool {
+        let signal = if policy == LossPolicy::Kill { Signal::KILL } else { Signal::STOP };
+        if !self.is_foreign {
+            return kill_process(getpid(), signal).is_ok();
+        }
+        self.identify();
+        space.process().is_some_and(|process| process.signal(signal))
+    }
+
+    /// Finds out which processes the memory of children is of.
+    pub(super) fn identify(&self) {
+        for space in identify(&self.shared().spaces()) {
+            if let Some(process) = space.process() {
+                self.shared().note_process(space.id, process);
+            }
+        }
+    }
+
+    fn poison_waiter(&mut self, key: Key, waiter: &Waiter) {
+        match self.shared().spaces().at(&waiter.space, key.1) {
+            Some((region, page))
+                if region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some() =>
+            {
+                // The whole chunk: one page stands for all that were asked for with it.
+                match region.gathering() {
+                    Some(_) => self.poison(&region, region.whole(&(page..page + 1))),
+                    None => self.poison_chunk(&region, region.chunk_of(page)),
+                }
             }
             // It stays removed: nothing of the image may come there.
-            other => {
-                let page = address..address + PAGE_BYTES;
-                let page = other.map_or(page, |(region, page)| region.whole_addresses(page));
-                let _ = space.uffd.poison(page.start, page.len());
-                space.uffd.wake(page.start, page.len());
+            at => {
+                let page = key.1..key.1 + PAGE_BYTES;
+                let page = at.map_or(page, |(region, page)| region.whole_addresses(page));
+                let _ = waiter.space.uffd.poison(page.start, page.len());
+                waiter.space.wake(&page);
             }
         }
+    }
+
+    /// A chunk cannot be had, whatever is tried: its waiters are lost.
+    pub(super) fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
+        let shared = Arc::clone(&self.on_exit.shared);
+        let mut lost = Vec::new();
+        for region in shared.of_chunk(chunk) {
+            let waiters = self.waiters.at(&region.space, &whole_chunk(&region, chunk));
+            lost.extend(waiters.into_iter().map(|(address, waiter)| ((region.space.id, address), waiter)));
+        }
+        lost.retain(|(key, waiter)| self.still_waits(*key, waiter));
+        if lost.is_empty() {
+            return self.requests.chunk_done(chunk);
+        }
+        let reason =
+            format!("chunk {chunk} of image {} from {}: {reason}", shared.image.digest(), shared.address);
+        self.lose_waiters(lost, FailureKind::Chunk { chunk: chunk.0 }, &reason);
+    }
+
+    /// The same for a segment.
+    pub(super) fn lose_segment(&mut self, segment: u32, reason: &str) {
+        let shared = Arc::clone(&self.on_exit.shared);
+        let mut lost = Vec::new();
+        for (region, page) in self.requests.pages_of_segment(segment) {
+            let waiters = self.waiters.at(&region.space, &region.whole_addresses(page));
+            lost.extend(waiters.into_iter().map(|(address, waiter)| ((region.space.id, address), waiter)));
+        }
+        lost.retain(|(key, waiter)| self.still_waits(*key, waiter));
+        if lost.is_empty() {
+            drop(self.requests.segment_done(segment));
+            return;
+        }
+        let image = shared.image.digest();
+        let reason = format!("segment {segment} of image {image} from {}: {reason}", shared.address);
+        self.lose_waiters(lost, FailureKind::Segment { segment }, &reason);
     }
 
     pub(super) fn poison_chunk(&mut self, region: &Region, chunk: ChunkIndex) {
@@ -138,28 +318,23 @@ impl Pager {
     pub(super) fn extend_deadlines(&mut self, due: Instant) {
         let late = due.elapsed();
         if late > TICK {
-            self.requests.extend_deadlines(late);
-            self.ready.extend_deadlines(late);
-        }
-    }
-
-    pub(super) fn check_deadlines(&mut self) {
-        let Late { chunks, segments } = self.requests.late(Instant::now());
-        if chunks.is_empty() && segments.is_empty() {
-            return;
-        }
-        let reason = self.late_reason();
-        for (chunk, said) in chunks {
-            self.lose(chunk, said.as_deref().unwrap_or(&reason));
-        }
-        for (index, said) in segments {
-            self.lose_segment(index, said.as_deref().unwrap_or(&reason));
+            self.waiters.extend_deadlines(late);
         }
     }
 
     pub(super) fn late_reason(&self) -> String {
         let deadline = self.shared().options.fault_deadline;
-        let state = if self.lane.is_ok() { "connected" } else { "not reachable" };
+        let state = match (&self.lane, &self.lane_error) {
+            (Ok(_), _) => "connected".to_owned(),
+            (Err(_), None) => "not reachable".to_owned(),
+            (Err(_), Some(error)) => format!("not reachable ({error})"),
+        };
         format!("no answer within {deadline:?}; the server is {state}")
     }
+}
+
+/// The addresses of a region's pages of a chunk; of pages of 2 MiB all that it has a part of.
+fn whole_chunk(region: &Region, chunk: ChunkIndex) -> Range<usize> {
+    let pages = region.pages_of(chunk).map_or(0..0, |pages| region.whole(&pages));
+    region.address(pages.start)..region.address(pages.end)
 }

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Regions that are poisoned, by space, address, length and object. FrameCache, so that no object that comes has the address
+/// Regions that are poisoned, by space, address, length and object: kept, so that no object that comes has the address
 /// of one that is done.
 type Done = HashMap<(u32, usize, usize, *const Object), Region>;
 

@@ -11,6 +11,7 @@
 
 use super::Pager;
 use super::hold::Held;
+use super::waiters::Wait;
 use crate::install::Installed;
 use crate::install::hand_over::HandedOver;
 use crate::memory::Space;
@@ -51,7 +52,6 @@ pub(super) enum Obstacle {
 #[derive(Debug)]
 struct Deferred {
     space: Arc<Space>,
-    deadline: Instant,
     obstacle: Obstacle,
 }
 
@@ -69,21 +69,15 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// Defers a fault; its deadline is `deadline` unless it has one already.
-    pub(super) fn defer(
-        &mut self,
-        space: &Arc<Space>,
-        address: usize,
-        obstacle: Obstacle,
-        deadline: Instant,
-    ) {
-        let deferred = self.faults.entry((space.id, address));
-        deferred.and_modify(|deferred| deferred.obstacle = obstacle).or_insert_with(|| Deferred {
-            space: Arc::clone(space),
-            deadline,
-            obstacle,
-        });
+    /// Defers a fault.
+    pub(super) fn defer(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
+        self.faults.insert((space.id, address), Deferred { space: Arc::clone(space), obstacle });
         self.wait_for(obstacle);
+    }
+
+    /// What keeps a fault from being answered.
+    pub(super) fn obstacle(&self, at: (u32, usize)) -> Option<Obstacle> {
+        self.faults.get(&at).map(|deferred| deferred.obstacle)
     }
 
     /// Notes that something cannot be installed because of this.
@@ -97,11 +91,6 @@ impl Ready {
             Obstacle::Memory => {}
             Obstacle::Fill => _ = self.fill_at.get_or_insert_with(|| Instant::now() + FILL_PAUSE),
         }
-    }
-
-    /// Extends the deadlines of faults.
-    pub(super) fn extend_deadlines(&mut self, by: Duration) {
-        self.faults.values_mut().for_each(|fault| fault.deadline += by);
     }
 
     pub(super) fn hand_over(&mut self, work: HandedOver) {
@@ -123,8 +112,8 @@ impl Ready {
         self.memory_pause = Duration::ZERO;
     }
 
-    /// Takes the faults that can be tried now, with their deadlines.
-    fn take(&mut self, now: Instant) -> Vec<(usize, Arc<Space>, Instant, Obstacle)> {
+    /// Takes the faults that can be tried now.
+    fn take(&mut self, now: Instant) -> Vec<(usize, Arc<Space>)> {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let (memory, fill) = (is_due(self.memory_at), is_due(self.fill_at));
         self.memory_at = self.memory_at.filter(|_| !memory);
@@ -137,9 +126,7 @@ impl Ready {
         let faults = std::mem::take(&mut self.faults).into_iter();
         let (due, rest): (BTreeMap<_, _>, _) = faults.partition(|(_, fault)| may(fault.obstacle));
         self.faults = rest;
-        due.into_iter()
-            .map(|((_, address), fault)| (address, fault.space, fault.deadline, fault.obstacle))
-            .collect()
+        due.into_iter().map(|((_, address), fault)| (address, fault.space)).collect()
     }
 
     /// Takes it that the kernel's lack of memory is in the way, and no event.
@@ -159,8 +146,8 @@ impl Ready {
 impl Pager {
     /// Defers a fault that an outcome of the kernel is in the way of.
     pub(super) fn defer(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
-        let deadline = Instant::now() + self.shared().options.fault_deadline;
-        self.ready.defer(space, address, obstacle, deadline);
+        self.waiters.add(space, address, Wait::Fault, Instant::now());
+        self.ready.defer(space, address, obstacle);
     }
 
     /// Whether installs wait for nothing but events.
@@ -258,15 +245,10 @@ impl Pager {
     /// Tries all that is ready once, and what a timer is over for.
     pub(super) fn try_ready(&mut self) {
         let now = Instant::now();
-        for (address, space, deadline, obstacle) in self.ready.take(now) {
-            if space.is_gone() {
-                continue;
+        for (address, space) in self.ready.take(now) {
+            if !space.is_gone() {
+                self.fault(&space, address);
             }
-            if deadline <= now {
-                self.lose_page(&space, address, obstacle);
-                continue;
-            }
-            self.fault_again(&space, address, deadline);
         }
         for (chunk, frame) in self.requests.take_ready(now) {
             self.install(chunk, frame);
@@ -276,14 +258,6 @@ impl Pager {
         }
         if !self.ready.faults.values().any(|fault| fault.obstacle == Obstacle::Fill) {
             self.behind.clear();
-        }
-    }
-
-    /// Looks at a deferred fault once more; it keeps its deadline.
-    fn fault_again(&mut self, space: &Arc<Space>, address: usize, deadline: Instant) {
-        self.fault(space, address);
-        if let Some(deferred) = self.ready.faults.get_mut(&(space.id, address)) {
-            deferred.deadline = deadline;
         }
     }
 

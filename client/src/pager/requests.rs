@@ -1,5 +1,5 @@
-//! What a session's pager has asked for on the demand lane, and until when: chunks and segments that faults wait
-//! for, and those of them that the next message asks for. Knows nothing of the lane, of memory, or of the time
+//! What a session's pager has asked for on the demand lane: chunks and segments that page
+//! faults need, and those of them that the next message asks for. Knows nothing of the lane, of memory, or of the time
 //! but what it is told.
 
 use crate::bits::Underway;
@@ -12,12 +12,13 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::{MAX_DEMAND_CHUNKS, v1};
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// How soon something lost is asked for again, where faults go on waiting for it.
-const LOST_RETRY: Duration = Duration::from_secs(1);
+pub(super) const LOST_RETRY: Duration = Duration::from_secs(1);
 
 /// How soon something is asked for again that the server could not give at the moment.
 const BUSY_RETRY: Duration = Duration::from_millis(100);
@@ -36,7 +37,8 @@ struct Chunk {
     attempt: u32,
     /// Answers that were wrong or errors.
     refusals: u32,
-    deadline: Instant,
+    /// When it was wanted first.
+    since: Instant,
     /// When it was asked for last, and answered.
     sent: Option<Instant>,
     answered: Option<Instant>,
@@ -54,7 +56,7 @@ struct Segment {
     /// Each page once: by its space and address.
     pages: BTreeMap<(u32, usize), Waiting>,
     refusals: u32,
-    deadline: Instant,
+    since: Instant,
     again_at: Option<Instant>,
     busy: Option<String>,
 }
@@ -70,19 +72,9 @@ pub(crate) enum Refused {
     Unknown,
 }
 
-/// What nobody has answered in time.
-#[derive(Debug, Default)]
-pub(crate) struct Late {
-    /// With the reason, where the server has said one.
-    pub(crate) chunks: Vec<(ChunkIndex, Option<String>)>,
-    pub(crate) segments: Vec<(u32, Option<String>)>,
-}
-
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Requests {
-    /// How long an answer may take.
-    patience: Duration,
     chunks: HashMap<ChunkIndex, Chunk>,
     segments: BTreeMap<u32, Segment>,
     /// To be asked for with the next message, by attempt.
@@ -98,10 +90,9 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    /// An answer may take so long; what is asked for is in `underway`, too.
-    pub(crate) fn new(patience: Duration, underway: Arc<Underway>) -> Self {
+    /// What is asked for is in `underway`, too.
+    pub(crate) fn new(underway: Arc<Underway>) -> Self {
         Self {
-            patience,
             chunks: HashMap::new(),
             segments: BTreeMap::new(),
             chunks_to_ask: Vec::new(),
@@ -128,7 +119,7 @@ impl Requests {
         let Some(wanted) = self.chunks.get_mut(&chunk) else { return false };
         if std::mem::take(&mut wanted.is_ahead) {
             wanted.first = first.clone();
-            wanted.deadline = now + self.patience;
+            wanted.since = now;
             if let Some(place) = self.ahead_to_ask.iter().position(|ahead| *ahead == chunk) {
                 self.ahead_to_ask.remove(place);
                 self.chunks_to_ask.push((wanted.attempt, chunk));
@@ -150,14 +141,13 @@ impl Requests {
     }
 
     fn add(&mut self, chunk: ChunkIndex, digest: Digest, first: Waiting, is_ahead: bool, now: Instant) {
-        let deadline = now + self.patience;
         let wanted = Chunk {
             digest,
             first,
             is_ahead,
             attempt: 0,
             refusals: 0,
-            deadline,
+            since: now,
             sent: None,
             answered: None,
             frame: None,
@@ -170,10 +160,9 @@ impl Requests {
 
     /// Asks for the segment that a page needs, unless that has been done.
     pub(crate) fn add_segment(&mut self, index: u32, page: Waiting, now: Instant) {
-        let deadline = now + self.patience;
         let wanted = self.segments.entry(index).or_insert_with(|| {
             self.segments_to_ask.push(index);
-            Segment { pages: BTreeMap::new(), refusals: 0, deadline, again_at: None, busy: None }
+            Segment { pages: BTreeMap::new(), refusals: 0, since: now, again_at: None, busy: None }
         });
         wanted.pages.insert((page.0.space.id, page.0.address(page.1)), page);
     }
@@ -226,7 +215,7 @@ impl Requests {
     pub(crate) fn stages(&self, chunk: ChunkIndex) -> Stages {
         let stages = || {
             let wanted = self.chunks.get(&chunk)?;
-            let (sent, asked) = (wanted.sent?, wanted.deadline.checked_sub(self.patience)?);
+            let (sent, asked) = (wanted.sent?, wanted.since);
             let (queue, wire) =
                 (sent.checked_duration_since(asked), wanted.answered?.checked_duration_since(sent));
             Some(Stages {
@@ -265,17 +254,17 @@ impl Requests {
 
     /// How long ago a chunk was asked for first; since then it may have been given up and asked for anew.
     pub(crate) fn waited_for(&self, chunk: ChunkIndex, now: Instant) -> Duration {
-        let asked = self.chunks.get(&chunk).and_then(|wanted| wanted.deadline.checked_sub(self.patience));
+        let asked = self.chunks.get(&chunk).map(|wanted| wanted.since);
         asked.map_or(Duration::ZERO, |asked| now.saturating_duration_since(asked))
     }
 
     /// Since when somebody waits for a page that is not given up for the moment: the one who came last.
     pub(crate) fn wait_since(&self) -> Option<Instant> {
         let chunks = self.chunks.values().filter(|wanted| !wanted.is_ahead);
-        let chunks = chunks.map(|wanted| (wanted.deadline, wanted.again_at));
-        let segments = self.segments.values().map(|wanted| (wanted.deadline, wanted.again_at));
-        let deadlines = chunks.chain(segments).filter(|(_, again_at)| again_at.is_none());
-        deadlines.filter_map(|(deadline, _)| deadline.checked_sub(self.patience)).max()
+        let chunks = chunks.map(|wanted| (wanted.since, wanted.again_at));
+        let segments = self.segments.values().map(|wanted| (wanted.since, wanted.again_at));
+        let all = chunks.chain(segments).filter(|(_, again_at)| again_at.is_none());
+        all.map(|(since, _)| since).max()
     }
 
     /// Nobody waits for the chunk any more.
@@ -392,7 +381,6 @@ impl Requests {
     pub(crate) fn chunk_later(&mut self, chunk: ChunkIndex, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.again_at = Some(now + LOST_RETRY);
-            wanted.deadline = now + LOST_RETRY + self.patience;
             wanted.refusals = 0;
         }
     }
@@ -401,41 +389,58 @@ impl Requests {
     pub(crate) fn segment_later(&mut self, index: u32, now: Instant) {
         if let Some(wanted) = self.segments.get_mut(&index) {
             wanted.again_at = Some(now + LOST_RETRY);
-            wanted.deadline = now + LOST_RETRY + self.patience;
             wanted.refusals = 0;
         }
     }
 
-    /// Extends all deadlines.
-    pub(crate) fn extend_deadlines(&mut self, by: Duration) {
-        self.chunks.values_mut().for_each(|wanted| wanted.deadline += by);
-        self.segments.values_mut().for_each(|wanted| wanted.deadline += by);
-    }
-
-    /// What is late; asks again for what was to be asked for again by now.
-    pub(crate) fn late(&mut self, now: Instant) -> Late {
-        let mut late = Late::default();
-        self.forget_chunks(|_, wanted| {
-            wanted.is_ahead && (wanted.deadline <= now || wanted.again_at.is_some_and(|at| at <= now))
+    /// Asks again for what was to be asked for again by now. Forgets chunks and segments that were wanted for longer
+    /// than `patience`, and that nothing waits for: `has_waiters` is asked.
+    pub(crate) fn look(
+        &mut self,
+        now: Instant,
+        patience: Duration,
+        has_waiters: impl Fn(ChunkIndex) -> bool,
+        waits: impl Fn(&Waiting) -> bool,
+    ) {
+        let is_old = |since: Instant| now.saturating_duration_since(since) >= patience;
+        self.forget_chunks(|chunk, wanted| match wanted.is_ahead {
+            true => is_old(wanted.since) || wanted.again_at.is_some_and(|at| at <= now),
+            false => is_old(wanted.since) && !has_waiters(chunk),
         });
+        self.chunks_to_ask.retain(|(_, chunk)| self.chunks.contains_key(chunk));
         for (chunk, wanted) in &mut self.chunks {
-            if wanted.deadline <= now {
-                let put_off =
-                    wanted.frame.is_some().then(|| "it came, and could not be installed".to_owned());
-                late.chunks.push((*chunk, put_off.or(wanted.busy.take())));
-            } else if wanted.again_at.take_if(|at| *at <= now).is_some() {
+            if wanted.again_at.take_if(|at| *at <= now).is_some() {
                 wanted.attempt += 1;
                 self.chunks_to_ask.push((wanted.attempt, *chunk));
             }
         }
+        self.segments.retain(|_, wanted| !is_old(wanted.since) || wanted.pages.values().any(&waits));
+        self.segments_to_ask.retain(|index| self.segments.contains_key(index));
         for (index, wanted) in &mut self.segments {
-            if wanted.deadline <= now {
-                late.segments.push((*index, wanted.busy.take()));
-            } else if wanted.again_at.take_if(|at| *at <= now).is_some() {
+            if wanted.again_at.take_if(|at| *at <= now).is_some() {
                 self.segments_to_ask.push(*index);
             }
         }
-        late
+    }
+
+    /// What is known of why a chunk does not come.
+    pub(crate) fn chunk_reason(&self, chunk: ChunkIndex) -> Option<String> {
+        let wanted = self.chunks.get(&chunk)?;
+        let came = wanted.frame.is_some().then(|| "it came, and could not be installed".to_owned());
+        came.or_else(|| wanted.busy.clone())
+    }
+
+    /// The segment that pages at these addresses of a space need, if they do, and what is known of why it does not come.
+    pub(crate) fn segment_of(&self, space: u32, addresses: &Range<usize>) -> Option<(u32, Option<String>)> {
+        let pages = (space, addresses.start)..(space, addresses.end);
+        let needs = |segment: &Segment| segment.pages.range(pages.clone()).next().is_some();
+        let (index, segment) = self.segments.iter().find(|(_, segment)| needs(segment))?;
+        Some((*index, segment.busy.clone()))
+    }
+
+    /// The pages that a segment is wanted for.
+    pub(crate) fn pages_of_segment(&self, index: u32) -> Vec<Waiting> {
+        self.segments.get(&index).into_iter().flat_map(|wanted| wanted.pages.values().cloned()).collect()
     }
 
     /// Forgets a region, of which `rest` are left: another one of the same file may wait for the same chunk.

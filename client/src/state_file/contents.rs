@@ -9,7 +9,7 @@ use super::log::Record;
 use super::{StateError, wrong};
 use crate::memory::Change;
 use crate::options::Options;
-use crate::processes::Call;
+use crate::processes::{Call, Process};
 use crate::uffd::{Event, MESSAGE_WORDS};
 use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::page::to_usize;
@@ -23,8 +23,10 @@ use std::time::Duration;
 pub(crate) struct Contents {
     pub(crate) image: Digest,
     pub(crate) options: Options,
-    /// The process that the first space is of, and when it was started.
-    pub(crate) owner: Option<(u32, u64)>,
+    /// The process that the first space is of.
+    pub(crate) owner: Option<Process>,
+    /// The processes that spaces are of, as far as they are known for certain.
+    pub(crate) processes: BTreeMap<u32, Process>,
     pub(crate) is_registered: bool,
     /// The log.
     pub(crate) records: Vec<Record>,
@@ -89,6 +91,12 @@ impl Contents {
             bytes.copy_from_slice(&word(AT_IMAGE + index).to_le_bytes());
         }
         let done = commit.messages_done;
+        let pid = u32::try_from(word(AT_OWNER)).ok().filter(|pid| *pid != 0);
+        let owner = pid.map(|pid| Process { pid, start: word(AT_OWNER_START) });
+        let identified = records.iter().filter_map(|record| match record {
+            Record::Process { space, process } => Some((*space, *process)),
+            _ => None,
+        });
         Ok(Self {
             image: image.into(),
             options: Options {
@@ -101,10 +109,8 @@ impl Contents {
                 trace: word(AT_FILL) & 16 != 0,
                 hold_causers: word(AT_FILL) & 32 != 0,
             },
-            owner: u32::try_from(word(AT_OWNER))
-                .ok()
-                .filter(|pid| *pid != 0)
-                .map(|pid| (pid, word(AT_OWNER_START))),
+            processes: owner.map(|owner| (0, owner)).into_iter().chain(identified).collect(),
+            owner,
             is_registered: word(AT_REGISTERED) != 0,
             records,
             spaces,
@@ -141,7 +147,7 @@ fn spaces(records: &[Record]) -> Result<(BTreeMap<u32, RawFd>, u32), StateError>
                 }
             }
             Record::Change(Change::Forget { space }) => drop(spaces.remove(space)),
-            Record::Object(_) | Record::Region(_) | Record::Change(_) => {}
+            Record::Object(_) | Record::Region(_) | Record::Change(_) | Record::Process { .. } => {}
         }
     }
     Ok((spaces, next))

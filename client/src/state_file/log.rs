@@ -5,6 +5,7 @@
 
 use super::{StateError, wrong};
 use crate::memory::{Change, Place};
+use crate::processes::Process;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::ops::Range;
 use std::os::fd::RawFd;
@@ -20,6 +21,7 @@ const TAKE_BACK: u64 = 8;
 const FORGET: u64 = 9;
 const FORK: u64 = 10;
 const CLEAR: u64 = 11;
+const PROCESS: u64 = 12;
 
 const KIND_BITS: u32 = 8;
 const SHARED: u64 = 1;
@@ -64,6 +66,11 @@ pub(crate) enum Record {
     Space {
         id: u32,
         fd: RawFd,
+    },
+    /// Which process a space is of, where that has been found out.
+    Process {
+        space: u32,
+        process: Process,
     },
     Object(ObjectRecord),
     Region(RegionRecord),
@@ -125,6 +132,10 @@ impl Record {
                 words.extend(pages);
                 REGION
             }
+            Self::Process { space, process } => {
+                words.extend([pair(*space, process.pid), process.start]);
+                PROCESS
+            }
             Self::Change(change) => write_change(change, words),
             Self::Fork { parent, child, fd, tables } => {
                 words.extend([pair(*parent, *child), u64::from(fd.cast_unsigned())]);
@@ -153,6 +164,7 @@ impl Record {
         let of = |index: usize| if 1 + index < len { word(at + 1 + index) } else { 0 };
         let expected = match kind {
             NEXT_SPACE | SPACE | CLEAR | FORGET => 2,
+            PROCESS => 3,
             UNMAP | MAP_AGAIN | TAKE_BACK => 4,
             MOVE | REGION => 5,
             OBJECT => 8,
@@ -167,6 +179,10 @@ impl Record {
         };
         let record = match kind {
             NEXT_SPACE => Self::NextSpace { id: unpair(of(0)).1 },
+            PROCESS => Self::Process {
+                space: unpair(of(0)).0,
+                process: Process { pid: unpair(of(0)).1, start: of(1) },
+            },
             SPACE => Self::Space { id: unpair(of(0)).0, fd: fd(of(0))? },
             OBJECT => Self::Object(ObjectRecord {
                 space: unpair(of(0)).0,

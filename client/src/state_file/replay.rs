@@ -66,7 +66,7 @@ pub(crate) fn replay(
 impl Replay<'_> {
     fn apply(&mut self, record: &Record) -> Result<(), StateError> {
         match record {
-            Record::NextSpace { .. } => Ok(()),
+            Record::NextSpace { .. } | Record::Process { .. } => Ok(()),
             Record::Space { id, .. } => {
                 let space = self.process(*id);
                 self.spaces.add_space(space);

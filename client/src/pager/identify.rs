@@ -1,0 +1,107 @@
+//! Which process a child's memory is of: the event of a fork does not say, and whoever is signalled must be the one.
+//!
+//! The kernel creates the child after the pager has read the event. So it is a child of the parent's process, was
+//! started after that and, where the parent forks again, before the next event was read; and its memory is registered
+//! with a userfaultfd where the space has regions, which neither a program started by exec nor one that was started
+//! before has. Where several processes are like that, the order of the forks decides if the parent has one thread, and
+//! otherwise the child stays unidentified.
+
+use crate::memory::{Space, Spaces};
+use crate::processes::Process;
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// By how much a child may seem to be older than its fork: the event is read, and noted a moment later.
+const SLACK_TICKS: u64 = 10;
+/// Regions of a space that are compared with a process's mappings.
+const COMPARED: usize = 16;
+/// Children of one parent that are looked at in one go.
+const MOST: usize = 64;
+
+/// A child that is to be identified.
+#[derive(Debug)]
+struct Child {
+    space: Arc<Space>,
+    /// When its fork was read, and the next one of its parent, in clock ticks since boot.
+    forked: u64,
+    next_fork: u64,
+}
+
+/// Finds the processes of children whose process is not known: the spaces that it has found one for.
+pub(super) fn identify(spaces: &Spaces) -> Vec<Arc<Space>> {
+    let known: BTreeSet<u32> =
+        spaces.spaces().filter_map(|space| space.process()).map(|process| process.pid).collect();
+    let mut found = Vec::new();
+    for parent in spaces.spaces() {
+        let children = children_of(spaces, parent.id);
+        let Some(process) = parent.process().filter(|_| !children.is_empty()) else { continue };
+        let forked = children[0].forked.saturating_sub(SLACK_TICKS);
+        let is_candidate = |child: &Process| child.start >= forked && !known.contains(&child.pid);
+        let candidates: Vec<_> = process.children().into_iter().filter(is_candidate).take(MOST).collect();
+        let candidates: Vec<_> =
+            candidates.into_iter().map(|process| (process, process.registered())).collect();
+        for (space, process) in matches(spaces, &children, &candidates, process.threads() == 1) {
+            space.set_process(process);
+            found.push(space);
+        }
+    }
+    found
+}
+
+/// The children of a space whose processes are not known, in the order of their forks.
+fn children_of(spaces: &Spaces, parent: u32) -> Vec<Child> {
+    let of_parent = |space: &&Arc<Space>| space.parent().is_some_and(|(id, _)| id == parent);
+    let all: Vec<_> = spaces.spaces().filter(of_parent).collect();
+    let forks: Vec<u64> = all.iter().filter_map(|space| Some(space.parent()?.1)).collect();
+    let next = |at: usize| forks.get(at + 1).copied().unwrap_or(u64::MAX);
+    let child = |(at, space): (usize, &Arc<Space>)| Child {
+        space: Arc::clone(space),
+        forked: forks[at],
+        next_fork: next(at),
+    };
+    let unknown = |child: &Child| child.space.process().is_none() && !child.space.is_gone();
+    all.into_iter().enumerate().map(child).filter(unknown).take(MOST).collect()
+}
+
+/// Which process each child is, where that is certain. `candidates` are in the order of their forks where the parent
+/// `is_single`, with the addresses that are registered.
+fn matches(
+    spaces: &Spaces,
+    children: &[Child],
+    candidates: &[(Process, Vec<Range<usize>>)],
+    is_single: bool,
+) -> Vec<(Arc<Space>, Process)> {
+    let may_be = |child: &Child, (process, registered): &(Process, Vec<Range<usize>>)| {
+        let times = child.forked.saturating_sub(SLACK_TICKS)..=child.next_fork;
+        times.contains(&process.start) && has_regions(spaces, &child.space, registered)
+    };
+    let of_child = |child: &Child| -> Vec<Process> {
+        candidates.iter().filter(|candidate| may_be(child, candidate)).map(|(process, _)| *process).collect()
+    };
+    let possible: Vec<Vec<Process>> = children.iter().map(of_child).collect();
+    let all: Vec<&Process> =
+        candidates.iter().filter(|c| children.iter().any(|child| may_be(child, c))).map(|(p, _)| p).collect();
+    let is_only =
+        |process: &Process| possible.iter().filter(|possible| possible.contains(process)).count() == 1;
+    let in_order = is_single && all.len() == children.len();
+    let found = children.iter().zip(&possible).enumerate().filter_map(|(at, (child, possible))| {
+        let process = match possible.as_slice() {
+            [only] if is_only(only) => *only,
+            _ if in_order && possible.contains(all[at]) => *all[at],
+            _ => return None,
+        };
+        Some((Arc::clone(&child.space), process))
+    });
+    found.collect()
+}
+
+/// Whether memory that is registered at these addresses may be that of a space: regions that the space has are so.
+fn has_regions(spaces: &Spaces, space: &Space, registered: &[Range<usize>]) -> bool {
+    let is_registered = |addresses: Range<usize>| {
+        registered.iter().any(|range| range.start <= addresses.start && addresses.end <= range.end)
+    };
+    let regions = spaces.regions_of(space.id).take(COMPARED);
+    let mut compared = regions.map(|region| region.address(0)..region.address(region.pages())).peekable();
+    compared.peek().is_some() && compared.all(is_registered)
+}
