@@ -105,3 +105,80 @@ fn has_regions(spaces: &Spaces, space: &Space, registered: &[Range<usize>]) -> b
     let mut compared = regions.map(|region| region.address(0)..region.address(region.pages())).peekable();
     compared.peek().is_some() && compared.all(is_registered)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::tests::{any_space, spaces_with};
+    use crate::memory::{ObjectKind, Place};
+    use crate::state_file::State;
+    use crate::uffd::{EVENT_UNMAP, Uffd};
+    use postcopy_proto::manifest::FileEntry;
+    use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
+
+    const ADDRESS: usize = 0x7000_0000;
+    const PAGES: usize = 4;
+
+    /// A parent, and children of it whose forks were read at these times.
+    fn family(forks: &[u64]) -> Spaces {
+        let (parent, state) = (any_space(0), State::own());
+        let file = FileEntry {
+            first_chunk: ChunkIndex(0),
+            size_bytes: (PAGES * PAGE_BYTES) as u64,
+            executable: false,
+        };
+        let regions = [(ADDRESS, 0..PAGES)];
+        let mut spaces = spaces_with(&parent, &state, file, ObjectKind::default(), PAGE_BYTES, &regions);
+        for (id, ticks) in (1..).zip(forks) {
+            let uffd = Uffd::open(EVENT_UNMAP).unwrap();
+            let child = Space::new(id, uffd, state.answers()).forked(0, *ticks);
+            spaces.fork(0, Arc::new(child)).unwrap();
+        }
+        assert!(spaces.places_of(1).all(|(place, _, _)| place == Place::Here));
+        spaces
+    }
+
+    fn processes(starts: &[u64]) -> Vec<(Process, Vec<Range<usize>>)> {
+        let registered = ADDRESS..ADDRESS + PAGES * PAGE_BYTES;
+        let of = |(pid, start): (u32, &u64)| (Process { pid, start: *start }, vec![registered.clone()]);
+        (100..).zip(starts).map(of).collect()
+    }
+
+    /// The pid that each child is found to have, by the child's id.
+    fn found(
+        spaces: &Spaces,
+        candidates: &[(Process, Vec<Range<usize>>)],
+        is_single: bool,
+    ) -> Vec<(u32, u32)> {
+        let found = matches(spaces, &children_of(spaces, 0), candidates, is_single);
+        found.into_iter().map(|(space, process)| (space.id, process.pid)).collect()
+    }
+
+    #[test]
+    fn children_are_told_apart_by_when_they_were_forked() {
+        let spaces = family(&[1000, 2000, 3000]);
+        assert_eq!(found(&spaces, &processes(&[1001, 2001, 3002]), false), [(1, 100), (2, 101), (3, 102)]);
+        // One that began before its fork, and one that has exited.
+        assert_eq!(found(&spaces, &processes(&[900, 2001]), false), [(2, 101)]);
+    }
+
+    #[test]
+    fn forks_at_one_time_are_told_apart_by_their_order_where_the_parent_has_one_thread() {
+        let spaces = family(&[1000, 1001]);
+        let candidates = processes(&[1001, 1001]);
+        assert_eq!(found(&spaces, &candidates, false), []);
+        assert_eq!(found(&spaces, &candidates, true), [(1, 100), (2, 101)]);
+        // One of the children has exited, and it is not known which.
+        assert_eq!(found(&spaces, &candidates[..1], true), []);
+    }
+
+    #[test]
+    fn a_program_that_was_started_by_exec_is_no_candidate() {
+        let spaces = family(&[1000]);
+        let mut candidates = processes(&[1001, 1002]);
+        candidates[0].1.clear();
+        assert_eq!(found(&spaces, &candidates, true), [(1, 101)]);
+        candidates[1].1 = vec![ADDRESS..ADDRESS + PAGE_BYTES];
+        assert_eq!(found(&spaces, &candidates, true), []);
+    }
+}
