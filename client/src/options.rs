@@ -1,25 +1,26 @@
-//! How a session behaves ([`Options`]), and how far it is ([`Progress`]).
+//! The options of a session ([`Options`]) and the counts that it keeps ([`Progress`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What happens to a page fault that cannot be answered within its deadline, or at all.
+/// The fate of a page fault that cannot be answered within its deadline, or at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LossPolicy {
-    /// The page is poisoned: this access and every later one raise SIGBUS, unless a background fill brings the page
-    /// after all. Before Linux 6.6 it is SIGSEGV, for good.
+    /// The page is poisoned: this access and every later one raise SIGBUS, unless a background fill
+    /// brings the page after all. Before Linux 6.6 it is SIGSEGV, for good.
     #[default]
     Poison,
-    /// The fault stays pending, is reported by [`crate::Session::error`], and is tried again every second.
+    /// The fault stays pending, is reported by [`crate::Session::error`], and is tried again every
+    /// second.
     Wait,
-    /// The process that waits is killed (SIGKILL) with all of its descendants that share the memory. A process that is
-    /// not known for certain gets [`LossPolicy::Poison`] instead.
+    /// The process that waits is killed (SIGKILL) with all of its descendants that share the
+    /// memory. A process that is not known for certain gets [`LossPolicy::Poison`] instead.
     Kill,
     /// The same with SIGSTOP. The fault stays pending and is tried again.
     Pause,
 }
 
-/// How a session behaves. Made from [`Options::DEFAULT`], one call for each change:
+/// The options of a session. Made from [`Options::DEFAULT`], one call for each change:
 ///
 /// ```
 /// use postcopy::Options;
@@ -31,34 +32,38 @@ pub enum LossPolicy {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Options {
-    /// How long a page fault may take before the loss policy decides. 30 s by default, at most a year.
+    /// The time that a page fault may take before the loss policy decides. 30 s by default, at most
+    /// a year.
     pub fault_deadline: Duration,
-    /// What happens to a page fault that is lost. [`LossPolicy::Poison`] by default.
+    /// The fate of a page fault that is lost. [`LossPolicy::Poison`] by default.
     pub on_loss: LossPolicy,
-    /// Fetch the image's working set at once, if the server has one: the pages that earlier restores accessed, in the
-    /// order of their first accesses, before all else. Off by default. Files that are mapped after the first one may
-    /// get a part of theirs.
+    /// Fetch the image's working set at once, if the server has one: the pages that earlier
+    /// restores accessed, in the order of their first accesses, before all else. Off by default.
+    /// Files that are mapped after the first one may get a part of theirs.
     pub working_set: bool,
-    /// Fetch all pages in the background, in the order of the image, after the working set. Off by default; see also
-    /// [`crate::Session::fill`].
+    /// Fetch all pages in the background, in the order of the image, after the working set. Off by
+    /// default; see also [`crate::Session::fill`].
     pub fill: bool,
-    /// Record which pages are accessed first, and send that to the server for the image's working set. Off by default.
-    /// Every first access is a page fault then; otherwise one brings the page's neighbours, too. See
-    /// [`crate::Session::wait_recorded`].
+    /// Record which pages are accessed first, and send that to the server for the image's working
+    /// set. Off by default. Every first access is a page fault then; otherwise one brings the
+    /// page's neighbours, too. See [`crate::Session::wait_recorded`].
     pub record: bool,
-    /// Note what happens when, for [`crate::Session::write_trace`]. Off by default. One page in 50 of the working set
-    /// is then left to page faults: see [`crate::trace`].
+    /// Note what happens when, for [`crate::Session::write_trace`]. Off by default. One page in 50
+    /// of the working set is then left to page faults: see [`crate::trace`].
     pub trace: bool,
-    /// Track which pages are written to and removed: [`crate::Region::changes`], from Linux 6.7 on. Off by default. The
-    /// first write to a page takes a fault of about a microsecond more. In another process's memory, which must be
-    /// private, the first write to a page waits for the pager (docs/BENCHMARKS.md), zero pages take memory, and
-    /// [`crate::Session::changes`] has the results.
+    /// Track which pages are written to and removed: [`crate::Region::changes`], from Linux 6.7 on.
+    /// Off by default. The first write to a page takes a fault of about a microsecond more. In
+    /// another process's memory, which must be private, the first write to a page waits for the
+    /// pager (docs/BENCHMARKS.md), zero pages take memory, and [`crate::Session::changes`] has the
+    /// results.
     pub track_writes: bool,
-    /// Hold threads of another process that cause events (madvise, munmap, mremap, fork) without a pause, where they
-    /// return to user mode, while a page is installed that they would keep out for ever: three and more such threads do.
-    /// By ptrace(2), for a few milliseconds; a system call in which a held thread sleeps may return EINTR, as after a
-    /// stop by SIGSTOP. Off by default; the daemons turn it on. Needs [`crate::ForeignMemory::pid`] and the right to
-    /// trace the process. Never in this process's own memory: two threads cannot keep a page out, more can.
+    /// Hold threads of another process that cause events (madvise, munmap, mremap, fork) without a
+    /// pause, where they return to user mode, while a page is installed that they would keep out
+    /// for ever: three and more such threads do. By ptrace(2), for a few milliseconds; a system
+    /// call in which a held thread sleeps may return EINTR, as after a stop by SIGSTOP. Off by
+    /// default; the daemons turn it on. Needs [`crate::ForeignMemory::pid`] and the right to trace
+    /// the process. Never in this process's own memory: two threads cannot keep a page out, more
+    /// can.
     pub hold_causers: bool,
 }
 
@@ -130,34 +135,35 @@ impl Default for Options {
     }
 }
 
-/// How far a session is. All counts are since it was opened.
+/// The state of a session in pages, and its counts since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Pages of all regions.
     pub total_pages: u64,
-    /// Pages that are there.
+    /// Pages that are resident.
     pub resident_pages: u64,
-    /// Pages that were lost: a touch is SIGBUS.
+    /// Pages that were lost: an access raises SIGBUS.
     pub poisoned_pages: u64,
-    /// Pages whose content the program gave back: a touch gives zeros.
+    /// Pages whose content the program gave back: an access reads zeros.
     pub removed_pages: u64,
-    /// Messages about touches of absent pages; several threads at one page are several.
+    /// Page faults that the kernel reported; several threads on one page count several times.
     pub faults: u64,
-    /// Chunks that came over the demand lane.
+    /// Chunks that the demand lane delivered.
     pub demand_chunks: u64,
-    /// Of these, those that had not been touched when they came: touches went forward.
+    /// Demand-lane chunks that sequential read-ahead fetched.
     pub read_ahead_chunks: u64,
-    /// Chunks that came over the bulk lane.
+    /// Chunks that the bulk lane delivered.
     pub bulk_chunks: u64,
-    /// Pages that have come with the working set; not those of frames of which touches had brought all before.
+    /// Pages that the working set delivered, but for frames whose pages were all resident before.
     pub working_set_pages: u64,
-    /// Bytes of the frames that came over both.
+    /// Bytes of the frames that both lanes delivered.
     pub frame_bytes: u64,
-    /// How often threads were held that cause events without a pause ([`crate::Options::hold_causers`]).
+    /// The number of times that threads were held that cause events without a pause
+    /// ([`crate::Options::hold_causers`]).
     pub holds: u64,
 }
 
-/// What is counted, in the order of [`Progress`].
+/// The counters behind [`Progress`], in its order.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) faults: AtomicU64,

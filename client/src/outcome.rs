@@ -1,5 +1,5 @@
-//! What has become of a session: what it could not do, and whether its pager has ended. Threads wait here for that, and
-//! for page states to change.
+//! The outcome of a session: its failures, and the end of its pager. Threads wait here for either,
+//! and for page states to change.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,13 +12,13 @@ use tokio::sync::Notify;
 pub(crate) struct Outcome {
     /// Held for reading and writing it alone.
     so_far: Mutex<SoFar>,
-    /// Something in the page states or in `so_far` has changed.
+    /// Signalled when page states or `so_far` have changed.
     changed: Condvar,
     /// Threads that wait for `changed` because of page states.
     waiters: AtomicU64,
-    /// Something in `so_far` has changed.
+    /// Signalled when `so_far` has changed.
     reported: Condvar,
-    /// The pager has ended; for the thread that sends the recording.
+    /// Notified when the pager has ended; for the thread that sends the recording.
     pub(crate) ended: Notify,
 }
 
@@ -31,17 +31,17 @@ const KEPT: usize = 256;
 pub struct Failure {
     /// 0 for the session's first failure, 1 for the next one.
     pub number: u64,
-    /// What could not be done.
+    /// The operation that failed.
     pub kind: FailureKind,
-    /// Why, as a sentence that names the server, the image or the address.
+    /// The reason, as a sentence that names the server, the image or the address.
     pub reason: Arc<str>,
-    /// When it was found.
+    /// The time at which the session found it.
     pub since: SystemTime,
-    /// How and when it ended; None while page faults or the fill still wait because of it.
+    /// Its end and the time of that; None while page faults or the fill still wait for it.
     pub end: Option<(FailureEnd, SystemTime)>,
 }
 
-/// What a session could not do.
+/// An operation of a session that can fail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureKind {
@@ -57,7 +57,7 @@ pub enum FailureKind {
     },
     /// A page could not be installed.
     Page {
-        /// Its address.
+        /// The page's first address.
         address: usize,
     },
     /// The background fill does not get further.
@@ -68,11 +68,11 @@ pub enum FailureKind {
     Session,
 }
 
-/// How a failure has ended.
+/// The end of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureEnd {
-    /// What was missing came after all, or no page fault waits for it any more.
+    /// The missing pages arrived after all, or no page fault waits for them any more.
     Recovered,
     /// The pages are poisoned.
     Poisoned,
@@ -80,7 +80,7 @@ pub enum FailureEnd {
     Killed,
     /// The processes that waited were stopped.
     Paused,
-    /// It needs no end: nothing waits because of it.
+    /// A failure without waiters: it ended when it was reported.
     Reported,
 }
 
@@ -88,9 +88,9 @@ pub enum FailureEnd {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Failures {
-    /// How many there have been.
+    /// Their number so far.
     pub count: u64,
-    /// How many of them go on: page faults wait.
+    /// The number of those that go on: page faults or the fill wait.
     pub open: usize,
     /// The first one.
     pub first: Option<Failure>,
@@ -106,15 +106,15 @@ struct SoFar {
     /// Failures, and ends of failures.
     reports: u64,
     count: u64,
-    /// The same, but failures that go on count each time.
+    /// The same; a failure that goes on counts each time that it is reported.
     losses: u64,
     open: usize,
     ended: bool,
-    /// How often page states have changed while somebody waited for that.
+    /// The number of changes of page states while a thread waited for one.
     changes: u64,
 }
 
-/// What a look shows: see [`Outcome::wait`].
+/// A copy of the parts that [`Outcome::wait`] gives to its condition.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
     /// The newest failure that page faults wait because of.
@@ -143,7 +143,7 @@ impl Outcome {
         self.so_far.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells those who wait for pages that states have changed.
+    /// Wakes the threads that wait for page states.
     pub(crate) fn pages_changed(&self) {
         if self.waiters.load(Ordering::SeqCst) > 0 {
             self.so_far().changes += 1;
@@ -156,8 +156,8 @@ impl Outcome {
         self.add(FailureKind::Session, reason, Some(FailureEnd::Reported));
     }
 
-    /// Reports a failure, and how it has ended; None: it goes on. One of this kind that goes on is not reported
-    /// again, and ends now if it has an end.
+    /// Reports a failure, and how it has ended; None: it goes on. One of this kind that goes on is
+    /// not reported again, and ends now if it has an end.
     pub(crate) fn add(&self, kind: FailureKind, reason: &str, end: Option<FailureEnd>) {
         let mut so_far = self.so_far();
         let so_far = &mut *so_far;
@@ -190,12 +190,12 @@ impl Outcome {
         }
     }
 
-    /// Whether failures go on.
+    /// Returns whether failures go on.
     pub(crate) fn has_open(&self) -> bool {
         self.so_far().open > 0
     }
 
-    /// The kinds of the failures that go on.
+    /// Returns the kinds of the failures that go on.
     pub(crate) fn open(&self) -> Vec<FailureKind> {
         let so_far = self.so_far();
         if so_far.open == 0 {
@@ -209,7 +209,7 @@ impl Outcome {
             .collect()
     }
 
-    /// A failure of this kind that goes on has recovered.
+    /// Ends a failure of this kind that goes on.
     pub(crate) fn recovered(&self, kind: &FailureKind) {
         let mut so_far = self.so_far();
         let so_far = &mut *so_far;
@@ -226,19 +226,19 @@ impl Outcome {
         self.changed.notify_all();
     }
 
-    /// See [`crate::Session::failures`].
+    /// Returns a summary of the failures.
     pub(crate) fn failures(&self) -> Failures {
         let so_far = self.so_far();
         let last = so_far.newest.back().cloned();
         Failures { count: so_far.count, open: so_far.open, first: so_far.first.clone(), last }
     }
 
-    /// See [`crate::Session::failures_from`].
+    /// Returns the kept failures from a number on.
     pub(crate) fn failures_from(&self, number: u64) -> Vec<Failure> {
         self.so_far().newest.iter().filter(|failure| failure.number >= number).cloned().collect()
     }
 
-    /// The pager has ended.
+    /// Notes that the pager has ended.
     pub(crate) fn end(&self) {
         self.so_far().ended = true;
         self.reported.notify_all();
@@ -246,12 +246,12 @@ impl Outcome {
         self.ended.notify_one();
     }
 
-    /// How often pages were lost: failures that go on count again.
+    /// Returns how often pages were lost; failures that go on count again.
     pub(crate) fn losses(&self) -> u64 {
         self.so_far().losses
     }
 
-    /// The reason of the latest failure.
+    /// Returns the reason of the latest failure.
     pub(crate) fn last(&self) -> Option<Arc<str>> {
         self.so_far().newest.back().map(|failure| Arc::clone(&failure.reason))
     }
@@ -261,7 +261,8 @@ impl Outcome {
         let _ = self.reported.wait_timeout_while(self.so_far(), timeout, |so_far| !so_far.ended);
     }
 
-    /// Waits until something was reported or the pager has ended, for at most `timeout`: the first report.
+    /// Waits for a failure or the pager's end, at most for `timeout`. Returns the first failure's
+    /// reason.
     pub(crate) fn wait_error(&self, timeout: Duration) -> Option<Arc<str>> {
         let none = |so_far: &mut SoFar| so_far.first.is_none() && !so_far.ended;
         let waited = self.reported.wait_timeout_while(self.so_far(), timeout, none);
@@ -269,23 +270,23 @@ impl Outcome {
         so_far.first.as_ref().map(|failure| Arc::clone(&failure.reason))
     }
 
-    /// What has been touched has been sent, or that is given up.
+    /// Wakes the waiting threads: the recording was sent, or its thread has given up.
     pub(crate) fn recording_has_changed(&self) {
         self.so_far().changes += 1;
         self.changed.notify_all();
     }
 
-    /// Whether the pager has ended.
+    /// Returns whether the pager has ended.
     pub(crate) fn has_ended(&self) -> bool {
         self.so_far().ended
     }
 
-    /// The reason of the first failure.
+    /// Returns the reason of the first failure.
     pub(crate) fn error(&self) -> Option<Arc<str>> {
         self.so_far().first.as_ref().map(|failure| Arc::clone(&failure.reason))
     }
 
-    /// Waits until `done` gives something.
+    /// Waits until `done` returns a value, at most until `deadline`.
     pub(crate) fn wait<T>(
         &self,
         deadline: Option<Instant>,
@@ -294,7 +295,7 @@ impl Outcome {
         self.waiters.fetch_add(1, Ordering::SeqCst);
         let mut outcome = self.so_far();
         let result = loop {
-            // Without the lock: it may take long, and the pager does not wait for it.
+            // Without the lock: the condition may take long, and the pager must not wait for it.
             let seen = outcome.seen();
             drop(outcome);
             if let Some(result) = done(&seen) {
@@ -304,8 +305,8 @@ impl Outcome {
             if (outcome.changes, outcome.reports, outcome.ended) != (seen.changes, seen.reports, seen.ended) {
                 continue;
             }
-            // States change without the lock and only then look for waiters: a second look now and then costs
-            // little and needs no proof.
+            // Page states change without the lock, and only then the pager looks for waiters. A
+            // second look now and then costs little and needs no proof.
             let pause = Duration::from_millis(100);
             let pause = deadline.map_or(pause, |at| pause.min(at.saturating_duration_since(Instant::now())));
             if pause.is_zero() {

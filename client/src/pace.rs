@@ -1,42 +1,42 @@
-//! How much of the background fill may be on its way at a time, so that it does not hold up who waits for a page.
+//! Limits the bytes that the background fill has outstanding, so that they do not delay page
+//! faults.
 //!
-//! What matters is what touches take: where the network is the narrow place, all that the fill has asked for is in a
-//! touch's way. So what an answer on the demand lane usually takes is learned while nothing else is on its way, and the
-//! fill gets less room when answers take longer than that, and more when they do not. Where even a single chunk is too much,
-//! it pauses most of the time. Where nobody touches anything it has all the room that there is.
+//! Where the network is the bottleneck, all outstanding bytes of the fill delay a demand fetch. So
+//! [`Pace`] learns the latency of demand fetches while nothing else is outstanding. It gives the
+//! fill less room when answers take longer, and more when they do not. Where even a single chunk is
+//! too much, the fill pauses most of the time. While no page faults occur, it has all the room.
 //!
-//! Where the cores are the narrow place, what has come already is in the way, too, while it is decompressed and installed:
-//! see [`Cores`].
+//! Where the cores are the bottleneck, decompressing and installing prefetched pages delays faults,
+//! too: see [`Cores`].
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The least that is on its way where anything is, in plain bytes; a chunk, where that is more.
+/// The smallest window that is not a pause, in plain bytes; a chunk, where that is more.
 const LEAST_BYTES: usize = 64 << 10;
-/// The most.
+/// The largest window, in plain bytes.
 pub(crate) const MOST_BYTES: usize = 16 << 20;
 /// Answers after which there is a decision.
 const ANSWERS: u32 = 8;
-/// With the least that is on its way. Where that is too much still, more than half of the answers are from a pause, and so
-/// is their median.
+/// The same for the smallest window. Where that is still too much, more than half of the answers
+/// are from a pause, and so is their median.
 const ANSWERS_LEAST: u32 = 4;
 /// Answers of a pause.
 const ANSWERS_ALONE: usize = 8;
-/// How much longer answers may usually take than they take alone.
+/// The factor by which answers may usually take longer than without a fill.
 const TOLERANCE: f64 = 1.2;
-/// When nobody has touched anything for so long, and waits, the cores are for the fill.
+/// Without a page fault for so long, all cores are for the fill.
 const QUIET: Duration = Duration::from_millis(20);
-/// Touches that are further apart have nothing to do with one another.
+/// Page faults that are further apart are unrelated.
 const APART: Duration = Duration::from_millis(100);
-/// When nobody has waited for as many times what the last answer took, from [`QUIET`] to [`APART`], there is more room, and
-/// more each [`QUIET`].
+/// Without a waiter for this many times the last answer's latency, from [`QUIET`] to [`APART`], the
+/// window grows, and again after each [`QUIET`].
 const QUIET_ANSWERS: u32 = 100;
-/// Decisions after which there is a pause in any case: what answers take alone may have changed, or have been learned at a
-/// bad time.
+/// Decisions after which the fill pauses in any case: the latency without a fill may have changed.
 const DECISIONS: u32 = 16;
-/// Who waits longer than this waits for something else than the fill.
+/// The fill does not delay a fault that has been pending longer than this.
 const LONGEST: Duration = Duration::from_secs(10);
-/// How much an answer moves what is usual.
+/// The share by which an answer moves the usual latency.
 const STEP: f64 = 0.05;
 
 /// See the module.
@@ -44,16 +44,15 @@ const STEP: f64 = 0.05;
 pub(crate) struct Pace {
     /// The least room where there is any.
     least: usize,
-    /// Plain bytes that may be on their way while somebody touches what is absent. 0: a pause, to see what answers take
-    /// alone.
+    /// The window while page faults occur, in plain bytes. 0: a pause, to learn the latency alone.
     window: usize,
-    /// The same while nobody does: ever more. Forgotten at the next answer.
+    /// The window while none occur: it grows, and is forgotten at the next answer.
     quiet: usize,
-    /// Since when no more is on its way than `window`.
+    /// The time since which no more than `window` is outstanding.
     fits_since: Option<Instant>,
-    /// What `window` is after this pause.
+    /// The window after this pause.
     after_pause: usize,
-    /// Since the last pause.
+    /// Decisions since the last pause.
     decisions: u32,
     /// Seconds that the answers of this pause have taken.
     pause: Vec<f64>,
@@ -61,16 +60,16 @@ pub(crate) struct Pace {
     alone: Option<f64>,
     /// Seconds that it takes of late, outside of pauses: about the median.
     usual: f64,
-    /// Since the last decision.
+    /// Answers since the last decision.
     answers: u32,
     /// The last answer.
     answered_at: Option<Instant>,
-    /// When there is more room, if nobody waits then.
+    /// The time at which the window grows, if no fault waits then.
     more_at: Option<Instant>,
 }
 
 impl Pace {
-    /// For chunks of that size.
+    /// Makes one for chunks of that size.
     pub(crate) fn new(chunk_bytes: usize) -> Self {
         Self {
             least: chunk_bytes.max(LEAST_BYTES),
@@ -88,7 +87,7 @@ impl Pace {
         }
     }
 
-    /// A touch has been answered that was asked for at that time: whether a pause has ended.
+    /// Notes the answer to a demand fetch of that time. Returns whether a pause has ended.
     pub(crate) fn answered(&mut self, asked_at: Instant, now: Instant) -> bool {
         let follows = self.answered_at.is_some_and(|last| asked_at.saturating_duration_since(last) < APART);
         let took = now.saturating_duration_since(asked_at);
@@ -102,7 +101,7 @@ impl Pace {
             self.begin_pause(self.least);
         }
         if self.fits_since.is_none_or(|since| since > asked_at) {
-            // It says what was in its way before.
+            // This answer measures the window before.
             return false;
         }
         match self.window {
@@ -126,7 +125,8 @@ impl Pace {
             self.usual = median;
         }
         self.alone = Some(match self.alone {
-            // Nothing makes answers quicker than they are alone: it was learned at a bad time.
+            // No window makes answers faster than none: the latency alone was learned at a bad
+            // time.
             Some(alone) if median > alone / 2.0 => alone + (median - alone) / 4.0,
             _ => median,
         });
@@ -152,19 +152,18 @@ impl Pace {
         }
     }
 
-    /// Nothing is to be on its way, and afterwards so much.
+    /// Begins a pause, and sets the window after it.
     fn begin_pause(&mut self, then: usize) {
         (self.after_pause, self.decisions) = (then, 0);
         self.decide(0);
     }
 
-    /// So much may be on its way from now on.
+    /// Sets the window.
     fn decide(&mut self, window: usize) {
         (self.window, self.answers, self.fits_since) = (window, 0, None);
     }
 
-    /// How many plain bytes may be on their way, where so many are, and somebody waits for a page or nobody does; none in a
-    /// pause.
+    /// Returns the plain bytes that may be outstanding, while `on_their_way` are; 0 in a pause.
     pub(crate) fn window(&mut self, on_their_way: usize, is_waited_for: bool, now: Instant) -> usize {
         if !is_waited_for && self.more_at.is_some_and(|at| at <= now) {
             self.quiet = (self.window.max(self.quiet) * 2).clamp(self.least, MOST_BYTES);
@@ -178,16 +177,16 @@ impl Pace {
     }
 }
 
-/// Whose the cores are: while somebody touches what is absent, half of them are not for the fill. The working set may
-/// have all, since it is what will be touched.
+/// The share of the cores: while page faults occur, the fill has half of the cores. The working set
+/// may have all of them, since its pages are accessed soon.
 #[derive(Debug)]
 pub(crate) struct Cores {
     start: Instant,
     /// Microseconds after `start`; 0: never.
     last_touch: AtomicU64,
-    /// Since when somebody waits, in the same way; 0: nobody does.
+    /// The start of the latest pending fault, in the same way; 0: none is pending.
     waits_since: AtomicU64,
-    /// What comes from now on is not the working set.
+    /// The working set is complete: later jobs are the fill's.
     is_behind: AtomicBool,
 }
 
@@ -203,27 +202,27 @@ impl Default for Cores {
 }
 
 impl Cores {
-    /// Somebody touches what is absent.
+    /// Notes a page fault.
     pub(crate) fn touched(&self, now: Instant) {
         self.last_touch.store(self.micros(now), Ordering::Relaxed);
     }
 
-    /// Of those who wait for pages the last one has done so since then; None: nobody does.
+    /// Notes the start of the latest pending fault; None: none is pending.
     pub(crate) fn waits(&self, since: Option<Instant>) {
         self.waits_since.store(since.map_or(0, |since| self.micros(since)), Ordering::Relaxed);
     }
 
-    /// Whether somebody waits for a page that the fill may be in the way of.
+    /// Returns whether a fault is pending that the fill may delay.
     pub(crate) fn is_waited_for(&self, now: Instant) -> bool {
         self.is_within(&self.waits_since, LONGEST, now)
     }
 
-    /// The working set is here, or there is none.
+    /// Notes that the working set is complete, or that the image has none.
     pub(crate) fn fill_behind(&self) {
         self.is_behind.store(true, Ordering::Relaxed);
     }
 
-    /// Whether half of them are not for the fill.
+    /// Returns whether the fill has to leave half of the cores.
     pub(crate) fn are_shared(&self, now: Instant) -> bool {
         let is_touched = self.is_within(&self.last_touch, QUIET, now) || self.is_waited_for(now);
         self.is_behind.load(Ordering::Relaxed) && is_touched
@@ -264,11 +263,12 @@ mod tests {
         assert!(!cores.are_shared(now + 2 * QUIET));
     }
 
-    /// A link of so many plain bytes a millisecond, over which a touch takes a round trip and what is in its way.
+    /// A link of so many plain bytes a millisecond, over which a touch takes a round trip and what
+    /// is in its way.
     struct Link {
         pace: Pace,
         now: Instant,
-        /// Of the fill.
+        /// Bytes of the fill in all.
         on_their_way: usize,
         /// Of the fill, so far.
         came: usize,
@@ -298,7 +298,7 @@ mod tests {
             window
         }
 
-        /// How long a touch takes.
+        /// The latency of a demand fetch.
         fn touch(&mut self) -> Duration {
             let asked_at = self.now;
             let in_its_way = MILLI.mul_f64(self.on_their_way as f64 / self.bytes_a_milli as f64);

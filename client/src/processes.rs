@@ -1,6 +1,9 @@
-//! What a madvise on shared memory asks for: REMOVE events are the same for MADV_DONTNEED, which keeps the content, and
-//! for MADV_REMOVE, which drops it. Whoever causes one sleeps in the system call until it is read, and /proc shows the
-//! arguments of system calls.
+//! Processes as /proc shows them: identity by pid and start time, children, registered memory, and
+//! system calls in progress.
+//!
+//! The calls decide about shared memory. REMOVE events are the same for MADV_DONTNEED, which keeps
+//! the content, and for MADV_REMOVE, which drops it. The caller sleeps in madvise(2) until the
+//! pager has read the event, and /proc shows the arguments of its call.
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -17,13 +20,14 @@ const MADVISE: u64 = 28;
 #[cfg(not(target_arch = "x86_64"))]
 const MADVISE: u64 = 233;
 const MADV_REMOVE: u64 = 9;
-/// The numbers of all calls that cause events: mmap, munmap, brk, mremap, madvise, clone, fork, vfork, clone3.
+/// The numbers of all calls that cause events: mmap, munmap, brk, mremap, madvise, clone, fork,
+/// vfork, clone3.
 #[cfg(target_arch = "x86_64")]
 const CAUSES: &[u64] = &[9, 11, 12, 25, MADVISE, 56, 57, 58, 435];
 #[cfg(not(target_arch = "x86_64"))]
 const CAUSES: &[u64] = &[214, 215, 216, 220, 222, MADVISE, 435];
 
-/// How long it is waited for somebody who has begun to cause an event, and does not sleep yet.
+/// The time for a thread that has begun to cause an event to reach its sleep.
 const SOON: Duration = Duration::from_millis(2);
 
 /// A madvise in progress.
@@ -42,61 +46,62 @@ impl Call {
 /// A thread that sleeps in a call that causes an event.
 #[derive(Debug, PartialEq, Eq)]
 struct Asleep {
-    /// Its file under /proc, and what that says.
+    /// Its file `syscall` under /proc, and the content.
     path: PathBuf,
     call: String,
 }
 
-/// What the threads do.
+/// A snapshot of what the threads do.
 #[derive(Debug, Default)]
 struct Look {
     asleep: Vec<Asleep>,
-    /// Some do not sleep.
+    /// At least one thread is running.
     runs: bool,
 }
 
-/// A process that the kernel cannot confuse with another one: it gives the pid of a process that has exited to a new
-/// one, which was started later.
+/// A process that the kernel cannot confuse with another one: it gives the pid of a process that
+/// has exited to a new one, which was started later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
     pub(crate) pid: u32,
-    /// When it was started: see [`start_of`].
+    /// The time of its start: see [`start_of`].
     pub(crate) start: u64,
 }
 
 impl Process {
-    /// The process that has this pid now.
+    /// Returns the process that has this pid now.
     pub(crate) fn of(pid: u32) -> Option<Self> {
         Some(Self { pid, start: start_of(pid)? })
     }
 
-    /// Sends it a signal; returns whether it is there.
+    /// Sends it a signal. Returns false if it has exited.
     pub(crate) fn signal(self, signal: Signal) -> bool {
         let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else { return false };
         let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { return false };
-        // Looked at after that: the descriptor is of this process, or of one that had its pid before.
+        // After pidfd_open: the descriptor is this process's, or that of an earlier owner of the
+        // pid.
         start_of(self.pid) == Some(self.start) && rustix::process::pidfd_send_signal(&pidfd, signal).is_ok()
     }
 
-    /// Its children, in the order of their forks where it has one thread.
+    /// Returns its children, in the order of their forks where it has one thread.
     pub(crate) fn children(self) -> Vec<Self> {
         children_of(self.pid).into_iter().filter_map(Self::of).collect()
     }
 
-    /// How many threads it has; 0: that cannot be read.
+    /// Returns its number of threads; 0 where /proc does not tell.
     pub(crate) fn threads(self) -> usize {
         std::fs::read_dir(format!("/proc/{}/task", self.pid)).map_or(0, Iterator::count)
     }
 
-    /// The addresses at which its memory is registered with a userfaultfd for missing pages, in order. Reading that
-    /// takes some 5 us a mapping.
+    /// Returns the addresses at which its memory is registered with a userfaultfd for missing
+    /// pages, in order. Reads /proc/PID/smaps, some 5 us a mapping.
     pub(crate) fn registered(self) -> Vec<Range<usize>> {
         let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid)).unwrap_or_default();
         registered(&smaps)
     }
 }
 
-/// The mappings of a smaps file whose VmFlags have `um`; neighbours are joined.
+/// Returns the mappings of a smaps file whose VmFlags have `um`; neighbours are joined.
 fn registered(smaps: &str) -> Vec<Range<usize>> {
     let mut found: Vec<Range<usize>> = Vec::new();
     let mut mapping = None;
@@ -116,14 +121,15 @@ fn registered(smaps: &str) -> Vec<Range<usize>> {
     found
 }
 
-/// The addresses of a mapping's first line in smaps: `START-END PERMISSIONS ...`, in hexadecimal.
+/// Parses the addresses of a mapping's first line in smaps: `START-END PERMISSIONS ...`, in
+/// hexadecimal.
 fn mapping_of(line: &str) -> Option<Range<usize>> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
     let number = |text| usize::from_str_radix(text, 16).ok();
     Some(number(start)?..number(end)?)
 }
 
-/// Now, in clock ticks since boot, as [`start_of`].
+/// Returns the time in clock ticks since boot, as [`start_of`].
 pub(crate) fn ticks_now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let hertz = rustix::param::clock_ticks_per_second();
@@ -131,24 +137,23 @@ pub(crate) fn ticks_now() -> u64 {
     seconds * hertz + nanos * hertz / 1_000_000_000
 }
 
-/// The processes whose calls are looked at: the memory's owner, and what it has forked.
+/// The processes whose calls are inspected: the memory's owner and its descendants.
 #[derive(Debug)]
 pub(crate) struct Callers {
     owner: u32,
-    /// Those that are alive, as far as they have been found, each with the time that it was started at: the kernel gives
-    /// the pid of a process that has exited to another one.
+    /// The living ones that were found so far, each with the time of its start.
     found: Mutex<BTreeMap<u32, u64>>,
-    /// Who was seen before the last event was read, and may not have noticed that yet.
+    /// Threads that slept before the last event was read, and may not have woken yet.
     seen: Mutex<Vec<Asleep>>,
 }
 
 impl Callers {
-    /// The owner, which was started at that time ([`start_of`]), and whatever it forks.
+    /// Starts with the owner, which was started at `start` ([`start_of`]).
     pub(crate) fn of(owner: u32, start: u64) -> Self {
         Self { owner, found: Mutex::new([(owner, start)].into()), seen: Mutex::default() }
     }
 
-    /// The processes that there are now.
+    /// Returns the processes that are alive.
     fn processes(&self) -> BTreeMap<u32, u64> {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         found.retain(|process, start| start_of(*process) == Some(*start) && is_alive(*process));
@@ -162,8 +167,9 @@ impl Callers {
         found.clone()
     }
 
-    /// The calls of madvise in progress, while an event is under way. Who causes it may not sleep yet, and cannot be seen
-    /// then: so as long as somebody runs, and nobody sleeps who did not before the last event, it looks again.
+    /// Returns the calls of madvise in progress, while an event is under way. The causer may not
+    /// sleep yet, and its call is invisible until then. So this looks again as long as a thread
+    /// runs and no thread sleeps that did not sleep before the last event.
     ///
     /// # Blocking
     /// For 2 ms at most.
@@ -180,12 +186,12 @@ impl Callers {
         }
     }
 
-    /// The calls of madvise in progress.
+    /// Returns the calls of madvise in progress.
     pub(crate) fn calls(&self) -> Vec<Call> {
         self.look().asleep.iter().filter_map(|asleep| call_of(&asleep.call)).collect()
     }
 
-    /// The threads that may cause events now: those in a call that does, and those that run.
+    /// Returns the threads that may cause events now: those in a call that does, and running ones.
     pub(crate) fn causers(&self) -> Vec<i32> {
         let processes = self.processes();
         let of = |process: &u32| {
@@ -200,15 +206,17 @@ impl Callers {
         processes.keys().flat_map(of).filter_map(causes).collect()
     }
 
-    /// Sends a signal to the owner, and to those of its descendants that have memory which is registered with a
-    /// userfaultfd, as its own was when they were forked. Returns whether it has reached any.
+    /// Sends a signal to the owner, and to those of its descendants that have memory which is
+    /// registered with a userfaultfd, as its own was when they were forked. Returns whether it has
+    /// reached any.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
         let all = self.processes().into_iter().map(|(pid, start)| Process { pid, start });
         let has_memory = |process: &Process| process.pid == self.owner || !process.registered().is_empty();
         all.filter(has_memory).filter(|process| process.signal(signal)).count() > 0
     }
 
-    /// A child can be seen a moment after its fork is told of; so they are looked for each time.
+    /// Takes a snapshot. A child appears in /proc a moment after the event of its fork, so this
+    /// looks for children each time.
     fn look(&self) -> Look {
         let mut look = Look::default();
         self.processes().keys().for_each(|process| look.add_threads_of(*process));
@@ -216,23 +224,24 @@ impl Callers {
     }
 }
 
-/// Sends a signal to a process that was started at `start`, in clock ticks since boot, and to those of its descendants
-/// that have memory which is registered with a userfaultfd. Returns whether it has reached any: a process that has got
-/// the pid since is left alone.
+/// Sends a signal to a process that was started at `start`, in clock ticks since boot, and to those
+/// of its descendants that have memory which is registered with a userfaultfd. Returns whether it
+/// has reached any: a process that has got the pid since is left alone.
 pub fn signal_process_tree(pid: u32, start: u64, signal: Signal) -> bool {
     Callers::of(pid, start).signal(signal)
 }
 
-/// When a process was started, in clock ticks since the machine was: field 22 of /proc/PID/stat. None: there is no such
-/// process.
+/// Returns the start time of a process, in clock ticks since boot: field 22 of /proc/PID/stat.
+/// None: the process does not exist.
 pub(crate) fn start_of(process: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The name in parentheses may hold anything.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// Whether memory keeps its content whose REMOVE event was read while these calls were in progress; None if that cannot
-/// be known. An event is of one mapping, so it may be of a part of what the call is of.
+/// Returns whether memory keeps its content whose REMOVE event was read while these calls were in
+/// progress; None if they do not tell. An event concerns one mapping, so it may cover a part of a
+/// call.
 pub(crate) fn keeps_content(calls: &[Call], event: &Range<usize>) -> Option<bool> {
     let covers = |call: &&Call| call.covers(event);
     let mut keeps = calls.iter().filter(covers).map(|call| call.advice != MADV_REMOVE);
@@ -240,13 +249,13 @@ pub(crate) fn keeps_content(calls: &[Call], event: &Range<usize>) -> Option<bool
     keeps.all(|other| other == first).then_some(first)
 }
 
-/// Whether one of these calls may have caused the event.
+/// Returns whether one of these calls may have caused the event.
 pub(crate) fn is_covered(calls: &[Call], event: &Range<usize>) -> bool {
     calls.iter().any(|call| call.covers(event))
 }
 
-/// Whether a process has a thread left: those that have exited may stay for a while, until somebody asks how. Where that
-/// cannot be read at the moment, it has.
+/// Returns whether a process has a thread left: one that has exited may stay as a zombie. True
+/// where /proc cannot be read at the moment.
 fn is_alive(process: u32) -> bool {
     let has_ended = |stat: &str| {
         let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
@@ -262,7 +271,7 @@ fn is_alive(process: u32) -> bool {
     }
 }
 
-/// These processes, and all that they have forked that is alive.
+/// Returns these processes and their living descendants.
 #[must_use]
 pub fn with_descendants(processes: impl IntoIterator<Item = u32>) -> BTreeSet<u32> {
     let mut all = processes.into_iter().collect();
@@ -272,7 +281,7 @@ pub fn with_descendants(processes: impl IntoIterator<Item = u32>) -> BTreeSet<u3
 
 /// Adds the children of these processes, and theirs.
 fn add_children(processes: &mut BTreeSet<u32>) {
-    // A kernel need not tell of children by themselves.
+    // Kernels without CONFIG_PROC_CHILDREN have no file for children.
     let parents = if Path::new("/proc/1/task/1/children").exists() { None } else { Some(all_parents()) };
     let mut new: Vec<u32> = processes.iter().copied().collect();
     while let Some(process) = new.pop() {
@@ -294,7 +303,7 @@ fn children_of(process: u32) -> Vec<u32> {
         .collect()
 }
 
-/// All processes, each with its parent.
+/// Returns all processes, each with its parent.
 fn all_parents() -> Vec<(u32, u32)> {
     let number = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
     let parent = |process: u32| {
@@ -319,7 +328,8 @@ impl Look {
     }
 }
 
-/// A madvise from a line of /proc/PID/task/TID/syscall: its number in decimal, its arguments in hexadecimal.
+/// Parses a madvise from a line of /proc/PID/task/TID/syscall: its number in decimal, its arguments
+/// in hexadecimal.
 fn call_of(line: &str) -> Option<Call> {
     let mut words = line.split_whitespace();
     if words.next()?.parse() != Ok(MADVISE) {

@@ -1,9 +1,11 @@
-//! Which process a child's memory is of: the event of a fork does not say, and whoever is signalled must be the one.
+//! Identifies the processes of children: the event of a fork tells no pid, and a signal must reach
+//! the right process.
 //!
-//! The kernel creates the child after the pager has read the event. So it is a child of the parent's process, was
-//! started after that and, where the parent forks again, before the next event was read; and its memory is registered
-//! with a userfaultfd where the space has regions, which neither a program started by exec nor one that was started
-//! before has. Where several processes are like that, the order of the forks decides if the parent has one thread, and
+//! The kernel creates the child after the pager has read the event. So it is a child of the
+//! parent's process, was started after that and, where the parent forks again, before the next
+//! event was read; and its memory is registered with a userfaultfd where the space has regions,
+//! which neither a program started by exec nor one that was started before has. Where several
+//! processes are like that, the order of the forks decides if the parent has one thread, and
 //! otherwise the child stays unidentified.
 
 use crate::memory::{Space, Spaces};
@@ -12,7 +14,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// By how much a child may seem to be older than its fork: the event is read, and noted a moment later.
+/// The time by which a child may seem older than its fork: the pager notes the fork a moment after
+/// it has read the event.
 const SLACK_TICKS: u64 = 10;
 /// Regions of a space that are compared with a process's mappings.
 const COMPARED: usize = 16;
@@ -28,7 +31,8 @@ struct Child {
     next_fork: u64,
 }
 
-/// Finds the processes of children whose process is not known: the spaces that it has found one for.
+/// Finds the processes of children whose process is unknown. Returns the spaces that it has found
+/// one for.
 pub(super) fn identify(spaces: &Spaces) -> Vec<Arc<Space>> {
     let known: BTreeSet<u32> =
         spaces.spaces().filter_map(|space| space.process()).map(|process| process.pid).collect();
@@ -49,7 +53,7 @@ pub(super) fn identify(spaces: &Spaces) -> Vec<Arc<Space>> {
     found
 }
 
-/// The children of a space whose processes are not known, in the order of their forks.
+/// Returns the children of a space whose processes are unknown, in the order of their forks.
 fn children_of(spaces: &Spaces, parent: u32) -> Vec<Child> {
     let of_parent = |space: &&Arc<Space>| space.parent().is_some_and(|(id, _)| id == parent);
     let all: Vec<_> = spaces.spaces().filter(of_parent).collect();
@@ -64,8 +68,8 @@ fn children_of(spaces: &Spaces, parent: u32) -> Vec<Child> {
     all.into_iter().enumerate().map(child).filter(unknown).take(MOST).collect()
 }
 
-/// Which process each child is, where that is certain. `candidates` are in the order of their forks where the parent
-/// `is_single`, with the addresses that are registered.
+/// Returns the process of each child for which it is certain. `candidates` are in the order of
+/// their forks where the parent `is_single`, with the addresses that are registered.
 fn matches(
     spaces: &Spaces,
     children: &[Child],
@@ -96,7 +100,8 @@ fn matches(
     found.collect()
 }
 
-/// Whether memory that is registered at these addresses may be that of a space: regions that the space has are so.
+/// Returns whether all of these addresses are registered at which the space has regions (the first
+/// ones are compared).
 fn has_regions(spaces: &Spaces, space: &Space, registered: &[Range<usize>]) -> bool {
     let is_registered = |addresses: Range<usize>| {
         registered.iter().any(|range| range.start <= addresses.start && addresses.end <= range.end)

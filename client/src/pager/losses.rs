@@ -1,4 +1,5 @@
-//! What becomes of faults that cannot be answered.
+//! Deadlines and losses: the pager carries out the loss policy for waiters whose page does not
+//! arrive.
 
 use super::identify::identify;
 use super::ready::{HOLD_AFTER, Obstacle};
@@ -17,11 +18,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Waiters that may be noted before those are looked for that something else has resolved.
+/// The number of waiters above which the pager drops those that an installer has resolved.
 const MANY: usize = 4096;
 
 impl Pager {
-    /// Looks at the deadlines of all who wait, and at what is to be asked for again.
+    /// Handles the waiters whose deadline is over, and requests that are due again.
     pub(super) fn check_deadlines(&mut self) {
         let now = Instant::now();
         for (key, waiter) in self.waiters.due(now) {
@@ -35,7 +36,7 @@ impl Pager {
                     let page = self.page_at(&waiter.space, key.1);
                     waiter.space.wake(&page);
                 }
-                // Its thread has not come back: it has been taken elsewhere by a signal, or stopped.
+                // Its thread has not faulted again: a signal took it elsewhere, or it is stopped.
                 Wait::Woken => self.waiters.remove(key),
                 Wait::Call => self.lose_waiter(key, waiter),
             }
@@ -49,7 +50,7 @@ impl Pager {
         self.look_at_failures();
     }
 
-    /// Asks again for what was put off, and forgets what nothing waits for any more.
+    /// Repeats requests that were put off, and forgets those without waiters.
     fn look_at_requests(&mut self, now: Instant) {
         let shared = Arc::clone(&self.on_exit.shared);
         let waiters = &self.waiters;
@@ -61,7 +62,7 @@ impl Pager {
         self.requests.look(now, shared.options.fault_deadline, has_waiters, waits);
     }
 
-    /// Failures that nothing waits because of any more have ended.
+    /// Ends failures without waiters.
     fn look_at_failures(&mut self) {
         let shared = Arc::clone(&self.on_exit.shared);
         for kind in shared.outcome.open() {
@@ -84,7 +85,7 @@ impl Pager {
         }
     }
 
-    /// Whether the page of a waiter is still to come.
+    /// Returns whether the page of a waiter is still absent, or its fault deferred.
     fn still_waits(&self, key: Key, waiter: &Waiter) -> bool {
         let spaces = self.shared().spaces();
         if waiter.space.is_gone() {
@@ -96,13 +97,14 @@ impl Pager {
         spaces.at(&waiter.space, key.1).is_some_and(is_absent) || self.ready.obstacle(key).is_some()
     }
 
-    /// The addresses of the page at an address, which may be one of 2 MiB.
+    /// Returns the addresses of the page at an address, which may be one of 2 MiB.
     fn page_at(&self, space: &Space, address: usize) -> Range<usize> {
         let at = self.shared().spaces().at(space, address);
         at.map_or(address..address + PAGE_BYTES, |(region, page)| region.whole_addresses(page))
     }
 
-    /// A page fault was read: if its thread was woken because its deadline was over, it is lost.
+    /// Carries out the loss policy for a page fault whose thread was woken at its deadline, and
+    /// that faults again.
     pub(super) fn fault_came_back(&mut self, space: &Arc<Space>, address: usize) {
         if !self.waiters.has_woken() {
             return;
@@ -117,13 +119,13 @@ impl Pager {
         }
     }
 
-    /// Something waits for a page that could not be had in time.
+    /// Carries out the loss policy for a waiter.
     fn lose_waiter(&mut self, key: Key, waiter: Waiter) {
         let (kind, reason) = self.why(key, &waiter);
         self.lose_waiters(vec![(key, waiter)], kind, &reason);
     }
 
-    /// Why a page has not come.
+    /// Returns the failure that keeps a page from being installed, and the reason.
     fn why(&self, key: Key, waiter: &Waiter) -> (FailureKind, String) {
         let shared = self.shared();
         let deadline = shared.options.fault_deadline;
@@ -161,12 +163,12 @@ impl Pager {
         of_page("it was not installed")
     }
 
-    /// Reports that pages are lost that somebody waits for, and does what the loss policy says.
+    /// Reports that the pages of waiters are lost, and carries out the loss policy.
     fn lose_waiters(&mut self, waiters: Vec<(Key, Waiter)>, kind: FailureKind, reason: &str) {
         let shared = Arc::clone(&self.on_exit.shared);
         let policy = shared.options.on_loss;
         let is_signalled = self.signal_waiters(&waiters, policy);
-        // Before poison: whoever sees that finds the reason.
+        // Before poison: a program that sees the poison must find the reason.
         shared.outcome.add(kind.clone(), reason, None);
         let mut end = match policy {
             LossPolicy::Wait => None,
@@ -198,7 +200,8 @@ impl Pager {
         shared.outcome.pages_changed();
     }
 
-    /// Kills or stops the processes of these waiters, where the policy is that: the spaces whose process is known.
+    /// Signals the processes of these waiters under `Kill` and `Pause`. Returns the spaces whose
+    /// process is known.
     fn signal_waiters(&self, waiters: &[(Key, Waiter)], policy: LossPolicy) -> BTreeSet<u32> {
         if !matches!(policy, LossPolicy::Kill | LossPolicy::Pause) {
             return BTreeSet::new();
@@ -208,7 +211,8 @@ impl Pager {
         spaces.into_iter().filter(|(_, space)| self.signal(space, policy)).map(|(id, _)| id).collect()
     }
 
-    /// Kills or stops the process of a space: false if it is not known for certain which one that is.
+    /// Kills or stops the process of a space. Returns false if that process is not known for
+    /// certain.
     fn signal(&self, space: &Arc<Space>, policy: LossPolicy) -> bool {
         let signal = if policy == LossPolicy::Kill { Signal::KILL } else { Signal::STOP };
         if !self.is_foreign {
@@ -218,7 +222,7 @@ impl Pager {
         space.process().is_some_and(|process| process.signal(signal))
     }
 
-    /// Finds out which processes the memory of children is of.
+    /// Identifies the processes of children, and notes them for a successor.
     pub(super) fn identify(&self) {
         for space in identify(&self.shared().spaces()) {
             if let Some(process) = space.process() {
@@ -232,13 +236,13 @@ impl Pager {
             Some((region, page))
                 if region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some() =>
             {
-                // The whole chunk: one page stands for all that were asked for with it.
+                // The whole chunk: its other pages are lost for the same reason.
                 match region.gathering() {
                     Some(_) => self.poison(&region, region.whole(&(page..page + 1))),
                     None => self.poison_chunk(&region, region.chunk_of(page)),
                 }
             }
-            // It stays removed: nothing of the image may come there.
+            // The page stays removed: image content must not appear there.
             at => {
                 let page = key.1..key.1 + PAGE_BYTES;
                 let page = at.map_or(page, |(region, page)| region.whole_addresses(page));
@@ -248,7 +252,7 @@ impl Pager {
         }
     }
 
-    /// A chunk cannot be had, whatever is tried: its waiters are lost.
+    /// Loses the waiters of a chunk that the server cannot deliver.
     pub(super) fn lose(&mut self, chunk: ChunkIndex, reason: &str) {
         let shared = Arc::clone(&self.on_exit.shared);
         let mut lost = Vec::new();
@@ -265,7 +269,7 @@ impl Pager {
         self.lose_waiters(lost, FailureKind::Chunk { chunk: chunk.0 }, &reason);
     }
 
-    /// The same for a segment.
+    /// Loses the waiters of a segment that the server cannot deliver.
     pub(super) fn lose_segment(&mut self, segment: u32, reason: &str) {
         let shared = Arc::clone(&self.on_exit.shared);
         let mut lost = Vec::new();
@@ -297,7 +301,8 @@ impl Pager {
             if held.is_none() && started.elapsed() > HOLD_AFTER {
                 held = self.hold_causers();
             }
-            // Where installers are inside, the next attempt comes when they have left: new ones wait.
+            // While installers are in the gate, the next attempt follows when they have left; new
+            // ones wait.
             let Some(_pass) = shared.map.gate.try_enter_alone() else { return };
             if let Err(stopped) = self.read(&region.space)
                 && !stopped.may_pass
@@ -313,8 +318,8 @@ impl Pager {
         self.faults();
     }
 
-    /// Extends all deadlines by the time that this thread did not run in (SIGSTOP, a suspended machine): the answer may
-    /// lie in its socket. A tick was due at `due`.
+    /// Extends all deadlines by the time in which this thread did not run (SIGSTOP, a suspended
+    /// machine): the answer may lie in its socket. A tick was due at `due`.
     pub(super) fn extend_deadlines(&mut self, due: Instant) {
         let late = due.elapsed();
         if late > TICK {
@@ -333,7 +338,8 @@ impl Pager {
     }
 }
 
-/// The addresses of a region's pages of a chunk; of pages of 2 MiB all that it has a part of.
+/// Returns the addresses of a region's pages of a chunk, extended to whole pages of 2 MiB for huge
+/// pages.
 fn whole_chunk(region: &Region, chunk: ChunkIndex) -> Range<usize> {
     let pages = region.pages_of(chunk).map_or(0..0, |pages| region.whole(&pages));
     region.address(pages.start)..region.address(pages.end)

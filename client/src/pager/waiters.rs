@@ -1,9 +1,10 @@
-//! Who waits: page faults that have no answer yet, and calls of the program that wait for pages.
+//! Waiters: page faults without an answer so far, and calls of the program that wait for pages.
 //!
-//! A waiter is a page of an address space, since when it is waited for, and until when. One whose page has been
-//! installed, removed or moved is found by looking at the page, at its deadline at the latest. A page fault does not say
-//! when it gives up: a signal may have taken the thread elsewhere. So at its deadline the pager wakes the page's threads,
-//! and the loss policy is carried out only when one of them faults again.
+//! A waiter is a page of an address space, since when it is waited for, and until when. One whose
+//! page has been installed, removed or moved is found by looking at the page, at its deadline at
+//! the latest. A page fault does not say when it gives up: a signal may have taken the thread
+//! elsewhere. So at its deadline the pager wakes the page's threads, and the loss policy is carried
+//! out only when one of them faults again.
 
 use crate::memory::Space;
 use std::collections::BTreeMap;
@@ -12,21 +13,22 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// What waits for a page.
+/// The kind of a waiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
     /// A page fault.
     Fault,
-    /// A page fault whose deadline is over, and whose thread was woken: it counts if it faults again.
+    /// A page fault whose deadline is over, and whose thread was woken: it counts if it faults
+    /// again.
     Woken,
     /// A call of the program, as `Region::read_at`.
     Call,
 }
 
-/// Where a waiter waits: the id of its space, and an address.
+/// The place of a waiter: the id of its space, and an address.
 pub(super) type Key = (u32, usize);
 
-/// See the module.
+/// A page that is waited for: see the module.
 #[derive(Clone, Debug)]
 pub(super) struct Waiter {
     pub(super) space: Arc<Space>,
@@ -39,14 +41,14 @@ pub(super) struct Waiter {
 pub(super) struct Waiters {
     patience: Duration,
     pages: BTreeMap<Key, Waiter>,
-    /// How many of them are [`Wait::Woken`].
+    /// The number of those that are [`Wait::Woken`].
     woken: usize,
-    /// No deadline is before this; None: not known.
+    /// A lower bound of all deadlines; None: there are no waiters.
     next: Option<Instant>,
 }
 
 impl Waiters {
-    /// Each may wait for `patience`.
+    /// Makes an empty collection whose waiters may wait for `patience` each.
     pub(super) fn new(patience: Duration) -> Self {
         Self { patience, pages: BTreeMap::new(), woken: 0, next: None }
     }
@@ -55,7 +57,7 @@ impl Waiters {
         self.pages.len()
     }
 
-    /// Notes a waiter, unless the page has one.
+    /// Adds a waiter, unless the page has one.
     pub(super) fn add(&mut self, space: &Arc<Space>, address: usize, wait: Wait, now: Instant) {
         let deadline = now + self.patience;
         let waiter = self.pages.entry((space.id, address));
@@ -68,7 +70,7 @@ impl Waiters {
         self.next = self.next.map(|next| next.min(deadline)).or(Some(deadline));
     }
 
-    /// Whether there are any whose threads were woken at their deadlines.
+    /// Returns whether threads of a waiter were woken at their deadline.
     pub(super) fn has_woken(&self) -> bool {
         self.woken > 0
     }
@@ -81,18 +83,18 @@ impl Waiters {
         self.pages.get(&key)
     }
 
-    /// Whether pages that begin at these addresses have waiters.
+    /// Returns whether pages that begin at these addresses have waiters.
     pub(super) fn has(&self, space: &Space, addresses: &Range<usize>) -> bool {
         self.pages.range((space.id, addresses.start)..(space.id, addresses.end)).next().is_some()
     }
 
-    /// The waiters of pages that begin at these addresses.
+    /// Returns the waiters of pages that begin at these addresses.
     pub(super) fn at(&self, space: &Space, addresses: &Range<usize>) -> Vec<(usize, Waiter)> {
         let pages = self.pages.range((space.id, addresses.start)..(space.id, addresses.end));
         pages.map(|((_, address), waiter)| (*address, waiter.clone())).collect()
     }
 
-    /// The waiters whose deadline is over.
+    /// Returns the waiters whose deadline is over.
     pub(super) fn due(&mut self, now: Instant) -> Vec<(Key, Waiter)> {
         if self.next.is_none_or(|next| next > now) {
             return Vec::new();
@@ -111,7 +113,7 @@ impl Waiters {
         self.next = self.next.map(|next| next.min(waiter.deadline)).or(Some(waiter.deadline));
     }
 
-    /// Notes that this waiter was lost, and goes on waiting: until its deadline is over once more.
+    /// Gives a lost waiter that goes on waiting another deadline.
     pub(super) fn again(&mut self, key: Key, from: Instant) {
         let Some(waiter) = self.pages.get_mut(&key) else { return };
         if waiter.wait == Wait::Woken {
@@ -137,7 +139,7 @@ impl Waiters {
         }
     }
 
-    /// Keeps those that are still waited for.
+    /// Keeps the waiters for which `waits` returns true.
     pub(super) fn retain(&mut self, mut waits: impl FnMut(Key, &Waiter) -> bool) {
         self.pages.retain(|key, waiter| waits(*key, waiter));
         self.woken = self.pages.values().filter(|waiter| waiter.wait == Wait::Woken).count();
