@@ -199,6 +199,49 @@ fn workers_are_killed_at_any_moment_of_a_restore() {
 }
 
 #[test]
+fn a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost() {
+    with_criu("a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(32, 0);
+        bench.dump(program);
+        let args = ["--fill", "nothing", "--on-loss", "kill", "--fault-deadline"];
+        let with = |deadline: &'static str| args.into_iter().chain([deadline]).collect::<Vec<_>>();
+        let (mut daemon, restored) = bench.restore_lazily("mended", &with("30s"));
+        daemon.assert_says("tasks have been restored");
+        let broken = daemon.break_state(restored.pid());
+        daemon.kill_worker();
+        daemon.assert_says("it is something else; trying again");
+        daemon.kill_worker();
+        std::thread::park_timeout(Duration::from_secs(1));
+        broken.mend();
+        assert_all_right(&status, &restored);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+        drop(restored);
+
+        let (mut daemon, mut restored) = bench.restore_lazily("lost", &with("1s"));
+        daemon.assert_says("tasks have been restored");
+        let pid = restored.pid();
+        let _broken = daemon.break_state(pid);
+        daemon.kill_worker();
+        wait_until("its end", || restored.has_ended());
+        daemon.assert_says(&format!("process {pid}: its memory is lost"));
+        let _ = daemon.wait();
+
+        // At the daemon's end its memory would read zeros.
+        let (mut daemon, mut restored) =
+            bench.restore_lazily("ended", &["--fill", "nothing", "--grace", "1s"]);
+        daemon.assert_says("tasks have been restored");
+        let _broken = daemon.break_state(restored.pid());
+        daemon.kill_worker();
+        daemon.assert_says("it is something else; trying again");
+        daemon.terminate();
+        let _ = daemon.wait();
+        wait_until("its end", || restored.has_ended());
+    });
+}
+
+#[test]
 fn one_image_is_restored_many_times_at_once() {
     with_criu("one_image_is_restored_many_times_at_once", |bench| {
         let Heap { program, status: path } = bench.heap(32);

@@ -10,7 +10,7 @@ use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::{is_root, resident_kib, skip, wait_until};
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
@@ -420,6 +420,117 @@ fn a_machine_whose_workers_fail_for_as_long_as_the_deadline_is_lost() {
         drop(vmm);
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+}
+
+#[test]
+fn a_session_that_cannot_be_resumed_is_tried_again_and_others_are_served() {
+    with_root("a_session_that_cannot_be_resumed_is_tried_again_and_others_are_served", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&["--on-loss", "kill", "--fault-deadline", "30s"]);
+        let mut vmm = snapshot.vmm(&["small:16"]);
+        let mut other = snapshot.vmm(&["small:16"]);
+        let broken = daemon.break_state(vmm.pid());
+        daemon.kill_worker();
+        vmm.tell("touch 16 5");
+        daemon.assert_says(&format!("process {}: session vm-{}", vmm.pid(), vmm.pid()));
+        other.assert_right();
+        snapshot.vmm(&["small:16"]).assert_right();
+        // A worker that follows takes it up where this one is.
+        daemon.kill_worker();
+        std::thread::park_timeout(Duration::from_secs(2));
+        assert!(!vmm.has_ended());
+        broken.mend();
+        assert_eq!(vmm.touches().wrong, 0);
+        vmm.assert_right();
+        let tries = daemon.said().iter().filter(|line| line.contains("it is something else")).count();
+        assert!(tries <= 2, "each worker says it once: {:#?}", daemon.said());
+    });
+}
+
+#[test]
+fn a_session_that_cannot_be_resumed_by_the_deadline_is_lost_and_others_are_not() {
+    with_root("a_session_that_cannot_be_resumed_by_the_deadline_is_lost_and_others_are_not", || {
+        let snapshot = Snapshot::push(16);
+        for policy in ["kill", "poison", "pause"] {
+            let mut daemon = snapshot.daemon(&["--on-loss", policy, "--fault-deadline", "500ms"]);
+            let mut vmm = snapshot.vmm(&["small:16"]);
+            let mut other = snapshot.vmm(&["small:16"]);
+            let broken = daemon.break_state(vmm.pid());
+            daemon.kill_worker();
+            vmm.tell("touch 16 5");
+            if policy == "pause" {
+                wait_until("it is stopped", || is_stopped(vmm.pid()));
+                // Who continues it has it served, if that can be done by then.
+                broken.mend();
+                kill_process(Pid::from_raw(vmm.pid().cast_signed()).unwrap(), Signal::CONT).unwrap();
+                assert_eq!(vmm.touches().wrong, 0);
+            } else {
+                wait_until("it has died", || vmm.has_ended());
+                daemon.assert_says("it has exited before its session could be resumed");
+            }
+            daemon.assert_says(&format!("process {}: its memory is lost", vmm.pid()));
+            other.assert_right();
+            snapshot.vmm(&["small:16"]).assert_right();
+            assert!(!is_stopped(other.pid()) && !other.has_ended());
+        }
+    });
+}
+
+#[test]
+fn workers_that_die_while_they_resume_lose_the_machine_at_the_deadline() {
+    with_root("workers_that_die_while_they_resume_lose_the_machine_at_the_deadline", || {
+        let snapshot = Snapshot::push(16);
+        for policy in ["kill", "poison"] {
+            let mut daemon = snapshot.daemon(&["--on-loss", policy, "--fault-deadline", "1s"]);
+            let mut vmm = snapshot.vmm(&["small:16"]);
+            let _broken = daemon.break_state(vmm.pid());
+            let failing = Instant::now();
+            while !vmm.has_ended() {
+                let worker = daemon.worker();
+                daemon.crash_worker();
+                wait_until("another worker", || daemon.worker() != worker);
+                // It is at its attempts to resume then, and they would go on for longer.
+                std::thread::park_timeout(Duration::from_millis(100));
+                assert!(failing.elapsed() < Duration::from_secs(60), "{policy}: {:#?}", daemon.said());
+            }
+            assert!(failing.elapsed() > Duration::from_secs(1), "{policy}");
+            daemon.assert_says(&format!("process {}: its memory is lost", vmm.pid()));
+            snapshot.vmm(&["small:16"]).assert_right();
+        }
+    });
+}
+
+#[test]
+fn memory_is_taken_on_when_there_are_descriptors_again() {
+    with_root("memory_is_taken_on_when_there_are_descriptors_again", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&[]);
+        let worker = daemon.worker();
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        let limit = |limit: Option<u64>| {
+            let limit = Rlimit { current: limit, maximum };
+            prlimit(Some(worker), Resource::Nofile, limit).unwrap();
+        };
+        let open = std::fs::read_dir(format!("/proc/{}/fd", worker.as_raw_pid())).unwrap().count() as u64;
+        // For one connection, and then for all that attaching needs but the last.
+        for more in 1..8 {
+            limit(Some(open + more));
+            let said = daemon.said().len();
+            let mut vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:16"]);
+            wait_until("an attempt", || daemon.said().len() > said);
+            limit(maximum);
+            vmm.loaded();
+            vmm.assert_right();
+            let pid = vmm.pid();
+            vmm.kill();
+            daemon.assert_says(&format!("vm {pid}: is gone"));
+        }
     });
 }
 

@@ -16,6 +16,7 @@ mod inbox;
 pub(crate) mod kernel;
 mod leftovers;
 pub(crate) mod log;
+mod resuming;
 pub(crate) mod runtime_dir;
 mod served;
 pub(crate) mod surroundings;
@@ -26,6 +27,7 @@ use anyhow::{Context, Result};
 use guardian::Turn;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getppid;
+use postcopy::proto::digest::Digest;
 use postcopy::{Image, Options, ServerAddress};
 use runtime_dir::{RuntimeDir, SessionName};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -53,6 +55,8 @@ pub(crate) struct Setup {
     pub(crate) address: ServerAddress,
     /// The images that sessions are filled from.
     pub(crate) images: Vec<Arc<Image>>,
+    /// What these are called by the user, in the same order.
+    references: Vec<String>,
     pub(crate) options: Options,
     /// How long it may take to end.
     pub(crate) grace: Duration,
@@ -87,7 +91,7 @@ impl Setup {
     /// If there is no socket to be had.
     pub(crate) fn new(
         address: ServerAddress,
-        images: Vec<Arc<Image>>,
+        images: Vec<(String, Arc<Image>)>,
         options: Options,
         grace: Duration,
         runtime: RuntimeDir,
@@ -95,7 +99,29 @@ impl Setup {
     ) -> Result<Self> {
         let control = UnixListener::bind(runtime.path().join("control")).context("the control socket")?;
         let (listeners, adopted, base) = (Vec::new(), None, Vec::new());
-        Ok(Self { address, images, options, grace, runtime, traces, listeners, control, adopted, base })
+        let (references, images) = images.into_iter().unzip();
+        Ok(Self {
+            address,
+            images,
+            references,
+            options,
+            grace,
+            runtime,
+            traces,
+            listeners,
+            control,
+            adopted,
+            base,
+        })
+    }
+
+    /// What the user calls an image; without a digest, the only image that there is.
+    fn reference_of(&self, image: Option<Digest>) -> Option<&str> {
+        let is_it = |other: &Arc<Image>| image.is_none_or(|image| other.digest() == image);
+        let is_clear =
+            image.is_some() || self.images.windows(2).all(|two| two[0].digest() == two[1].digest());
+        let found = self.images.iter().position(is_it).filter(|_| is_clear)?;
+        Some(&self.references[found])
     }
 
     /// Listens for programs at `path`, in place of whoever has left a socket there.
@@ -200,6 +226,13 @@ impl Connection {
         let cookie = rustix::net::sockopt::socket_cookie(&stream).context("its number")?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose it is")?.pid;
         Ok(Self { stream, listener, cookie, peer: peer.as_raw_nonzero().get().cast_unsigned() })
+    }
+
+    /// Whether the peer has closed the connection, or exited.
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        poll_for(&mut fds, Duration::ZERO);
+        !fds[0].revents().is_empty()
     }
 
     /// Waits until `parse` finds in what has come what it looks for: that, and who has sent it.

@@ -6,10 +6,14 @@
 
 use anyhow::{Context, Result, ensure};
 use postcopy::state_file::StateError;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -58,9 +62,24 @@ impl FromStr for SessionName {
 }
 
 impl SessionName {
-    /// Whether its process is alive.
+    /// Whether its process is alive. One that has exited and whose parent has not asked for its status (a zombie) is not;
+    /// one that cannot be looked at, for a lack of descriptors, is.
     pub(crate) fn is_alive(&self) -> bool {
-        start_of(self.pid).is_ok_and(|start| start == self.start)
+        let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else { return false };
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Err(Errno::SRCH) => return false,
+            pidfd => pidfd.ok(),
+        };
+        // Read after that: the descriptor is of this process, or of an earlier one with its pid.
+        let is_another = match start_of(self.pid) {
+            Ok(start) => start != self.start,
+            Err(error) => matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)),
+        };
+        // A pidfd is readable when all threads have exited.
+        let has_exited = |pidfd: &OwnedFd| {
+            poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
+        };
+        !is_another && !pidfd.as_ref().is_some_and(has_exited)
     }
 }
 
@@ -159,10 +178,16 @@ impl RuntimeDir {
         sessions_in(&self.path)
     }
 
-    /// Removes the state file of a session that has ended.
+    /// Removes the files of a session that has ended.
     pub(crate) fn remove(&self, session: &SessionName) {
-        // It may not have had one yet.
+        // It may have had none yet.
         let _ = fs::remove_file(self.path.join(session.to_string()));
+        let _ = fs::remove_file(self.poisoning(session));
+    }
+
+    /// The file that says that a worker has set about poisoning a session's memory as a last resort.
+    pub(crate) fn poisoning(&self, session: &SessionName) -> PathBuf {
+        self.path.join(format!("poisoning-{session}"))
     }
 
     /// The daemon ends: nothing stays but the state files of what somebody may take over.

@@ -252,23 +252,40 @@ impl Served {
 }
 
 /// Kills or stops the processes of all sessions, where the loss policy is that. Needs nothing of the sessions but their
-/// names: resuming one may be what workers fail at.
+/// names: resuming one may be what workers fail at. Poison needs a session, so it is left to whoever resumes it; where a
+/// worker has died of that, the process is killed.
 ///
 /// # Errors
 /// If the runtime directory cannot be read.
 pub(crate) fn lose_all(setup: &Setup) -> Result<()> {
-    let policy = setup.options.on_loss;
-    let signal = match policy {
-        LossPolicy::Kill => Signal::KILL,
-        LossPolicy::Pause => Signal::STOP,
-        LossPolicy::Wait | LossPolicy::Poison => return Ok(()),
-    };
     for name in setup.runtime.sessions().context("the runtime directory")? {
-        if postcopy::signal_process_tree(name.pid, name.start, signal) {
-            tracing::error!("process {}: its memory is lost: {policy:?}", name.pid);
+        let is_first = || File::create_new(setup.runtime.poisoning(&name)).is_ok();
+        if setup.options.on_loss != LossPolicy::Poison || !is_first() {
+            lose_unserved(setup, &name);
         }
     }
     Ok(())
+}
+
+/// Applies the loss policy to a process whose session cannot be resumed. Without a session nothing can be poisoned: the
+/// process is killed instead.
+pub(crate) fn lose_unserved(setup: &Setup, name: &SessionName) {
+    let policy = setup.options.on_loss;
+    let (signal, done) = match policy {
+        LossPolicy::Kill => (Signal::KILL, "killed"),
+        LossPolicy::Poison => (Signal::KILL, "killed, because nothing can be poisoned without a session"),
+        LossPolicy::Pause => (Signal::STOP, "stopped"),
+        LossPolicy::Wait => return,
+    };
+    if postcopy::signal_process_tree(name.pid, name.start, signal) {
+        tracing::error!("process {}: its memory is lost: {policy:?}: it is {done}", name.pid);
+    }
+}
+
+/// Kills a process that would read zeros when the daemon ends.
+pub(crate) fn kill_unsafe(name: &SessionName, reason: &str) {
+    tracing::error!("process {}: its memory cannot be made safe, it is killed: {reason}", name.pid);
+    postcopy::signal_process_tree(name.pid, name.start, Signal::KILL);
 }
 
 /// Has a session's trace written, where that was asked for: in a file of its own, also after another worker. The session
@@ -304,15 +321,21 @@ fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
             setup.adopted.as_ref().map_or_else(|| unsafe { kernel::borrow_number(fd) }, |uffd| uffd.borrow()),
         )
     };
-    let session = Session::resume(&setup.address, &setup.images, file, by_number)?;
+    let session = Session::resume(&setup.address, &setup.images, file, by_number);
+    // An attempt that has failed may have got so far that the file names its duplicates.
+    let needed = match &session {
+        Ok(_) => Some(Vec::new()),
+        Err(_) => state_file::descriptors(file).ok(),
+    };
+    let is_needed = |fd: &i32| needed.as_ref().is_none_or(|needed| needed.contains(fd));
     // Of a daemon that has died altogether they are numbers of another table.
     let own = listed.into_iter().filter(|fd| setup.adopted.is_none() && !setup.base.contains(fd));
-    for fd in own {
+    for fd in own.filter(|fd| !is_needed(fd)) {
         #[expect(unsafe_code, reason = "a descriptor that nobody owns")]
-        // SAFETY: it was left open, and the session has a duplicate of it.
+        // SAFETY: it was left open, and the session, or the state file, has a duplicate of it.
         unsafe {
             kernel::close_number(fd);
         }
     }
-    Ok(session)
+    session
 }
