@@ -17,6 +17,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -578,6 +579,55 @@ fn handshakes_that_cannot_be_are_refused_by_the_name_of_their_process() {
         drop(silent);
         daemon.assert_says("hung up after 0 bytes");
         good.assert_right();
+    });
+}
+
+#[test]
+fn a_machine_whose_handshake_is_refused_is_lost_and_a_stranger_is_not() {
+    with_root("a_machine_whose_handshake_is_refused_is_lost_and_a_stranger_is_not", || {
+        let snapshot = Snapshot::push(4);
+        for policy in ["wait", "pause", "kill", "poison"] {
+            let daemon = snapshot.daemon(&["--on-loss", policy]);
+            let mut good = snapshot.vmm(&["small:4"]);
+            // This process sends what is no handshake of a machine, and goes on.
+            let mut stranger = UnixStream::connect(snapshot.socket()).unwrap();
+            stranger.write_all(b"hello, here is a machine").unwrap();
+            daemon.assert_says(&format!("process {}: its handshake is not", std::process::id()));
+            let with_file = UnixStream::connect(snapshot.socket()).unwrap();
+            descriptors::send(&with_file, File::open("/dev/null").unwrap().as_fd(), "[]");
+            daemon.assert_says("no memory");
+
+            let mut vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:8"]);
+            daemon.assert_says(&format!("process {}: the guest has 8388608 bytes", vmm.pid()));
+            match policy {
+                "wait" => {
+                    std::thread::park_timeout(Duration::from_millis(300));
+                    assert!(!vmm.has_ended() && !is_stopped(vmm.pid()));
+                }
+                "pause" => wait_until("it is stopped", || is_stopped(vmm.pid())),
+                _ => wait_until("it has died", || vmm.has_ended()),
+            }
+            let lost = format!("process {}: its memory is lost", vmm.pid());
+            if policy == "wait" {
+                assert!(!daemon.has_said(&lost), "{:#?}", daemon.said());
+            } else {
+                daemon.assert_says(&lost);
+            }
+            good.assert_right();
+        }
+    });
+}
+
+#[test]
+fn a_process_that_exits_before_its_handshake_is_said_to_have_exited() {
+    with_root("a_process_that_exits_before_its_handshake_is_said_to_have_exited", || {
+        let snapshot = Snapshot::push(4);
+        let daemon = snapshot.daemon(&["--on-loss", "kill"]);
+        let script = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])";
+        let mut child = Command::new("python3").arg("-c").arg(script).arg(snapshot.socket()).spawn().unwrap();
+        daemon.assert_says(&format!("process {}: it has exited", child.id()));
+        child.wait().unwrap();
+        assert!(!daemon.has_said("hung up"), "{:#?}", daemon.said());
     });
 }
 

@@ -35,7 +35,7 @@ use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 use served::Served;
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -46,6 +46,8 @@ use std::time::{Duration, Instant};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Between looks at a handshake of which a part has come.
 const PAUSE: Duration = Duration::from_millis(2);
+/// How long a process that exits may take from closing its descriptors to its end.
+const EXIT: Duration = Duration::from_millis(100);
 /// How often sessions are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -219,13 +221,44 @@ pub(crate) struct Connection {
     pub(crate) cookie: u64,
     /// The process that has connected.
     pub(crate) peer: u32,
+    /// When that was started, if it can be known.
+    start: Option<u64>,
 }
 
 impl Connection {
     fn new(stream: UnixStream, listener: usize) -> Result<Self> {
         let cookie = rustix::net::sockopt::socket_cookie(&stream).context("its number")?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose it is")?.pid;
-        Ok(Self { stream, listener, cookie, peer: peer.as_raw_nonzero().get().cast_unsigned() })
+        let peer = peer.as_raw_nonzero().get().cast_unsigned();
+        let start = runtime_dir::start_of(peer).ok();
+        Ok(Self { stream, listener, cookie, peer, start })
+    }
+
+    /// The name of the session of a program of this kind that has connected.
+    ///
+    /// # Errors
+    /// If the process has exited, or cannot be looked at.
+    fn session(&self, kind: &str) -> Result<SessionName> {
+        let start = self.start.map_or_else(|| runtime_dir::start_of(self.peer), Ok);
+        let start = start.context("its start cannot be read")?;
+        Ok(SessionName { kind: kind.into(), pid: self.peer, start, cookie: self.cookie })
+    }
+
+    /// Whether the peer has sent a userfaultfd. Not so once it has hung up, or its handshake was taken.
+    fn has_sent_userfaultfd(&self) -> bool {
+        let peeked = inbox::peek(&self.stream, inbox::MAX_LOOK).unwrap_or_default();
+        let is_userfaultfd = |fd: &OwnedFd| leftovers::is_userfaultfd(fd.as_raw_fd());
+        !self.has_hung_up() && peeked.fds.iter().any(is_userfaultfd)
+    }
+
+    /// Whether the peer, which has hung up, has done so because it exited: a process closes its descriptors first.
+    fn has_exited(&self) -> bool {
+        let Ok(name) = self.session("peer") else { return true };
+        let started = Instant::now();
+        while name.is_alive() && started.elapsed() < EXIT {
+            std::thread::park_timeout(PAUSE);
+        }
+        !name.is_alive()
     }
 
     /// Whether the peer has closed the connection, or exited.
@@ -252,6 +285,9 @@ impl Connection {
                 return Ok(found);
             }
             let bytes = peeked.bytes.len();
+            if peeked.ended && self.has_exited() {
+                anyhow::bail!("it has exited, and has named no memory that is not served");
+            }
             anyhow::ensure!(!peeked.ended, "it has hung up after {bytes} bytes");
             anyhow::ensure!(bytes < most, "what it says does not end within {most} bytes");
             anyhow::ensure!(

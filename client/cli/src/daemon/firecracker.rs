@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// The most bytes that a handshake may have: some hundred regions.
-const MAX_HANDSHAKE: usize = 64 << 10;
+const MAX_HANDSHAKE: usize = inbox::MAX_LOOK;
 const PAGE: u64 = 4096;
 
 pub(crate) const KIND: &str = "vm";
@@ -145,8 +145,7 @@ impl Firecracker {
             let uffd = peeked.fds.pop().expect("one");
             Ok(Some((mappings, uffd, peeked.bytes.len())))
         })?;
-        let start = runtime_dir::start_of(connection.peer).context("its start cannot be read")?;
-        let name = SessionName { kind: KIND.into(), pid: connection.peer, start, cookie: connection.cookie };
+        let name = connection.session(KIND)?;
         let backing = &self.backings[connection.listener.min(self.backings.len() - 1)];
         let served = attach(worker, name, backing, &mappings, uffd.as_fd())?;
         // What it has said is in the state file.
@@ -215,6 +214,16 @@ impl Firecracker {
     }
 }
 
+/// Applies the loss policy to a process whose handshake was refused: it has registered memory that nobody is going to
+/// serve, and its load waits for that. A process that has sent no userfaultfd is left alone: nothing of it waits.
+fn refuse(worker: &Worker, connection: &Connection) {
+    if let Ok(name) = connection.session(KIND)
+        && connection.has_sent_userfaultfd()
+    {
+        served::lose_unserved(&worker.setup, &name);
+    }
+}
+
 /// Says that a machine is left, and how it is taken over.
 pub(crate) fn say_left(worker: &Worker, name: &SessionName, image: Option<Digest>) {
     let (pid, reference) = (name.pid, worker.setup.reference_of(image).unwrap_or("REF"));
@@ -247,7 +256,10 @@ impl Program for Firecracker {
         match self.open(worker, &connection) {
             Ok(Some(served)) => self.watch(worker, &served, Some(&connection.stream)),
             Ok(None) => {}
-            Err(error) => tracing::error!("process {}: {error:#}", connection.peer),
+            Err(error) => {
+                tracing::error!("process {}: {error:#}", connection.peer);
+                refuse(worker, &connection);
+            }
         }
         None
     }

@@ -15,6 +15,8 @@ use std::os::unix::net::UnixStream;
 
 /// The most descriptors that the kernel lets one message have (SCM_MAX_FD).
 const MAX_FDS: usize = 253;
+/// The most bytes that a peer may have sent unread.
+pub(crate) const MAX_LOOK: usize = 64 << 10;
 /// Bytes that are looked at in one go.
 const PIECE_BYTES: usize = 4096;
 
