@@ -73,6 +73,13 @@ impl<'a> Hosted<'a> {
         shared.has_ended() && shared.is_left_open.load(Ordering::Acquire)
     }
 
+    /// Returns how often faults were lost, so that the loss policy applied, since the session began
+    /// or was resumed.
+    #[must_use]
+    pub fn losses(self) -> u64 {
+        self.session.shared.counters.losses.load(Ordering::Relaxed)
+    }
+
     /// Sends a signal to the process whose memory it is, and to all that it has forked. Returns
     /// false where that process is unknown ([`ForeignMemory::pid`](crate::ForeignMemory::pid)).
     pub fn signal_owners(self, signal: Signal) -> bool {

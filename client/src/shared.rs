@@ -30,6 +30,8 @@ pub(crate) struct Counters {
     pub(crate) working_set_pages: AtomicU64,
     pub(crate) frame_bytes: AtomicU64,
     pub(crate) holds: AtomicU64,
+    /// How often faults were lost, so that the loss policy applied.
+    pub(crate) losses: AtomicU64,
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: usize) {

@@ -226,7 +226,7 @@ fn a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost() {
         daemon.kill_worker();
         wait_until("its end", || restored.has_ended());
         daemon.assert_says(&format!("process {pid}: its memory is lost"));
-        let _ = daemon.wait();
+        assert_eq!(daemon.wait().code(), Some(3));
 
         // At the daemon's end its memory would read zeros.
         let (mut daemon, mut restored) =
@@ -236,7 +236,8 @@ fn a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost() {
         daemon.kill_worker();
         daemon.assert_says("it is something else; trying again");
         daemon.terminate();
-        let _ = daemon.wait();
+        assert_eq!(daemon.wait().code(), Some(3));
+        daemon.assert_says("was killed, because its memory could not be made safe");
         wait_until("its end", || restored.has_ended());
     });
 }
@@ -598,7 +599,7 @@ fn a_daemon_that_cannot_fill_in_time_leaves_sigbus_and_no_zeros() {
         restored.assert_runs();
         server.kill();
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         daemon.assert_says("left: process");
         // It writes its status all the time, and checks nothing; what it touches for that may be what it dies of.
         wait_until("its end", || {
@@ -979,7 +980,7 @@ fn a_daemon_waits_for_the_recordings_of_all_its_tasks_at_once() {
         nix::sys::signal::kill(server, Signal::SIGSTOP).unwrap();
         daemon.terminate();
         let started = Instant::now();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         assert!(started.elapsed() < Duration::from_secs(30), "one after the other");
         let said = daemon.said();
         assert!(said.iter().filter(|line| line.contains("could not be recorded")).count() >= 4, "{said:#?}");

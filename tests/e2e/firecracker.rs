@@ -218,7 +218,7 @@ fn a_daemon_that_cannot_fill_in_time_says_which_machines_sleep_and_how_to_wake_t
         server.kill();
         vmm.tell("touch 8 5");
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         let pid = vmm.pid().to_string();
         daemon.assert_says(&format!("postcopy firecracker --adopt {pid} --image vm"));
         server = Server::on(&store, &listen);
@@ -239,7 +239,7 @@ fn a_machine_that_is_left_asleep_has_told_what_it_touched() {
         vmm.tell("touch 8 5");
         assert_eq!(vmm.touches().wrong, 0);
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         daemon.assert_says(&format!("postcopy firecracker --adopt {} --image vm", vmm.pid()));
         let sets = run(snapshot.server.address(), ["working-set", "ls"]);
         assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 512), "{sets}");
@@ -348,19 +348,45 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
             let mut vmm = snapshot.vmm(&["small:16"]);
             snapshot.server.kill();
             vmm.tell("touch 16 5");
-            let stat = format!("/proc/{}/stat", vmm.pid());
-            let is_stopped = || {
-                let stat = std::fs::read_to_string(&stat).unwrap_or_default();
-                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
-            };
+            let pid = vmm.pid();
             match policy {
-                "pause" => wait_until("it is stopped", is_stopped),
+                "pause" => wait_until("it is stopped", || is_stopped(pid)),
                 _ => wait_until("it has died", || vmm.has_ended()),
             }
             drop(vmm);
+            // Looks at sessions are a second apart.
+            let noted = || files_of(&daemon, "lost").iter().any(|path| path.metadata().unwrap().len() > 0);
+            wait_until("it is noted", noted);
+            // Whichever worker has seen it.
+            daemon.kill_worker();
             daemon.terminate();
-            assert_eq!(daemon.wait().code(), Some(0));
+            assert_eq!(daemon.wait().code(), Some(3));
+            daemon.assert_says("ended with status 3: 1 processes lost memory");
+            let what = match policy {
+                "kill" => "was killed",
+                "pause" => "was stopped",
+                _ => "lost pages, which are SIGBUS",
+            };
+            daemon.assert_says(&format!("process {pid}: it {what}"));
         }
+    });
+}
+
+/// Whatever an end waits for: here for a thread that does not run.
+#[test]
+fn a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come() {
+    with_root("a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&["--fill", "all"]);
+        let mut vmm = snapshot.vmm(&["small:16"]);
+        vmm.assert_right();
+        let pager = daemon.stop_pager();
+        daemon.terminate();
+        pager.assert_killed();
+        assert_eq!(daemon.wait().code(), Some(0));
+        daemon.assert_says("all of its memory is there, but its session does not end");
+        daemon.assert_says("ended: nothing was lost");
+        vmm.assert_right();
     });
 }
 
@@ -420,8 +446,14 @@ fn a_machine_whose_workers_fail_for_as_long_as_the_deadline_is_lost() {
         daemon.assert_says("its memory is lost: Kill");
         drop(vmm);
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
     });
+}
+
+/// The files of this name in the runtime directory of a daemon.
+fn files_of(daemon: &Daemon, name: &str) -> Vec<PathBuf> {
+    let directories = std::fs::read_dir(daemon.root()).unwrap().map(|entry| entry.unwrap().path());
+    directories.map(|directory| directory.join(name)).filter(|path| path.exists()).collect()
 }
 
 fn is_stopped(pid: u32) -> bool {

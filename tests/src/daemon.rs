@@ -1,6 +1,7 @@
 //! `postcopy firecracker` and `postcopy criu`: a guardian and its worker.
 
 use crate::cli::postcopy;
+use crate::stopped_pager::StoppedPager;
 use crate::wait_until;
 use postcopy::ServerAddress;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -245,6 +246,24 @@ impl Daemon {
     pub fn crash_worker(&mut self) {
         let worker = self.worker();
         let _ = kill_process(worker, Signal::ABORT);
+    }
+
+    /// Stops the thread of its worker that serves a session; there is one session.
+    ///
+    /// # Panics
+    /// If there is none, or several.
+    #[must_use]
+    pub fn stop_pager(&mut self) -> StoppedPager {
+        let tasks = format!("/proc/{}/task", self.worker().as_raw_pid());
+        let tasks = std::fs::read_dir(tasks).expect("it lives").flatten();
+        let is_pager = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm"))
+                .is_ok_and(|name| name.trim() == "postcopy-pager")
+        };
+        let pagers: Vec<_> = tasks.filter(is_pager).collect();
+        let [pager] = pagers.as_slice() else { panic!("{} pagers", pagers.len()) };
+        let thread = pager.file_name().to_str().and_then(|name| name.parse().ok()).expect("a number");
+        StoppedPager::stop(nix::unistd::Pid::from_raw(thread))
     }
 
     /// Kills its guardian alone.

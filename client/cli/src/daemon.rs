@@ -46,6 +46,8 @@ use std::time::{Duration, Instant};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Between looks at a handshake of which a part has come.
 const PAUSE: Duration = Duration::from_millis(2);
+/// The exit status of a daemon that has killed, stopped or left a process without all of its memory.
+const LOSS_STATUS: i32 = 3;
 /// How long a process that exits may take from closing its descriptors to its end.
 const EXIT: Duration = Duration::from_millis(100);
 /// How often sessions are looked at.
@@ -166,6 +168,7 @@ impl Setup {
             let status = worker.and_then(|worker| Arc::new(worker).run());
             match status {
                 Ok(status) => {
+                    let status = setup.close(status);
                     if getppid() != turn.guardian {
                         // It has died, and cannot do so.
                         setup.clean_up();
@@ -182,6 +185,26 @@ impl Setup {
             }
         });
         setup.clean_up();
+        status
+    }
+
+    /// Says what the daemon has done to processes whose memory was lost: the status that it ends with.
+    fn close(&self, status: i32) -> i32 {
+        let losses = self.runtime.losses();
+        if losses.is_empty() {
+            if status == 0 {
+                tracing::info!("ended: nothing was lost");
+            }
+            return status;
+        }
+        let status = if status == 0 { LOSS_STATUS } else { status };
+        tracing::error!("ended with status {status}: {} processes lost memory", losses.len());
+        for loss in &losses {
+            let (name, what) = loss.split_once(' ').unwrap_or((loss, ""));
+            let pid =
+                name.parse().map_or_else(|()| name.to_owned(), |name: SessionName| name.pid.to_string());
+            tracing::error!("process {pid}: it {what}");
+        }
         status
     }
 
@@ -384,6 +407,7 @@ impl Worker {
             }
             let past = self.deadline.get().is_some_and(|deadline| Instant::now() > *deadline + served_end());
             if self.is_stopping() && (self.threads.load(Ordering::Acquire) == 0 || past) {
+                self.sessions().iter().for_each(|served| served.give_up());
                 return Ok(0);
             }
         }

@@ -23,6 +23,7 @@ impl Pager {
     pub(super) fn fate(&self) -> Fate {
         use rustix::process::Signal;
         let shared = self.shared();
+        crate::shared::add(&shared.counters.losses, 1);
         match shared.options.on_loss {
             LossPolicy::Poison => return Fate::Poison,
             LossPolicy::Wait => {}

@@ -176,8 +176,8 @@ impl Criu {
         extents.iter().filter(|extent| extent.is_lazy).map(region).collect()
     }
 
-    /// Serves the tasks of a restore until all of them are complete or gone; whether none has lost anything.
-    fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<bool> {
+    /// Serves the tasks of a restore until all of them are complete or gone.
+    fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<()> {
         let mut tasks = Tasks::left(worker.left_by(connection.cookie));
         tasks.resume(worker);
         let marker = worker.setup.runtime.finished(connection.cookie);
@@ -190,7 +190,8 @@ impl Criu {
         tasks.is_restored = true;
         tasks.served.iter().for_each(|served| restored(served));
         tracing::info!("all {} tasks have been restored", tasks.served.len() + tasks.resuming.len());
-        Ok(self.complete(worker, tasks))
+        self.complete(worker, tasks);
+        Ok(())
     }
 
     /// Whether this is the connection of the restore that is served here: the first one, as for criu's own daemon.
@@ -261,9 +262,8 @@ impl Criu {
         connection.wait_for(worker, TASK_BYTES, parse)
     }
 
-    /// Watches over tasks until each is complete or gone: whether none has lost anything.
-    fn complete(&self, worker: &Worker, mut tasks: Tasks) -> bool {
-        let mut is_whole = true;
+    /// Watches over tasks until each is complete or gone.
+    fn complete(&self, worker: &Worker, mut tasks: Tasks) {
         // Those of which something may be still to be told or written: the others do not wait for that.
         let mut ended = Vec::new();
         while !tasks.is_empty() {
@@ -284,6 +284,8 @@ impl Criu {
                             let text = format!("left: process {pid}; what of its memory had not arrived is SIGBUS from here on");
                             tracing::warn!("{text}");
                             say(&text);
+                            let what = "was left; what of its memory had not arrived is SIGBUS";
+                            worker.setup.runtime.note_loss(&served.name, what);
                         }
                         worker.remove(&served.name);
                         ended.push(Arc::clone(served));
@@ -296,14 +298,15 @@ impl Criu {
                     }
                     Status::Ended => tracing::info!("process {pid}: is gone, or was drained"),
                 }
-                is_whole &= served.session().progress().poisoned_pages == 0;
+                if served.session().progress().poisoned_pages > 0 {
+                    worker.setup.runtime.note_loss(&served.name, "lost pages, which are SIGBUS");
+                }
                 worker.remove(&served.name);
                 ended.push(Arc::clone(served));
                 false
             });
         }
         served::finish(ended.iter().map(Arc::as_ref));
-        is_whole
     }
 }
 
@@ -313,7 +316,7 @@ impl Program for Criu {
             return None;
         }
         match self.restore(worker, &connection) {
-            Ok(is_whole) => Some(i32::from(!is_whole)),
+            Ok(()) => Some(0),
             Err(error) => {
                 tracing::error!("criu restore (process {}): {error:#}", connection.peer);
                 // Nobody goes on with them: whatever of them is left must not read zeros.
@@ -322,7 +325,7 @@ impl Program for Criu {
                     let _ = served.end();
                 });
                 for name in worker.setup.runtime.sessions().unwrap_or_default() {
-                    served::kill_unsafe(&name, "its session could not be resumed");
+                    served::kill_unsafe(&worker.setup, &name, "its session could not be resumed");
                 }
                 served::finish(sessions.iter().map(Arc::as_ref));
                 Some(1)
@@ -334,7 +337,8 @@ impl Program for Criu {
         // Its connection is kept for as long as it is served: this is of one that could not be accepted any more.
         let is_restored = worker.setup.runtime.finished(session.cookie).exists();
         let tasks = Tasks { is_restored, ..Tasks::left([session]) };
-        Some(i32::from(!self.complete(worker, tasks)))
+        self.complete(worker, tasks);
+        Some(0)
     }
 
     fn begin(&self, worker: &Arc<Worker>) -> Result<()> {

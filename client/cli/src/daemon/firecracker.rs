@@ -233,6 +233,7 @@ pub(crate) fn say_left(worker: &Worker, name: &SessionName, image: Option<Digest
     );
     tracing::warn!("{text}");
     say(&text);
+    worker.setup.runtime.note_loss(name, "was left without memory that had not arrived");
 }
 
 fn attach(

@@ -109,7 +109,7 @@ impl Resuming {
         if name.kind == firecracker::KIND {
             firecracker::say_left(worker, name, None);
         } else {
-            served::kill_unsafe(name, &format!("{error:#}"));
+            served::kill_unsafe(&worker.setup, name, &format!("{error:#}"));
             worker.setup.runtime.remove(name);
         }
         Attempt::Over

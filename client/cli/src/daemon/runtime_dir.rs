@@ -1,7 +1,7 @@
 //! The runtime directory: what outlives a daemon's worker, and what another daemon may take over.
 //!
 //! Each daemon has a directory of its own, on tmpfs: `lock`, which it holds as long as one of its two processes lives;
-//! `control`, a socket; and a state file for each session, named `KIND-PID-START-COOKIE`: the process and the time of its
+//! `control`, a socket; `lost`, what was done to processes whose memory was lost; and a state file for each session, named `KIND-PID-START-COOKIE`: the process and the time of its
 //! start, and the connection that it came over (SO_COOKIE), which are the same for every worker.
 
 use anyhow::{Context, Result, ensure};
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fmt;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -156,6 +156,25 @@ impl RuntimeDir {
         self.path.join(format!("finished-{cookie:x}"))
     }
 
+    /// Notes what was done to a process whose memory was lost, or that was left without some of it: once for all workers.
+    pub(crate) fn note_loss(&self, session: &SessionName, what: &str) {
+        if self.losses().iter().any(|loss| loss.starts_with(&format!("{session} "))) {
+            return;
+        }
+        let line = format!("{session} {what}\n");
+        let path = self.path.join(LOSSES);
+        let written = File::options().create(true).append(true).open(&path);
+        if let Err(error) = written.and_then(|mut file| file.write_all(line.as_bytes())) {
+            tracing::error!("{}: {error}", path.display());
+        }
+    }
+
+    /// What was noted with [`RuntimeDir::note_loss`]: a line for each process, which begins with its session's name.
+    pub(crate) fn losses(&self) -> Vec<String> {
+        let lines = fs::read_to_string(self.path.join(LOSSES)).unwrap_or_default();
+        lines.lines().map(str::to_owned).collect()
+    }
+
     /// The state file of a session, made if there is none.
     ///
     /// # Errors
@@ -199,6 +218,8 @@ impl RuntimeDir {
     }
 }
 
+/// What was lost while the daemon served.
+const LOSSES: &str = "lost";
 const TMPFS_MAGIC: i128 = 0x0102_1994;
 const RAMFS_MAGIC: i128 = 0x8584_58f6;
 

@@ -24,6 +24,9 @@ const END: Duration = Duration::from_secs(60);
 /// The server makes a working set anew, of some GiB at most. Sessions that end together have this together.
 const RECORDED: Duration = Duration::from_secs(30);
 
+/// How long the end of a session takes that has nothing to poison, at most: whatever it waits for, nothing is lost.
+const RESIDENT_END: Duration = Duration::from_secs(5);
+
 /// What a look at a session has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Status {
@@ -46,6 +49,8 @@ pub(crate) struct Served {
     /// When it has failed first and last, of failures that follow one another.
     failing: Mutex<Option<(Instant, Instant)>>,
     has_reported: AtomicBool,
+    /// A loss stands in the runtime directory.
+    has_noted: AtomicBool,
     /// What writes the session's trace. Held for taking and replacing it.
     trace: Mutex<Option<TraceWriter>>,
     is_alone: AtomicBool,
@@ -106,6 +111,7 @@ impl Served {
             session: Mutex::new(Arc::new(session)),
             failing: Mutex::default(),
             has_reported: AtomicBool::new(false),
+            has_noted: AtomicBool::new(false),
             trace: Mutex::new(trace),
             is_alone: AtomicBool::new(false),
         }
@@ -128,6 +134,7 @@ impl Served {
     /// Looks how it is; brings it back if it has failed.
     pub(crate) fn look(&self) -> Status {
         let session = self.session();
+        self.note_losses(&session);
         if let Some(reason) = session.error()
             && !self.has_reported.swap(true, Ordering::Relaxed)
         {
@@ -141,6 +148,19 @@ impl Served {
             true => Status::Ended,
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
+        }
+    }
+
+    /// Notes that the pager has applied the loss policy.
+    fn note_losses(&self, session: &Session) {
+        let what = match self.setup.options.on_loss {
+            LossPolicy::Kill => "was killed",
+            LossPolicy::Pause => "was stopped",
+            LossPolicy::Poison => "lost pages, which are SIGBUS",
+            LossPolicy::Wait => return,
+        };
+        if session.hosted().losses() > 0 && !self.has_noted.swap(true, Ordering::Relaxed) {
+            self.setup.runtime.note_loss(&self.name, what);
         }
     }
 
@@ -180,30 +200,56 @@ impl Served {
     /// Nobody can serve it: does what the loss policy says.
     fn lose(&self) {
         let session = self.session();
-        match self.setup.options.on_loss {
+        let what = match self.setup.options.on_loss {
             LossPolicy::Wait => return,
-            LossPolicy::Kill => drop(session.hosted().signal_owners(Signal::KILL)),
-            LossPolicy::Pause => drop(session.hosted().signal_owners(Signal::STOP)),
-            LossPolicy::Poison => drop(session.close(END)),
-        }
+            LossPolicy::Kill => {
+                session.hosted().signal_owners(Signal::KILL);
+                "was killed"
+            }
+            LossPolicy::Pause => {
+                session.hosted().signal_owners(Signal::STOP);
+                "was stopped"
+            }
+            LossPolicy::Poison => {
+                let _ = session.close(END);
+                "lost what had not arrived, which is SIGBUS"
+            }
+        };
+        self.setup.runtime.note_loss(&self.name, what);
         tracing::error!("process {}: its memory is lost: {:?}", self.name.pid, self.setup.options.on_loss);
     }
 
     /// Ends it in order: what is absent is SIGBUS from then on. False: that could not be done, and its processes were killed,
-    /// which would have read zeros.
+    /// which would have read zeros. Where nothing is absent they go on in any case.
     pub(crate) fn end(&self) -> bool {
         let session = self.session();
-        let is_safe = session.close(END) && !session.hosted().is_left();
+        let patience = if session.is_resident() { RESIDENT_END } else { END };
+        let is_closed = session.close(patience) && !session.hosted().is_left();
+        self.note_losses(&session);
+        let is_safe = is_closed || session.is_resident();
         if !is_safe {
             let reason = session.error().unwrap_or_else(|| "its session does not end".into());
-            tracing::error!(
-                "process {}: its memory cannot be made safe, it is killed: {reason}",
+            kill_unsafe(&self.setup, &self.name, &reason);
+        } else if !is_closed {
+            tracing::warn!(
+                "process {}: all of its memory is there, but its session does not end",
                 self.name.pid
             );
-            session.hosted().signal_owners(Signal::KILL);
         }
         self.setup.runtime.remove(&self.name);
         is_safe
+    }
+
+    /// The daemon exits, and nobody waits any more for the session's end: kills a process that would read zeros then.
+    pub(crate) fn give_up(&self) {
+        let session = self.session();
+        // A machine keeps its own userfaultfd.
+        if self.name.kind != super::firecracker::KIND
+            && !session.wait_end(Duration::ZERO)
+            && !session.is_resident()
+        {
+            kill_unsafe(&self.setup, &self.name, "its session does not end");
+        }
     }
 
     /// Has what it has touched so far told to the server now.
@@ -271,20 +317,25 @@ pub(crate) fn lose_all(setup: &Setup) -> Result<()> {
 /// process is killed instead.
 pub(crate) fn lose_unserved(setup: &Setup, name: &SessionName) {
     let policy = setup.options.on_loss;
-    let (signal, done) = match policy {
-        LossPolicy::Kill => (Signal::KILL, "killed"),
-        LossPolicy::Poison => (Signal::KILL, "killed, because nothing can be poisoned without a session"),
-        LossPolicy::Pause => (Signal::STOP, "stopped"),
+    let (signal, what) = match policy {
+        LossPolicy::Kill => (Signal::KILL, "was killed"),
+        LossPolicy::Poison => (Signal::KILL, "was killed, because nothing can be poisoned without a session"),
+        LossPolicy::Pause => (Signal::STOP, "was stopped"),
         LossPolicy::Wait => return,
     };
+    // Before it is done: the worker may die of anything.
+    if name.is_alive() {
+        setup.runtime.note_loss(name, what);
+    }
     if postcopy::signal_process_tree(name.pid, name.start, signal) {
-        tracing::error!("process {}: its memory is lost: {policy:?}: it is {done}", name.pid);
+        tracing::error!("process {}: its memory is lost: {policy:?}: it {what}", name.pid);
     }
 }
 
 /// Kills a process that would read zeros when the daemon ends.
-pub(crate) fn kill_unsafe(name: &SessionName, reason: &str) {
+pub(crate) fn kill_unsafe(setup: &Setup, name: &SessionName, reason: &str) {
     tracing::error!("process {}: its memory cannot be made safe, it is killed: {reason}", name.pid);
+    setup.runtime.note_loss(name, "was killed, because its memory could not be made safe");
     postcopy::signal_process_tree(name.pid, name.start, Signal::KILL);
 }
 
