@@ -15,10 +15,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -568,6 +569,59 @@ fn a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained() {
         let mut whole = bench.criu.restore(&bench.path("whole"), [""; 0]);
         whole.assert_runs();
         assert_all_right(&status, &whole);
+    });
+}
+
+#[test]
+fn a_server_that_is_away_is_not_overrun_by_the_tasks_of_a_restore() {
+    with_criu("a_server_that_is_away_is_not_overrun_by_the_tasks_of_a_restore", |bench| {
+        let heap = compile("heap", bench.folder.path());
+        let files: Vec<_> = (0..2).map(|task| bench.path(&format!("status.{task}"))).collect();
+        let each = files.iter().map(|file| format!("{} 8 {} 0 & ", heap.display(), file.display()));
+        let mut command = Command::new("sh");
+        command.args(["-c", &(each.collect::<String>() + "wait")]);
+        let program = Program::start(&command);
+        files.iter().for_each(|file| wait_for_status(file));
+        bench.dump(program);
+        let socket = bench.path("server.sock");
+        let (store, listen) = (bench.server.store().to_owned(), format!("unix:{}", socket.display()));
+        let mut server = Server::on(&store, &listen);
+        let (images, _) = bench.pull("app", "lazy");
+        let args = ["criu", "-D", images.to_str().unwrap(), "--image", "app", "--fill", "nothing"];
+        let mut daemon = Daemon::start(server.address(), args);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        daemon.assert_says("all 3 tasks have been restored");
+        files.iter().for_each(|file| wait_for_status(file));
+        server.kill();
+        fs::remove_file(&socket).unwrap();
+        let away = UnixListener::bind(&socket).unwrap();
+        let (accepted, is_away) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
+        let (count, goes_on) = (Arc::clone(&accepted), Arc::clone(&is_away));
+        let accepting = std::thread::spawn(move || {
+            while goes_on.load(Ordering::SeqCst) {
+                drop(away.accept().unwrap());
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        // It fills what is left.
+        daemon.terminate();
+        let (before, seconds) = (accepted.load(Ordering::SeqCst), 4);
+        // It is about attempts in a time.
+        std::thread::park_timeout(Duration::from_secs(seconds as u64));
+        let attempts = accepted.load(Ordering::SeqCst) - before;
+        // The fill of each task tries five times a second, its pager less often.
+        assert!(attempts <= 3 * 10 * seconds, "{attempts} connections in {seconds} s");
+        is_away.store(false, Ordering::SeqCst);
+        let _ = UnixStream::connect(&socket);
+        accepting.join().unwrap();
+        fs::remove_file(&socket).unwrap();
+        let _server = Server::on(&store, &listen);
+        assert_eq!(daemon.wait().code(), Some(0), "all has come");
+        files.iter().for_each(|file| {
+            wait_for_status(file);
+            assert_eq!(status::<2>(file)[1], 0);
+        });
     });
 }
 

@@ -29,9 +29,7 @@ const PID_BYTES: usize = 4;
 /// A byte comes with each descriptor.
 const TASK_BYTES: usize = PID_BYTES + 1;
 const KIND: &str = "task";
-/// How often sessions are looked at that are being filled.
-const FILL_LOOK: Duration = Duration::from_millis(10);
-/// How often it is looked whether they are gone.
+/// How often sessions are looked at.
 const EXIT_LOOK: Duration = Duration::from_millis(250);
 
 /// See the module.
@@ -66,6 +64,16 @@ impl Tasks {
 
     fn is_empty(&self) -> bool {
         self.served.is_empty() && self.resuming.is_empty()
+    }
+
+    /// Waits until the first of them is complete or gone, or it is time to look at all: they end only together.
+    fn wait(&self, worker: &Worker) {
+        let next_attempt = self.resuming.iter().map(Resuming::until_next).min();
+        let timeout = next_attempt.map_or(EXIT_LOOK, |next| next.min(EXIT_LOOK));
+        match self.served.first() {
+            Some(served) => served.wait(timeout),
+            None => worker.wait(None, timeout),
+        }
     }
 
     fn has(&self, name: &SessionName) -> bool {
@@ -270,11 +278,11 @@ impl Criu {
             tasks.resume(worker);
             for served in &tasks.served {
                 let fills = self.fill || worker.is_stopping();
-                if fills && let Err(error) = served.session().fill() {
+                if fills && let Err(error) = served.fill() {
                     tracing::warn!("process {}: {error}", served.name.pid);
                 }
             }
-            worker.wait(None, if self.fill { FILL_LOOK } else { EXIT_LOOK });
+            tasks.wait(worker);
             ended.retain(|served: &Arc<Served>| !served.is_finished());
             tasks.served.retain(|served| {
                 let pid = served.name.pid;

@@ -201,7 +201,7 @@ impl Firecracker {
                 continue;
             }
             // Without memory it would sleep for ever.
-            if let Err(error) = served.session().fill() {
+            if let Err(error) = served.fill() {
                 tracing::warn!("vm {pid}: {error}");
             }
             if worker.is_past_deadline() {

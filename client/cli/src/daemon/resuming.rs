@@ -81,6 +81,11 @@ impl Resuming {
         &self.name
     }
 
+    /// How long it is until the next attempt.
+    pub(crate) fn until_next(&self) -> Duration {
+        self.retry.until_next()
+    }
+
     /// Tries to resume the session, if the pause since the last attempt is over. After the fault deadline it applies the
     /// loss policy once, and goes on trying while the process lives.
     pub(crate) fn attempt(&mut self, worker: &Worker) -> Attempt {
@@ -119,7 +124,7 @@ impl Resuming {
     pub(crate) fn resume(mut self, worker: &Worker) -> Attempt {
         loop {
             match self.attempt(worker) {
-                Attempt::Failed => worker.wait(None, self.retry.until_next()),
+                Attempt::Failed => worker.wait(None, self.until_next()),
                 done => return done,
             }
         }

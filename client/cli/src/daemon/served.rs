@@ -7,16 +7,18 @@ use super::runtime_dir::SessionName;
 use anyhow::{Context, Result, anyhow};
 use postcopy::state_file::{self, StateError};
 use postcopy::trace::TraceWriter;
-use postcopy::{ForeignMemory, ForeignRegion, Image, LossPolicy, Session, SessionError};
+use postcopy::{ForeignMemory, ForeignRegion, Image, LossError, LossPolicy, Session, SessionError};
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Between attempts to bring a session back that fails at once.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How often a session is looked at that has reported a loss.
+const LOST_LOOK: Duration = Duration::from_millis(100);
 /// Failures that are further apart have nothing to do with one another.
 const APART: Duration = Duration::from_secs(5);
 /// Making 64 GiB SIGBUS takes 3 s.
@@ -48,6 +50,8 @@ pub(crate) struct Served {
     session: Mutex<Arc<Session>>,
     /// When it has failed first and last, of failures that follow one another.
     failing: Mutex<Option<(Instant, Instant)>>,
+    /// The session that was asked to fill. Held for asking it.
+    asked_to_fill: Mutex<Weak<Session>>,
     has_reported: AtomicBool,
     /// A loss stands in the runtime directory.
     has_noted: AtomicBool,
@@ -110,6 +114,7 @@ impl Served {
             state,
             session: Mutex::new(Arc::new(session)),
             failing: Mutex::default(),
+            asked_to_fill: Mutex::default(),
             has_reported: AtomicBool::new(false),
             has_noted: AtomicBool::new(false),
             trace: Mutex::new(trace),
@@ -148,6 +153,31 @@ impl Served {
             true => Status::Ended,
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
+        }
+    }
+
+    /// Has everything brought that is absent. Asks each session once: each time would end a pause of its fill, and have it
+    /// connect to a server that is away.
+    ///
+    /// # Errors
+    /// As [`Session::fill`].
+    pub(crate) fn fill(&self) -> Result<(), SessionError> {
+        let session = self.session();
+        let mut asked = self.asked_to_fill.lock().unwrap_or_else(PoisonError::into_inner);
+        let this = Arc::downgrade(&session);
+        if !asked.ptr_eq(&this) {
+            session.fill()?;
+            *asked = this;
+        }
+        Ok(())
+    }
+
+    /// Waits until the session is resident or has ended, at most for `timeout`. Once it has reported a loss, it sees only an
+    /// end at once.
+    pub(crate) fn wait(&self, timeout: Duration) {
+        let session = self.session();
+        if let Err(LossError::Lost(_)) = session.wait_resident(timeout) {
+            let _ = session.wait_end(timeout.min(LOST_LOOK));
         }
     }
 
