@@ -8,6 +8,7 @@ use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
+use postcopy_tests::store::StoreDir;
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::{is_root, resident_kib, skip, wait_until};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
@@ -60,6 +61,14 @@ impl Snapshot {
 
     fn daemon(&self, more: &[&str]) -> Daemon {
         Daemon::start(self.server.address(), self.args(&self.socket(), more))
+    }
+
+    /// Has the image's tag name another image.
+    fn move_tag(&self) {
+        let moved = self.folder.path().join("moved");
+        std::fs::create_dir(&moved).unwrap();
+        std::fs::write(moved.join("guest.mem"), memory_like(16 << 20, 902)).unwrap();
+        let _ = run(self.server.address(), [OsStr::new("push"), moved.as_os_str(), OsStr::new("vm")]);
     }
 
     fn vmm(&self, regions: &[&str]) -> Vmm {
@@ -328,14 +337,74 @@ fn a_tag_that_moves_changes_nothing_for_a_daemon_that_runs() {
         let snapshot = Snapshot::push(16);
         let mut daemon = snapshot.daemon(&[]);
         let mut first = snapshot.vmm(&["small:16"]);
-        let moved = snapshot.folder.path().join("moved");
-        std::fs::create_dir(&moved).unwrap();
-        std::fs::write(moved.join("guest.mem"), memory_like(16 << 20, 902)).unwrap();
-        let _ = run(snapshot.server.address(), [OsStr::new("push"), moved.as_os_str(), OsStr::new("vm")]);
+        snapshot.move_tag();
         snapshot.vmm(&["small:16"]).assert_right();
         daemon.kill_worker();
         snapshot.vmm(&["small:16"]).assert_right();
         first.assert_right();
+    });
+}
+
+/// Whether a server holds the lease of an image.
+fn has_lease(store: &StoreDir) -> bool {
+    let leases = store.domain().join("leases");
+    let files = std::fs::read_dir(leases).into_iter().flatten().flatten();
+    let is_held = |path: PathBuf| File::open(path).is_ok_and(|file| file.try_lock().is_err());
+    files.map(|entry| entry.path()).any(is_held)
+}
+
+#[test]
+fn an_idle_daemon_keeps_its_image_from_the_collector() {
+    with_root("an_idle_daemon_keeps_its_image_from_the_collector", || {
+        let snapshot = Snapshot::push(16);
+        let listen = format!("unix:{}", snapshot.folder.path().join("server.sock").display());
+        let mut server = Server::on(snapshot.server.store(), &listen);
+        let mut daemon = Daemon::start(server.address(), snapshot.args(&snapshot.socket(), &[]));
+        snapshot.move_tag();
+        let store = StoreDir::of(&snapshot.server);
+        let collect = || assert_eq!(store.gc(&["--grace", "0s"])["manifests"], 0, "the image is collected");
+        // From when it says that it serves,
+        collect();
+        // after a restart of the server,
+        server.kill();
+        assert!(!has_lease(&store));
+        server = Server::on(snapshot.server.store(), &listen);
+        wait_until("the lease", || has_lease(&store));
+        collect();
+        // and by the next worker.
+        daemon.kill_worker();
+        wait_until("the lease", || has_lease(&store));
+        collect();
+        snapshot.vmm(&["small:16"]).assert_right();
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        wait_until("the lease's end", || !has_lease(&store));
+        drop(server);
+    });
+}
+
+#[test]
+fn an_image_that_is_gone_from_the_server_is_named_once_and_when_it_is_back() {
+    with_root("an_image_that_is_gone_from_the_server_is_named_once_and_when_it_is_back", || {
+        let snapshot = Snapshot::push(16);
+        let listen = format!("unix:{}", snapshot.folder.path().join("server.sock").display());
+        let mut server = Server::on(snapshot.server.store(), &listen);
+        let daemon = Daemon::start(server.address(), snapshot.args(&snapshot.socket(), &[]));
+        snapshot.move_tag();
+        server.kill();
+        let collected = StoreDir::of(&snapshot.server).gc(&["--grace", "0s"]);
+        assert_ne!(collected["manifests"], 0, "{collected}");
+        let server = Server::on(snapshot.server.store(), &listen);
+        daemon.assert_says("image vm:latest (blake3:");
+        daemon.assert_says("is gone from server unix:");
+        // It asks again, more than once in that time.
+        std::thread::park_timeout(Duration::from_secs(3));
+        let folder = snapshot.folder.path().join("snapshot");
+        let _ = run(server.address(), [OsStr::new("push"), folder.as_os_str(), OsStr::new("back")]);
+        daemon.assert_says("is on server unix:");
+        let told = daemon.said().iter().filter(|line| line.contains("is gone from server")).count();
+        assert_eq!(told, 1, "{:#?}", daemon.said());
+        snapshot.vmm(&["small:16"]).assert_right();
     });
 }
 

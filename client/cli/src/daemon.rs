@@ -14,6 +14,7 @@ pub(crate) mod firecracker;
 pub(crate) mod guardian;
 mod inbox;
 pub(crate) mod kernel;
+mod leases;
 mod leftovers;
 pub(crate) mod log;
 mod resuming;
@@ -25,6 +26,7 @@ pub(crate) use control::{ask_to_drain, ask_to_record};
 
 use anyhow::{Context, Result};
 use guardian::Turn;
+use leases::Leases;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getppid;
 use postcopy::proto::digest::Digest;
@@ -48,6 +50,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(2);
 /// The exit status of a daemon that has killed, stopped or left a process without all of its memory.
 const LOSS_STATUS: i32 = 3;
+/// How long the first worker waits for the leases of its images before it says that it serves.
+const LEASES: Duration = Duration::from_secs(5);
 /// How long a process that exits may take from closing its descriptors to its end.
 const EXIT: Duration = Duration::from_millis(100);
 /// How often sessions are looked at.
@@ -380,8 +384,15 @@ impl Worker {
                 &[&signals.as_fd(), &self.stop.as_fd(), &self.changed.as_fd()],
                 guardian.as_ref(),
             )?;
-        } else {
+        }
+        // After that: a lease's connection is none that the worker before has left.
+        let leases = Leases::hold(&self.setup).context("the leases of the images");
+        if !self.turn.is_successor {
+            // What is said to be served stays.
+            leases?.wait(LEASES);
             self.program.begin(&self)?;
+        } else if let Err(error) = leases {
+            tracing::error!("{error:#}");
         }
         let findings = surroundings::prepare();
         if !self.turn.is_successor {
