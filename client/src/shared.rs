@@ -32,6 +32,8 @@ pub(crate) struct Counters {
     pub(crate) holds: AtomicU64,
     /// How often faults were lost, so that the loss policy applied.
     pub(crate) losses: AtomicU64,
+    /// How often a fault was put off because the kernel had no memory for its page.
+    pub(crate) memory_waits: AtomicU64,
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: usize) {

@@ -149,6 +149,26 @@ fn a_machine_on_huge_pages_survives_the_death_of_a_worker() {
 }
 
 #[test]
+fn a_pool_of_huge_pages_that_is_short_is_told_of_when_it_begins_and_ends() {
+    with_root("a_pool_of_huge_pages_that_is_short_is_told_of_when_it_begins_and_ends", || {
+        let snapshot = Snapshot::push(16);
+        let pool = HugePool::with_free(4);
+        let daemon = snapshot.daemon(&["--fill", "nothing"]);
+        let mut vmm = snapshot.vmm(&["huge:16"]);
+        assert!(!daemon.has_said("huge page"), "{:#?}", daemon.said());
+        vmm.tell("check");
+        daemon.assert_says(&format!("process {}: no free huge page of 2 MiB: its fault waits", vmm.pid()));
+        // It lasts, and is told of once.
+        std::thread::park_timeout(Duration::from_secs(3));
+        pool.set_free(8);
+        assert_eq!(vmm.answer(), "wrong 0");
+        daemon.assert_says(&format!("process {}: no fault waits for a free huge page", vmm.pid()));
+        let told = daemon.said().iter().filter(|line| line.contains("no free huge page")).count();
+        assert_eq!(told, 1, "{:#?}", daemon.said());
+    });
+}
+
+#[test]
 fn a_machine_whose_daemon_has_died_altogether_is_adopted() {
     with_root("a_machine_whose_daemon_has_died_altogether_is_adopted", || {
         let snapshot = Snapshot::push(32);

@@ -158,6 +158,9 @@ impl Ready {
 impl Pager {
     /// Defers a fault that an outcome of the kernel is in the way of.
     pub(super) fn defer(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
+        if obstacle == Obstacle::Memory {
+            crate::shared::add(&self.shared().counters.memory_waits, 1);
+        }
         let deadline = Instant::now() + self.shared().options.fault_deadline;
         self.ready.defer(space, address, obstacle, deadline);
     }

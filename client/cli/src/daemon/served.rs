@@ -19,6 +19,8 @@ use std::time::{Duration, Instant, SystemTime};
 const PAUSE: Duration = Duration::from_millis(20);
 /// How often a session is looked at that has reported a loss.
 const LOST_LOOK: Duration = Duration::from_millis(100);
+/// A shortage is over when no fault has waited for so long: the pager tries again every 100 ms at least.
+const SHORTAGE_END: Duration = Duration::from_millis(500);
 /// Failures that are further apart have nothing to do with one another.
 const APART: Duration = Duration::from_secs(5);
 /// Making 64 GiB SIGBUS takes 3 s.
@@ -40,6 +42,15 @@ pub(crate) enum Status {
     Ended,
 }
 
+/// The kernel's lack of memory for a session's pages, as the last look has shown it.
+#[derive(Debug, Default)]
+struct Shortage {
+    /// How often faults have waited ([`postcopy::host::Hosted::memory_waits`]).
+    waits: u64,
+    /// When a fault was last seen to wait, of a shortage that goes on.
+    last: Option<Instant>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Served {
@@ -50,6 +61,8 @@ pub(crate) struct Served {
     session: Mutex<Arc<Session>>,
     /// When it has failed first and last, of failures that follow one another.
     failing: Mutex<Option<(Instant, Instant)>>,
+    /// Held for a look.
+    shortage: Mutex<Shortage>,
     /// The session that was asked to fill. Held for asking it.
     asked_to_fill: Mutex<Weak<Session>>,
     has_reported: AtomicBool,
@@ -114,6 +127,7 @@ impl Served {
             state,
             session: Mutex::new(Arc::new(session)),
             failing: Mutex::default(),
+            shortage: Mutex::default(),
             asked_to_fill: Mutex::default(),
             has_reported: AtomicBool::new(false),
             has_noted: AtomicBool::new(false),
@@ -140,6 +154,7 @@ impl Served {
     pub(crate) fn look(&self) -> Status {
         let session = self.session();
         self.note_losses(&session);
+        self.tell_of_shortage(&session);
         if let Some(reason) = session.error()
             && !self.has_reported.swap(true, Ordering::Relaxed)
         {
@@ -178,6 +193,22 @@ impl Served {
         let session = self.session();
         if let Err(LossError::Lost(_)) = session.wait_resident(timeout) {
             let _ = session.wait_end(timeout.min(LOST_LOOK));
+        }
+    }
+
+    /// Logs when faults begin to wait for memory, and when none has for a while.
+    fn tell_of_shortage(&self, session: &Session) {
+        let (pid, waits) = (self.name.pid, session.hosted().memory_waits());
+        let what = if session.hosted().has_huge_pages() { "huge page of 2 MiB" } else { "page" };
+        let mut shortage = self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
+        // A resumed session counts anew.
+        if waits != std::mem::replace(&mut shortage.waits, waits) && waits > 0 {
+            if shortage.last.replace(Instant::now()).is_none() {
+                tracing::warn!("process {pid}: no free {what}: its fault waits");
+            }
+        } else if shortage.last.is_some_and(|last| last.elapsed() >= SHORTAGE_END) {
+            shortage.last = None;
+            tracing::info!("process {pid}: no fault waits for a free {what} any more");
         }
     }
 
