@@ -15,10 +15,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -195,6 +196,50 @@ fn workers_are_killed_at_any_moment_of_a_restore() {
             assert_eq!(daemon.wait().code(), Some(0), "round {round}");
             assert_all_right(&status, &restored);
         }
+    });
+}
+
+#[test]
+fn a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost() {
+    with_criu("a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost", |bench| {
+        let Heap { program, status } = bench.heap_that_touches(32, 0);
+        bench.dump(program);
+        let args = ["--fill", "nothing", "--on-loss", "kill", "--fault-deadline"];
+        let with = |deadline: &'static str| args.into_iter().chain([deadline]).collect::<Vec<_>>();
+        let (mut daemon, restored) = bench.restore_lazily("mended", &with("30s"));
+        daemon.assert_says("tasks have been restored");
+        let broken = daemon.break_state(restored.pid());
+        daemon.kill_worker();
+        daemon.assert_says("it is something else; trying again");
+        daemon.kill_worker();
+        std::thread::park_timeout(Duration::from_secs(1));
+        broken.mend();
+        assert_all_right(&status, &restored);
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert_all_right(&status, &restored);
+        drop(restored);
+
+        let (mut daemon, mut restored) = bench.restore_lazily("lost", &with("1s"));
+        daemon.assert_says("tasks have been restored");
+        let pid = restored.pid();
+        let _broken = daemon.break_state(pid);
+        daemon.kill_worker();
+        wait_until("its end", || restored.has_ended());
+        daemon.assert_says(&format!("process {pid}: its memory is lost"));
+        assert_eq!(daemon.wait().code(), Some(3));
+
+        // At the daemon's end its memory would read zeros.
+        let (mut daemon, mut restored) =
+            bench.restore_lazily("ended", &["--fill", "nothing", "--grace", "1s"]);
+        daemon.assert_says("tasks have been restored");
+        let _broken = daemon.break_state(restored.pid());
+        daemon.kill_worker();
+        daemon.assert_says("it is something else; trying again");
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(3));
+        daemon.assert_says("was killed, because its memory could not be made safe");
+        wait_until("its end", || restored.has_ended());
     });
 }
 
@@ -528,6 +573,59 @@ fn a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained() {
 }
 
 #[test]
+fn a_server_that_is_away_is_not_overrun_by_the_tasks_of_a_restore() {
+    with_criu("a_server_that_is_away_is_not_overrun_by_the_tasks_of_a_restore", |bench| {
+        let heap = compile("heap", bench.folder.path());
+        let files: Vec<_> = (0..2).map(|task| bench.path(&format!("status.{task}"))).collect();
+        let each = files.iter().map(|file| format!("{} 8 {} 0 & ", heap.display(), file.display()));
+        let mut command = Command::new("sh");
+        command.args(["-c", &(each.collect::<String>() + "wait")]);
+        let program = Program::start(&command);
+        files.iter().for_each(|file| wait_for_status(file));
+        bench.dump(program);
+        let socket = bench.path("server.sock");
+        let (store, listen) = (bench.server.store().to_owned(), format!("unix:{}", socket.display()));
+        let mut server = Server::on(&store, &listen);
+        let (images, _) = bench.pull("app", "lazy");
+        let args = ["criu", "-D", images.to_str().unwrap(), "--image", "app", "--fill", "nothing"];
+        let mut daemon = Daemon::start(server.address(), args);
+        let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
+        restored.assert_runs();
+        daemon.assert_says("all 3 tasks have been restored");
+        files.iter().for_each(|file| wait_for_status(file));
+        server.kill();
+        fs::remove_file(&socket).unwrap();
+        let away = UnixListener::bind(&socket).unwrap();
+        let (accepted, is_away) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
+        let (count, goes_on) = (Arc::clone(&accepted), Arc::clone(&is_away));
+        let accepting = std::thread::spawn(move || {
+            while goes_on.load(Ordering::SeqCst) {
+                drop(away.accept().unwrap());
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        // It fills what is left.
+        daemon.terminate();
+        let (before, seconds) = (accepted.load(Ordering::SeqCst), 4);
+        // It is about attempts in a time.
+        std::thread::park_timeout(Duration::from_secs(seconds as u64));
+        let attempts = accepted.load(Ordering::SeqCst) - before;
+        // The fill of each task tries five times a second, its pager less often.
+        assert!(attempts <= 3 * 10 * seconds, "{attempts} connections in {seconds} s");
+        is_away.store(false, Ordering::SeqCst);
+        let _ = UnixStream::connect(&socket);
+        accepting.join().unwrap();
+        fs::remove_file(&socket).unwrap();
+        let _server = Server::on(&store, &listen);
+        assert_eq!(daemon.wait().code(), Some(0), "all has come");
+        files.iter().for_each(|file| {
+            wait_for_status(file);
+            assert_eq!(status::<2>(file)[1], 0);
+        });
+    });
+}
+
+#[test]
 fn a_daemon_that_is_asked_to_end_fills_first() {
     with_criu("a_daemon_that_is_asked_to_end_fills_first", |bench| {
         let Heap { program, status } = bench.heap_that_touches(64, 0);
@@ -555,7 +653,7 @@ fn a_daemon_that_cannot_fill_in_time_leaves_sigbus_and_no_zeros() {
         restored.assert_runs();
         server.kill();
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         daemon.assert_says("left: process");
         // It writes its status all the time, and checks nothing; what it touches for that may be what it dies of.
         wait_until("its end", || {
@@ -936,7 +1034,7 @@ fn a_daemon_waits_for_the_recordings_of_all_its_tasks_at_once() {
         nix::sys::signal::kill(server, Signal::SIGSTOP).unwrap();
         daemon.terminate();
         let started = Instant::now();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         assert!(started.elapsed() < Duration::from_secs(30), "one after the other");
         let said = daemon.said();
         assert!(said.iter().filter(|line| line.contains("could not be recorded")).count() >= 4, "{said:#?}");

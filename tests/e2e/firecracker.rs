@@ -8,15 +8,17 @@ use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
+use postcopy_tests::store::StoreDir;
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::{is_root, resident_kib, skip, wait_until};
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -59,6 +61,14 @@ impl Snapshot {
 
     fn daemon(&self, more: &[&str]) -> Daemon {
         Daemon::start(self.server.address(), self.args(&self.socket(), more))
+    }
+
+    /// Has the image's tag name another image.
+    fn move_tag(&self) {
+        let moved = self.folder.path().join("moved");
+        std::fs::create_dir(&moved).unwrap();
+        std::fs::write(moved.join("guest.mem"), memory_like(16 << 20, 902)).unwrap();
+        let _ = run(self.server.address(), [OsStr::new("push"), moved.as_os_str(), OsStr::new("vm")]);
     }
 
     fn vmm(&self, regions: &[&str]) -> Vmm {
@@ -135,6 +145,26 @@ fn a_machine_on_huge_pages_survives_the_death_of_a_worker() {
         assert_eq!(vmm.ask("balloon 512 512"), "done");
         daemon.kill_worker();
         vmm.assert_right();
+    });
+}
+
+#[test]
+fn a_pool_of_huge_pages_that_is_short_is_told_of_when_it_begins_and_ends() {
+    with_root("a_pool_of_huge_pages_that_is_short_is_told_of_when_it_begins_and_ends", || {
+        let snapshot = Snapshot::push(16);
+        let pool = HugePool::with_free(4);
+        let daemon = snapshot.daemon(&["--fill", "nothing"]);
+        let mut vmm = snapshot.vmm(&["huge:16"]);
+        assert!(!daemon.has_said("huge page"), "{:#?}", daemon.said());
+        vmm.tell("check");
+        daemon.assert_says(&format!("process {}: no free huge page of 2 MiB: its fault waits", vmm.pid()));
+        // It lasts, and is told of once.
+        std::thread::park_timeout(Duration::from_secs(3));
+        pool.set_free(8);
+        assert_eq!(vmm.answer(), "wrong 0");
+        daemon.assert_says(&format!("process {}: no fault waits for a free huge page", vmm.pid()));
+        let told = daemon.said().iter().filter(|line| line.contains("no free huge page")).count();
+        assert_eq!(told, 1, "{:#?}", daemon.said());
     });
 }
 
@@ -217,7 +247,7 @@ fn a_daemon_that_cannot_fill_in_time_says_which_machines_sleep_and_how_to_wake_t
         server.kill();
         vmm.tell("touch 8 5");
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         let pid = vmm.pid().to_string();
         daemon.assert_says(&format!("postcopy firecracker --adopt {pid} --image vm"));
         server = Server::on(&store, &listen);
@@ -238,7 +268,7 @@ fn a_machine_that_is_left_asleep_has_told_what_it_touched() {
         vmm.tell("touch 8 5");
         assert_eq!(vmm.touches().wrong, 0);
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
         daemon.assert_says(&format!("postcopy firecracker --adopt {} --image vm", vmm.pid()));
         let sets = run(snapshot.server.address(), ["working-set", "ls"]);
         assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 512), "{sets}");
@@ -327,14 +357,74 @@ fn a_tag_that_moves_changes_nothing_for_a_daemon_that_runs() {
         let snapshot = Snapshot::push(16);
         let mut daemon = snapshot.daemon(&[]);
         let mut first = snapshot.vmm(&["small:16"]);
-        let moved = snapshot.folder.path().join("moved");
-        std::fs::create_dir(&moved).unwrap();
-        std::fs::write(moved.join("guest.mem"), memory_like(16 << 20, 902)).unwrap();
-        let _ = run(snapshot.server.address(), [OsStr::new("push"), moved.as_os_str(), OsStr::new("vm")]);
+        snapshot.move_tag();
         snapshot.vmm(&["small:16"]).assert_right();
         daemon.kill_worker();
         snapshot.vmm(&["small:16"]).assert_right();
         first.assert_right();
+    });
+}
+
+/// Whether a server holds the lease of an image.
+fn has_lease(store: &StoreDir) -> bool {
+    let leases = store.domain().join("leases");
+    let files = std::fs::read_dir(leases).into_iter().flatten().flatten();
+    let is_held = |path: PathBuf| File::open(path).is_ok_and(|file| file.try_lock().is_err());
+    files.map(|entry| entry.path()).any(is_held)
+}
+
+#[test]
+fn an_idle_daemon_keeps_its_image_from_the_collector() {
+    with_root("an_idle_daemon_keeps_its_image_from_the_collector", || {
+        let snapshot = Snapshot::push(16);
+        let listen = format!("unix:{}", snapshot.folder.path().join("server.sock").display());
+        let mut server = Server::on(snapshot.server.store(), &listen);
+        let mut daemon = Daemon::start(server.address(), snapshot.args(&snapshot.socket(), &[]));
+        snapshot.move_tag();
+        let store = StoreDir::of(&snapshot.server);
+        let collect = || assert_eq!(store.gc(&["--grace", "0s"])["manifests"], 0, "the image is collected");
+        // From when it says that it serves,
+        collect();
+        // after a restart of the server,
+        server.kill();
+        assert!(!has_lease(&store));
+        server = Server::on(snapshot.server.store(), &listen);
+        wait_until("the lease", || has_lease(&store));
+        collect();
+        // and by the next worker.
+        daemon.kill_worker();
+        wait_until("the lease", || has_lease(&store));
+        collect();
+        snapshot.vmm(&["small:16"]).assert_right();
+        daemon.terminate();
+        assert_eq!(daemon.wait().code(), Some(0));
+        wait_until("the lease's end", || !has_lease(&store));
+        drop(server);
+    });
+}
+
+#[test]
+fn an_image_that_is_gone_from_the_server_is_named_once_and_when_it_is_back() {
+    with_root("an_image_that_is_gone_from_the_server_is_named_once_and_when_it_is_back", || {
+        let snapshot = Snapshot::push(16);
+        let listen = format!("unix:{}", snapshot.folder.path().join("server.sock").display());
+        let mut server = Server::on(snapshot.server.store(), &listen);
+        let daemon = Daemon::start(server.address(), snapshot.args(&snapshot.socket(), &[]));
+        snapshot.move_tag();
+        server.kill();
+        let collected = StoreDir::of(&snapshot.server).gc(&["--grace", "0s"]);
+        assert_ne!(collected["manifests"], 0, "{collected}");
+        let server = Server::on(snapshot.server.store(), &listen);
+        daemon.assert_says("image vm:latest (blake3:");
+        daemon.assert_says("is gone from server unix:");
+        // It asks again, more than once in that time.
+        std::thread::park_timeout(Duration::from_secs(3));
+        let folder = snapshot.folder.path().join("snapshot");
+        let _ = run(server.address(), [OsStr::new("push"), folder.as_os_str(), OsStr::new("back")]);
+        daemon.assert_says("is on server unix:");
+        let told = daemon.said().iter().filter(|line| line.contains("is gone from server")).count();
+        assert_eq!(told, 1, "{:#?}", daemon.said());
+        snapshot.vmm(&["small:16"]).assert_right();
     });
 }
 
@@ -347,19 +437,45 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
             let mut vmm = snapshot.vmm(&["small:16"]);
             snapshot.server.kill();
             vmm.tell("touch 16 5");
-            let stat = format!("/proc/{}/stat", vmm.pid());
-            let is_stopped = || {
-                let stat = std::fs::read_to_string(&stat).unwrap_or_default();
-                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
-            };
+            let pid = vmm.pid();
             match policy {
-                "pause" => wait_until("it is stopped", is_stopped),
+                "pause" => wait_until("it is stopped", || is_stopped(pid)),
                 _ => wait_until("it has died", || vmm.has_ended()),
             }
             drop(vmm);
+            // Looks at sessions are a second apart.
+            let noted = || files_of(&daemon, "lost").iter().any(|path| path.metadata().unwrap().len() > 0);
+            wait_until("it is noted", noted);
+            // Whichever worker has seen it.
+            daemon.kill_worker();
             daemon.terminate();
-            assert_eq!(daemon.wait().code(), Some(0));
+            assert_eq!(daemon.wait().code(), Some(3));
+            daemon.assert_says("ended with status 3: 1 processes lost memory");
+            let what = match policy {
+                "kill" => "was killed",
+                "pause" => "was stopped",
+                _ => "lost pages, which are SIGBUS",
+            };
+            daemon.assert_says(&format!("process {pid}: it {what}"));
         }
+    });
+}
+
+/// Whatever an end waits for: here for a thread that does not run.
+#[test]
+fn a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come() {
+    with_root("a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&["--fill", "all"]);
+        let mut vmm = snapshot.vmm(&["small:16"]);
+        vmm.assert_right();
+        let pager = daemon.stop_pager();
+        daemon.terminate();
+        pager.assert_killed();
+        assert_eq!(daemon.wait().code(), Some(0));
+        daemon.assert_says("all of its memory is there, but its session does not end");
+        daemon.assert_says("ended: nothing was lost");
+        vmm.assert_right();
     });
 }
 
@@ -419,7 +535,124 @@ fn a_machine_whose_workers_fail_for_as_long_as_the_deadline_is_lost() {
         daemon.assert_says("its memory is lost: Kill");
         drop(vmm);
         daemon.terminate();
-        assert_eq!(daemon.wait().code(), Some(0));
+        assert_eq!(daemon.wait().code(), Some(3));
+    });
+}
+
+/// The files of this name in the runtime directory of a daemon.
+fn files_of(daemon: &Daemon, name: &str) -> Vec<PathBuf> {
+    let directories = std::fs::read_dir(daemon.root()).unwrap().map(|entry| entry.unwrap().path());
+    directories.map(|directory| directory.join(name)).filter(|path| path.exists()).collect()
+}
+
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+}
+
+#[test]
+fn a_session_that_cannot_be_resumed_is_tried_again_and_others_are_served() {
+    with_root("a_session_that_cannot_be_resumed_is_tried_again_and_others_are_served", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&["--on-loss", "kill", "--fault-deadline", "30s"]);
+        let mut vmm = snapshot.vmm(&["small:16"]);
+        let mut other = snapshot.vmm(&["small:16"]);
+        let broken = daemon.break_state(vmm.pid());
+        daemon.kill_worker();
+        vmm.tell("touch 16 5");
+        daemon.assert_says(&format!("process {}: session vm-{}", vmm.pid(), vmm.pid()));
+        other.assert_right();
+        snapshot.vmm(&["small:16"]).assert_right();
+        // A worker that follows takes it up where this one is.
+        daemon.kill_worker();
+        std::thread::park_timeout(Duration::from_secs(2));
+        assert!(!vmm.has_ended());
+        broken.mend();
+        assert_eq!(vmm.touches().wrong, 0);
+        vmm.assert_right();
+        let tries = daemon.said().iter().filter(|line| line.contains("it is something else")).count();
+        assert!(tries <= 2, "each worker says it once: {:#?}", daemon.said());
+    });
+}
+
+#[test]
+fn a_session_that_cannot_be_resumed_by_the_deadline_is_lost_and_others_are_not() {
+    with_root("a_session_that_cannot_be_resumed_by_the_deadline_is_lost_and_others_are_not", || {
+        let snapshot = Snapshot::push(16);
+        for policy in ["kill", "poison", "pause"] {
+            let mut daemon = snapshot.daemon(&["--on-loss", policy, "--fault-deadline", "500ms"]);
+            let mut vmm = snapshot.vmm(&["small:16"]);
+            let mut other = snapshot.vmm(&["small:16"]);
+            let broken = daemon.break_state(vmm.pid());
+            daemon.kill_worker();
+            vmm.tell("touch 16 5");
+            if policy == "pause" {
+                wait_until("it is stopped", || is_stopped(vmm.pid()));
+                // Who continues it has it served, if that can be done by then.
+                broken.mend();
+                kill_process(Pid::from_raw(vmm.pid().cast_signed()).unwrap(), Signal::CONT).unwrap();
+                assert_eq!(vmm.touches().wrong, 0);
+            } else {
+                wait_until("it has died", || vmm.has_ended());
+                daemon.assert_says("it has exited before its session could be resumed");
+            }
+            daemon.assert_says(&format!("process {}: its memory is lost", vmm.pid()));
+            other.assert_right();
+            snapshot.vmm(&["small:16"]).assert_right();
+            assert!(!is_stopped(other.pid()) && !other.has_ended());
+        }
+    });
+}
+
+#[test]
+fn workers_that_die_while_they_resume_lose_the_machine_at_the_deadline() {
+    with_root("workers_that_die_while_they_resume_lose_the_machine_at_the_deadline", || {
+        let snapshot = Snapshot::push(16);
+        for policy in ["kill", "poison"] {
+            let mut daemon = snapshot.daemon(&["--on-loss", policy, "--fault-deadline", "1s"]);
+            let mut vmm = snapshot.vmm(&["small:16"]);
+            let _broken = daemon.break_state(vmm.pid());
+            let failing = Instant::now();
+            while !vmm.has_ended() {
+                let worker = daemon.worker();
+                daemon.crash_worker();
+                wait_until("another worker", || daemon.worker() != worker);
+                // It is at its attempts to resume then, and they would go on for longer.
+                std::thread::park_timeout(Duration::from_millis(100));
+                assert!(failing.elapsed() < Duration::from_secs(60), "{policy}: {:#?}", daemon.said());
+            }
+            assert!(failing.elapsed() > Duration::from_secs(1), "{policy}");
+            daemon.assert_says(&format!("process {}: its memory is lost", vmm.pid()));
+            snapshot.vmm(&["small:16"]).assert_right();
+        }
+    });
+}
+
+#[test]
+fn memory_is_taken_on_when_there_are_descriptors_again() {
+    with_root("memory_is_taken_on_when_there_are_descriptors_again", || {
+        let snapshot = Snapshot::push(16);
+        let mut daemon = snapshot.daemon(&[]);
+        let worker = daemon.worker();
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        let limit = |limit: Option<u64>| {
+            let limit = Rlimit { current: limit, maximum };
+            prlimit(Some(worker), Resource::Nofile, limit).unwrap();
+        };
+        let open = std::fs::read_dir(format!("/proc/{}/fd", worker.as_raw_pid())).unwrap().count() as u64;
+        // For one connection, and then for all that attaching needs but the last.
+        for more in 1..8 {
+            limit(Some(open + more));
+            let said = daemon.said().len();
+            let mut vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:16"]);
+            wait_until("an attempt", || daemon.said().len() > said);
+            limit(maximum);
+            vmm.loaded();
+            vmm.assert_right();
+            let pid = vmm.pid();
+            vmm.kill();
+            daemon.assert_says(&format!("vm {pid}: is gone"));
+        }
     });
 }
 
@@ -467,6 +700,55 @@ fn handshakes_that_cannot_be_are_refused_by_the_name_of_their_process() {
         drop(silent);
         daemon.assert_says("hung up after 0 bytes");
         good.assert_right();
+    });
+}
+
+#[test]
+fn a_machine_whose_handshake_is_refused_is_lost_and_a_stranger_is_not() {
+    with_root("a_machine_whose_handshake_is_refused_is_lost_and_a_stranger_is_not", || {
+        let snapshot = Snapshot::push(4);
+        for policy in ["wait", "pause", "kill", "poison"] {
+            let daemon = snapshot.daemon(&["--on-loss", policy]);
+            let mut good = snapshot.vmm(&["small:4"]);
+            // This process sends what is no handshake of a machine, and goes on.
+            let mut stranger = UnixStream::connect(snapshot.socket()).unwrap();
+            stranger.write_all(b"hello, here is a machine").unwrap();
+            daemon.assert_says(&format!("process {}: its handshake is not", std::process::id()));
+            let with_file = UnixStream::connect(snapshot.socket()).unwrap();
+            descriptors::send(&with_file, File::open("/dev/null").unwrap().as_fd(), "[]");
+            daemon.assert_says("no memory");
+
+            let mut vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:8"]);
+            daemon.assert_says(&format!("process {}: the guest has 8388608 bytes", vmm.pid()));
+            match policy {
+                "wait" => {
+                    std::thread::park_timeout(Duration::from_millis(300));
+                    assert!(!vmm.has_ended() && !is_stopped(vmm.pid()));
+                }
+                "pause" => wait_until("it is stopped", || is_stopped(vmm.pid())),
+                _ => wait_until("it has died", || vmm.has_ended()),
+            }
+            let lost = format!("process {}: its memory is lost", vmm.pid());
+            if policy == "wait" {
+                assert!(!daemon.has_said(&lost), "{:#?}", daemon.said());
+            } else {
+                daemon.assert_says(&lost);
+            }
+            good.assert_right();
+        }
+    });
+}
+
+#[test]
+fn a_process_that_exits_before_its_handshake_is_said_to_have_exited() {
+    with_root("a_process_that_exits_before_its_handshake_is_said_to_have_exited", || {
+        let snapshot = Snapshot::push(4);
+        let daemon = snapshot.daemon(&["--on-loss", "kill"]);
+        let script = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])";
+        let mut child = Command::new("python3").arg("-c").arg(script).arg(snapshot.socket()).spawn().unwrap();
+        daemon.assert_says(&format!("process {}: it has exited", child.id()));
+        child.wait().unwrap();
+        assert!(!daemon.has_said("hung up"), "{:#?}", daemon.said());
     });
 }
 

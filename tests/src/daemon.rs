@@ -1,12 +1,15 @@
 //! `postcopy firecracker` and `postcopy criu`: a guardian and its worker.
 
 use crate::cli::postcopy;
+use crate::stopped_pager::StoppedPager;
 use crate::wait_until;
 use postcopy::ServerAddress;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -23,6 +26,23 @@ pub struct Daemon {
     worker: Option<Pid>,
     /// Its stderr, where nobody reads that.
     unread: Option<(PipeReader, PipeWriter)>,
+}
+
+/// A state file that no worker can read.
+#[derive(Debug)]
+pub struct BrokenState {
+    file: File,
+    magic: [u8; 8],
+}
+
+impl BrokenState {
+    /// Makes it readable again.
+    ///
+    /// # Panics
+    /// If it cannot be written to.
+    pub fn mend(&self) {
+        self.file.write_all_at(&self.magic, 0).expect("it can be written to");
+    }
 }
 
 /// A directory for daemons, in memory.
@@ -176,6 +196,24 @@ impl Daemon {
         &self.root
     }
 
+    /// Makes the state file of a process's session one that no worker can read.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn break_state(&self, pid: u32) -> BrokenState {
+        let path = files_below(&self.root).into_iter().find(|path| {
+            let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+            [format!("vm-{pid}-"), format!("task-{pid}-")].iter().any(|of_it| name.starts_with(of_it))
+        });
+        let path = path.expect("its session has a state file");
+        let file = File::options().read(true).write(true).open(path).expect("it is there");
+        let mut magic = [0; 8];
+        file.read_exact_at(&mut magic, 0).expect("it has a header");
+        file.write_all_at(b"a letter", 0).expect("it can be written to");
+        BrokenState { file, magic }
+    }
+
     /// Its guardian.
     #[must_use]
     pub fn guardian(&self) -> u32 {
@@ -208,6 +246,24 @@ impl Daemon {
     pub fn crash_worker(&mut self) {
         let worker = self.worker();
         let _ = kill_process(worker, Signal::ABORT);
+    }
+
+    /// Stops the thread of its worker that serves a session; there is one session.
+    ///
+    /// # Panics
+    /// If there is none, or several.
+    #[must_use]
+    pub fn stop_pager(&mut self) -> StoppedPager {
+        let tasks = format!("/proc/{}/task", self.worker().as_raw_pid());
+        let tasks = std::fs::read_dir(tasks).expect("it lives").flatten();
+        let is_pager = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm"))
+                .is_ok_and(|name| name.trim() == "postcopy-pager")
+        };
+        let pagers: Vec<_> = tasks.filter(is_pager).collect();
+        let [pager] = pagers.as_slice() else { panic!("{} pagers", pagers.len()) };
+        let thread = pager.file_name().to_str().and_then(|name| name.parse().ok()).expect("a number");
+        StoppedPager::stop(nix::unistd::Pid::from_raw(thread))
     }
 
     /// Kills its guardian alone.
@@ -274,6 +330,13 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The files of all daemons in a runtime directory.
+fn files_below(root: &Path) -> Vec<PathBuf> {
+    let entries =
+        |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries(root).flat_map(|daemon| entries(&daemon).collect::<Vec<_>>()).collect()
 }
 
 fn read_into(said: &Arc<Mutex<Vec<String>>>, stream: impl std::io::Read + Send + 'static) {

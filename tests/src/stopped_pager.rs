@@ -78,7 +78,8 @@ impl StoppedPager {
         Self { thread }
     }
 
-    pub(crate) fn assert_killed(&self) {
+    /// Waits until it has been killed.
+    pub fn assert_killed(&self) {
         while waitpid(self.thread, Some(WaitPidFlag::__WALL)).is_ok() {}
     }
 

@@ -111,11 +111,20 @@ enum Command {
     )]
     Report(report::ReportArgs),
     /// Restore microVMs: serve the memory of Firecracker's snapshots
-    #[command(after_help = "Example:\n  postcopy firecracker --socket /run/vm.sock --image vm/web:v1")]
+    #[command(after_help = concat!(
+        "Example:\n  postcopy firecracker --socket /run/vm.sock --image vm/web:v1\n\n",
+        "Exit status: 0: nothing was lost; 1: it could not serve; 3: a machine was killed or stopped, lost pages, or was left \
+         without memory that had not arrived. The log says which."
+    ))]
     Firecracker(daemons::FirecrackerArgs),
     /// Restore processes: in place of `criu lazy-pages`
     #[command(
-        after_help = "Example:\n  postcopy pull app:v1 images --criu\n  postcopy criu -D images --image app:v1 &\n  criu restore -D images --lazy-pages"
+        after_help = concat!(
+            "Example:\n  postcopy pull app:v1 images --criu\n  postcopy criu -D images --image app:v1 &\n",
+            "  criu restore -D images --lazy-pages\n\n",
+            "Exit status: 0: nothing was lost; 1: the restore failed, or it could not serve; 3: a process was killed or \
+             stopped, lost pages, or was left without memory that had not arrived. The log says which."
+        )
     )]
     Criu(daemons::CriuArgs),
     /// Say what this kernel and these privileges allow

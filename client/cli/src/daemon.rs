@@ -14,8 +14,10 @@ pub(crate) mod firecracker;
 pub(crate) mod guardian;
 mod inbox;
 pub(crate) mod kernel;
+mod leases;
 mod leftovers;
 pub(crate) mod log;
+mod resuming;
 pub(crate) mod runtime_dir;
 mod served;
 pub(crate) mod surroundings;
@@ -24,8 +26,10 @@ pub(crate) use control::{ask_to_drain, ask_to_record};
 
 use anyhow::{Context, Result};
 use guardian::Turn;
+use leases::Leases;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getppid;
+use postcopy::proto::digest::Digest;
 use postcopy::{Image, Options, ServerAddress};
 use runtime_dir::{RuntimeDir, SessionName};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -33,7 +37,7 @@ use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 use served::Served;
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -44,6 +48,12 @@ use std::time::{Duration, Instant};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Between looks at a handshake of which a part has come.
 const PAUSE: Duration = Duration::from_millis(2);
+/// The exit status of a daemon that has killed, stopped or left a process without all of its memory.
+const LOSS_STATUS: i32 = 3;
+/// How long the first worker waits for the leases of its images before it says that it serves.
+const LEASES: Duration = Duration::from_secs(5);
+/// How long a process that exits may take from closing its descriptors to its end.
+const EXIT: Duration = Duration::from_millis(100);
 /// How often sessions are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -53,6 +63,8 @@ pub(crate) struct Setup {
     pub(crate) address: ServerAddress,
     /// The images that sessions are filled from.
     pub(crate) images: Vec<Arc<Image>>,
+    /// What these are called by the user, in the same order.
+    references: Vec<String>,
     pub(crate) options: Options,
     /// How long it may take to end.
     pub(crate) grace: Duration,
@@ -87,7 +99,7 @@ impl Setup {
     /// If there is no socket to be had.
     pub(crate) fn new(
         address: ServerAddress,
-        images: Vec<Arc<Image>>,
+        images: Vec<(String, Arc<Image>)>,
         options: Options,
         grace: Duration,
         runtime: RuntimeDir,
@@ -95,7 +107,29 @@ impl Setup {
     ) -> Result<Self> {
         let control = UnixListener::bind(runtime.path().join("control")).context("the control socket")?;
         let (listeners, adopted, base) = (Vec::new(), None, Vec::new());
-        Ok(Self { address, images, options, grace, runtime, traces, listeners, control, adopted, base })
+        let (references, images) = images.into_iter().unzip();
+        Ok(Self {
+            address,
+            images,
+            references,
+            options,
+            grace,
+            runtime,
+            traces,
+            listeners,
+            control,
+            adopted,
+            base,
+        })
+    }
+
+    /// What the user calls an image; without a digest, the only image that there is.
+    fn reference_of(&self, image: Option<Digest>) -> Option<&str> {
+        let is_it = |other: &Arc<Image>| image.is_none_or(|image| other.digest() == image);
+        let is_clear =
+            image.is_some() || self.images.windows(2).all(|two| two[0].digest() == two[1].digest());
+        let found = self.images.iter().position(is_it).filter(|_| is_clear)?;
+        Some(&self.references[found])
     }
 
     /// Listens for programs at `path`, in place of whoever has left a socket there.
@@ -138,6 +172,7 @@ impl Setup {
             let status = worker.and_then(|worker| Arc::new(worker).run());
             match status {
                 Ok(status) => {
+                    let status = setup.close(status);
                     if getppid() != turn.guardian {
                         // It has died, and cannot do so.
                         setup.clean_up();
@@ -154,6 +189,26 @@ impl Setup {
             }
         });
         setup.clean_up();
+        status
+    }
+
+    /// Says what the daemon has done to processes whose memory was lost: the status that it ends with.
+    fn close(&self, status: i32) -> i32 {
+        let losses = self.runtime.losses();
+        if losses.is_empty() {
+            if status == 0 {
+                tracing::info!("ended: nothing was lost");
+            }
+            return status;
+        }
+        let status = if status == 0 { LOSS_STATUS } else { status };
+        tracing::error!("ended with status {status}: {} processes lost memory", losses.len());
+        for loss in &losses {
+            let (name, what) = loss.split_once(' ').unwrap_or((loss, ""));
+            let pid =
+                name.parse().map_or_else(|()| name.to_owned(), |name: SessionName| name.pid.to_string());
+            tracing::error!("process {pid}: it {what}");
+        }
         status
     }
 
@@ -193,13 +248,51 @@ pub(crate) struct Connection {
     pub(crate) cookie: u64,
     /// The process that has connected.
     pub(crate) peer: u32,
+    /// When that was started, if it can be known.
+    start: Option<u64>,
 }
 
 impl Connection {
     fn new(stream: UnixStream, listener: usize) -> Result<Self> {
         let cookie = rustix::net::sockopt::socket_cookie(&stream).context("its number")?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose it is")?.pid;
-        Ok(Self { stream, listener, cookie, peer: peer.as_raw_nonzero().get().cast_unsigned() })
+        let peer = peer.as_raw_nonzero().get().cast_unsigned();
+        let start = runtime_dir::start_of(peer).ok();
+        Ok(Self { stream, listener, cookie, peer, start })
+    }
+
+    /// The name of the session of a program of this kind that has connected.
+    ///
+    /// # Errors
+    /// If the process has exited, or cannot be looked at.
+    fn session(&self, kind: &str) -> Result<SessionName> {
+        let start = self.start.map_or_else(|| runtime_dir::start_of(self.peer), Ok);
+        let start = start.context("its start cannot be read")?;
+        Ok(SessionName { kind: kind.into(), pid: self.peer, start, cookie: self.cookie })
+    }
+
+    /// Whether the peer has sent a userfaultfd. Not so once it has hung up, or its handshake was taken.
+    fn has_sent_userfaultfd(&self) -> bool {
+        let peeked = inbox::peek(&self.stream, inbox::MAX_LOOK).unwrap_or_default();
+        let is_userfaultfd = |fd: &OwnedFd| leftovers::is_userfaultfd(fd.as_raw_fd());
+        !self.has_hung_up() && peeked.fds.iter().any(is_userfaultfd)
+    }
+
+    /// Whether the peer, which has hung up, has done so because it exited: a process closes its descriptors first.
+    fn has_exited(&self) -> bool {
+        let Ok(name) = self.session("peer") else { return true };
+        let started = Instant::now();
+        while name.is_alive() && started.elapsed() < EXIT {
+            std::thread::park_timeout(PAUSE);
+        }
+        !name.is_alive()
+    }
+
+    /// Whether the peer has closed the connection, or exited.
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        poll_for(&mut fds, Duration::ZERO);
+        !fds[0].revents().is_empty()
     }
 
     /// Waits until `parse` finds in what has come what it looks for: that, and who has sent it.
@@ -219,6 +312,9 @@ impl Connection {
                 return Ok(found);
             }
             let bytes = peeked.bytes.len();
+            if peeked.ended && self.has_exited() {
+                anyhow::bail!("it has exited, and has named no memory that is not served");
+            }
             anyhow::ensure!(!peeked.ended, "it has hung up after {bytes} bytes");
             anyhow::ensure!(bytes < most, "what it says does not end within {most} bytes");
             anyhow::ensure!(
@@ -288,8 +384,15 @@ impl Worker {
                 &[&signals.as_fd(), &self.stop.as_fd(), &self.changed.as_fd()],
                 guardian.as_ref(),
             )?;
-        } else {
+        }
+        // After that: a lease's connection is none that the worker before has left.
+        let leases = Leases::hold(&self.setup).context("the leases of the images");
+        if !self.turn.is_successor {
+            // What is said to be served stays.
+            leases?.wait(LEASES);
             self.program.begin(&self)?;
+        } else if let Err(error) = leases {
+            tracing::error!("{error:#}");
         }
         let findings = surroundings::prepare();
         if !self.turn.is_successor {
@@ -315,6 +418,7 @@ impl Worker {
             }
             let past = self.deadline.get().is_some_and(|deadline| Instant::now() > *deadline + served_end());
             if self.is_stopping() && (self.threads.load(Ordering::Acquire) == 0 || past) {
+                self.sessions().iter().for_each(|served| served.give_up());
                 return Ok(0);
             }
         }

@@ -93,6 +93,7 @@ impl Pager {
             }
             Installed::Deferred => self.requests.defer(chunk, frame, None),
             Installed::NoMemory => {
+                add(&self.shared().counters.memory_waits, 1);
                 self.ready.wait_for(Obstacle::Memory);
                 self.requests.defer(chunk, frame, self.ready.next_attempt());
             }

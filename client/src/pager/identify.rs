@@ -183,7 +183,7 @@ mod tests {
         let mut candidates = processes(&[1001, 1002]);
         candidates[0].1.clear();
         assert_eq!(found(&spaces, &candidates, true), [(1, 101)]);
-        candidates[1].1 = vec![ADDRESS..ADDRESS + PAGE_BYTES];
+        candidates[1].1 = std::iter::once(ADDRESS..ADDRESS + PAGE_BYTES).collect();
         assert_eq!(found(&spaces, &candidates, true), []);
     }
 }

@@ -146,6 +146,9 @@ impl Ready {
 impl Pager {
     /// Defers a fault that an outcome of the kernel is in the way of.
     pub(super) fn defer(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
+        if obstacle == Obstacle::Memory {
+            add(&self.shared().counters.memory_waits, 1);
+        }
         self.waiters.add(space, address, Wait::Fault, Instant::now());
         self.ready.defer(space, address, obstacle);
     }

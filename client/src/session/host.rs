@@ -73,6 +73,26 @@ impl<'a> Hosted<'a> {
         shared.has_ended() && shared.is_left_open.load(Ordering::Acquire)
     }
 
+    /// Returns how often faults were lost, so that the loss policy applied, since the session began
+    /// or was resumed.
+    #[must_use]
+    pub fn losses(self) -> u64 {
+        self.session.shared.counters.losses.load(Ordering::Relaxed)
+    }
+
+    /// Returns how often a fault was put off because the kernel had no memory for its page, since
+    /// the session began or was resumed. Such a fault is tried again every 100 ms at least.
+    #[must_use]
+    pub fn memory_waits(self) -> u64 {
+        self.session.shared.counters.memory_waits.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether the session fills memory of huge pages (2 MiB).
+    #[must_use]
+    pub fn has_huge_pages(self) -> bool {
+        self.session.shared.spaces().has_huge()
+    }
+
     /// Sends a signal to the process whose memory it is, and to all that it has forked. Returns
     /// false where that process is unknown ([`ForeignMemory::pid`](crate::ForeignMemory::pid)).
     pub fn signal_owners(self, signal: Signal) -> bool {

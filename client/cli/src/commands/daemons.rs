@@ -115,7 +115,7 @@ impl DaemonArgs {
     fn setup(
         &self,
         server: ServerAddress,
-        images: &[Arc<Image>],
+        images: Vec<(String, Arc<Image>)>,
         options: Options,
         runtime: RuntimeDir,
     ) -> Result<Setup> {
@@ -126,7 +126,7 @@ impl DaemonArgs {
             }
             None => None,
         };
-        Setup::new(server, images.to_vec(), options, self.grace, runtime, traces)
+        Setup::new(server, images, options, self.grace, runtime, traces)
     }
 }
 
@@ -208,8 +208,9 @@ pub(crate) fn firecracker(server: ServerAddress, args: &FirecrackerArgs) -> Resu
     }
     let root = args.daemon.root();
     let runtime = firecracker::runtime_dir(&root)?;
-    let mut setup =
-        args.daemon.setup(server, &images, args.daemon.options(args.ahead, Fill::WorkingSet), runtime)?;
+    let named = args.image.iter().map(ToString::to_string).zip(images.iter().cloned()).collect();
+    let options = args.daemon.options(args.ahead, Fill::WorkingSet);
+    let mut setup = args.daemon.setup(server, named, options, runtime)?;
     for path in &args.socket {
         setup.listen(path)?;
     }
@@ -299,6 +300,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
         return drain(&root, pids);
     }
     let (server, reference) = (server()?, args.image.clone().context("--image")?);
+    let name = reference.to_string();
     let images = open_images(&server, &[reference])?;
     let options = args.common.options(args.ahead, Fill::All);
     let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill, args.wait_for_restore)?;
@@ -309,7 +311,12 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
     // As criu does: other paths are taken from there.
     std::env::set_current_dir(work_dir).with_context(|| work_dir.display().to_string())?;
-    let mut setup = args.common.setup(server, &images, options, RuntimeDir::create(&root, "criu")?)?;
+    let mut setup = args.common.setup(
+        server,
+        vec![(name, Arc::clone(&images[0]))],
+        options,
+        RuntimeDir::create(&root, "criu")?,
+    )?;
     setup.listen(Path::new("lazy-pages.socket"))?;
     if args.daemon {
         // Whoever waits for that finds the socket.

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 /// The most bytes of a line.
 const MAX_LINE: u64 = 64 << 10;
-/// How often it is looked whether all is there.
-const LOOK: Duration = Duration::from_millis(5);
+/// How often it is looked whether something comes.
+const LOOK: Duration = Duration::from_millis(250);
 /// How long a daemon may take to come back whose worker has died.
 const PATIENCE: Duration = Duration::from_millis(20);
 const ATTEMPTS: u32 = 100;
@@ -62,7 +62,7 @@ fn drain(worker: &Worker, served: &Served) -> Result<()> {
     loop {
         // After a failure it is another one.
         let session = served.session();
-        session.fill()?;
+        served.fill()?;
         let status = served.look();
         let progress = session.progress();
         if status == Status::Resident {
@@ -82,7 +82,7 @@ fn drain(worker: &Worker, served: &Served) -> Result<()> {
         }
         let reason = session.error().unwrap_or_else(|| "nothing comes".into());
         ensure!(progressed.elapsed() < worker.setup.options.fault_deadline, "process {pid}: {reason}");
-        std::thread::park_timeout(LOOK);
+        served.wait(LOOK);
     }
 }
 

@@ -7,6 +7,7 @@ mod images;
 pub(crate) use images::{Dump, ensure_whole};
 
 use super::log::say;
+use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, SessionName};
 use super::served::{self, Served, Status};
 use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
@@ -28,9 +29,7 @@ const PID_BYTES: usize = 4;
 /// A byte comes with each descriptor.
 const TASK_BYTES: usize = PID_BYTES + 1;
 const KIND: &str = "task";
-/// How often sessions are looked at that are being filled.
-const FILL_LOOK: Duration = Duration::from_millis(10);
-/// How often it is looked whether they are gone.
+/// How often sessions are looked at.
 const EXIT_LOOK: Duration = Duration::from_millis(250);
 
 /// See the module.
@@ -46,6 +45,64 @@ pub(crate) struct Criu {
     patience: Option<(Instant, Duration)>,
     /// A restore is served: there are no others.
     is_taken: AtomicBool,
+}
+
+/// The tasks of a restore.
+#[derive(Debug, Default)]
+struct Tasks {
+    served: Vec<Arc<Served>>,
+    /// Those that an earlier worker has left, and that are still to be resumed.
+    resuming: Vec<Resuming>,
+    /// All have been restored.
+    is_restored: bool,
+}
+
+impl Tasks {
+    fn left(names: impl IntoIterator<Item = SessionName>) -> Self {
+        Self { resuming: names.into_iter().map(Resuming::new).collect(), ..Self::default() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.served.is_empty() && self.resuming.is_empty()
+    }
+
+    /// Waits until the first of them is complete or gone, or it is time to look at all: they end only together.
+    fn wait(&self, worker: &Worker) {
+        let next_attempt = self.resuming.iter().map(Resuming::until_next).min();
+        let timeout = next_attempt.map_or(EXIT_LOOK, |next| next.min(EXIT_LOOK));
+        match self.served.first() {
+            Some(served) => served.wait(timeout),
+            None => worker.wait(None, timeout),
+        }
+    }
+
+    fn has(&self, name: &SessionName) -> bool {
+        self.served.iter().any(|served| served.name == *name)
+            || self.resuming.iter().any(|resuming| resuming.name() == name)
+    }
+
+    /// Tries to resume those that are still to be.
+    fn resume(&mut self, worker: &Worker) {
+        let Self { served: all, resuming, is_restored } = self;
+        resuming.retain_mut(|resuming| match resuming.attempt(worker) {
+            Attempt::Failed => true,
+            Attempt::Nothing | Attempt::Over => false,
+            Attempt::Served(served) => {
+                let served = worker.add(*served);
+                if *is_restored {
+                    restored(&served);
+                }
+                all.push(served);
+                false
+            }
+        });
+    }
+}
+
+/// A task has been restored: all of its memory is registered.
+fn restored(served: &Served) {
+    served.session().hosted().set_registered();
+    bring_arguments(served);
 }
 
 /// What comes next over the connection.
@@ -127,20 +184,10 @@ impl Criu {
         extents.iter().filter(|extent| extent.is_lazy).map(region).collect()
     }
 
-    /// Serves the tasks of a restore until all of them are complete or gone; whether none has lost anything.
-    fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<bool> {
-        let mut tasks = Vec::new();
-        for name in worker.left_by(connection.cookie) {
-            match Served::resume(&worker.setup, name.clone(), worker.turn) {
-                Ok(served) => tasks.extend(served.map(|served| worker.add(served))),
-                Err(_) if !name.is_alive() => worker.remove(&name),
-                // Ending here would turn what is absent into zeros: as long as there is a guardian, another worker tries.
-                Err(error) => {
-                    tracing::error!("process {}: {error:#}", name.pid);
-                    std::process::abort();
-                }
-            }
-        }
+    /// Serves the tasks of a restore until all of them are complete or gone.
+    fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<()> {
+        let mut tasks = Tasks::left(worker.left_by(connection.cookie));
+        tasks.resume(worker);
         let marker = worker.setup.runtime.finished(connection.cookie);
         if !marker.exists() {
             self.take_tasks(worker, connection, &mut tasks)?;
@@ -148,12 +195,11 @@ impl Criu {
             fs::write(&marker, []).with_context(|| marker.display().to_string())?;
         }
         inbox::take(&connection.stream, PID_BYTES)?;
-        for served in &tasks {
-            served.session().hosted().set_registered();
-            bring_arguments(served);
-        }
-        tracing::info!("all {} tasks have been restored", tasks.len());
-        Ok(self.complete(worker, tasks))
+        tasks.is_restored = true;
+        tasks.served.iter().for_each(|served| restored(served));
+        tracing::info!("all {} tasks have been restored", tasks.served.len() + tasks.resuming.len());
+        self.complete(worker, tasks);
+        Ok(())
     }
 
     /// Whether this is the connection of the restore that is served here: the first one, as for criu's own daemon.
@@ -176,37 +222,35 @@ impl Criu {
     }
 
     /// Takes on one task after another, until all have been restored.
-    fn take_tasks(
-        &self,
-        worker: &Arc<Worker>,
-        connection: &Connection,
-        tasks: &mut Vec<Arc<Served>>,
-    ) -> Result<()> {
+    fn take_tasks(&self, worker: &Arc<Worker>, connection: &Connection, tasks: &mut Tasks) -> Result<()> {
         loop {
-            match self.next(worker, connection)? {
+            match self.next(worker, connection, tasks)? {
                 Message::Finished => return Ok(()),
                 Message::Zombie => drop(inbox::take(&connection.stream, PID_BYTES)?),
                 Message::Task { image_pid, pid, uffd } => {
                     let start = runtime_dir::start_of(pid).with_context(|| format!("process {pid}"))?;
                     let name = SessionName { kind: KIND.into(), pid, start, cookie: connection.cookie };
                     // A worker before may have come so far, and no further.
-                    if !tasks.iter().any(|served| served.name == name) {
+                    if !tasks.has(&name) {
                         let regions = self.regions(image_pid)?;
                         let outside = surroundings::is_outside_of(pid);
                         outside
                             .iter()
                             .filter(|finding| !finding.is_good)
                             .for_each(surroundings::Finding::log);
-                        let served =
-                            Served::attach(&worker.setup, name, &self.image, uffd.as_fd(), &regions, false)
-                                .with_context(|| format!("task {image_pid}"))?;
+                        let attach = || {
+                            let (setup, uffd) = (&worker.setup, uffd.as_fd());
+                            Served::attach(setup, name.clone(), &self.image, uffd, &regions, false)
+                        };
+                        let served = resuming::persist(worker, pid, || name.is_alive(), attach)
+                            .with_context(|| format!("task {image_pid}"))?;
                         let bytes: usize = regions.iter().map(|region| region.len).sum();
                         tracing::info!(
                             "task {image_pid}, process {pid}: {} KiB in {} regions",
                             bytes >> 10,
                             regions.len()
                         );
-                        tasks.push(worker.add(served));
+                        tasks.served.push(worker.add(served));
                     }
                     inbox::take(&connection.stream, TASK_BYTES)?;
                 }
@@ -215,31 +259,32 @@ impl Criu {
     }
 
     /// A restore may take as long as it takes between two tasks; within a message it may not.
-    fn next(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Message> {
+    fn next(&self, worker: &Worker, connection: &Connection, tasks: &mut Tasks) -> Result<Message> {
         while inbox::peek(&connection.stream, 1)?.bytes.is_empty() {
             let ended = inbox::peek(&connection.stream, 1)?.ended;
             ensure!(!ended, "criu restore has hung up before all was restored: it has failed");
             ensure!(!worker.is_past_deadline(), "the daemon ends");
             worker.wait(Some(&connection.stream), LOOK);
+            tasks.resume(worker);
         }
         connection.wait_for(worker, TASK_BYTES, parse)
     }
 
-    /// Watches over tasks until each is complete or gone: whether none has lost anything.
-    fn complete(&self, worker: &Worker, mut tasks: Vec<Arc<Served>>) -> bool {
-        let mut is_whole = true;
+    /// Watches over tasks until each is complete or gone.
+    fn complete(&self, worker: &Worker, mut tasks: Tasks) {
         // Those of which something may be still to be told or written: the others do not wait for that.
         let mut ended = Vec::new();
         while !tasks.is_empty() {
-            for served in &tasks {
+            tasks.resume(worker);
+            for served in &tasks.served {
                 let fills = self.fill || worker.is_stopping();
-                if fills && let Err(error) = served.session().fill() {
+                if fills && let Err(error) = served.fill() {
                     tracing::warn!("process {}: {error}", served.name.pid);
                 }
             }
-            worker.wait(None, if self.fill { FILL_LOOK } else { EXIT_LOOK });
+            tasks.wait(worker);
             ended.retain(|served: &Arc<Served>| !served.is_finished());
-            tasks.retain(|served| {
+            tasks.served.retain(|served| {
                 let pid = served.name.pid;
                 match served.look() {
                     Status::Serving if worker.is_past_deadline() => {
@@ -247,6 +292,8 @@ impl Criu {
                             let text = format!("left: process {pid}; what of its memory had not arrived is SIGBUS from here on");
                             tracing::warn!("{text}");
                             say(&text);
+                            let what = "was left; what of its memory had not arrived is SIGBUS";
+                            worker.setup.runtime.note_loss(&served.name, what);
                         }
                         worker.remove(&served.name);
                         ended.push(Arc::clone(served));
@@ -259,14 +306,15 @@ impl Criu {
                     }
                     Status::Ended => tracing::info!("process {pid}: is gone, or was drained"),
                 }
-                is_whole &= served.session().progress().poisoned_pages == 0;
+                if served.session().progress().poisoned_pages > 0 {
+                    worker.setup.runtime.note_loss(&served.name, "lost pages, which are SIGBUS");
+                }
                 worker.remove(&served.name);
                 ended.push(Arc::clone(served));
                 false
             });
         }
         served::finish(ended.iter().map(Arc::as_ref));
-        is_whole
     }
 }
 
@@ -276,7 +324,7 @@ impl Program for Criu {
             return None;
         }
         match self.restore(worker, &connection) {
-            Ok(is_whole) => Some(i32::from(!is_whole)),
+            Ok(()) => Some(0),
             Err(error) => {
                 tracing::error!("criu restore (process {}): {error:#}", connection.peer);
                 // Nobody goes on with them: whatever of them is left must not read zeros.
@@ -284,6 +332,9 @@ impl Program for Criu {
                 sessions.iter().for_each(|served| {
                     let _ = served.end();
                 });
+                for name in worker.setup.runtime.sessions().unwrap_or_default() {
+                    served::kill_unsafe(&worker.setup, &name, "its session could not be resumed");
+                }
                 served::finish(sessions.iter().map(Arc::as_ref));
                 Some(1)
             }
@@ -292,16 +343,10 @@ impl Program for Criu {
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
         // Its connection is kept for as long as it is served: this is of one that could not be accepted any more.
-        match Served::resume(&worker.setup, session, worker.turn) {
-            Ok(served) => {
-                let tasks = served.into_iter().map(|served| worker.add(served)).collect();
-                Some(i32::from(!self.complete(worker, tasks)))
-            }
-            Err(error) => {
-                tracing::error!("{error:#}");
-                Some(1)
-            }
-        }
+        let is_restored = worker.setup.runtime.finished(session.cookie).exists();
+        let tasks = Tasks { is_restored, ..Tasks::left([session]) };
+        self.complete(worker, tasks);
+        Some(0)
     }
 
     fn begin(&self, worker: &Arc<Worker>) -> Result<()> {

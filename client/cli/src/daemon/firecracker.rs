@@ -3,10 +3,12 @@
 //! exits. docs/FIRECRACKER.md tells how to use it.
 
 use super::log::say;
+use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, RuntimeDir, SessionName};
 use super::served::{self, Served, Status};
 use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
 use anyhow::{Context, Result, bail, ensure};
+use postcopy::proto::digest::Digest;
 use postcopy::{ForeignRegion, Image, Sharing};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::Deserialize;
@@ -16,7 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// The most bytes that a handshake may have: some hundred regions.
-const MAX_HANDSHAKE: usize = 64 << 10;
+const MAX_HANDSHAKE: usize = inbox::MAX_LOOK;
 const PAGE: u64 = 4096;
 
 pub(crate) const KIND: &str = "vm";
@@ -119,22 +121,31 @@ fn memory_file(backing: &Backing, mappings: &[Mapping]) -> Result<String> {
 }
 
 impl Firecracker {
-    /// Takes a machine's memory on, over the connection or as another worker has left it.
-    fn open(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Arc<Served>> {
+    /// Takes a machine's memory on, over the connection or as another worker has left it; None: it is gone.
+    fn open(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Option<Arc<Served>>> {
         for name in worker.left_by(connection.cookie) {
-            if let Some(served) = Served::resume(&worker.setup, name, worker.turn)? {
-                inbox::take(&connection.stream, MAX_HANDSHAKE)?;
-                return Ok(worker.add(served));
+            match Resuming::new(name).resume(worker) {
+                Attempt::Served(served) => {
+                    inbox::take(&connection.stream, MAX_HANDSHAKE)?;
+                    return Ok(Some(worker.add(*served)));
+                }
+                Attempt::Nothing => {}
+                Attempt::Over | Attempt::Failed => return Ok(None),
             }
         }
+        let take = || self.take_handshake(worker, connection);
+        resuming::persist(worker, connection.peer, || !connection.has_hung_up(), take).map(Some)
+    }
+
+    /// Waits for the handshake, and takes on the memory that it names.
+    fn take_handshake(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Arc<Served>> {
         let (mappings, uffd, count) = connection.wait_for(worker, MAX_HANDSHAKE, |peeked| {
             let Some(mappings) = parse(&peeked.bytes)? else { return Ok(None) };
             ensure!(peeked.fds.len() == 1, "{} descriptors came, and one is a userfaultfd", peeked.fds.len());
             let uffd = peeked.fds.pop().expect("one");
             Ok(Some((mappings, uffd, peeked.bytes.len())))
         })?;
-        let start = runtime_dir::start_of(connection.peer).context("it has exited")?;
-        let name = SessionName { kind: KIND.into(), pid: connection.peer, start, cookie: connection.cookie };
+        let name = connection.session(KIND)?;
         let backing = &self.backings[connection.listener.min(self.backings.len() - 1)];
         let served = attach(worker, name, backing, &mappings, uffd.as_fd())?;
         // What it has said is in the state file.
@@ -190,25 +201,39 @@ impl Firecracker {
                 continue;
             }
             // Without memory it would sleep for ever.
-            if let Err(error) = served.session().fill() {
+            if let Err(error) = served.fill() {
                 tracing::warn!("vm {pid}: {error}");
             }
             if worker.is_past_deadline() {
                 served.leave();
-                let image = served.session().image().digest();
-                let of = self.backings.iter().find(|backing| backing.image.digest() == image);
-                let reference = of.map_or("REF", |backing| &backing.reference);
-                let text = format!(
-                    "left: vm {pid}, which sleeps until it is taken over: \
-                     postcopy firecracker --adopt {pid} --image {reference}"
-                );
-                tracing::warn!("{text}");
-                say(&text);
+                say_left(worker, &served.name, Some(served.session().image().digest()));
                 served::finish([served]);
                 return;
             }
         }
     }
+}
+
+/// Applies the loss policy to a process whose handshake was refused: it has registered memory that nobody is going to
+/// serve, and its load waits for that. A process that has sent no userfaultfd is left alone: nothing of it waits.
+fn refuse(worker: &Worker, connection: &Connection) {
+    if let Ok(name) = connection.session(KIND)
+        && connection.has_sent_userfaultfd()
+    {
+        served::lose_unserved(&worker.setup, &name);
+    }
+}
+
+/// Says that a machine is left, and how it is taken over.
+pub(crate) fn say_left(worker: &Worker, name: &SessionName, image: Option<Digest>) {
+    let (pid, reference) = (name.pid, worker.setup.reference_of(image).unwrap_or("REF"));
+    let text = format!(
+        "left: vm {pid}, which sleeps until it is taken over: \
+         postcopy firecracker --adopt {pid} --image {reference}"
+    );
+    tracing::warn!("{text}");
+    say(&text);
+    worker.setup.runtime.note_loss(name, "was left without memory that had not arrived");
 }
 
 fn attach(
@@ -230,15 +255,28 @@ fn attach(
 impl Program for Firecracker {
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32> {
         match self.open(worker, &connection) {
-            Ok(served) => self.watch(worker, &served, Some(&connection.stream)),
-            Err(error) => tracing::error!("process {}: {error:#}", connection.peer),
+            Ok(Some(served)) => self.watch(worker, &served, Some(&connection.stream)),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!("process {}: {error:#}", connection.peer);
+                refuse(worker, &connection);
+            }
         }
         None
     }
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
         let pid = session.pid;
-        let resumed = Served::resume(&worker.setup, session.clone(), worker.turn);
+        // A person waits for the first attempt at a machine that is adopted, and sees why it fails.
+        let resumed = if self.adopted.is_some() && !worker.turn.is_successor {
+            Served::resume(&worker.setup, session.clone(), worker.turn)
+        } else {
+            match Resuming::new(session.clone()).resume(worker) {
+                Attempt::Served(served) => Ok(Some(*served)),
+                Attempt::Nothing => Ok(None),
+                Attempt::Over | Attempt::Failed => return self.adopted.is_some().then_some(0),
+            }
+        };
         let served = match (resumed, &self.adopted) {
             (Ok(Some(served)), _) => Ok(Some(worker.add(served))),
             // Nothing has been known of it until now.

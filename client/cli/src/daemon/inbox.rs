@@ -6,7 +6,7 @@
 
 use super::kernel;
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recv, recvmsg};
 use rustix::process::Pid;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,6 +15,8 @@ use std::os::unix::net::UnixStream;
 
 /// The most descriptors that the kernel lets one message have (SCM_MAX_FD).
 const MAX_FDS: usize = 253;
+/// The most bytes that a peer may have sent unread.
+pub(crate) const MAX_LOOK: usize = 64 << 10;
 /// Bytes that are looked at in one go.
 const PIECE_BYTES: usize = 4096;
 
@@ -33,7 +35,7 @@ pub(crate) struct Peeked {
 /// Looks at what has come, from the beginning and up to `most` bytes or a little more.
 ///
 /// # Errors
-/// Whatever recvmsg(2) answers.
+/// Whatever recvmsg(2) answers; EMFILE where a descriptor could not be received.
 pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
     kernel::peek_from_the_beginning(socket)?;
     let mut peeked = Peeked::default();
@@ -43,6 +45,8 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let received = match recvmsg(socket, &mut [IoSliceMut::new(&mut piece)], &mut control, flags) {
+            // There is room for all that a message may have: so it is the table of descriptors that is full.
+            Ok(received) if received.flags.contains(ReturnFlags::CTRUNC) => return Err(Errno::MFILE.into()),
             Ok(received) => received.bytes,
             Err(Errno::AGAIN) => break,
             Err(Errno::INTR) => continue,

@@ -59,7 +59,8 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
     Ok(connections)
 }
 
-fn is_userfaultfd(fd: RawFd) -> bool {
+/// Whether a descriptor is a userfaultfd.
+pub(crate) fn is_userfaultfd(fd: RawFd) -> bool {
     let target = std::fs::read_link(format!("/proc/self/fd/{fd}"));
     target.is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
 }

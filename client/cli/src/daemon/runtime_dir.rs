@@ -1,15 +1,19 @@
 //! The runtime directory: what outlives a daemon's worker, and what another daemon may take over.
 //!
 //! Each daemon has a directory of its own, on tmpfs: `lock`, which it holds as long as one of its two processes lives;
-//! `control`, a socket; and a state file for each session, named `KIND-PID-START-COOKIE`: the process and the time of its
+//! `control`, a socket; `lost`, what was done to processes whose memory was lost; and a state file for each session, named `KIND-PID-START-COOKIE`: the process and the time of its
 //! start, and the connection that it came over (SO_COOKIE), which are the same for every worker.
 
 use anyhow::{Context, Result, ensure};
 use postcopy::state_file::StateError;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fmt;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -58,9 +62,24 @@ impl FromStr for SessionName {
 }
 
 impl SessionName {
-    /// Whether its process is alive.
+    /// Whether its process is alive. One that has exited and whose parent has not asked for its status (a zombie) is not;
+    /// one that cannot be looked at, for a lack of descriptors, is.
     pub(crate) fn is_alive(&self) -> bool {
-        start_of(self.pid).is_ok_and(|start| start == self.start)
+        let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else { return false };
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Err(Errno::SRCH) => return false,
+            pidfd => pidfd.ok(),
+        };
+        // Read after that: the descriptor is of this process, or of an earlier one with its pid.
+        let is_another = match start_of(self.pid) {
+            Ok(start) => start != self.start,
+            Err(error) => matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)),
+        };
+        // A pidfd is readable when all threads have exited.
+        let has_exited = |pidfd: &OwnedFd| {
+            poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
+        };
+        !is_another && !pidfd.as_ref().is_some_and(has_exited)
     }
 }
 
@@ -137,6 +156,25 @@ impl RuntimeDir {
         self.path.join(format!("finished-{cookie:x}"))
     }
 
+    /// Notes what was done to a process whose memory was lost, or that was left without some of it: once for all workers.
+    pub(crate) fn note_loss(&self, session: &SessionName, what: &str) {
+        if self.losses().iter().any(|loss| loss.starts_with(&format!("{session} "))) {
+            return;
+        }
+        let line = format!("{session} {what}\n");
+        let path = self.path.join(LOSSES);
+        let written = File::options().create(true).append(true).open(&path);
+        if let Err(error) = written.and_then(|mut file| file.write_all(line.as_bytes())) {
+            tracing::error!("{}: {error}", path.display());
+        }
+    }
+
+    /// What was noted with [`RuntimeDir::note_loss`]: a line for each process, which begins with its session's name.
+    pub(crate) fn losses(&self) -> Vec<String> {
+        let lines = fs::read_to_string(self.path.join(LOSSES)).unwrap_or_default();
+        lines.lines().map(str::to_owned).collect()
+    }
+
     /// The state file of a session, made if there is none.
     ///
     /// # Errors
@@ -159,10 +197,16 @@ impl RuntimeDir {
         sessions_in(&self.path)
     }
 
-    /// Removes the state file of a session that has ended.
+    /// Removes the files of a session that has ended.
     pub(crate) fn remove(&self, session: &SessionName) {
-        // It may not have had one yet.
+        // It may have had none yet.
         let _ = fs::remove_file(self.path.join(session.to_string()));
+        let _ = fs::remove_file(self.poisoning(session));
+    }
+
+    /// The file that says that a worker has set about poisoning a session's memory as a last resort.
+    pub(crate) fn poisoning(&self, session: &SessionName) -> PathBuf {
+        self.path.join(format!("poisoning-{session}"))
     }
 
     /// The daemon ends: nothing stays but the state files of what somebody may take over.
@@ -174,6 +218,8 @@ impl RuntimeDir {
     }
 }
 
+/// What was lost while the daemon served.
+const LOSSES: &str = "lost";
 const TMPFS_MAGIC: i128 = 0x0102_1994;
 const RAMFS_MAGIC: i128 = 0x8584_58f6;
 

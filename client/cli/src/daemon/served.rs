@@ -7,22 +7,34 @@ use super::runtime_dir::SessionName;
 use anyhow::{Context, Result, anyhow};
 use postcopy::state_file::{self, StateError};
 use postcopy::trace::TraceWriter;
-use postcopy::{ForeignMemory, ForeignRegion, Image, LossPolicy, Session, SessionError};
+use postcopy::{
+    FailureEnd, ForeignMemory, ForeignRegion, Image, LossError, LossPolicy, Session, SessionError,
+};
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Between attempts to bring a session back that fails at once.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How often a session is looked at that has reported a loss.
+const LOST_LOOK: Duration = Duration::from_millis(100);
+/// A shortage is over when no fault has waited for so long: the pager tries again every 100 ms at least.
+const SHORTAGE_END: Duration = Duration::from_millis(500);
 /// Failures that are further apart have nothing to do with one another.
 const APART: Duration = Duration::from_secs(5);
 /// Making 64 GiB SIGBUS takes 3 s.
 const END: Duration = Duration::from_secs(60);
 /// The server makes a working set anew, of some GiB at most. Sessions that end together have this together.
 const RECORDED: Duration = Duration::from_secs(30);
+
+/// How long the end of a session takes that has nothing to poison, at most: whatever it waits for, nothing is lost.
+const RESIDENT_END: Duration = Duration::from_secs(5);
+
+/// The number of failures whose ends are still to be logged.
+const MOST_OPEN: usize = 256;
 
 /// What a look at a session has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +47,24 @@ pub(crate) enum Status {
     Ended,
 }
 
+/// The kernel's lack of memory for a session's pages, as the last look has shown it.
+#[derive(Debug, Default)]
+struct Shortage {
+    /// How often faults have waited ([`postcopy::host::Hosted::memory_waits`]).
+    waits: u64,
+    /// When a fault was last seen to wait, of a shortage that goes on.
+    last: Option<Instant>,
+}
+
+/// The failures of a session that were logged.
+#[derive(Debug, Default)]
+struct Logged {
+    /// The number of the next failure.
+    next: u64,
+    /// The numbers of those that go on, in order.
+    open: Vec<u64>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Served {
@@ -45,7 +75,14 @@ pub(crate) struct Served {
     session: Mutex<Arc<Session>>,
     /// When it has failed first and last, of failures that follow one another.
     failing: Mutex<Option<(Instant, Instant)>>,
-    has_reported: AtomicBool,
+    /// Held for a look.
+    shortage: Mutex<Shortage>,
+    /// The session that was asked to fill. Held for asking it.
+    asked_to_fill: Mutex<Weak<Session>>,
+    /// The failures that were logged. Held for logging.
+    logged: Mutex<Logged>,
+    /// A loss stands in the runtime directory.
+    has_noted: AtomicBool,
     /// What writes the session's trace. Held for taking and replacing it.
     trace: Mutex<Option<TraceWriter>>,
     is_alone: AtomicBool,
@@ -105,7 +142,10 @@ impl Served {
             state,
             session: Mutex::new(Arc::new(session)),
             failing: Mutex::default(),
-            has_reported: AtomicBool::new(false),
+            shortage: Mutex::default(),
+            asked_to_fill: Mutex::default(),
+            logged: Mutex::default(),
+            has_noted: AtomicBool::new(false),
             trace: Mutex::new(trace),
             is_alone: AtomicBool::new(false),
         }
@@ -128,11 +168,9 @@ impl Served {
     /// Looks how it is; brings it back if it has failed.
     pub(crate) fn look(&self) -> Status {
         let session = self.session();
-        if let Some(reason) = session.error()
-            && !self.has_reported.swap(true, Ordering::Relaxed)
-        {
-            tracing::error!("process {}: {reason}", self.name.pid);
-        }
+        self.note_losses(&session);
+        self.tell_of_shortage(&session);
+        self.log_failures(&session);
         if session.hosted().is_left() {
             self.bring_back();
             return Status::Serving;
@@ -141,6 +179,97 @@ impl Served {
             true => Status::Ended,
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
+        }
+    }
+
+    /// Has everything brought that is absent. Asks each session once: each time would end a pause of its fill, and have it
+    /// connect to a server that is away.
+    ///
+    /// # Errors
+    /// As [`Session::fill`].
+    pub(crate) fn fill(&self) -> Result<(), SessionError> {
+        let session = self.session();
+        let mut asked = self.asked_to_fill.lock().unwrap_or_else(PoisonError::into_inner);
+        let this = Arc::downgrade(&session);
+        if !asked.ptr_eq(&this) {
+            session.fill()?;
+            *asked = this;
+        }
+        Ok(())
+    }
+
+    /// Waits until the session is resident or has ended, at most for `timeout`. Once it has reported a loss, it sees only an
+    /// end at once.
+    pub(crate) fn wait(&self, timeout: Duration) {
+        let session = self.session();
+        if let Err(LossError::Lost(_)) = session.wait_resident(timeout) {
+            let _ = session.wait_end(timeout.min(LOST_LOOK));
+        }
+    }
+
+    /// Logs when faults begin to wait for memory, and when none has for a while.
+    fn tell_of_shortage(&self, session: &Session) {
+        let (pid, waits) = (self.name.pid, session.hosted().memory_waits());
+        let what = if session.hosted().has_huge_pages() { "huge page of 2 MiB" } else { "page" };
+        let mut shortage = self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
+        // A resumed session counts anew.
+        if waits != std::mem::replace(&mut shortage.waits, waits) && waits > 0 {
+            if shortage.last.replace(Instant::now()).is_none() {
+                tracing::warn!("process {pid}: no free {what}: its fault waits");
+            }
+        } else if shortage.last.is_some_and(|last| last.elapsed() >= SHORTAGE_END) {
+            shortage.last = None;
+            tracing::info!("process {pid}: no fault waits for a free {what} any more");
+        }
+    }
+
+    /// Logs each failure of the session once, and once its end.
+    fn log_failures(&self, session: &Session) {
+        let pid = self.name.pid;
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = logged.open.first().copied().unwrap_or(logged.next);
+        for failure in session.failures_from(first) {
+            if failure.number >= logged.next {
+                logged.next = failure.number + 1;
+                logged.open.push(failure.number);
+                tracing::error!("process {pid}: {}", failure.reason);
+            }
+            let Some((end, at)) = failure.end else { continue };
+            let Some(place) = logged.open.iter().position(|number| *number == failure.number) else {
+                continue;
+            };
+            logged.open.remove(place);
+            let seconds = at.duration_since(failure.since).unwrap_or_default().as_secs_f64();
+            match end {
+                FailureEnd::Recovered => {
+                    tracing::info!("process {pid}: served again after {seconds:.1} s: {}", failure.reason);
+                }
+                FailureEnd::Killed => {
+                    tracing::error!("process {pid}: killed, because its page fault was lost")
+                }
+                FailureEnd::Paused => {
+                    tracing::error!("process {pid}: stopped, because its page fault was lost")
+                }
+                FailureEnd::Poisoned => tracing::error!("process {pid}: the lost pages raise SIGBUS"),
+                _ => {}
+            }
+        }
+        // The session keeps the newest ones: of older ones no end can be logged.
+        while logged.open.len() > MOST_OPEN {
+            logged.open.remove(0);
+        }
+    }
+
+    /// Notes that the pager has applied the loss policy.
+    fn note_losses(&self, session: &Session) {
+        let what = match self.setup.options.on_loss {
+            LossPolicy::Kill => "was killed",
+            LossPolicy::Pause => "was stopped",
+            LossPolicy::Poison => "lost pages, which are SIGBUS",
+            LossPolicy::Wait => return,
+        };
+        if session.hosted().losses() > 0 && !self.has_noted.swap(true, Ordering::Relaxed) {
+            self.setup.runtime.note_loss(&self.name, what);
         }
     }
 
@@ -158,7 +287,7 @@ impl Served {
                 *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&session);
                 // The trace so far is written to its end by itself: nobody waits for a disk here.
                 *self.trace() = write_trace(&self.setup, &self.name, &session);
-                self.has_reported.store(false, Ordering::Relaxed);
+                *self.logged.lock().unwrap_or_else(PoisonError::into_inner) = Logged::default();
                 if self.is_alone.load(Ordering::Acquire) {
                     self.set_alone();
                 }
@@ -180,30 +309,56 @@ impl Served {
     /// Nobody can serve it: does what the loss policy says.
     fn lose(&self) {
         let session = self.session();
-        match self.setup.options.on_loss {
+        let what = match self.setup.options.on_loss {
             LossPolicy::Wait => return,
-            LossPolicy::Kill => drop(session.hosted().signal_owners(Signal::KILL)),
-            LossPolicy::Pause => drop(session.hosted().signal_owners(Signal::STOP)),
-            LossPolicy::Poison => drop(session.close(END)),
-        }
+            LossPolicy::Kill => {
+                session.hosted().signal_owners(Signal::KILL);
+                "was killed"
+            }
+            LossPolicy::Pause => {
+                session.hosted().signal_owners(Signal::STOP);
+                "was stopped"
+            }
+            LossPolicy::Poison => {
+                let _ = session.close(END);
+                "lost what had not arrived, which is SIGBUS"
+            }
+        };
+        self.setup.runtime.note_loss(&self.name, what);
         tracing::error!("process {}: its memory is lost: {:?}", self.name.pid, self.setup.options.on_loss);
     }
 
     /// Ends it in order: what is absent is SIGBUS from then on. False: that could not be done, and its processes were killed,
-    /// which would have read zeros.
+    /// which would have read zeros. Where nothing is absent they go on in any case.
     pub(crate) fn end(&self) -> bool {
         let session = self.session();
-        let is_safe = session.close(END) && !session.hosted().is_left();
+        let patience = if session.is_resident() { RESIDENT_END } else { END };
+        let is_closed = session.close(patience) && !session.hosted().is_left();
+        self.note_losses(&session);
+        let is_safe = is_closed || session.is_resident();
         if !is_safe {
             let reason = session.error().unwrap_or_else(|| "its session does not end".into());
-            tracing::error!(
-                "process {}: its memory cannot be made safe, it is killed: {reason}",
+            kill_unsafe(&self.setup, &self.name, &reason);
+        } else if !is_closed {
+            tracing::warn!(
+                "process {}: all of its memory is there, but its session does not end",
                 self.name.pid
             );
-            session.hosted().signal_owners(Signal::KILL);
         }
         self.setup.runtime.remove(&self.name);
         is_safe
+    }
+
+    /// The daemon exits, and nobody waits any more for the session's end: kills a process that would read zeros then.
+    pub(crate) fn give_up(&self) {
+        let session = self.session();
+        // A machine keeps its own userfaultfd.
+        if self.name.kind != super::firecracker::KIND
+            && !session.wait_end(Duration::ZERO)
+            && !session.is_resident()
+        {
+            kill_unsafe(&self.setup, &self.name, "its session does not end");
+        }
     }
 
     /// Has what it has touched so far told to the server now.
@@ -252,23 +407,45 @@ impl Served {
 }
 
 /// Kills or stops the processes of all sessions, where the loss policy is that. Needs nothing of the sessions but their
-/// names: resuming one may be what workers fail at.
+/// names: resuming one may be what workers fail at. Poison needs a session, so it is left to whoever resumes it; where a
+/// worker has died of that, the process is killed.
 ///
 /// # Errors
 /// If the runtime directory cannot be read.
 pub(crate) fn lose_all(setup: &Setup) -> Result<()> {
-    let policy = setup.options.on_loss;
-    let signal = match policy {
-        LossPolicy::Kill => Signal::KILL,
-        LossPolicy::Pause => Signal::STOP,
-        LossPolicy::Wait | LossPolicy::Poison => return Ok(()),
-    };
     for name in setup.runtime.sessions().context("the runtime directory")? {
-        if postcopy::signal_process_tree(name.pid, name.start, signal) {
-            tracing::error!("process {}: its memory is lost: {policy:?}", name.pid);
+        let is_first = || File::create_new(setup.runtime.poisoning(&name)).is_ok();
+        if setup.options.on_loss != LossPolicy::Poison || !is_first() {
+            lose_unserved(setup, &name);
         }
     }
     Ok(())
+}
+
+/// Applies the loss policy to a process whose session cannot be resumed. Without a session nothing can be poisoned: the
+/// process is killed instead.
+pub(crate) fn lose_unserved(setup: &Setup, name: &SessionName) {
+    let policy = setup.options.on_loss;
+    let (signal, what) = match policy {
+        LossPolicy::Kill => (Signal::KILL, "was killed"),
+        LossPolicy::Poison => (Signal::KILL, "was killed, because nothing can be poisoned without a session"),
+        LossPolicy::Pause => (Signal::STOP, "was stopped"),
+        LossPolicy::Wait => return,
+    };
+    // Before it is done: the worker may die of anything.
+    if name.is_alive() {
+        setup.runtime.note_loss(name, what);
+    }
+    if postcopy::signal_process_tree(name.pid, name.start, signal) {
+        tracing::error!("process {}: its memory is lost: {policy:?}: it {what}", name.pid);
+    }
+}
+
+/// Kills a process that would read zeros when the daemon ends.
+pub(crate) fn kill_unsafe(setup: &Setup, name: &SessionName, reason: &str) {
+    tracing::error!("process {}: its memory cannot be made safe, it is killed: {reason}", name.pid);
+    setup.runtime.note_loss(name, "was killed, because its memory could not be made safe");
+    postcopy::signal_process_tree(name.pid, name.start, Signal::KILL);
 }
 
 /// Has a session's trace written, where that was asked for: in a file of its own, also after another worker. The session
@@ -304,15 +481,21 @@ fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
             setup.adopted.as_ref().map_or_else(|| unsafe { kernel::borrow_number(fd) }, |uffd| uffd.borrow()),
         )
     };
-    let session = Session::resume(&setup.address, &setup.images, file, by_number)?;
+    let session = Session::resume(&setup.address, &setup.images, file, by_number);
+    // An attempt that has failed may have got so far that the file names its duplicates.
+    let needed = match &session {
+        Ok(_) => Some(Vec::new()),
+        Err(_) => state_file::descriptors(file).ok(),
+    };
+    let is_needed = |fd: &i32| needed.as_ref().is_none_or(|needed| needed.contains(fd));
     // Of a daemon that has died altogether they are numbers of another table.
     let own = listed.into_iter().filter(|fd| setup.adopted.is_none() && !setup.base.contains(fd));
-    for fd in own {
+    for fd in own.filter(|fd| !is_needed(fd)) {
         #[expect(unsafe_code, reason = "a descriptor that nobody owns")]
-        // SAFETY: it was left open, and the session has a duplicate of it.
+        // SAFETY: it was left open, and the session, or the state file, has a duplicate of it.
         unsafe {
             kernel::close_number(fd);
         }
     }
-    Ok(session)
+    session
 }
