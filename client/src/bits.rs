@@ -1,4 +1,4 @@
-//! A bit for each of many things, that several threads set and look at.
+//! Sets of small numbers that several threads change: one bit for each number.
 
 use postcopy_proto::page::{ChunkIndex, to_usize};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Bits(Box<[AtomicU64]>);
 
 impl Bits {
-    /// For `count` things, none of them set.
+    /// Returns an empty set of numbers below `count`, rounded up to a multiple of 64.
     pub(crate) fn new(count: usize) -> Self {
         Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Sets one: whether it was not set.
+    /// Adds a number. Returns whether the set lacked it.
     pub(crate) fn set(&self, index: usize) -> bool {
         self.0[index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed) >> (index % 64) & 1 == 0
     }
@@ -29,22 +29,23 @@ impl Bits {
         self.0[index / 64].load(Ordering::Relaxed) >> (index % 64) & 1 == 1
     }
 
-    /// Those that are set, in order.
+    /// Yields the numbers in the set, in order.
     pub(crate) fn ones(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.0.len() * 64).filter(|index| self.is_set(*index))
     }
 }
 
-/// The most bits of an [`Underway`].
+/// The largest number of bits in an [`Underway`].
 const MOST: usize = 1 << 20;
 
-/// Chunks that have been asked for and have not come. In images of more than a million, several share a bit: then one
-/// may be asked for twice, or be waited for in vain for a moment, and nothing worse.
+/// The outstanding chunks of a lane. In images of more than a million chunks, several chunks share
+/// a bit. Then a chunk may be requested twice, or be awaited in vain for a moment, but nothing
+/// worse happens.
 #[derive(Debug)]
 pub(crate) struct Underway(Bits);
 
 impl Underway {
-    /// For an image of so many chunks.
+    /// Returns an empty set for an image of `chunks` chunks.
     pub(crate) fn new(chunks: u64) -> Self {
         Self(Bits::new(to_usize(chunks).clamp(1, MOST)))
     }

@@ -1,4 +1,4 @@
-//! Why a session cannot be had, and why memory of it cannot.
+//! The errors of sessions and of their memory.
 
 use crate::remote::RemoteError;
 use crate::state_file::StateError;
@@ -8,85 +8,86 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why a session could not be opened, or memory not be mapped.
+/// The reason why a session could not be opened, or memory could not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// The server, or what it sent.
+    /// The server, the connection, or the server's answers.
     #[error(transparent)]
     Remote(#[from] RemoteError),
-    /// The kernel.
+    /// The kernel's userfaultfd, or a descriptor that was handed in.
     #[error(transparent)]
     Uffd(#[from] OpenError),
     /// The image has no regular file of that path.
     #[error("image {image} has no file {path:?}")]
     NoSuchFile {
-        /// The image.
+        /// The digest of the image.
         image: postcopy_proto::digest::Digest,
-        /// The path.
+        /// The path that the image lacks.
         path: String,
     },
-    /// The file has no such bytes, or they do not begin with a page.
+    /// The file does not have these bytes, or their start is not a multiple of 4096.
     #[error(
-        "bytes {} to {} of {path:?}: the file has {file_bytes}, and a part begins at a multiple of 4096",
+        "bytes {} to {} of {path:?}: the file has {file_bytes} bytes, and a part must begin at a multiple of 4096",
         bytes.start, bytes.end
     )]
     Span {
         /// The file's path.
         path: String,
-        /// What was asked for.
+        /// The requested bytes.
         bytes: Range<u64>,
-        /// Its length.
+        /// The length of the file in bytes.
         file_bytes: u64,
     },
-    /// A region of another process cannot be.
+    /// A region of another process is invalid.
     #[error("region {index}, {len} bytes at {address:#x}: {reason}")]
     Region {
-        /// Which one of those that were given, from 0.
+        /// The index of the region in the list of regions, from 0 on.
         index: usize,
-        /// Its first address.
+        /// The region's first address.
         address: usize,
-        /// Its length.
+        /// The region's length in bytes.
         len: usize,
-        /// What is wrong.
+        /// The rule that the region breaks.
         reason: String,
     },
-    /// Address space, threads or descriptors could not be had.
-    #[error("{what} cannot be had")]
+    /// The operating system refused address space, a thread, a descriptor or a registration.
+    #[error("the system refuses {what}")]
     System {
-        /// What.
+        /// The refused resource.
         what: &'static str,
-        /// Why.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
     /// The state file, see [`crate::Session::resume`].
     #[error(transparent)]
     State(#[from] StateError),
-    /// [`crate::Options::track_writes`] was asked for with [`crate::Session::attach`], and cannot be.
-    #[error("what is written to another process's memory cannot be told: {0}")]
+    /// The caller asked for [`crate::Options::track_writes`] with [`crate::Session::attach`], and
+    /// this memory cannot be tracked.
+    #[error("writes to another process's memory cannot be tracked: {0}")]
     NoTracking(String),
-    /// The session has ended before.
+    /// The session has already ended.
     #[error("the session has ended")]
     Ended,
 }
 
-/// Why pages were lost.
+/// The reason why a call did not get a region's pages.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum LossError {
-    /// A page could not be had; later touches of it are SIGBUS, or wait, by the loss policy.
+    /// A page was lost. By the loss policy, later accesses to it raise SIGBUS or wait.
     #[error("{0}")]
     Lost(Arc<str>),
-    /// Beyond the region's end.
+    /// The bytes lie beyond the region's end.
     #[error("bytes {offset} to {offset} + {len} are beyond the region's {region_bytes} bytes")]
     OutOfRange {
-        /// The first byte asked for.
+        /// The first requested byte.
         offset: usize,
-        /// How many.
+        /// The number of requested bytes.
         len: usize,
-        /// The region's length.
+        /// The region's length in bytes.
         region_bytes: usize,
     },
-    /// It took longer than the caller wanted to wait.
-    #[error("not all was resident within {0:?}")]
+    /// The pages did not become resident within the caller's time-out.
+    #[error("some pages were still absent after {0:?}")]
     TimedOut(Duration),
 }

@@ -1,14 +1,19 @@
-//! A session's records of address spaces: which region lies where, and the state of each page.
+//! A session's records of address spaces: the regions, and the state of each page.
 //!
-//! From the outside in: [`MemoryMap`] holds the current [`Spaces`] and the [`Gate`]; a [`Spaces`] value is an immutable
-//! snapshot of all address spaces, each with its regions ordered by address and an index from the image's pages to
-//! regions; a [`Region`] names a span of one address space and the [`Object`] that holds the states of its pages.
+//! From the outside in:
 //!
-//! Snapshots share structure (persistent B+ trees), so that a change copies a path of a tree and a fork copies nothing
-//! but the tables of page states. The trees of a child are those of its parent until one of them changes; the page
-//! states of a child are its parent's blocks, copied when one of both writes to them ([`PageStates`]).
+//! - [`MemoryMap`] holds the current [`Spaces`] and the [`Gate`].
+//! - A [`Spaces`] value is an immutable snapshot of all address spaces. Each address space has its
+//!   regions ordered by address, and an index from the image's pages to regions.
+//! - A [`Region`] names a span of one address space, and the [`Object`] that holds the states of
+//!   its pages.
 //!
-//! The pager alone changes spaces. Installers and the program's threads take snapshots.
+//! Snapshots share structure (persistent B+ trees): a change copies one path of a tree, and a fork
+//! copies only the tables of page states. A child shares the trees of its parent until one of the
+//! two changes. A child also shares its parent's blocks of page states; a write by one of the two
+//! copies the block ([`PageStates`]).
+//!
+//! Only the pager changes spaces. Installers and the program's threads take snapshots.
 
 mod answers;
 mod arena;
@@ -43,7 +48,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug, Default)]
 pub(crate) struct MemoryMap {
     pub(crate) gate: Gate,
-    /// Replaced by the pager alone. Held for a copy of the Arc, never over a fault on a region.
+    /// The current snapshot. Only the pager replaces it. The lock is held for a copy of the Arc,
+    /// never over a page fault on a region.
     spaces: Mutex<Arc<Spaces>>,
 }
 
@@ -52,12 +58,12 @@ impl MemoryMap {
         Self { gate: Gate::default(), spaces: Mutex::new(Arc::new(spaces)) }
     }
 
-    /// A snapshot of the current spaces.
+    /// Returns a snapshot of the current spaces.
     pub(crate) fn spaces(&self) -> Arc<Spaces> {
         Arc::clone(&self.spaces.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Replaces the current spaces. For the pager alone.
+    /// Replaces the current spaces. Only the pager calls this.
     pub(crate) fn replace(&self, spaces: Arc<Spaces>) {
         *self.spaces.lock().unwrap_or_else(PoisonError::into_inner) = spaces;
     }

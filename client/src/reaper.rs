@@ -1,8 +1,10 @@
-//! Gives regions back that were dropped: one thread for all sessions of the process, as long as there is something to do.
+//! The thread that gives dropped regions back: one for all sessions of the process, alive while
+//! jobs are queued.
 //!
-//! A dropped region goes to the pager as a command, and its memory is unmapped after the pager has unregistered it. Both
-//! may take a while, and a destructor must not wait. So where the pager's queue is full, and for each munmap, the work
-//! goes to the reaper's queue, which is as long as there are such regions.
+//! A dropped region goes to the pager as a command. The pager unregisters the memory, and then it
+//! can be unmapped. Both steps may take a while, and a destructor must not wait. So each munmap
+//! goes to the reaper's queue, and so does a command for which the pager's queue is full. The queue
+//! is at most as long as there are dropped regions.
 
 use crate::shared::{Command, Shared};
 use crate::uffd::memory::Memory;
@@ -12,15 +14,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// How soon a command is sent again to a pager whose queue is full.
+/// The pause before the reaper sends a command again to a pager whose queue is full.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// Something that a destructor does not wait for.
+/// Work that a destructor must not wait for.
 #[derive(Debug)]
 enum Job {
-    /// Send this to the pager, once its queue has room.
+    /// Sends a command to the pager, once its queue has room.
     Send { shared: Arc<Shared>, commands: mpsc::Sender<Command>, command: Command },
-    /// Unmap memory that is no longer registered, once no installer uses it.
+    /// Unmaps memory that is no longer registered, once no installer uses it.
     GiveBack { shared: Arc<Shared>, memory: Memory },
 }
 
@@ -30,19 +32,21 @@ struct Queue {
     has_thread: bool,
 }
 
-/// Held for adding or taking a job.
+/// The lock is held while a job is added or taken.
 static QUEUE: Mutex<Queue> = Mutex::new(Queue { jobs: VecDeque::new(), has_thread: false });
 
 fn queue() -> MutexGuard<'static, Queue> {
     QUEUE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Sends a command to a session's pager when its queue has room; drops it where the pager has ended.
+/// Queues a command for a session's pager, until the pager's queue has room. Drops the command if
+/// the pager has ended.
 pub(crate) fn send(shared: &Arc<Shared>, commands: &mpsc::Sender<Command>, command: Command) {
     add(Job::Send { shared: Arc::clone(shared), commands: commands.clone(), command });
 }
 
-/// Unmaps memory that is no longer registered, once the installers that are inside the gate have left.
+/// Unmaps memory that is no longer registered, once the installers that are inside the gate have
+/// left.
 pub(crate) fn give_back(shared: &Arc<Shared>, memory: Memory) {
     add(Job::GiveBack { shared: Arc::clone(shared), memory });
 }
@@ -51,7 +55,8 @@ fn add(job: Job) {
     let mut queue = queue();
     queue.jobs.push_back(job);
     if !queue.has_thread {
-        // Without a thread the next job tries again; until then the memory stays mapped.
+        // If the thread does not start, the next job tries again. Until then the memory stays
+        // mapped.
         let thread = std::thread::Builder::new().name("postcopy-reaper".into()).spawn(run);
         queue.has_thread = thread.is_ok();
     }
@@ -86,7 +91,7 @@ fn run() {
 
 /// Drops a command of a session whose pager has ended.
 pub(crate) fn drop_unsent(shared: &Shared, command: Command) {
-    // An munmap of memory that is still registered would wait for somebody to read its event.
+    // If the memory is still registered, munmap would wait until another process reads its event.
     if shared.is_left_open.load(Ordering::Acquire) {
         std::mem::forget(command);
     }

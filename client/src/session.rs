@@ -1,8 +1,9 @@
-//! Sessions: memory of this process, or of another one, that is filled from one image.
+//! Sessions: memory of this process, or of another one, that is filled from an image.
 //!
-//! [`Session::open`] and [`Session::attach`] start the pager, a thread with a runtime, a connection and a userfaultfd
-//! ([`crate::pager`]); [`Session::map`] gives it memory to fill; [`Session::fill`] starts the bulk lane beside it
-//! ([`crate::fill`]). They share what stands in [`Shared`].
+//! [`Session::open`] and [`Session::attach`] start the pager, a thread with a runtime, a connection
+//! and a userfaultfd ([`crate::pager`]). [`Session::map`] maps memory for the pager to serve.
+//! [`Session::fill`] starts the bulk lane beside it ([`crate::fill`]). [`Shared`] holds the state
+//! that these threads have in common.
 
 mod changes;
 pub mod host;
@@ -43,10 +44,11 @@ use tokio::sync::mpsc;
 
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Commands that may wait for the pager.
+/// The capacity of the queue of commands to the pager.
 const COMMANDS: usize = 256;
 
-/// Memory that is being filled from one image. Lives until it and its regions are dropped.
+/// A set of memory that is filled from one image. It lives until the value and all of its regions
+/// are dropped.
 #[derive(Debug)]
 pub struct Session {
     pub(crate) shared: Arc<Shared>,
@@ -54,13 +56,14 @@ pub struct Session {
 }
 
 impl Session {
-    /// Opens an image on a server: connects, fetches and checks its root, starts the pager.
+    /// Opens an image on a server: connects, fetches and verifies the image's root, and starts the
+    /// pager.
     ///
     /// # Errors
-    /// [`SessionError`]; nothing is mapped then.
+    /// [`SessionError`]; then nothing is mapped.
     ///
     /// # Blocking
-    /// For some round trips, at most 30 s. Must not be called on an async worker.
+    /// Blocks for some round trips, at most 30 s. Must not be called on an async worker.
     pub fn open(
         address: &ServerAddress,
         reference: &Reference,
@@ -69,7 +72,7 @@ impl Session {
         Self::open_by(address, reference, options, Start::in_a_thread)
     }
 
-    /// The same, where `run` starts the pager.
+    /// Opens an image as [`Session::open`] does; `run` starts the pager.
     pub(crate) fn open_by(
         address: &ServerAddress,
         reference: &Reference,
@@ -79,26 +82,34 @@ impl Session {
         Self::start(address, reference.into(), options, Owner::ThisProcess, run)
     }
 
-    /// Fills memory of another process from an image's files: memory of pages of 4 KiB, for whose missing pages it has
-    /// registered a userfaultfd.
+    /// Attaches to memory of another process, and fills it from files of an image.
     ///
-    /// Those of its events that the userfaultfd was asked for are followed: EVENT_REMOVE, EVENT_UNMAP, EVENT_REMAP and
-    /// EVENT_FORK, which brings the children into the session. Where the process does one of these unasked, a touch
-    /// may give the image's bytes where it should give zeros, or zeros where it should give the image's bytes.
+    /// The process has opened the userfaultfd of `memory`. Its memory is registered for absent
+    /// pages, or will be: see [`ForeignMemory::is_registered`].
     ///
-    /// A duplicate of the userfaultfd is kept, and made non-blocking, which the original then is, too. If this fails
-    /// nothing is lost, as long as the caller keeps its own: faults wait.
-    /// The session ends when it is dropped, or in order when the process and its children have exited, which is
-    /// noticed within a quarter of a second. A background fill that cannot be started is no failure: [`Session::error`] tells of it.
-    /// At its end what is still absent is SIGBUS there: see [`Session::end`]. When it cannot
-    /// go on ([`Session::error`]) it ends, too; but if it has a state file, all is left to a successor as it is.
+    /// The session follows those events that the userfaultfd reports: EVENT_REMOVE, EVENT_UNMAP,
+    /// EVENT_REMAP and EVENT_FORK, which adds the children to the session. If the userfaultfd does
+    /// not report an event that the process causes, a later access may read the image's bytes in
+    /// place of zeros, or zeros in place of the image's bytes.
+    ///
+    /// The session keeps a duplicate of the userfaultfd, and makes both non-blocking. If this call
+    /// fails, nothing is lost as long as the caller keeps its own descriptor: page faults stay
+    /// pending. If the background fill cannot start, the call succeeds, and [`Session::error`]
+    /// returns the reason.
+    ///
+    /// The session ends when it is dropped. It also ends in order when the process and its children
+    /// have exited, which it notices within a quarter of a second. At its end it poisons the pages
+    /// that are still absent, so that an access raises SIGBUS: see [`Session::end`]. A session that
+    /// cannot go on ([`Session::error`]) ends in the same way; but with a state file it leaves all
+    /// pages as they are, for a successor.
     ///
     /// # Errors
-    /// As [`Session::open`]; [`SessionError::Region`] names a region that cannot be;
-    /// [`SessionError::Uffd`]: not a userfaultfd; [`SessionError::State`]; [`SessionError::NoTracking`].
+    /// As for [`Session::open`]; [`SessionError::Region`] names an invalid region;
+    /// [`SessionError::Uffd`]: the descriptor is not a userfaultfd; [`SessionError::State`];
+    /// [`SessionError::NoTracking`].
     ///
     /// # Blocking
-    /// As [`Session::open`].
+    /// As for [`Session::open`].
     pub fn attach(
         address: &ServerAddress,
         image: impl Into<ImageSource>,
@@ -108,7 +119,7 @@ impl Session {
         Self::attach_by(address, image.into(), options, memory, Start::in_a_thread)
     }
 
-    /// The same, where `run` starts the pager.
+    /// Attaches to memory as [`Session::attach`] does; `run` starts the pager.
     pub(crate) fn attach_by(
         address: &ServerAddress,
         image: ImageSource,
@@ -124,21 +135,24 @@ impl Session {
         Self::start(address, image, options, owner, run)
     }
 
-    /// Goes on with a session whose process has died, or that could not go on: from its state file, and the
-    /// userfaultfds that the file names by number ([`crate::state_file::descriptors`]), which `uffds` gives by these numbers.
-    /// Nothing that its owners did in between is missed, as long as all these descriptors have stayed open somewhere
-    /// and nobody has read from them.
+    /// Resumes a session whose process has died, or that could not go on, from its state file.
     ///
-    /// Duplicates of them are kept, and stand in the file from then on. If this fails nothing is lost, as long as the
-    /// caller keeps his own. `known` are images that have been opened: where the session's is among them, it begins
-    /// without a word from the server.
+    /// The file names the session's userfaultfds by number ([`crate::state_file::descriptors`]);
+    /// `uffds` returns the descriptor for such a number. The session misses no event of its owners,
+    /// as long as all these descriptors have stayed open in some process, and no process has read
+    /// from them.
+    ///
+    /// The session keeps duplicates of the descriptors, and the file names these from then on. If
+    /// this call fails, nothing is lost as long as the caller keeps its own descriptors. `known`
+    /// are images that the caller has opened. If the session's image is among them, the session
+    /// starts without waiting for the server.
     ///
     /// # Errors
-    /// As [`Session::attach`]; [`StateError::Empty`]: the session was never there, and is to be attached;
-    /// [`StateError::Ended`].
+    /// As for [`Session::attach`]; [`StateError::Empty`]: no session has used the file yet, so
+    /// attach one; [`StateError::Ended`].
     ///
     /// # Blocking
-    /// As [`Session::open`].
+    /// As for [`Session::open`].
     pub fn resume<'a>(
         address: &ServerAddress,
         known: &[Arc<Image>],
@@ -148,7 +162,7 @@ impl Session {
         Self::resume_by(address, known, state, uffds, Start::in_a_thread)
     }
 
-    /// The same, where `run` starts the pager.
+    /// Resumes a session as [`Session::resume`] does; `run` starts the pager.
     pub(crate) fn resume_by<'a>(
         address: &ServerAddress,
         known: &[Arc<Image>],
@@ -158,7 +172,7 @@ impl Session {
     ) -> Result<Self, SessionError> {
         let (state, contents) = State::open(state)?;
         let uffds = attach::descriptors_left(&contents, uffds)?;
-        let name = "image".parse().expect("a name");
+        let name = "image".parse().expect("`image` is a valid name");
         let image = match known.iter().find(|known| known.digest() == contents.image) {
             Some(known) => ImageSource::Opened(Arc::clone(known)),
             None => ImageSource::Named(Reference::Digest { name, image: contents.image }),
@@ -178,64 +192,72 @@ impl Session {
         let (commands, queue) = mpsc::channel(COMMANDS);
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let address = address.clone();
-        // It connects meanwhile.
+        // The fill connects while the pager opens the session.
         let fill = (options.fill || options.working_set).then(|| fill::Beginning::new(&address));
         run(Start { address, image, options, owner, commands: queue, reply })
             .map_err(|source| SessionError::System { what: "a thread for the pager", source })?;
         let shared = opened.recv().map_err(|_| SessionError::Ended)??;
         let session = Self { shared, commands };
-        // It serves already: ending it here would take its memory away.
+        // Not an error of the call: the session already serves page faults, and an error would end
+        // it.
         if let Some(fill) = fill
             && let Err(error) = session.start_fill(fill)
         {
-            let reason = format!("no background fill: {error}");
+            let reason = format!("the background fill could not start: {error}");
             session.shared.outcome.add(FailureKind::Fill, &reason, None);
         }
         if options.record
             && let Some(sender) = session.shared.sender()
             && let Err(source) = recorder::start(sender)
         {
-            let reason = format!("nothing is recorded: {source}");
+            let reason = format!("the recording could not start: {source}");
             session.shared.outcome.add(FailureKind::Recording, &reason, Some(FailureEnd::Reported));
         }
         Ok(session)
     }
 
-    /// What the process that this session was attached to has changed since the restore, or since
-    /// [`Session::take_changes`]: addresses of memory that it has now. The session must track writes
-    /// ([`Options::track_writes`]). Children that it has forked are not told of. After [`Session::resume`] what was
-    /// removed before counts as removed and written again.
+    /// Returns the changes of memory in the attached process since the restore, or since
+    /// [`Session::take_changes`], as addresses of its current memory.
+    ///
+    /// The session must track writes ([`Options::track_writes`]). Changes by the process's children
+    /// are not included. After [`Session::resume`], pages that were removed before the takeover
+    /// count once more as removed and written.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] if it does not; else what PAGEMAP_SCAN answers, see proc_pid_pagemap(5).
+    /// [`io::ErrorKind::Unsupported`] if the session does not track writes; else the error of
+    /// PAGEMAP_SCAN, see proc_pid_pagemap(5).
     ///
     /// # Blocking
-    /// For a look at each page's entry in the page tables; some milliseconds a GiB.
+    /// Reads each page's entry in the page tables, which takes some milliseconds a GiB.
     pub fn changes(&self) -> io::Result<Changes> {
         changes::of_process(&self.shared, false)
     }
 
-    /// The same, and begins anew: what is written from here on is told of the next time. No write is lost, also where
-    /// it writes meanwhile.
+    /// Returns the changes as [`Session::changes`] does, and starts a new period: the next call
+    /// returns the changes from here on. No write is lost, even if the process writes during the
+    /// call.
     ///
     /// # Errors
-    /// As [`Session::changes`].
+    /// As for [`Session::changes`].
     ///
     /// # Blocking
-    /// As there, and until each run of pages is protected anew.
+    /// As for [`Session::changes`], and until each run of pages is write-protected again.
     pub fn take_changes(&self) -> io::Result<Changes> {
         changes::of_process(&self.shared, true)
     }
 
-    /// The image that memory is filled from.
+    /// Returns the image that fills the memory.
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.shared.image
     }
 
-    /// Whether read(2) and the like may be used on absent memory. Where privileges allow user-mode faults only,
-    /// they fail with EFAULT. Of another process's memory its owner decides that when he opens the userfaultfd, which
-    /// cannot be seen: then this is whether he could have.
+    /// Returns whether system calls such as read(2) may access absent memory. If the process has
+    /// only the right to serve user-mode faults, such calls fail with EFAULT.
+    ///
+    /// For another process's memory, its owner made that choice when it opened the userfaultfd, and
+    /// this process cannot see it. Then the result says whether this process has the right to serve
+    /// the kernel's faults.
     #[must_use]
     pub fn serves_kernel_faults(&self) -> bool {
         self.shared.serves_kernel_faults
@@ -247,20 +269,22 @@ impl Session {
     /// [`SessionError::NoSuchFile`], [`SessionError::System`], [`SessionError::Ended`].
     ///
     /// # Blocking
-    /// Until the pager has registered the memory; no round trip.
+    /// Blocks until the pager has registered the memory; makes no round trip.
     pub fn map(&self, path: impl AsRef<[u8]>) -> Result<Region, SessionError> {
         let file = self.file(path.as_ref())?;
         self.map_span(file, 0..to_usize(file.size_bytes))
     }
 
-    /// Maps a part of the file at `path` of the image: the bytes from `bytes.start`, a multiple of the page size of
-    /// 4 KiB, to `bytes.end`. A file may be mapped several times, and its parts may overlap.
+    /// Maps a part of the file at `path` of the image: the bytes from `bytes.start`, which must be
+    /// a multiple of 4096, to `bytes.end`. A program may map a file several times, and the parts
+    /// may overlap.
     ///
     /// # Errors
-    /// As [`Session::map`]; [`SessionError::Span`]: the file has no such bytes, or none begins there.
+    /// As for [`Session::map`]; [`SessionError::Span`]: the file does not have these bytes, or no
+    /// page begins at `bytes.start`.
     ///
     /// # Blocking
-    /// As there.
+    /// As for [`Session::map`].
     pub fn map_part(&self, path: impl AsRef<[u8]>, bytes: Range<u64>) -> Result<Region, SessionError> {
         let file = self.file(path.as_ref())?;
         let aligned = bytes.start.is_multiple_of(PAGE_BYTES as u64);
@@ -278,7 +302,7 @@ impl Session {
         image.file(path).ok_or_else(missing)
     }
 
-    /// Maps bytes that the file has, from the beginning of a page on.
+    /// Maps bytes of the file. They must lie in the file, and begin at the beginning of a page.
     fn map_span(&self, file: FileEntry, bytes: Range<usize>) -> Result<Region, SessionError> {
         let system = |what| move |source| SessionError::System { what, source };
         let pages = bytes.start / PAGE_BYTES..bytes.end.div_ceil(PAGE_BYTES);
@@ -308,11 +332,11 @@ impl Session {
         Ok(Region::new(memory, bytes.len(), state, Arc::clone(&self.shared), self.commands.clone()))
     }
 
-    /// Brings everything in the background, over the bulk lane, from now on.
+    /// Starts the background fill: fetches all pages of all regions over the bulk lane.
     ///
     /// # Errors
-    /// [`SessionError::System`] if there is no thread to be had. What goes wrong later is told by
-    /// [`Session::wait_resident`] and [`Session::error`].
+    /// [`SessionError::System`] if a thread cannot start. [`Session::wait_resident`] and
+    /// [`Session::error`] return later failures.
     pub fn fill(&self) -> Result<(), SessionError> {
         self.shared.fills.store(true, Ordering::Release);
         if !self.shared.fill_started.load(Ordering::Acquire) {
@@ -333,77 +357,92 @@ impl Session {
         started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
     }
 
-    /// Writes the session's trace ([`Options::trace`]) from its beginning to its end, in a thread of its own: lines of JSON, see
-    /// [`crate::record::trace`]. Can be done once.
+    /// Writes the session's trace ([`Options::trace`]) from its beginning to its end, in a thread
+    /// of its own, as lines of JSON: see [`crate::record::trace`]. A trace can be written once.
     ///
     /// # Errors
-    /// Unsupported where there is none, or it is written already; or there is no thread to be had.
+    /// Unsupported if the session records no trace, or if the trace is being written already; the
+    /// error of starting a thread.
     pub fn write_trace(&self, to: impl io::Write + Send + 'static) -> io::Result<TraceWriter> {
         let writer = self.shared.trace_writer();
         trace::start(
-            writer.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "no trace was asked for"))?,
+            writer.ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "the session records no trace (Options::trace is off)",
+                )
+            })?,
             to,
         )
     }
 
-    /// Waits until what was touched has been told to the server ([`Options::record`]), at most for `timeout`. That is done
-    /// when nothing new was touched for some seconds, ever more rarely, and once more at the session's end, which is what
-    /// this waits for.
+    /// Waits at most for `timeout` until the server has the session's whole recording
+    /// ([`Options::record`]).
+    ///
+    /// The session sends the recording whenever no new page was accessed for some seconds, at
+    /// growing intervals, and a last time when it ends. This call waits for that last time.
     ///
     /// # Errors
-    /// Why it could not be told, or that it has not been yet.
+    /// The reason why the recording could not be sent, or a message that `timeout` has passed.
     ///
     /// # Blocking
-    /// As long as it says; the server makes the working set anew before it answers.
+    /// Blocks for up to `timeout`: the server rebuilds the working set before it answers.
     pub fn wait_recorded(&self, timeout: Duration) -> Result<(), String> {
         let Some(recorder) = &self.shared.recorder else { return Ok(()) };
         let deadline = Instant::now().checked_add(timeout);
         let outcome = self.shared.outcome.wait(deadline, |_| recorder.outcome());
-        outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
+        outcome.unwrap_or_else(|| Err(format!("the recording was not complete within {timeout:?}")))
     }
 
-    /// Has what was touched so far told to the server now ([`Options::record`]), and waits for that at most for `timeout`.
+    /// Sends the recording so far ([`Options::record`]) to the server now, and waits at most for
+    /// `timeout`.
     ///
     /// # Errors
-    /// That nothing is noted of what is touched. Why it could not be told, or that it has not been yet: it is told again, as [`Session::wait_recorded`] says.
+    /// A message that the session does not record; the reason why the recording could not be sent;
+    /// or a message that `timeout` has passed. After a failure the session sends the recording
+    /// again, as [`Session::wait_recorded`] describes.
     ///
     /// # Blocking
-    /// As long as it says; the server makes the working set anew before it answers, if that does not take long.
+    /// Blocks for up to `timeout`: if it can do so quickly, the server rebuilds the working set
+    /// before it answers.
     pub fn send_recording(&self, timeout: Duration) -> Result<(), String> {
         let recorder = self.shared.recorder.as_ref().ok_or("what it touches is not recorded")?;
         let (number, deadline) = (recorder.ask(), Instant::now().checked_add(timeout));
         let outcome = self.shared.outcome.wait(deadline, |_| recorder.answer(number));
-        outcome.unwrap_or_else(|| Err(format!("not within {timeout:?}")))
+        outcome.unwrap_or_else(|| Err(format!("the server did not have the recording within {timeout:?}")))
     }
 
-    /// How far it is.
+    /// Returns the session's counters, and its pages by state.
     #[must_use]
     pub fn progress(&self) -> Progress {
         self.shared.progress()
     }
 
-    /// Returns what the session could not do: the first failure, the latest one, and how many there are.
+    /// Returns the session's failures: the first one, the latest one, and their number.
     #[must_use]
     pub fn failures(&self) -> Failures {
         self.shared.outcome.failures()
     }
 
-    /// Returns the failures from this number on ([`Failure::number`]), as they are now, in order. The session keeps the
-    /// newest 256.
+    /// Returns the failures from number `number` on ([`Failure::number`]), in order and in their
+    /// present state. The session keeps the newest 256.
     #[must_use]
     pub fn failures_from(&self, number: u64) -> Vec<Failure> {
         self.shared.outcome.failures_from(number)
     }
 
-    /// Why pages were lost, if any were: the first reason.
+    /// Returns the first reason for which pages were lost, or None if no page was lost.
     #[must_use]
     pub fn error(&self) -> Option<Arc<str>> {
         self.shared.outcome.error()
     }
 
-    /// Ends the session, and waits for it at most for `timeout`: whether it has ended. A drop ends it, too, but does not
-    /// wait; a process that exits before the end leaves zeros in another one's memory. It ends only when all of its
-    /// regions have been dropped.
+    /// Ends the session, and waits for its end at most for `timeout`. Returns whether the session
+    /// has ended.
+    ///
+    /// A session ends only when all of its regions have been dropped. A drop of the session ends
+    /// it, too, but does not wait. If this process exits before the session has ended, absent pages
+    /// in another process's memory become zeros.
     #[must_use]
     pub fn end(self, timeout: Duration) -> bool {
         let Self { shared, commands } = self;
@@ -420,44 +459,47 @@ impl Session {
         Hosted::new(self)
     }
 
-    /// Ends the session in order, as [`Session::end`], for those who share it. Memory of another process has no regions
-    /// that it would wait for.
+    /// Ends the session in order, as [`Session::end`] does, through a shared reference. Does not
+    /// wait for regions, which memory of another process does not have. Returns whether the session
+    /// has ended within `timeout`.
     #[must_use]
     pub fn close(&self, timeout: Duration) -> bool {
         let _ = self.commands.blocking_send(Command::End);
         self.wait_end(timeout)
     }
 
-    /// Whether every page of every region is resident or was given back.
+    /// Returns whether every page of every region is resident or removed.
     #[must_use]
     pub fn is_resident(&self) -> bool {
         self.shared.spaces().unresolved(true) == 0
     }
 
-    /// Waits until the session has ended by itself, at most for `timeout`: whether it has. A session over another
-    /// process's memory does when that process and its children have exited.
+    /// Waits at most for `timeout` until the session has ended by itself, and returns whether it
+    /// has. A session over another process's memory ends when that process and its children have
+    /// exited.
     #[must_use]
     pub fn wait_end(&self, timeout: Duration) -> bool {
         let deadline = Instant::now().checked_add(timeout);
         self.shared.outcome.wait(deadline, |outcome| outcome.ended.then_some(())).is_some()
     }
 
-    /// Waits until a page is lost; the reason, or None after `timeout` or when the session has ended.
+    /// Waits until a page is lost, and returns the reason. Returns None after `timeout`, or when
+    /// the session has ended.
     #[must_use]
     pub fn wait_error(&self, timeout: Duration) -> Option<Arc<str>> {
         self.shared.outcome.wait_error(timeout)
     }
 
-    /// Waits until every page of every region is resident or was given back. Without [`Session::fill`] that
-    /// comes true only when all has been touched.
+    /// Waits until every page of every region is resident or removed. Without [`Session::fill`],
+    /// the program must have accessed all pages for that.
     ///
     /// # Errors
-    /// [`LossError::Lost`] as soon as a page is lost, [`LossError::TimedOut`].
+    /// [`LossError::Lost`] as soon as a page is lost, or is lost already; [`LossError::TimedOut`].
     ///
     /// # Blocking
-    /// At most for `timeout`.
+    /// Blocks for at most `timeout`.
     pub fn wait_resident(&self, timeout: Duration) -> Result<(), LossError> {
-        // Too far away to be counted is for ever.
+        // A deadline beyond the range of Instant means no deadline.
         let deadline = Instant::now().checked_add(timeout);
         let outcome = self.shared.outcome.wait(deadline, |outcome| {
             if self.shared.spaces().unresolved(true) == 0 {

@@ -1,4 +1,5 @@
-//! What the pager, the installers and the program's threads have in common: a session's [`Shared`].
+//! The state that a session's pager, its installers and the program's threads have in common:
+//! [`Shared`].
 
 use crate::bits::Underway;
 use crate::error::LossError;
@@ -22,22 +23,22 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, mpsc};
 
-/// What the program asks of the pager.
+/// A request of the program to the pager.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Serve this region from now on; answers when it is registered.
+    /// Serves this region from now on. The pager replies once the region is registered.
     Map { region: Region, reply: std::sync::mpsc::SyncSender<io::Result<()>> },
-    /// Let go of this region and give its memory back.
+    /// Unregisters this region, and gives its memory back.
     Unmap { region: Region, memory: Memory },
-    /// Bring these pages as if they had been touched.
+    /// Fetches and installs these pages as if a thread had faulted on them.
     Bring { region: Region, pages: Range<usize> },
-    /// End in order, although there may be regions.
+    /// Ends the session in order, even if it has regions.
     End,
-    /// End, and leave all as it is to whoever takes the session over.
+    /// Ends the session, and leaves everything as it is for a successor.
     Leave,
 }
 
-/// What the pager, the installers and the program's threads have in common.
+/// The state that the threads of a session have in common.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) address: ServerAddress,
@@ -47,41 +48,41 @@ pub(crate) struct Shared {
     pub(crate) map: MemoryMap,
     pub(crate) counters: Counters,
     next_space_id: AtomicU32,
-    /// Written to by the pager alone, but for page states.
+    /// Only the pager writes to it, except to page states.
     pub(crate) state: State,
-    /// Whose calls tell what becomes of shared memory.
+    /// The processes whose madvise calls decide what becomes of shared memory.
     pub(crate) callers: Option<Callers>,
-    /// What went wrong, and whether the pager has ended.
+    /// The failures, and whether the pager has ended.
     pub(crate) outcome: Arc<Outcome>,
-    /// Notes what happens, if that was asked for.
+    /// The notes of the trace, if the session has one.
     pub(crate) trace: Option<Arc<Notes>>,
-    /// Notes what is touched, if that was asked for.
+    /// The recorder of first accesses, if the session records.
     pub(crate) recorder: Option<Arc<Recorder>>,
-    /// Held for an answer or a look, and only tried by the pager.
+    /// Held for one answer or one reading. The pager only tries the lock.
     pub(crate) pace: Mutex<Pace>,
     pub(crate) cores: Cores,
-    /// Chunks that have been asked for over the demand lane.
+    /// Outstanding chunks of the demand lane.
     pub(crate) on_demand: Arc<Underway>,
-    /// And over the bulk lane.
+    /// Outstanding chunks of the bulk lane.
     pub(crate) in_bulk: Underway,
-    /// A background fill was asked for.
+    /// Set if the session fetches all pages in the background.
     pub(crate) fills: AtomicBool,
     pub(crate) fill_started: AtomicBool,
     is_filling: AtomicBool,
-    /// Nobody can take the session over, although there is a state file.
+    /// Set if no successor can take the session over, although it has a state file.
     pub(crate) has_no_successor: AtomicBool,
-    /// The pager has ended, and memory is registered still.
+    /// Set if the pager has ended, and memory is still registered.
     pub(crate) is_left_open: AtomicBool,
-    /// Installs for the pager.
+    /// Installs that installers hand over to the pager.
     pub(crate) to_pager: ToPager,
-    /// There is new work for the fill.
+    /// Notified when the fill may have new work.
     pub(crate) fill_work: Notify,
-    /// A pause of the fill has ended ([`Pace`]).
+    /// Notified when a pause of the fill has ended ([`Pace`]).
     pub(crate) fill_may_go_on: Notify,
 }
 
 impl Shared {
-    /// A session of these spaces.
+    /// Returns the shared state of a session with these spaces.
     pub(crate) fn new(
         address: ServerAddress,
         image: Arc<Image>,
@@ -125,16 +126,16 @@ impl Shared {
         }
     }
 
-    /// The spaces and regions that there are at the moment.
+    /// Returns a snapshot of the spaces and regions.
     pub(crate) fn spaces(&self) -> Arc<Spaces> {
         self.map.spaces()
     }
 
-    /// Replaces the spaces, and appends the record of the change to the state file ([`State::append`]). For the pager
-    /// alone.
+    /// Replaces the spaces, and appends the record of the change to the state file
+    /// ([`State::append`]). Only the pager calls this.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`State::append`].
     pub(crate) fn set_spaces(
         &self,
         spaces: Arc<Spaces>,
@@ -147,10 +148,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Applies a change to the spaces. Pages of private memory that is mapped nowhere any more become removed.
+    /// Applies a change to the spaces. Private pages that the change unmaps become removed.
     ///
     /// # Errors
-    /// As [`Shared::set_spaces`].
+    /// As for [`Shared::set_spaces`].
     pub(crate) fn change(&self, change: Change, done: Option<usize>) -> Result<(), StateError> {
         let mut spaces = self.spaces();
         let unmapped = Arc::make_mut(&mut spaces).apply(&change);
@@ -160,7 +161,8 @@ impl Shared {
         self.set_spaces(spaces, &Record::Change(change), done)
     }
 
-    /// Adds a region of this process's own memory, which no successor can take over.
+    /// Adds a region of this process's own memory. No successor can take it over, so no record is
+    /// written.
     pub(crate) fn add_region(&self, region: &Region) {
         let mut spaces = self.spaces();
         let (all, space) = (Arc::make_mut(&mut spaces), region.space.id);
@@ -170,56 +172,56 @@ impl Shared {
         self.fill_work.notify_one();
     }
 
-    /// The regions that have pages of a chunk.
+    /// Returns the regions that have pages of a chunk.
     pub(crate) fn of_chunk(&self, chunk: ChunkIndex) -> Vec<Region> {
         let chunk_pages = self.image.root().chunk_size().bytes() / PAGE_BYTES;
         self.spaces().of_chunk(chunk, chunk_pages).collect()
     }
 
-    /// An id that no space has had. After four thousand million there is none.
+    /// Returns an id that no space has had. Fails after 2^32 ids.
     pub(crate) fn next_space_id(&self) -> Result<u32, StateError> {
         let next = |id: u32| id.checked_add(1);
         let id = self.next_space_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
         id.map_err(|_| StateError::Full("more processes"))
     }
 
-    /// The pager has ended.
+    /// Records that the pager has ended, and notifies all waiting threads.
     pub(crate) fn end(&self) {
-        // No page is waited for any more.
+        // After the end, no install has a waiter.
         self.cores.waits(None);
         self.outcome.end();
         self.fill_work.notify_one();
     }
 
-    /// Whether the pager has ended.
+    /// Returns whether the pager has ended.
     pub(crate) fn has_ended(&self) -> bool {
         self.outcome.has_ended()
     }
 
-    /// Whether somebody can take the session over when this process ends.
+    /// Returns whether a successor can take the session over when this process ends.
     pub(crate) fn has_successor(&self) -> bool {
         self.state.has_file() && !self.has_no_successor.load(Ordering::Acquire)
     }
 
-    /// Writes down for a successor which process a space is of.
+    /// Records the process of a space for a successor.
     pub(crate) fn note_process(&self, space: u32, process: Process) {
         let next_space = self.next_space_id.load(Ordering::Relaxed);
-        // Without it a successor has to find that out again.
+        // Without the record, a successor identifies the process again.
         let _ = self.state.append(&Record::Process { space, process }, &self.spaces(), next_space, None);
     }
 
-    /// Sends a signal to those whose memory it is; false if nobody knows who that is.
+    /// Sends a signal to the processes that own the memory. Returns false if they are unknown.
     pub(crate) fn signal_owners(&self, signal: rustix::process::Signal) -> bool {
         self.callers.as_ref().is_some_and(|callers| callers.signal(signal))
     }
 
-    /// Keeps the userfaultfds open: memory stays registered.
+    /// Leaks the userfaultfds, so that memory stays registered.
     pub(crate) fn leave_open(&self) {
         self.is_left_open.store(true, Ordering::Release);
         self.spaces().leave_open();
     }
 
-    /// Has pages installed, and notes which of them came by that, where there is a trace.
+    /// Runs an install, and notes its installed pages in the trace, if the session has one.
     pub(crate) fn installing(
         &self,
         region: &Region,
@@ -231,36 +233,37 @@ impl Shared {
         installing(self.trace.as_deref(), &self.image, region, pages, cause, stages, install)
     }
 
-    /// For the thread that sends the recording, where there is one.
+    /// Returns the parts for the thread that sends the recording, if the session records.
     pub(crate) fn sender(&self) -> Option<Sender> {
         let recorder = Arc::clone(self.recorder.as_ref()?);
         let (image, address) = (Arc::clone(&self.image), self.address.clone());
         Some(Sender { recorder, image, address, outcome: Arc::clone(&self.outcome) })
     }
 
-    /// For the thread that writes the trace, where there is one.
+    /// Returns the parts for the thread that writes the trace, if the session has one.
     pub(crate) fn trace_writer(&self) -> Option<Writer> {
         let notes = Arc::clone(self.trace.as_ref()?);
         let (image, options) = (Arc::clone(&self.image), self.options);
         Some(Writer { notes, image, options, outcome: Arc::clone(&self.outcome) })
     }
 
-    /// Whether all is to be brought, and not the working set alone.
+    /// Returns whether the session fetches all pages in the background, and not only the working
+    /// set.
     pub(crate) fn fills(&self) -> bool {
         self.fills.load(Ordering::Acquire)
     }
 
-    /// The fill has work for all cores, or has none any more.
+    /// Records whether the fill has work for all cores.
     pub(crate) fn set_filling(&self, is_filling: bool) {
         self.is_filling.store(is_filling, Ordering::Relaxed);
     }
 
-    /// Whether the fill has work for all cores.
+    /// Returns whether the fill has work for all cores.
     pub(crate) fn is_filling(&self) -> bool {
         self.is_filling.load(Ordering::Relaxed)
     }
 
-    /// Brings pages of a region; an error if one of them is lost.
+    /// Fetches and installs pages of a region. Returns an error if one of them is lost.
     pub(crate) fn bring(
         &self,
         commands: &mpsc::Sender<Command>,
@@ -271,11 +274,13 @@ impl Shared {
         let losses_before = self.outcome.losses();
         if absent(&pages).is_some() {
             let command = Command::Bring { region: region.clone(), pages: pages.clone() };
-            // An ended pager has poisoned what was absent, which is seen below.
+            // Fails only if the pager has ended, which has then poisoned absent pages. The check
+            // below sees that.
             let _ = commands.blocking_send(command);
         }
         self.outcome.wait(None, |outcome| {
-            // What was lost before this call may have come since; what is lost now may be what it waits for.
+            // Earlier losses do not count, because such pages may have arrived since. A new loss
+            // may be of these pages.
             let waits = matches!(self.options.on_loss, LossPolicy::Wait | LossPolicy::Pause);
             let waiting = waits && outcome.losses > losses_before;
             (absent(&pages).is_none() || waiting || outcome.ended).then_some(())

@@ -1,14 +1,16 @@
-//! The state file: all that a successor needs to serve on when a session's pager has died. It holds spaces, regions,
-//! page states, and the messages that the pager had read and not yet done.
+//! The state file of a session: all that a successor needs to take over when the pager has died. It
+//! holds spaces, regions, page states, and the messages that the pager has read but not processed.
 //!
-//! The file is mapped (a memfd, or one on tmpfs), and outlives the process; docs/FORMATS.md has the layout. Everything
-//! is words of 64 bits. Each change of spaces is a record that is appended to a log ([`log`]); when the log has become
-//! long it is written anew, as what there is now, into a second place. A change becomes true by one store into the
-//! commit word: it says which log holds, how long it is, and how many messages are done. So whenever the pager is
-//! killed, the file says either what was before a step or what is after it. Page states are changed in place, in
-//! blocks that an arena hands out: each step of theirs can be done again.
+//! The file is mapped (a memfd, or a file on tmpfs), and outlives the process; docs/FORMATS.md has
+//! the layout. It consists of 64-bit words. The pager appends each change of spaces as a record to
+//! a log ([`log`]). When the log has become long, the pager compacts it: it writes the current
+//! records as a second log, in a second place. A change takes effect with one store into the commit
+//! word, which holds the current log, its length, and the number of processed messages. So at any
+//! instruction at which the pager is killed, the file holds the state before a step or after it.
+//! Page states change in place, in blocks that an arena allocates; each such step can be repeated.
 //!
-//! A session that no successor can take over has no file. Its page states lie in memory of its own.
+//! A session that no successor can take over has no file. Its page states lie in the memory of its
+//! process.
 
 mod contents;
 mod layout;
@@ -38,33 +40,35 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::uffd::MESSAGE_WORDS;
 
-/// A log is written anew when its changes have more words than what it began with, and than this: 256 KiB.
+/// The least number of words of changes before a log is compacted: 256 KiB. The changes must also
+/// have more words than the records that the log began with.
 const LEAST_CHANGES: usize = 32_768;
-/// How much of a log is reserved at once, in words: 64 KiB.
+/// The words of a log that are reserved at a time: 64 KiB.
 const RESERVE_WORDS: usize = 8192;
 
-/// Why a state file cannot be used.
+/// The reason why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// Nothing was written to it yet: the session is to be attached, not resumed.
+    /// The file is empty: no session has been attached with it yet. Attach one, instead of resuming
+    /// it.
     #[error("the state file is empty")]
     Empty,
-    /// The session that it is of has ended in order.
+    /// The file's session has ended in order.
     #[error("the session of the state file has ended")]
     Ended,
-    /// Written by another version.
+    /// The file was written by another version of postcopy.
     #[error("the state file is of version {found}, not {VERSION}")]
     Version {
         /// The version that the file names.
         found: u64,
     },
-    /// It is not what a session has written.
+    /// The content is not what a session writes; the text names the contradiction.
     #[error("the state file: {0}")]
     Wrong(String),
-    /// It is not large enough for what the session has become.
-    #[error("the state file has no room for {0}")]
+    /// The file has no room left; the text names the content that does not fit.
+    #[error("the state file has no room for {0}; the session cannot go on")]
     Full(&'static str),
-    /// It cannot be made, or mapped.
+    /// The file cannot be created or mapped.
     #[error("the state file cannot be mapped")]
     Map(#[source] io::Error),
 }
@@ -79,23 +83,23 @@ fn wrong<T>(reason: impl Into<String>) -> Result<T, StateError> {
     Err(StateError::Wrong(reason.into()))
 }
 
-/// The logs of a file. The pager alone writes to them.
+/// The logs of a file. Only the pager writes to them.
 #[derive(Debug)]
 struct Logs {
     file: Arc<MappedFile>,
-    /// Held for writing a record or a log.
+    /// The progress of writing. The lock is held while a record or a log is written.
     written: Mutex<Written>,
 }
 
 #[derive(Debug, Default)]
 struct Written {
-    /// Of each log, how many words the file system has set aside.
+    /// The number of words that the file system has allocated to each log.
     reserved: [usize; 2],
-    /// How many words the current log began with.
+    /// The number of words that the current log began with.
     base_words: usize,
 }
 
-/// See the module.
+/// The state of a session, in a file or in the process's own memory, see the module.
 #[derive(Debug)]
 pub(crate) struct State {
     header: Arc<FixedWords>,
@@ -104,7 +108,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// For a session that no successor can take over.
+    /// Returns the state of a session that no successor can take over.
     pub(crate) fn own() -> Self {
         let header = FixedWords::Own((0..HEADER_WORDS).map(|_| AtomicU64::new(0)).collect());
         let state =
@@ -113,7 +117,7 @@ impl State {
         state
     }
 
-    /// In a file, whatever it held before.
+    /// Creates the state in a file, and discards the file's old content.
     ///
     /// # Errors
     /// [`StateError::Map`].
@@ -128,14 +132,17 @@ impl State {
         rustix::fs::ftruncate(&file, bytes).map_err(|error| StateError::Map(error.into()))?;
         let state = Self::of(file)?;
         for (index, bytes) in image.as_bytes().chunks(8).enumerate() {
-            state.set(AT_IMAGE + index, u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+            state.set(
+                AT_IMAGE + index,
+                u64::from_le_bytes(bytes.try_into().expect("a digest is four times eight bytes")),
+            );
         }
         state.set(
             AT_DEADLINE_MS,
             u64::try_from(options.fault_deadline.as_millis()).unwrap_or(u64::MAX).max(1),
         );
         let on_loss = ON_LOSS.iter().position(|policy| *policy == options.on_loss);
-        state.set(AT_ON_LOSS, on_loss.expect("all are listed") as u64);
+        state.set(AT_ON_LOSS, on_loss.expect("`ON_LOSS` lists every policy") as u64);
         let Options { fill, track_writes, working_set, record, trace, hold_causers, .. } = *options;
         let bits = [fill, track_writes, working_set, record, trace, hold_causers].into_iter().enumerate();
         state.set(AT_FILL, bits.map(|(bit, is_on)| u64::from(is_on) << bit).sum());
@@ -148,10 +155,11 @@ impl State {
         Ok(state)
     }
 
-    /// The state that a session which died has left in a file, and what it says. [`replay`] must follow.
+    /// Opens the state that a dead session left in a file, and reads the file's contents. The
+    /// caller must call [`replay`] next.
     ///
     /// # Errors
-    /// [`StateError`]; the file is left as it is.
+    /// [`StateError`]; the file stays as it is.
     pub(crate) fn open(file: impl AsFd) -> Result<(Self, Contents), StateError> {
         let mapped = MappedFile::map(&file).map_err(StateError::Map)?;
         let contents = Contents::read(mapped.words())?;
@@ -178,33 +186,34 @@ impl State {
         self.header[at].store(value, Ordering::Release);
     }
 
-    /// What page states lie in.
+    /// Returns the arena that holds the page states.
     pub(crate) fn arena(&self) -> &Arc<Arena> {
         &self.arena
     }
 
-    /// All words of the file, if there is one.
+    /// Returns all words of the file, if the session has one.
     fn file_words(&self) -> Option<&[AtomicU64]> {
         self.logs.as_ref().map(|logs| logs.file.words())
     }
 
-    /// Whether a successor can take the session over.
+    /// Returns whether the session has a file, so that a successor can take it over.
     pub(crate) fn has_file(&self) -> bool {
         self.logs.is_some()
     }
 
-    /// Notes that all memory of the process is registered.
+    /// Records that all memory of the process is registered.
     pub(crate) fn set_registered(&self) {
         self.set(AT_REGISTERED, 1);
     }
 
-    /// Notes that the session has ended in order: no successor is to take it over.
+    /// Records that the session has ended in order: no successor may take it over.
     pub(crate) fn end(&self) {
         self.set(AT_ENDED, 1);
     }
 
-    /// Notes the calls of madvise in progress before messages are received: after that nothing shows them any more.
-    /// Of more than can be noted none is: what some of them say need not be right.
+    /// Records the madvise calls in progress, before the pager receives messages: after the read,
+    /// the calls may have returned. If there are more calls than fit, records none, because an
+    /// incomplete list could mislead a successor.
     pub(crate) fn note_calls(&self, calls: &[Call]) {
         let calls = if calls.len() > MAX_CALLS { &[] } else { calls };
         for index in 0..MAX_CALLS {
@@ -217,13 +226,15 @@ impl State {
         }
     }
 
-    /// Reads the next messages of a space's userfaultfd, at most `most`: how many. Those before must be done.
+    /// Reads the next messages of a space's userfaultfd, at most `most`, and returns their number.
+    /// The pager must have processed all earlier messages.
     ///
     /// # Errors
-    /// Whatever read(2) answers but EAGAIN.
+    /// The error of read(2); EAGAIN counts as no message.
     pub(crate) fn receive(&self, space: u32, uffd: &Uffd, most: usize) -> io::Result<usize> {
         let messages = &self.header[AT_MESSAGES..AT_ANSWERS];
-        // Before the count of those done: what is left of the old ones must not look new.
+        // Cleared before the number of processed messages: a successor must not take an old message
+        // for a new one.
         for word in messages {
             word.store(0, Ordering::Release);
         }
@@ -232,7 +243,7 @@ impl State {
         uffd.read_messages(&messages[..most * MESSAGE_WORDS])
     }
 
-    /// What a message says that was received, not to be called more than once.
+    /// Decodes a received message and counts it. The pager calls this once for each message.
     pub(crate) fn message(&self, index: usize) -> Event {
         let at = AT_MESSAGES + index * MESSAGE_WORDS;
         let message = std::array::from_fn(|word| self.header[at + word].load(Ordering::Acquire));
@@ -241,7 +252,7 @@ impl State {
         message
     }
 
-    /// To count what the kernel answers.
+    /// Returns the counters of the kernel's answers.
     pub(crate) fn answers(&self) -> AnswerCounts {
         AnswerCounts::new(Arc::clone(&self.header), AT_ANSWERS)
     }
@@ -254,19 +265,20 @@ impl State {
         self.set(AT_COMMIT, commit.word());
     }
 
-    /// The first `messages_done` of the messages received are done, and have changed nothing but page states.
+    /// Records that the first `messages_done` received messages are processed, and have changed
+    /// nothing but page states.
     pub(crate) fn done(&self, messages_done: usize) {
-        // An empty file stays empty until its first log is written.
+        // A file without a commit counts as empty, and stays so until its first log is written.
         if let Some(commit) = Commit::of(self.header[AT_COMMIT].load(Ordering::Acquire)) {
             self.commit(Commit { messages_done, ..commit });
         }
     }
 
-    /// Appends a change to the log, after which there are `spaces`; with the same store `messages_done` of the messages
-    /// received are done. None: as many as before.
+    /// Appends a change to the log; `spaces` is the result of the change. The same store records
+    /// that `messages_done` of the received messages are processed. None keeps the number.
     ///
     /// # Errors
-    /// [`StateError::Full`]; what was written down before holds.
+    /// [`StateError::Full`]; the state before the change holds.
     pub(crate) fn append(
         &self,
         record: &Record,
@@ -294,10 +306,10 @@ impl State {
         Ok(())
     }
 
-    /// Writes the log anew, as what there is now.
+    /// Compacts the log: writes the current records as a new log.
     ///
     /// # Errors
-    /// As [`State::append`].
+    /// As for [`State::append`].
     pub(crate) fn rewrite(
         &self,
         spaces: &Spaces,
@@ -316,7 +328,7 @@ impl State {
         logs.write(&mut written, log, 0, &words)?;
         written.base_words = words.len();
         self.commit(Commit { log, log_words: words.len(), messages_done });
-        // Memory of the other log; without that it is kept.
+        // Frees the memory of the old log. If that fails, the log stays reserved.
         if logs.file.give_back(&log_range(committed.log)).is_ok() {
             written.reserved[committed.log] = 0;
         }
@@ -329,7 +341,7 @@ impl Logs {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes words behind the first `before` of a log.
+    /// Writes words to a log, after its first `before` words.
     fn write(
         &self,
         written: &mut Written,
@@ -345,7 +357,7 @@ impl Logs {
         if end > *reserved {
             let more = (end + RESERVE_WORDS).min(LOG_WORDS);
             let reserve = self.file.reserve(&(range.start + *reserved..range.start + more));
-            reserve.map_err(|_| StateError::Full("more, and neither has its file system"))?;
+            reserve.map_err(|_| StateError::Full("more records, because its file system is full"))?;
             *reserved = more;
         }
         for (word, value) in self.file.words()[range][before..end].iter().zip(words) {
@@ -355,7 +367,7 @@ impl Logs {
     }
 }
 
-/// A log that says what there is.
+/// Returns a log of the current records.
 fn words_of(spaces: &Spaces, next_space: u32) -> Vec<u64> {
     let mut words = Vec::new();
     Record::NextSpace { id: next_space }.write(&mut words);
@@ -387,11 +399,12 @@ fn words_of(spaces: &Spaces, next_space: u32) -> Vec<u64> {
     words
 }
 
-/// How often the kernel has answered or told what, by name, since the session was attached: outcomes of UFFDIO_COPY,
-/// UFFDIO_ZEROPAGE and UFFDIO_POISON, and messages.
+/// Yields how often the kernel gave each answer, by name, since the session was attached. The
+/// answers are outcomes of UFFDIO_COPY, UFFDIO_ZEROPAGE and UFFDIO_POISON, and the messages of the
+/// userfaultfds. Works with a live session, and with one that has ended.
 ///
 /// # Errors
-/// [`StateError`], but for that of a session that has ended.
+/// [`StateError`], except [`StateError::Ended`].
 pub fn answers(state: impl AsFd) -> Result<impl Iterator<Item = (&'static str, u64)>, StateError> {
     let file = MappedFile::map(state).map_err(StateError::Map)?;
     match Contents::read(file.words()) {
@@ -406,9 +419,9 @@ pub fn answers(state: impl AsFd) -> Result<impl Iterator<Item = (&'static str, u
     Ok(ANSWERS.into_iter().zip(counts))
 }
 
-/// The numbers of the descriptors that a session needs which is to be resumed from this state file: its userfaultfds,
-/// and those of children whose messages were read and not done. Whoever restarts a process that has died, and shares its
-/// table of descriptors, keeps these open.
+/// Returns the descriptors that a successor of the session needs: its userfaultfds, and those of
+/// children whose fork messages were read and not processed. A process that shares the table of
+/// descriptors with a dead pager must keep these open until a successor resumes the session.
 ///
 /// # Errors
 /// [`StateError`].
@@ -435,7 +448,7 @@ mod tests {
 
     const CHUNK: usize = 65536;
 
-    /// An image of one file of 900 pages.
+    /// Returns an image of one file of 900 pages.
     fn image() -> Image {
         let mut manifest = ManifestBuilder::new(ChunkSize::DEFAULT);
         manifest.file(&ImagePath::try_from(&b"a"[..]).unwrap(), 900 * 4096, false);
@@ -463,7 +476,7 @@ mod tests {
         State::create(file, &Digest::of(b"image"), &options, None).unwrap()
     }
 
-    /// One space with two regions of some states.
+    /// Returns one space with two regions, in which page 1 is resident.
     fn two_regions(state: &State) -> Spaces {
         let regions = [(90 * 4096, 0..40), (400 * 4096, 300..900)];
         let spaces =
@@ -479,7 +492,7 @@ mod tests {
         state.append(&Record::Change(change), spaces, 2, done).unwrap();
     }
 
-    /// The parent forks, and moves some of its memory.
+    /// Forks the parent, and then moves some of its memory.
     fn fork_and_move(state: &State, spaces: &mut Spaces) {
         let child = any_space(1);
         spaces.fork(0, Arc::clone(&child)).unwrap();
@@ -498,10 +511,11 @@ mod tests {
         Ok((state, contents, spaces))
     }
 
-    /// Space, address, pages of the file, their states, and whether the region is in the address order.
+    /// A region: space, address, pages of the file, their states, and whether the region is in the
+    /// address order.
     type Row = (u32, usize, Range<usize>, Vec<PageState>, bool);
 
-    /// All regions, wherever they belong.
+    /// Returns all regions, moved and displaced ones included.
     fn all(spaces: &Spaces) -> Vec<Row> {
         let ids: Vec<_> = spaces.spaces().map(|space| space.id).collect();
         let row = |(place, _, region): (crate::memory::Place, u32, Region)| {
@@ -517,12 +531,12 @@ mod tests {
         let file = state_file();
         assert!(matches!(State::open(&file), Err(StateError::Empty)));
         let state = create(&file);
-        assert!(matches!(State::open(&file), Err(StateError::Empty)), "no log yet");
+        assert!(matches!(State::open(&file), Err(StateError::Empty)), "no log has been written");
         let mut spaces = two_regions(&state);
         state.rewrite(&spaces, 1, None).unwrap();
         fork_and_move(&state, &mut spaces);
         state.done(5);
-        // Both go their own way.
+        // Parent and child change independently.
         spaces.regions_of(0).for_each(|region| region.set_resident(0..1));
         spaces.regions_of(1).for_each(|region| region.set_removed(2..3).unwrap());
 
@@ -535,7 +549,7 @@ mod tests {
         assert_eq!(contents.descriptors(), fds);
         assert_eq!(all(&found), all(&spaces));
         assert_eq!(found.unresolved(true), spaces.unresolved(true));
-        // The successor's changes are of the same file, and leave the other process's states alone.
+        // The successor's changes reach the file, and leave the other process's states alone.
         found.regions_of(0).for_each(|region| region.set_poisoned(3..4).unwrap());
         let of_child =
             |spaces: &Spaces| spaces.regions_of(1).map(|region| region.state(3)).collect::<Vec<_>>();
@@ -585,14 +599,14 @@ mod tests {
         assert!(status.st_blocks < 2 << 11, "{} blocks of 512 bytes", status.st_blocks);
     }
 
-    /// Places of words that mean something: of the header, of the log, and of page states.
+    /// Returns positions of words in use: of the header, of the log, and of page states.
     fn any_place() -> impl Strategy<Value = usize> {
         let log = log_range(1).start;
         prop_oneof![0..HEADER_WORDS, log..log + 70, AT_STATES..AT_STATES + 64]
     }
 
     proptest! {
-        /// Whatever is changed in a file, it is read as something that can be, or refused.
+        /// A file with arbitrary changes is read as a possible state, or rejected.
         #[test]
         fn any_words_are_a_state_or_an_error(
             changes in prop::collection::vec((any_place(), any::<u64>(), 0u32..64), 1..6), len in 0u64..1 << 30,
@@ -614,7 +628,7 @@ mod tests {
                     prop_assert_ne!(region.state(0), PageState::Absent);
                 }
             }
-            // What never was one.
+            // A file that never was a state file is rejected.
             let other = state_file();
             other.set_len(len).unwrap();
             prop_assert!(State::open(&other).is_err());

@@ -1,11 +1,11 @@
-//! Counts of what the kernel has answered to installs.
+//! Counts of the kernel's answers to installs, by outcome.
 
 use super::FixedWords;
 use crate::uffd::Outcome;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// See the module.
+/// Counters of the kernel's answers, one word for each kind of answer. Clones share the words.
 #[derive(Clone, Debug)]
 pub(crate) struct AnswerCounts {
     words: Arc<FixedWords>,
@@ -13,19 +13,19 @@ pub(crate) struct AnswerCounts {
 }
 
 impl AnswerCounts {
-    /// Counts in the words from `first` on.
+    /// Returns counters that lie in `words` from `first` on.
     pub(crate) fn new(words: Arc<FixedWords>, first: usize) -> Self {
         Self { words, first }
     }
 
-    /// Counts an answer, and gives it back.
+    /// Counts `outcome`, and returns it unchanged.
     pub(crate) fn count(&self, outcome: Outcome) -> Outcome {
         self.words[self.first + answer(outcome)].fetch_add(1, Ordering::Relaxed);
         outcome
     }
 }
 
-/// Which of the counters an outcome has.
+/// Returns the index of the counter for `outcome`.
 pub(crate) fn answer(outcome: Outcome) -> usize {
     match outcome {
         Outcome::Done => 0,

@@ -1,8 +1,10 @@
-//! Allocates the words that page states lie in: runs of a power of two, in constant time, some of them shared.
+//! The allocator of the words that hold page states. It allocates runs of words, each a power of
+//! two long, in constant time. Several tables may share a run.
 //!
-//! A run that several tables name ([`super::PageStates`] of a parent and its children) has a count of these; it is free
-//! when the last one has given it up. The counts and the free runs are in this process alone: a successor finds out
-//! what is in use from the tables.
+//! The arena counts the owners of a run that several tables name ([`super::PageStates`] of a parent
+//! and its children), and frees the run when the last owner releases it. The counts and the list of
+//! free runs exist only in this process. A successor determines from the tables which runs are in
+//! use.
 
 use super::words::Words;
 use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, PoisonError};
@@ -12,55 +14,57 @@ use std::ops::Range;
 
 /// The shortest run in words: one cache line.
 const LEAST_WORDS: usize = 8;
-/// Lengths of runs: 8 words times each power of two.
+/// The number of run lengths: 8 words times each power of two.
 const CLASSES: usize = 29;
-/// How much of a file is reserved at once, in words: 256 KiB.
+/// The words of a file that the arena reserves at a time: 256 KiB.
 const RESERVE_WORDS: usize = 32_768;
 
-/// There is no memory for more page states.
+/// The error of an arena that has no memory for more page states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ArenaFull;
 
-/// See the module.
+/// An allocator of runs of words, see the module.
 #[derive(Debug)]
 pub(crate) struct Arena {
     words: Words,
-    /// Held for an allocation, or for the copy of one block; never over a call into the kernel but for memory.
+    /// Held for an allocation, or for the copy of one block. The only system calls under it reserve
+    /// memory.
     runs: Mutex<Runs>,
 }
 
-/// Which runs are in use.
+/// The runs that are in use, and those that are free.
 #[derive(Debug)]
 pub(crate) struct Runs {
-    /// The first word behind all runs.
+    /// The first word after all runs.
     end: usize,
-    /// The first word that has no memory reserved, in a file.
+    /// In a file: the first word for which no memory is reserved.
     reserved: usize,
-    /// By class: the first words of free runs.
+    /// The first words of free runs, by class.
     free: [Vec<usize>; CLASSES],
-    /// Runs with more than one owner, by their first word.
+    /// The owner counts of runs with more than one owner, by the run's first word.
     owners: HashMap<usize, u32>,
 }
 
-/// The class of the shortest run that has `count` words.
+/// Returns the class of the shortest run that holds `count` words.
 fn class_of(count: usize) -> usize {
     count.div_ceil(LEAST_WORDS).next_power_of_two().trailing_zeros() as usize
 }
 
-/// How many words a run has that `count` words were asked for.
+/// Returns the length in words of the run that the arena allocates for `count` words.
 pub(crate) fn run_words(count: usize) -> usize {
     LEAST_WORDS << class_of(count)
 }
 
 impl Arena {
-    /// Hands out the words from `first` on; those before belong to somebody else.
+    /// Returns an arena that allocates the words from `first` on. The words before `first` have
+    /// other users.
     pub(crate) fn new(words: Words, first: usize) -> Self {
         let end = first.max(LEAST_WORDS).next_multiple_of(LEAST_WORDS);
         let runs = Runs { end, reserved: end, free: [const { Vec::new() }; CLASSES], owners: HashMap::new() };
         Self { words, runs: Mutex::new(runs) }
     }
 
-    /// The words themselves.
+    /// Returns `count` words from `at` on.
     pub(crate) fn words(&self, at: usize, count: usize) -> &[AtomicU64] {
         self.words.at(at, count)
     }
@@ -69,7 +73,8 @@ impl Arena {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Allocates a run of at least `count` words, all of them 0: its first word, never 0.
+    /// Allocates a run of at least `count` words, all 0, and returns its first word, which is never
+    /// 0.
     ///
     /// # Errors
     /// [`ArenaFull`].
@@ -90,7 +95,8 @@ impl Arena {
         Ok(at)
     }
 
-    /// Takes a run from behind all others. Each begins at a multiple of its length, so that none crosses a segment.
+    /// Allocates a run after all others. It begins at a multiple of its length, so that no run
+    /// crosses a segment.
     fn extend(&self, runs: &mut Runs, class: usize) -> Result<usize, ArenaFull> {
         let words = LEAST_WORDS << class;
         let at = runs.end.next_multiple_of(words);
@@ -110,7 +116,8 @@ impl Arena {
         Ok(at)
     }
 
-    /// Makes runs of a range that belongs to none. Those of this process's own words must have memory first.
+    /// Divides a range that belongs to no run into free runs. In this process's own words, only
+    /// runs that can be reserved become free.
     fn free_range(&self, runs: &mut Runs, range: Range<usize>) {
         let mut at = range.start;
         while at < range.end {
@@ -129,7 +136,7 @@ impl Arena {
         }
     }
 
-    /// Gives up one ownership of a run; frees it if that was the last one.
+    /// Removes one owner of a run, and frees the run if no owner is left.
     pub(crate) fn release(&self, at: usize, count: usize) {
         Self::release_in(&mut self.runs(), at, count);
     }
@@ -142,7 +149,7 @@ impl Arena {
         }
     }
 
-    /// Adds an owner to each of these runs.
+    /// Adds one owner to each of these runs.
     pub(crate) fn share(&self, runs_at: impl Iterator<Item = usize>) {
         let mut runs = self.runs();
         for at in runs_at {
@@ -150,14 +157,17 @@ impl Arena {
         }
     }
 
-    /// Makes `owner` the only owner of a run of `count` words: it names a run, 0 for none, marked as `shared` where
-    /// others may own it, too. A shared run is copied, unless the others have given it up.
+    /// Makes `owner` the only owner of a run of `count` words.
+    ///
+    /// `owner` holds the run's first word, or 0 for none. The bit `shared` in it means that the run
+    /// may have other owners. If it has, this copies the run. If it has none, this only clears the
+    /// bit.
     ///
     /// # Errors
     /// [`ArenaFull`]; nothing has changed.
     pub(crate) fn make_own(&self, owner: &AtomicU64, shared: u64, count: usize) -> Result<(), ArenaFull> {
         let mut runs = self.runs();
-        // Under the lock: another thread may have done this.
+        // Read again under the lock: another thread may have copied the run since.
         let entry = owner.load(Ordering::Acquire);
         if entry != 0 && entry & shared == 0 {
             return Ok(());
@@ -169,7 +179,7 @@ impl Arena {
         }
         let copy = self.allocate_in(&mut runs, count)?;
         if entry != 0 {
-            // No owner writes to a run that is shared.
+            // A plain copy is enough: no owner writes to a shared run.
             for (to, from) in self.words.at(copy, count).iter().zip(self.words.at(at, count)) {
                 to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
             }
@@ -181,10 +191,11 @@ impl Arena {
         Ok(())
     }
 
-    /// Takes over what a predecessor has left: these runs are in use, each as often as it is named; all else is free.
+    /// Takes over the runs of a predecessor. A run that `used` names several times has as many
+    /// owners. All other words become free.
     ///
     /// # Errors
-    /// [`ArenaFull`], where runs overlap or lie outside, which only a damaged file has.
+    /// [`ArenaFull`] if runs overlap or exceed the arena, which only happens with a damaged file.
     pub(crate) fn adopt(&self, mut used: Vec<Range<usize>>) -> Result<(), ArenaFull> {
         let mut runs = self.runs();
         used.sort_unstable_by_key(|run| (run.start, run.end));
@@ -207,13 +218,13 @@ impl Arena {
         Ok(())
     }
 
-    /// The first word behind all runs.
+    /// Returns the first word after all runs.
     #[cfg(test)]
     pub(crate) fn end(&self) -> usize {
         self.runs().end
     }
 
-    /// Whether several own a run.
+    /// Returns whether a run has several owners.
     pub(crate) fn is_shared(&self, at: usize) -> bool {
         self.runs().owners.contains_key(&at)
     }

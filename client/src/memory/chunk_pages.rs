@@ -1,15 +1,15 @@
-//! The pages of a chunk, decompressed and verified.
+//! A chunk's pages, decompressed and verified.
 
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::page::{MAX_PAGES_PER_CHUNK, PAGE_BYTES};
 use std::ops::Range;
 
-/// The most pages that are installed by one ioctl: 64 KiB, some 28 us.
+/// The largest number of pages that one ioctl installs: 64 KiB, about 28 us.
 pub(crate) const PIECE_PAGES: usize = 16;
 
-/// A chunk's plain bytes, padded with zeros to whole pages, and which of its pages are not zero. Its memory is kept from one
-/// chunk to the next.
+/// A chunk's plain bytes, padded with zeros to whole pages, and the set of its pages that are not
+/// zero. The buffer is reused from chunk to chunk.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ChunkPages {
     bytes: Vec<u8>,
@@ -18,10 +18,12 @@ pub(crate) struct ChunkPages {
 }
 
 impl ChunkPages {
-    /// Makes it the chunk of `chunk_bytes` bytes that `frame` holds, once its content has this digest.
+    /// Decodes `frame` into a chunk of `chunk_bytes` bytes, and verifies the chunk against
+    /// `digest`.
     ///
     /// # Errors
-    /// Why the frame is not the chunk's; the content is unspecified then, and must not be used.
+    /// The reason why the frame does not hold this chunk. The content is unspecified then, and must
+    /// not be used.
     pub(crate) fn decode(
         &mut self,
         decoder: &mut FrameDecoder,
@@ -41,15 +43,16 @@ impl ChunkPages {
         decoder.decode_verified(&frame, digest, bytes).map_err(|e| e.to_string())
     }
 
-    /// Makes it a chunk of `chunk_bytes` zeros. The bytes themselves are not cleared: none of them is held.
+    /// Makes this a chunk of `chunk_bytes` zeros. The buffer keeps its old bytes, but no page
+    /// counts as held.
     pub(crate) fn set_zeros(&mut self, chunk_bytes: usize) {
         self.held.fill(0);
         self.chunk_bytes = chunk_bytes;
         self.bytes.resize(chunk_bytes.next_multiple_of(PAGE_BYTES), 0);
     }
 
-    /// Makes it pages that have been proved to be a whole chunk of `chunk_bytes` bytes: runs of pages with their padded bytes,
-    /// or None for zeros.
+    /// Makes this a chunk of `chunk_bytes` bytes from pages that have been verified and together
+    /// are the whole chunk. `runs` yields runs of pages with their padded bytes, or None for zeros.
     pub(crate) fn set<'a>(
         &mut self,
         chunk_bytes: usize,
@@ -63,12 +66,12 @@ impl ChunkPages {
         }
     }
 
-    /// How many pages it has.
+    /// Returns the number of pages.
     pub(crate) fn pages(&self) -> usize {
         self.bytes.len() / PAGE_BYTES
     }
 
-    /// The padded bytes of pages that are held.
+    /// Returns the padded bytes of pages that are held, that is, not zero.
     pub(crate) fn bytes_of(&self, pages: Range<usize>) -> &[u8] {
         &self.bytes[pages.start * PAGE_BYTES..pages.end * PAGE_BYTES]
     }
@@ -77,7 +80,8 @@ impl ChunkPages {
         self.held[page / 64] >> (page % 64) & 1 == 1
     }
 
-    /// The first pages of `pages`, at most 64 KiB, that are all held or all zero, and which of both.
+    /// Returns the longest run at the start of `pages`, at most 64 KiB, whose pages are all held or
+    /// all zero. The flag is true for held pages.
     pub(crate) fn piece(&self, pages: Range<usize>) -> (Range<usize>, bool) {
         let held = self.is_held(pages.start);
         let limit = pages.end.min(pages.start + PIECE_PAGES);
@@ -85,7 +89,8 @@ impl ChunkPages {
         (pages.start..end, held)
     }
 
-    /// The pieces that are not zero: offset in the chunk, and the bytes without padding.
+    /// Yields the pieces that are not zero: each one's offset in the chunk, and its bytes without
+    /// padding.
     pub(crate) fn held_bytes(&self) -> impl Iterator<Item = (usize, &[u8])> {
         let mut next = 0;
         std::iter::from_fn(move || {

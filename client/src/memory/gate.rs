@@ -1,11 +1,14 @@
-//! Who may touch page states and memory when.
+//! The lock that orders installs and events: it admits either several installers, or the pager
+//! alone.
 //!
-//! Installers pass the gate together, for one piece of at most 64 KiB (or a page of 2 MiB) each. The pager passes it
-//! alone, around reading events and changing states by them, because reading an event is what lets the other side's
-//! madvise go on: an installer that looked at a page's state before must be done with it by then.
+//! An installer passes the gate for one piece of at most 64 KiB (or one page of 2 MiB), together
+//! with other installers. The pager passes it alone, to read events and to change page states by
+//! them. The reason: once the pager has read an event, the kernel lets the owner's madvise
+//! continue. By then, an installer that read a page's state earlier must have finished its ioctl.
 //!
-//! The pager never waits here. It tries, and is notified when the installers have left; until then new
-//! installers wait in front. The mutex is held for a few instructions, never over a call into the kernel.
+//! The pager never blocks here. It tries to enter, and is notified when the installers have left;
+//! until then, new installers wait outside. The mutex is held for a few instructions, never over a
+//! system call.
 
 use crate::sync::{Condvar, Mutex, MutexGuard, Notify, PoisonError};
 
@@ -19,9 +22,11 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct State {
     installers: usize,
-    /// How many wait until all installers have left; no new ones come in until then.
+    /// The number of [`Gate::pass_through`] calls that wait until all installers have left. New
+    /// installers wait for them.
     leaving: usize,
-    /// Threads that wait for `changed`: a notification is a system call, also where nobody waits.
+    /// The number of threads that wait for `changed`. With none, the gate skips the notification,
+    /// which would be a system call.
     waiting: usize,
     pager: Pager,
 }
@@ -37,7 +42,7 @@ enum Pager {
 
 impl Gate {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing that can panic happens under the mutex.
+        // A poisoned mutex is still consistent: no code under it panics.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -48,17 +53,19 @@ impl Gate {
         state
     }
 
-    /// Tells all who wait that `state` has changed.
+    /// Notifies all waiting threads that `state` has changed.
     fn changed(&self, state: &State) {
         if state.waiting > 0 {
             self.changed.notify_all();
         }
     }
 
-    /// Passes as an installer, together with others. None: the pager has ended, nothing may be installed.
+    /// Enters the gate as an installer, together with other installers. Returns None if the pager
+    /// has ended: then nothing may be installed.
     ///
     /// # Blocking
-    /// While the pager is inside or waits: as long as it reads events. Never call it from the pager.
+    /// Blocks while the pager is inside or waits to enter, for as long as it reads events. The
+    /// pager must never call it.
     pub(crate) fn enter(&self) -> Option<InstallerPass<'_>> {
         let mut state = self.state();
         while state.leaving > 0 || matches!(state.pager, Pager::Inside | Pager::Waiting) {
@@ -71,7 +78,8 @@ impl Gate {
         Some(InstallerPass(self))
     }
 
-    /// Passes alone, if no installer is inside; else [`Gate::installers_left`] tells when to try again.
+    /// Enters the gate alone, if no installer is inside. Returns None otherwise; the caller then
+    /// waits for [`Gate::installers_left`] and tries again.
     pub(crate) fn try_enter_alone(&self) -> Option<PagerPass<'_>> {
         let mut state = self.state();
         if state.installers > 0 {
@@ -82,7 +90,8 @@ impl Gate {
         Some(PagerPass(self))
     }
 
-    /// Lets installers in again after a [`Gate::try_enter_alone`] that gave None, and is not tried again.
+    /// Admits installers again after a [`Gate::try_enter_alone`] that returned None and that the
+    /// pager does not repeat.
     pub(crate) fn stop_waiting(&self) {
         let mut state = self.state();
         if state.pager == Pager::Waiting {
@@ -91,15 +100,15 @@ impl Gate {
         }
     }
 
-    /// Waits until the installers have left after a [`Gate::try_enter_alone`] that gave None.
+    /// Waits until the installers have left, after a [`Gate::try_enter_alone`] that returned None.
     pub(crate) async fn installers_left(&self) {
         self.installers_left.notified().await;
     }
 
-    /// Waits until those who were inside have left.
+    /// Waits until all installers that were inside at the call have left.
     ///
     /// # Blocking
-    /// As long as installers take for a piece each. Never call it from the pager.
+    /// Blocks for as long as each installer takes for its piece. The pager must never call it.
     pub(crate) fn pass_through(&self) {
         let mut state = self.state();
         state.leaving += 1;
@@ -112,10 +121,10 @@ impl Gate {
         }
     }
 
-    /// Closes the gate for good: the pager ends.
+    /// Closes the gate for good, because the pager ends.
     ///
     /// # Blocking
-    /// Until the installers that are inside have done their piece.
+    /// Blocks until the installers inside have installed their piece.
     pub(crate) fn close(&self) {
         let mut state = self.state();
         state.pager = Pager::Ended;
@@ -126,7 +135,7 @@ impl Gate {
     }
 }
 
-/// An installer is inside until this is dropped.
+/// An installer's pass: the installer is inside the gate until it drops the pass.
 #[derive(Debug)]
 pub(crate) struct InstallerPass<'a>(&'a Gate);
 
@@ -141,7 +150,7 @@ impl Drop for InstallerPass<'_> {
     }
 }
 
-/// The pager is inside until this is dropped.
+/// The pager's pass: the pager is inside the gate, alone, until it drops the pass.
 #[derive(Debug)]
 pub(crate) struct PagerPass<'a>(&'a Gate);
 
@@ -165,7 +174,7 @@ mod tests {
         std::thread::scope(|scope| {
             let late = scope.spawn(|| drop(gate.enter()));
             drop(installer);
-            let pager = gate.try_enter_alone().expect("nobody is inside");
+            let pager = gate.try_enter_alone().expect("no installer is inside");
             assert!(!late.is_finished());
             drop(pager);
             late.join().unwrap();

@@ -1,5 +1,6 @@
-//! Parts of huge pages (2 MiB, hugetlb) that have arrived. The kernel installs huge pages whole, and chunks arrive one by
-//! one: a huge page is gathered until all of its chunks are here.
+//! The parts of absent huge pages (2 MiB, hugetlb) that have arrived. The kernel installs only
+//! whole huge pages, and chunks arrive one by one. So the parts of a huge page are gathered until
+//! all of its chunks have arrived.
 
 use super::ChunkPages;
 use crate::uffd::HUGE_BYTES;
@@ -11,11 +12,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Pages of 4 KiB in a huge page.
 pub(crate) const HUGE_PAGES: usize = HUGE_BYTES / PAGE_BYTES;
 
-/// The parts that have arrived of an object's absent huge pages, by the number of their first state.
+/// The arrived parts of an object's absent huge pages, by the index of the huge page's first state.
 #[derive(Debug, Default)]
 pub(crate) struct Gathering(Mutex<HashMap<usize, Gathered>>);
 
-/// A huge page of which parts have arrived.
+/// A huge page of which some parts have arrived.
 #[derive(Debug)]
 pub(crate) struct Gathered {
     pub(crate) bytes: Vec<u8>,
@@ -32,7 +33,8 @@ impl Gathered {
         pages.all(|page| self.arrived[page / 64] >> (page % 64) & 1 == 1)
     }
 
-    /// Takes these pages from those of a chunk from `from` on.
+    /// Copies `pages` of this huge page from the chunk `content`, whose page `from` is the first of
+    /// them.
     pub(crate) fn put(&mut self, pages: Range<usize>, content: &ChunkPages, from: usize) {
         let mut next = 0;
         while next < pages.len() {
@@ -55,18 +57,20 @@ impl Gathering {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether all of these states, which are of one huge page, have arrived.
+    /// Returns whether the pages of all of these states, which belong to one huge page, have
+    /// arrived.
     pub(crate) fn has(&self, states: &Range<usize>) -> bool {
         let first = states.start - states.start % HUGE_PAGES;
         self.pages().get(&first).is_some_and(|page| page.has(states.start - first..states.end - first))
     }
 
-    /// Forgets the huge pages that begin with one of these states: they are removed, lost or installed.
+    /// Drops the parts of huge pages whose first state is among `states`. The caller has removed,
+    /// poisoned or installed these pages.
     pub(crate) fn forget(&self, states: &Range<usize>) {
         self.pages().retain(|first, _| !states.contains(first));
     }
 
-    /// Takes out a huge page that has arrived completely.
+    /// Removes and returns a huge page, if all of its parts have arrived.
     pub(crate) fn take_whole(&self, first: usize) -> Option<Gathered> {
         let mut pages = self.pages();
         pages.get(&first)?.has(0..HUGE_PAGES).then(|| pages.remove(&first))?
@@ -82,7 +86,8 @@ mod tests {
         let gathering = Gathering::default();
         let mut content = ChunkPages::default();
         content.set_zeros(64 << 10);
-        // The page begins within its first chunk, and ends within its last one.
+        // The huge page begins in the middle of its first chunk, and ends in the middle of its last
+        // one.
         let parts = [(0..3, 13), (3..19, 0), (19..500, 0), (500..512, 0)];
         for (place, from) in [3, 0, 2, 1].map(|n: usize| parts[n].clone()) {
             assert!(gathering.take_whole(512).is_none(), "before {place:?}");

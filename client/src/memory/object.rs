@@ -1,5 +1,5 @@
-//! The pages of a file that some memory holds, and their states: of one process's private memory, or of memory that
-//! several mappings share.
+//! Objects: the pages of a file that some memory holds, and the states of these pages. An object is
+//! the private memory of one process, or memory that several mappings share.
 
 use super::arena::ArenaFull;
 use super::gathering::Gathering;
@@ -9,33 +9,35 @@ use postcopy_proto::page::PAGE_BYTES;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Which memory an object is.
+/// The properties of an object's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ObjectKind {
-    /// Other mappings, also of other processes, have the same pages.
+    /// Other mappings, also in other processes, may have the same pages.
     pub(crate) is_shared: bool,
     /// Its pages are huge (2 MiB, hugetlb).
     pub(crate) is_huge: bool,
-    /// Removals are to be told of.
+    /// The object records removed pages, for a program that asks for changes.
     pub(crate) tracks_removals: bool,
 }
 
-/// See the module. No two regions of one space have the same page of a private object.
+/// The pages of a file in some memory, and their states, see the module. In one space, no two
+/// regions have the same page of a private object.
 #[derive(Debug)]
 pub(crate) struct Object {
     pub(crate) file: FileEntry,
-    /// The file's page that the first state is of; a multiple of 512 before or after the regions' where it is huge.
+    /// The file's page that the first state describes. With huge pages it differs from a region's
+    /// first page by a multiple of 512.
     first_page: usize,
     states: PageStates,
     kind: ObjectKind,
     chunk_pages: usize,
     gathering: Option<Gathering>,
-    /// A bit for each state: the page was removed since the program last asked.
+    /// One bit for each state, set if the page was removed since the program last asked.
     removals: Option<Box<[AtomicU64]>>,
 }
 
 impl Object {
-    /// The object of the file's pages from `first_page` on whose states these are.
+    /// Returns the object of the file's pages from `first_page` on, with these states.
     pub(crate) fn new(
         file: FileEntry,
         first_page: usize,
@@ -49,8 +51,8 @@ impl Object {
         Self { file, first_page, states, kind, chunk_pages, gathering, removals }
     }
 
-    /// The private object of a child that was forked now. Its removals are not told of. For the pager, alone in the
-    /// gate.
+    /// Returns the private object of a child that has just been forked. The child's object does not
+    /// record removals. Only the pager calls this, alone in the gate.
     ///
     /// # Errors
     /// [`ArenaFull`].
@@ -72,7 +74,7 @@ impl Object {
         self.first_page
     }
 
-    /// How many pages of 4 KiB a chunk has.
+    /// Returns the number of 4 KiB pages in a chunk.
     pub(crate) fn chunk_pages(&self) -> usize {
         self.chunk_pages
     }
@@ -85,12 +87,12 @@ impl Object {
         self.removals.as_deref()
     }
 
-    /// Where a page of the file is among the states.
+    /// Returns the index of a page of the file among the states.
     pub(crate) fn state_of(&self, file_page: usize) -> usize {
         file_page - self.first_page
     }
 
-    /// Has these states' removals be told of, if that was asked for.
+    /// Records the pages of these states as removed, if the object tracks removals.
     pub(crate) fn count_removed(&self, states: Range<usize>) {
         if let Some(removals) = self.removals() {
             for state in states {
@@ -99,7 +101,8 @@ impl Object {
         }
     }
 
-    /// How many pages are unresolved: absent, or poisoned where that can be undone.
+    /// Returns the number of unresolved pages: absent pages, and poisoned ones if poison can be
+    /// undone.
     pub(crate) fn unresolved(&self, poison_can_be_undone: bool) -> usize {
         self.states.absent() + if poison_can_be_undone { self.states.poisoned() } else { 0 }
     }

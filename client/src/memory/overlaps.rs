@@ -1,21 +1,22 @@
-//! Intervals that may overlap, to be found by what they overlap: in logarithmic time beside what is found.
+//! An index of intervals that may overlap. It finds the intervals that overlap a range in
+//! logarithmic time, beside the time for the result.
 //!
-//! Intervals are kept by the power of two below their length, and by their start. Of one such class all that overlap a
-//! range begin less than two of these lengths before it.
+//! The key of an interval is its class, the power of two at or below its length, and then its
+//! start. Intervals of a class that overlap a range begin less than two class lengths before it.
 
 use imbl::OrdMap;
 use std::ops::Range;
 
-/// The bits of a start. Pages of an image and addresses have fewer.
+/// The number of bits of a start. Page numbers of an image and addresses need fewer.
 const START_BITS: u32 = 58;
 const START_MASK: u64 = (1 << START_BITS) - 1;
 
-/// See the module. A clone shares all that does not change.
+/// An index of intervals, see the module. A clone shares all nodes that stay equal.
 #[derive(Clone, Debug)]
 pub(crate) struct Overlaps<V: Clone> {
-    /// By class and start, and a tag that tells equal ones apart: the value.
+    /// The values, by class and start, and by a tag that distinguishes equal intervals.
     entries: OrdMap<(u64, u64), V>,
-    /// A bit for each class that has or had entries.
+    /// One bit for each class that has or had entries.
     classes: u64,
 }
 
@@ -34,7 +35,8 @@ impl<V: Clone> Overlaps<V> {
         self.entries.is_empty()
     }
 
-    /// Adds an interval, which is not empty. No other one of this start and about this length has the same tag.
+    /// Adds an interval, which must not be empty. The tag must differ from those of other intervals
+    /// with the same start and class.
     pub(crate) fn insert(&mut self, interval: Range<u64>, tag: u64, value: V) {
         let class = (interval.end - interval.start).ilog2();
         self.classes |= 1 << class;
@@ -46,7 +48,8 @@ impl<V: Clone> Overlaps<V> {
         self.entries.remove(&(key(class, interval.start), tag))
     }
 
-    /// Starts, tags and values of intervals that may overlap a range: all that do, and some that end before it.
+    /// Yields start, tag and value of intervals near a range: all that overlap it, and some that
+    /// end before it.
     pub(crate) fn near(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64, &V)> {
         (0..START_BITS).filter(|class| self.classes >> class & 1 == 1).flat_map(move |class| {
             let first = range.start.saturating_sub((2 << class) - 1);
@@ -55,7 +58,7 @@ impl<V: Clone> Overlaps<V> {
         })
     }
 
-    /// Starts, tags and values of all intervals.
+    /// Yields start, tag and value of all intervals.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u64, &V)> {
         self.entries.iter().map(|((key, tag), value)| (key & START_MASK, *tag, value))
     }
@@ -97,7 +100,7 @@ mod tests {
         }
     }
 
-    /// Far fewer than all are looked at, whatever lengths they have.
+    /// A lookup visits far fewer intervals than exist, for any mix of lengths.
     #[test]
     fn few_are_near_where_none_overlap_one_another() {
         let mut overlaps = Overlaps::default();

@@ -1,45 +1,48 @@
 //! The state of each page of an object.
 //!
-//! Two bits a page, 32 pages in an atomic word, so that installers and the pager change them without a lock. A page's
-//! state goes only this way:
+//! A page takes two bits; an atomic word holds 32 pages, so that installers and the pager change
+//! states without a lock. The only transitions are:
 //!
 //! ```text
 //! absent → resident      absent → poisoned      poisoned → resident      any → removed
 //! ```
 //!
-//! No state leaves `removed`: such a page reads as zeros, and no late frame may undo that.
+//! No transition leaves `removed`: such a page reads as zeros, and no late frame may undo that.
 //!
-//! The words lie in blocks of an [`Arena`], and a table names the blocks: 0 where all pages of a block are absent. A
-//! fork copies the table and marks the blocks as shared; the first change of a shared block copies it. Only the pager
-//! forks, alone in the gate, so that no block becomes shared while a thread writes to it. A reader that met a shared
-//! block looks at the table again: another owner may have got the block for itself meanwhile.
+//! The words lie in blocks of an [`Arena`], and a table names the blocks. An entry of 0 means that
+//! all pages of the block are absent. A fork copies the table and marks the blocks as shared; the
+//! first change of a shared block copies it. Only the pager forks, alone in the gate, so that no
+//! block becomes shared while a thread writes to it. A reader of a shared block reads the table
+//! again afterwards: meanwhile the block may have become another owner's alone.
 //!
-//! This file does no I/O and has no clock, so that models can run the real type.
+//! This file does no I/O and reads no clock, so that models can run the real type.
 
 use super::arena::{Arena, ArenaFull, run_words};
 use crate::sync::{Arc, AtomicU64, Ordering};
 use postcopy_proto::page::to_usize;
 use std::ops::Range;
 
-/// Pages in a word.
+/// The number of pages in a word.
 pub(crate) const WORD_PAGES: usize = 32;
-/// The lower bit of each page.
+/// The lower bit of each page's two bits.
 const LOW: u64 = 0x5555_5555_5555_5555;
-/// Words in a block: 4 KiB, the states of 64 MiB. Small objects have one shorter block.
+/// The number of words in a block: 4 KiB, for the states of 64 MiB. A small object has a single,
+/// shorter block.
 const BLOCK_WORDS: usize = 512;
-/// In an entry of the table: others may own the block, too. Blocks begin at multiples of 8 words.
+/// A flag in a table entry: the block may have other owners. The flag fits because blocks begin at
+/// multiples of 8 words.
 const SHARED: u64 = 1;
 
 /// The state of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PageState {
-    /// Not installed: an access is a page fault.
+    /// Not installed: an access causes a page fault.
     Absent = 0b00,
-    /// Installed, with the image's bytes or what the program wrote since.
+    /// Installed: the page holds the image's bytes, or bytes that the program wrote since.
     Resident = 0b01,
-    /// Lost: an access is SIGBUS.
+    /// Lost: an access raises SIGBUS.
     Poisoned = 0b10,
-    /// Given back by its owner: an access reads zeros.
+    /// Removed by its owner: an access reads zeros.
     Removed = 0b11,
 }
 
@@ -47,15 +50,16 @@ pub(crate) enum PageState {
 #[derive(Debug)]
 pub(crate) struct PageStates {
     arena: Arc<Arena>,
-    /// Where the table lies in the arena.
+    /// The table's first word in the arena.
     table_at: usize,
     pages: usize,
-    /// Pages that regions have and that are absent or poisoned. A poisoned page that becomes resident leaves both.
+    /// The numbers of absent and of poisoned pages among those that regions have. A poisoned page
+    /// that becomes resident counts in neither.
     absent: AtomicU64,
     poisoned: AtomicU64,
 }
 
-/// How many words a block of an object of so many pages has.
+/// Returns the number of words in a block of an object with `pages` pages.
 fn block_words(pages: usize) -> usize {
     run_words(pages.div_ceil(WORD_PAGES).max(1)).min(BLOCK_WORDS)
 }
@@ -65,7 +69,7 @@ fn blocks_of(pages: usize) -> usize {
 }
 
 impl PageStates {
-    /// The states of `pages` pages, all absent, of which regions will have `covered`.
+    /// Returns the states of `pages` pages, all absent. Regions will have `covered` of these pages.
     ///
     /// # Errors
     /// [`ArenaFull`].
@@ -75,8 +79,9 @@ impl PageStates {
         Ok(Self { arena: Arc::clone(arena), table_at, pages, absent, poisoned })
     }
 
-    /// The states that a predecessor has left in its table at `table_at`. The arena must have adopted [`runs_in_use`]
-    /// of it, and [`PageStates::recount`] must follow.
+    /// Returns the states that a predecessor left in the table at `table_at`. Before this call the
+    /// arena must have adopted the table's [`runs_in_use`]; after it the caller must call
+    /// [`PageStates::recount`].
     pub(crate) fn left(arena: &Arc<Arena>, table_at: usize, pages: usize) -> Self {
         let (absent, poisoned) = (AtomicU64::new(0), AtomicU64::new(0));
         let states = Self { arena: Arc::clone(arena), table_at, pages, absent, poisoned };
@@ -88,15 +93,15 @@ impl PageStates {
         states
     }
 
-    /// Counts the unresolved pages among `covered`, which are runs without a page in common, anew.
+    /// Recounts the unresolved pages among `covered`. The runs of `covered` must be disjoint.
     pub(crate) fn recount(&self, covered: impl Iterator<Item = Range<usize>> + Clone) {
         let count = |state| covered.clone().map(|pages| self.count(pages, state) as u64).sum::<u64>();
         self.absent.store(count(PageState::Absent), Ordering::Release);
         self.poisoned.store(count(PageState::Poisoned), Ordering::Release);
     }
 
-    /// The states of a child that was forked now: those of these pages, going their own way from now on. For the
-    /// pager, alone in the gate.
+    /// Returns the states for a child that has just been forked: equal to these, and independent
+    /// from then on. Only the pager calls this, alone in the gate.
     ///
     /// # Errors
     /// [`ArenaFull`]; nothing has changed.
@@ -123,22 +128,22 @@ impl PageStates {
         Ok(child)
     }
 
-    /// Where the table lies in the arena.
+    /// Returns the table's first word in the arena.
     pub(crate) fn table_at(&self) -> usize {
         self.table_at
     }
 
-    /// How many pages.
+    /// Returns the number of pages.
     pub(crate) fn pages(&self) -> usize {
         self.pages
     }
 
-    /// How many pages that regions have are absent.
+    /// Returns the number of absent pages that regions have.
     pub(crate) fn absent(&self) -> usize {
         to_usize(self.absent.load(Ordering::Acquire))
     }
 
-    /// How many pages that regions have are poisoned.
+    /// Returns the number of poisoned pages that regions have.
     pub(crate) fn poisoned(&self) -> usize {
         to_usize(self.poisoned.load(Ordering::Acquire))
     }
@@ -147,7 +152,7 @@ impl PageStates {
         self.arena.words(self.table_at, blocks_of(self.pages))
     }
 
-    /// The word of 32 pages with this number.
+    /// Returns the word with this index, which holds the states of 32 pages.
     fn word(&self, index: usize) -> u64 {
         let words = block_words(self.pages);
         let entry = &self.table()[index / words];
@@ -174,33 +179,34 @@ impl PageStates {
         }
     }
 
-    /// How many of these pages are in `state`.
+    /// Returns the number of these pages that are in `state`.
     pub(crate) fn count(&self, pages: Range<usize>, state: PageState) -> usize {
         let matching =
             |(index, lows): (usize, u64)| (in_state(self.word(index), state) & lows).count_ones() as usize;
         words_of(pages).map(matching).sum()
     }
 
-    /// Absent and poisoned pages of the range become resident.
+    /// Sets the absent and poisoned pages of the range to resident.
     ///
     /// # Errors
-    /// [`ArenaFull`]: some stay as they were. The next install of these finds them present.
+    /// [`ArenaFull`]: some pages keep their old states. The next install of these pages finds them
+    /// present.
     pub(crate) fn set_resident(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
         self.transition(pages, &[PageState::Absent, PageState::Poisoned], PageState::Resident)
     }
 
-    /// Absent pages of the range become poisoned.
+    /// Sets the absent pages of the range to poisoned.
     ///
     /// # Errors
-    /// [`ArenaFull`]: some stay as they were, and must not be poisoned.
+    /// [`ArenaFull`]: some pages keep their old states. The caller must not poison the range.
     pub(crate) fn set_poisoned(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
         self.transition(pages, &[PageState::Absent], PageState::Poisoned)
     }
 
-    /// All pages of the range become removed.
+    /// Sets all pages of the range to removed.
     ///
     /// # Errors
-    /// [`ArenaFull`]: some stay as they were, and the session must not go on.
+    /// [`ArenaFull`]: some pages keep their old states. The session must end.
     pub(crate) fn set_removed(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
         let from = [PageState::Absent, PageState::Resident, PageState::Poisoned];
         self.transition(pages, &from, PageState::Removed)
@@ -216,7 +222,7 @@ impl PageStates {
                 None if changed(self.word(index)) == 0 => continue,
                 None => self.own_word(index)?,
             };
-            // A store would undo a REMOVE that another thread notes in between.
+            // A plain store would undo a removal that another thread records at the same time.
             let step = |old| {
                 let changed = changed(old);
                 (changed != 0).then_some((old & !(changed * 0b11)) | (changed * to as u64))
@@ -228,7 +234,7 @@ impl PageStates {
         Ok(())
     }
 
-    /// A word of a block that no other table names.
+    /// Returns the word with this index, if no other table names its block.
     fn exclusive_word(&self, index: usize) -> Option<&AtomicU64> {
         let words = block_words(self.pages);
         let block = self.table()[index / words].load(Ordering::Acquire);
@@ -236,14 +242,14 @@ impl PageStates {
         is_exclusive.then(|| &self.arena.words(to_usize(block), words)[index % words])
     }
 
-    /// The same, of a block that is copied where another table names it.
+    /// Returns the word with this index, and first copies its block if another table names it.
     ///
     /// # Errors
     /// [`ArenaFull`].
     pub(crate) fn own_word(&self, index: usize) -> Result<&AtomicU64, ArenaFull> {
         let words = block_words(self.pages);
         self.arena.make_own(&self.table()[index / words], SHARED, words)?;
-        Ok(self.exclusive_word(index).expect("only the pager shares blocks, and nobody writes meanwhile"))
+        Ok(self.exclusive_word(index).expect("only the pager shares blocks, and no thread writes meanwhile"))
     }
 
     fn count_transition(&self, old: u64, changed: u64, to: PageState) {
@@ -260,16 +266,18 @@ impl PageStates {
         }
     }
 
-    /// The first run of neighbouring pages in `within` whose state is one of `states`. Never an empty one, also where
-    /// states change meanwhile.
+    /// Returns the first run of neighbouring pages in `within` whose state is one of `states`. The
+    /// run is never empty, even if states change during the search.
     pub(crate) fn next_run(&self, within: Range<usize>, states: &[PageState]) -> Option<Range<usize>> {
         let start = self.find(within.clone(), states, true)?;
-        // After the page that was found, which may have changed since.
+        // The search goes on after the page that was found, because its state may have changed
+        // since.
         let end = self.find(start + 1..within.end, states, false).unwrap_or(within.end);
         Some(start..end)
     }
 
-    /// The first page of `within` that is (`wanted`) or is not in one of `states`.
+    /// Returns the first page of `within` whose state is one of `states` or, if not `wanted`, none
+    /// of them.
     fn find(&self, within: Range<usize>, states: &[PageState], wanted: bool) -> Option<usize> {
         let mut page = within.start;
         while page < within.end {
@@ -300,8 +308,8 @@ impl Drop for PageStates {
     }
 }
 
-/// The runs of an arena that the states of `pages` pages use whose table a predecessor has left at `table_at`.
-/// `entry` gives a word of it.
+/// Returns the arena's runs that a predecessor's states of `pages` pages use, with their table at
+/// `table_at`. `entry` returns a word of the arena.
 pub(crate) fn runs_in_use(table_at: usize, pages: usize, entry: impl Fn(usize) -> u64) -> Vec<Range<usize>> {
     let run = |at: usize, count: usize| at..at.saturating_add(run_words(count));
     let blocks = (0..blocks_of(pages)).map(|block| to_usize(entry(table_at + block) & !SHARED));
@@ -309,12 +317,13 @@ pub(crate) fn runs_in_use(table_at: usize, pages: usize, entry: impl Fn(usize) -
     std::iter::once(run(table_at, blocks_of(pages))).chain(blocks).collect()
 }
 
-/// How many words the table of so many pages has.
+/// Returns the number of words in the table of an object with `pages` pages.
 pub(crate) fn table_words(pages: usize) -> usize {
     run_words(blocks_of(pages))
 }
 
-/// The words that hold these pages, each with the lower bits of those of them that it holds.
+/// Yields the index of each word that holds some of these pages, with the lower bits of those
+/// pages.
 fn words_of(pages: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
     let mut next = pages.start;
     std::iter::from_fn(move || {
@@ -325,13 +334,13 @@ fn words_of(pages: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
     })
 }
 
-/// The lower bits of `count` pages of a word, from `first` on.
+/// Returns the lower bits of `count` pages of a word, from `first` on.
 fn low_bits(first: usize, count: usize) -> u64 {
     let all = if count == WORD_PAGES { u64::MAX } else { (1 << (count * 2)) - 1 };
     (all << (first * 2)) & LOW
 }
 
-/// The lower bits of the pages of `word` that are in `state`.
+/// Returns the lower bits of the pages of `word` that are in `state`.
 fn in_state(word: u64, state: PageState) -> u64 {
     let (low, high) = (word & LOW, word >> 1 & LOW);
     match state {
@@ -353,13 +362,13 @@ mod tests {
         Resident(Range<usize>),
         Poisoned(Range<usize>),
         Removed(Range<usize>),
-        /// A child of this one, which later steps can choose.
+        /// Adds a child of these states to the family; later steps can choose it.
         Fork,
-        /// It ends.
+        /// Drops these states, if the family has others.
         Drop,
     }
 
-    /// Over two blocks and a bit.
+    /// Two full blocks and part of a third one.
     const PAGES: usize = 2 * BLOCK_WORDS * WORD_PAGES + 130;
     const ALL: [PageState; 4] =
         [PageState::Absent, PageState::Resident, PageState::Poisoned, PageState::Removed];
@@ -369,7 +378,7 @@ mod tests {
     }
 
     fn any_step() -> impl Strategy<Value = (prop::sample::Index, Step)> {
-        // Near the borders of words and blocks.
+        // Pages near the borders of words and blocks.
         let near = |at: usize| (at.saturating_sub(70)..(at + 70).min(PAGES)).boxed();
         let border = prop_oneof![
             near(0),
@@ -473,7 +482,7 @@ mod tests {
                 scope.spawn(|| parent.set_removed(30..40).unwrap());
                 scope.spawn(|| children[0].set_removed(0..8).unwrap());
                 scope.spawn(|| children[1].set_poisoned(0..64).unwrap());
-                // Whatever a reader meets, it is of the parent.
+                // In any interleaving the reader sees the parent's own state.
                 scope.spawn(|| assert_eq!(parent.get(0), PageState::Resident));
             });
             let counts = |states: &PageStates| ALL.map(|state| states.count(0..64, state));

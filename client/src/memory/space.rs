@@ -1,4 +1,4 @@
-//! An address space: the memory of one process, as its userfaultfd sees it.
+//! Address spaces: the memory of one process, as its userfaultfd describes it.
 
 use super::AnswerCounts;
 use crate::processes::Process;
@@ -9,28 +9,29 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// See the module.
+/// The address space of one process, see the module.
 #[derive(Debug)]
 pub(crate) struct Space {
-    /// Unique among all spaces that the session has had; later ones have greater ids.
+    /// The id, unique among all spaces that the session has had. Later spaces have greater ids.
     pub(crate) id: u32,
     pub(crate) uffd: Arc<Uffd>,
     answers: AnswerCounts,
     gone: AtomicBool,
-    /// The last error of an install that is not known, or 0.
+    /// The errno of the last install that failed with an unexpected error, or 0.
     unexpected: AtomicI32,
-    /// All memory is registered. Until then ENOENT means that a registration is still to come.
+    /// All memory is registered. Until then, ENOENT means that a registration is outstanding.
     registered: AtomicBool,
-    /// The process's page tables, where the process is known.
+    /// The process's page tables, if the process is known.
     pagemap: Option<Pagemap>,
     /// The process, once it is known for certain.
     process: OnceLock<Process>,
-    /// Of a child: the space of its parent, and when the fork was read, in clock ticks since boot.
+    /// For a child: its parent's space, and the time at which the pager read the fork, in clock
+    /// ticks since boot.
     forked: Option<(u32, u64)>,
 }
 
 impl Space {
-    /// A space that counts what the kernel answers.
+    /// Returns a space whose answers from the kernel are counted in `answers`.
     pub(crate) fn new(id: u32, uffd: Uffd, answers: AnswerCounts) -> Self {
         let (gone, registered) = (AtomicBool::new(false), AtomicBool::new(true));
         Self {
@@ -46,7 +47,8 @@ impl Space {
         }
     }
 
-    /// A space with this id whose process has exited, where only what lay where is of interest.
+    /// Returns a stand-in for the space `id` of a process that has exited. A replay of the log
+    /// needs only its addresses.
     pub(crate) fn stand_in(&self, id: u32) -> Self {
         let (answers, gone, registered) =
             (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
@@ -55,55 +57,56 @@ impl Space {
         Self { id, uffd, answers, gone, unexpected, registered, pagemap: None, process, forked: None }
     }
 
-    /// The same, where memory is still to be registered.
+    /// Returns the space, marked as having memory that is still unregistered.
     pub(crate) fn unregistered(self) -> Self {
         self.registered.store(false, Ordering::Release);
         self
     }
 
-    /// Notes that all memory is registered.
+    /// Records that all memory is registered.
     pub(crate) fn set_registered(&self) {
         self.registered.store(true, Ordering::Release);
     }
 
-    /// Whether all memory is registered.
+    /// Returns whether all memory is registered.
     pub(crate) fn is_registered(&self) -> bool {
         self.registered.load(Ordering::Acquire)
     }
 
-    /// The same, of a process that is known.
+    /// Returns the space with its process, if that is known.
     pub(crate) fn of_process(self, process: Option<Process>) -> Self {
         let pagemap = process.and_then(|process| Pagemap::of(process.pid).ok());
         Self { pagemap, process: process.map_or_else(OnceLock::new, OnceLock::from), ..self }
     }
 
-    /// The same, of a child of the process that the space `parent` is of: its fork was read at `ticks`, in clock ticks
-    /// since boot.
+    /// Returns the space as that of a forked child. `parent` is the parent's space; the pager read
+    /// the fork at `ticks`, in clock ticks since boot.
     pub(crate) fn forked(self, parent: u32, ticks: u64) -> Self {
         Self { forked: Some((parent, ticks)), ..self }
     }
 
-    /// The process, if it is known for certain.
+    /// Returns the process, if it is known for certain.
     pub(crate) fn process(&self) -> Option<Process> {
         self.process.get().copied()
     }
 
-    /// Notes which process it is.
+    /// Records the process of the space.
     pub(crate) fn set_process(&self, process: Process) {
         let _ = self.process.set(process);
     }
 
-    /// The space of its parent, and when its fork was read: see [`Space::forked`].
+    /// Returns the parent's space and the time of the fork, see [`Space::forked`].
     pub(crate) fn parent(&self) -> Option<(u32, u64)> {
         self.forked
     }
 
-    /// Gives the ranges of addresses that were written to since they were installed or protected anew, and whether they
-    /// are in memory: those that are not may be swapped out, or poison. Absent pages are left alone. With `reset` they
-    /// are protected anew, without losing a write, where one scan can do both.
+    /// Passes to `give` each range of addresses that the program wrote to since the last protection
+    /// (by the install, or by a reset), and whether the range is in memory. A range that is not in
+    /// memory is swapped out or poisoned. Absent pages are skipped. With `reset`, the scan also
+    /// protects the pages again without losing a write, where the kernel can do both in one scan.
     ///
     /// # Errors
-    /// Unsupported where tracking was not asked for, or the page tables cannot be read.
+    /// Unsupported if write tracking is off, or if this process cannot read the page tables.
     pub(crate) fn written(
         &self,
         addresses: Range<usize>,
@@ -114,17 +117,18 @@ impl Space {
         pagemap.written(addresses, reset && self.uffd.protects_by_scan(), give)
     }
 
-    /// Whether the process's page tables can be read.
+    /// Returns whether this process can read the page tables.
     pub(crate) fn has_pagemap(&self) -> bool {
         self.pagemap.is_some()
     }
 
-    /// Whether the page tables map a page; false, too, where they cannot be read.
+    /// Returns whether the page tables map a page. Returns false, too, if this process cannot read
+    /// them.
     pub(crate) fn is_present(&self, address: usize) -> bool {
         self.pagemap.as_ref().is_some_and(|pagemap| pagemap.is_present(address))
     }
 
-    /// Counts an answer of the kernel, and gives it back. An error that is not known is kept for
+    /// Counts an answer of the kernel, and returns it. Keeps an unexpected error for
     /// [`Space::unexpected`].
     pub(crate) fn counted(&self, outcome: Outcome) -> Outcome {
         if let Outcome::Unexpected { errno } = outcome {
@@ -133,23 +137,24 @@ impl Space {
         self.answers.count(outcome)
     }
 
-    /// The last error of an install that is not known, if there was one.
+    /// Returns the last unexpected error of an install, if any.
     pub(crate) fn unexpected(&self) -> Option<std::io::Error> {
         let errno = self.unexpected.load(Ordering::Relaxed);
         (errno != 0).then(|| std::io::Error::from_raw_os_error(errno))
     }
 
-    /// Whether the process is known to have exited.
+    /// Returns whether the process is known to have exited.
     pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// Notes that the process has exited.
+    /// Records that the process has exited.
     pub(crate) fn set_gone(&self) {
         self.gone.store(true, Ordering::Release);
     }
 
-    /// Wakes the threads that sleep on pages of the range: they fault again, unless the page is present.
+    /// Wakes the threads that wait for pages of the range. A thread whose page is still absent
+    /// faults again.
     pub(crate) fn wake(&self, addresses: &Range<usize>) {
         self.uffd.wake(addresses.start, addresses.len());
     }

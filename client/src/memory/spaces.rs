@@ -1,8 +1,9 @@
-//! All address spaces of a session, as an immutable snapshot: one for each process that it fills.
+//! Snapshots of a session's address spaces: one for each process whose memory the session fills.
 //!
-//! A session begins with one. A process that forks gets its child another one, where its userfaultfd tells of forks.
-//! Looking up an address or a chunk, changing a region, and a fork take logarithmic time in the count of regions: a
-//! snapshot's trees share all nodes that a change does not touch, and so do the trees of a parent and its child.
+//! A session begins with one address space. When a process forks, its child gets an address space,
+//! if the userfaultfd reports forks. Finding an address or a chunk, changing a region, and a fork
+//! take logarithmic time in the number of regions. Snapshots share the nodes of trees that a change
+//! leaves alone, and so do a parent and its child.
 
 use super::arena::{Arena, ArenaFull};
 use super::object::Object;
@@ -15,73 +16,76 @@ use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A change of spaces that an event or a fault causes. Applied to equal spaces it gives equal spaces, so that a
-/// successor can do it again.
+/// A change of the address spaces that an event or a page fault causes. It is deterministic:
+/// applied to equal spaces it results in equal spaces. So a successor can repeat it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// Memory was unmapped.
+    /// The owner unmapped memory.
     Unmap { space: u32, addresses: Range<usize> },
-    /// Memory was moved.
+    /// The owner moved memory.
     Move { space: u32, from: Range<usize>, to: usize },
-    /// Shared memory was mapped another time.
+    /// The owner mapped shared memory a second time.
     MapAgain { space: u32, from: usize, to: usize },
-    /// Shared memory that was moved is still mapped at its old place in this range.
+    /// In this range, shared memory that was moved is still mapped at its old place.
     TakeBack { space: u32, addresses: Range<usize> },
-    /// All memory of a child is resident or removed, and private.
+    /// The memory of a child is private, and all of it is resident or removed. The records of its
+    /// regions are dropped.
     Clear { space: u32 },
     /// The process has exited.
     Forget { space: u32 },
 }
 
-/// Where a region that lies in no space's address order belongs.
+/// The relation of a recorded region to its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// In the address order.
+    /// The region is mapped at this address, and stands in the address order.
     Here,
-    /// It was moved, and this is where it was. The kernel tells that memory has been moved, and only then that it is
-    /// not mapped at its old place any more, where other memory may have been moved to meanwhile. With
-    /// MREMAP_DONTUNMAP it stays mapped.
+    /// The region was moved away from this address. The kernel first reports the move, and then
+    /// that the old place is unmapped. Between the two reports, other memory may have been moved to
+    /// the old place. With MREMAP_DONTUNMAP the old place stays mapped.
     Moved,
-    /// Other memory was moved to where it is: it must have been moved away or unmapped before, which is still to be
-    /// told. The kernel lets go of its lock before it posts an event, and another thread's may come first.
+    /// Other memory was moved to this address. So the region must have been moved away or unmapped
+    /// before; the report of that is outstanding. The order can be wrong because the kernel
+    /// releases its lock before it posts an event, so that another thread may post its event first.
     Displaced,
 }
 
-/// A region within its space's trees: 16 bytes.
+/// A region as the trees of its space store it, in 16 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Placed {
-    /// The file's page that it begins with.
+    /// The file's page at the region's beginning.
     first_page: u64,
     pages: u32,
     object: u32,
 }
 
-/// An object, and how many regions of the space name it.
+/// An object, and the number of the space's regions that name it.
 #[derive(Clone, Debug)]
 struct Held {
     object: Arc<Object>,
     regions: u32,
 }
 
-/// One process's memory.
+/// The records of one process's memory.
 #[derive(Clone, Debug)]
 struct AddressSpace {
     space: Arc<Space>,
-    /// By their first address; none overlaps another.
+    /// The regions by first address. No two overlap.
     regions: OrdMap<usize, Placed>,
-    /// The first addresses of the same regions, by the image's pages: those of all files, one after another.
+    /// The first addresses of the same regions, by page of the image. These pages are numbered over
+    /// all files in order.
     by_page: Overlaps<()>,
     objects: OrdMap<u32, Held>,
     next_object: u32,
     moved: Overlaps<Placed>,
     displaced: Overlaps<Placed>,
-    /// Tells places apart that are equal.
+    /// The next tag that distinguishes equal places.
     next_tag: u64,
-    /// Pages of all regions.
+    /// The number of pages of all regions.
     pages: usize,
 }
 
-/// See the module.
+/// A snapshot of a session's address spaces, see the module.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Spaces {
     spaces: OrdMap<u32, Arc<AddressSpace>>,
@@ -115,7 +119,7 @@ impl AddressSpace {
         address + placed.pages as usize * PAGE_BYTES
     }
 
-    /// The image's pages that a region has.
+    /// Returns the image's pages of a region.
     fn image_pages(&self, placed: &Placed) -> Range<u64> {
         let object = &self.objects.get(&placed.object).expect("a region's object is held").object;
         let first = object.file.first_chunk.0 * object.chunk_pages() as u64 + placed.first_page;
@@ -141,7 +145,7 @@ impl AddressSpace {
         }
     }
 
-    /// Adds a region where none is.
+    /// Adds a region at an address where no other region is.
     fn add(&mut self, address: usize, placed: Placed) {
         self.hold(placed.object);
         self.by_page.insert(self.image_pages(&placed), address as u64, ());
@@ -168,7 +172,7 @@ impl AddressSpace {
         }
     }
 
-    /// The regions that have pages in a range of addresses.
+    /// Yields the regions that have pages in a range of addresses.
     fn overlapping(&self, addresses: &Range<usize>) -> impl Iterator<Item = (usize, Placed)> {
         let before = self.regions.get_prev(&addresses.start).filter(|(at, placed)| {
             **at < addresses.start && Self::end(**at, placed) > addresses.start && !addresses.is_empty()
@@ -177,7 +181,8 @@ impl AddressSpace {
         before.into_iter().map(|(at, placed)| (*at, *placed)).chain(after.map(|(at, placed)| (*at, *placed)))
     }
 
-    /// A part of a region: its pages that lie in a range of addresses, and where they begin.
+    /// Returns the part of a region that lies in a range of addresses, with the part's first
+    /// address.
     fn part(address: usize, placed: &Placed, addresses: &Range<usize>) -> Option<(usize, Placed)> {
         let start = address.max(addresses.start);
         let end = Self::end(address, placed).min(addresses.end);
@@ -188,8 +193,9 @@ impl AddressSpace {
         Some((start, Placed { first_page, pages, object: placed.object }))
     }
 
-    /// Takes a range of addresses out, and gives the regions that lay in it, whole or in part, as they were in it.
-    /// Their objects are held until [`AddressSpace::release_all`].
+    /// Removes a range of addresses from the regions, and returns the removed regions or parts of
+    /// regions. Their objects stay held until the caller passes them to
+    /// [`AddressSpace::release_all`].
     fn cut(&mut self, addresses: &Range<usize>) -> Vec<(usize, Placed)> {
         let hit: Vec<_> = self.overlapping(addresses).collect();
         let mut inside = Vec::with_capacity(hit.len());
@@ -218,8 +224,9 @@ impl AddressSpace {
         }
     }
 
-    /// Takes those parts of moved or displaced regions out that lie in `ranges`, each address once, and out of the
-    /// ranges, too. Their objects are held until [`AddressSpace::release_all`].
+    /// Removes the parts of moved or displaced regions that lie in `ranges`, and returns them. Each
+    /// address is taken once, and is removed from `ranges`. The objects stay held until
+    /// [`AddressSpace::release_all`].
     fn take_places(&mut self, place: Place, ranges: &mut Vec<Range<usize>>) -> Vec<(usize, Placed)> {
         let mut taken = Vec::new();
         let Some(whole) = hull(ranges.iter().cloned()).filter(|_| !self.places(place).is_empty()) else {
@@ -227,7 +234,7 @@ impl AddressSpace {
         };
         let near = self.places(place).near(whole.start as u64..whole.end as u64);
         let mut near: Vec<_> = near.map(|(at, tag, placed)| (tag, to_usize(at), *placed)).collect();
-        // In the order in which they came there.
+        // Oldest first: the order in which these places were recorded.
         near.sort_unstable_by_key(|(tag, ..)| *tag);
         for (tag, at, placed) in near {
             let region = at..Self::end(at, &placed);
@@ -247,7 +254,7 @@ impl AddressSpace {
                 self.places(place).remove(region.start as u64..region.end as u64, tag);
                 for rest in kept {
                     let part = Self::part(at, &placed, &rest);
-                    let (at, part) = part.expect("what is left of a region is not empty");
+                    let (at, part) = part.expect("the remaining part is not empty");
                     self.add_place(place, at, part);
                 }
                 self.release(placed.object);
@@ -260,8 +267,9 @@ impl AddressSpace {
         parts.iter().map(|(at, placed)| self.view(*at, placed)).collect()
     }
 
-    /// Memory was unmapped: gives the regions that lay there, whole or in part, as they were in it. Where memory was
-    /// moved away from, that is meant, and not what was moved there since.
+    /// Removes unmapped memory from the records, and returns the private and shared regions, or
+    /// parts, that were mapped there. Where memory was moved away from these addresses, the event
+    /// means the moved memory, not memory that was moved there since.
     fn unmap(&mut self, addresses: &Range<usize>) -> Vec<Region> {
         let mut rest = vec![addresses.clone()];
         let moved = self.take_places(Place::Moved, &mut rest);
@@ -275,9 +283,10 @@ impl AddressSpace {
         views
     }
 
-    /// Memory was moved to `to`: gives the regions that are lost by that, which only a userfaultfd that does not tell
-    /// of unmaps leaves. What was at `to` must have gone before. Shared memory that is moved from where it was moved
-    /// from before was still mapped there.
+    /// Records that memory was moved to `to`. Returns the regions that this overwrote, if the
+    /// userfaultfd does not report unmaps; with reports, the memory at `to` must have been moved or
+    /// unmapped before. If shared memory moves away from a place that it was moved from before, it
+    /// was still mapped there.
     fn move_to(&mut self, from: &Range<usize>, to: usize) -> Vec<Region> {
         self.take_back(from);
         let mut rest = vec![from.clone()];
@@ -302,12 +311,14 @@ impl AddressSpace {
         lost
     }
 
-    /// Shared memory was mapped another time, by mremap with an old size of 0. The kernel tells no length: all that may
-    /// be, up to what else is there.
+    /// Records that shared memory was mapped a second time, by mremap with an old size of 0. The
+    /// kernel reports no length, so this assumes the longest possible one: to the end of the
+    /// region, or to the next region at the new place.
     fn map_again(&mut self, from: usize, to: usize) {
         self.take_back(&(from..from + PAGE_BYTES));
         let Some((at, placed)) = self.overlapping(&(from..from + 1)).next() else { return };
-        let rest = Self::part(at, &placed, &(from..Self::end(at, &placed))).expect("it is there");
+        let rest = Self::part(at, &placed, &(from..Self::end(at, &placed)))
+            .expect("the region has the page at `from`");
         let most = to..to + (Self::end(at, &placed) - from);
         let other = self.overlapping(&most).next().map_or(most.end, |(other, _)| other.max(to));
         let pages = u32::try_from((other - to) / PAGE_BYTES).unwrap_or(u32::MAX).min(rest.1.pages);
@@ -316,8 +327,8 @@ impl AddressSpace {
         }
     }
 
-    /// Takes regions back at addresses in a range that memory was moved from, and that is still mapped there: shared
-    /// memory is the same in both places. Whether there were any.
+    /// Restores the records of shared memory in a range that it was moved from, because it is still
+    /// mapped there. Both places map the same memory. Returns whether there was such memory.
     fn take_back(&mut self, addresses: &Range<usize>) -> bool {
         let near = self.moved.near(addresses.start as u64..addresses.end as u64);
         let mut near: Vec<_> = near.map(|(at, tag, placed)| (tag, to_usize(at), *placed)).collect();
@@ -334,13 +345,13 @@ impl AddressSpace {
             let mut free = vec![whole];
             for other in &others {
                 free = free.into_iter().flat_map(|part| without(&part, other)).collect();
-                // Where other memory lies now an UNMAP is still to come.
+                // Other memory lies here. The UNMAP event of the old place is outstanding.
                 if let Some((at, part)) = Self::part(*at, placed, other) {
                     self.add_place(Place::Moved, at, part);
                 }
             }
             for part in free {
-                let (at, part) = Self::part(*at, placed, &part).expect("a part of it");
+                let (at, part) = Self::part(*at, placed, &part).expect("the free part lies in the region");
                 self.add(at, part);
             }
             self.release(placed.object);
@@ -348,7 +359,7 @@ impl AddressSpace {
         !near.is_empty()
     }
 
-    /// The space of a child, which `child` is, with objects of its own.
+    /// Returns the records of a child, whose space is `child`. `fork` makes its private objects.
     ///
     /// # Errors
     /// [`ArenaFull`].
@@ -358,7 +369,8 @@ impl AddressSpace {
         mut fork: impl FnMut(u32, &Arc<Object>) -> Result<Arc<Object>, ArenaFull>,
     ) -> Result<Self, ArenaFull> {
         let mut forked = Self { space: child, displaced: Overlaps::default(), ..self.clone() };
-        // What its parent is still to be told of, the child is not: only shared memory may still be mapped there.
+        // The child gets no outstanding reports of its parent. Of the moved memory, only shared
+        // memory may still be mapped at its old place in the child.
         forked.moved = Overlaps::default();
         let unheld = self.displaced.iter().chain(self.moved.iter());
         unheld.for_each(|(.., placed)| forked.release(placed.object));
@@ -370,7 +382,7 @@ impl AddressSpace {
             }
         }
         for (at, _, placed) in self.moved.iter() {
-            // Its object may have been held by that place alone.
+            // The old place may have been the object's last holder.
             let held = self.objects.get(&placed.object).expect("a region's object is held");
             if held.object.kind().is_shared {
                 let object = Arc::clone(&held.object);
@@ -383,25 +395,25 @@ impl AddressSpace {
 }
 
 impl Spaces {
-    /// Adds a space, whose id is greater than all others.
+    /// Adds a space. Its id must be greater than all others.
     pub(crate) fn add_space(&mut self, space: Arc<Space>) {
         self.spaces.insert(space.id, Arc::new(AddressSpace::new(space)));
     }
 
-    /// Adds an object to a space: its id there.
+    /// Adds an object to a space, and returns the object's id there.
     ///
     /// # Panics
-    /// If there is no such space.
+    /// If the space does not exist.
     pub(crate) fn add_object(&mut self, space: u32, object: Arc<Object>) -> u32 {
         self.has_shared |= object.kind().is_shared;
         self.has_huge |= object.kind().is_huge;
         self.address_space(space).add_object(object)
     }
 
-    /// Adds an object with this id.
+    /// Adds an object with this id to a space.
     ///
     /// # Panics
-    /// If there is no such space.
+    /// If the space does not exist.
     pub(crate) fn put_object(&mut self, space: u32, id: u32, object: Arc<Object>) {
         self.has_shared |= object.kind().is_shared;
         self.has_huge |= object.kind().is_huge;
@@ -414,10 +426,11 @@ impl Spaces {
         self.spaces.get(&space)?.objects.get(&id).map(|held| &held.object)
     }
 
-    /// Adds a region of these pages of an object's file, at most 16 TiB, where none is.
+    /// Adds a region of these pages of an object's file, at most 16 TiB. The addresses must be
+    /// free.
     ///
     /// # Panics
-    /// If there is no such space or object.
+    /// If the space or the object does not exist.
     pub(crate) fn add(
         &mut self,
         space: u32,
@@ -435,10 +448,11 @@ impl Spaces {
     }
 
     fn address_space(&mut self, id: u32) -> &mut AddressSpace {
-        Arc::make_mut(self.spaces.get_mut(&id).expect("there is such a space"))
+        Arc::make_mut(self.spaces.get_mut(&id).expect("the space exists"))
     }
 
-    /// Applies a change: gives the private and shared regions that are mapped nowhere any more by that.
+    /// Applies a change. Returns the regions, private and shared, that are mapped nowhere in the
+    /// space afterwards.
     pub(crate) fn apply(&mut self, change: &Change) -> Vec<Region> {
         let (Change::Unmap { space, .. }
         | Change::Move { space, .. }
@@ -463,7 +477,7 @@ impl Spaces {
         Vec::new()
     }
 
-    /// Whether [`Change::TakeBack`] would take something back.
+    /// Returns whether [`Change::TakeBack`] would restore any record.
     pub(crate) fn can_take_back(&self, space: u32, addresses: &Range<usize>) -> bool {
         let Some(space) = self.spaces.get(&space).filter(|space| !space.moved.is_empty()) else {
             return false;
@@ -476,7 +490,8 @@ impl Spaces {
         })
     }
 
-    /// Adds the space of a process that `parent` has forked now. For the pager, alone in the gate.
+    /// Adds the space of a child that `parent` has just forked. Only the pager calls this, alone in
+    /// the gate.
     ///
     /// # Errors
     /// [`ArenaFull`]; nothing has changed.
@@ -484,10 +499,11 @@ impl Spaces {
         self.fork_with(parent, child, |_, object| object.fork().map(Arc::new))
     }
 
-    /// The same, where `fork` gives the child's object for its parent's, and its id.
+    /// Adds the space of a forked child. `fork` returns the child's object for the id and the
+    /// object of its parent.
     ///
     /// # Errors
-    /// As `fork`.
+    /// The error of `fork`.
     pub(crate) fn fork_with(
         &mut self,
         parent: u32,
@@ -503,7 +519,7 @@ impl Spaces {
         Ok(())
     }
 
-    /// Replaces each object by the one that `replace` gives for it.
+    /// Replaces each object by the result of `replace`.
     pub(crate) fn replace_objects(&mut self, mut replace: impl FnMut(&Arc<Object>) -> Arc<Object>) {
         let ids: Vec<_> = self.spaces.keys().copied().collect();
         for id in ids {
@@ -516,7 +532,7 @@ impl Spaces {
         }
     }
 
-    /// All spaces, in the order of their ids.
+    /// Yields all spaces, ordered by id.
     pub(crate) fn spaces(&self) -> impl Iterator<Item = &Arc<Space>> {
         self.spaces.values().map(|space| &space.space)
     }
@@ -525,7 +541,7 @@ impl Spaces {
         self.spaces.get(&id).map(|space| &space.space)
     }
 
-    /// All regions, in the order of spaces and addresses.
+    /// Yields all regions, ordered by space and address.
     pub(crate) fn regions(&self) -> impl Iterator<Item = Region> {
         let of = |space: &'_ Arc<AddressSpace>| {
             let space = Arc::clone(space);
@@ -535,19 +551,19 @@ impl Spaces {
         self.spaces.values().flat_map(of)
     }
 
-    /// The regions of one space, in the order of addresses.
+    /// Yields the regions of one space, ordered by address.
     pub(crate) fn regions_of(&self, space: u32) -> impl Iterator<Item = Region> {
         let space = self.spaces.get(&space);
         space.into_iter().flat_map(|space| space.regions.iter().map(|(at, placed)| space.view(*at, placed)))
     }
 
-    /// The objects of one space, with their ids.
+    /// Yields the objects of one space, with their ids.
     pub(crate) fn objects_of(&self, space: u32) -> impl Iterator<Item = (u32, &Arc<Object>)> {
         let space = self.spaces.get(&space);
         space.into_iter().flat_map(|space| space.objects.iter().map(|(id, held)| (*id, &held.object)))
     }
 
-    /// The regions of one space wherever they belong, with their objects' ids.
+    /// Yields the regions of one space, moved and displaced ones included, with their objects' ids.
     pub(crate) fn places_of(&self, space: u32) -> impl Iterator<Item = (Place, u32, Region)> {
         let space = self.spaces.get(&space);
         space.into_iter().flat_map(|space| {
@@ -561,24 +577,25 @@ impl Spaces {
         })
     }
 
-    /// Pages of all regions.
+    /// Returns the number of pages of all regions.
     #[cfg(test)]
     pub(crate) fn pages(&self) -> usize {
         self.spaces.values().map(|space| space.pages).sum()
     }
 
-    /// Whether no space has a region.
+    /// Returns whether no space has a region.
     pub(crate) fn is_empty(&self) -> bool {
         self.spaces.values().all(|space| space.regions.is_empty())
     }
 
-    /// The regions that have pages of a chunk.
+    /// Yields the regions that have pages of a chunk.
     pub(crate) fn of_chunk(&self, chunk: ChunkIndex, chunk_pages: usize) -> impl Iterator<Item = Region> {
         let first = chunk.0 * chunk_pages as u64;
         self.of_image_pages(first..first + chunk_pages as u64)
     }
 
-    /// The regions that have some of these pages, which are counted over all files of the image.
+    /// Yields the regions that have some of these pages, which are numbered over all files of the
+    /// image.
     pub(crate) fn of_image_pages(&self, pages: Range<u64>) -> impl Iterator<Item = Region> {
         self.spaces.values().flat_map(move |space| {
             let pages = pages.clone();
@@ -591,7 +608,8 @@ impl Spaces {
         })
     }
 
-    /// The mappings of the memory that these pages of a region are, with the addresses of the pages in each.
+    /// Returns all mappings of these pages' memory: each one's space, and the pages' addresses in
+    /// it.
     pub(crate) fn mappings(&self, region: &Region, pages: &Range<usize>) -> Vec<(Arc<Space>, Range<usize>)> {
         let chunk_pages = region.object.chunk_pages() as u64;
         let first = region.file().first_chunk.0 * chunk_pages + region.file_pages(pages.clone()).start as u64;
@@ -600,7 +618,7 @@ impl Spaces {
         addresses.filter(|(_, addresses)| !addresses.is_empty()).collect()
     }
 
-    /// The region and its page at an address.
+    /// Returns the region and its page at an address.
     pub(crate) fn at(&self, space: &Space, address: usize) -> Option<(Region, usize)> {
         let space = self.spaces.get(&space.id)?;
         let (at, placed) = space.overlapping(&(address..address + 1)).next()?;
@@ -609,13 +627,13 @@ impl Spaces {
         Some((region, page))
     }
 
-    /// The regions that have pages in a range of addresses.
+    /// Returns the regions that have pages in a range of addresses.
     pub(crate) fn overlapping(&self, space: &Space, addresses: &Range<usize>) -> Vec<Region> {
         let Some(space) = self.spaces.get(&space.id) else { return Vec::new() };
         space.overlapping(addresses).map(|(at, placed)| space.view(at, &placed)).collect()
     }
 
-    /// Whether a region is still as it was in an earlier snapshot, and its process alive.
+    /// Returns whether a region of an earlier snapshot is unchanged, and its process alive.
     pub(crate) fn holds(&self, region: &Region) -> bool {
         let Some(space) = self.spaces.get(&region.space.id) else { return false };
         let is_same = |placed: &Placed| {
@@ -626,25 +644,26 @@ impl Spaces {
         !region.space.is_gone() && space.regions.get(&region.address(0)).is_some_and(is_same)
     }
 
-    /// Whether some memory is mapped elsewhere, too; once true it stays so.
+    /// Returns whether the spaces have or had shared memory.
     pub(crate) fn has_shared(&self) -> bool {
         self.has_shared
     }
 
-    /// Whether some memory is of huge pages; once true it stays so.
+    /// Returns whether the spaces have or had huge pages.
     pub(crate) fn has_huge(&self) -> bool {
         self.has_huge
     }
 
-    /// How many pages are unresolved: absent, or poisoned where that can be undone. Pages of memory that several
-    /// mappings share count once for each.
+    /// Returns the number of unresolved pages: absent pages, and poisoned ones if poison can be
+    /// undone. A page of shared memory counts once for each mapping.
     pub(crate) fn unresolved(&self, poison_can_be_undone: bool) -> usize {
-        // A process that has exited waits for nothing.
+        // A process that has exited has no waiters.
         let spaces = self.spaces.values().filter(|space| !space.space.is_gone());
         spaces.map(|space| space.unresolved(poison_can_be_undone)).sum()
     }
 
-    /// Whether a space has regions, and all of their pages are resident or removed, for good.
+    /// Returns whether a space has regions, and all of their pages are private, and resident or
+    /// removed: no change of their states can follow.
     pub(crate) fn is_final(&self, space: u32) -> bool {
         self.spaces.get(&space).is_some_and(|space| {
             let has_shared = space.objects.values().any(|held| held.object.kind().is_shared);
@@ -652,8 +671,8 @@ impl Spaces {
         })
     }
 
-    /// Keeps the descriptors open until the process ends: closing them would turn absent pages into zeros, and a
-    /// successor needs them.
+    /// Leaks the descriptors, so that they stay open until the process ends. Closing them would
+    /// turn absent pages into zeros, and a successor needs them.
     pub(crate) fn leave_open(&self) {
         for space in self.spaces() {
             std::mem::forget(Arc::clone(&space.uffd));
@@ -664,7 +683,8 @@ impl Spaces {
 impl AddressSpace {
     fn unresolved(&self, poison_can_be_undone: bool) -> usize {
         let of_object = |held: &Held| match held.object.kind().is_shared {
-            // Each removed page of a private object is counted as such. Shared memory that is unmapped is not removed.
+            // Each unmapped page of a private object is counted as removed. Unmapped shared memory
+            // is not, so its mappings are counted below.
             true => 0,
             false => held.object.unresolved(poison_can_be_undone),
         };
@@ -683,7 +703,8 @@ impl AddressSpace {
     }
 }
 
-/// The page states of an object that regions of these pages of its file will have, from `first_page` on.
+/// Returns the page states of an object for `pages` of its file. `regions` are the pages that
+/// regions will have.
 ///
 /// # Errors
 /// [`ArenaFull`].
@@ -696,13 +717,14 @@ pub(crate) fn states_for(
     PageStates::new(arena, pages.len(), covered)
 }
 
-/// From the lowest start of some ranges to their highest end; None of none, or of empty ones.
+/// Returns the range from the lowest start to the highest end of some ranges. Empty ranges do not
+/// count; without others the result is None.
 pub(crate) fn hull(ranges: impl Iterator<Item = Range<usize>>) -> Option<Range<usize>> {
     let ranges = ranges.filter(|range| !range.is_empty());
     ranges.reduce(|hull, range| hull.start.min(range.start)..hull.end.max(range.end))
 }
 
-/// Runs without a page in common that have all pages of `runs`.
+/// Returns disjoint runs that together have all pages of `runs`.
 pub(crate) fn union(runs: impl IntoIterator<Item = Range<usize>>) -> Vec<Range<usize>> {
     let mut all: Vec<_> = runs.into_iter().filter(|run| !run.is_empty()).collect();
     all.sort_unstable_by_key(|run| run.start);
@@ -716,11 +738,11 @@ pub(crate) fn union(runs: impl IntoIterator<Item = Range<usize>>) -> Vec<Range<u
     union
 }
 
-/// What is left of a range without another one.
+/// Yields the parts of a range that lie outside of another one.
 fn without(range: &Range<usize>, other: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
     let before = range.start..other.start.clamp(range.start, range.end);
     let after = other.end.clamp(range.start, range.end)..range.end;
-    // Where they do not meet, one of them is the whole range, and the other one empty.
+    // For disjoint ranges, one of the two parts is the whole range, and the other one is empty.
     [before, after].into_iter().filter(|part| !part.is_empty())
 }
 
@@ -757,7 +779,7 @@ mod tests {
     }
 
     proptest! {
-        /// Pages stay what they are, wherever they go, whatever is cut, and however often it is forked.
+        /// Every page stays findable with its state, after any sequence of moves, unmaps and forks.
         #[test]
         fn pages_are_found_where_they_went(steps in prop::collection::vec(any_step(), 0..20)) {
             let bytes = |pages: &Range<usize>| bytes(pages.clone());
@@ -765,7 +787,7 @@ mod tests {
             let state = State::own();
             let regions = [(40 * PAGE_BYTES, 200..215), (5 * PAGE_BYTES, 101..130)];
             let mut spaces = spaces_with(&root, &state, FILE, ObjectKind::default(), 4 * PAGE_BYTES, &regions);
-            // What is at each page of each space: a page of the file, and its state.
+            // The model: for each page of each space, its page of the file and its state.
             let mut model = vec![BTreeMap::new()];
             model[0].extend((5..34).map(|page| (page, (page + 96, PageState::Absent))));
             model[0].extend((40..55).map(|page| (page, (page + 160, PageState::Absent))));
@@ -780,7 +802,8 @@ mod tests {
                     }
                     Step::Move(from, to) => {
                         let to = to.max(from.end);
-                        // As mremap does it: what was there is unmapped first, and what was moved afterwards.
+                        // As mremap does it: the kernel first unmaps the target, and at the end the
+                        // old place.
                         unmap(&mut spaces, &space, bytes(&(to..to + from.len())));
                         here.retain(|page, _| !(to..to + from.len()).contains(page));
                         move_to(&mut spaces, &space, bytes(&from), to * PAGE_BYTES);
@@ -826,7 +849,7 @@ mod tests {
         }
     }
 
-    /// As [`crate::shared::Shared::change`] does.
+    /// Applies an unmap as [`crate::shared::Shared::change`] does.
     fn unmap(spaces: &mut Spaces, space: &Space, addresses: Range<usize>) -> usize {
         let unmapped = spaces.apply(&Change::Unmap { space: space.id, addresses });
         for region in unmapped.iter().filter(|region| !region.is_shared()) {
@@ -843,7 +866,8 @@ mod tests {
         spaces.places_of(space.id).any(|(place, ..)| place != Place::Here)
     }
 
-    /// Two regions of ten pages each, at pages 20 and 100, of these pages of the file.
+    /// Returns two regions of ten pages each, at pages 20 and 100. Addresses and pages of the file
+    /// have the same numbers.
     fn two_regions(space: &Arc<Space>, kind: ObjectKind) -> Spaces {
         let region = |start: usize| (start * PAGE_BYTES, start..start + 10);
         spaces_with(space, &State::own(), FILE, kind, 16 * PAGE_BYTES, &[region(20), region(100)])
@@ -853,7 +877,7 @@ mod tests {
         pages.start * PAGE_BYTES..pages.end * PAGE_BYTES
     }
 
-    /// Which pages of the file are at these pages.
+    /// Returns the pages of the file at these pages of the space.
     fn found<const N: usize>(spaces: &Spaces, space: &Space, pages: [usize; N]) -> [Option<usize>; N] {
         pages.map(|page| {
             let (region, at) = spaces.at(space, page * PAGE_BYTES)?;
@@ -865,7 +889,8 @@ mod tests {
     fn memory_that_is_moved_where_other_memory_was_moved_from_stays() {
         let space = any_space(0);
         let mut spaces = two_regions(&space, ObjectKind::default());
-        // Two threads: the second one is told where the first one's memory was, before its unmapping is told of.
+        // Two threads: the second one moves memory to the old place of the first one's memory, and
+        // reports it before the first one reports the unmap.
         move_to(&mut spaces, &space, bytes(20..30), 200 * PAGE_BYTES);
         move_to(&mut spaces, &space, bytes(100..110), 18 * PAGE_BYTES);
         assert_eq!(unmap(&mut spaces, &space, bytes(20..30)), 0);
@@ -873,7 +898,7 @@ mod tests {
         assert!(!has_places(&spaces, &space));
         let expected = [Some(100), Some(104), Some(109), None, Some(20), Some(29)];
         assert_eq!(found(&spaces, &space, [18, 22, 27, 28, 200, 209]), expected);
-        // And its own unmapping is meant when it comes.
+        // The next unmap of this place means the memory that lies there.
         assert_eq!(unmap(&mut spaces, &space, bytes(20..25)), 1);
     }
 
@@ -881,7 +906,8 @@ mod tests {
     fn memory_that_is_told_of_too_late_goes_where_it_went() {
         let space = any_space(0);
         let mut spaces = two_regions(&space, ObjectKind::default());
-        // It was moved from 20 to 200 first, and then other memory to 20; but that is told of before.
+        // The memory at 20 was moved to 200 first, and then other memory to 20. The reports arrive
+        // in the other order.
         move_to(&mut spaces, &space, bytes(100..110), 20 * PAGE_BYTES);
         move_to(&mut spaces, &space, bytes(20..30), 200 * PAGE_BYTES);
         unmap(&mut spaces, &space, bytes(100..110));
@@ -901,7 +927,8 @@ mod tests {
             found(&spaces, &space, [20, 200, 300, 302, 29]),
             [Some(20), Some(20), Some(22), Some(24), Some(29)]
         );
-        // And once more from where it has been twice; and mapped another time from there.
+        // The memory moves once more from a place that it left twice, and is then mapped a second
+        // time from there.
         move_to(&mut spaces, &space, bytes(23..24), 310 * PAGE_BYTES);
         let again = Change::MapAgain { space: 0, from: 23 * PAGE_BYTES, to: 320 * PAGE_BYTES };
         spaces.apply(&again);

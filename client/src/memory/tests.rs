@@ -1,4 +1,4 @@
-//! What the tests of this crate have in common: spaces and regions of which nothing is registered.
+//! Helpers for the tests of this crate: spaces and regions of which nothing is registered.
 
 use super::{Object, ObjectKind, Place, Region, Space, Spaces, states_for};
 use crate::state_file::State;
@@ -7,13 +7,13 @@ use postcopy_proto::manifest::FileEntry;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A space of which nothing is registered.
+/// Returns a space of which nothing is registered.
 pub(crate) fn any_space(id: u32) -> Arc<Space> {
-    let uffd = Uffd::open(EVENT_UNMAP).expect("a userfaultfd can be had");
+    let uffd = Uffd::open(EVENT_UNMAP).expect("the kernel provides a userfaultfd");
     Arc::new(Space::new(id, uffd, State::own().answers()))
 }
 
-/// An object of these pages of a file.
+/// Returns an object of these pages of a file.
 pub(crate) fn any_object(
     state: &State,
     file: FileEntry,
@@ -24,7 +24,7 @@ pub(crate) fn any_object(
     Arc::new(Object::new(file, pages.start, states, ObjectKind::default(), chunk_bytes))
 }
 
-/// A region at an address, of these pages of a file.
+/// Returns a region at `address` of these pages of a file.
 pub(crate) fn any_region(
     space: &Arc<Space>,
     address: usize,
@@ -36,7 +36,7 @@ pub(crate) fn any_region(
     Region::new(Arc::clone(space), object, address, pages)
 }
 
-/// One space with regions: addresses, and the pages of the file that lie there.
+/// Returns one space with regions, each given by its address and its pages of the file.
 pub(crate) fn spaces_with(
     space: &Arc<Space>,
     state: &State,

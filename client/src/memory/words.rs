@@ -1,4 +1,5 @@
-//! Words of 64 bits that an arena hands out: memory of this process, or a file that a successor maps.
+//! The 64-bit words that an arena allocates: memory of this process, or of a file that a successor
+//! maps.
 
 use postcopy_proto::page::to_usize;
 use rustix::fs::FallocateFlags;
@@ -10,12 +11,13 @@ use std::sync::{Arc, OnceLock};
 
 use crate::uffd::memory::SharedWords;
 
-/// Words of the first segment: 64 KiB.
+/// The number of words in the first segment: 64 KiB.
 const FIRST_SEGMENT: usize = 8192;
-/// Each segment but the first two is as long as all before it together: 2^36 words at most.
+/// The number of segments. Each one after the first is as long as all before it together, 2^36
+/// words in total.
 const SEGMENTS: usize = 24;
 
-/// A file that a session's state lies in, mapped.
+/// The mapped file that holds a session's state.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     words: SharedWords,
@@ -23,7 +25,7 @@ pub(crate) struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps all of a file.
+    /// Maps the whole file.
     ///
     /// # Errors
     /// The error of mmap(2) or fcntl(2).
@@ -36,8 +38,8 @@ impl MappedFile {
         &self.words
     }
 
-    /// Has the file system allocate memory for these words: a store to words without memory is SIGBUS where the file
-    /// system is full.
+    /// Allocates memory for these words in the file system. Without it, a store raises SIGBUS if
+    /// the file system is full.
     ///
     /// # Errors
     /// The error of fallocate(2).
@@ -45,7 +47,7 @@ impl MappedFile {
         self.fallocate(FallocateFlags::empty(), range)
     }
 
-    /// Gives the memory of these words back; they read as 0 afterwards.
+    /// Returns the memory of these words to the file system. They read as 0 afterwards.
     ///
     /// # Errors
     /// The error of fallocate(2).
@@ -63,23 +65,23 @@ impl MappedFile {
     }
 }
 
-/// See the module.
+/// The memory of an arena, see the module.
 #[derive(Debug)]
 pub(crate) enum Words {
-    /// Mapped segment by segment, as more is used. Segment 0 has the words below [`FIRST_SEGMENT`]; each other one has
-    /// those from a power of two to the next.
+    /// Memory of this process, mapped segment by segment on demand. Segment 0 has the words below
+    /// [`FIRST_SEGMENT`]. Each other segment has the words from one power of two to the next.
     Own(Box<[OnceLock<SharedWords>; SEGMENTS]>),
-    /// From the beginning of a file.
+    /// The words of a file, from its beginning on.
     Mapped(Arc<MappedFile>),
 }
 
 impl Words {
-    /// Words of this process's own.
+    /// Returns words in the memory of this process.
     pub(crate) fn own() -> Self {
         Self::Own(Box::new([const { OnceLock::new() }; SEGMENTS]))
     }
 
-    /// How many words there can be.
+    /// Returns the largest possible number of words.
     pub(crate) fn limit(&self) -> usize {
         match self {
             Self::Own(_) => FIRST_SEGMENT << (SEGMENTS - 1),
@@ -87,7 +89,7 @@ impl Words {
         }
     }
 
-    /// Makes sure that these words have memory. They lie in one segment.
+    /// Ensures that these words have memory. They must lie in one segment.
     ///
     /// # Errors
     /// The error of mmap(2) or fallocate(2).
@@ -100,7 +102,7 @@ impl Words {
                     return Err(io::ErrorKind::OutOfMemory.into());
                 }
                 if segments[index].get().is_none() {
-                    // Another thread may have been faster; then this mapping is dropped.
+                    // If another thread has already mapped the segment, this mapping is dropped.
                     let _ = segments[index].set(SharedWords::anonymous(len)?);
                 }
                 Ok(())
@@ -108,7 +110,7 @@ impl Words {
         }
     }
 
-    /// `count` words from `at` on, which were reserved together.
+    /// Returns `count` words from `at` on, which one call has reserved.
     pub(crate) fn at(&self, at: usize, count: usize) -> &[AtomicU64] {
         match self {
             Self::Mapped(file) => &file.words()[at..at + count],
@@ -121,7 +123,7 @@ impl Words {
     }
 }
 
-/// Number, first word and length of the segment that a word lies in.
+/// Returns index, first word and length of the segment that holds word `at`.
 fn segment_of(at: usize) -> (usize, usize, usize) {
     match at / FIRST_SEGMENT {
         0 => (0, 0, FIRST_SEGMENT),
@@ -133,7 +135,7 @@ fn segment_of(at: usize) -> (usize, usize, usize) {
     }
 }
 
-/// Words of a fixed number, zero at first: this process's own, or the first ones of a file.
+/// A fixed number of words, zero at first: memory of this process, or the first words of a file.
 #[derive(Debug)]
 pub(crate) enum FixedWords {
     Own(Box<[AtomicU64]>),

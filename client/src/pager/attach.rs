@@ -1,5 +1,6 @@
-//! Whose memory a session fills: this process's own, which it maps itself; another one's, of which it gets the
-//! userfaultfd and is told what lies where; or what a pager that has died has left.
+//! The memory that a session fills: memory of this process, which the session maps itself; memory
+//! of another process, which hands over its userfaultfd and a list of its regions; or memory that a
+//! dead pager has left.
 
 use crate::error::SessionError;
 use crate::memory::HUGE_PAGES;
@@ -21,65 +22,74 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between attempts of the kernel's that were put off.
+/// The pause between attempts while an unread event makes the kernel refuse an ioctl.
 const PAUSE: Duration = Duration::from_micros(200);
 
-/// What the pager needs of the kernel in the process's own memory. EVENT_FORK is not among it: a fork of this
-/// process would wait for the pager, which may wait for a lock that the forking thread holds.
+/// The events that the pager needs for memory of its own process. EVENT_FORK is not one of them: a
+/// fork of this process would wait for the pager, which may wait for a lock that the forking thread
+/// holds.
 const OWN_PROCESS_FEATURES: u64 = uffd::EVENT_REMOVE | uffd::EVENT_REMAP | uffd::EVENT_UNMAP;
 
-/// A span of another process's address space that is filled from a span of an image's file.
+/// A span of another process's address space that a span of an image's file fills.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForeignRegion {
     /// The first address, a multiple of the page size.
     pub address: usize,
     /// Length in bytes, a multiple of the page size; not zero.
     pub len: usize,
-    /// The size in bytes of the memory's pages: 4096, whether or not there may be transparent huge pages, or 2 MiB of
-    /// hugetlb, which are installed only whole: the first touch of one waits for all of it.
+    /// The size of the memory's pages in bytes. 4096 is the size of ordinary memory, with or
+    /// without transparent huge pages; 2 MiB is that of hugetlb. The kernel installs hugetlb pages
+    /// only whole, so the first access to one waits for all of it.
     pub page_bytes: usize,
     /// The file's path in the image.
     pub path: Vec<u8>,
-    /// Where in the file it begins, in bytes, a multiple of 4096. The file has all of its pages.
+    /// The offset of the region's first byte in the file, a multiple of 4096. The file must have
+    /// all pages of the region.
     pub offset_bytes: u64,
-    /// Whether it is a shared mapping.
+    /// The kind of mapping, private or shared.
     pub sharing: Sharing,
 }
 
-/// Whether others see what is written to memory.
+/// The kind of a mapping: it decides whether other mappings see a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sharing {
-    /// No: private anonymous memory, or a private mapping of a memfd or of a file on tmpfs. The kernel refuses MADV_FREE of
-    /// the latter after it has told of it: what was absent of that is zero then.
+    /// Private anonymous memory, or a private mapping of a memfd or of a file on tmpfs. Do not use
+    /// MADV_FREE on a private mapping of a file: the kernel reports the removal and then refuses
+    /// the call, so that absent pages become zeros.
     #[default]
     Private,
-    /// Yes: shared anonymous memory, a memfd, a file on tmpfs. Regions with the same number are the same memory where
-    /// they are of the same bytes of the image's file. Its holes must not be punched by fallocate(2), of which nothing
-    /// tells, and it must not be grown by mremap(2). Poison covers one mapping: what others map without a userfaultfd
-    /// of this session reads zeros where a page is absent or lost.
+    /// Shared anonymous memory, a memfd, or a file on tmpfs. Regions with the same number map the
+    /// same memory where they map the same bytes of the image's file.
+    ///
+    /// Do not punch holes in this memory with fallocate(2), which the kernel does not report, and
+    /// do not grow it with mremap(2). Poison covers one mapping only: another mapping without a
+    /// userfaultfd of this session reads zeros where a page is absent or lost.
     Shared(u32),
 }
 
 /// Memory of another process, for [`crate::Session::attach`].
 #[derive(Clone, Copy, Debug)]
 pub struct ForeignMemory<'a> {
-    /// The userfaultfd that the process has opened. Its API handshake is done, and the regions are registered with it.
+    /// The userfaultfd that the process has opened, with its API handshake done. The regions are
+    /// registered with it, or will be: see `is_registered`.
     pub uffd: BorrowedFd<'a>,
-    /// What lies where.
+    /// The regions to fill.
     pub regions: &'a [ForeignRegion],
-    /// Where to keep what a successor needs, if this process may die before the session has ended: a file on tmpfs, or
-    /// a memfd; what it held is lost. See [`crate::Session::resume`].
+    /// The state file for a successor, if this process may die before the session has ended: a file
+    /// on tmpfs, or a memfd. Its old content is lost. See [`crate::Session::resume`].
     pub state: Option<&'a File>,
-    /// The process, whose page tables and calls of madvise are looked at: what becomes of shared memory, and what is
-    /// written to, cannot be known without. Where shared memory has no content yet, and nothing shows what a madvise
-    /// asks for, the session ends in an error.
+    /// The process. The session reads its page tables and its madvise calls, which it needs to
+    /// track writes and to follow removals in shared memory. Without them, a madvise on shared
+    /// memory with absent pages ends the session in an error.
     pub pid: Option<u32>,
-    /// Whether the regions are registered with the userfaultfd. If not they will be, one by one, before they are first
-    /// touched, and [`crate::session::host::Hosted::set_registered`] is called when all are; until then there should be no background fill.
+    /// True if the regions are registered with the userfaultfd. If not, the process must register
+    /// each one before the first access to it. The host then calls
+    /// [`crate::session::host::Hosted::set_registered`] once all are registered. Until then the
+    /// session should have no background fill.
     pub is_registered: bool,
 }
 
-/// Whose memory it is.
+/// The owner of a session's memory.
 #[derive(Debug)]
 pub(crate) enum Owner {
     ThisProcess,
@@ -90,7 +100,7 @@ pub(crate) enum Owner {
         pid: Option<u32>,
         is_registered: bool,
     },
-    /// Its descriptors by the numbers that the state file has for them.
+    /// A dead pager's memory. The descriptors are keyed by their numbers in the state file.
     Left {
         state: State,
         contents: Box<Contents>,
@@ -99,10 +109,10 @@ pub(crate) enum Owner {
 }
 
 impl Owner {
-    /// What a session over this memory begins with.
+    /// Creates the shared state of a session over this memory.
     ///
     /// # Errors
-    /// [`SessionError`]; then no descriptor is the only one of its userfaultfd here.
+    /// [`SessionError`]. No descriptor that this closes is the last one of its userfaultfd.
     pub(crate) fn share(
         self,
         address: ServerAddress,
@@ -134,7 +144,7 @@ impl Owner {
                 }
                 let spaces = spaces_of(&image, &space, &regions, &state, tracks)?;
                 state.rewrite(&spaces, 1, None)?;
-                // Of faults that somebody has read who served it before.
+                // A predecessor without a state file may have read faults without answering them.
                 wake_everybody(&spaces);
                 Ok(Shared::new(address, image, options, spaces, 1, state, owner))
             }
@@ -143,7 +153,8 @@ impl Owner {
     }
 }
 
-/// Takes over what a pager has left that died: does what was read and not done, and wakes all who wait.
+/// Takes over the memory of a dead pager: processes the messages that the pager had read and not
+/// processed, and wakes all waiters.
 fn take_over(
     address: ServerAddress,
     image: Arc<Image>,
@@ -164,25 +175,25 @@ fn take_over(
     let (options, next_space) = (contents.options, contents.next_space);
     let shared = Shared::new(address, image, options, spaces, next_space, state, contents.owner);
     if let Err(error) = catch_up(&shared, contents, uffds) {
-        // The file may name these now.
+        // The state file may name these descriptors already.
         shared.spaces().leave_open();
         return Err(error.into());
     }
     Ok(shared)
 }
 
-/// Does what was read and not done.
+/// Processes the messages that the dead pager had read and not processed.
 fn catch_up(
     shared: &Shared,
     contents: &Contents,
     mut uffds: HashMap<RawFd, OwnedFd>,
 ) -> Result<(), StateError> {
-    // The descriptors have other numbers here.
+    // The descriptors have different numbers in this process.
     shared.state.rewrite(&shared.spaces(), contents.next_space, None)?;
     let of = shared.spaces().space(contents.messages_of).cloned();
     for (index, message) in contents.messages.iter().enumerate() {
         let event = Event::with_child(*message, |fd| uffds.remove(&fd));
-        // Of a process that has exited since, nothing is left to be done.
+        // If the process has exited since, its messages need no processing.
         if let Some(space) = &of {
             let done = contents.messages_done + index + 1;
             events::apply(shared, space, event, Some(&contents.calls), done).map_err(StateError::Wrong)?;
@@ -193,7 +204,8 @@ fn catch_up(
     Ok(())
 }
 
-/// Which removals had been told of died with the pager that knew: all count as new, and so does what was written since.
+/// Counts all removed pages as removed and written again. Only the dead pager knew which removals
+/// it had reported.
 fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
     let spaces = shared.spaces();
     let started = Instant::now();
@@ -204,7 +216,8 @@ fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
         if unprotect_removed(&region)? {
             continue;
         }
-        // An event is in the way, which may move or cut regions. Faults come back.
+        // An unread event is in the way. It may move or cut regions. Faults that this reads fault
+        // again after the wake.
         for space in spaces.spaces() {
             match events::read(shared, space, &mut Vec::new()) {
                 Err(stopped) if !stopped.may_pass || started.elapsed() > shared.options.fault_deadline => {
@@ -219,7 +232,8 @@ fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
     Ok(())
 }
 
-/// False: an event must be read first.
+/// Ends the write protection of the region's removed pages, and records their removal again.
+/// Returns false if an event must be read first.
 fn unprotect_removed(region: &Region) -> Result<bool, StateError> {
     let mut next = 0;
     while let Some(run) = region.next_run(next..region.pages(), &[PageState::Removed]) {
@@ -233,7 +247,7 @@ fn unprotect_removed(region: &Region) -> Result<bool, StateError> {
     Ok(true)
 }
 
-/// Brings back the faults that a pager had read which has died.
+/// Wakes all waiters, so that faults that a dead pager had read reach this one.
 fn wake_everybody(spaces: &Spaces) {
     for space in spaces.spaces() {
         space.uffd.wake_all();
@@ -244,13 +258,14 @@ fn wake_everybody(spaces: &Spaces) {
 }
 
 fn missing(fd: RawFd) -> OpenError {
-    OpenError::Foreign(format!("as number {fd}, which the state file names, was not given"))
+    OpenError::Foreign(format!("for number {fd} of the state file is missing"))
 }
 
-/// The descriptors that a state file names, as duplicates of those that `given` gives by number.
+/// Returns duplicates of the descriptors that a state file names, by their numbers in the file.
+/// `given` returns a descriptor for its number.
 ///
 /// # Errors
-/// [`SessionError`], if one is not given.
+/// [`SessionError`], if `given` lacks a descriptor.
 pub(crate) fn descriptors_left<'a>(
     contents: &Contents,
     mut given: impl FnMut(RawFd) -> Option<BorrowedFd<'a>>,
@@ -262,7 +277,7 @@ pub(crate) fn descriptors_left<'a>(
     contents.descriptors().into_iter().map(duplicate).collect()
 }
 
-/// A region of another process that was found to be possible.
+/// A region of another process that has passed all checks.
 #[derive(Debug)]
 struct Checked {
     address: usize,
@@ -272,10 +287,10 @@ struct Checked {
     sharing: Sharing,
 }
 
-/// The first space of a session: regions that were registered by their owner.
+/// Returns the first spaces of a session: one space, with the regions of its owner.
 ///
 /// # Errors
-/// [`SessionError::Region`]: the first that cannot be.
+/// [`SessionError::Region`] for the first invalid region.
 fn spaces_of(
     image: &Image,
     space: &Arc<Space>,
@@ -306,10 +321,11 @@ fn spaces_of(
     Ok(spaces)
 }
 
-/// Which regions have an object in common, by their numbers: all mappings of the same shared memory, and regions of
-/// private memory that have other pages of the same file each.
+/// Groups regions into objects, and returns the indices of each group. A group has all mappings of
+/// the same shared memory, or private regions of which no two have a page of the file in common.
 fn objects_of(regions: &[Checked]) -> Vec<Vec<usize>> {
-    /// Regions that are further apart in the file have objects of their own, so that tables stay small: 4 GiB.
+    /// The largest gap in the file between neighbours in a group, 4 GiB, which keeps the tables of
+    /// page states small.
     const FAR_PAGES: usize = 1 << 20;
     let mut shared: BTreeMap<(u32, u64), Vec<usize>> = BTreeMap::new();
     let mut private: Vec<usize> = Vec::new();
@@ -321,14 +337,14 @@ fn objects_of(regions: &[Checked]) -> Vec<Vec<usize>> {
             Sharing::Private => private.push(index),
         }
     }
-    // Huge pages of an object begin at whole ones of it.
+    // Huge pages must begin at multiples of 512 pages from their object's beginning.
     let class = |index: usize| {
         let Checked { file, file_pages, kind, .. } = &regions[index];
         (file.first_chunk.0, kind.is_huge, if kind.is_huge { file_pages.start % HUGE_PAGES } else { 0 })
     };
     private.sort_unstable_by_key(|index| (class(*index), regions[*index].file_pages.start));
     let mut objects: Vec<Vec<usize>> = shared.into_values().collect();
-    // Of the current class: objects that can go on, by the page behind their last region.
+    // The groups of the current class that a region can join, by the page after their last region.
     let mut open: BTreeMap<(usize, usize), ()> = BTreeMap::new();
     let mut last_class = None;
     for index in private {
@@ -356,7 +372,7 @@ fn objects_of(regions: &[Checked]) -> Vec<Vec<usize>> {
 /// Checks the regions that a process has registered.
 ///
 /// # Errors
-/// [`SessionError::Region`]: the first that cannot be.
+/// [`SessionError::Region`] for the first invalid region.
 fn check(
     image: &Image,
     space: &Arc<Space>,
@@ -367,27 +383,31 @@ fn check(
         return Err(SessionError::NoTracking("the kernel lacks PAGEMAP_SCAN (Linux 6.7)".into()));
     }
     if tracks && !space.has_pagemap() {
-        let reason = "that takes the process's pid, and the right to read /proc/PID/pagemap";
+        let reason = "it needs the process's pid, and the right to read /proc/PID/pagemap";
         return Err(SessionError::NoTracking(reason.into()));
     }
     let mut checked = Vec::with_capacity(regions.len());
     let mut files: HashMap<&[u8], FileEntry> = HashMap::new();
-    // By address: the end, and which one it is.
+    // By address: the region's end and its index.
     let mut placed: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
-    // By object and file: the pages of it that regions have.
+    // By number of shared memory and by file: the pages that regions have.
     let mut objects: HashMap<(u32, u64), Range<usize>> = HashMap::new();
     for (index, region) in regions.iter().enumerate() {
         let ForeignRegion { address, len, page_bytes, .. } = *region;
         let wrong = |reason: String| SessionError::Region { index, address, len, reason };
         let end = address.checked_add(len).ok_or_else(|| wrong("its end is beyond all addresses".into()))?;
         if ![PAGE_BYTES, HUGE_BYTES].contains(&page_bytes) {
-            return Err(wrong(format!("pages of {page_bytes} bytes; there are such of 4096 and of 2 MiB")));
+            return Err(wrong(format!(
+                "it has pages of {page_bytes} bytes; only 4096 bytes and 2 MiB are supported"
+            )));
         }
         if len == 0 || !address.is_multiple_of(page_bytes) || !len.is_multiple_of(page_bytes) {
-            let rule = format!("address and length must be multiples of {page_bytes}, the length not zero");
+            let rule =
+                format!("its address and length must be multiples of {page_bytes}, and the length not zero");
             return Err(wrong(rule));
         }
-        // None of those before overlaps another, so that only the last one that begins before this one's end can do so.
+        // The earlier regions are disjoint. So only the last one that begins before this one's end
+        // can overlap it.
         if let Some((_, (other_end, other))) = placed.range(..end).next_back()
             && address < *other_end
         {
@@ -407,29 +427,34 @@ fn check(
             .filter(|pages| u32::try_from(pages.len()).is_ok())
             .ok_or_else(|| {
                 let (offset, size) = (region.offset_bytes, file.size_bytes);
-                wrong(format!("{path:?} has {size} bytes, so not these pages from byte {offset} on"))
+                wrong(format!(
+                    "{path:?} has {size} bytes, which is too short for these pages from byte {offset} on"
+                ))
             })?;
         if let Sharing::Shared(object) = region.sharing {
             let span = objects.entry((object, file.first_chunk.0)).or_insert(pages.clone());
             if !span.start.abs_diff(pages.start).is_multiple_of(page_bytes / PAGE_BYTES) {
-                return Err(wrong("it is not a whole number of pages from others of the same memory".into()));
+                return Err(wrong(
+                    "it does not lie a whole number of pages from other regions of the same memory".into(),
+                ));
             }
             *span = span.start.min(pages.start)..span.end.max(pages.end);
         }
-        let not_registered = || wrong("there is no memory registered with this userfaultfd".into());
+        let not_registered = || wrong("it has no memory registered with this userfaultfd".into());
         let found = match space.uffd.is_huge(address) {
             Err(_) if !space.is_registered() => None,
             is_huge => is_huge.map_err(|_| not_registered())?,
         };
         if tracks && region.sharing != Sharing::Private {
-            let reason = format!("region {index} is shared memory, which others can write to unseen");
+            let reason =
+                format!("region {index} is shared memory, to which other processes can write untracked");
             return Err(SessionError::NoTracking(reason));
         }
         let is_huge = page_bytes == HUGE_BYTES;
         if found == Some(!is_huge) {
             let found = if is_huge { "4096 bytes" } else { "2 MiB" };
             return Err(wrong(format!(
-                "it was said to have pages of {page_bytes} bytes, and has such of {found}"
+                "it was declared with pages of {page_bytes} bytes, and has such of {found}"
             )));
         }
         let is_shared = region.sharing != Sharing::Private;
@@ -440,7 +465,8 @@ fn check(
     Ok(checked)
 }
 
-/// The pages of a file from a byte on; None if none begins there, or there are too many.
+/// Returns the pages of a file from a byte on. Returns None if no page begins there, or if the end
+/// overflows.
 fn pages(offset_bytes: u64, len: usize) -> Option<Range<usize>> {
     let offset = usize::try_from(offset_bytes).ok().filter(|offset| offset.is_multiple_of(PAGE_BYTES))?;
     Some(offset / PAGE_BYTES..offset.checked_add(len)? / PAGE_BYTES)

@@ -1,5 +1,5 @@
-//! What has become of memory since the restore: what was written to, which the page tables tell, and what was removed,
-//! which the pager has been told.
+//! Changes of memory since the restore. The page tables list the written pages; the pager has
+//! recorded the removed pages from its events.
 
 use crate::memory::{PageState, Region};
 use crate::shared::Shared;
@@ -10,35 +10,41 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Between attempts of the kernel's that were put off.
+/// The pause between attempts while an unread event makes the kernel refuse an ioctl.
 const PAUSE: Duration = Duration::from_micros(200);
 
-/// What has become of memory, as runs of bytes, whole pages: from a region's beginning ([`crate::Region::changes`]), or
-/// addresses of another process ([`crate::Session::changes`]).
+/// The changes of memory, as runs of bytes in whole pages. The bytes are counted from a region's
+/// beginning ([`crate::Region::changes`]), or are addresses of another process
+/// ([`crate::Session::changes`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Written to, by the program or by the kernel for it. Pages that were only read are not among these, nor are those
-    /// that are absent.
+    /// Pages that the program wrote to, or the kernel for it. Pages that were only read, and absent
+    /// ones, are not included.
     pub written: Vec<Range<usize>>,
-    /// Given back by madvise(2), whatever was written there before or after. A page that is removed and not written is
-    /// zero (after MADV_FREE: zero or as it was). A madvise that is still in progress may be told of before it has taken
-    /// effect: whoever copies what has changed must not let one overlap that.
+    /// Pages that madvise(2) removed, with or without a write before or after. A page that is
+    /// removed and not written is zero; after MADV_FREE it is zero or keeps its content. A madvise
+    /// in progress may be included before it has taken effect, so a program that copies the changes
+    /// must not let a madvise run at the same time.
     pub removed: Vec<Range<usize>>,
 }
 
-/// What was written to and removed since it was installed, or since this was last called with `reset`.
+/// Returns the changes of a region since its pages were installed, or since the last call with
+/// `reset`.
 pub(crate) fn of_region(region: &Region, shared: &Shared, reset: bool) -> io::Result<Changes> {
-    // All but poison, which looks as if it had been written to. Absent, too: whoever touched a page may go on a little
-    // before it is noted as resident.
+    // All states but poisoned, because poison looks like a written page. Absent pages are included:
+    // a thread may write to a page shortly before the installer records it as resident.
     const NOT_LOST: [PageState; 3] = [PageState::Absent, PageState::Resident, PageState::Removed];
     if region.removals().is_none() {
         return Err(io::ErrorKind::Unsupported.into());
     }
-    // Whoever removes something goes on when the pager has read that, and is done with it when it lets others in. The pass is
-    // not kept: a signal's handler may touch what is absent, and the pager would wait for this thread.
+    // A thread that removes pages continues once the pager has read the event, and the pager
+    // records the removal before it leaves the gate. So after this pass all finished removals are
+    // recorded. The pass is not kept: a signal handler in this thread may fault on an absent page,
+    // and the pager would wait for this thread.
     let Some(pass) = shared.map.gate.enter() else { return Err(io::Error::other("the session has ended")) };
     drop(pass);
-    // Before the look at what was written: what is removed after it is of the next time, as its writes are.
+    // Taken before the scan for writes: a later removal belongs to the next period, and so do
+    // writes after it.
     let removed = removed(region, reset);
     let mut found = Vec::new();
     let mut next = 0;
@@ -68,7 +74,7 @@ pub(crate) fn of_region(region: &Region, shared: &Shared, reset: bool) -> io::Re
             push_run(&mut written, run);
             continue;
         }
-        // Swapped out, or it has been lost meanwhile.
+        // The page is swapped out, or was poisoned during the scan.
         let mut next = run.start;
         while let Some(kept) = region.next_run(next..run.end, &NOT_LOST) {
             next = kept.end;
@@ -81,7 +87,7 @@ pub(crate) fn of_region(region: &Region, shared: &Shared, reset: bool) -> io::Re
     Ok(Changes { written: bytes(written), removed: bytes(removed) })
 }
 
-/// What has become of the memory of the process that a session was attached to: addresses.
+/// Returns the changes of memory in the process that a session was attached to, as addresses.
 pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
     if !shared.options.track_writes {
         return Err(io::ErrorKind::Unsupported.into());
@@ -93,7 +99,7 @@ pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
             told.push(of_region(region, shared, reset)?);
             Ok(())
         });
-        // What the pager has read meanwhile is done when it lets others in.
+        // Waits until the pager has recorded the events that it has read.
         drop(shared.map.gate.enter());
         let spaces = shared.spaces();
         let stay = regions.iter().all(|region| spaces.holds(region) || region.space.is_gone());
@@ -108,14 +114,14 @@ pub(crate) fn of_process(shared: &Shared, reset: bool) -> io::Result<Changes> {
                 put_back(shared, region, &pages(told.written), &pages(told.removed));
             }
         }
-        // Memory was moved or cut: it is looked at where it is now.
+        // The owner moved or cut memory during the scan, so scan it again at its new place.
         if stay {
             looked?;
         }
     }
 }
 
-/// What was told of regions, by addresses.
+/// Joins the changes of regions, as addresses.
 fn at_addresses(regions: &[Region], told: Vec<Changes>) -> Changes {
     let mut all = Changes::default();
     for (region, Changes { written, removed }) in regions.iter().zip(told) {
@@ -127,7 +133,8 @@ fn at_addresses(regions: &[Region], told: Vec<Changes>) -> Changes {
     all
 }
 
-/// Has pages be told of the next time that could not be told of now, wherever they have been moved to.
+/// Returns changes to the next period, because this call could not report them. It finds the pages
+/// where they are now, even if the owner has moved them.
 fn put_back(shared: &Shared, region: &Region, written: &[Range<usize>], removed: &[Range<usize>]) {
     removed.iter().for_each(|run| region.count_removed(run.clone()));
     let started = Instant::now();
@@ -143,7 +150,7 @@ fn put_back(shared: &Shared, region: &Region, written: &[Range<usize>], removed:
     }
 }
 
-/// The runs of pages that were removed since this was last called with `reset`.
+/// Returns the runs of removed pages since the last call with `reset`.
 fn removed(region: &Region, reset: bool) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let Some(removals) = region.removals() else { return runs };
@@ -164,12 +171,13 @@ fn removed(region: &Region, reset: bool) -> Vec<Range<usize>> {
     runs
 }
 
-/// Protects pages anew that have been written to. A write in between is of what is told now.
+/// Write-protects written pages again. A write before the protection belongs to the present period.
 fn protect(region: &Region, shared: &Shared, runs: impl Iterator<Item = Range<usize>>) -> io::Result<()> {
     let started = Instant::now();
     for run in runs {
         let addresses = region.address(run.start)..region.address(run.end);
-        // In the gate, so that it is the region's memory that is there: an event that is not read yet is in the way.
+        // In the gate the region is certain to lie at its addresses: an unread event makes the
+        // ioctl fail.
         let protect = || {
             let Some(_pass) = shared.map.gate.enter() else { return Err(io::ErrorKind::BrokenPipe.into()) };
             if !shared.spaces().holds(region) {
@@ -187,7 +195,7 @@ fn protect(region: &Region, shared: &Shared, runs: impl Iterator<Item = Range<us
     Ok(())
 }
 
-/// Adds a run to others that are before it.
+/// Adds a run after all earlier runs, and joins it with the last one if they are adjacent.
 fn push_run(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
     match runs.last_mut() {
         Some(last) if last.end == run.start => last.end = run.end,

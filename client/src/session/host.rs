@@ -1,8 +1,8 @@
-//! What a program needs that serves sessions for others, as the daemons do, and an ordinary user of
-//! [`Session`] does not.
+//! Calls for programs that serve sessions for other processes, as the daemons do. An ordinary user
+//! of [`Session`] does not need them.
 //!
 //! Such a host registers memory after the session has begun, hands a session over to a successor,
-//! and signals the processes whose memory it serves. [`Session::hosted`] gives it these calls.
+//! and signals the processes whose memory it serves. [`Session::hosted`] returns these calls.
 
 use crate::session::Session;
 use crate::shared::Command;
@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// A session as its host sees it: see [`Session::hosted`].
+/// The calls for a session's host: see [`Session::hosted`].
 #[derive(Clone, Copy, Debug)]
 pub struct Hosted<'a> {
     session: &'a Session,
@@ -22,7 +22,7 @@ impl<'a> Hosted<'a> {
         Self { session }
     }
 
-    /// Declares all memory of the process registered: see
+    /// Declares that all memory of the process is registered: see
     /// [`ForeignMemory::is_registered`](crate::ForeignMemory::is_registered).
     pub fn set_registered(self) {
         let shared = &self.session.shared;
@@ -31,12 +31,12 @@ impl<'a> Hosted<'a> {
         shared.fill_work.notify_one();
     }
 
-    /// Fetches and installs the pages at these addresses as if a thread had faulted on them: for
-    /// memory that the kernel reads without waiting for a page, such as the arguments that /proc
-    /// shows. A session that has ended does nothing.
+    /// Fetches and installs the pages at these addresses as if a thread had faulted on them. This
+    /// serves memory that the kernel reads without waiting for a page, such as the arguments that
+    /// /proc shows. Does nothing if the session has ended.
     ///
     /// # Blocking
-    /// Until the pager has the request; not until the pages are installed.
+    /// Blocks until the pager has the request, not until the pages are installed.
     pub fn bring(self, addresses: &Range<usize>) {
         let spaces = self.session.shared.spaces();
         let regions = spaces.spaces().flat_map(|space| spaces.overlapping(space, addresses));
@@ -47,18 +47,19 @@ impl<'a> Hosted<'a> {
         }
     }
 
-    /// Declares that no successor can take the session over, although it has a state file: when it
-    /// cannot go on, its absent pages are poisoned, and not left.
+    /// Declares that no successor can take the session over, although it has a state file. When the
+    /// session cannot go on, it then poisons its absent pages, and does not leave them for a
+    /// successor.
     pub fn has_no_successor(self) {
         self.session.shared.has_no_successor.store(true, Ordering::Release);
     }
 
-    /// Ends the session and leaves its memory as it is, to the successor that takes it over from
-    /// the state file. Returns whether the session has ended within `timeout`. Descriptors that the
-    /// file names stay open.
+    /// Ends the session, and leaves its memory as it is for a successor, which takes it over from
+    /// the state file. Returns whether the session has ended within `timeout`. The descriptors that
+    /// the file names stay open.
     ///
     /// # Blocking
-    /// At most for `timeout`, once the pager has the request.
+    /// Blocks for at most `timeout`, once the pager has the request.
     #[must_use]
     pub fn leave(self, timeout: Duration) -> bool {
         // Fails for a session that has ended.
@@ -66,7 +67,8 @@ impl<'a> Hosted<'a> {
         self.session.wait_end(timeout)
     }
 
-    /// Returns whether the session could not go on, and has ended and left its memory to a successor.
+    /// Returns whether the session could not go on, has ended, and has left its memory to a
+    /// successor.
     #[must_use]
     pub fn is_left(self) -> bool {
         let shared = &self.session.shared;
@@ -93,8 +95,9 @@ impl<'a> Hosted<'a> {
         self.session.shared.spaces().has_huge()
     }
 
-    /// Sends a signal to the process whose memory it is, and to all that it has forked. Returns
-    /// false where that process is unknown ([`ForeignMemory::pid`](crate::ForeignMemory::pid)).
+    /// Sends a signal to the process that owns the memory, and to those of its descendants that have
+    /// memory registered with a userfaultfd. Returns false if the process is unknown
+    /// ([`ForeignMemory::pid`](crate::ForeignMemory::pid)).
     pub fn signal_owners(self, signal: Signal) -> bool {
         self.session.shared.signal_owners(signal)
     }

@@ -1,4 +1,4 @@
-//! Files of images as memory of this process.
+//! Files of an image as memory of this process.
 
 use crate::error::LossError;
 use crate::memory::{self, PageState};
@@ -12,22 +12,23 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
-/// What [`Region::read_at`] asks for at once.
+/// The length of the pieces in which [`Region::read_at`] requests pages.
 const READ_BYTES: usize = 4 << 20;
 
-/// A file of an image as memory: private to this process, filled as it is touched, written to at will.
+/// A file of an image as memory: private to this process, filled on access, and writable.
 ///
-/// Dereferences to the bytes of the file, or of its part that was mapped. The first touch of a page waits until the
-/// page has come; a touch of a page that cannot be had is SIGBUS (see [`crate::LossPolicy`]); [`Region::read_at`]
-/// gives an error instead. Children of a fork do not have the region. It must not be moved by mremap(2).
+/// Dereferences to the bytes of the file, or of the part that was mapped. The first access to a
+/// page waits until the page is installed. If a page is lost, an access raises SIGBUS, or as
+/// [`crate::LossPolicy`] says; [`Region::read_at`] returns an error instead. Forked children do not
+/// have the region. A program must not move it with mremap(2).
 ///
 /// # Blocking
-/// Touching it waits for the network. Do not do that while holding a lock that the thread serving you needs, and
-/// not on an async worker. Nor in the handler of a signal that may have interrupted a call of this library, which holds
-/// locks for moments.
+/// An access to an absent page waits for the network. Do not access the region while you hold a
+/// lock that the serving thread needs, nor on an async worker. Do not access it in a signal handler
+/// that may have interrupted a call of this library, because such a call holds locks for moments.
 #[derive(Debug)]
 pub struct Region {
-    // None for an empty span, which has no memory, and once it is dropped.
+    // None for an empty span, which has no memory, and after the drop.
     memory: Option<Memory>,
     len: usize,
     state: memory::Region,
@@ -46,41 +47,42 @@ impl Region {
         Self { memory, len, state, shared, commands }
     }
 
-    /// Length in bytes: of the file, or of its part that was mapped.
+    /// Returns the length in bytes of the file, or of the part that was mapped.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it has no bytes.
+    /// Returns whether the region has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How many of its pages are resident.
+    /// Returns the number of resident pages.
     #[must_use]
     pub fn resident_pages(&self) -> usize {
         self.state.count(PageState::Resident)
     }
 
-    /// Whether the page at `offset` bytes is resident. Does not touch it.
+    /// Returns whether the page at byte `offset` is resident. Does not access the page.
     #[must_use]
     pub fn is_resident(&self, offset: usize) -> bool {
         offset < self.len() && self.state.state(offset / PAGE_BYTES) == PageState::Resident
     }
 
-    /// Copies `buffer.len()` bytes from `offset` on, and gives an error where touching them would be SIGBUS.
+    /// Copies `buffer.len()` bytes from `offset` on. Returns an error where an access would raise
+    /// SIGBUS.
     ///
     /// # Errors
-    /// [`LossError::Lost`] if a page cannot be had, [`LossError::OutOfRange`] beyond the region's end.
+    /// [`LossError::Lost`] if a page is lost, [`LossError::OutOfRange`] beyond the region's end.
     ///
     /// # Blocking
-    /// Until the pages have come, or are given up (after the fault deadline).
+    /// Blocks until the pages are installed, or lost (after the fault deadline).
     pub fn read_at(&self, offset: usize, buffer: &mut [u8]) -> Result<(), LossError> {
         let end = offset.checked_add(buffer.len()).filter(|end| *end <= self.len());
         let end = end.ok_or(LossError::OutOfRange { offset, len: buffer.len(), region_bytes: self.len() })?;
-        // Piece by piece: the deadline is for what is asked for at once.
+        // In pieces, because the fault deadline covers all pages of one request.
         for (at, buffer) in (offset..end).step_by(READ_BYTES).zip(buffer.chunks_mut(READ_BYTES)) {
             let end = at + buffer.len();
             let pages = at / PAGE_BYTES..end.div_ceil(PAGE_BYTES);
@@ -92,26 +94,28 @@ impl Region {
 }
 
 impl Region {
-    /// What has been changed since the restore, or since [`Region::take_changes`]. The session must track writes
-    /// ([`crate::Options::track_writes`]).
+    /// Returns the changes since the restore, or since [`Region::take_changes`]. The session must
+    /// track writes ([`crate::Options::track_writes`]).
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] if it does not; else what PAGEMAP_SCAN answers, see proc_pid_pagemap(5).
+    /// [`io::ErrorKind::Unsupported`] if the session does not track writes; else the error of
+    /// PAGEMAP_SCAN, see proc_pid_pagemap(5).
     ///
     /// # Blocking
-    /// For a look at each page's entry in the page tables; some milliseconds a GiB.
+    /// Reads each page's entry in the page tables, which takes some milliseconds a GiB.
     pub fn changes(&self) -> io::Result<Changes> {
         changes::of_region(&self.state, &self.shared, false)
     }
 
-    /// The same, and begins anew: what is written from here on is told of the next time. No write is lost, also where
-    /// other threads write meanwhile.
+    /// Returns the changes as [`Region::changes`] does, and starts a new period: the next call
+    /// returns the changes from here on. No write is lost, even if other threads write during the
+    /// call.
     ///
     /// # Errors
-    /// As [`Region::changes`].
+    /// As for [`Region::changes`].
     ///
     /// # Blocking
-    /// As there.
+    /// As for [`Region::changes`].
     pub fn take_changes(&self) -> io::Result<Changes> {
         changes::of_region(&self.state, &self.shared, true)
     }
@@ -138,11 +142,11 @@ impl Drop for Region {
         let command = Command::Unmap { region: self.state.clone(), memory };
         match self.commands.try_send(command) {
             Ok(()) => {}
-            // The pager is busy with what other threads asked for.
+            // The queue is full of other threads' commands.
             Err(mpsc::error::TrySendError::Full(command)) => {
                 reaper::send(&self.shared, &self.commands, command)
             }
-            // It has ended, and unregistered the memory if it could.
+            // The pager has ended, and has unregistered the memory if it could.
             Err(mpsc::error::TrySendError::Closed(command)) => reaper::drop_unsent(&self.shared, command),
         }
     }

@@ -1,4 +1,4 @@
-//! One thread for the pagers of several sessions, where their owner asks for that.
+//! A thread that runs the pagers of several sessions, for programs that ask for it.
 
 use crate::error::SessionError;
 use crate::options::Options;
@@ -16,17 +16,19 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// Sessions that wait to be opened.
+/// The capacity of the queue of sessions that are to be opened.
 const STARTS: usize = 16;
 
-/// A thread that answers the faults of several sessions: for processes with hundreds of them, which would have a thread
-/// each. Otherwise they are as independent as others; an error, a panic, or the end of one touches no other.
+/// A thread that answers the page faults of several sessions. It suits processes with hundreds of
+/// sessions, which would else have one thread for each. In all other respects the sessions are
+/// independent: an error, a panic or the end of one does not affect the others.
 ///
-/// What they share is time: while the kernel keeps one waiting that installs a page (100 ms and more if the owner of much
-/// memory forks, or its memory cgroup is at its limit), the faults of all others wait, too; and while one that ends makes
-/// what is absent SIGBUS, which takes some 40 ms a GiB.
+/// The sessions share the thread's time. While the kernel delays an install of one session, the
+/// faults of all others wait: 100 ms and more if the owner of much memory forks, or its memory
+/// cgroup is at its limit. The others also wait while an ending session poisons its absent pages,
+/// which takes some 40 ms a GiB.
 ///
-/// Its thread ends when it has been dropped and its last session has ended.
+/// The thread ends when this value has been dropped and the last session has ended.
 #[derive(Debug)]
 pub struct SharedPager {
     starts: mpsc::Sender<Start>,
@@ -36,7 +38,7 @@ impl SharedPager {
     /// Starts the thread.
     ///
     /// # Errors
-    /// If there is none to be had.
+    /// The error of starting a thread or its runtime.
     pub fn new() -> io::Result<Self> {
         let (starts, mut queue) = mpsc::channel::<Start>(STARTS);
         let runtime = crate::pager::runtime()?;
@@ -48,7 +50,7 @@ impl SharedPager {
                         Some(start) => drop(sessions.spawn(start.serve())),
                         None => break,
                     },
-                    // After a panic it has cleaned up by itself.
+                    // A session that panicked has already cleaned up in its own destructors.
                     Some(_) = sessions.join_next() => {}
                 }
             }
@@ -59,13 +61,13 @@ impl SharedPager {
         Ok(Self { starts })
     }
 
-    /// As [`Session::open`], on this thread.
+    /// Opens an image as [`Session::open`] does, with the pager on this thread.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Session::open`].
     ///
     /// # Blocking
-    /// As there.
+    /// As for [`Session::open`].
     pub fn open(
         &self,
         address: &ServerAddress,
@@ -75,13 +77,13 @@ impl SharedPager {
         Session::open_by(address, reference, options, |start| self.start(start))
     }
 
-    /// As [`Session::attach`], on this thread.
+    /// Attaches to memory as [`Session::attach`] does, with the pager on this thread.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Session::attach`].
     ///
     /// # Blocking
-    /// As there.
+    /// As for [`Session::attach`].
     pub fn attach(
         &self,
         address: &ServerAddress,
@@ -92,13 +94,13 @@ impl SharedPager {
         Session::attach_by(address, image.into(), options, memory, |start| self.start(start))
     }
 
-    /// As [`Session::resume`], on this thread.
+    /// Resumes a session as [`Session::resume`] does, with the pager on this thread.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Session::resume`].
     ///
     /// # Blocking
-    /// As there.
+    /// As for [`Session::resume`].
     pub fn resume<'a>(
         &self,
         address: &ServerAddress,
@@ -110,7 +112,8 @@ impl SharedPager {
     }
 
     fn start(&self, start: Start) -> io::Result<()> {
-        // The thread ends after this value alone; else the start is dropped, which its caller notices.
+        // Fails only if the thread has ended, which needs a panic. The start is dropped then, and
+        // its caller gets [`SessionError::Ended`].
         let _ = self.starts.blocking_send(start);
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! What a state file says, read with all checks: whoever wrote it may have been another version, or anything.
+//! The contents of a state file, read with full checks: another version or another program may have
+//! written it.
 
 use super::layout::{
     AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_MAGIC, AT_MESSAGES, AT_MESSAGES_OF,
@@ -18,32 +19,33 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What a state file says. Regions and their page states are made of `records` by [`super::replay`].
+/// The contents of a state file. [`super::replay`] turns `records` into regions and page states.
 #[derive(Clone, Debug)]
 pub(crate) struct Contents {
     pub(crate) image: Digest,
     pub(crate) options: Options,
-    /// The process that the first space is of.
+    /// The process of the first space.
     pub(crate) owner: Option<Process>,
-    /// The processes that spaces are of, as far as they are known for certain.
+    /// The processes of spaces, as far as they are known for certain.
     pub(crate) processes: BTreeMap<u32, Process>,
     pub(crate) is_registered: bool,
-    /// The log.
+    /// The records of the current log.
     pub(crate) records: Vec<Record>,
-    /// Spaces that the log leaves, by their ids, and the numbers of their descriptors.
+    /// The spaces that exist at the end of the log, by id, with their descriptors' numbers.
     pub(crate) spaces: BTreeMap<u32, RawFd>,
     pub(crate) next_space: u32,
-    /// The space that the messages are of that were read.
+    /// The space whose messages were read last.
     pub(crate) messages_of: u32,
-    /// How many of the messages received are done; not among these.
+    /// The number of received messages that are processed. `messages` has only the other ones.
     pub(crate) messages_done: usize,
     pub(crate) messages: Vec<[u64; MESSAGE_WORDS]>,
-    /// The calls of madvise that were in progress before these were read, if there was memory for which that matters.
+    /// The madvise calls that were in progress before the messages were read. Empty if the
+    /// session's memory does not need them.
     pub(crate) calls: Vec<Call>,
 }
 
 impl Contents {
-    /// The numbers of the descriptors that it names.
+    /// Returns the numbers of the descriptors that the file names.
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
         let listed = self.spaces.values().copied();
         let coming = self.messages.iter().filter_map(|message| Event::child_of(*message));
@@ -53,14 +55,14 @@ impl Contents {
     pub(super) fn read(words: &[AtomicU64]) -> Result<Self, StateError> {
         let word = |at: usize| words[at].load(Ordering::Acquire);
         if words.len() < AT_STATES {
-            // A new file has no length yet.
-            return if words.is_empty() { Err(StateError::Empty) } else { wrong("it has been cut") };
+            // A new file has no length.
+            return if words.is_empty() { Err(StateError::Empty) } else { wrong("its end is missing") };
         }
         if word(AT_MAGIC) == 0 {
             return Err(StateError::Empty);
         }
         if word(AT_MAGIC) != MAGIC {
-            return wrong("it is something else");
+            return wrong("it does not begin as a state file does");
         }
         if word(AT_VERSION) != VERSION {
             return Err(StateError::Version { found: word(AT_VERSION) });
@@ -71,7 +73,7 @@ impl Contents {
         }
         if commit.log_words > LOG_WORDS || commit.messages_done > MESSAGES {
             return wrong(format!(
-                "a log of {} words, {} messages done",
+                "its commit word names a log of {} words and {} processed messages",
                 commit.log_words, commit.messages_done
             ));
         }
@@ -85,7 +87,9 @@ impl Contents {
             Call { addresses: to_usize(start)..to_usize(end), advice }
         };
         let on_loss = ON_LOSS.get(to_usize(word(AT_ON_LOSS)));
-        let Some(on_loss) = on_loss else { return wrong(format!("loss policy {}", word(AT_ON_LOSS))) };
+        let Some(on_loss) = on_loss else {
+            return wrong(format!("loss policy {} is unknown", word(AT_ON_LOSS)));
+        };
         let mut image = [0; DIGEST_BYTES];
         for (index, bytes) in image.chunks_mut(8).enumerate() {
             bytes.copy_from_slice(&word(AT_IMAGE + index).to_le_bytes());
@@ -116,7 +120,7 @@ impl Contents {
             spaces,
             next_space,
             messages_of: u32::try_from(word(AT_MESSAGES_OF))
-                .or_else(|_| wrong("whose messages these are"))?,
+                .or_else(|_| wrong("the space of its messages is not a number of 32 bits"))?,
             messages_done: done,
             calls: (0..MAX_CALLS).map(call).take_while(|call| call.addresses.end != 0).collect(),
             messages: (done..MESSAGES).map(message).take_while(|message| message[0] != 0).collect(),
@@ -134,7 +138,7 @@ fn records(log: &[AtomicU64]) -> Result<Vec<Record>, StateError> {
     Ok(records)
 }
 
-/// The spaces that a log leaves, and the id of the next one.
+/// Returns the spaces that exist at the end of a log, and the id of the next space.
 fn spaces(records: &[Record]) -> Result<(BTreeMap<u32, RawFd>, u32), StateError> {
     let (mut spaces, mut next) = (BTreeMap::new(), 0);
     for record in records {
@@ -143,7 +147,7 @@ fn spaces(records: &[Record]) -> Result<(BTreeMap<u32, RawFd>, u32), StateError>
             Record::Space { id, fd } | Record::Fork { child: id, fd, .. } => {
                 next = next.max(id.saturating_add(1));
                 if spaces.insert(*id, *fd).is_some() {
-                    return wrong(format!("space {id} begins twice"));
+                    return wrong(format!("its log creates space {id} twice"));
                 }
             }
             Record::Change(Change::Forget { space }) => drop(spaces.remove(space)),

@@ -1,4 +1,5 @@
-//! Where things lie in a state file. Everything is words of 64 bits; docs/FORMATS.md tells the same to other readers.
+//! The layout of a state file, in words of 64 bits. docs/FORMATS.md describes the same layout for
+//! other readers.
 
 use crate::options::LossPolicy;
 use crate::uffd::{Event, MESSAGE_WORDS};
@@ -7,7 +8,7 @@ use std::ops::Range;
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"postcopy");
 pub(super) const VERSION: u64 = 2;
 
-/// Messages that are read at once.
+/// The largest number of messages that the pager reads at once.
 pub(crate) const MESSAGES: usize = 32;
 
 pub(super) const AT_MAGIC: usize = 0;
@@ -28,21 +29,21 @@ pub(super) const AT_CALLS: usize = AT_ANSWERS + ANSWERS.len();
 pub(super) const MAX_CALLS: usize = 16;
 pub(super) const CALL_WORDS: usize = 3;
 pub(super) const HEADER_WORDS: usize = AT_CALLS + MAX_CALLS * CALL_WORDS;
-/// Two logs, of which one holds: 512 MiB each at most.
+/// The first of two logs, of at most 512 MiB each. The commit word names the current one.
 pub(super) const AT_LOGS: usize = 1024;
 pub(super) const LOG_WORDS: usize = (1 << 26) - AT_LOGS / 2;
-/// Page states: the rest, for those of 48 TiB of memory.
+/// The page states: the rest of the file, enough for 48 TiB of memory.
 pub(super) const AT_STATES: usize = 1 << 27;
-/// 4 GiB, of which only words in use take memory.
+/// The length of the file: 4 GiB, of which only words in use take memory.
 pub(super) const FILE_WORDS: usize = 1 << 29;
 
 const _: () = assert!(HEADER_WORDS <= AT_LOGS && AT_LOGS + 2 * LOG_WORDS == AT_STATES);
 
-/// By their numbers in the file.
+/// The loss policies, by their numbers in the file.
 pub(super) const ON_LOSS: [LossPolicy; 4] =
     [LossPolicy::Poison, LossPolicy::Wait, LossPolicy::Kill, LossPolicy::Pause];
 
-/// What the kernel can answer or tell, in the order of their counts in the file.
+/// The names of the kernel's answers and messages, in the order of their counters in the file.
 pub(super) const ANSWERS: [&str; 12] = [
     "done",
     "partial",
@@ -68,11 +69,11 @@ pub(super) fn event(event: &Event) -> usize {
     }
 }
 
-/// The commit word: the one store that makes a step true. It tells which log holds, how many words of it, and how many
-/// of the messages received are done.
+/// The commit word, the one store that makes a step take effect. It holds the current log, the
+/// log's length, and the number of received messages that are processed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Commit {
-    /// 0 or 1.
+    /// The current log, 0 or 1.
     pub(super) log: usize,
     pub(super) log_words: usize,
     pub(super) messages_done: usize,
@@ -90,7 +91,7 @@ impl Commit {
             | self.messages_done as u64
     }
 
-    /// None: nothing was committed yet.
+    /// Decodes a commit word. Returns None if nothing has been committed yet.
     pub(super) fn of(word: u64) -> Option<Self> {
         let number = postcopy_proto::page::to_usize;
         (word & VALID != 0).then(|| Self {
@@ -101,7 +102,7 @@ impl Commit {
     }
 }
 
-/// The words of a log.
+/// Returns the words of a log.
 pub(super) fn log_range(log: usize) -> Range<usize> {
     let start = AT_LOGS + log * LOG_WORDS;
     start..start + LOG_WORDS

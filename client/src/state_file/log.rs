@@ -1,7 +1,8 @@
 //! The log of a state file: records of spaces, objects, regions and changes, one after another.
 //!
-//! A log begins with what there was when it was written anew, and goes on with the changes since: an event costs a few
-//! words, whatever there is. A successor reads it from the beginning, and applies the changes as the pager did.
+//! A log begins with the records that were current when it was written, and continues with the
+//! changes since. So an event costs a few words, for any number of regions. A successor reads the
+//! log from its beginning, and applies the changes as the pager did.
 
 use super::{StateError, wrong};
 use crate::memory::{Change, Place};
@@ -27,16 +28,17 @@ const KIND_BITS: u32 = 8;
 const SHARED: u64 = 1;
 const HUGE: u64 = 2;
 
-/// An object as it stands in a log.
+/// The record of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ObjectRecord {
     pub(crate) space: u32,
-    /// Those of a space are numbered from 0 on, in the order of their records.
+    /// The object's id, unique in its space. Regions name their object by it.
     pub(crate) id: u32,
-    /// The word that the table of its page states begins with; mappings of the same shared memory have the same.
+    /// The first word of the table of page states. Mappings of the same shared memory name the same
+    /// table.
     pub(crate) table_at: usize,
     pub(crate) pages: usize,
-    /// The file's page that the first state is of.
+    /// The file's page that the first state describes.
     pub(crate) first_page: usize,
     pub(crate) file_first_chunk: u64,
     pub(crate) file_bytes: u64,
@@ -44,21 +46,21 @@ pub(crate) struct ObjectRecord {
     pub(crate) is_huge: bool,
 }
 
-/// A region as it stands in a log.
+/// The record of a region.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RegionRecord {
     pub(crate) space: u32,
     pub(crate) object: u32,
     pub(crate) place: Place,
     pub(crate) address: usize,
-    /// Pages of the object's file.
+    /// The region's pages of the object's file.
     pub(crate) file_pages: Range<usize>,
 }
 
-/// One record.
+/// A record of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
-    /// The id of the next space that comes.
+    /// The id of the next space.
     NextSpace {
         id: u32,
     },
@@ -67,7 +69,7 @@ pub(crate) enum Record {
         id: u32,
         fd: RawFd,
     },
-    /// Which process a space is of, where that has been found out.
+    /// The process of a space, once it is known.
     Process {
         space: u32,
         process: Process,
@@ -75,7 +77,8 @@ pub(crate) enum Record {
     Object(ObjectRecord),
     Region(RegionRecord),
     Change(Change),
-    /// A process has forked. Private objects of its child have tables of their own, by the objects' ids.
+    /// A fork. `tables` has the child's private objects by id, with their new tables of page
+    /// states.
     Fork {
         parent: u32,
         child: u32,
@@ -97,12 +100,12 @@ fn pair(high: u32, low: u32) -> u64 {
 }
 
 fn unpair(word: u64) -> (u32, u32) {
-    let half = |word: u64| u32::try_from(word & u64::from(u32::MAX)).expect("32 bits");
+    let half = |word: u64| u32::try_from(word & u64::from(u32::MAX)).expect("the mask leaves 32 bits");
     (half(word >> 32), half(word))
 }
 
 impl Record {
-    /// Appends its words.
+    /// Appends the record's words to `words`.
     pub(super) fn write(&self, words: &mut Vec<u64>) {
         let at = words.len();
         words.push(0);
@@ -146,7 +149,7 @@ impl Record {
         words[at] = kind | ((words.len() - at) as u64) << KIND_BITS;
     }
 
-    /// Reads the record that begins at word `at`, and says where the next one begins.
+    /// Reads the record that begins at word `at`, and returns it with the position of the next one.
     ///
     /// # Errors
     /// [`StateError::Wrong`].
@@ -159,7 +162,7 @@ impl Record {
         let (kind, len) = (head & ((1 << KIND_BITS) - 1), to_usize(head >> KIND_BITS));
         let next = at.checked_add(len).filter(|next| len > 0 && *next <= end);
         let Some(next) = next else {
-            return wrong(format!("the record at word {at} of its log has {len} words"));
+            return wrong(format!("the record at word {at} of its log has {len} words, which is impossible"));
         };
         let of = |index: usize| if 1 + index < len { word(at + 1 + index) } else { 0 };
         let expected = match kind {
@@ -169,13 +172,16 @@ impl Record {
             MOVE | REGION => 5,
             OBJECT => 8,
             FORK => 3 + (len.max(3) - 3) / 2 * 2,
-            _ => return wrong(format!("the record at word {at} of its log is of kind {kind}")),
+            _ => return wrong(format!("the record at word {at} of its log has the unknown kind {kind}")),
         };
         if len != expected {
-            return wrong(format!("the record at word {at} of its log, of kind {kind}, has {len} words"));
+            return wrong(format!(
+                "the record at word {at} of its log, of kind {kind}, has {len} words instead of {expected}"
+            ));
         }
         let fd = |word: u64| {
-            RawFd::try_from(word & u64::from(u32::MAX)).or_else(|_| wrong("a descriptor's number"))
+            RawFd::try_from(word & u64::from(u32::MAX))
+                .or_else(|_| wrong("its log names a descriptor with a negative number"))
         };
         let record = match kind {
             NEXT_SPACE => Self::NextSpace { id: unpair(of(0)).1 },
@@ -226,13 +232,15 @@ fn read_change(kind: u64, words: [u64; 4]) -> Result<Change, StateError> {
     let space = unpair(words[0]).1;
     let [a, b, c] = [words[1], words[2], words[3]].map(to_usize);
     let is_ordered = matches!(kind, MAP_AGAIN | CLEAR | FORGET) || a <= b;
-    // Beyond these no address or sum of two overflows.
+    // Below this limit no address overflows, and no sum of two.
     const LIMIT: usize = 1 << 57;
     if !is_ordered || [a, c].iter().any(|n| *n > LIMIT) || (b > LIMIT && kind != TAKE_BACK) {
-        return wrong(format!("a change of addresses {a:#x}, {b:#x}, {c:#x}"));
+        return wrong(format!("its log has a change with impossible addresses: {a:#x}, {b:#x}, {c:#x}"));
     }
     if ![a, b, c].iter().all(|n| n.is_multiple_of(PAGE_BYTES)) {
-        return wrong(format!("a change of addresses {a:#x}, {b:#x}, {c:#x}, which are no pages'"));
+        return wrong(format!(
+            "its log has a change with addresses that are no pages': {a:#x}, {b:#x}, {c:#x}"
+        ));
     }
     Ok(match kind {
         UNMAP => Change::Unmap { space, addresses: a..b },
@@ -251,7 +259,7 @@ fn read_region(words: [u64; 4]) -> Result<RegionRecord, StateError> {
         0 => Place::Here,
         1 => Place::Moved,
         2 => Place::Displaced,
-        other => return wrong(format!("a region of place {other}")),
+        other => return wrong(format!("its log has a region with the unknown place {other}")),
     };
     let address = address - address % PAGE_BYTES;
     let (first, pages) = (to_usize(words[2]), to_usize(words[3]));
@@ -259,7 +267,7 @@ fn read_region(words: [u64; 4]) -> Result<RegionRecord, StateError> {
         pages.checked_mul(PAGE_BYTES).and_then(|len| address.checked_add(len)).filter(|end| *end < 1 << 57);
     let file_end = first.checked_add(pages).filter(|_| pages > 0 && u32::try_from(pages).is_ok());
     let (Some(_), Some(file_end)) = (end, file_end) else {
-        return wrong(format!("a region of {pages} pages at {address:#x}"));
+        return wrong(format!("its log has an impossible region: {pages} pages at {address:#x}"));
     };
     Ok(RegionRecord { space, object, place, address, file_pages: first..file_end })
 }

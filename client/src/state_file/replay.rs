@@ -1,7 +1,8 @@
-//! Makes spaces of a log again, as the pager that wrote it had them.
+//! Rebuilds the spaces from a log, as the pager that wrote it had them.
 //!
-//! First with stand-ins for the page states, because objects that the log's end has no use for any more may have given
-//! their blocks to others; then those that are left get the states that lie in the file.
+//! The replay runs in two steps, because objects that do not outlive the log may have released
+//! their blocks to others. First it applies the log with stand-ins for the page states. Then the
+//! remaining objects get their states from the file.
 
 use super::log::{ObjectRecord, Record, RegionRecord};
 use super::{Contents, State, StateError, wrong};
@@ -15,16 +16,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// A log that is being replayed.
+/// A replay in progress.
 struct Replay<'a> {
     spaces: Spaces,
-    /// By id. Where a process has exited since, another one stands in, whose descriptor was opened alike.
+    /// The session's spaces, by id. For a process that has exited, a stand-in uses the userfaultfd
+    /// of another one.
     of_processes: BTreeMap<u32, Arc<Space>>,
-    /// Of stand-ins for page states.
+    /// The arena of the stand-ins' page states.
     arena: Arc<Arena>,
-    /// By the stand-in: where the table of its states lies in the file.
+    /// The position in the file of each stand-in's table of page states.
     tables: HashMap<*const Object, usize>,
-    /// The stand-ins, so that none has the address of another one that is gone; shared ones by their tables.
+    /// All stand-ins, so that no stand-in gets the address of a dropped one.
     objects: Vec<Arc<Object>>,
     shared: HashMap<usize, Arc<Object>>,
     files: HashMap<u64, FileEntry>,
@@ -32,10 +34,11 @@ struct Replay<'a> {
     tracks_removals: bool,
 }
 
-/// Makes the spaces of a state file again. `spaces` are those that the file names, by their ids.
+/// Rebuilds the spaces of a state file. `spaces` has the spaces that exist at the end of the log,
+/// by id.
 ///
 /// # Errors
-/// [`StateError::Wrong`] names what cannot be; the file is left as it is.
+/// [`StateError::Wrong`] names the contradiction; the file stays as it is.
 pub(crate) fn replay(
     state: &State,
     contents: &Contents,
@@ -82,11 +85,11 @@ impl Replay<'_> {
         }
     }
 
-    /// The space with this id, or one that stands in for it.
+    /// Returns the space with this id, or a stand-in for it.
     fn process(&self, id: u32) -> Arc<Space> {
         let known = self.of_processes.get(&id).map(Arc::clone);
         known.unwrap_or_else(|| {
-            let other = self.of_processes.values().next().expect("there is one");
+            let other = self.of_processes.values().next().expect("`replay` returns early without spaces");
             Arc::new(other.stand_in(id))
         })
     }
@@ -118,11 +121,16 @@ impl Replay<'_> {
         let end = record.first_page.checked_add(record.pages);
         if record.pages == 0 || end.is_none_or(|end| end > file_pages) {
             let (pages, first) = (record.pages, record.first_page);
-            return wrong(format!("{pages} pages from page {first} of a file of {file_pages}"));
+            return wrong(format!(
+                "its log has an object of {pages} pages from page {first} of a file of {file_pages} pages"
+            ));
         }
         if self.spaces.space(record.space).is_none() || self.spaces.object(record.space, record.id).is_some()
         {
-            return wrong(format!("object {} of space {}, which cannot be", record.id, record.space));
+            return wrong(format!(
+                "object {} of space {} exists twice, or without its space",
+                record.id, record.space
+            ));
         }
         let kind = ObjectKind {
             is_shared: record.is_shared,
@@ -139,7 +147,12 @@ impl Replay<'_> {
             {
                 object
             }
-            Some(_) => return wrong(format!("page states at {} are of two kinds", record.table_at)),
+            Some(_) => {
+                return wrong(format!(
+                    "two different objects share the page states at word {}",
+                    record.table_at
+                ));
+            }
             None => self.stand_in(file, record.first_page, record.pages, kind, record.table_at)?,
         };
         if record.is_shared {
@@ -152,20 +165,25 @@ impl Replay<'_> {
     fn add_region(&mut self, record: &RegionRecord) -> Result<(), StateError> {
         let object = self.spaces.object(record.space, record.object).cloned();
         let Some(object) = object else {
-            return wrong(format!("a region of object {}, which is not there", record.object));
+            return wrong(format!("a region names object {}, which does not exist", record.object));
         };
         let has = object.first_page()..object.first_page() + object.states().pages();
         let (address, pages) = (record.address, &record.file_pages);
         if pages.start < has.start || pages.end > has.end {
-            return wrong(format!("the region at {address:#x} has pages {pages:?} of {has:?}"));
+            return wrong(format!(
+                "the region at {address:#x} has pages {pages:?}, but its object only {has:?}"
+            ));
         }
         let unit = if object.kind().is_huge { crate::memory::HUGE_PAGES } else { 1 };
         let places = [address / PAGE_BYTES, pages.len(), pages.start - has.start];
         if !places.iter().all(|place| place.is_multiple_of(unit)) {
-            return wrong(format!("a region of huge pages at {address:#x} of {} pages", pages.len()));
+            return wrong(format!(
+                "the region of huge pages at {address:#x}, of {} pages, is not aligned to them",
+                pages.len()
+            ));
         }
         let addresses = address..address + pages.len() * PAGE_BYTES;
-        let space = Arc::clone(self.spaces.space(record.space).expect("it has an object"));
+        let space = Arc::clone(self.spaces.space(record.space).expect("a space with an object exists"));
         let is_here = record.place == crate::memory::Place::Here;
         if is_here && !self.spaces.overlapping(&space, &addresses).is_empty() {
             return wrong(format!("the region at {address:#x} overlaps another"));
@@ -176,7 +194,7 @@ impl Replay<'_> {
 
     fn fork(&mut self, parent: u32, child: u32, tables: &[(u32, usize)]) -> Result<(), StateError> {
         if self.spaces.space(child).is_some() {
-            return wrong(format!("a fork of space {parent}, whose child is {child}"));
+            return wrong(format!("space {parent} forks to space {child}, which exists already"));
         }
         let space = self.process(child);
         let mut spaces = self.spaces.clone();
@@ -193,11 +211,11 @@ impl Replay<'_> {
         Ok(())
     }
 
-    /// Gives the objects that are left the page states that lie in the file.
+    /// Gives the remaining objects their page states, which lie in the file.
     fn finish(mut self, state: &State) -> Result<Spaces, StateError> {
         let left: Vec<_> = self.of_processes.keys().copied().collect();
         if !self.spaces.spaces().map(|space| space.id).eq(left.iter().copied()) {
-            return wrong("it names other spaces than it leaves");
+            return wrong("its log and its replay end with different spaces");
         }
         let mut live: HashMap<*const Object, Arc<Object>> = HashMap::new();
         for id in left {
@@ -205,13 +223,13 @@ impl Replay<'_> {
                 self.spaces.objects_of(id).map(|(_, object)| (Arc::as_ptr(object), Arc::clone(object)));
             live.extend(objects);
         }
-        let words = state.file_words().expect("a log is of a file");
+        let words = state.file_words().expect("a session with a log has a file");
         let mut used = Vec::new();
         for (pointer, object) in &live {
             let (at, pages) = (self.tables[pointer], object.states().pages());
             let table_end = at.checked_add(crate::memory::table_words(pages));
             if at < super::layout::AT_STATES || table_end.is_none_or(|end| end > words.len()) {
-                return wrong(format!("a table of page states at word {at}"));
+                return wrong(format!("a table of page states lies outside of its place, at word {at}"));
             }
             used.extend(runs_in_use(at, pages, |at| words[at].load(Ordering::Acquire)));
         }
@@ -232,7 +250,7 @@ impl Replay<'_> {
     }
 }
 
-/// Counts what is unresolved of the pages that regions have.
+/// Counts the unresolved pages of all regions.
 fn recount(spaces: &Spaces) {
     let mut covered: HashMap<*const Object, (Arc<Object>, Vec<std::ops::Range<usize>>)> = HashMap::new();
     let ids: Vec<_> = spaces.spaces().map(|space| space.id).collect();
