@@ -1,7 +1,8 @@
-//! From a chunk's plain bytes to its pages in memory.
+//! Installs a chunk's plain bytes as pages in memory.
 //!
-//! Knows nothing of where the bytes came from; they have been verified. Only pages that are absent or poisoned are
-//! touched, at most 64 KiB in one ioctl, so that nobody waits long behind it.
+//! This module knows nothing of the bytes' source; its callers have verified them. It changes only
+//! absent and poisoned pages, at most 64 KiB with one ioctl, so that the pager never waits long for
+//! an installer.
 
 pub(crate) mod chunk;
 pub(crate) mod hand_over;
@@ -14,12 +15,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between attempts of the kernel's that were put off.
+/// Pause before the next attempt, after the kernel refused one.
 const PAUSE: Duration = Duration::from_micros(200);
 
 static ZEROS: [u8; PIECE_PAGES * PAGE_BYTES] = [0; PIECE_PAGES * PAGE_BYTES];
 
-/// The states of pages that may be installed. Before Linux 6.6 a lost page is inaccessible, and stays so.
+/// Returns the states of pages that may be installed. Before Linux 6.6 a lost page is made
+/// inaccessible, and stays so.
 pub(crate) fn unresolved(region: &Region) -> &'static [PageState] {
     if region.space.uffd.can_poison() {
         &[PageState::Absent, PageState::Poisoned]
@@ -28,25 +30,26 @@ pub(crate) fn unresolved(region: &Region) -> &'static [PageState] {
     }
 }
 
-/// How installing a chunk went.
+/// The outcome of installing a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Installed {
-    /// Nothing of it is left to do: its pages are resident, removed or gone.
+    /// No work is left: the pages are resident, removed or gone.
     All,
-    /// An event waits to be read first; then try again.
+    /// An event must be read before the next attempt.
     Deferred,
-    /// The kernel has no memory at the moment; try again.
+    /// The kernel lacks memory at the moment; the caller must retry.
     NoMemory,
     /// The session has ended.
     Ended,
 }
 
-/// Installs one after another into a region, from a thread of an installer or from the pager.
+/// The gate passages of successive installs into a region, from an installer's thread or from the
+/// pager.
 #[derive(Debug)]
 pub(crate) struct Entrance<'a> {
-    /// None: the pager itself installs, and no event is read meanwhile.
+    /// The map whose gate installers pass; `None` in the pager, which reads no event meanwhile.
     map: Option<&'a MemoryMap>,
-    /// The spaces that hold the region, as they were last seen.
+    /// The spaces that held the region at the last passage.
     seen: Option<Arc<Spaces>>,
 }
 
@@ -55,10 +58,11 @@ impl<'a> Entrance<'a> {
         Self { map, seen: None }
     }
 
-    /// Passes the gate as an installer, for one piece, if the region is still what it was.
+    /// Passes the gate as an installer, for one piece, if the region is unchanged.
     ///
     /// # Errors
-    /// [`Installed::All`] if its memory was moved or unmapped; [`Installed::Ended`].
+    /// Returns [`Installed::All`] if the region was moved or unmapped, [`Installed::Ended`] if the
+    /// session has ended.
     pub(crate) fn enter(&mut self, region: &Region) -> Result<Option<InstallerPass<'a>>, Installed> {
         let Some(map) = self.map else {
             return if region.space.is_gone() { Err(Installed::All) } else { Ok(None) };
@@ -74,11 +78,12 @@ impl<'a> Entrance<'a> {
     }
 }
 
-/// Installs the pages of a chunk that `region` has and that are unresolved, those around region page `first` before the
-/// others, and wakes who waits for them. `content` is what the chunk holds.
+/// Installs the unresolved pages of a chunk in `region`, first those around region page `first`,
+/// and wakes their waiters. `content` is the content of the chunk.
 ///
 /// # Blocking
-/// With a `map` it passes its gate as an installer for each piece; without one it must be the pager.
+/// With a `map`, passes its gate as an installer for each piece. Without one, the caller must be
+/// the pager.
 pub(crate) fn install(
     map: Option<&MemoryMap>,
     region: &Region,
@@ -101,7 +106,7 @@ pub(crate) fn install(
     wake_shared(map, region, &all)
 }
 
-/// Installs one page of a chunk, and wakes who waits for it.
+/// Installs one page of a chunk, and wakes its waiters.
 pub(crate) fn install_page(
     region: &Region,
     chunk: ChunkIndex,
@@ -112,7 +117,7 @@ pub(crate) fn install_page(
     install_part(None, region, &all, content, page..page + 1)
 }
 
-/// Installs pages `part` of the region's pages `all` of a chunk.
+/// Installs the pages `part`; `all` are the region's pages of the chunk.
 fn install_part(
     map: Option<&MemoryMap>,
     region: &Region,
@@ -129,10 +134,10 @@ fn install_part(
     })
 }
 
-/// Installs these pages of a region, as far as they are unresolved: their padded bytes, or None for zeros.
+/// Installs the unresolved of these pages. `bytes` are their padded bytes, or `None` for zeros.
 ///
 /// # Blocking
-/// As [`install`].
+/// The same as for [`install`].
 pub(crate) fn install_pages(
     map: Option<&MemoryMap>,
     region: &Region,
@@ -151,15 +156,16 @@ pub(crate) fn install_pages(
     }
 }
 
-/// Installs what is unresolved of `pages`. `piece` says of such a run how many of its first pages, at most 64 KiB, are
-/// installed by one ioctl, and gives their bytes, or None for zeros.
+/// Installs the unresolved pages of `pages`. For a run, `piece` returns the number of first pages
+/// for one ioctl, at most 64 KiB, and their bytes, or `None` for zeros.
 fn install_runs<'a>(
     map: Option<&MemoryMap>,
     region: &Region,
     pages: Range<usize>,
     piece: impl Fn(Range<usize>) -> (usize, Option<&'a [u8]>),
 ) -> Installed {
-    // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
+    // One ioctl must stay within one VMA. Because madvise and mprotect of a part split VMAs, this
+    // then goes page by page.
     let (mut next, mut one_page) = (pages.start, false);
     let mut entrance = Entrance::new(map);
     while next < pages.end {
@@ -179,8 +185,9 @@ fn install_runs<'a>(
     Installed::All
 }
 
-/// What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager may just
-/// have seen waiting, and what it reads in their place is an event whose caller it has not looked for.
+/// Wakes the waiters of this mapping: an install through another mapping of the memory does not
+/// wake them. The wake holds the gate. It removes faults that the pager may just have seen pending,
+/// and the pager would read an event in their place, without having looked for its caller.
 fn wake_shared(map: Option<&MemoryMap>, region: &Region, pages: &Range<usize>) -> Installed {
     if !region.is_shared() {
         return Installed::All;
@@ -193,7 +200,7 @@ fn wake_shared(map: Option<&MemoryMap>, region: &Region, pages: &Range<usize>) -
 }
 
 enum Step {
-    /// Go on with this page.
+    /// Continue with this page.
     Next(usize),
     /// Try the first page alone.
     OnePage,
@@ -203,7 +210,7 @@ enum Step {
 fn install_piece(region: &Region, pages: Range<usize>, bytes: Option<&[u8]>) -> Step {
     let uffd = &region.space.uffd;
     let (address, len) = (region.address(pages.start), pages.len() * PAGE_BYTES);
-    // UFFDIO_ZEROPAGE takes poison for a page that is there; a copy goes over it.
+    // UFFDIO_ZEROPAGE reports poison as a present page; UFFDIO_COPY replaces it.
     let poisoned = region.next_run(pages.clone(), &[PageState::Poisoned]).is_some();
     let outcome = match bytes {
         Some(bytes) => uffd.copy(address, bytes),
@@ -220,15 +227,17 @@ fn install_piece(region: &Region, pages: Range<usize>, bytes: Option<&[u8]>) -> 
             region.set_resident(pages.start..done);
             Step::Next(done)
         }
-        // Lost in between: poison looks as if a page were there, and a copy goes over it.
+        // The page was poisoned meanwhile. UFFDIO_ZEROPAGE reports poison as a present page; a copy
+        // replaces it.
         Outcome::AlreadyPresent
             if bytes.is_none() && !poisoned && region.state(pages.start) == PageState::Poisoned =>
         {
             Step::Next(pages.start)
         }
         Outcome::AlreadyPresent => {
-            // It was installed by the other lane, through another mapping, or by a pager that was killed before it
-            // could note that; or written after a removal whose event is still to be read.
+            // The other lane installed the page, another mapping did, or a pager that was killed
+            // before it could note the install. Or a thread wrote to the page after a removal whose
+            // event is unread.
             region.set_resident(pages.start..pages.start + 1);
             uffd.wake(address, PAGE_BYTES);
             Step::Next(pages.start + 1)
@@ -247,10 +256,10 @@ fn install_piece(region: &Region, pages: Range<usize>, bytes: Option<&[u8]>) -> 
     }
 }
 
-/// Makes every unresolved page of `pages` SIGBUS, and wakes who waits for it. False: it could not be done within
-/// `patience`, because the kernel has no memory, or an event cannot be read.
+/// Makes each unresolved page of `pages` raise SIGBUS, and wakes its waiters. Returns false if that
+/// makes no progress for `patience`, because the kernel lacks memory or an event cannot be read.
 ///
-/// `read_events` is called when an event must be read first.
+/// Calls `read_events` when an event must be read first.
 pub(crate) fn poison(
     map: &MemoryMap,
     region: &Region,
@@ -262,21 +271,23 @@ pub(crate) fn poison(
     let uffd = &region.space.uffd;
     let unit = region.unit();
     let mut next = pages.start;
-    // Less where one ioctl meets two VMAs, or memory that is gone.
+    // The limit shrinks after an ioctl that met two VMAs, or memory that is gone.
     let mut most = usize::MAX;
     let mut progressed = Instant::now();
     let mut were_absent = 0..0;
-    // Those that are poisoned, too: poison belongs to a mapping, and whoever has set the state may have been killed.
+    // Poisoned pages are included: poison belongs to one mapping, and a killed pager may have set
+    // the state without poisoning all mappings.
     while let Some(run) = region.next_run(next..pages.end, &UNRESOLVED) {
-        // An event that was read may have moved it.
+        // An event that was read may have moved the region.
         if !map.spaces().holds(region) {
             return true;
         }
         let run = run.start..run.end.min(run.start.saturating_add(most));
-        // Of one state: what is at the beginning of the run is all over it.
+        // The run is cut to pages in the state of its first page.
         let run = region.next_run(run.clone(), &[region.state(run.start)]).unwrap_or(run);
         if region.state(run.start) == PageState::Absent {
-            // Before the kernel is asked: poison that looks absent would be taken for a page that is there.
+            // The state changes before the ioctl: an installer that finds poison on a page in state
+            // absent would note the page as resident.
             if region.set_poisoned(run.clone()).is_err() {
                 return false;
             }
@@ -295,14 +306,14 @@ pub(crate) fn poison(
                 run.start + bytes / PAGE_BYTES
             }
             Outcome::AlreadyPresent => {
-                // An installer was faster. Else it is poison that is there.
+                // An installer was faster, or the page is poisoned already.
                 if were_absent.contains(&run.start) {
                     region.set_resident(run.start..run.start + unit);
                 }
                 uffd.wake(address, unit * PAGE_BYTES);
                 run.start + unit
             }
-            // The event's causer must run before the kernel lets it through.
+            // The thread that caused the event must run before the kernel admits the ioctl.
             Outcome::Deferred => {
                 read_events();
                 std::thread::yield_now();
@@ -344,25 +355,29 @@ fn poison_run(region: &Region, address: usize, len: usize) -> Outcome {
     Outcome::Done
 }
 
-/// A page is no longer registered, or not mapped. If an event is to be read yet, that decides what becomes of it, which
-/// may be that it has only been moved; else nothing will tell of it, and it is final. Or it is still to be registered.
+/// Handles a page that is not registered or not mapped.
+///
+/// While an event is unread the state stays, because the event may be a move. Without one, the page
+/// of private memory is final and becomes removed, unless its space is yet to be registered.
 pub(crate) fn gone(region: &Region, page: usize) {
     let uffd = &region.space.uffd;
     if !uffd.has_event() && !region.is_shared() && region.space.is_registered() {
-        // Without memory for that the page stays absent, and its next fault comes here again.
+        // If the kernel lacks memory for this, the page stays absent, and its next fault repeats
+        // the attempt.
         let _ = region.set_removed(region.whole(&(page..page + 1)));
     }
     let addresses = region.whole_addresses(page);
     uffd.wake(addresses.start, addresses.len());
 }
 
-/// Before Linux 6.6: no access at all to these pages, which is SIGSEGV.
+/// Makes these pages inaccessible (SIGSEGV), for kernels before Linux 6.6.
 fn forbid(region: &Region, pages: Range<usize>) {
     use crate::uffd::memory::forbid;
     if forbid(region.address(pages.start), pages.len() * PAGE_BYTES).is_ok() {
         return;
     }
-    // Each run is a VMA of its own, and there are no more to be had: then all of the region, what is there, too.
+    // Each run is a VMA of its own, and the process has reached its limit. Then the whole region is
+    // protected, resident pages included.
     let all = forbid(region.address(0), region.len());
     all.expect("the protection of a whole mapping of our own can be taken away");
 }
@@ -378,7 +393,7 @@ mod tests {
 
     const PAGES: usize = PIECE_PAGES;
 
-    /// A region of one chunk, registered.
+    /// Maps and registers a region of one chunk.
     fn region(memory: &Memory) -> (MemoryMap, Region) {
         let state = State::own();
         let space = Arc::new(Space::new(0, Uffd::open(0).unwrap(), state.answers()));
@@ -404,7 +419,7 @@ mod tests {
     fn pages_that_are_there_are_left_and_the_rest_comes() {
         let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
         let (_map, region) = region(&memory);
-        // Nobody has noted these: their installer was killed.
+        // No state was noted for these pages: their installer was killed.
         for page in [0, 5, 6, 15] {
             let copied = region.space.uffd.copy(region.address(page), &[7; PAGE_BYTES]);
             assert_eq!(copied, Outcome::Done);
@@ -434,7 +449,7 @@ mod tests {
         for (page, state) in states.into_iter().chain([(9, PageState::Resident), (12, PageState::Removed)]) {
             assert_eq!(region.state(page), state, "page {page}");
         }
-        // What comes after all goes over it.
+        // A late install replaces the poison.
         assert_eq!(install_zeros(&region), Installed::All);
         assert_eq!((region.count(PageState::Resident), region.count(PageState::Removed)), (PAGES - 1, 1));
         assert_eq!(memory.slice(PAGES * PAGE_BYTES)[PAGE_BYTES], 0);
@@ -447,7 +462,7 @@ mod tests {
         region.space.uffd.unregister(region.address(4), 4 * PAGE_BYTES).unwrap();
         assert_eq!(install_zeros(&region), Installed::All);
         assert_eq!(region.count(PageState::Resident), PAGES - 4);
-        // Nothing tells of it, so that it is final.
+        // No event reports this, so the removal is final.
         assert_eq!(region.count(PageState::Removed), 4);
         assert_eq!(map.spaces().unresolved(true), 0);
     }

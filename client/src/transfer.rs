@@ -1,5 +1,5 @@
-//! Whole images: [`push`] makes one of files and sends it, [`pull`] writes one to files. [`fetch`] brings the chunks
-//! that a pull asks for.
+//! Transfer of whole images: [`push`] makes an image of files and sends it, [`pull`] writes an
+//! image to files. [`fetch`] fetches the chunks for a pull.
 
 mod fetch;
 pub mod pull;

@@ -1,29 +1,31 @@
-//! Buffers of packs between uses: fresh memory costs a page fault each 4 KiB, as much as filling it.
+//! Reusable buffers for packs. Filling fresh memory costs a page fault each 4 KiB, as much as the
+//! copy itself.
 
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Keeps a few buffers; clones share them.
+/// A pool of idle buffers; clones share it.
 #[derive(Clone, Debug)]
 pub struct Buffers {
     max_idle: usize,
     max_bytes: usize,
-    /// Held to take one or to put one back.
+    /// Locked only to take or to return a buffer.
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl Buffers {
-    /// Keeps at most `max_idle` buffers, and none that is longer than `max_bytes`.
+    /// Makes a pool of at most `max_idle` buffers, none longer than `max_bytes`.
     #[must_use]
     pub fn new(max_idle: usize, max_bytes: usize) -> Self {
         Self { max_idle, max_bytes, idle: Arc::default() }
     }
 
-    /// An empty buffer with room for `bytes`.
+    /// Returns an empty buffer with room for `bytes`.
     #[must_use]
     pub fn take(&self, bytes: usize) -> Vec<u8> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // A large one is not for a few bytes: who bounds what is asked for bounds memory by that.
+        // A large buffer is not used for few bytes, so that a bound on the requested bytes also
+        // bounds memory.
         let fitting = idle.iter().position(|buffer| buffer.capacity() / 2 <= bytes);
         let mut buffer = fitting.map(|i| idle.swap_remove(i)).unwrap_or_default();
         drop(idle);
@@ -31,7 +33,7 @@ impl Buffers {
         buffer
     }
 
-    /// The buffer's bytes; it comes back when the last slice of them is dropped.
+    /// Returns the buffer's bytes. The buffer returns to the pool when their last slice is dropped.
     #[must_use]
     pub fn lend(&self, buffer: Vec<u8>) -> Bytes {
         Bytes::from_owner(Lent { buffer, home: self.clone() })

@@ -6,47 +6,47 @@ use std::str::FromStr;
 /// Length of a digest in bytes.
 pub const DIGEST_BYTES: usize = blake3::OUT_LEN;
 
-/// A BLAKE3 digest. Shown as `blake3:` and 64 hex digits.
+/// A BLAKE3 digest, displayed as `blake3:` and 64 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; DIGEST_BYTES]);
 
 /// Bytes or text that are no digest.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DigestError {
-    /// Not 32 bytes.
+    /// The input has another length than 32 bytes.
     #[error("a digest has 32 bytes, this one has {0}")]
     Length(usize),
     /// A list of digests whose length is no multiple of 32.
     #[error("a list of digests has a multiple of 32 bytes, this one has {0}")]
     ListLength(usize),
-    /// Not `blake3:` and 64 lower-case hex digits.
+    /// The text is not `blake3:` and 64 lower-case hex digits.
     #[error("digest {0:?}: not `blake3:` and 64 lower-case hex digits")]
     Text(String),
 }
 
 impl Digest {
-    /// The digest of `bytes`.
+    /// Computes the digest of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
 
-    /// The digest's 32 bytes.
+    /// Returns the digest's 32 bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; DIGEST_BYTES] {
         &self.0
     }
 
-    /// The 64 lower-case hex digits, as objects are named in a store.
+    /// Returns the 64 lower-case hex digits, which name objects in a store.
     #[must_use]
     pub fn hex(&self) -> String {
         blake3::Hash::from_bytes(self.0).to_hex().to_string()
     }
 
-    /// The digest that 64 lower-case hex digits stand for.
+    /// Parses 64 lower-case hex digits.
     ///
     /// # Errors
-    /// [`DigestError::Text`] for anything else.
+    /// Returns [`DigestError::Text`] for anything else.
     pub fn from_hex(hex: &str) -> Result<Self, DigestError> {
         let wrong = || DigestError::Text(hex.chars().take(80).collect());
         if hex.bytes().any(|b| b.is_ascii_uppercase()) {
@@ -56,10 +56,10 @@ impl Digest {
         Ok(Self(*hash.as_bytes()))
     }
 
-    /// The digests that were put together into `bytes`.
+    /// Splits concatenated digests.
     ///
     /// # Errors
-    /// [`DigestError::ListLength`] unless the length is a multiple of 32.
+    /// Returns [`DigestError::ListLength`] unless the length is a multiple of 32.
     pub fn list(bytes: &[u8]) -> Result<impl ExactSizeIterator<Item = Self>, DigestError> {
         let (digests, []) = bytes.as_chunks::<DIGEST_BYTES>() else {
             return Err(DigestError::ListLength(bytes.len()));
@@ -67,7 +67,7 @@ impl Digest {
         Ok(digests.iter().map(|bytes| Self(*bytes)))
     }
 
-    /// `digests` put together.
+    /// Returns the concatenation of `digests`.
     #[must_use]
     pub fn concat(digests: &[Self]) -> bytes::Bytes {
         digests.iter().flat_map(|d| d.0).collect()

@@ -1,7 +1,7 @@
-//! Frames: one chunk's non-zero pages, compressed.
+//! Frames: the non-zero pages of one chunk, compressed.
 //!
-//! A frame is what lies in a pack and what travels: nobody between the client that pushed it and the
-//! client that maps it codes it again. Its layout, integers little-endian:
+//! Packs store frames, and messages carry them unchanged: the pushing client encodes a frame, and
+//! the restoring client decodes it. The layout, integers little-endian:
 //!
 //! ```text
 //! offset  size
@@ -15,8 +15,8 @@
 //!  16+4n        the coded pages, one after another
 //! ```
 //!
-//! Pages that no run names are zero. A page that is zero is not held, so that a chunk of given bytes
-//! and a codec have one frame, and a chunk of nothing but zeros none.
+//! Pages outside of all runs are zero. A frame never holds a zero page. So a chunk and a codec
+//! determine the frame, and a chunk of zeros has none.
 
 use crate::digest::Digest;
 use crate::page::{ChunkSize, MAX_PAGES_PER_CHUNK, PAGE_BYTES, PageRun, is_zero};
@@ -26,18 +26,18 @@ const RUN_BYTES: usize = 4;
 /// Runs are at least one page apart, so a chunk of 512 pages has at most 256.
 const MAX_RUNS: usize = MAX_PAGES_PER_CHUNK / 2;
 
-/// The longest frame: header, runs and a chunk as it is.
+/// Bytes of the longest frame: header, runs and an uncompressed chunk.
 pub const MAX_FRAME_BYTES: usize = HEADER_BYTES + RUN_BYTES * MAX_RUNS + ChunkSize::MAX.bytes();
 
-/// Bytes that are no frame of a chunk, or not the frame of the chunk that was expected.
+/// A defect of a frame, or a frame of another chunk than the expected one.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
-    /// It ends before its header does, or is not as long as its header says.
+    /// The frame ends before its header does, or has another length than its header states.
     #[error("the frame has {actual} bytes, its header says {expected}")]
     Length {
-        /// Bytes there are.
+        /// The actual number of bytes.
         actual: usize,
-        /// Bytes there must be.
+        /// The required number of bytes.
         expected: usize,
     },
     /// A codec that this version does not know.
@@ -49,53 +49,53 @@ pub enum FrameError {
     /// A header field out of its range.
     #[error("{field} is {value}, which is not in its range")]
     Field {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
-        /// What it says.
+        /// The value of the field.
         value: u32,
     },
-    /// Page runs that overlap, touch, or lie outside of the chunk.
+    /// Page runs that overlap, are adjacent, or lie outside of the chunk.
     #[error("page run {index} (page {first}, {count} pages) is not ascending, apart and in the chunk")]
     Run {
-        /// Which run.
+        /// The index of the run.
         index: usize,
-        /// Its first page.
+        /// The first page of the run.
         first: u16,
-        /// Its number of pages.
+        /// The number of pages of the run.
         count: u16,
     },
     /// The coded bytes do not decode to what the header promises.
     #[error("the coded pages do not decode: {0}")]
     Decode(String),
-    /// A page that is held is zero.
+    /// The frame holds a page that is zero.
     #[error("page {0} is held and zero")]
     ZeroPage(usize),
-    /// It is the frame of a chunk of another length.
+    /// The frame is for a chunk of another length.
     #[error("the frame is of a chunk of {actual} bytes, the manifest says {expected}")]
     ChunkLength {
-        /// What the frame says.
+        /// The length in the frame.
         actual: usize,
-        /// What was expected.
+        /// The expected length.
         expected: usize,
     },
-    /// It decodes to something else than was expected.
+    /// The frame decodes to another chunk than the expected one.
     #[error("the frame decodes to a chunk with digest {actual}, the manifest says {expected}")]
     Digest {
-        /// Digest of what it decodes to.
+        /// Digest of the decoded bytes.
         actual: Digest,
-        /// What was expected.
+        /// The expected digest.
         expected: Digest,
     },
 }
 
-/// How a frame's pages are coded.
+/// The coding of a frame's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Codec {
     Raw = 0,
     Zstd = 1,
 }
 
-/// A frame whose header has been checked; its coded bytes have not been looked at.
+/// A frame with a valid header; its coded bytes are unchecked.
 #[derive(Clone, Copy, Debug)]
 pub struct ChunkFrame<'a> {
     codec: Codec,
@@ -111,10 +111,10 @@ fn page_run(bytes: [u8; RUN_BYTES]) -> PageRun {
 }
 
 impl<'a> ChunkFrame<'a> {
-    /// Checks the header of the frame that `bytes` are.
+    /// Parses `bytes` as one frame, and checks its header.
     ///
     /// # Errors
-    /// What is wrong with the header, or [`FrameError::Length`] if anything follows the frame.
+    /// Returns the defect of the header, or [`FrameError::Length`] if bytes follow the frame.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, FrameError> {
         let (frame, rest) = Self::parse_first(bytes)?;
         if rest.is_empty() {
@@ -123,10 +123,11 @@ impl<'a> ChunkFrame<'a> {
         Err(FrameError::Length { actual: bytes.len(), expected: bytes.len() - rest.len() })
     }
 
-    /// Checks the header of the frame that `bytes` begin with; gives what follows it, too.
+    /// Parses the frame at the start of `bytes`, and checks its header. Returns the bytes after the
+    /// frame, too.
     ///
     /// # Errors
-    /// What is wrong with the header.
+    /// Returns the defect of the header.
     pub fn parse_first(bytes: &'a [u8]) -> Result<(Self, &'a [u8]), FrameError> {
         let too_short = |expected| FrameError::Length { actual: bytes.len(), expected };
         let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>().ok_or(too_short(HEADER_BYTES))?;
@@ -183,19 +184,19 @@ impl<'a> ChunkFrame<'a> {
         Ok(())
     }
 
-    /// Length of the chunk in bytes, zeros included: 1 to 2 MiB.
+    /// Returns the length of the chunk in bytes, zeros included: 1 to 2 MiB.
     #[must_use]
     pub fn chunk_bytes(&self) -> usize {
         self.chunk_bytes
     }
 
-    /// The pages that the frame holds, ascending; all others of the chunk are zero.
+    /// Returns the pages that the frame holds, ascending; all others of the chunk are zero.
     pub fn runs(&self) -> impl ExactSizeIterator<Item = PageRun> + use<'a> {
         self.runs.iter().map(|bytes| page_run(*bytes))
     }
 }
 
-/// Decodes frames; keeps the decompressor's state and memory between them.
+/// A decoder of frames, which keeps the decompressor's state and memory between them.
 #[derive(Default)]
 pub struct FrameDecoder {
     zstd: zstd::bulk::Decompressor<'static>,
@@ -211,11 +212,11 @@ impl std::fmt::Debug for FrameDecoder {
 impl FrameDecoder {
     /// Writes the chunk's plain bytes, zeros included, to `chunk`.
     ///
-    /// `chunk` is left in an unspecified state on an error. What was decoded has not been verified:
-    /// see [`FrameDecoder::decode_verified`].
+    /// The bytes are not verified; see [`FrameDecoder::decode_verified`]. After an error the
+    /// content of `chunk` is unspecified.
     ///
     /// # Errors
-    /// [`FrameError::ChunkLength`] if `chunk` is not as long as the frame's chunk,
+    /// Returns [`FrameError::ChunkLength`] if `chunk` has another length than the frame's chunk,
     /// [`FrameError::Decode`] if the coded bytes are damaged.
     pub fn decode(&mut self, frame: &ChunkFrame<'_>, chunk: &mut [u8]) -> Result<(), FrameError> {
         if chunk.len() != frame.chunk_bytes {
@@ -249,10 +250,10 @@ impl FrameDecoder {
         Ok(())
     }
 
-    /// As [`FrameDecoder::decode`], and then the bytes are those that `digest` stands for.
+    /// Decodes as [`FrameDecoder::decode`] does, and compares the bytes with `digest`.
     ///
     /// # Errors
-    /// As there; [`FrameError::Digest`] if the chunk is another one.
+    /// Returns the errors of [`FrameDecoder::decode`], or [`FrameError::Digest`] for another chunk.
     pub fn decode_verified(
         &mut self,
         frame: &ChunkFrame<'_>,
@@ -264,11 +265,11 @@ impl FrameDecoder {
         if actual == *digest { Ok(()) } else { Err(FrameError::Digest { actual, expected: *digest }) }
     }
 
-    /// As [`FrameDecoder::decode_verified`], into memory of its own, and no page is held that is zero:
-    /// what a store checks before it keeps a frame.
+    /// Verifies a frame as [`FrameDecoder::decode_verified`] does, into scratch memory, and rejects
+    /// a frame that holds a zero page. A store checks each frame in this way before it keeps it.
     ///
     /// # Errors
-    /// As there; [`FrameError::ZeroPage`].
+    /// Returns the errors of [`FrameDecoder::decode_verified`], or [`FrameError::ZeroPage`].
     pub fn check(
         &mut self,
         frame: &ChunkFrame<'_>,
@@ -289,7 +290,7 @@ impl FrameDecoder {
     }
 }
 
-/// Lays the held pages where they belong in the chunk, and zeros between them.
+/// Copies the held pages to their places in the chunk, and writes zeros between them.
 fn scatter(frame: &ChunkFrame<'_>, held: &[u8], chunk: &mut [u8]) {
     let (mut taken, mut written) = (0, 0);
     for run in frame.runs() {
@@ -302,12 +303,12 @@ fn scatter(frame: &ChunkFrame<'_>, held: &[u8], chunk: &mut [u8]) {
     chunk[written..].fill(0);
 }
 
-/// Makes frames; keeps the compressor's state and memory between them.
+/// An encoder of frames, which keeps the compressor's state and memory between them.
 pub struct FrameEncoder {
     zstd: zstd::bulk::Compressor<'static>,
-    /// Held pages of a chunk that has zero pages, one after another.
+    /// The held pages of a chunk that also has zero pages, one after another.
     held: Vec<u8>,
-    /// Where zstd writes to, so that a frame takes no more memory than it has bytes.
+    /// The output of zstd, so that a frame takes no more memory than it has bytes.
     coded: Vec<u8>,
 }
 
@@ -317,14 +318,14 @@ impl std::fmt::Debug for FrameEncoder {
     }
 }
 
-/// The zstd levels that frames may be made with.
+/// The zstd levels for frames.
 pub const ZSTD_LEVELS: std::ops::RangeInclusive<i32> = 1..=19;
 
 impl FrameEncoder {
-    /// An encoder that compresses at zstd's `level`, taken into [`ZSTD_LEVELS`].
+    /// Makes an encoder that compresses at zstd's `level`, clamped to [`ZSTD_LEVELS`].
     ///
     /// # Panics
-    /// If zstd cannot get memory.
+    /// Panics if zstd cannot allocate memory.
     #[must_use]
     pub fn new(level: i32) -> Self {
         let level = level.clamp(*ZSTD_LEVELS.start(), *ZSTD_LEVELS.end());
@@ -332,11 +333,11 @@ impl FrameEncoder {
         Self { zstd, held: Vec::new(), coded: Vec::new() }
     }
 
-    /// Appends the frame of the chunk with these plain bytes to `out`; false, and nothing appended, if they
-    /// are all zero.
+    /// Appends the frame of the chunk with these plain bytes to `out`. Returns false, and appends
+    /// nothing, if they are all zero.
     ///
     /// # Panics
-    /// If `chunk` is empty or longer than the largest chunk.
+    /// Panics if `chunk` is empty or longer than the largest chunk.
     pub fn encode(&mut self, chunk: &[u8], out: &mut Vec<u8>) -> bool {
         assert!((1..=ChunkSize::MAX.bytes()).contains(&chunk.len()), "a chunk has 1 byte to 2 MiB");
         let runs = non_zero_runs(chunk);
@@ -363,7 +364,8 @@ impl FrameEncoder {
             out.extend_from_slice(&run.first.to_le_bytes());
             out.extend_from_slice(&run.count.to_le_bytes());
         }
-        // One byte less than the plain pages: what does not shrink is stored raw.
+        // The limit is one byte less than the plain pages, so that incompressible pages are stored
+        // raw.
         let most = held.len() - 1;
         if self.coded.len() < most {
             self.coded.resize(most, 0);
@@ -410,7 +412,7 @@ mod tests {
         FrameEncoder::new(3).encode(chunk, &mut out).then_some(out)
     }
 
-    /// Chunks as they occur: pages of zeros, of text and of noise, the last one cut.
+    /// Typical chunks: pages of zeros, of text and of noise, the last one cut.
     pub(crate) fn any_chunk() -> impl Strategy<Value = Vec<u8>> {
         let page = prop_oneof![
             Just(vec![0; PAGE_BYTES]),

@@ -1,18 +1,18 @@
-//! What postcopy's client and server must agree on.
+//! The formats and messages that postcopy's client and server must agree on.
 //!
-//! A file becomes an image and comes back in this order, one module a step:
+//! A file becomes an image, and is restored from it, in this order; each step has one module:
 //!
-//! - [`path`] and [`reference`]: how files and images are called;
+//! - [`path`] and [`reference`]: the names of files and images;
 //! - [`page`]: pages, chunks and their sizes;
-//! - [`frame`]: one chunk's non-zero pages, compressed;
+//! - [`frame`]: the non-zero pages of one chunk, compressed;
 //! - [`pack`]: many frames in one immutable object, with an index;
-//! - [`manifest`]: which chunks an image's files are made of, and so the image's identity;
-//! - [`proof`]: why a single page belongs to a chunk;
+//! - [`manifest`]: the chunks of an image's files, and so the image's identity;
+//! - [`proof`]: the evidence that a single page belongs to a chunk;
 //! - [`set_frame`]: pages of a working set, compressed together, with their proofs;
-//! - [`v1`]: the messages that all of this travels in, generated from `proto/postcopy/v1/*.proto`.
+//! - [`v1`]: the messages that carry all of this, generated from `proto/postcopy/v1/*.proto`.
 //!
-//! Bytes from outside become one of these types once, on entry, or an error that names what is
-//! wrong with them; a value of such a type cannot be wrong.
+//! Parsers turn outside bytes into one of these types once, on receipt, or return an error that
+//! names the defect. Code that holds such a value need not check it again.
 
 pub mod buffers;
 pub mod digest;
@@ -25,7 +25,8 @@ pub mod proof;
 pub mod reference;
 pub mod set_frame;
 
-/// The messages and services of `postcopy.v1`; `tests/bootstrap.rs` makes this code again.
+/// The messages and services of `postcopy.v1`. `tests/bootstrap.rs` generates this code again and
+/// compares.
 #[path = "generated/postcopy.v1.rs"]
 #[rustfmt::skip]
 #[allow(
@@ -46,11 +47,11 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// The largest part that a stream of bytes is cut into: 1 MiB.
 pub const MAX_PART_BYTES: usize = 1 << 20;
 
-/// The most chunks that one request on the demand lane may ask for.
+/// Most chunks of one request on the demand lane.
 pub const MAX_DEMAND_CHUNKS: u64 = 1024;
 
-/// The most chunks that one request on the bulk lane may ask for.
+/// Most chunks of one request on the bulk lane.
 pub const MAX_BULK_CHUNKS: u64 = 16_384;
 
-/// The most digests in one `FindMissing` request, and in one `Missing` answer.
+/// Most digests of one `FindMissing` request, and of one `Missing` answer.
 pub const MAX_FIND_MISSING: usize = 65_536;

@@ -1,9 +1,10 @@
-//! Manifests: which chunks an image's files are made of.
+//! Manifests: the lists of the chunks that an image's files consist of.
 //!
-//! A manifest is a root and segments, see `manifest.proto`. Both are kept, hashed and sent as bytes in one
-//! canonical encoding, so that the same files have the same identity wherever they are pushed. Reading
-//! goes [`Root::parse`], then [`Root::check_segment`] for each segment: root against the image's digest, segment
-//! against the root. Writing goes through [`ManifestBuilder`], which gives what these accept.
+//! A manifest is a root and segments, see `manifest.proto`. Both are stored, hashed and sent as
+//! bytes in one canonical encoding, so the same files have the same identity wherever they are
+//! pushed. Reading verifies the root against the image's digest ([`Root::parse`]), then each
+//! segment against the root ([`Root::check_segment`]). Writing goes through [`ManifestBuilder`],
+//! whose output these accept.
 
 use crate::digest::{DIGEST_BYTES, Digest, DigestError};
 use crate::page::{ChunkIndex, ChunkSize, ChunkSizeError, to_usize};
@@ -13,109 +14,109 @@ use bytes::Bytes;
 use prost::Message;
 use std::collections::HashSet;
 
-/// How many chunks a segment holds; the last one of an image may hold fewer.
+/// Number of chunks in a segment; the last one of an image may hold fewer.
 pub const SEGMENT_CHUNKS: u32 = 16_384;
-/// The longest encoded root: 64 MiB.
+/// Most bytes of an encoded root: 64 MiB.
 pub const MAX_ROOT_BYTES: usize = 64 << 20;
-/// The longest encoded segment: 40 bytes a chunk.
+/// Most bytes of an encoded segment: 40 for each chunk.
 pub const MAX_SEGMENT_BYTES: usize = SEGMENT_CHUNKS as usize * 40;
-/// The most entries of an image.
+/// Most entries of an image.
 pub const MAX_ENTRIES: usize = 1 << 20;
-/// The longest file, as Linux has it.
+/// Most bytes of a file, as on Linux.
 pub const MAX_FILE_BYTES: u64 = i64::MAX as u64;
 
 const FORMAT: u32 = 1;
 
-/// Bytes that are no root or segment, or not the one that was expected.
+/// A defect of a root or segment, or another one than the expected one.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ManifestError {
-    /// Longer than such an object can be.
+    /// The bytes are longer than any such object.
     #[error("it has {actual} bytes, more than {max}")]
     TooLong {
-        /// Bytes there are.
+        /// The actual number of bytes.
         actual: usize,
-        /// Bytes there may be.
+        /// The permitted number of bytes.
         max: usize,
     },
-    /// Not the bytes that were asked for.
+    /// The bytes are not the requested ones.
     #[error("its digest is {actual} and not {expected}")]
     Digest {
         /// Digest of the bytes.
         actual: Digest,
-        /// What was expected.
+        /// The expected digest.
         expected: Digest,
     },
-    /// Not protobuf.
+    /// The bytes are not protobuf.
     #[error("it is not a protobuf message: {0}")]
     Decode(String),
-    /// Made by a version that this one does not know.
+    /// A format that this version does not know.
     #[error("manifest format {0} is not known")]
     Format(u32),
-    /// Decodes, but is not encoded as it should be.
+    /// The bytes decode, but their encoding is not canonical.
     #[error("its encoding is not canonical")]
     NotCanonical,
-    /// A chunk size that cannot be.
+    /// An invalid chunk size.
     #[error(transparent)]
     ChunkSize(#[from] ChunkSizeError),
-    /// A path that cannot be.
+    /// An invalid path.
     #[error("entry {index}: {error}")]
     Path {
-        /// Which entry.
+        /// The index of the entry.
         index: usize,
-        /// What is wrong with its path.
+        /// The defect of the path.
         error: PathError,
     },
-    /// An entry that cannot be.
+    /// An invalid entry.
     #[error("entry {index} ({path}): {reason}")]
     Entry {
-        /// Which entry.
+        /// The index of the entry.
         index: usize,
-        /// Its path.
+        /// The path of the entry.
         path: String,
-        /// What is wrong with it.
+        /// The defect of the entry.
         reason: &'static str,
     },
     /// More entries than an image may have.
     #[error("{0} entries are more than 1,048,576")]
     Entries(usize),
-    /// A list of digests with a cut one.
+    /// A list of digests that ends within a digest.
     #[error(transparent)]
     Digests(#[from] DigestError),
-    /// Not as many segments as the files' chunks need.
+    /// Another number of segments than the files' chunks need.
     #[error("{actual} segments where the files' chunks need {expected}")]
     SegmentCount {
-        /// Segments there are.
+        /// The actual number of segments.
         actual: usize,
-        /// Segments there must be.
+        /// The required number of segments.
         expected: u64,
     },
     /// The image has no such segment.
     #[error("there is no segment {0}")]
     NoSuchSegment(u32),
-    /// A run that cannot be.
+    /// An invalid run.
     #[error("run {index}: {reason}")]
     Run {
-        /// Which run.
+        /// The index of the run.
         index: usize,
-        /// What is wrong with it.
+        /// The defect of the run.
         reason: &'static str,
     },
-    /// Not as many chunks as belong into the segment.
+    /// Another number of chunks than the segment must have.
     #[error("segment {segment} has {actual} chunks and not {expected}")]
     SegmentChunks {
-        /// Which segment.
+        /// The index of the segment.
         segment: u32,
-        /// Chunks there are.
+        /// The actual number of chunks.
         actual: u32,
-        /// Chunks there must be.
+        /// The required number of chunks.
         expected: u32,
     },
 }
 
-/// What a chunk holds.
+/// The content of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ChunkContent {
-    /// Nothing but zeros.
+    /// A chunk of zeros.
     Zero,
     /// The bytes with this digest.
     Data(Digest),
@@ -124,35 +125,35 @@ pub enum ChunkContent {
 /// One file, symbolic link or empty directory of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Where it stands.
+    /// The path of the entry.
     pub path: ImagePath,
-    /// What stands there.
+    /// The kind of the entry.
     pub kind: EntryKind,
 }
 
-/// What stands at a path.
+/// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     /// A regular file.
     File(FileEntry),
-    /// A symbolic link and where it points: 1 to 4096 bytes, no NUL.
+    /// A symbolic link, with its target: 1 to 4096 bytes, no NUL.
     SymbolicLink(Box<[u8]>),
-    /// A directory with nothing in it.
+    /// A directory without entries.
     EmptyDirectory,
 }
 
-/// A regular file.
+/// A regular file of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileEntry {
     /// Size in bytes.
     pub size_bytes: u64,
-    /// Whether its owner may execute it.
+    /// True if its owner may execute it.
     pub executable: bool,
     /// The first of its chunks; the others follow.
     pub first_chunk: ChunkIndex,
 }
 
-/// The root of a manifest, checked.
+/// A valid root of a manifest.
 #[derive(Clone, Debug)]
 pub struct Root {
     image: Digest,
@@ -163,10 +164,10 @@ pub struct Root {
 }
 
 impl Root {
-    /// Reads the root of the image with that digest.
+    /// Parses the root of the image with this digest.
     ///
     /// # Errors
-    /// [`ManifestError::Digest`] if these are other bytes; else what is wrong with them.
+    /// Returns [`ManifestError::Digest`] for other bytes, or their defect.
     pub fn parse(bytes: &[u8], image: &Digest) -> Result<Self, ManifestError> {
         let root = Self::parse_any(bytes)?;
         if root.image == *image {
@@ -175,10 +176,10 @@ impl Root {
         Err(ManifestError::Digest { actual: root.image, expected: *image })
     }
 
-    /// Reads a root, whatever image it makes.
+    /// Parses the root of any image.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns the defect of the bytes.
     pub fn parse_any(bytes: &[u8]) -> Result<Self, ManifestError> {
         let message: v1::Root = decode_canonical(bytes, MAX_ROOT_BYTES)?;
         if message.format != FORMAT {
@@ -194,32 +195,32 @@ impl Root {
         Ok(Self { image: Digest::of(bytes), chunk_size, entries, segment_digests, chunks })
     }
 
-    /// The image that this is the root of.
+    /// Returns the digest of the image that this root belongs to.
     #[must_use]
     pub fn image(&self) -> Digest {
         self.image
     }
 
-    /// Size of the image's chunks.
+    /// Returns the size of the image's chunks.
     #[must_use]
     pub fn chunk_size(&self) -> ChunkSize {
         self.chunk_size
     }
 
-    /// What the image holds, in bytewise order of path.
+    /// Returns the image's entries, in bytewise order of path.
     #[must_use]
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
 
-    /// The entry at `path`.
+    /// Returns the entry at `path`.
     #[must_use]
     pub fn entry(&self, path: &[u8]) -> Option<&Entry> {
         let found = self.entries.binary_search_by(|entry| entry.path.as_bytes().cmp(path));
         found.ok().map(|i| &self.entries[i])
     }
 
-    /// The regular files with their paths.
+    /// Returns the regular files with their paths.
     pub fn files(&self) -> impl Iterator<Item = (&ImagePath, &FileEntry)> {
         self.entries.iter().filter_map(|entry| match &entry.kind {
             EntryKind::File(file) => Some((&entry.path, file)),
@@ -227,33 +228,33 @@ impl Root {
         })
     }
 
-    /// Bytes of all files together.
+    /// Returns the bytes of all files together.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        // parse_entries has seen that the sum of the files' chunks fits, and so does this.
+        // The sum fits, because `parse_entries` has bounded the number of chunks.
         self.files().map(|(_, file)| file.size_bytes).sum()
     }
 
-    /// Number of chunks of all files together.
+    /// Returns the number of chunks of all files together.
     #[must_use]
     pub fn chunks(&self) -> u64 {
         self.chunks
     }
 
-    /// The digests of the segments, in order.
+    /// Returns the digests of the segments, in order.
     #[must_use]
     pub fn segment_digests(&self) -> &[Digest] {
         &self.segment_digests
     }
 
-    /// The segment that a chunk's digest stands in, and at which place in it.
+    /// Returns the segment that holds a chunk's content, and the chunk's place in it.
     #[must_use]
     pub fn segment_of(chunk: ChunkIndex) -> (u64, u32) {
         let place = u32::try_from(chunk.0 % u64::from(SEGMENT_CHUNKS)).expect("less than 16,384");
         (chunk.0 / u64::from(SEGMENT_CHUNKS), place)
     }
 
-    /// The numbers of the segments that hold a file's chunks.
+    /// Returns the numbers of the segments that hold a file's chunks.
     #[must_use]
     pub fn segments_of(&self, file: &FileEntry) -> std::ops::Range<u32> {
         let chunks = self.chunk_size.chunks_of(file.size_bytes);
@@ -265,16 +266,17 @@ impl Root {
         number(file.first_chunk.0)..number(file.first_chunk.0 + chunks - 1) + 1
     }
 
-    /// How many chunks segment `index` holds.
+    /// Returns the number of chunks in segment `index`.
     fn chunks_in_segment(&self, index: u32) -> u32 {
         let rest = self.chunks - u64::from(index) * u64::from(SEGMENT_CHUNKS);
         u32::try_from(rest).unwrap_or(u32::MAX).min(SEGMENT_CHUNKS)
     }
 
-    /// Reads segment `index` of this image: the bytes fit the root, and their chunks its files.
+    /// Parses segment `index` of this image. Its digest must match the root, and its number of
+    /// chunks the files.
     ///
     /// # Errors
-    /// [`ManifestError::Digest`] if these are other bytes; else what is wrong with them.
+    /// Returns [`ManifestError::Digest`] for other bytes, or their defect.
     pub fn check_segment(&self, index: u32, bytes: &[u8]) -> Result<Segment, ManifestError> {
         let expected = self.segment_digests.get(index as usize).ok_or(ManifestError::NoSuchSegment(index))?;
         let actual = Digest::of(bytes);
@@ -295,7 +297,8 @@ fn decode_canonical<M: Message + Default>(bytes: &[u8], max: usize) -> Result<M,
         return Err(ManifestError::TooLong { actual: bytes.len(), max });
     }
     let message = M::decode(bytes).map_err(|e| ManifestError::Decode(e.to_string()))?;
-    // Whatever protobuf lets vary (order, repetition, unknown fields, long varints) is lost on the way back.
+    // Encoding the message again removes all variants that protobuf permits: order, repetition,
+    // unknown fields, long varints.
     if message.encoded_len() != bytes.len() || message.encode_to_vec() != bytes {
         return Err(ManifestError::NotCanonical);
     }
@@ -329,7 +332,8 @@ fn parse_entries(messages: Vec<v1::Entry>, size: ChunkSize) -> Result<(Vec<Entry
             }
             Some(v1::entry::Kind::File(file)) => {
                 let first_chunk = ChunkIndex(chunks);
-                // Bounded together with the segments: a root of 64 MiB has room for 2^35 chunks' digests.
+                // This bounds the segments, too: a root of 64 MiB has room for 2^35 chunks'
+                // digests.
                 chunks = match chunks.checked_add(size.chunks_of(file.size_bytes)) {
                     Some(sum) if sum <= 1 << 42 => sum,
                     _ => return wrong("the files have more than 2^42 chunks"),
@@ -347,7 +351,7 @@ fn parse_entries(messages: Vec<v1::Entry>, size: ChunkSize) -> Result<(Vec<Entry
     Ok((entries, chunks))
 }
 
-/// `a` and `a/b` cannot both be: what stands at `a` is no directory, or an empty one.
+/// Rejects `a` beside `a/b`: the entry `a` is no directory, or an empty one.
 fn check_no_entry_is_a_directory(entries: &[Entry]) -> Result<(), ManifestError> {
     let paths: HashSet<&[u8]> = entries.iter().map(|entry| entry.path.as_bytes()).collect();
     for (index, entry) in entries.iter().enumerate() {
@@ -360,10 +364,10 @@ fn check_no_entry_is_a_directory(entries: &[Entry]) -> Result<(), ManifestError>
     Ok(())
 }
 
-/// A segment of a manifest, checked: the contents of up to 16,384 chunks.
+/// A valid segment of a manifest: the contents of up to 16,384 chunks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Each run with the place of its first chunk.
+    /// The runs, each with the place of its first chunk.
     runs: Vec<(u32, Run)>,
     chunks: u32,
 }
@@ -375,10 +379,10 @@ enum Run {
 }
 
 impl Segment {
-    /// Reads a segment by itself. [`Root::check_segment`] reads it as part of an image.
+    /// Parses a segment by itself. [`Root::check_segment`] parses it as part of an image.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns the defect of the bytes.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let message: v1::Segment = decode_canonical(bytes, MAX_SEGMENT_BYTES)?;
         let mut runs: Vec<(u32, Run)> = Vec::with_capacity(message.runs.len());
@@ -390,7 +394,7 @@ impl Segment {
                 Some(v1::segment_run::Kind::ZeroChunks(count)) => (Run::Zero(count), count),
                 Some(v1::segment_run::Kind::ChunkDigests(bytes)) => {
                     let digests: Vec<_> = Digest::list(&bytes)?.collect();
-                    // MAX_SEGMENT_BYTES has bounded it.
+                    // `MAX_SEGMENT_BYTES` bounds the count.
                     let count = u32::try_from(digests.len()).unwrap_or(u32::MAX);
                     (Run::Data(digests), count)
                 }
@@ -412,13 +416,13 @@ impl Segment {
         Ok(Self { runs, chunks })
     }
 
-    /// How many chunks it holds: 1 to 16,384.
+    /// Returns the number of chunks: 1 to 16,384.
     #[must_use]
     pub fn chunks(&self) -> u32 {
         self.chunks
     }
 
-    /// What the chunk at `place` (from 0, in this segment) holds.
+    /// Returns the content of the chunk at `place`, which counts from 0 in this segment.
     #[must_use]
     pub fn chunk(&self, place: u32) -> Option<ChunkContent> {
         if place >= self.chunks {
@@ -431,7 +435,7 @@ impl Segment {
         }
     }
 
-    /// The contents of all chunks, in order.
+    /// Returns the contents of all chunks, in order.
     pub fn contents(&self) -> impl Iterator<Item = ChunkContent> {
         self.runs.iter().flat_map(|(_, run)| {
             let (zeros, digests) = match run {
@@ -443,7 +447,7 @@ impl Segment {
         })
     }
 
-    /// The digests of the chunks that are not zero, in order.
+    /// Returns the digests of the chunks that are not zero, in order.
     pub fn digests(&self) -> impl Iterator<Item = Digest> {
         let digests = self.runs.iter().map(|(_, run)| match run {
             Run::Zero(_) => &[][..],
@@ -453,10 +457,10 @@ impl Segment {
     }
 }
 
-/// A manifest's bytes, ready to be stored.
+/// The bytes of a manifest, ready to be stored.
 #[derive(Clone, Debug)]
 pub struct Manifest {
-    /// The root, read back from `root_bytes`.
+    /// The root, parsed from `root_bytes`.
     pub root: Root,
     /// The encoded root.
     pub root_bytes: Bytes,
@@ -464,7 +468,8 @@ pub struct Manifest {
     pub segments: Vec<Bytes>,
 }
 
-/// Makes a manifest: entries in bytewise order of path, and after each file its chunks.
+/// A builder of manifests. The caller adds entries in bytewise order of path, and after each file
+/// its chunks.
 #[derive(Debug)]
 pub struct ManifestBuilder {
     root: v1::Root,
@@ -475,7 +480,7 @@ pub struct ManifestBuilder {
 }
 
 impl ManifestBuilder {
-    /// Begins the manifest of an image with that chunk size.
+    /// Begins the manifest of an image with this chunk size.
     #[must_use]
     pub fn new(chunk_size: ChunkSize) -> Self {
         let root =
@@ -489,7 +494,7 @@ impl ManifestBuilder {
         }
     }
 
-    /// Adds a file. Its chunks follow by [`ManifestBuilder::chunk`].
+    /// Adds a file. Calls of [`ManifestBuilder::chunk`] must follow for its chunks.
     pub fn file(&mut self, path: &ImagePath, size_bytes: u64, executable: bool) {
         self.entry(path, v1::entry::Kind::File(v1::File { size_bytes, executable }));
     }
@@ -547,11 +552,11 @@ impl ManifestBuilder {
         }
     }
 
-    /// The manifest.
+    /// Completes the manifest.
     ///
     /// # Errors
-    /// [`ManifestError`] if entries were not in order, chunks not as many as the files need, or a limit is
-    /// passed.
+    /// Returns [`ManifestError`] if entries are out of order, the number of chunks does not fit the
+    /// files, or a limit is exceeded.
     pub fn finish(mut self) -> Result<Manifest, ManifestError> {
         self.end_segment();
         let digests: Vec<u8> = self.segments.iter().flat_map(|s| *Digest::of(s).as_bytes()).collect();
@@ -566,7 +571,7 @@ impl ManifestBuilder {
     }
 }
 
-/// The length in bytes of chunk `chunk` of `file`, or None if it is not one of the file's.
+/// Returns the length in bytes of chunk `chunk` of `file`, or `None` for a chunk of another file.
 #[must_use]
 pub fn chunk_len(size: ChunkSize, file: &FileEntry, chunk: ChunkIndex) -> Option<usize> {
     let index = chunk.0.checked_sub(file.first_chunk.0)?;
@@ -574,7 +579,7 @@ pub fn chunk_len(size: ChunkSize, file: &FileEntry, chunk: ChunkIndex) -> Option
     (len > 0).then_some(len)
 }
 
-/// The byte of `file` at which its chunk `chunk` begins.
+/// Returns the byte of `file` at which its chunk `chunk` begins.
 #[must_use]
 pub fn chunk_offset(size: ChunkSize, file: &FileEntry, chunk: ChunkIndex) -> usize {
     to_usize(chunk.0 - file.first_chunk.0) * size.bytes()

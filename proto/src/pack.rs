@@ -24,17 +24,17 @@
 //! for each frame:  offset from the pack's beginning u32, length u32
 //! ```
 //!
-//! That of a working set's pack has an entry for each frame ([`crate::set_frame`]), in the order in which they are sent: offset
-//! u32, length u32.
+//! The index of a working set's pack has an entry for each frame ([`crate::set_frame`]), in the
+//! order in which the server sends them: offset u32, length u32.
 //!
-//! All integers are little-endian. A pack's name is the BLAKE3 digest of all of its bytes; the index has a
-//! digest of its own, so that opening a pack needs only its end.
+//! All integers are little-endian. A pack's name is the BLAKE3 digest of all of its bytes. The
+//! index has its own digest, so that opening a pack reads only its end.
 
 use crate::digest::{DIGEST_BYTES, Digest};
 use crate::frame::{ChunkFrame, FrameDecoder, FrameError};
 use std::ops::Range;
 
-/// The longest pack: 64 MiB.
+/// Most bytes of a pack: 64 MiB.
 pub const MAX_PACK_BYTES: usize = 64 << 20;
 
 const HEADER: [u8; HEADER_BYTES] = *b"postcopy\x01\0\0\0\0\0\0\0";
@@ -45,10 +45,10 @@ const VERSION: u32 = 1;
 const ENTRY_BYTES: usize = DIGEST_BYTES + 4 + 8;
 const SET_ENTRY_BYTES: usize = 8;
 
-/// Bytes that are no pack.
+/// A defect of a pack.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PackError {
-    /// Shorter than a header and a trailer, or longer than 64 MiB.
+    /// The bytes are shorter than a header and a trailer, or longer than 64 MiB.
     #[error("a pack has 80 bytes to 64 MiB, this one has {0} bytes")]
     Length(usize),
     /// The first bytes are not a pack's.
@@ -57,7 +57,7 @@ pub enum PackError {
     /// The last bytes are not a pack's: often a truncated file.
     #[error("it does not end as a pack does: truncated?")]
     Trailer,
-    /// Made by a version that this one does not know.
+    /// A format that this version does not know.
     #[error("pack format {0} is not known")]
     Version(u32),
     /// A kind of pack that this version does not know.
@@ -66,59 +66,60 @@ pub enum PackError {
     /// The index lies outside of the pack or has another length than its entries.
     #[error("the index (offset {offset}, {entries} entries) does not fit into the pack")]
     IndexBounds {
-        /// What the trailer says.
+        /// The offset in the trailer.
         offset: u64,
-        /// What the trailer says.
+        /// The number of entries in the trailer.
         entries: u32,
     },
     /// The index is damaged.
     #[error("the index is damaged: it does not fit its digest")]
     IndexDigest,
-    /// An entry that cannot be.
+    /// An invalid entry.
     #[error("entry {index}: {reason}")]
     Entry {
-        /// Which one.
+        /// The index of the entry.
         index: usize,
-        /// What is wrong.
+        /// The defect of the entry.
         reason: &'static str,
     },
-    /// A frame is damaged, or is not the chunk's that the index says.
+    /// A frame is damaged, or belongs to another chunk than the index states.
     #[error("the frame of chunk {chunk}: {error}")]
     Frame {
-        /// The chunk, as the index has it.
+        /// The chunk that the index states.
         chunk: Digest,
-        /// What is wrong.
+        /// The defect of the frame.
         error: FrameError,
     },
 }
 
-/// Where a chunk's frame lies in its pack.
+/// The place of a chunk's frame in its pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackEntry {
-    /// The chunk.
+    /// The digest of the chunk.
     pub chunk: Digest,
-    /// First byte, from the pack's beginning.
+    /// First byte of the frame, from the pack's beginning.
     pub offset: u32,
     /// Length of the frame in bytes.
     pub length: u32,
 }
 
 impl PackEntry {
-    /// The frame's bytes in the pack.
+    /// Returns the frame's bytes in the pack.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.offset as usize..self.offset as usize + self.length as usize
     }
 }
 
-/// What a pack holds.
+/// The kind of a pack's frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Chunks = 0,
     WorkingSet = 1,
 }
 
-/// The index of a pack of that kind, whose entries have so many bytes, and where its frames end.
+/// Returns the index of a pack of this kind, whose entries have `entry_bytes` each, and the end of
+/// its frames.
 fn index_of(pack: &[u8], kind: Kind, entry_bytes: usize) -> Result<(&[u8], usize), PackError> {
     if !(HEADER_BYTES + TRAILER_BYTES..=MAX_PACK_BYTES).contains(&pack.len()) {
         return Err(PackError::Length(pack.len()));
@@ -153,7 +154,7 @@ fn index_of(pack: &[u8], kind: Kind, entry_bytes: usize) -> Result<(&[u8], usize
     Ok((index, start))
 }
 
-/// Appends an index of so many entries, and the trailer.
+/// Appends an index of `entries` entries, and the trailer.
 fn finish(mut pack: Vec<u8>, index: &[u8], entries: usize) -> Vec<u8> {
     let index_at = pack.len();
     pack.extend_from_slice(index);
@@ -166,10 +167,11 @@ fn finish(mut pack: Vec<u8>, index: &[u8], entries: usize) -> Vec<u8> {
     pack
 }
 
-/// Where the frames of a working set's pack lie, in the order in which they are sent.
+/// Returns the places of the frames of a working set's pack, in the order in which the server sends
+/// them.
 ///
 /// # Errors
-/// What is wrong with the pack. The frames are not looked at.
+/// Returns the defect of the pack. The frames are not checked.
 pub fn set_frames(pack: &[u8]) -> Result<Vec<Range<usize>>, PackError> {
     let (index, frames_end) = index_of(pack, Kind::WorkingSet, SET_ENTRY_BYTES)?;
     let entries = index.as_chunks::<SET_ENTRY_BYTES>().0.iter().enumerate();
@@ -185,7 +187,7 @@ pub fn set_frames(pack: &[u8]) -> Result<Vec<Range<usize>>, PackError> {
     entries.map(range).collect()
 }
 
-/// Puts a working set's frames together into a pack.
+/// A builder of a working set's pack.
 #[derive(Debug)]
 pub struct SetPackBuilder {
     bytes: Vec<u8>,
@@ -201,7 +203,7 @@ impl Default for SetPackBuilder {
 }
 
 impl SetPackBuilder {
-    /// Whether a frame of `frame_bytes` still fits into the longest pack.
+    /// Returns true if a frame of `frame_bytes` still fits into the longest pack.
     #[must_use]
     pub fn fits(&self, frame_bytes: usize) -> bool {
         self.bytes.len() + frame_bytes + self.index.len() + SET_ENTRY_BYTES + TRAILER_BYTES <= MAX_PACK_BYTES
@@ -210,7 +212,7 @@ impl SetPackBuilder {
     /// Adds the next frame.
     ///
     /// # Panics
-    /// If it does not fit.
+    /// Panics if the frame does not fit.
     pub fn push(&mut self, frame: &[u8]) {
         assert!(self.fits(frame.len()), "the caller asked whether it fits");
         let le = |n: usize| u32::try_from(n).expect("a pack has at most 64 MiB").to_le_bytes();
@@ -219,7 +221,7 @@ impl SetPackBuilder {
         self.bytes.extend_from_slice(frame);
     }
 
-    /// The pack's bytes.
+    /// Completes the pack and returns its bytes.
     #[must_use]
     pub fn finish(self) -> Vec<u8> {
         let entries = self.index.len() / SET_ENTRY_BYTES;
@@ -227,7 +229,7 @@ impl SetPackBuilder {
     }
 }
 
-/// A pack's index, checked.
+/// A valid index of a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackIndex {
     entries: Vec<PackEntry>,
@@ -238,10 +240,10 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 impl PackIndex {
-    /// Reads the index of a pack; of its bytes, it looks at the header, the index and the trailer.
+    /// Parses the index of a pack. Reads only the pack's header, index and trailer.
     ///
     /// # Errors
-    /// Whatever is wrong with these. The frames are not looked at.
+    /// Returns the defect of these parts. The frames are not checked.
     pub fn parse(pack: &[u8]) -> Result<Self, PackError> {
         let (index, frames_end) = index_of(pack, Kind::Chunks, ENTRY_BYTES)?;
         Self::parse_entries(index, frames_end)
@@ -267,19 +269,20 @@ impl PackIndex {
         Ok(Self { entries })
     }
 
-    /// The chunks of the pack, in ascending order of digest.
+    /// Returns the chunks of the pack, in ascending order of digest.
     #[must_use]
     pub fn entries(&self) -> &[PackEntry] {
         &self.entries
     }
 
-    /// Decodes every frame of the pack that this is the index of, and compares it with its digest.
+    /// Decodes every frame of `pack`, to which this index must belong, and compares it with its
+    /// digest.
     ///
     /// # Errors
-    /// The first [`PackError::Frame`].
+    /// Returns the first [`PackError::Frame`].
     ///
     /// # Blocking
-    /// Takes about a second a GiB of plain bytes.
+    /// Computes for about a second for each GiB of plain bytes.
     pub fn check_frames(&self, pack: &[u8]) -> Result<(), PackError> {
         let (mut decoder, mut scratch) = (FrameDecoder::default(), Vec::new());
         for entry in &self.entries {
@@ -292,7 +295,7 @@ impl PackIndex {
 /// Decodes the frame of `entry` and compares it with its digest.
 ///
 /// # Errors
-/// [`PackError::Frame`].
+/// Returns [`PackError::Frame`] if the frame is damaged.
 pub fn check_frame(
     entry: &PackEntry,
     pack: &[u8],
@@ -304,7 +307,7 @@ pub fn check_frame(
         .map_err(|error| PackError::Frame { chunk: entry.chunk, error })
 }
 
-/// Puts frames together into a pack.
+/// A builder of a pack of chunks.
 #[derive(Debug)]
 pub struct PackBuilder {
     bytes: Vec<u8>,
@@ -318,7 +321,7 @@ impl Default for PackBuilder {
 }
 
 impl PackBuilder {
-    /// Builds a pack in this buffer, whose content is forgotten.
+    /// Builds a pack in this buffer, and discards the buffer's content.
     #[must_use]
     pub fn in_buffer(mut bytes: Vec<u8>) -> Self {
         bytes.clear();
@@ -326,17 +329,17 @@ impl PackBuilder {
         Self { bytes, entries: Vec::new() }
     }
 
-    /// Whether a frame of `frame_bytes` still fits into `pack_bytes`, which is taken to be at most 64 MiB.
+    /// Returns true if a frame of `frame_bytes` still fits into `pack_bytes`, capped at 64 MiB.
     #[must_use]
     pub fn fits(&self, frame_bytes: usize, pack_bytes: usize) -> bool {
         let index = (self.entries.len() + 1) * ENTRY_BYTES;
         self.bytes.len() + frame_bytes + index + TRAILER_BYTES <= pack_bytes.min(MAX_PACK_BYTES)
     }
 
-    /// Adds the frame of a chunk. The caller adds no chunk twice.
+    /// Adds the frame of a chunk. The caller must not add a chunk twice.
     ///
     /// # Panics
-    /// If the pack would become longer than 64 MiB.
+    /// Panics if the pack would become longer than 64 MiB.
     pub fn push(&mut self, chunk: Digest, frame: &[u8]) {
         assert!(self.fits(frame.len(), MAX_PACK_BYTES), "the caller asked whether it fits");
         let at = |n: usize| u32::try_from(n).expect("a pack has at most 64 MiB");
@@ -344,16 +347,16 @@ impl PackBuilder {
         self.bytes.extend_from_slice(frame);
     }
 
-    /// Whether it has no frame yet.
+    /// Returns true if the pack has no frame yet.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The pack's bytes.
+    /// Completes the pack and returns its bytes.
     ///
     /// # Panics
-    /// If a chunk was added twice.
+    /// Panics if a chunk was added twice.
     #[must_use]
     pub fn finish(mut self) -> Vec<u8> {
         self.entries.sort_unstable_by_key(|entry| entry.chunk);
@@ -461,7 +464,8 @@ mod tests {
             let mut pack = pack_of(&chunks(4));
             let at = at.index(pack.len());
             pack[at] ^= 1 << bit;
-            // A pad byte of a zstd frame may not matter to its content: then the pack's own digest tells.
+            // A padding byte of a zstd frame may not change its content. Then only the pack's own
+            // digest reveals it.
             if let Ok(index) = PackIndex::parse(&pack) {
                 let in_frames = at < pack.len() - TRAILER_BYTES - 4 * ENTRY_BYTES;
                 prop_assert!(in_frames, "byte {} of index or trailer", at);

@@ -1,31 +1,31 @@
-//! Pages and chunks: the units that memory and files are counted in.
+//! Pages and chunks, the units of memory and files.
 
 use std::fmt;
 
-/// A page: 4 KiB of a file, whatever the host's page size.
+/// Bytes of a page: 4 KiB of a file, whatever the host's page size.
 pub const PAGE_BYTES: usize = 4096;
 
-/// The most pages that a chunk has: 512.
+/// Most pages of a chunk: 512.
 pub const MAX_PAGES_PER_CHUNK: usize = ChunkSize::MAX.bytes() / PAGE_BYTES;
 
 static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 const _: () = assert!(usize::BITS == 64, "postcopy is for 64-bit targets");
 
-/// `n` as an index. postcopy is for 64-bit targets only, so it always fits.
+/// Converts `n` to an index. It always fits, because postcopy is for 64-bit targets only.
 #[must_use]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, as asserted above")]
 pub const fn to_usize(n: u64) -> usize {
     n as usize
 }
 
-/// Whether `bytes` are all zero.
+/// Returns true if `bytes` are all zero.
 #[must_use]
 pub fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(PAGE_BYTES).all(|part| part == &ZEROS[..part.len()])
 }
 
-/// Size of a chunk: a power of two from 4 KiB to 2 MiB.
+/// Size of a chunk in bytes: a power of two from 4 KiB to 2 MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkSize(u32);
 
@@ -37,15 +37,15 @@ pub struct ChunkSizeError(pub u64);
 impl ChunkSize {
     /// 4 KiB, one page.
     pub const MIN: Self = Self(4 << 10);
-    /// 64 KiB, for images that do not say otherwise.
+    /// 64 KiB, the size for images that state no other.
     pub const DEFAULT: Self = Self(64 << 10);
     /// 2 MiB, one huge page.
     pub const MAX: Self = Self(2 << 20);
 
-    /// The chunk size of that many bytes.
+    /// Returns the chunk size of this many bytes.
     ///
     /// # Errors
-    /// [`ChunkSizeError`] unless it is a power of two from 4 KiB to 2 MiB.
+    /// Returns [`ChunkSizeError`] unless `bytes` is a power of two from 4 KiB to 2 MiB.
     pub fn new(bytes: u64) -> Result<Self, ChunkSizeError> {
         match u32::try_from(bytes) {
             Ok(n) if n.is_power_of_two() && (Self::MIN.0..=Self::MAX.0).contains(&n) => Ok(Self(n)),
@@ -53,25 +53,25 @@ impl ChunkSize {
         }
     }
 
-    /// In bytes.
+    /// Returns the size in bytes.
     #[must_use]
     pub const fn bytes(self) -> usize {
         self.0 as usize
     }
 
-    /// In bytes, as messages hold it.
+    /// Returns the size in bytes, in the type of messages.
     #[must_use]
     pub const fn bytes_u32(self) -> u32 {
         self.0
     }
 
-    /// How many chunks a file of `size_bytes` has; the last one may be shorter.
+    /// Returns the number of chunks of a file of `size_bytes`; the last one may be shorter.
     #[must_use]
     pub const fn chunks_of(self, size_bytes: u64) -> u64 {
         size_bytes.div_ceil(self.0 as u64)
     }
 
-    /// Length in bytes of chunk number `index` of a file of `size_bytes`; 0 beyond its end.
+    /// Returns the length in bytes of chunk `index` of a file of `size_bytes`; 0 beyond its end.
     #[must_use]
     pub fn chunk_len(self, size_bytes: u64, index: u64) -> usize {
         let start = index.saturating_mul(u64::from(self.0));
@@ -109,24 +109,24 @@ impl fmt::Display for ChunkIndex {
 pub struct PageRun {
     /// The first page: 0 to 511.
     pub first: u16,
-    /// How many: 1 to 512.
+    /// Number of pages: 1 to 512.
     pub count: u16,
 }
 
 impl PageRun {
-    /// The first byte of the run, counted from the chunk's beginning.
+    /// Returns the first byte of the run, counted from the chunk's beginning.
     #[must_use]
     pub const fn start_byte(self) -> usize {
         self.first as usize * PAGE_BYTES
     }
 
-    /// The byte after the run's last page, that page taken as a whole one.
+    /// Returns the byte after the run's last page, with that page counted as whole.
     #[must_use]
     pub const fn end_byte(self) -> usize {
         self.end_page() * PAGE_BYTES
     }
 
-    /// The page after the run.
+    /// Returns the page after the run.
     #[must_use]
     pub const fn end_page(self) -> usize {
         self.first as usize + self.count as usize

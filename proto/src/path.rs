@@ -5,9 +5,9 @@ use std::fmt;
 /// The longest path, in bytes: Linux's `PATH_MAX`.
 pub const MAX_PATH_BYTES: usize = 4096;
 
-/// A file's path in an image: relative, `/` between its parts, none of them empty, `.` or `..`.
+/// A file's path in an image: relative, with parts between `/` that are not empty, `.` or `..`.
 ///
-/// Joined to a directory it cannot lead out of it. Any bytes but NUL, as Linux has them.
+/// A path joined to a directory cannot lead out of it. As on Linux, it may have any bytes but NUL.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ImagePath(Box<[u8]>);
 
@@ -17,25 +17,25 @@ pub struct ImagePath(Box<[u8]>);
 pub struct PathError {
     /// The first 80 bytes of the path, as text.
     pub path: String,
-    /// What is wrong with it.
+    /// The defect of the path.
     pub reason: &'static str,
 }
 
 impl ImagePath {
-    /// The path's bytes.
+    /// Returns the path's bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The paths of the directories that it lies in, the innermost first.
+    /// Returns the paths of the directories that contain it, the innermost first.
     pub fn ancestors(&self) -> impl Iterator<Item = &[u8]> {
         let slashes = (0..self.0.len()).rev().filter(|&i| self.0[i] == b'/');
         slashes.map(|i| &self.0[..i])
     }
 }
 
-/// Shortens what came from outside for a message.
+/// Shortens outside bytes for a message.
 pub(crate) fn excerpt(bytes: &[u8]) -> String {
     let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(80)]).into_owned();
     if bytes.len() > 80 { format!("{shown}… ({} bytes)", bytes.len()) } else { shown }
@@ -87,7 +87,7 @@ mod tests {
     use std::path::{Component, Path};
 
     proptest! {
-        /// Whatever the bytes are: what is accepted stays below a directory that it is joined to.
+        /// Accepted paths stay below a directory that they are joined to.
         #[test]
         fn accepted_paths_lead_down(bytes in "[a./\u{0}\u{e4}]{0,12}".prop_map(String::into_bytes)) {
             if let Ok(path) = ImagePath::try_from(&bytes[..]) {

@@ -1,10 +1,10 @@
-//! Proofs: why a page belongs to a chunk, without the rest of the chunk.
+//! Proofs: the evidence that a page belongs to a chunk, without the rest of the chunk.
 //!
-//! A chunk's digest is the root of BLAKE3's own tree over its bytes, in which each page of 4 KiB is a
-//! subtree. A proof for some pages holds the chaining values of the largest subtrees that have none of
-//! these pages, from left to right. With the pages themselves that is enough to compute the root again:
-//! at most 32 bytes for each halving of the chunk, so 128 bytes for one page of 64 KiB, and less a page
-//! where neighbours share them.
+//! A chunk's digest is the root of BLAKE3's own tree over its bytes, in which each page of 4 KiB is
+//! a subtree. A proof for some pages holds the chaining values of the largest subtrees without any
+//! of these pages, from left to right. The pages and the proof suffice to compute the root. A proof
+//! takes at most 32 bytes for each halving of the chunk: 128 bytes for one page of 64 KiB, and less
+//! for each page if neighbours share values.
 //!
 //! See section 2.1 of the BLAKE3 paper, and [`blake3::hazmat`].
 
@@ -17,26 +17,26 @@ use blake3::hazmat::{
 /// A proof that does not hold.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ProofError {
-    /// The runs are empty, not ascending, or not in the chunk.
+    /// The runs are empty, not ascending, or outside of the chunk.
     #[error("page run {0} is not ascending and in the chunk")]
     Run(usize),
-    /// The pages' bytes are not as many as the runs say.
+    /// The pages have another number of bytes than the runs.
     #[error("the pages have {actual} bytes, their runs say {expected}")]
     PageBytes {
-        /// Bytes there are.
+        /// The actual number of bytes.
         actual: usize,
-        /// Bytes there must be.
+        /// The required number of bytes.
         expected: usize,
     },
-    /// The proof is no list of chaining values, too short or too long.
+    /// The proof is not a list of chaining values, too short or too long.
     #[error("the proof has {0} bytes, which is not what these pages need")]
     ProofBytes(usize),
-    /// The pages are not those of the chunk.
+    /// The pages differ from those of the chunk.
     #[error("the pages do not belong to chunk {0}")]
     Mismatch(Digest),
 }
 
-/// The chaining values of a chunk's pages, from which proofs are made for any of them.
+/// The chaining values of a chunk's pages, for making proofs of any of them.
 #[derive(Debug)]
 pub struct Leaves {
     chunk_bytes: usize,
@@ -44,7 +44,7 @@ pub struct Leaves {
 }
 
 impl Leaves {
-    /// Of the chunk whose bytes these are.
+    /// Computes the chaining values of a chunk from its bytes.
     #[must_use]
     pub fn of(chunk: &[u8]) -> Self {
         let pages = (0..).step_by(PAGE_BYTES).zip(chunk.chunks(PAGE_BYTES));
@@ -52,10 +52,10 @@ impl Leaves {
         Self { chunk_bytes: chunk.len(), values: values.collect() }
     }
 
-    /// The proof for the pages of `runs`: chaining values of 32 bytes, put together.
+    /// Returns the proof for the pages of `runs`: concatenated chaining values of 32 bytes.
     ///
     /// # Errors
-    /// [`ProofError::Run`].
+    /// Returns [`ProofError::Run`] for runs that do not fit the chunk.
     pub fn prove(&self, runs: &[PageRun]) -> Result<Vec<u8>, ProofError> {
         check_runs(self.chunk_bytes, runs)?;
         let mut proof = Vec::new();
@@ -82,7 +82,7 @@ impl Leaves {
     }
 }
 
-/// How long the proof is for the pages of `runs`, ascending, in a chunk of `chunk_bytes` bytes.
+/// Returns the length of the proof for the pages of `runs`, ascending, in a chunk of `chunk_bytes`.
 #[must_use]
 pub fn proof_bytes(chunk_bytes: usize, runs: &[PageRun]) -> usize {
     fn values(span: Span, runs: &[PageRun]) -> usize {
@@ -98,12 +98,14 @@ pub fn proof_bytes(chunk_bytes: usize, runs: &[PageRun]) -> usize {
     values(Span { start: 0, len: chunk_bytes }, runs) * DIGEST_BYTES
 }
 
-/// Checks that `pages` (the runs' bytes, one after another, zero pages included, the chunk's last page not
-/// padded) are those of the chunk of `chunk_bytes` bytes with that digest. The length comes from the manifest:
-/// a proof without the chunk's last page does not show it.
+/// Checks that `pages` belong to the chunk with this digest and length.
+///
+/// `pages` are the runs' bytes, one after another, zero pages included, the chunk's last page not
+/// padded. The length comes from the manifest: a proof without the chunk's last page does not show
+/// it.
 ///
 /// # Errors
-/// Why they cannot be, or [`ProofError::Mismatch`] when they are not.
+/// Returns the defect of the arguments, or [`ProofError::Mismatch`] if the pages differ.
 pub fn verify(
     chunk: &Digest,
     chunk_bytes: usize,
@@ -139,7 +141,8 @@ fn check_runs(chunk_bytes: usize, runs: &[PageRun]) -> Result<(), ProofError> {
     if runs.is_empty() { Err(ProofError::Run(0)) } else { Ok(()) }
 }
 
-/// A subtree: bytes of the chunk. Either whole pages, a power of two of them, or up to the chunk's end.
+/// A subtree, as bytes of the chunk: a power of two of whole pages, or the rest up to the chunk's
+/// end.
 #[derive(Clone, Copy)]
 struct Span {
     start: usize,
@@ -160,7 +163,7 @@ impl Span {
         runs.iter().any(|run| run.start_byte() < self.start + self.len && run.end_byte() > self.start)
     }
 
-    /// Whether all of its pages are in the runs.
+    /// Returns true if the runs contain all of its pages.
     fn is_in(self, runs: &[PageRun]) -> bool {
         let mut covered = self.start;
         for run in runs.iter().filter(|run| run.end_byte() > self.start) {

@@ -1,17 +1,17 @@
-//! References: how images are called.
+//! References, the names of images.
 
 use crate::digest::Digest;
 use crate::path::excerpt;
 use std::fmt;
 use std::str::FromStr;
 
-/// The longest name, in bytes.
+/// Most bytes of a name.
 const MAX_NAME_BYTES: usize = 255;
-/// The longest tag, in bytes, as the OCI distribution specification has it.
+/// Most bytes of a tag, from the OCI distribution specification.
 const MAX_TAG_BYTES: usize = 128;
 
-/// A name: `part(/part)*`, a part being lower-case letters and digits with single `.`, `_`, `__` or
-/// any number of `-` between them, as the OCI distribution specification has it.
+/// A name: `part(/part)*`, from the OCI distribution specification. A part is lower-case letters
+/// and digits, with single `.`, `_`, `__` or any number of `-` between them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name(String);
 
@@ -19,25 +19,26 @@ pub struct Name(String);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(String);
 
-/// A name and a tag: a reference that can be moved. Written `name:tag`; `name` is `name:latest`.
+/// A name and a tag: a reference that can be moved. Its text is `name:tag`; `name` means
+/// `name:latest`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TagReference {
-    /// What the image is called.
+    /// The name of the image.
     pub name: Name,
-    /// Which one of that name.
+    /// The tag, which selects one image of that name.
     pub tag: Tag,
 }
 
-/// What an image can be asked for by.
+/// The ways to name an image in a request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reference {
-    /// `name:tag` or `name`: whatever it points to at the time.
+    /// `name:tag` or `name`: the image that the tag points to at the time.
     Tag(TagReference),
     /// `name@blake3:…`: always the same image.
     Digest {
-        /// The name, for people.
+        /// The name, which only people read.
         name: Name,
-        /// The image.
+        /// The digest of the image.
         image: Digest,
     },
 }
@@ -48,12 +49,12 @@ pub enum Reference {
 pub struct ReferenceError {
     /// The first 80 bytes of the text.
     pub reference: String,
-    /// What is wrong with it.
+    /// The defect of the text.
     pub reason: &'static str,
 }
 
 impl Name {
-    /// The name as text.
+    /// Returns the name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -61,7 +62,7 @@ impl Name {
 }
 
 impl Tag {
-    /// The tag as text.
+    /// Returns the tag as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

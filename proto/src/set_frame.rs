@@ -1,7 +1,8 @@
-//! A working set's frames: pages from anywhere in an image, compressed together, and why they belong there.
+//! A working set's frames: pages from anywhere in an image, compressed together, with their proofs.
 //!
-//! A chunk's frame is verified by the whole chunk; here a chunk may be there in part, and so each comes with a proof
-//! ([`crate::proof`]) against the digest that the manifest has. The layout, integers little-endian:
+//! The whole chunk verifies a chunk's frame. Here a frame may hold a part of a chunk, so each chunk
+//! has a proof ([`crate::proof`]) against its digest in the manifest. The layout, integers
+//! little-endian:
 //!
 //! ```text
 //! offset  size
@@ -9,15 +10,16 @@
 //!      1     1  kind: 1
 //!      2     2  number of page runs: 1 to 512
 //!      4     4  length of the proofs
-//!      8     4  plain length: bytes of the pages held, a file's last page not padded: at most 2 MiB
+//!      8     4  plain length: bytes of held pages, a file's last page not padded: at most 2 MiB
 //!     12     4  coded length: equal to plain length if raw, else less
-//!     16   12n  page runs: file (4 bytes), first page (4), number of pages (2), 0 held or 1 zero (2)
+//!     16   12n  page runs: file (4 bytes), first page (4), pages (2), 0 held or 1 zero (2)
 //! 16+12n        the proofs of the chunks, one after another
 //!               the coded pages, one after another
 //! ```
 //!
-//! A file is its place among the image's regular files, from 0. Runs are ascending and each lies in one chunk. A chunk
-//! that the manifest says is zero has no proof, and its pages are not held.
+//! A file is numbered by its place among the image's regular files, from 0. Runs are ascending, and
+//! each lies in one chunk. A chunk that is zero in the manifest has no proof, and its pages are not
+//! held.
 
 use crate::manifest::{ChunkContent, FileEntry, chunk_len};
 use crate::page::{ChunkIndex, ChunkSize, PAGE_BYTES, PageRun, is_zero};
@@ -25,26 +27,26 @@ use crate::proof::{self, ProofError};
 
 const HEADER_BYTES: usize = 16;
 const RUN_BYTES: usize = 12;
-/// The most runs, and the most pages, of a frame.
+/// Most runs, and most pages, of a frame.
 pub const MAX_SET_FRAME_PAGES: usize = 512;
-/// Of one page of a chunk of 2 MiB: nine halvings.
+/// Most bytes of a proof: for one page of a chunk of 2 MiB, nine halvings.
 const MAX_PROOF_BYTES: usize = 9 * 32;
-/// The longest frame.
+/// Most bytes of a frame.
 pub const MAX_SET_FRAME_BYTES: usize =
     HEADER_BYTES + MAX_SET_FRAME_PAGES * (RUN_BYTES + MAX_PROOF_BYTES + PAGE_BYTES);
 
-/// Bytes that are no frame of a working set, or not of the image's.
+/// A defect of a working set's frame, or a frame of another image.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SetFrameError {
-    /// It is not as long as its header says.
+    /// The frame has another length than its header states.
     #[error("the frame has {actual} bytes, its header says {expected}")]
     Length {
-        /// Bytes there are.
+        /// The actual number of bytes.
         actual: usize,
-        /// Bytes there must be.
+        /// The required number of bytes.
         expected: usize,
     },
-    /// Another kind or codec.
+    /// An unknown kind or codec.
     #[error("codec {codec}, kind {kind}: not a working set's frame of this version")]
     Kind {
         /// The first byte.
@@ -55,40 +57,40 @@ pub enum SetFrameError {
     /// A header field out of its range.
     #[error("{field} is {value}, which is not in its range")]
     Field {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
-        /// What it says.
+        /// The value of the field.
         value: u32,
     },
     /// A run that is not ascending, not in the image, or in two chunks.
     #[error("page run {index} (file {file}, page {first}, {count} pages): {reason}")]
     Run {
-        /// Which run.
+        /// The index of the run.
         index: usize,
-        /// Its file.
+        /// The file of the run.
         file: u32,
-        /// Its first page.
+        /// The first page of the run.
         first: u32,
-        /// Its number of pages.
+        /// The number of pages of the run.
         count: u16,
-        /// What is wrong.
+        /// The defect of the run.
         reason: &'static str,
     },
     /// The coded bytes do not decode to what the header promises.
     #[error("the coded pages do not decode: {0}")]
     Decode(String),
-    /// The pages of a chunk are not the image's.
+    /// The pages of a chunk differ from the image's.
     #[error("chunk {chunk}: {error}")]
     Proof {
-        /// The chunk.
+        /// The index of the chunk.
         chunk: ChunkIndex,
-        /// Why.
+        /// The reason why the proof fails.
         error: ProofError,
     },
-    /// The manifest says that a chunk is zero, and the frame that its pages are not.
+    /// The chunk is zero in the manifest, but the frame holds pages of it.
     #[error("chunk {0} is zero, the frame holds pages of it")]
     NotZero(ChunkIndex),
-    /// Proofs are left over.
+    /// The frame has bytes of proofs after the last chunk's proof.
     #[error("{0} bytes of proofs belong to nothing")]
     ProofsLeft(usize),
 }
@@ -100,14 +102,14 @@ pub struct SetRun {
     pub file: u32,
     /// The first page of the file.
     pub first: u32,
-    /// How many pages.
+    /// Number of pages.
     pub count: u16,
-    /// They are zero, and the frame holds no bytes of them.
+    /// True if the pages are zero; the frame then holds no bytes of them.
     pub is_zero: bool,
 }
 
 impl SetRun {
-    /// Whether the other one begins where it ends, and is as it is.
+    /// Returns true if `other` begins at the end of this run and is of the same kind.
     fn is_before(&self, other: &Self) -> bool {
         let end = u64::from(self.first) + u64::from(self.count);
         self.file == other.file && self.is_zero == other.is_zero && end == u64::from(other.first)
@@ -129,7 +131,7 @@ impl SetRun {
     }
 }
 
-/// A frame whose header has been checked, but against no image.
+/// A frame with a valid header that was compared with no image.
 #[derive(Clone, Copy, Debug)]
 pub struct SetFrame<'a> {
     is_zstd: bool,
@@ -140,10 +142,10 @@ pub struct SetFrame<'a> {
 }
 
 impl<'a> SetFrame<'a> {
-    /// Checks the header of the frame that `bytes` are.
+    /// Parses `bytes` as one frame, and checks its header.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns the defect of the header.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, SetFrameError> {
         let too_short = |expected| SetFrameError::Length { actual: bytes.len(), expected };
         let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>().ok_or(too_short(HEADER_BYTES))?;
@@ -195,45 +197,45 @@ impl<'a> SetFrame<'a> {
         Ok(())
     }
 
-    /// How many pages it is of.
+    /// Returns the number of pages, zero ones included.
     #[must_use]
     pub fn pages(&self) -> usize {
         self.runs().map(|run| usize::from(run.count)).sum()
     }
 
-    /// Its pages, ascending.
+    /// Returns the runs of pages, ascending.
     pub fn runs(&self) -> impl ExactSizeIterator<Item = SetRun> + use<'a> {
         self.runs.iter().map(|bytes| SetRun::parse(bytes).0)
     }
 }
 
-/// What a frame's pages are compared with: an image's manifest.
+/// The manifest with which a frame's pages are compared.
 pub trait Expected {
-    /// The image's chunk size.
+    /// Returns the image's chunk size.
     fn chunk_size(&self) -> ChunkSize;
-    /// The regular file at this place.
+    /// Returns the regular file at this place.
     fn file(&self, place: u32) -> Option<FileEntry>;
-    /// What a chunk holds; None if that is not known yet.
+    /// Returns the content of a chunk; `None` if its segment has not arrived.
     fn chunk(&self, chunk: ChunkIndex) -> Option<ChunkContent>;
 }
 
-/// Pages of one chunk, as a frame has them.
+/// The pages of one chunk in a frame.
 struct Group {
     chunk: ChunkIndex,
     /// Length of the chunk in bytes.
     chunk_bytes: usize,
-    /// In the chunk, and in the file.
+    /// The runs, both as pages of the chunk and as pages of the file.
     runs: Vec<(PageRun, SetRun)>,
 }
 
-/// Decodes frames; keeps the decompressor's state and memory between them.
+/// A decoder of frames, which keeps the decompressor's state and memory between them.
 #[derive(Default)]
 pub struct SetDecoder {
     zstd: zstd::bulk::Decompressor<'static>,
     plain: Vec<u8>,
-    /// Pages of a chunk of which some are zero, or not whole.
+    /// Plain pages of a chunk that has zero pages in the frame.
     laid: Vec<u8>,
-    /// The pages that are held, each padded.
+    /// The held pages, each padded.
     padded: Vec<u8>,
     runs: Vec<SetRun>,
 }
@@ -245,11 +247,15 @@ impl std::fmt::Debug for SetDecoder {
 }
 
 impl SetDecoder {
-    /// Decodes a frame and proves each of its pages against the image; [`SetDecoder::pages`] has them then. Pages of chunks that
-    /// are not known yet cannot be proved, and are left out; so is what comes after such a chunk of which the frame has zero pages only.
+    /// Decodes a frame and proves each of its pages against the image. [`SetDecoder::pages`] then
+    /// returns them.
+    ///
+    /// Pages of chunks whose content is unknown yet cannot be proved, and are left out. If the
+    /// frame has only zero pages of such a chunk, all pages after it are left out, too.
     ///
     /// # Errors
-    /// Why the frame is not of this image; then there are no pages.
+    /// Returns the reason why the frame does not belong to this image; the decoder then has no
+    /// pages.
     pub fn decode(&mut self, frame: &SetFrame<'_>, image: &impl Expected) -> Result<(), SetFrameError> {
         self.runs.clear();
         self.plain.resize(frame.plain_bytes, 0);
@@ -284,7 +290,8 @@ impl SetDecoder {
             taken += held;
             let content = image.chunk(group.chunk);
             if content.is_none() && held == 0 {
-                // It has a proof if the rest of it is not zero, which nobody can say: so what comes after it cannot be proved.
+                // The frame has a proof for this chunk only if the chunk's other pages are not all
+                // zero, which is unknown. So the place of the next proof is unknown, too.
                 return Ok(());
             }
             let is_zero = matches!(content, Some(ChunkContent::Zero));
@@ -325,12 +332,13 @@ impl SetDecoder {
         }
     }
 
-    /// The pages of the frame that was decoded last, and their bytes, padded with zeros to whole pages; None: zeros.
+    /// Returns the pages of the last decoded frame, and their bytes, padded with zeros to whole
+    /// pages; `None` for zeros.
     pub fn pages(&self) -> impl Iterator<Item = (SetRun, Option<&[u8]>)> {
         self.parts(|_, _| false)
     }
 
-    /// The same, with neighbours of one file together, also where they are of several chunks.
+    /// Returns the same pages with adjacent runs of one file joined, also across chunks.
     pub fn stretches(&self) -> impl Iterator<Item = (SetRun, Option<&[u8]>)> {
         self.parts(SetRun::is_before)
     }
@@ -352,7 +360,7 @@ impl SetDecoder {
     }
 }
 
-/// The next runs that lie in one chunk.
+/// Returns the next runs that lie in one chunk.
 fn next_group(
     runs: &mut std::iter::Peekable<impl Iterator<Item = (usize, SetRun)>>,
     image: &impl Expected,
@@ -385,7 +393,7 @@ fn held_bytes(group: &Group) -> usize {
     held.map(|(run, _)| run.end_byte().min(group.chunk_bytes) - run.start_byte()).sum()
 }
 
-/// Puts held pages and zeros one after another.
+/// Writes held pages and zeros one after another.
 fn lay(group: &Group, held: &[u8], laid: &mut Vec<u8>) {
     laid.clear();
     let mut taken = 0;
@@ -400,22 +408,22 @@ fn lay(group: &Group, held: &[u8], laid: &mut Vec<u8>) {
     }
 }
 
-/// Pages of a chunk that a frame is to hold.
+/// The pages of a chunk for a frame to hold.
 #[derive(Clone, Debug)]
 pub struct SetChunk {
     /// The file's place among the image's regular files.
     pub file: u32,
-    /// The page of the file that the chunk begins with.
+    /// The page of the file at which the chunk begins.
     pub first_page: u32,
-    /// Which of its pages, ascending and apart.
+    /// The runs of the chunk's pages to hold, ascending and apart.
     pub runs: Vec<PageRun>,
-    /// Their bytes, one after another, a file's last page not padded.
+    /// The bytes of these pages, one after another, a file's last page not padded.
     pub pages: Vec<u8>,
-    /// Their proof; of a chunk of zeros there is none. See [`proof::Leaves`].
+    /// The proof of these pages, empty for a chunk of zeros. See [`proof::Leaves`].
     pub proof: Vec<u8>,
 }
 
-/// Makes frames; keeps the compressor's state between them.
+/// An encoder of frames, which keeps the compressor's state between them.
 pub struct SetEncoder {
     zstd: zstd::bulk::Compressor<'static>,
 }
@@ -427,19 +435,20 @@ impl std::fmt::Debug for SetEncoder {
 }
 
 impl SetEncoder {
-    /// An encoder that compresses at zstd's `level`.
+    /// Makes an encoder that compresses at zstd's `level`.
     ///
     /// # Panics
-    /// If zstd cannot get memory, or has no such level.
+    /// Panics if zstd cannot allocate memory, or has no such level.
     #[must_use]
     pub fn new(level: i32) -> Self {
         Self { zstd: zstd::bulk::Compressor::new(level).expect("one of zstd's levels") }
     }
 
-    /// The frame of these chunks' pages, which are at most 512 and in ascending order; how many of them are zero.
+    /// Returns the frame of these chunks' pages, and the number of zero pages in it. The pages must
+    /// be at most 512, in ascending order.
     ///
     /// # Panics
-    /// If they are not, or are not as many as the runs say.
+    /// Panics if there are more pages, or not as many as in the runs.
     pub fn encode(&mut self, chunks: &[SetChunk]) -> (Vec<u8>, usize) {
         let (mut runs, mut proofs, mut plain, mut zeros) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for chunk in chunks {
@@ -481,7 +490,7 @@ impl SetEncoder {
     }
 }
 
-/// Adds a page to the runs: to the last one, if it goes on there, in the same chunk.
+/// Adds a page to the runs. Extends the last run if the page follows it in the same chunk.
 fn add(runs: &mut Vec<SetRun>, page: SetRun, begins_chunk: bool) {
     match runs.last_mut() {
         Some(last)
@@ -501,11 +510,11 @@ mod tests {
     use crate::digest::Digest;
     use proptest::prelude::*;
 
-    /// Two files, in chunks of four pages.
+    /// An image of two files, in chunks of four pages.
     #[derive(Debug)]
     struct Image {
         files: [Vec<u8>; 2],
-        /// Chunks that are not known.
+        /// The chunks whose content is unknown.
         unknown: Vec<u64>,
     }
 
@@ -527,7 +536,7 @@ mod tests {
             self.files[file].chunks(CHUNK).nth(crate::page::to_usize(at)).unwrap()
         }
 
-        /// The frame of the pages that `held` says, of both files.
+        /// Returns the frame of the pages of both files that `held` selects.
         fn frame(&self, held: &[bool]) -> Option<Vec<u8>> {
             let mut chunks = Vec::new();
             let mut held = held.iter();
@@ -621,7 +630,7 @@ mod tests {
             frame[at] ^= 1 << bit;
             let Ok(parsed) = SetFrame::parse(&frame) else { return Ok(()) };
             if decoder.decode(&parsed, &image).is_ok() {
-                // A bit of zstd's that does not matter: the pages are the same.
+                // The flipped bit does not matter to zstd, so the pages are the same.
                 let same = decoder.pages().flat_map(|(_, bytes)| bytes.unwrap_or_default().to_vec());
                 let before = found.iter().filter(|(_, _, bytes)| !is_zero(bytes)).flat_map(|(_, _, bytes)| bytes.clone());
                 prop_assert!(same.eq(before), "byte {}", at);
@@ -648,7 +657,8 @@ mod tests {
 
     #[test]
     fn pages_of_unknown_chunks_are_left_out_and_others_are_proved() {
-        // Chunks 0 and 1 of the first file, one of them with a zero page, and one chunk of the second.
+        // Chunks 0 and 1 of the first file, one of them with a zero page, and one chunk of the
+        // second.
         let mut image = Image::new([2 * CHUNK, 3 * PAGE_BYTES], &[false, true]);
         let frame = image.frame(&[true; 11]).unwrap();
         let frame = SetFrame::parse(&frame).unwrap();
@@ -668,7 +678,8 @@ mod tests {
                 assert!(bytes.unwrap_or(&zeros) == &image.files[run.file as usize][at], "{run:?}");
             }
         }
-        // Only zero pages are of it: whether proofs are, too, depends on what the rest of it is.
+        // The frame has only zero pages of this chunk. The chunk's other pages determine if there
+        // is a proof.
         image.unknown = vec![0];
         let held: Vec<_> = (0..11).map(|page| page == 1 || page > 3).collect();
         let frame = image.frame(&held).unwrap();

@@ -1,4 +1,4 @@
-//! The command line: what there is to say is here, what it does in `commands/*.rs` and in the library.
+//! The command line of `postcopy`: its options, and the dispatch to `commands/*.rs`.
 
 mod archive;
 mod bench;
@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
-/// Memory that arrives as it is touched: push, look at, pull and try page images.
+/// Restore memory before its pages have arrived: push, inspect, pull and try page images
 #[derive(Debug, Parser)]
 #[command(name = "postcopy", version, max_term_width = 100)]
 #[command(
@@ -40,17 +40,18 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Store a file or a directory tree as an image; a checkpoint's archive (.tar, .tar.gz, .tar.zst) as what is in it
+    /// Store a file or a directory tree as an image; of a checkpoint's archive (.tar, .tar.gz,
+    /// .tar.zst), store the content
     #[command(after_help = "Example:\n  postcopy push ./snapshot vm/web:v1 --chunk-size 65536")]
     Push {
         /// The file or directory
         path: PathBuf,
         /// name or name:tag
         reference: TagReference,
-        /// Bytes in a chunk: a power of two from 4096 to 2097152
+        /// Chunk size in bytes: a power of two from 4096 to 2097152
         #[arg(long, default_value = "65536", value_parser = chunk_size)]
         chunk_size: ChunkSize,
-        /// zstd's level
+        /// Compression level of zstd, from 1 to 19
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
         level: i32,
     },
@@ -61,19 +62,21 @@ enum Command {
     Pull {
         /// name, name:tag or name@blake3:…
         reference: Reference,
-        /// The directory: does not exist, or is empty
+        /// The target directory; it must not exist, or be empty
         directory: PathBuf,
-        /// Only the files whose paths match: * and ? within a name, ** across directories; may be given several times
+        /// Write only the files whose paths match: * and ? within a name, ** across directories;
+        /// may be given several times
         #[arg(long, value_name = "GLOB")]
         only: Vec<globset::Glob>,
-        /// CRIU's images without the lazy memory: what `criu restore --lazy-pages` reads itself
+        /// Write CRIU's images without the memory that is restored lazily: the part that `criu
+        /// restore --lazy-pages` reads itself
         #[arg(long, conflicts_with = "only")]
         criu: bool,
     },
     /// List the references of the server
     #[command(after_help = "Example:\n  postcopy ls --json")]
     Ls,
-    /// Show what an image holds
+    /// List the entries of an image, and its sizes
     #[command(after_help = "Example:\n  postcopy inspect vm/web:v1")]
     Inspect {
         /// name, name:tag or name@blake3:…
@@ -85,13 +88,13 @@ enum Command {
         /// name, name:tag or name@blake3:…
         reference: Reference,
     },
-    /// Remove a reference (`postcopyd gc` gives its space back)
+    /// Remove a reference (`postcopyd gc` reclaims its space)
     #[command(after_help = "Example:\n  postcopy rm vm/web:v1")]
     Rm {
         /// name or name:tag
         reference: TagReference,
     },
-    /// Let another reference point to an image
+    /// Point another reference to an image
     #[command(after_help = "Example:\n  postcopy tag vm/web:v1 vm/web:stable")]
     Tag {
         /// name, name:tag or name@blake3:…
@@ -99,13 +102,14 @@ enum Command {
         /// name or name:tag
         target: TagReference,
     },
-    /// What restores of an image touch, and what of that is sent ahead
+    /// Inspect, send and remove working sets: the pages that restores of an image fault on
     #[command(subcommand, after_help = "Example:\n  postcopy working-set ls")]
     WorkingSet(working_sets::WorkingSetCommand),
-    /// Map a file lazily, touch its pages in random order, check every byte, and print what it took
+    /// Map a file lazily, touch its pages in random order, check every byte, and print the times
     #[command(after_help = "Example:\n  postcopy bench model:v1 model.bin --threads 4")]
     Bench(bench::BenchArgs),
-    /// Tell what a session did, and who waited for what (--trace of bench, firecracker and criu); -o draws it
+    /// Report the page faults of a trace, and the causes of their latency (--trace of bench,
+    /// firecracker and criu); -o draws them
     #[command(
         after_help = "Example:\n  postcopy bench model:v1 model.bin --trace model.jsonl\n  postcopy report model.jsonl -o model.html"
     )]
@@ -117,7 +121,7 @@ enum Command {
          without memory that had not arrived. The log says which."
     ))]
     Firecracker(daemons::FirecrackerArgs),
-    /// Restore processes: in place of `criu lazy-pages`
+    /// Restore processes, in place of `criu lazy-pages`
     #[command(
         after_help = concat!(
             "Example:\n  postcopy pull app:v1 images --criu\n  postcopy criu -D images --image app:v1 &\n",
@@ -127,27 +131,28 @@ enum Command {
         )
     )]
     Criu(daemons::CriuArgs),
-    /// Say what this kernel and these privileges allow
+    /// Report the features that this kernel and these privileges allow
     #[command(after_help = "Example:\n  postcopy doctor\n  postcopy doctor --pid 4711")]
     Doctor {
-        /// Also say whether this shell is outside of that process's memory cgroup and freezer
+        /// Also report if this shell is outside of the memory cgroup and the freezer of this
+        /// process
         #[arg(long)]
         pid: Option<u32>,
     },
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  postcopy completions bash > /etc/bash_completion.d/postcopy")]
     Completions {
-        /// The shell
+        /// The shell to print the script for
         shell: clap_complete::Shell,
     },
 }
 
 fn chunk_size(text: &str) -> Result<ChunkSize, String> {
-    let bytes = text.parse().map_err(|_| "not a number of bytes, such as 65536".to_owned())?;
+    let bytes = text.parse().map_err(|_| "it must be a number of bytes, for example 65536".to_owned())?;
     ChunkSize::new(bytes).map_err(|e| e.to_string())
 }
 
-/// Does what the command line says; the exit status is 0 only if all of it was done and every byte was right.
+/// Runs the command. Returns success only if all of it was done and every byte was right.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     let level = match &cli.command {
@@ -162,7 +167,7 @@ pub(crate) fn main() -> ExitCode {
         .with_env_filter(filter.unwrap_or_else(|_| level.into()))
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
-        // That would be a panic where nobody reads stderr any more.
+        // Reporting such an error would panic once the reader of stderr has gone.
         .log_internal_errors(false)
         .with_writer(writer)
         .init();

@@ -1,4 +1,4 @@
-//! From a frame to a chunk's verified pages.
+//! Decodes a frame into a chunk's verified pages.
 
 use crate::memory::ChunkPages;
 use crate::remote::Image;
@@ -7,11 +7,12 @@ use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::{FileEntry, chunk_len};
 use postcopy_proto::page::ChunkIndex;
 
-/// Decompresses `frame` into `pages`, and verifies it: `file` is the image's file that the chunk belongs to, `digest`
-/// what the manifest says of the chunk.
+/// Decompresses `frame` into `pages`, and verifies it. `file` is the image's file that the chunk
+/// belongs to, `digest` the chunk's digest in the manifest.
 ///
 /// # Errors
-/// Why the frame is not the chunk's; `pages` are unspecified then, and must not be used.
+/// Returns the reason why the frame is not the chunk's. The content of `pages` is then unspecified
+/// and must not be used.
 pub(crate) fn decode(
     pages: &mut ChunkPages,
     decoder: &mut FrameDecoder,

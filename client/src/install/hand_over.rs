@@ -1,4 +1,5 @@
-//! Installs that are done from a thread of an installer, or handed over to the pager where an event is in the way.
+//! Installs of installer threads, which an installer hands over to the pager if an unread event
+//! blocks them.
 
 use crate::install::{self, Installed};
 use crate::memory::ChunkPages;
@@ -10,20 +11,21 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tokio::sync::mpsc;
 
-/// Installs that may wait for the pager; an installer waits for its own.
+/// Most installs that may await the pager; each installer awaits its own.
 const HANDED_OVER: usize = 64;
 
-/// The content of pages that are to be installed.
+/// The content of pages to install.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Work<'a> {
-    /// A whole chunk.
+    /// The content of a whole chunk.
     Chunk(ChunkIndex, &'a ChunkPages),
     /// The padded bytes of the pages, or None for zeros.
     Pages(Option<&'a [u8]>),
 }
 
 impl Work<'_> {
-    /// Installs it into these pages of a region. With a `map` it passes the gate as an installer.
+    /// Installs the content into these pages of a region. With a `map`, passes the gate as an
+    /// installer.
     pub(crate) fn install(self, map: Option<&MemoryMap>, region: &Region, pages: &Range<usize>) -> Installed {
         match self {
             Self::Chunk(chunk, content) => install::install(map, region, chunk, content, None),
@@ -32,14 +34,14 @@ impl Work<'_> {
     }
 }
 
-/// The same with bytes of its own.
+/// The content of pages to install, owned.
 #[derive(Debug)]
 enum Owned {
     Chunk(ChunkIndex, Box<ChunkPages>),
     Pages(Option<Box<[u8]>>),
 }
 
-/// An install that the pager is to do, as soon as events let it.
+/// An install that the pager performs once events permit.
 #[derive(Debug)]
 pub(crate) struct HandedOver {
     pub(crate) region: Region,
@@ -50,7 +52,7 @@ pub(crate) struct HandedOver {
 }
 
 impl HandedOver {
-    /// An install that is handed over, and what tells how it went.
+    /// Returns an install to hand over, and the receiver of its outcome.
     pub(crate) fn new(
         region: &Region,
         pages: &Range<usize>,
@@ -65,7 +67,7 @@ impl HandedOver {
         (Self { region: region.clone(), pages: pages.clone(), deadline, work, reply }, outcome)
     }
 
-    /// Installs it. For the pager alone.
+    /// Performs the install. Only the pager may call this.
     pub(crate) fn install(&self) -> Installed {
         let work = match &self.work {
             Owned::Chunk(chunk, content) => Work::Chunk(*chunk, content),
@@ -74,18 +76,18 @@ impl HandedOver {
         work.install(None, &self.region, &self.pages)
     }
 
-    /// Tells the installer how it went.
+    /// Sends the outcome to the installer.
     pub(crate) fn done(self, installed: Installed) {
-        // There is room for it; the installer may have ended with the session.
+        // The channel has room; the installer may have ended with the session.
         let _ = self.reply.try_send(installed);
     }
 }
 
-/// The way of installs to the pager. Of each installer at most one is on it.
+/// The queue of installs to the pager. Each installer has at most one in it.
 #[derive(Debug)]
 pub(crate) struct ToPager {
     sender: mpsc::Sender<HandedOver>,
-    /// Until the pager takes it. Held for that alone.
+    /// The receiving end, until the pager takes it. Locked only for that.
     queue: Mutex<Option<mpsc::Receiver<HandedOver>>>,
 }
 
@@ -97,18 +99,18 @@ impl Default for ToPager {
 }
 
 impl ToPager {
-    /// Takes the pager's end.
+    /// Takes the receiving end for the pager.
     ///
     /// # Panics
-    /// If it was taken before.
+    /// Panics if it was taken before.
     pub(crate) fn take_queue(&self) -> mpsc::Receiver<HandedOver> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take().expect("a session has one pager")
     }
 
-    /// Sends an install; drops it where the pager has ended.
+    /// Sends an install; drops it if the pager has ended.
     ///
     /// # Blocking
-    /// While as many as the queue holds wait. Never call it from the pager.
+    /// Blocks while the queue is full. The pager must not call this.
     pub(crate) fn send(&self, work: HandedOver) {
         let _ = self.sender.blocking_send(work);
     }

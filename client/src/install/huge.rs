@@ -1,5 +1,5 @@
-//! Pages of 2 MiB (hugetlb). The kernel installs them whole, and what comes are chunks: these are gathered until all of a
-//! page are there.
+//! Installs pages of 2 MiB (hugetlb). The kernel installs them whole, so chunks are gathered until
+//! a page is complete.
 
 use crate::install::{Entrance, Installed, gone, unresolved};
 use crate::memory::ChunkPages;
@@ -8,10 +8,10 @@ use crate::uffd::{HUGE_BYTES, Outcome};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::sync::LazyLock;
 
-/// A huge page of zeros. No code writes to it, so that it takes no memory.
+/// A huge page of zeros. No code writes to it, so it takes no memory.
 pub(crate) static ZEROS: LazyLock<Vec<u8>> = LazyLock::new(|| vec![0; HUGE_BYTES]);
 
-/// As [`crate::install::install`], for a region of huge pages.
+/// Installs a chunk into a region of huge pages, as [`crate::install::install`] does into others.
 pub(crate) fn install(
     map: Option<&MemoryMap>,
     region: &Region,
@@ -31,7 +31,8 @@ pub(crate) fn install(
         let Some(gathering) = region.gathering() else { unreachable!("the region is of huge pages") };
         {
             let mut gathered = gathering.pages();
-            // While that is locked: whoever installs the page sets its state before he forgets what came meanwhile.
+            // The state is read under the lock: the installer of a page sets its state before it
+            // discards chunks that arrived meanwhile.
             if region.next_run(page.clone(), unresolved(region)).is_none() {
                 drop(gathered);
                 wake_shared(region, page.start);
@@ -51,20 +52,21 @@ pub(crate) fn install(
     Installed::All
 }
 
-/// What came through another mapping has woken nobody here.
+/// Wakes the waiters of this mapping: an install through another mapping does not wake them.
 fn wake_shared(region: &Region, page: usize) {
     if region.is_shared() {
         region.space.uffd.wake(region.address(page), HUGE_BYTES);
     }
 }
 
-/// Installs the huge page that begins with this one, if all of it has come, and wakes who waits for it. In the gate.
+/// Installs the huge page at `first` if all its chunks are gathered, and wakes its waiters. The
+/// caller must be in the gate.
 pub(crate) fn install_gathered(region: &Region, first: usize) -> Installed {
     let pages = first..first + HUGE_PAGES;
     let states = region.placed(pages.clone());
     let Some(gathering) = region.gathering() else { return Installed::All };
     let Some(mut whole) = gathering.take_whole(states.start) else { return Installed::All };
-    // What was removed of it is zero.
+    // Removed parts of the page are zeros.
     let mut next = first;
     while let Some(removed) = region.next_run(next..pages.end, &[PageState::Removed]) {
         next = removed.end;
@@ -78,8 +80,8 @@ pub(crate) fn install_gathered(region: &Region, first: usize) -> Installed {
             uffd.wake(address, HUGE_BYTES);
             None
         }
-        // An empty pool gives the same answer. Where that is not known either, whoever waits for it tells: he goes on, or
-        // touches it again.
+        // An empty hugetlb pool gives the same answer. The wake tells the two apart: the waiter
+        // continues, or faults again.
         Outcome::AlreadyPresent => {
             uffd.wake(address, HUGE_BYTES);
             Some(Installed::NoMemory)

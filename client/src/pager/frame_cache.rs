@@ -1,47 +1,48 @@
-//! Chunks that have come for a page of theirs, while touches of the others are waited for: in record mode alone.
+//! Cache of fetched chunks, for record mode alone. There an install covers only the faulting page,
+//! and the chunk's other pages await faults of their own.
 //!
-//! They are kept as they came, and a few of late as their pages, too: memory that is used again costs less than new one, and the
-//! next touch is often near.
+//! The cache keeps frames as received, and also the decoded pages of the last few chunks: the next
+//! fault is often near, and reused memory costs less than fresh memory.
 
 use crate::memory::ChunkPages;
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-/// The most bytes of frames. What is beyond is fetched again.
+/// Most bytes of frames. Chunks beyond this are fetched again.
 const MOST_BYTES: usize = 128 << 20;
-/// Chunks whose pages are at hand.
+/// Number of chunks whose decoded pages are kept.
 const DECODED: usize = 16;
 
 #[derive(Debug, Default)]
 pub(crate) struct FrameCache {
-    /// Each with its number.
+    /// The frames, each with its insertion number.
     frames: HashMap<ChunkIndex, (u64, Bytes)>,
-    /// By their numbers, the oldest first.
+    /// The chunks by insertion number, the oldest first.
     order: BTreeMap<u64, ChunkIndex>,
     last: u64,
     bytes: usize,
-    /// The oldest first.
+    /// The decoded chunks, the oldest first.
     decoded: VecDeque<(ChunkIndex, ChunkPages)>,
 }
 
 impl FrameCache {
-    /// The frame of a chunk that is kept.
+    /// Returns the frame of a chunk, if it is kept.
     pub(crate) fn frame(&self, chunk: ChunkIndex) -> Option<Bytes> {
         self.frames.get(&chunk).map(|(_, frame)| frame.clone())
     }
 
-    /// The same as its pages, if they are at hand.
+    /// Returns a chunk's decoded pages, if they are kept.
     pub(crate) fn pages(&self, chunk: ChunkIndex) -> Option<&ChunkPages> {
         let at_hand = self.decoded.iter().find(|(decoded, _)| *decoded == chunk);
         at_hand.map(|(_, pages)| pages)
     }
 
-    /// Keeps a chunk's frame, and forgets those that have been kept longest if there is no room.
+    /// Keeps a chunk's frame, and evicts the oldest frames if there is no room.
     pub(crate) fn keep(&mut self, chunk: ChunkIndex, frame: &[u8]) {
         self.forget(chunk);
         self.bytes += frame.len();
-        // Not a part of a message, which would be kept as a whole.
+        // A slice of a message would keep the whole message in memory.
         self.last += 1;
         self.frames.insert(chunk, (self.last, Bytes::copy_from_slice(frame)));
         self.order.insert(self.last, chunk);
@@ -51,14 +52,14 @@ impl FrameCache {
         }
     }
 
-    /// Has a chunk's pages at hand, and gives others' memory in their place.
+    /// Keeps a chunk's decoded pages, and puts unused memory into `pages` for the next chunk.
     pub(crate) fn swap(&mut self, chunk: ChunkIndex, pages: &mut ChunkPages) {
         let unused = if self.decoded.len() < DECODED { None } else { self.decoded.pop_front() };
         let unused = unused.map_or_else(ChunkPages::default, |(_, unused)| unused);
         self.decoded.push_back((chunk, std::mem::replace(pages, unused)));
     }
 
-    /// Nothing of it is absent any more.
+    /// Removes a chunk's frame. The pager calls this once no page of the chunk is absent.
     pub(crate) fn forget(&mut self, chunk: ChunkIndex) {
         if let Some((number, frame)) = self.frames.remove(&chunk) {
             self.bytes -= frame.len();

@@ -1,9 +1,11 @@
-//! Holds threads of other processes where they return to user mode, by ptrace(2): PTRACE_SEIZE and PTRACE_INTERRUPT.
+//! Holds threads of other processes where they return to user mode, by ptrace(2): PTRACE_SEIZE and
+//! PTRACE_INTERRUPT.
 //!
-//! A thread in madvise finishes the call first, which takes that its event is read. A held thread has no side effect
-//! but that some system calls that sleep return EINTR, as after a stop by SIGSTOP; so only threads are held that run,
-//! or are in a call that causes events. A thread that another tracer has is left alone. When the pager's process dies,
-//! the kernel lets its threads go.
+//! A thread in madvise finishes the call first, for which the pager must read its event. The one
+//! side effect on a held thread is that some sleeping system calls return EINTR, as after a stop by
+//! SIGSTOP. Therefore only threads are held that run, or are in a call that causes events. A thread
+//! with another tracer is left alone. When the pager's process dies, the kernel releases the
+//! threads.
 
 use crate::shared::Shared;
 use nix::errno::Errno;
@@ -12,19 +14,19 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// Threads that are held, or about to be.
+/// Threads that are stopped, or about to stop.
 #[derive(Debug)]
 pub(crate) struct Held(Vec<Pid>);
 
 impl Held {
-    /// Has the threads stop that cause events, where the session may do so and knows their processes; None: there are
-    /// none.
+    /// Stops the threads that cause events, if the session may do so and knows their processes.
+    /// Returns `None` if there are none.
     pub(crate) fn hold_causers(shared: &Shared) -> Option<Self> {
         let callers = shared.callers.as_ref().filter(|_| shared.options.hold_causers)?;
         Some(Self::hold(callers.causers())).filter(|held| !held.0.is_empty())
     }
 
-    /// Has these threads stop. Those that cannot be traced go on.
+    /// Stops these threads. Threads that cannot be traced continue.
     fn hold(threads: Vec<i32>) -> Self {
         let seize = |thread: &Pid| {
             ptrace::seize(*thread, ptrace::Options::empty()).is_ok() && ptrace::interrupt(*thread).is_ok()
@@ -32,7 +34,7 @@ impl Held {
         Self(threads.into_iter().map(Pid::from_raw).filter(seize).collect())
     }
 
-    /// Threads that were to be held before.
+    /// Wraps threads that an earlier call has seized.
     pub(crate) fn of(threads: Vec<Pid>) -> Self {
         Self(threads)
     }
@@ -41,17 +43,19 @@ impl Held {
         self.0
     }
 
-    /// Lets those go that have stopped: whether that is all of them. Another call lets others go once they stop.
+    /// Releases the threads that have stopped. Returns true once all are released; the caller
+    /// repeats the call until then.
     pub(crate) fn release(&mut self) -> bool {
         self.0.retain(|thread| {
             let stopped_by = |signal: Signal| (signal != Signal::SIGTRAP).then_some(signal);
             let signal = match waitpid(*thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => return true,
-                // A stop that was asked for. Of a process that SIGSTOP stops the signal is noted already.
+                // The requested stop. If SIGSTOP stops the process as well, the kernel has recorded
+                // that signal already.
                 Ok(WaitStatus::PtraceEvent(..)) => None,
-                // A signal that is delivered now.
+                // A signal that is being delivered.
                 Ok(WaitStatus::Stopped(_, signal)) => stopped_by(signal),
-                // It has ended.
+                // The thread has ended.
                 _ => return false,
             };
             let _ = ptrace::detach(*thread, signal);

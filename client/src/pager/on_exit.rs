@@ -1,6 +1,6 @@
-//! Makes every way out of the pager (return, error, panic) a safe one when it is dropped: what is unresolved is poisoned,
-//! and only then are the regions let go of. Where a successor can come, and the end is none in order, all is left to it as
-//! it is.
+//! Makes every way out of the pager (return, error, panic) safe: its drop poisons all unresolved
+//! pages, and only then releases the regions. If a successor may take over and the session did not
+//! end in order, the drop leaves everything unchanged.
 
 use crate::install;
 use crate::memory::{Change, Object, Region, Space};
@@ -12,36 +12,39 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Regions that are poisoned, by space, address, length and object: kept, so that no object that comes has the address
-/// of one that is done.
+/// Poisoned regions, by space, address, length and object. The map keeps the regions, so that no
+/// new object gets the address of a poisoned one.
 type Done = HashMap<(u32, usize, usize, *const Object), Region>;
 
 fn key(region: &Region) -> (u32, usize, usize, *const Object) {
     (region.space.id, region.address(0), region.len(), Arc::as_ptr(&region.object))
 }
 
-/// How long poison and events take turns before the causers of events are held, as in the pager.
+/// Time for which poison and events take turns before the threads that cause events are held, as in
+/// the pager.
 const HOLD_AFTER: Duration = Duration::from_millis(3);
-/// Beyond all addresses that a process has.
+/// A bound above all addresses of a process.
 const ADDRESSES: usize = 1 << 57;
 
-/// See the module.
+/// The guard whose drop makes the session's memory safe.
 #[derive(Debug)]
 pub(crate) struct OnExit {
     pub(crate) shared: Arc<Shared>,
-    /// Until then whoever opens the session has its descriptors, too.
+    /// False while the session is being opened, because its opener still holds the descriptors,
+    /// too.
     pub(crate) is_open: bool,
     pub(crate) in_order: bool,
-    /// It was asked to leave all to whoever takes it over.
+    /// True if the pager was asked to leave everything to a successor.
     pub(crate) leaves: bool,
 }
 
 impl OnExit {
-    /// Poisons what is absent in all regions, also of processes that are forked meanwhile; false if that cannot be done.
+    /// Poisons the absent pages of all regions, also of processes that are forked meanwhile.
+    /// Returns false if that is impossible.
     fn poison(&self, done: &mut Done) -> bool {
         let shared = &self.shared;
         loop {
-            // Shared memory that was moved may be mapped at its old place still.
+            // Moved shared memory may still be mapped at its old address.
             if let Err(error) = take_all_back(shared) {
                 shared.outcome.report(&error.to_string());
                 return false;
@@ -75,7 +78,7 @@ impl OnExit {
         }
     }
 
-    /// Lets threads go that were held: they stop when their events are read.
+    /// Releases held threads. A thread stops only after the pager has read its event.
     fn let_go(&self, held: Option<Held>) {
         let Some(mut held) = held else { return };
         let started = Instant::now();
@@ -85,13 +88,13 @@ impl OnExit {
         }
     }
 
-    /// Reads what a space has to tell. Faults are left: poisoning wakes them.
+    /// Reads a space's events. Faults are dropped, because poisoning wakes them.
     fn read(&self, space: &Arc<Space>) {
         let _ = events::read(&self.shared, space, &mut Vec::new());
     }
 }
 
-/// Takes all shared memory back that was moved and may be mapped at its old place still.
+/// Takes back all moved shared memory that may still be mapped at its old address.
 fn take_all_back(shared: &Shared) -> Result<(), StateError> {
     let all = 0..ADDRESSES;
     let ids: Vec<_> = shared.spaces().spaces().map(|space| space.id).collect();
@@ -125,8 +128,9 @@ impl Drop for OnExit {
             }
             let spaces = shared.spaces();
             for region in spaces.regions() {
-                // Poison stays. Without this an munmap would wait for somebody to read its event. It waits for a fork that
-                // is copying, whose child is told of after it.
+                // Poison outlasts the registration. While the range is registered, an munmap blocks
+                // until its event is read. This call waits for a fork that is copying; the event of
+                // its child follows.
                 let _ = region.space.uffd.unregister(region.address(0), region.len());
             }
             for space in spaces.spaces() {
@@ -136,7 +140,7 @@ impl Drop for OnExit {
                 break;
             }
         }
-        // Only now nobody has anything to do here any more.
+        // No region is left for a successor.
         shared.state.end();
         shared.end();
     }

@@ -1,6 +1,6 @@
-//! What a session's pager has asked for on the demand lane: chunks and segments that page
-//! faults need, and those of them that the next message asks for. Knows nothing of the lane, of memory, or of the time
-//! but what it is told.
+//! The outstanding requests of a session's pager on the demand lane: chunks and segments that page
+//! faults need. It also selects those that the next message requests. It knows nothing of the lane
+//! or of memory, and takes the time from its caller.
 
 use crate::bits::Underway;
 use crate::memory::{Region, Spaces};
@@ -17,43 +17,44 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How soon something lost is asked for again, where faults go on waiting for it.
+/// Time until a lost chunk or segment is requested again, while faults still wait for it.
 pub(super) const LOST_RETRY: Duration = Duration::from_secs(1);
 
-/// How soon something is asked for again that the server could not give at the moment.
+/// Back-off before a retry, after the server could not answer for the moment.
 const BUSY_RETRY: Duration = Duration::from_millis(100);
 
-/// A page that somebody waits for.
+/// A page that has a waiter.
 pub(crate) type Waiting = (Region, usize);
 
-/// A chunk that was asked for and has not been installed.
+/// A chunk that was requested and is not installed yet.
 #[derive(Debug)]
 struct Chunk {
     digest: Digest,
-    /// A page of it that somebody waits for; installed first.
+    /// A page of the chunk that has a waiter; it is installed first.
     first: Waiting,
-    /// Nobody waits for it yet. If it cannot be had it is forgotten.
+    /// True for read-ahead without a waiter. If it cannot be fetched it is forgotten.
     is_ahead: bool,
     attempt: u32,
-    /// Answers that were wrong or errors.
+    /// Number of answers that were wrong or errors.
     refusals: u32,
-    /// When it was wanted first.
+    /// Time of the first request.
     since: Instant,
-    /// When it was asked for last, and answered.
+    /// Times of the last request and of its answer.
     sent: Option<Instant>,
     answered: Option<Instant>,
-    /// The frame has arrived, and the install was deferred; until then, or None: until events let it through.
+    /// The frame of a deferred install, with the time of the next attempt; `None` in place of a
+    /// time if an unread event blocks the install.
     frame: Option<(Bytes, Option<Instant>)>,
-    /// Given up, or not to be had at the moment: ask again at this time.
+    /// Time of the next request, after the chunk was lost or the server was busy.
     again_at: Option<Instant>,
-    /// Why it was not to be had at the moment.
+    /// The server's reason for being busy.
     busy: Option<String>,
 }
 
-/// A segment that was asked for, and the pages that need it.
+/// A segment that was requested, and the pages that need it.
 #[derive(Debug)]
 struct Segment {
-    /// Each page once: by its space and address.
+    /// The pages by space and address, each once.
     pages: BTreeMap<(u32, usize), Waiting>,
     refusals: u32,
     since: Instant,
@@ -61,36 +62,36 @@ struct Segment {
     busy: Option<String>,
 }
 
-/// What becomes of something whose answer was wrong.
+/// The consequence of a wrong answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// It is asked for again.
+    /// The chunk or segment is requested again.
     AskedAgain,
-    /// That was the last attempt.
+    /// The last attempt has failed.
     Final,
-    /// Nobody waits for it.
+    /// No request is outstanding, or none that has a waiter.
     Unknown,
 }
 
-/// See the module.
+/// The outstanding requests of a pager.
 #[derive(Debug)]
 pub(crate) struct Requests {
     chunks: HashMap<ChunkIndex, Chunk>,
     segments: BTreeMap<u32, Segment>,
-    /// To be asked for with the next message, by attempt.
+    /// Chunks to request with the next message, by attempt.
     chunks_to_ask: Vec<(u32, ChunkIndex)>,
-    /// To be asked for when there is nothing else.
+    /// Read-ahead to request when there is nothing else.
     ahead_to_ask: Vec<ChunkIndex>,
-    /// The chunks of all this, for the fill.
+    /// The set of all requested chunks, for the fill.
     underway: Arc<Underway>,
     segments_to_ask: Vec<u32>,
     last_id: u64,
-    /// How many frames have arrived that are not installed.
+    /// Number of frames that have arrived and are not installed.
     arrived: usize,
 }
 
 impl Requests {
-    /// What is asked for is in `underway`, too.
+    /// Makes an empty set of requests. It keeps all requested chunks in `underway`.
     pub(crate) fn new(underway: Arc<Underway>) -> Self {
         Self {
             chunks: HashMap::new(),
@@ -104,17 +105,18 @@ impl Requests {
         }
     }
 
-    /// Whether nobody waits for anything.
+    /// Returns true if no request is outstanding.
     pub(crate) fn is_empty(&self) -> bool {
         self.chunks.is_empty() && self.segments.is_empty()
     }
 
-    /// Whether the chunk has been asked for and is not done.
+    /// Returns true if the chunk was requested and is not done.
     pub(crate) fn has_chunk(&self, chunk: ChunkIndex) -> bool {
         self.chunks.contains_key(&chunk)
     }
 
-    /// Somebody waits for a chunk from now on, if it has been asked for and is not done: whether it has.
+    /// Adds a waiter to an outstanding chunk; read-ahead becomes a demand fetch. Returns false if
+    /// the chunk was not requested.
     pub(crate) fn waits_for(&mut self, chunk: ChunkIndex, first: &Waiting, now: Instant) -> bool {
         let Some(wanted) = self.chunks.get_mut(&chunk) else { return false };
         if std::mem::take(&mut wanted.is_ahead) {
@@ -128,13 +130,13 @@ impl Requests {
         true
     }
 
-    /// Asks for a chunk that has not been asked for.
+    /// Requests a chunk that is not outstanding.
     pub(crate) fn add_chunk(&mut self, chunk: ChunkIndex, digest: Digest, first: Waiting, now: Instant) {
         self.add(chunk, digest, first, false, now);
         self.chunks_to_ask.push((0, chunk));
     }
 
-    /// The same for one that nobody waits for; `page` is one of those that it is for.
+    /// Requests read-ahead, a chunk without a waiter; `page` is one of the pages that it is for.
     pub(crate) fn add_ahead(&mut self, chunk: ChunkIndex, digest: Digest, page: Waiting, now: Instant) {
         self.add(chunk, digest, page, true, now);
         self.ahead_to_ask.push(chunk);
@@ -158,7 +160,7 @@ impl Requests {
         self.chunks.insert(chunk, wanted);
     }
 
-    /// Asks for the segment that a page needs, unless that has been done.
+    /// Requests the segment that a page needs, unless it is outstanding, and adds the page to it.
     pub(crate) fn add_segment(&mut self, index: u32, page: Waiting, now: Instant) {
         let wanted = self.segments.entry(index).or_insert_with(|| {
             self.segments_to_ask.push(index);
@@ -167,12 +169,12 @@ impl Requests {
         wanted.pages.insert((page.0.space.id, page.0.address(page.1)), page);
     }
 
-    /// Whether there is something to be asked for.
+    /// Returns true if there is something to request.
     pub(crate) fn has_message(&self) -> bool {
         !self.chunks_to_ask.is_empty() || !self.segments_to_ask.is_empty() || !self.ahead_to_ask.is_empty()
     }
 
-    /// The next message: what is to be asked for, as far as one message may.
+    /// Returns the next message: as many of the pending requests as one message may hold.
     pub(crate) fn message(&mut self, now: Instant) -> v1::FetchChunksRequest {
         self.last_id += 1;
         if self.chunks_to_ask.is_empty() && self.segments_to_ask.is_empty() {
@@ -204,14 +206,14 @@ impl Requests {
         }
     }
 
-    /// A chunk has an answer.
+    /// Notes the time of a chunk's answer.
     pub(crate) fn answered(&mut self, chunk: ChunkIndex, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.answered = Some(now);
         }
     }
 
-    /// How long a chunk that has an answer waited to be asked for, and was under way then.
+    /// Returns the time that an answered chunk waited to be requested, and the time of its request.
     pub(crate) fn stages(&self, chunk: ChunkIndex) -> Stages {
         let stages = || {
             let wanted = self.chunks.get(&chunk)?;
@@ -227,7 +229,8 @@ impl Requests {
         stages().unwrap_or_default()
     }
 
-    /// Asks again for everything that has no answer yet: the lane is a new one.
+    /// Requests everything again that has no answer yet, over a new lane. Forgets unanswered
+    /// read-ahead.
     pub(crate) fn ask_all_again(&mut self) {
         self.chunks_to_ask.clear();
         self.forget_chunks(|_, wanted| wanted.is_ahead && wanted.frame.is_none());
@@ -242,23 +245,25 @@ impl Requests {
         self.segments_to_ask = asked.map(|(index, _)| *index).collect();
     }
 
-    /// What the manifest says of a chunk that was asked for, and the page of it that is installed first.
+    /// Returns the digest of an outstanding chunk, and its page that is installed first.
     pub(crate) fn chunk(&self, chunk: ChunkIndex) -> Option<(Digest, &Waiting)> {
         self.chunks.get(&chunk).map(|wanted| (wanted.digest, &wanted.first))
     }
 
-    /// Whether a chunk was asked for that nobody waits for yet.
+    /// Returns true if a chunk is outstanding as read-ahead without a waiter.
     pub(crate) fn is_ahead(&self, chunk: ChunkIndex) -> bool {
         self.chunks.get(&chunk).is_some_and(|wanted| wanted.is_ahead)
     }
 
-    /// How long ago a chunk was asked for first; since then it may have been given up and asked for anew.
+    /// Returns the time since the first request of a chunk. The chunk may have been given up and
+    /// requested again since then.
     pub(crate) fn waited_for(&self, chunk: ChunkIndex, now: Instant) -> Duration {
         let asked = self.chunks.get(&chunk).map(|wanted| wanted.since);
         asked.map_or(Duration::ZERO, |asked| now.saturating_duration_since(asked))
     }
 
-    /// Since when somebody waits for a page that is not given up for the moment: the one who came last.
+    /// Returns the start of the latest wait for a chunk or segment that is not given up for the
+    /// moment.
     pub(crate) fn wait_since(&self) -> Option<Instant> {
         let chunks = self.chunks.values().filter(|wanted| !wanted.is_ahead);
         let chunks = chunks.map(|wanted| (wanted.since, wanted.again_at));
@@ -267,7 +272,7 @@ impl Requests {
         all.map(|(since, _)| since).max()
     }
 
-    /// Nobody waits for the chunk any more.
+    /// Removes a chunk that has no waiter left.
     pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
         let done = self.chunks.remove(&chunk);
         self.arrived -= usize::from(done.is_some_and(|wanted| wanted.frame.is_some()));
@@ -286,8 +291,8 @@ impl Requests {
         self.ahead_to_ask.retain(|chunk| self.chunks.contains_key(chunk));
     }
 
-    /// Keeps a frame that has arrived and could not be installed: until `at` without memory, or None where an event is
-    /// in the way.
+    /// Keeps a frame whose install was deferred: until `at` if memory is lacking, or with `None`
+    /// until events let it through.
     pub(crate) fn defer(&mut self, chunk: ChunkIndex, frame: Bytes, at: Option<Instant>) {
         if let Some(wanted) = self.chunks.get_mut(&chunk)
             && wanted.frame.replace((frame, at)).is_none()
@@ -296,25 +301,25 @@ impl Requests {
         }
     }
 
-    /// Whether frames have arrived that wait for nothing but events.
+    /// Returns true if frames have arrived that only events block.
     pub(crate) fn has_ready(&self) -> bool {
         self.arrived > 0 && self.chunks.values().any(|wanted| matches!(wanted.frame, Some((_, None))))
     }
 
-    /// Takes it that there is no memory for the frames that wait for events: they are tried again at this time.
+    /// Treats frames that wait for events as lacking memory: they are tried again at this time.
     pub(crate) fn suspect_memory(&mut self, at: Instant) {
         for frame in self.chunks.values_mut().filter_map(|wanted| wanted.frame.as_mut()) {
             frame.1.get_or_insert(at);
         }
     }
 
-    /// When to try again to install a frame that there was no memory for.
+    /// Returns the time of the next install of a frame that lacked memory.
     pub(crate) fn next_attempt(&self) -> Option<Instant> {
         let frames = self.chunks.values().filter(|_| self.arrived > 0);
         frames.filter_map(|wanted| wanted.frame.as_ref()?.1).min()
     }
 
-    /// Takes the frames that can be tried now.
+    /// Takes the frames whose install can be tried now.
     pub(crate) fn take_ready(&mut self, now: Instant) -> Vec<(ChunkIndex, Bytes)> {
         if self.arrived == 0 {
             return Vec::new();
@@ -329,7 +334,8 @@ impl Requests {
         due
     }
 
-    /// The answer for a chunk was wrong, or an error.
+    /// Notes a wrong answer or an error for a chunk. Requests the chunk again, unless all attempts
+    /// have failed.
     pub(crate) fn chunk_refused(&mut self, chunk: ChunkIndex) -> Refused {
         let Some(wanted) = self.chunks.get_mut(&chunk) else { return Refused::Unknown };
         if wanted.is_ahead {
@@ -345,7 +351,8 @@ impl Requests {
         Refused::AskedAgain
     }
 
-    /// The server could not give a chunk at the moment: asks again in a while, within its deadline.
+    /// Notes that the server is busy. The chunk is requested again after a back-off, within its
+    /// deadline.
     pub(crate) fn chunk_busy(&mut self, chunk: ChunkIndex, reason: String, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.busy = Some(reason);
@@ -353,7 +360,7 @@ impl Requests {
         }
     }
 
-    /// As [`Requests::chunk_busy`].
+    /// Notes that the server is busy, as [`Requests::chunk_busy`] does for a chunk.
     pub(crate) fn segment_busy(&mut self, index: u32, reason: String, now: Instant) {
         if let Some(wanted) = self.segments.get_mut(&index) {
             wanted.busy = Some(reason);
@@ -361,7 +368,8 @@ impl Requests {
         }
     }
 
-    /// The answer for a segment was wrong, or an error.
+    /// Notes a wrong answer or an error for a segment. Requests the segment again, unless all
+    /// attempts have failed.
     pub(crate) fn segment_refused(&mut self, index: u32) -> Refused {
         let Some(wanted) = self.segments.get_mut(&index) else { return Refused::Unknown };
         wanted.refusals += 1;
@@ -372,12 +380,12 @@ impl Requests {
         Refused::AskedAgain
     }
 
-    /// The segment came, or is given up: the pages that needed it.
+    /// Removes a segment that has arrived or is given up, and returns the pages that needed it.
     pub(crate) fn segment_done(&mut self, index: u32) -> Vec<Waiting> {
         self.segments.remove(&index).into_iter().flat_map(|wanted| wanted.pages.into_values()).collect()
     }
 
-    /// The chunk is lost, but its faults go on waiting: it is asked for again in a while.
+    /// Notes that a chunk is lost while its faults keep waiting. It is requested again later.
     pub(crate) fn chunk_later(&mut self, chunk: ChunkIndex, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.again_at = Some(now + LOST_RETRY);
@@ -385,7 +393,7 @@ impl Requests {
         }
     }
 
-    /// As [`Requests::chunk_later`].
+    /// Notes that a segment is lost, as [`Requests::chunk_later`] does for a chunk.
     pub(crate) fn segment_later(&mut self, index: u32, now: Instant) {
         if let Some(wanted) = self.segments.get_mut(&index) {
             wanted.again_at = Some(now + LOST_RETRY);
@@ -393,8 +401,8 @@ impl Requests {
         }
     }
 
-    /// Asks again for what was to be asked for again by now. Forgets chunks and segments that were wanted for longer
-    /// than `patience`, and that nothing waits for: `has_waiters` is asked.
+    /// Sends the retries that are due. Forgets chunks and segments that are older than `patience`
+    /// and have no waiter, as `has_waiters` and `waits` tell.
     pub(crate) fn look(
         &mut self,
         now: Instant,
@@ -423,14 +431,16 @@ impl Requests {
         }
     }
 
-    /// What is known of why a chunk does not come.
+    /// Returns the known reason for a chunk's delay.
     pub(crate) fn chunk_reason(&self, chunk: ChunkIndex) -> Option<String> {
         let wanted = self.chunks.get(&chunk)?;
-        let came = wanted.frame.is_some().then(|| "it came, and could not be installed".to_owned());
+        let came =
+            wanted.frame.is_some().then(|| "the chunk arrived, but its install is still deferred".to_owned());
         came.or_else(|| wanted.busy.clone())
     }
 
-    /// The segment that pages at these addresses of a space need, if they do, and what is known of why it does not come.
+    /// Returns the segment that pages at these addresses of a space need, with the known reason for
+    /// its delay.
     pub(crate) fn segment_of(&self, space: u32, addresses: &Range<usize>) -> Option<(u32, Option<String>)> {
         let pages = (space, addresses.start)..(space, addresses.end);
         let needs = |segment: &Segment| segment.pages.range(pages.clone()).next().is_some();
@@ -438,12 +448,13 @@ impl Requests {
         Some((*index, segment.busy.clone()))
     }
 
-    /// The pages that a segment is wanted for.
+    /// Returns the pages that need a segment.
     pub(crate) fn pages_of_segment(&self, index: u32) -> Vec<Waiting> {
         self.segments.get(&index).into_iter().flat_map(|wanted| wanted.pages.values().cloned()).collect()
     }
 
-    /// Forgets a region, of which `rest` are left: another one of the same file may wait for the same chunk.
+    /// Forgets a region. `rest` are the remaining spaces: another region of the same file may wait
+    /// for the same chunk.
     pub(crate) fn forget(&mut self, region: &Region, rest: &Spaces) {
         let is_it = |other: &Region| Arc::ptr_eq(&other.object, &region.object);
         let chunk_pages = region.object.chunk_pages();

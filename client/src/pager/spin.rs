@@ -1,23 +1,24 @@
-//! Whether a pager that waits for an answer sleeps, or looks for it again and again.
+//! Decides when a pager that waits for an answer polls instead of sleeping.
 //!
-//! To wake a core that has gone idle takes about as long as a near server takes to answer. While a thread waits for a page
-//! its own core has nothing to do; so the pager stays awake for a moment, where that pays: when answers take longer it
-//! sleeps at once, and tries it again with one request of some. Nor does it while the fill has work for all cores.
+//! Waking an idle core takes about as long as a near server takes to answer. While a thread waits
+//! for a page its core is idle, so the pager polls for a moment after each request. If answers take
+//! longer than that, the pager sleeps at once, and polls only after one request in 32. It also
+//! sleeps while the fill has work for all cores.
 
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long it stays awake after a request: some more than a near server takes for a chunk of 64 KiB.
+/// Time to poll after a request: slightly more than a near server takes for a chunk of 64 KiB.
 const AWAKE: Duration = Duration::from_micros(100);
-/// Where answers take longer: with one request of so many.
+/// With a far server, one in this many requests is followed by polling.
 const TRY_AGAIN: u32 = 32;
 
 #[derive(Debug)]
 pub(crate) struct Spin {
     until: Option<Instant>,
-    /// What answers have taken of late.
+    /// Moving average of the recent answer times.
     usual: Duration,
-    /// Requests since they have taken longer than it stays awake.
+    /// Requests since the average exceeded [`AWAKE`].
     far_requests: u32,
 }
 
@@ -26,7 +27,7 @@ impl Spin {
         Self { until: None, usual: Duration::ZERO, far_requests: 0 }
     }
 
-    /// Something is asked for.
+    /// Notes a request, and starts polling if that may pay.
     pub(crate) fn asked(&mut self, now: Instant) {
         self.far_requests = if self.usual <= AWAKE { 0 } else { self.far_requests + 1 };
         if self.far_requests.is_multiple_of(TRY_AGAIN) {
@@ -34,13 +35,13 @@ impl Spin {
         }
     }
 
-    /// An answer has come, so long after it was asked for.
+    /// Notes an answer and its time since the request.
     pub(crate) fn answered(&mut self, after: Duration) {
-        // One that takes very long says no more than one that takes long.
+        // A cap, so that one very slow answer counts no more than a slow one.
         self.usual = (self.usual * 7 + after.min(4 * AWAKE)) / 8;
     }
 
-    /// Whether to stay awake, while something is waited for.
+    /// Returns true while the pager should poll. It applies only while a request is outstanding.
     pub(crate) fn is_on(&self, now: Instant) -> bool {
         self.until.is_some_and(|until| now < until)
     }
@@ -59,7 +60,7 @@ mod tests {
         assert!(spin.is_on(now));
         assert!(!spin.is_on(now + AWAKE));
 
-        // They come later: it sleeps, but for a try now and then.
+        // Later answers: the pager sleeps, except for a try now and then.
         (0..8).for_each(|_| spin.answered(10 * AWAKE));
         let mut tries = 0;
         for _ in 0..10 * TRY_AGAIN {

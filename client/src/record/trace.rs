@@ -1,11 +1,13 @@
-//! What a session did, and when: who waited for what, and what came why.
+//! Traces of sessions: each fault, and each install with its cause and latency.
 //!
-//! A session with [`Options::trace`](crate::Options) notes events in a bounded queue, for which it does not wait;
-//! [`Session::write_trace`](crate::Session::write_trace) starts the thread that writes them, as lines of JSON.
-//! [`Trace::read`] reads them again. docs/FORMATS.md describes them.
+//! A session with [`Options::trace`](crate::Options) puts events into a bounded queue, and never
+//! blocks on it. [`Session::write_trace`](crate::Session::write_trace) starts the thread that
+//! writes them, as lines of JSON. [`Trace::read`] parses them. docs/FORMATS.md describes the
+//! format.
 //!
-//! A touch of a page that is there cannot be seen. So a traced session withholds one page in 50 of the working set, chosen at
-//! random: which of these are touched is an estimate for the others. Of huge pages none is withheld.
+//! A trace cannot see accesses to resident pages. A traced session therefore withholds one page in
+//! 50 of the working set, chosen at random. The share of these that threads fault on estimates the
+//! use of the others. Huge pages are never withheld.
 
 mod notes;
 
@@ -16,177 +18,181 @@ use postcopy_proto::page::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead};
 
-/// The version of the format.
+/// Version of the trace format.
 const VERSION: u32 = 1;
-/// Longer ones are no trace's: a line with all paths of an image is the longest.
+/// Most bytes of a line. The longest line is the header, with all paths of an image.
 const MAX_LINE_BYTES: u64 = 64 << 20;
-/// More are not read: 10 GiB of memory that is touched page by page is half of it.
+/// Most events that are read. A fault and an install for each page of 10 GiB make half as many.
 const MAX_EVENTS: usize = 10 << 20;
-/// Files have at most 16 TiB.
+/// Most pages of a file: 16 TiB.
 const MAX_FILE_PAGES: u64 = u32::MAX as u64;
-/// Of the working set's pages one in so many is withheld.
+/// One in this many pages of the working set is withheld.
 pub const WITHHELD_ONE_OF: u64 = 50;
 
-/// What a trace is of: its first line.
+/// The first line of a trace: its image and options.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
     /// The format's version: 1.
     pub trace: u32,
-    /// The image's digest.
+    /// Digest of the image.
     pub image: String,
-    /// The most bytes of a chunk.
+    /// Most bytes of a chunk.
     pub chunk_bytes: u64,
     /// The image's regular files, in the order in which events count them, from 0.
     pub files: Vec<TracedFile>,
-    /// When it began: microseconds since 1970.
+    /// Start of the trace, in microseconds since 1970.
     pub started_us: u64,
-    /// Whether the working set was asked for.
+    /// True if the session prefetched the working set.
     pub working_set: bool,
-    /// Whether everything was to be brought from the beginning on.
+    /// True if the session filled everything in the background from its start.
     pub fill: bool,
-    /// Whether touches were recorded, and so brought no neighbours.
+    /// True if the session recorded faults, and so installed only the faulting pages.
     pub record: bool,
 }
 
-/// A file of the image.
+/// A regular file of the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TracedFile {
-    /// Its path.
+    /// Path of the file in the image.
     pub path: String,
-    /// Its length.
+    /// Length of the file in bytes.
     pub size_bytes: u64,
 }
 
-/// Why a page was brought.
+/// The cause of a page's install.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
-    /// It was touched, or is of the same chunk as one that was.
+    /// A demand fetch, for this page or for another one of its chunk.
     Demand,
-    /// Touches went forward to it.
+    /// Read-ahead of sequential faults.
     ReadAhead,
-    /// It is of the working set.
+    /// Prefetch of the working set.
     WorkingSet,
-    /// It was brought in the background, with all that was absent.
+    /// Background fill, with all other absent pages.
     Background,
 }
 
-/// A thread has touched an absent page.
+/// A page fault on an absent page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Touch {
-    /// When that was read from the userfaultfd: nanoseconds since the trace began.
+    /// Time at which the pager read the fault, in nanoseconds since the trace began.
     pub at: u64,
-    /// Whose memory: 0 is the process that the session began with, others were forked. 0 for memory that they share.
+    /// The faulting process: 0 for the session's first process, other numbers for its forked
+    /// children. Shared memory always has 0.
     pub space: u32,
-    /// Of which file.
+    /// Index of the file in the header.
     pub file: u32,
-    /// Which page of the file, of 4 KiB.
+    /// The page of the file, in units of 4 KiB.
     pub page: u32,
 }
 
-/// Pages were installed that were absent. The times are nanoseconds; 0 where there was no such thing, or it is not known.
+/// An install of absent pages. Durations are in nanoseconds; 0 also if the stage did not occur or
+/// is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Came {
-    /// When they were there: nanoseconds since the trace began.
+    /// Time at which the pages were resident, in nanoseconds since the trace began.
     pub at: u64,
-    /// As for a touch.
+    /// The process, as for a fault.
     pub space: u32,
-    /// Of which file.
+    /// Index of the file in the header.
     pub file: u32,
-    /// The first one.
+    /// The first page, in units of 4 KiB.
     pub page: u32,
-    /// How many.
+    /// Number of pages.
     pub pages: u32,
-    /// Why.
+    /// The cause of the install.
     pub cause: Cause,
-    /// How long the request waited to be sent, or what came waited for a thread.
+    /// Time that the request waited to be sent, or the answer waited for an installer.
     pub queue: u64,
-    /// From sending the request to its answer. Not known of the working set, which is sent in one stream.
+    /// Time from sending the request to its answer. Unknown for the working set, which the server
+    /// sends in one stream.
     pub wire: u64,
-    /// Decompressing it, and comparing it with its digest.
+    /// Time to decompress the frame and to compare the content with its digest.
     pub decompress: u64,
-    /// Until the kernel had installed them.
+    /// Time until the kernel had installed the pages.
     pub install: u64,
 }
 
-/// A page of the working set has come and was left absent, to see whether it is touched.
+/// A prefetched page of the working set that was left absent, to see if a thread faults on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Withheld {
-    /// When.
+    /// Time of the decision, in nanoseconds since the trace began.
     pub at: u64,
-    /// As for a touch.
+    /// The process, as for a fault.
     pub space: u32,
-    /// Of which file.
+    /// Index of the file in the header.
     pub file: u32,
-    /// Which page.
+    /// The page, in units of 4 KiB.
     pub page: u32,
 }
 
-/// The session's end: the last line, where nobody killed the process.
+/// The session's end: the last line, unless the process was killed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct End {
-    /// When.
+    /// Time of the end, in nanoseconds since the trace began.
     pub at: u64,
-    /// Events that were not written, because there were too many at once.
+    /// Number of events that were dropped because the queue was full.
     pub lost: u64,
-    /// What went wrong first, if something did.
+    /// The session's first error, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// A line after the first one.
+/// An event: one line after the header.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Event {
-    /// See there.
+    /// A page fault on an absent page.
     Touch(Touch),
-    /// See there.
+    /// An install of absent pages.
     Came(Came),
-    /// See there.
+    /// A page that was left absent.
     Withheld(Withheld),
-    /// See there.
+    /// The end of the session.
     End(End),
 }
 
-/// Why a trace cannot be read.
+/// The reason why a trace cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The file.
+    /// The file could not be read.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// A line is not what it should be.
+    /// A line is invalid.
     #[error("line {line}: {reason}")]
     Line {
-        /// Its number, from 1.
+        /// The line's number, from 1.
         line: usize,
-        /// What is wrong.
+        /// The reason why the line is invalid.
         reason: String,
     },
 }
 
-/// A trace that was read.
+/// A parsed trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
-    /// What it is of.
+    /// The image and options of the session.
     pub header: Header,
-    /// Touches, as they were read.
+    /// The page faults, in the order in which the pager read them.
     pub touches: Vec<Touch>,
-    /// What came, in order as far as one thread has installed it.
+    /// The installs; in order only among those of one thread.
     pub came: Vec<Came>,
-    /// What was withheld.
+    /// The pages that were left absent.
     pub withheld: Vec<Withheld>,
-    /// None: its process was killed, or has not ended.
+    /// The end of the session; `None` if its process was killed, or still runs.
     pub end: Option<End>,
 }
 
 impl Trace {
-    /// Reads a trace. A last line that is cut was written by a process that was killed, and is left out.
+    /// Reads a trace. Ignores a last line that is cut, because the process was killed while it
+    /// wrote the line.
     ///
     /// # Errors
-    /// [`TraceError`], which names the line.
+    /// Returns [`TraceError`], which names the line.
     ///
     /// # Blocking
-    /// Reads all of it; holds at most 64 bytes for each event, of at most ten million.
+    /// Reads all of the input; holds at most 64 bytes for each of at most ten million events.
     pub fn read(mut lines: impl BufRead) -> Result<Self, TraceError> {
         let mut number = 0;
         let mut next = || -> Result<Option<(usize, Vec<u8>)>, TraceError> {
@@ -239,7 +245,7 @@ impl Trace {
         Ok(())
     }
 
-    /// Sees that a file has these pages.
+    /// Checks that a file has these pages.
     fn check(&self, file: u32, page: u32, pages: u32) -> Result<(), String> {
         let files = self.header.files.len();
         let entry = self.header.files.get(file as usize).ok_or(format!("file {file} of {files}"))?;
@@ -304,7 +310,7 @@ mod tests {
             let all: Vec<_> = events.iter().cloned().chain([Event::End(end.clone())]).collect();
             let mut read = Trace::read(text(&header(), &all).as_bytes()).unwrap();
             prop_assert_eq!(&read.end, &Some(end));
-            // In the order of each kind.
+            // Each kind keeps its order.
             for event in &events {
                 match event {
                     Event::Touch(touch) => prop_assert_eq!(read.touches.remove(0), *touch),
@@ -316,7 +322,7 @@ mod tests {
             prop_assert!(read.touches.is_empty() && read.came.is_empty() && read.withheld.is_empty());
         }
 
-        /// A process may be killed at any time: what it had written by then is a trace.
+        /// A process may be killed at any time; the lines that it had written form a trace.
         #[test]
         fn a_trace_that_is_cut_is_read(events in prop::collection::vec(any_event(), 0..20), cut: prop::sample::Index) {
             let whole = text(&header(), &events);

@@ -1,4 +1,4 @@
-//! Fetching chunks of an image for a file or a check, and not for memory.
+//! Fetches chunks of an image for a file or a check, outside of any session.
 
 use crate::install::chunk::decode;
 use crate::memory::ChunkPages;
@@ -15,39 +15,41 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::task::JoinSet;
 
-/// The most chunks of one request, and so the most that are in flight beside those being decoded: 32 MiB at 64 KiB.
+/// Most chunks of one request. It also bounds the outstanding chunks, apart from those being
+/// decoded: 32 MiB at 64 KiB.
 const REQUEST_CHUNKS: usize = 512;
-/// Messages that are decoded at a time.
+/// Most messages that are decoded at a time.
 const DECODING: usize = 8;
 
-/// What is done with a chunk: its file, the byte of the file at which it begins, its verified content. Called from
-/// several threads.
+/// The consumer of chunks. Its arguments are a chunk's file, the byte of the file at which the
+/// chunk begins, and its verified content. Several threads call it.
 pub(crate) type Sink = dyn Fn(&ImagePath, u64, &ChunkPages) -> Result<(), String> + Send + Sync;
 
-/// A chunk that could not be fetched, and why.
+/// A chunk that could not be fetched, with the reason.
 #[derive(Clone, Debug)]
 pub struct Damage {
-    /// The file that it belongs to.
+    /// The file that the chunk belongs to.
     pub path: ImagePath,
-    /// Its number.
+    /// The number of the chunk in the image.
     pub chunk: ChunkIndex,
-    /// What is wrong.
+    /// The reason: a wrong answer, or a failure of the consumer.
     pub reason: String,
 }
 
-/// What fetching has brought.
+/// The result of a fetch.
 #[derive(Debug, Default)]
 pub(crate) struct Fetched {
-    /// What could not be fetched.
+    /// The chunks that could not be fetched.
     pub(crate) damaged: Vec<Damage>,
-    /// Bytes of the frames that came.
+    /// Bytes of the received frames.
     pub(crate) frame_bytes: u64,
 }
 
-/// The chunks of an image that are not zero, each digest once if `distinct`.
+/// Returns the chunks of an image that are not zero, each digest once if `distinct`.
 ///
 /// # Errors
-/// The number of a segment that has not come: what it holds is not known, and nothing must be taken for zeros.
+/// Returns the number of a segment that has not arrived. Its content is unknown, and must not be
+/// taken for zeros.
 pub(crate) fn data_chunks(image: &Image, distinct: bool) -> Result<Vec<u64>, u32> {
     let mut seen = HashSet::new();
     let mut chunks = Vec::new();
@@ -62,11 +64,11 @@ pub(crate) fn data_chunks(image: &Image, distinct: bool) -> Result<Vec<u64>, u32
     Ok(chunks)
 }
 
-/// Fetches these chunks, verifies each against the manifest and gives it to `sink`. What was wrong is asked for once
-/// more, and then named.
+/// Fetches these chunks, verifies each against the manifest, and passes it to `sink`. Requests each
+/// failed chunk once more before it reports the chunk as damaged.
 ///
 /// # Errors
-/// [`RemoteError`] if the connection was lost; then some chunks have not been looked at.
+/// Returns [`RemoteError`] if the connection was lost; some chunks are then unchecked.
 pub(crate) async fn fetch(
     address: &ServerAddress,
     image: &Arc<Image>,
@@ -103,21 +105,21 @@ impl Fetch {
             return Ok(Vec::new());
         }
         let mut lane = BulkLane::open(address, &self.image.digest()).await?;
-        // Only what is in here is taken, once: a server may answer what it likes.
+        // Each chunk is accepted once, and only if this set holds it: a server may send any answer.
         let mut missing: HashSet<u64> = HashSet::new();
         let mut damaged = Vec::new();
         let mut decoding = JoinSet::new();
         let mut parts = chunks.chunks(REQUEST_CHUNKS);
         let mut id = 0;
         loop {
-            // The next request is on its way before the last one is answered.
+            // The next request is sent before the last one is answered.
             while missing.len() < REQUEST_CHUNKS {
                 let Some(part) = parts.next() else { break };
                 missing.extend(part);
                 id += 1;
                 let runs = runs_of(part.iter().copied());
                 let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
-                // A closed queue is a lost lane: the next message says why.
+                // A closed queue means a lost lane, and the next message has the reason.
                 let _ = lane.requests.send(request).await;
             }
             if missing.is_empty() {

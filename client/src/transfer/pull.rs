@@ -1,4 +1,4 @@
-//! From a server to files, and checking an image without keeping it.
+//! Writes images from a server to files, and checks images without keeping them.
 
 use crate::memory::ChunkPages;
 use crate::remote::{Content, Image};
@@ -18,41 +18,41 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Why an image could not be pulled or checked.
+/// The reason why an image could not be pulled or checked.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    /// The server, or what it sent.
+    /// The server failed, or sent a wrong answer.
     #[error(transparent)]
     Remote(#[from] RemoteError),
-    /// The target exists and holds something.
+    /// The target exists and is not empty.
     #[error("{0} exists already and is not an empty directory")]
     Exists(PathBuf),
     /// A file could not be written.
     #[error("{path}")]
     File {
-        /// Which one.
+        /// The path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Chunks could not be had as the manifest says.
+    /// Chunks could not be fetched with the content that the manifest states.
     #[error("{} of the image's chunks cannot be had; the first: file {} chunk {}: {}",
         .0.len(), .0[0].path, .0[0].chunk, .0[0].reason)]
     Damaged(Vec<Damage>),
 }
 
-/// What a pull or a check did.
+/// The result of a pull or a check.
 #[derive(Clone, Copy, Debug)]
 pub struct PullReport {
-    /// The image.
+    /// Digest of the image.
     pub image: postcopy_proto::digest::Digest,
     /// Number of entries: files, symbolic links and empty directories.
     pub entries: usize,
-    /// Bytes of these files.
+    /// Bytes of these files together.
     pub size_bytes: u64,
     /// Chunks that were fetched and verified.
     pub chunks: u64,
-    /// Bytes of their frames: what came over the wire, but for manifests and headers.
+    /// Bytes of their frames. Manifests and headers are not counted.
     pub frame_bytes: u64,
 }
 
@@ -64,7 +64,7 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PullError {
 /// Fetches and verifies every chunk of an image, each digest once, and keeps nothing.
 ///
 /// # Errors
-/// [`PullError::Damaged`] names every chunk that is not as the manifest says.
+/// Returns [`PullError::Damaged`], which names every chunk that differs from the manifest.
 pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport, PullError> {
     let (image, segments) = remote.open(reference, &[], true).await?;
     segments.all_into(&image).await?;
@@ -78,7 +78,7 @@ pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport
 /// Writes the files of an image to the directory `target`, which must not exist or be empty.
 ///
 /// # Errors
-/// [`PullError`]; the target is as it was then.
+/// Returns [`PullError`]; the target is then unchanged.
 pub async fn pull(remote: &Remote, reference: &Reference, target: &Path) -> Result<PullReport, PullError> {
     let mut pulling = Pulling::begin(remote, reference, target, |_| true).await?;
     let all = pulling.extents_of(|_| true);
@@ -86,12 +86,14 @@ pub async fn pull(remote: &Remote, reference: &Reference, target: &Path) -> Resu
     pulling.finish()
 }
 
-/// A part of a file: its path in the image, and which of its bytes.
+/// A part of a file: its path in the image, and a range of its bytes.
 pub type Extent = (ImagePath, Range<u64>);
 
-/// Files of an image that are being written to a directory. The zeros of files, and what is not fetched, are holes. They
-/// appear in a directory beside the target, or in it where it is there, and are renamed when all are complete; if this is
-/// dropped before, nothing has happened.
+/// Files of an image that are being written to a directory.
+///
+/// Zeros, and parts that are not fetched, are holes. The files lie in a directory beside the
+/// target, or in the target if it exists. They are renamed once all are complete. Dropping this
+/// value before then leaves the target unchanged.
 #[derive(Debug)]
 pub struct Pulling {
     remote: Remote,
@@ -103,10 +105,11 @@ pub struct Pulling {
 }
 
 impl Pulling {
-    /// Makes the files that `is_wanted`, of the lengths that they have; the target must not exist, or be empty.
+    /// Creates the files that `is_wanted` selects, at their full lengths. The target must not
+    /// exist, or be empty.
     ///
     /// # Errors
-    /// [`PullError`]; nothing has happened then.
+    /// Returns [`PullError`]; the target is then unchanged.
     pub async fn begin(
         remote: &Remote,
         reference: &Reference,
@@ -137,28 +140,28 @@ impl Pulling {
         Ok(Self { remote: remote.clone(), image, partial, target: target.to_owned(), wanted, report })
     }
 
-    /// The image.
+    /// Returns the image that is pulled.
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.image
     }
 
-    /// Where the files are for the time being.
+    /// Returns the directory in which the files lie until [`Pulling::finish`].
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.partial.0
     }
 
-    /// All of those files that were made and that `is_meant`.
+    /// Returns the full extents of the created files that `is_meant` selects.
     pub fn extents_of(&self, is_meant: impl Fn(&ImagePath) -> bool) -> Vec<Extent> {
         let meant = self.wanted.iter().filter(|entry| is_meant(&entry.path));
         meant.map(|entry| (entry.path.clone(), 0..size_of_entry(entry))).collect()
     }
 
-    /// Fetches parts of files that were made, and writes them. What lies beyond a file's end is nothing.
+    /// Fetches parts of created files, and writes them. Ignores parts beyond a file's end.
     ///
     /// # Errors
-    /// [`PullError`].
+    /// Returns [`PullError`] if a part could not be fetched or written.
     pub async fn fetch(&mut self, extents: Vec<Extent>) -> Result<(), PullError> {
         let mut parts: BTreeMap<ImagePath, Vec<Range<u64>>> = BTreeMap::new();
         for (path, bytes) in extents {
@@ -186,7 +189,7 @@ impl Pulling {
             }
         }
         let directory = self.partial.0.clone();
-        // Opened for each chunk: an image may have more files than a process may have open.
+        // Each chunk opens its file anew: an image may have more files than a process may open.
         let sink = move |path: &ImagePath, offset: u64, pages: &ChunkPages| {
             let file =
                 File::options().write(true).open(local(&directory, path)).map_err(|e| e.to_string())?;
@@ -205,10 +208,10 @@ impl Pulling {
         fetch_into(&mut self.report, &self.remote, &self.image, data, Arc::new(sink)).await
     }
 
-    /// Nothing more is to come: the files are the target's from here on.
+    /// Syncs the files and moves them to the target.
     ///
     /// # Errors
-    /// [`PullError::File`].
+    /// Returns [`PullError::File`] if a file could not be synced or moved.
     pub fn finish(self) -> Result<PullReport, PullError> {
         for entry in self.wanted.iter().filter(|entry| matches!(entry.kind, EntryKind::File(_))) {
             let path = local(&self.partial.0, &entry.path);
@@ -245,7 +248,8 @@ async fn fetch_into(
     Ok(())
 }
 
-/// A directory beside the target, or in it where it is there, that is removed unless it becomes the target.
+/// A directory beside the target, or in it if the target exists. Dropping it removes the directory,
+/// unless it has become the target.
 #[derive(Debug)]
 struct Partial(PathBuf);
 
@@ -253,7 +257,7 @@ impl Partial {
     fn create(target: &Path) -> Result<Self, PullError> {
         // `.` and the like have no name.
         let target = std::path::absolute(target).map_err(file_error(target))?;
-        // An empty directory may be a file system of its own: its files are made within.
+        // An empty target may be a mount point, so the files are created within it.
         let parent = if target.exists() { &target } else { target.parent().unwrap_or(&target) };
         fs::create_dir_all(parent).map_err(file_error(parent))?;
         let name = target.file_name().unwrap_or(OsStr::new("image"));
@@ -262,7 +266,7 @@ impl Partial {
             name.push(format!(".partial-{}-{n}", std::process::id()));
             let partial = parent.join(name);
             match fs::create_dir(&partial) {
-                // What an earlier pull left behind, or somebody else's.
+                // An earlier pull left this directory behind, or another program made it.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 created => return created.map(|()| Self(partial.clone())).map_err(file_error(&partial)),
             }
@@ -270,8 +274,10 @@ impl Partial {
         unreachable!("some number is free")
     }
 
-    /// Makes it the target. An empty directory that was there stays the same one: it may be somebody's working
-    /// directory, or a file system. What came to lie there meanwhile is kept.
+    /// Moves the files to the target.
+    ///
+    /// An empty target directory is kept, because it may be a working directory or a mount point.
+    /// Files that appeared in it meanwhile are not overwritten.
     fn rename(self, target: &Path) -> Result<(), PullError> {
         use rustix::fs::{CWD, RenameFlags, renameat_with};
         if self.0.parent() != std::path::absolute(target).ok().as_deref() {
@@ -289,13 +295,13 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // After the rename there is nothing of that name.
+        // After the rename the path does not exist.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// Where a file of the image lies below `directory`. An [`ImagePath`] leads nowhere else, and no part of it is a
-/// link: a manifest has no entry below another, and the directory is new.
+/// Returns the path of an image's file below `directory`. An [`ImagePath`] leads nowhere else. No
+/// part of it is a link: a manifest has no entry below another, and the directory is new.
 fn local(directory: &Path, path: &ImagePath) -> PathBuf {
     directory.join(OsStr::from_bytes(path.as_bytes()))
 }

@@ -1,9 +1,10 @@
-//! From files to a server.
+//! Sends files to a server as an image.
 //!
-//! The files' chunks go through four steps, batch by batch: read and hash (all cores); ask the server which are
-//! missing; compress these (all cores); upload packs. While one batch is compressed, the server is asked about the
-//! next and the one after that is read, so that all cores and the connection are busy at once. Then the manifest is
-//! committed. Only missing chunks are compressed and sent.
+//! The files' chunks pass four steps, batch by batch: read and hash them on all cores, ask the
+//! server which are missing, compress these on all cores, upload packs. While one batch is
+//! compressed, the server checks the next one, and the one after that is read. So all cores and the
+//! connection are busy at once. Only missing chunks are compressed and sent. The last step commits
+//! the manifest.
 
 use crate::remote::{Remote, RemoteError};
 use postcopy_proto::buffers::Buffers;
@@ -29,26 +30,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, JoinSet};
 
-/// Plain bytes that are read, hashed and compressed together; three such batches are in memory at a time.
+/// Plain bytes of a batch, which is read, hashed and compressed together. Three batches are in
+/// memory at a time.
 const BATCH_BYTES: usize = 16 << 20;
-/// The most files of a batch: they are open together, in three batches at most, below the usual limit of 1,024.
+/// Most files of a batch. Three batches hold their files open at most, below the usual limit of
+/// 1,024.
 const BATCH_FILES: usize = 128;
-/// Packs are closed at this length: large enough for few files, small enough for a server's memory, and so that
-/// not much is left to verify when the last one has been sent.
+/// Length at which a pack is closed. It is large enough for few files and small enough for a
+/// server's memory. It also keeps the rest short that the server verifies after the last upload.
 const PACK_BYTES: usize = 16 << 20;
-/// Packs that are being uploaded at a time.
+/// Most uploads of packs at a time.
 const UPLOADS: usize = 3;
-/// How often a commit is tried whose chunks were collected as garbage meanwhile.
+/// Most attempts of a commit whose chunks were collected as garbage meanwhile.
 const COMMITS: usize = 4;
-/// Where a path is taken for one that goes round and round.
+/// Length at which a path of `parent` links counts as a loop.
 const MAX_PATH_BYTES: usize = 1024;
 
-/// How to push.
+/// The options of a push.
 #[derive(Clone, Copy, Debug)]
 pub struct PushOptions {
-    /// The image's chunk size.
+    /// Chunk size of the image.
     pub chunk_size: ChunkSize,
-    /// zstd's level, 1 to 19.
+    /// Compression level of zstd, 1 to 19.
     pub level: i32,
 }
 
@@ -58,27 +61,28 @@ impl Default for PushOptions {
     }
 }
 
-/// What a push did. Bytes are plain ones unless said otherwise; `size = zero + deduplicated + sent`.
+/// The result of a push. Bytes are plain ones unless a field says otherwise; `size = zero +
+/// deduplicated + sent`.
 #[derive(Clone, Copy, Debug)]
 pub struct PushReport {
-    /// The image.
+    /// Digest of the image.
     pub image: Digest,
-    /// Bytes of all files.
+    /// Bytes of all files together.
     pub size_bytes: u64,
-    /// Bytes of chunks that are nothing but zeros.
+    /// Bytes of chunks that hold only zeros.
     pub zero_bytes: u64,
-    /// Bytes of chunks that the server had, or that came more than once.
+    /// Bytes of chunks that the server had, or that occur more than once.
     pub deduplicated_bytes: u64,
     /// Bytes of chunks that were sent.
     pub sent_bytes: u64,
-    /// Bytes that the sent chunks' packs have, compressed.
+    /// Bytes of the packs with the sent chunks, compressed.
     pub pack_bytes: u64,
-    /// How long it took.
+    /// Time from the call to the commit.
     pub elapsed: Duration,
 }
 
 impl PushReport {
-    /// Plain bytes for each compressed one, of what was sent.
+    /// Returns the plain bytes for each compressed byte of the sent chunks.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
     pub fn ratio(&self) -> f64 {
@@ -86,41 +90,41 @@ impl PushReport {
     }
 }
 
-/// Why something could not be pushed.
+/// The reason why a push failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PushError {
-    /// The server.
+    /// The server failed, or sent a wrong answer.
     #[error(transparent)]
     Remote(#[from] RemoteError),
     /// A file could not be read.
     #[error("{path}")]
     File {
-        /// Which one.
+        /// The path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// A file became shorter while it was read.
+    /// A file became shorter while the push read it.
     #[error("{0} changed while it was read")]
     Changed(PathBuf),
-    /// Something that is no file, directory or symbolic link.
+    /// A path that is no file, directory or symbolic link.
     #[error("{0} is no file, directory or symbolic link")]
     Kind(PathBuf),
-    /// A directory without anything in it.
+    /// A directory without any entries.
     #[error(
         "{0} is empty: there is nothing to store. If a program was to fill it (criu dump), see why it did not, and push then"
     )]
     Empty(PathBuf),
-    /// A name that images cannot have.
+    /// A path that an image cannot hold.
     #[error(transparent)]
     Path(#[from] PathError),
-    /// A chain of CRIU's incremental images that does not end.
+    /// A chain of CRIU's incremental images that leads back to itself.
     #[error("{0}: the links of incremental images lead round and round")]
     Parents(PathBuf),
-    /// An image that cannot be.
+    /// The entries do not form a valid manifest.
     #[error("the image cannot be made")]
     Manifest(#[from] ManifestError),
-    /// The server went on losing chunks.
+    /// The server lost chunks during each attempt.
     #[error(
         "the server lost chunks again and again while they were pushed; is its garbage collected with a grace time of zero?"
     )]
@@ -130,17 +134,17 @@ pub enum PushError {
     Worker(String),
 }
 
-/// Called with the bytes that are done and all bytes.
+/// The progress callback. Its arguments are the bytes done so far and all bytes.
 pub type OnProgress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
 /// Pushes the file or the directory tree at `path` as `reference`.
 ///
-/// Symbolic links and empty directories are kept, the executable bit, too; owners and times are not. A single file is
-/// stored under its own name. In a directory of CRIU's images the link `parent` is followed: what it leads to is stored as
-/// the directory `parent`.
+/// Keeps symbolic links, empty directories and the executable bit, but no owners and times. Stores
+/// a single file under its own name. In a directory of CRIU's images, follows the link `parent` and
+/// stores its target as the directory `parent`.
 ///
 /// # Errors
-/// [`PushError`]; the reference is as it was then.
+/// Returns [`PushError`]; the reference is then unchanged.
 pub async fn push(
     remote: &Remote,
     path: &Path,
@@ -160,7 +164,7 @@ pub async fn push(
     Err(PushError::Lost)
 }
 
-/// What stands at a path that is to be pushed.
+/// An entry to push: its path in the image, and its path on this host.
 struct Source {
     path: ImagePath,
     from: PathBuf,
@@ -173,7 +177,7 @@ enum SourceKind {
     EmptyDirectory,
 }
 
-/// What is to be pushed, in bytewise order of path.
+/// Returns the entries to push, in bytewise order of path.
 fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
     let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
     let metadata = root.metadata().map_err(|e| file_error(root, e))?;
@@ -195,7 +199,7 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
     Ok(sources)
 }
 
-/// What is below a directory; `prefix` comes before its paths.
+/// Adds the entries below a directory; `prefix` is put before their paths.
 fn collect_below(root: &Path, prefix: &[u8], sources: &mut Vec<Source>) -> Result<(), PushError> {
     let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
     for entry in walkdir::WalkDir::new(root).min_depth(1).follow_root_links(true) {
@@ -231,16 +235,17 @@ fn collect_below(root: &Path, prefix: &[u8], sources: &mut Vec<Source>) -> Resul
     Ok(())
 }
 
-/// Whether a link is that of CRIU's incremental images to those that they are built upon: these have to come, too.
+/// Returns true for the link from CRIU's incremental images to their parents, which the push
+/// includes.
 fn is_criu_parent(link: &Path) -> bool {
     link.file_name().is_some_and(|name| name == "parent") && link.with_file_name("inventory.img").exists()
 }
 
-/// Chunks that have been read together.
+/// A batch of chunks that were read together.
 struct Batch {
     chunks: Vec<Chunk>,
-    /// Their plain bytes but for the holes', one after another. The buffer goes from batch to batch: fresh memory
-    /// costs more than reading into it.
+    /// The plain bytes of all chunks except holes, one after another. Batches reuse the buffer,
+    /// because fresh memory costs more than reading into it.
     bytes: Vec<u8>,
 }
 
@@ -248,19 +253,19 @@ struct Batch {
 struct Chunk {
     content: ChunkContent,
     len: usize,
-    /// Where its bytes lie in the batch's; empty for a hole.
+    /// The chunk's place in the bytes of the batch; empty for a hole.
     bytes: Range<usize>,
 }
 
-/// A chunk to be sent: its digest, and where its bytes lie in the batch's.
+/// A chunk to send: its digest, and its place in the bytes of the batch.
 type NewChunk = (Digest, Range<usize>);
 
-/// Where a chunk is read from.
+/// The place of a chunk in a file.
 struct Place {
     file: Arc<(File, PathBuf)>,
     offset: u64,
     len: usize,
-    /// It lies in a hole of the file: zeros, without reading.
+    /// True for a hole of the file: the chunk is zeros, and is not read.
     hole: bool,
 }
 
@@ -273,9 +278,9 @@ struct Push {
     builder: ManifestBuilder,
     seen: HashSet<Digest>,
     encoders: Arc<Encoders>,
-    /// The batch that is being compressed.
+    /// The batch whose chunks are being compressed.
     encoding: Option<JoinHandle<Encoded>>,
-    /// Buffers that batches are done with.
+    /// Free buffers of finished batches.
     buffers: Vec<Vec<u8>>,
     pack_buffers: Buffers,
     pack: PackBuilder,
@@ -315,7 +320,7 @@ impl Push {
         }
     }
 
-    /// Sends what is missing of the entries' chunks, and makes the manifest.
+    /// Sends the missing chunks of the entries, and makes the manifest.
     async fn entries(&mut self, sources: Vec<Source>) -> Result<Manifest, PushError> {
         let mut places =
             Places { chunk_size: self.options.chunk_size, sources: sources.into_iter(), current: None };
@@ -348,7 +353,7 @@ impl Push {
         Ok(builder.finish()?)
     }
 
-    /// The chunks of a batch that have to be sent.
+    /// Returns the chunks of a batch that the server lacks.
     async fn missing_of(&mut self, chunks: &[Chunk]) -> Result<Vec<NewChunk>, PushError> {
         let mut new = Vec::new();
         for chunk in chunks {
@@ -370,7 +375,7 @@ impl Push {
         Ok(new)
     }
 
-    /// Puts a batch's frames into packs.
+    /// Adds a batch's frames to packs.
     async fn take_encoded(&mut self, encoded: Encoded) -> Result<(), PushError> {
         let Encoded { frames, batch } = encoded;
         for (digest, plain_bytes, frame) in frames {
@@ -422,15 +427,15 @@ struct OpenFile {
     file: Arc<(File, PathBuf)>,
     size_bytes: u64,
     next: u64,
-    /// Data begins here at the latest known place, and ends there.
+    /// The extent of data that was found last.
     data: Range<u64>,
 }
 
 impl Places {
-    /// The next chunks, at most a batch; names the entries that they belong to.
+    /// Returns the next chunks, at most a batch, and adds the entries that they belong to.
     fn batch(&mut self, builder: &mut ManifestBuilder) -> Result<Vec<Place>, PushError> {
         let (mut places, mut data_bytes, mut files) = (Vec::new(), 0, 0);
-        // Holes cost no reading; their number is bounded all the same.
+        // Holes cost no reading, but the second bound covers them, too.
         while data_bytes < BATCH_BYTES && places.len() < MAX_FIND_MISSING {
             let Some(file) = &mut self.current else {
                 if files >= BATCH_FILES && !places.is_empty() {
@@ -485,12 +490,13 @@ impl OpenFile {
         Some(Place { file: Arc::clone(&self.file), offset, len, hole })
     }
 
-    /// The next extent of data; where the file system cannot tell, all of the rest.
+    /// Returns the next extent of data; the rest of the file if the file system cannot tell.
     fn data_after(&self, offset: u64) -> Range<u64> {
         use rustix::fs::{SeekFrom, seek};
         match seek(&self.file.0, SeekFrom::Data(offset)) {
             Ok(start) => start..seek(&self.file.0, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1),
-            // ENXIO: no data up to the end. It may have been cut, though: the last byte is read to see it.
+            // ENXIO: no data up to the end. The file may have been cut; reading its last byte shows
+            // that.
             Err(rustix::io::Errno::NXIO) => self.size_bytes - 1..u64::MAX,
             Err(_) => offset..u64::MAX,
         }
@@ -522,7 +528,7 @@ fn read_batch(places: &[Place], mut buffer: Vec<u8>) -> Result<Batch, PushError>
     Ok(Batch { chunks, bytes: buffer })
 }
 
-/// Reads a chunk into `buffer`, which is `bytes` of the batch.
+/// Reads a chunk into `buffer`, which is the range `bytes` of the batch.
 fn read(place: &Place, buffer: &mut [u8], bytes: Range<usize>) -> Result<Chunk, PushError> {
     let (file, path) = &*place.file;
     if !place.hole {
@@ -536,14 +542,14 @@ fn read(place: &Place, buffer: &mut [u8], bytes: Range<usize>) -> Result<Chunk, 
     Ok(Chunk { content, len: place.len, bytes })
 }
 
-/// Compressors between uses: their tables cost as much to make as several chunks to compress.
+/// Idle compressors. Making one costs as much as compressing several chunks.
 struct Encoders {
     level: i32,
-    /// Held to take one or to put one back.
+    /// Locked only to take or to return an encoder.
     idle: Mutex<Vec<FrameEncoder>>,
 }
 
-/// An encoder that goes back when it is dropped.
+/// An encoder that returns to the idle ones when it is dropped.
 struct Borrowed<'a>(&'a Encoders, Option<FrameEncoder>);
 
 impl Encoders {
@@ -569,7 +575,7 @@ impl Drop for Borrowed<'_> {
     }
 }
 
-/// A batch, and the frames of those of its chunks that are to be sent: digest, plain length, frame.
+/// A batch, and the frames of its missing chunks: digest, plain length, frame.
 struct Encoded {
     frames: Vec<(Digest, u64, Vec<u8>)>,
     batch: Batch,
@@ -615,7 +621,8 @@ async fn upload(remote: Remote, pack: PackBuilder, buffers: Buffers) -> Result<u
     Ok(size_bytes)
 }
 
-/// Commits the manifest, sending the segments that the server lacks; None if it lacks chunks.
+/// Commits the manifest, and sends the segments that the server lacks. Returns `None` if the server
+/// lacks chunks.
 async fn commit(
     remote: &Remote,
     reference: &TagReference,

@@ -1,4 +1,5 @@
-//! Checkpoints as podman and CRI-O write them: tar archives, perhaps compressed, of CRIU's images and what belongs to them.
+//! Checkpoint archives of podman and CRI-O: tar files, optionally compressed, of CRIU's images and
+//! their metadata.
 
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
@@ -10,18 +11,18 @@ use tempfile::TempDir;
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// Unpacks a checkpoint's archive into a directory that is removed with what this gives. None: it is something else, to be
-/// stored as it is.
+/// Unpacks a checkpoint's archive into a temporary directory, which is removed when the result is
+/// dropped. Returns `None` for any other file; the caller stores that unchanged.
 ///
 /// # Errors
-/// If it is one and cannot be unpacked.
+/// Returns an error if the archive cannot be unpacked.
 pub(crate) fn unpack(path: &Path) -> Result<Option<TempDir>> {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let is_archive = [".tar", ".tar.gz", ".tgz", ".tar.zst"].iter().any(|end| name.ends_with(end));
     if !is_archive || !path.is_file() {
         return Ok(None);
     }
-    // What cannot be read as an archive is none.
+    // A file that cannot be read as an archive is stored unchanged.
     if !open(path).and_then(has_images).unwrap_or(false) {
         return Ok(None);
     }
@@ -32,7 +33,7 @@ pub(crate) fn unpack(path: &Path) -> Result<Option<TempDir>> {
     Ok(Some(folder))
 }
 
-/// The archive's bytes, not compressed any more.
+/// Opens an archive and decompresses it.
 fn open(path: &Path) -> Result<Box<dyn Read>> {
     let mut file = File::open(path)?;
     let mut magic = [0; 4];
@@ -48,7 +49,7 @@ fn open(path: &Path) -> Result<Box<dyn Read>> {
     })
 }
 
-/// Whether there are CRIU's images in it.
+/// Returns true if the archive contains CRIU's images.
 fn has_images(reader: Box<dyn Read>) -> Result<bool> {
     for entry in tar::Archive::new(reader).entries()? {
         if entry?.path()?.file_name().is_some_and(|name| name == "pstree.img") {

@@ -1,4 +1,4 @@
-//! `postcopy bench`: a file as lazy memory, measured and checked.
+//! `postcopy bench`: maps a file lazily, measures the fault latency, and checks every byte.
 
 use super::output::{Output, bytes, time};
 use anyhow::{Context, Result, bail};
@@ -15,43 +15,43 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long telling the server what was touched may take.
+/// Limit on the time to send the recording to the server.
 const RECORDED: Duration = Duration::from_secs(60);
 
-/// How to bench.
+/// Options of `postcopy bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchArgs {
     /// name, name:tag or name@blake3:…
     reference: Reference,
-    /// The file's path in the image
+    /// Path of the file in the image
     file: String,
-    /// Threads that touch, each its share of the pages
+    /// Number of threads, each of which touches its share of the pages
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: u16,
-    /// Seed of the order; printed in any case
+    /// Seed of the random order; the report prints it in any case
     #[arg(long)]
     seed: Option<u64>,
-    /// Touch the pages one after another instead of at random
+    /// Touch the pages in address order instead of a random one
     #[arg(long)]
     sequential: bool,
-    /// Fill in the background meanwhile
+    /// Fill the region in the background meanwhile
     #[arg(long)]
     fill: bool,
-    /// Bring the image's working set first
+    /// Prefetch the image's working set
     #[arg(long)]
     working_set: bool,
-    /// Note what is touched, for the image's working set
+    /// Record the page faults, for the image's working set
     #[arg(long)]
     record: bool,
-    /// Write what happens, and when, for `postcopy report`
+    /// Write the session's events with their times, for `postcopy report`
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Leave out the eager read that the lazy one is compared with
+    /// Skip the eager read, to which the lazy one is compared
     #[arg(long)]
     no_eager: bool,
 }
 
-/// What was measured. A touch is the first access to a page that was absent at that moment.
+/// The measurements. A touch is the first access to a page that was absent at that moment.
 #[derive(Debug, Serialize)]
 struct Report {
     reference: String,
@@ -76,7 +76,7 @@ struct Report {
     all_touched_ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     eager_ms: Option<f64>,
-    /// Time of the eager read of all for each unit of time to the first byte.
+    /// Duration of the eager read of the whole file, divided by the time to the first byte.
     #[serde(skip_serializing_if = "Option::is_none")]
     eager_to_first_byte: Option<f64>,
 }
@@ -91,7 +91,7 @@ struct Lazy {
 
 pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> Result<ExitCode> {
     let (image, file) = manifest(&server, &args.reference, &args.file)?;
-    // The same image for every part, whatever the tag points to meanwhile.
+    // The digest fixes the image for every part, even if the tag moves meanwhile.
     let name = "image".parse().expect("a name");
     let fixed = Reference::Digest { name, image: image.digest() };
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
@@ -169,7 +169,7 @@ fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(us
     text
 }
 
-/// The image, with the file's segments: what memory is compared with in the end.
+/// Opens the image and fetches the segments of the file, with which the memory is compared.
 fn manifest(server: &ServerAddress, reference: &Reference, path: &str) -> Result<(Arc<Image>, FileEntry)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
     runtime.block_on(async {
@@ -193,7 +193,8 @@ fn lazily(
     output: Output,
 ) -> Result<Lazy> {
     let started = Instant::now();
-    // A page that cannot be had is an error of this command, and not its death by SIGBUS.
+    // A lost page is an error of this command. Under the default policy, SIGBUS would end the
+    // process.
     let options = Options::DEFAULT
         .on_loss(LossPolicy::Wait)
         .fill(args.fill)
@@ -223,8 +224,9 @@ fn lazily(
         });
         while !done.load(Ordering::Acquire) && !toucher.is_finished() {
             if let Some(reason) = session.wait_error(Duration::from_millis(20)) {
-                // The touching threads sleep in the kernel: only the end of the process takes them away.
-                let error = anyhow::anyhow!("a page could not be had: {reason}");
+                // The touching threads sleep in the kernel, and only the end of the process ends
+                // them.
+                let error = anyhow::anyhow!("a page could not be fetched: {reason}");
                 output.error(&error);
                 std::process::exit(1);
             }
@@ -234,7 +236,7 @@ fn lazily(
     })?;
     drop(region);
     if !session.close(RECORDED) {
-        bail!("the session does not end");
+        bail!("the session did not end; its recording may be incomplete");
     }
     session.wait_recorded(RECORDED).map_err(|reason| anyhow::anyhow!("not recorded: {reason}"))?;
     if let (Some(trace), Some(path)) = (trace, &args.trace) {
@@ -243,7 +245,8 @@ fn lazily(
     Ok(lazy)
 }
 
-/// Touches pages in that order; the time until the first was there, until all were, and of each that was absent.
+/// Touches pages in the given order. Returns the time to the first page, the time to all pages, and
+/// the latency of each page that was absent.
 fn touch_all(
     region: &Region,
     order: &[usize],
@@ -280,7 +283,8 @@ fn touch(region: &Region, page: usize, pagemap: &Pagemap) -> Option<Duration> {
     absent.then(|| before.elapsed())
 }
 
-/// What the kernel says of this process's pages: the session's own word comes a moment after a page has.
+/// The kernel's record of this process's resident pages. The session's page states change only a
+/// moment after an install.
 struct Pagemap(File);
 
 impl Pagemap {
@@ -297,7 +301,7 @@ impl Pagemap {
     }
 }
 
-/// Compares every byte of the region with the manifest; the number of bytes.
+/// Compares every byte of the region with the manifest, and returns the number of bytes.
 fn check(region: &Region, image: &Image, file: FileEntry) -> Result<u64> {
     let chunk_bytes = image.root().chunk_size().bytes();
     for (index, bytes) in (0u64..).zip(region.chunks(chunk_bytes)) {
@@ -321,7 +325,7 @@ fn check(region: &Region, image: &Image, file: FileEntry) -> Result<u64> {
     Ok(region.len() as u64)
 }
 
-/// How long it takes until all of the file is in memory, everything included.
+/// Returns the time until all of the file is resident, from opening the session.
 fn eagerly(server: &ServerAddress, reference: &Reference, path: &str) -> Result<Duration> {
     let started = Instant::now();
     let session = Session::open(server, reference, Options::DEFAULT.fill(true))?;

@@ -1,4 +1,5 @@
-//! `postcopy doctor`: what this kernel and these privileges allow, what that means, and how to get what is missing.
+//! `postcopy doctor`: reports the features that this kernel and these privileges allow, the effect
+//! of each missing one, and the way to get it.
 
 use super::output::Output;
 use crate::daemon::surroundings;
@@ -12,9 +13,9 @@ use std::process::ExitCode;
 struct Finding {
     what: &'static str,
     ok: bool,
-    /// What was seen.
+    /// The state that the check found.
     found: String,
-    /// What it means where it is missing, and how to get it; empty where there is nothing to say.
+    /// The effect of the missing feature, and the way to get it; empty if there is no advice.
     #[serde(skip_serializing_if = "String::is_empty")]
     advice: String,
 }
@@ -30,7 +31,7 @@ struct FeatureFound {
 #[derive(Debug, Serialize)]
 struct Report {
     kernel: String,
-    /// Whether files of images can be mapped in a program of one's own.
+    /// True if this program can map files of images.
     can_map: bool,
     findings: Vec<Finding>,
     features: Vec<FeatureFound>,
@@ -78,7 +79,7 @@ fn examine() -> Report {
             advice: if named("POISON") {
                 String::new()
             } else {
-                "since Linux 6.6; without it lost pages of one's own program become inaccessible (SIGSEGV)"
+                "needs Linux 6.6; without it, lost pages of one's own program become inaccessible (SIGSEGV)"
                     .into()
             },
         },
@@ -108,18 +109,18 @@ fn examine() -> Report {
     Report { kernel, can_map, findings, features }
 }
 
-/// What postcopy does with a feature.
+/// Returns the use that postcopy makes of a feature.
 fn used_for(bit: u64) -> &'static str {
     match bit {
-        uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC => "knowing what was written to, if asked for",
-        uffd::EVENT_FORK => "another process's children are served, too; needs CAP_SYS_PTRACE",
-        uffd::EVENT_REMAP => "memory that is moved is served where it went",
-        uffd::EVENT_REMOVE => "madvise: memory given back stays given back",
-        uffd::MISSING_HUGETLBFS => "another process's memory of huge pages",
-        uffd::MISSING_SHMEM => "another process's shared memory",
-        uffd::EVENT_UNMAP => "memory that is unmapped is noticed",
-        uffd::WP_HUGETLBFS_SHMEM => "the same for private memory of huge pages and of files",
-        uffd::POISON => "a page that cannot be had is SIGBUS, never a silent zero",
+        uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC => "tracking written pages, if asked for",
+        uffd::EVENT_FORK => "serving the children of another process; needs CAP_SYS_PTRACE",
+        uffd::EVENT_REMAP => "serving memory at its new address after mremap",
+        uffd::EVENT_REMOVE => "keeping memory removed after madvise",
+        uffd::MISSING_HUGETLBFS => "serving huge pages of another process",
+        uffd::MISSING_SHMEM => "serving shared memory of another process",
+        uffd::EVENT_UNMAP => "dropping unmapped memory from a session",
+        uffd::WP_HUGETLBFS_SHMEM => "tracking written pages in private memory of huge pages and of files",
+        uffd::POISON => "SIGBUS for a lost page, never a silent zero",
         _ => "not used",
     }
 }
@@ -148,7 +149,7 @@ fn kernel_faults(access: Option<Access>) -> Finding {
     let advice = if ok {
         String::new()
     } else {
-        "read(2) and the like on absent memory fail with EFAULT: touch it first. To serve them, too: run as root, \
+        "read(2) and similar calls on absent memory fail with EFAULT: access the memory first. To serve them, too: run as root, \
          or allow the user to open /dev/userfaultfd (Linux 6.1), or set the sysctl vm.unprivileged_userfaultfd=1"
             .to_owned()
     };
@@ -175,7 +176,7 @@ fn write_tracking(wp_async: bool) -> Finding {
         advice: if ok {
             String::new()
         } else {
-            "both since Linux 6.7; what changed cannot be told without".into()
+            "both need Linux 6.7; without them a session cannot list changed pages".into()
         },
     }
 }
@@ -207,14 +208,16 @@ fn transparent_huge_pages() -> Finding {
     Finding { what: "transparent huge pages", ok: true, found: setting, advice: String::new() }
 }
 
-/// What a daemon started from here would have.
+/// Returns the findings for a daemon that this shell would start.
 fn daemons(pid: Option<u32>) -> Vec<Finding> {
     let outside = pid.map(surroundings::is_outside_of).unwrap_or_default();
     let finding = |found: surroundings::Finding| {
-        let advice = if found.is_good { "" } else { "daemons that restore other programs are safer with it" };
+        let advice =
+            if found.is_good { "" } else { "daemons that restore other programs are safer with this" };
         Finding { what: found.what, ok: found.is_good, found: found.text, advice: advice.to_owned() }
     };
-    // This process ends soon: what it does for itself shows what a daemon could.
+    // This process ends soon, so the protections that it gives itself show those that a daemon
+    // would get.
     surroundings::prepare().into_iter().chain(outside).map(finding).collect()
 }
 

@@ -1,4 +1,4 @@
-//! Pages of files by the time at which they come: address across, time as colour.
+//! Heat maps of files: the address of a page as the place, its install time as the colour.
 
 use super::output::{bytes, printable};
 use postcopy::proto::page::{PAGE_BYTES, to_usize};
@@ -8,19 +8,19 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::Range;
 
-/// Cells across.
+/// Cells in one row.
 const COLUMNS: usize = 64;
-/// Cells of a file, at most: 16 rows.
+/// Most cells of a file: 16 rows.
 const CELLS: usize = 16 * COLUMNS;
-/// Files that are drawn, at most: those with the most pages.
+/// Most files of a drawing: those with the most pages.
 const FILES: usize = 64;
-/// From early to late, for a terminal.
+/// Shades from early to late, for a terminal.
 const SHADES: [char; 4] = ['█', '▓', '▒', '░'];
 const EDGE: usize = 12;
-/// Characters of a name in a drawing, at most.
+/// Most characters of a name in a drawing.
 const NAME: usize = 100;
 
-/// A file's cells: how many of the pages in each come, and when, on average: from 0 to 1.
+/// A file's cells: the mean install time of the installed pages in each, from 0 to 1.
 #[derive(Debug)]
 struct FileMap {
     path: String,
@@ -29,23 +29,24 @@ struct FileMap {
     cells: Vec<Option<f64>>,
 }
 
-/// How many pages come before these of a file.
+/// A run of a file's pages, with the number of pages that were installed before the run.
 type Coming = (u64, Range<u64>);
 
-/// See the module.
+/// The drawn files, and the count of those that are left out.
 #[derive(Debug)]
 pub(crate) struct HeatMap {
     files: Vec<FileMap>,
-    /// Files that are not drawn, and how many of their pages come.
+    /// Number of files that are not drawn, and of their installed pages.
     left_out: (usize, u64),
-    /// What the others are.
+    /// The legend for pages that are in no span.
     others: &'static str,
 }
 
 impl HeatMap {
-    /// Of the files with pages among `spans`, which are in the order of their coming; what is said of other pages.
+    /// Builds the maps of the files that have pages in `spans`, which are in install order.
+    /// `others` is the legend for all other pages.
     pub(crate) fn new(files: &[(String, u64)], spans: &[PageSpan], others: &'static str) -> Self {
-        // What comes of each file: its spans, and how many pages come before them.
+        // The spans of each file, each with the number of pages before it.
         let mut coming: BTreeMap<u32, (u64, Vec<Coming>)> = BTreeMap::new();
         let mut before = 0_u64;
         for span in spans {
@@ -72,13 +73,13 @@ impl HeatMap {
         Self { files: drawn.into_iter().map(map).collect(), left_out, others }
     }
 
-    /// Says what is not drawn, where there is something.
+    /// Returns the line about files that are not drawn, if there are any.
     fn rest(&self) -> Option<String> {
         let (files, pages) = self.left_out;
         (files > 0).then(|| format!("and {files} other files, of which {pages} pages come"))
     }
 
-    /// For a terminal: a character a cell, dense ones come first.
+    /// Draws the maps for a terminal: one character for each cell, dense ones for early pages.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         for map in &self.files {
@@ -95,7 +96,7 @@ impl HeatMap {
         text + &format!("█ first … ░ last, · {}\n", self.others)
     }
 
-    /// The same as a picture.
+    /// Draws the maps as an SVG picture.
     pub(crate) fn svg(&self) -> String {
         let rows = |map: &FileMap| map.cells.len().div_ceil(COLUMNS);
         let height: usize = self.files.iter().map(|map| (rows(map) + 3) * EDGE).sum::<usize>()
@@ -139,13 +140,13 @@ impl HeatMap {
     }
 }
 
-/// How many pages a file has.
+/// Returns the number of pages of a file.
 fn pages_of(size_bytes: u64) -> u64 {
     size_bytes.div_ceil(PAGE_BYTES as u64)
 }
 
-/// A file's cells: when the pages in each come, on average, of `all` that come; `spans` are its own, each with how many come
-/// before it.
+/// Returns a file's cells: the mean install time of the pages in each, as a share of `all` pages.
+/// `spans` are the file's own, each with the number of pages before it.
 fn cells(pages: u64, spans: &[Coming], all: u64) -> Vec<Option<f64>> {
     let of_cell = pages.div_ceil(CELLS as u64).max(1);
     let mut sums = vec![(0_u64, 0.0); to_usize(pages.div_ceil(of_cell))];
@@ -165,7 +166,7 @@ fn cells(pages: u64, spans: &[Coming], all: u64) -> Vec<Option<f64>> {
     sums.into_iter().map(|(times, sum)| (times > 0).then(|| sum / real(times) / real(all))).collect()
 }
 
-/// Which of so many steps a time is in.
+/// Returns the step, of `steps`, that a time is in.
 fn step(time: f64, steps: usize) -> usize {
     #[expect(
         clippy::cast_precision_loss,
@@ -190,7 +191,7 @@ fn colour(time: f64) -> String {
     format!("#{:02x}{:02x}{:02x}", mix(0x1b, 0xf9), mix(0x2a, 0xc8), mix(0x6b, 0x2d))
 }
 
-/// The end of a name that would not fit into a drawing.
+/// Returns the end of a name that is too long for a drawing.
 pub(super) fn shortened(name: &str) -> String {
     match name.char_indices().rev().nth(NAME) {
         Some((at, c)) => format!("…{}", &name[at + c.len_utf8()..]),

@@ -1,4 +1,4 @@
-//! What is done with whole images.
+//! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
 use super::output::{Output, bytes, time};
 use crate::daemon::criu;
@@ -32,7 +32,7 @@ pub(super) fn with_remote<T, W: Future<Output = Result<T>>>(
     runtime.block_on(async { work(Remote::connect(server).await?).await })
 }
 
-/// What a server said no with.
+/// Returns the error for a request that the server refused.
 pub(super) fn refused(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{} ({})", status.message(), status.code())
 }
@@ -51,7 +51,7 @@ pub(crate) fn push(
     let unpacked = super::archive::unpack(path)?;
     let path = unpacked.as_ref().map_or(path, TempDir::path);
     criu::ensure_whole(path)?;
-    // Not drawn where stderr is no terminal.
+    // The bar draws nothing if stderr is not a terminal.
     let bar = if output.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
     bar.set_style(ProgressStyle::with_template(style).expect("a valid template"));
@@ -107,10 +107,10 @@ pub(crate) fn push(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Memory of CRIU's images that `criu restore` reads itself.
+/// Amounts of memory in CRIU's images that `criu restore` reads itself.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct NotLazy {
-    /// Of pagemap-shmem-*.img.
+    /// Bytes of the shared memory in pagemap-shmem-*.img.
     shared_bytes: u64,
     private_bytes: u64,
 }
@@ -160,11 +160,11 @@ fn show_pulled(
     Ok(ExitCode::SUCCESS)
 }
 
-/// What of an image is to be pulled.
+/// The part of an image to pull.
 #[derive(Debug)]
 pub(crate) enum Part {
     All,
-    /// Files whose paths match.
+    /// The files whose paths match.
     Only(GlobSet),
     /// CRIU's images without the lazy memory.
     Criu,
@@ -177,7 +177,7 @@ impl Part {
         }
         let mut only = GlobSetBuilder::new();
         for glob in globs {
-            // As it was written, but for what a * matches.
+            // Each glob keeps its meaning, except that `*` does not match a `/`.
             only.add(GlobBuilder::new(glob.glob()).literal_separator(true).build()?);
         }
         Ok(Self::Only(only.build()?))
@@ -239,7 +239,7 @@ pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Outpu
     if let Err(error) = &verified
         && let Some(pull::PullError::Damaged(damaged)) = error.downcast_ref()
     {
-        // The first one stands in the error itself.
+        // The error itself names the first one.
         for damage in &damaged[1..] {
             eprintln!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason);
         }

@@ -1,4 +1,4 @@
-//! `postcopy report`: what a trace tells.
+//! `postcopy report`: the faults and prefetches of a trace, and their latencies.
 
 mod arrivals;
 mod page;
@@ -20,9 +20,9 @@ use waits::{Wait, Waiting};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ReportArgs {
-    /// What --trace has written
+    /// The file that --trace has written
     trace: PathBuf,
-    /// Draw it into this file: one HTML page that needs nothing else
+    /// Write the report also as one HTML page, which loads no other file
     #[arg(short = 'o', long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -30,12 +30,12 @@ pub(crate) struct ReportArgs {
 /// A place in memory: space, file, page.
 type Place = (u32, u32, u32);
 
-/// How many pages came why.
+/// The numbers of installed pages, by cause.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 struct Pages {
-    /// They were touched, and asked for because of that.
+    /// Pages that a demand fetch brought because threads faulted on them.
     touched: u64,
-    /// They are of the same chunk as such a page.
+    /// Other pages of the chunks that demand fetches brought.
     neighbours: u64,
     read_ahead: u64,
     working_set: u64,
@@ -47,7 +47,7 @@ impl Pages {
         self.touched + self.neighbours + self.read_ahead + self.working_set + self.background
     }
 
-    /// With what they are called.
+    /// Returns the numbers with their names.
     fn named(&self) -> [(&'static str, u64); 5] {
         [
             ("touched", self.touched),
@@ -59,27 +59,28 @@ impl Pages {
     }
 }
 
-/// What pages that were withheld at random say of those that were not.
+/// An estimate of the working set's use, from pages that were withheld at random.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Estimate {
     withheld: u64,
-    /// Of these: touched.
+    /// Withheld pages that a thread faulted on.
     touched: u64,
-    /// Of these: brought by something else before they were, so that nobody knows.
+    /// Withheld pages that something else brought before any fault, so that their use is unknown.
     brought: u64,
-    /// Of the working set's pages: the share that was touched, 0 to 1, at least; none where nothing was withheld.
+    /// Lower bound of the share of the working set's pages that threads access, 0 to 1. `None` if
+    /// no page was withheld.
     #[serde(skip_serializing_if = "Option::is_none")]
     touched_share: Option<f64>,
-    /// The same, at most: if all that were brought by something else would have been.
+    /// Upper bound of that share: it counts all pages that something else brought.
     #[serde(skip_serializing_if = "Option::is_none")]
     touched_share_at_most: Option<f64>,
 }
 
-/// Of those who touched absent pages.
+/// Page faults on absent pages, and their latencies.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Touches {
     count: u64,
-    /// What came for them did so in no way that the trace shows, or the trace ends before.
+    /// Faults for which the trace shows no install, for example because it ends before.
     unanswered: u64,
     p50_us: f64,
     p90_us: f64,
@@ -90,26 +91,26 @@ struct Touches {
 #[derive(Debug, Serialize)]
 struct Report {
     image: String,
-    /// None: the process was killed, or goes on.
+    /// The session's error, if it had one; `None` also if the trace has no end.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     is_complete: bool,
     lost_events: u64,
     duration_ms: f64,
     touches: Touches,
-    /// All waits together.
+    /// Sum of all fault latencies.
     waited_ms: f64,
     waiting: Waiting<f64>,
     pages: Pages,
     estimate: Estimate,
 }
 
-/// A trace, and what it tells.
+/// A trace, and the results computed from it.
 struct Told {
     trace: Trace,
     waits: Vec<Wait>,
     came: Arrivals,
-    /// When it was touched first, if it was absent then.
+    /// Time of the first fault on each page.
     touched: BTreeMap<Place, u64>,
     pages: Pages,
     end: u64,
@@ -142,7 +143,7 @@ impl Told {
     }
 
     fn estimate(&self) -> Estimate {
-        // Of what is mapped twice each mapping's page is withheld.
+        // A page that is mapped twice is withheld in each mapping.
         let places =
             self.trace.withheld.iter().map(|withheld| (withheld.space, withheld.file, withheld.page));
         let places: BTreeSet<Place> = places.collect();
@@ -191,7 +192,7 @@ impl Told {
     }
 }
 
-/// How many pages came why.
+/// Counts the installed pages by cause.
 fn pages(trace: &Trace, came: &Arrivals, touched: &BTreeMap<Place, u64>) -> Pages {
     let mut pages = Pages::default();
     for ((space, file, page), count, event) in came.runs() {
@@ -238,7 +239,7 @@ fn text(report: &Report) -> String {
          \x20 came           {}: {}\n",
         printable(&report.image),
         ms(report.duration_ms),
-        if report.is_complete { "" } else { ", and was killed, or goes on" },
+        if report.is_complete { "" } else { ", without an end: the process was killed, or still runs" },
         t.count,
         us(t.p50_us),
         us(t.p90_us),
@@ -256,7 +257,8 @@ fn text(report: &Report) -> String {
         text += &format!("  unanswered     {} touches\n", report.touches.unanswered);
     }
     if report.lost_events > 0 {
-        text += &format!("  lost           {} events, which were too many at once\n", report.lost_events);
+        text +=
+            &format!("  lost           {} events, because the trace's queue was full\n", report.lost_events);
     }
     if let Some(error) = &report.error {
         text += &format!("  error          {}\n", printable(error));
@@ -264,7 +266,7 @@ fn text(report: &Report) -> String {
     text
 }
 
-/// What is said of the working set's use.
+/// Returns the line about the working set's use, if pages were withheld.
 fn estimate(report: &Report) -> Option<String> {
     let e = &report.estimate;
     let (least, most) = (e.touched_share? * 100.0, e.touched_share_at_most? * 100.0);
@@ -315,7 +317,7 @@ mod tests {
         Told::new(Trace { header, touches, came, withheld, end: None })
     }
 
-    /// What has come in the background has not been touched until then, and nobody knows whether it would have been.
+    /// Background pages were not accessed until their install; their later use cannot be seen.
     #[test]
     fn of_what_came_otherwise_it_is_not_known_whether_it_is_touched() {
         let background = came(100, 0, 0, 50, Cause::Background);
@@ -337,7 +339,7 @@ mod tests {
         );
     }
 
-    /// A file may be mapped twice, one time after another.
+    /// A process may map a file twice, one time after another.
     #[test]
     fn a_touch_of_another_mapping_has_waited_for_what_came_after_it() {
         let events = vec![came(20, 0, 0, 16, Cause::Demand), came(1300, 0, 0, 16, Cause::Demand)];
@@ -347,7 +349,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever has written a trace may have written anything that is one.
+        /// The author of a trace may write any events that the format allows.
         #[test]
         fn any_trace_is_told_and_drawn(
             events in prop::collection::vec((any::<[u64; 5]>(), any::<[u32; 3]>(), 0..4_usize), 0..30),

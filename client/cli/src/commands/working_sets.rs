@@ -1,4 +1,4 @@
-//! `postcopy working-set`: what is sent ahead of touches.
+//! `postcopy working-set`: lists, draws, sends and removes working sets.
 
 use super::heat_map::HeatMap;
 use super::images::{digest, refused, with_remote};
@@ -19,26 +19,26 @@ pub(crate) enum WorkingSetCommand {
     /// List the working sets that the server has
     #[command(after_help = "Example:\n  postcopy working-set ls")]
     Ls,
-    /// Draw which pages of an image's files are sent ahead, and when
+    /// Draw the prefetched pages of an image's files, and their order
     #[command(after_help = "Example:\n  postcopy working-set show vm/web:v1 --svg web.svg")]
     Show {
         /// name, name:tag or name@blake3:…
         reference: Reference,
-        /// Draw it into this file, too
+        /// Draw also into this SVG file
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
-    /// Tell the server now what processes or microVMs have touched that are restored with --record
+    /// Send the recordings of processes or microVMs that are restored with --record to the server
     #[command(after_help = "Example:\n  postcopy working-set send 4711")]
     Send {
-        /// The processes; those that they have forked, too
+        /// Process ids; processes that these have forked are included
         #[arg(required = true)]
         pids: Vec<u32>,
-        /// Where the daemons keep what outlives their workers
+        /// The directory in which the daemons keep the state that outlives their workers
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
         runtime_dir: Option<PathBuf>,
     },
-    /// Forget an image's working set and what it was made of
+    /// Remove an image's working set and its recordings
     #[command(after_help = "Example:\n  postcopy working-set rm vm/web:v1")]
     Rm {
         /// name, name:tag or name@blake3:…
@@ -106,7 +106,7 @@ fn list(server: ServerAddress, output: Output) -> Result<()> {
     })?;
     let shown: Vec<Shown> = sets.iter().map(Shown::from).collect();
     let text = || match shown.is_empty() {
-        true => "none yet: have a restore recorded (--record)".to_owned(),
+        true => "no working sets yet: record a restore (--record)".to_owned(),
         false => shown.iter().map(|set| set.text() + "\n").collect(),
     };
     output.show(&shown, text)
@@ -124,9 +124,9 @@ fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, outp
         while let Some(part) = parts.message().await.map_err(refused)? {
             set = set.or(part.working_set);
             spans.extend(part.pages);
-            ensure!(spans.len() as u64 <= pages, "the server tells of more pages than the image has");
+            ensure!(spans.len() as u64 <= pages, "the server lists more pages than the image has");
         }
-        Ok((set.context("the server does not say what it is")?, spans, files))
+        Ok((set.context("the server's answer lacks the working set's description")?, spans, files))
     })?;
     let map = HeatMap::new(&files, &spans, "not sent ahead");
     if let Some(path) = svg {

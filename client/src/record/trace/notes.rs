@@ -1,4 +1,4 @@
-//! From what happens to a trace's events, and from these to lines.
+//! The queue of a session's trace events, and the thread that writes them as lines.
 
 use super::{Came, Cause, End, Event, Header, Touch, TracedFile, WITHHELD_ONE_OF, Withheld};
 use crate::install::{self, Installed};
@@ -14,12 +14,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Events that may wait to be written: some 5 MiB.
+/// Most events that may await writing: some 5 MiB.
 const QUEUE: usize = 65_536;
-/// How often they are written. Nobody wakes the thread: that would cost whoever notes something a system call.
+/// Interval between writes. No event wakes the thread, because the wake-up would cost the pager a
+/// system call.
 const WRITE: Duration = Duration::from_millis(20);
 
-/// What is known of pages' way before they were installed.
+/// Durations of the stages of a page before its install.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Stages {
     pub(crate) queue: Duration,
@@ -27,21 +28,21 @@ pub(crate) struct Stages {
     pub(crate) decompress: Duration,
 }
 
-/// A session's events. Whoever notes one does not wait.
+/// The queue of a session's events. Adding one never blocks.
 #[derive(Debug)]
 pub(crate) struct Notes {
     started: Instant,
     started_us: u64,
-    /// Which pages are withheld.
+    /// Selects the pages that are withheld.
     seed: u64,
     events: SyncSender<Event>,
-    /// Until somebody writes them. Held for taking it.
+    /// The receiving end, until the writer takes it. Locked only for that.
     queue: Mutex<Option<Receiver<Event>>>,
     lost: AtomicU64,
 }
 
 impl Notes {
-    /// From now on.
+    /// Starts a trace; times count from this call.
     pub(crate) fn new() -> Self {
         let (events, queue) = sync_channel(QUEUE);
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -65,13 +66,14 @@ impl Notes {
         nanos(self.started.elapsed())
     }
 
-    /// A page is touched, and is absent.
+    /// Notes a fault on an absent page.
     pub(crate) fn touched(&self, image: &Image, region: &Region, page: usize) {
         let (space, file, page) = place(image, region, page);
         self.note(Event::Touch(Touch { at: self.now(), space, file, page }));
     }
 
-    /// The parts of `pages` that are not withheld, of pages that the working set has brought; notes those that are.
+    /// Returns the parts of `pages` that are not withheld, and notes the withheld pages. `pages`
+    /// were prefetched with the working set.
     pub(crate) fn withhold(&self, image: &Image, region: &Region, pages: Range<usize>) -> Vec<Range<usize>> {
         let (mut parts, mut start) = (Vec::new(), pages.start);
         for page in pages.clone() {
@@ -88,13 +90,13 @@ impl Notes {
         parts
     }
 
-    /// Who writes takes the queue; None: somebody has.
+    /// Takes the receiving end; `None` if it was taken before.
     fn take_queue(&self) -> Option<Receiver<Event>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-/// Has pages installed, and notes which of them have come by that, where there is a trace.
+/// Calls `install` and, if the session is traced, notes the pages that it made resident.
 pub(crate) fn installing(
     notes: Option<&Notes>,
     image: &Image,
@@ -105,7 +107,7 @@ pub(crate) fn installing(
     install: impl FnOnce() -> Installed,
 ) -> Installed {
     let Some(notes) = notes else { return install() };
-    // Of a page of 2 MiB all comes with its last chunk.
+    // A page of 2 MiB is installed whole, with its last chunk.
     let pages = region.whole(pages);
     let were_absent = runs(region, pages, install::unresolved(region));
     let started = Instant::now();
@@ -130,15 +132,16 @@ pub(crate) fn installing(
     installed
 }
 
-/// Whether a page is one of those that are withheld, wherever it is mapped.
+/// Returns true for a page that is withheld, in any mapping.
 fn is_chosen(seed: u64, file: u32, page: u32) -> bool {
     let seed = seed ^ u64::from(file) << 32 ^ u64::from(page);
-    // Twice: first numbers of neighbouring seeds form a grid, and so do pages that programs touch.
+    // The generator is seeded twice: first numbers of neighbouring seeds form a grid, and so do the
+    // pages that programs fault on.
     let mixed = fastrand::Rng::with_seed(seed).u64(..);
     fastrand::Rng::with_seed(mixed).u64(..WITHHELD_ONE_OF) == 0
 }
 
-/// The parts of a region's pages that are in one of these states.
+/// Returns the runs of a region's pages that are in one of these states.
 fn runs(region: &Region, pages: Range<usize>, states: &[PageState]) -> Vec<Range<usize>> {
     let (mut found, mut next) = (Vec::new(), pages.start);
     while let Some(run) = region.next_run(next..pages.end, states) {
@@ -148,8 +151,8 @@ fn runs(region: &Region, pages: Range<usize>, states: &[PageState]) -> Vec<Range
     found
 }
 
-/// Whose a region's page is, of which file of the image, and which page of it. Memory that processes share is one, whoever
-/// touches it: the first one's.
+/// Returns the space, the file and the file's page of a region's page. Shared memory counts as
+/// memory of the first process, whichever process faults on it.
 fn place(image: &Image, region: &Region, page: usize) -> (u32, u32, u32) {
     let space = if region.is_shared() { 0 } else { region.space.id };
     (space, short(image.place_of(region.file())), short(region.file_pages(page..page + 1).start))
@@ -163,33 +166,33 @@ fn nanos(duration: Duration) -> u64 {
     duration.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
-/// A trace that is being written.
+/// The thread that writes a trace.
 #[derive(Debug)]
 pub struct TraceWriter(std::thread::JoinHandle<io::Result<()>>);
 
 impl TraceWriter {
-    /// Whether all is written, or cannot be.
+    /// Returns true once the trace is written, or writing has failed.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         self.0.is_finished()
     }
 
-    /// Waits until all is written.
+    /// Waits until the trace is written.
     ///
     /// # Errors
-    /// Why it could not be written. The session goes on without.
+    /// Returns the error of writing. The session continues without a trace.
     ///
     /// # Blocking
-    /// Until the session has ended, and some 20 ms.
+    /// Waits until the session has ended, and some 20 ms longer.
     pub fn finish(self) -> io::Result<()> {
-        self.0.join().unwrap_or_else(|_| Err(io::Error::other("the thread that writes the trace has failed")))
+        self.0.join().unwrap_or_else(|_| Err(io::Error::other("the thread that writes the trace panicked")))
     }
 }
 
 /// Starts the thread that writes a session's trace.
 ///
 /// # Errors
-/// Unsupported where it is written already; the error of starting a thread.
+/// Returns `Unsupported` if the trace has a writer already, or the error of starting a thread.
 pub(crate) fn start(writer: Writer, to: impl Write + Send + 'static) -> io::Result<TraceWriter> {
     let queue = writer.notes.take_queue();
     let queue =
@@ -198,7 +201,7 @@ pub(crate) fn start(writer: Writer, to: impl Write + Send + 'static) -> io::Resu
     Ok(TraceWriter(thread.spawn(move || write(&writer, &queue, BufWriter::new(to)))?))
 }
 
-/// What the thread needs that writes a trace.
+/// The inputs of the thread that writes a trace.
 #[derive(Debug)]
 pub(crate) struct Writer {
     pub(crate) notes: Arc<Notes>,
@@ -231,7 +234,7 @@ fn write(writer: &Writer, queue: &Receiver<Event>, mut to: impl Write) -> io::Re
     let Writer { notes, outcome, .. } = writer;
     write_line(&mut to, &header(writer))?;
     loop {
-        // Looked at first: what was noted before the end is there then.
+        // This is read before the queue is emptied, so that all events before the end are written.
         let has_ended = outcome.has_ended();
         for event in queue.try_iter() {
             write_line(&mut to, &event)?;
@@ -251,14 +254,15 @@ fn write(writer: &Writer, queue: &Receiver<Event>, mut to: impl Write) -> io::Re
 mod tests {
     use super::*;
 
-    /// As often as if each page was chosen on its own: also two that are so many pages apart.
+    /// Pages are chosen as if each was drawn on its own; so are pairs at these distances.
     #[test]
     fn one_page_in_fifty_is_chosen_without_a_pattern() {
         const PAGES: u32 = 20_000;
         for seed in (0..20).map(|seed: u64| seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)) {
             let chosen: Vec<_> = (0..PAGES).map(|page| is_chosen(seed, 1, page)).collect();
             let count = chosen.iter().filter(|is_chosen| **is_chosen).count();
-            // 400 are expected, and 8 pairs. More or less come but once in a million runs.
+            // 400 are expected, and 8 pairs. Random draws leave these bounds once in a million
+            // runs.
             assert!((300..500).contains(&count), "{count} for seed {seed}");
             for apart in [1, 2, 16, 512] {
                 let pairs = chosen.iter().zip(&chosen[apart..]).filter(|(a, b)| **a && **b).count();

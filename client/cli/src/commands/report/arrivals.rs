@@ -1,23 +1,27 @@
-//! Which event has brought which pages, and which one a touch has waited for.
+//! The install event of each page, and the one that each fault waited for.
 
 use super::Place;
 use postcopy::trace::{Came, Trace};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Runs of pages by their first places: where they end, and which event has brought them first, by its number.
+/// Runs of installed pages by their first places: the end of each, and the number of the first
+/// event that installed it.
 #[derive(Debug, Default)]
 pub(super) struct Arrivals(BTreeMap<Place, (u32, usize)>);
 
 impl Arrivals {
-    /// Of a trace; and for each touch, in their order, the event that it has waited for: the first one after it that has
-    /// its page, which may come to one process several times, in one mapping after another. Where there is none after it,
-    /// the page was there by the time that it was noted.
+    /// Returns a trace's arrivals and, for each fault in order, the event that the fault waited
+    /// for.
+    ///
+    /// A process may map a page several times, one mapping after another, so the event is the first
+    /// one after the fault. Without one after it, an installer was faster than the reading of the
+    /// fault.
     pub(super) fn of(trace: &Trace) -> (Self, Vec<Option<usize>>) {
         let mut arrivals = Self::default();
         let mut events = in_time(&trace.came, |came| came.at);
         let mut waited_for = vec![None; trace.touches.len()];
-        // From the end: what is noted by then is what comes next.
+        // This goes backwards in time, so `arrivals` holds the next event of each page.
         for touch in in_time(&trace.touches, |touch| touch.at).into_iter().rev() {
             let touched = &trace.touches[touch];
             while let Some(event) = events.pop_if(|event| trace.came[*event].at >= touched.at) {
@@ -34,7 +38,7 @@ impl Arrivals {
         (arrivals, waited_for)
     }
 
-    /// Of all processes together, as if they were the first one.
+    /// Returns the arrivals of all processes together, as if they were the first one.
     pub(super) fn in_files(trace: &Trace) -> Self {
         let mut arrivals = Self::default();
         for event in in_time(&trace.came, |came| came.at).into_iter().rev() {
@@ -43,7 +47,7 @@ impl Arrivals {
         arrivals
     }
 
-    /// Notes an event that is earlier than those that are noted already.
+    /// Adds an event, which must be earlier than all that were added before.
     fn add(&mut self, came: &Came, event: usize) {
         let place = |page| (came.space, came.file, page);
         let Range { start, end } = came.page..came.page + came.pages;
@@ -64,19 +68,19 @@ impl Arrivals {
         self.0.insert(place(start), (end, event));
     }
 
-    /// What has brought a page.
+    /// Returns the event that installed a page first.
     pub(super) fn at(&self, (space, file, page): Place) -> Option<usize> {
         let (_, (end, event)) = self.0.range((space, file, 0)..=(space, file, page)).next_back()?;
         (page < *end).then_some(*event)
     }
 
-    /// All runs: their first places, how many pages, and what has brought them.
+    /// Returns all runs: first place, number of pages, number of the event.
     pub(super) fn runs(&self) -> impl Iterator<Item = (Place, u32, usize)> {
         self.0.iter().map(|(place, (end, event))| (*place, end - place.2, *event))
     }
 }
 
-/// The numbers of events, in the order of their times.
+/// Returns the numbers of events in the order of their times.
 fn in_time<T>(events: &[T], at: impl Fn(&T) -> u64) -> Vec<usize> {
     let mut order: Vec<_> = (0..events.len()).collect();
     order.sort_by_key(|event| at(&events[*event]));

@@ -1,4 +1,4 @@
-//! The report as one HTML page: no script, nothing from elsewhere.
+//! The report as one HTML page, without scripts and without references to other files.
 
 use super::arrivals::Arrivals;
 use super::waits::Wait;
@@ -12,17 +12,17 @@ use std::fmt::Write;
 use std::time::Duration;
 
 const STYLE: &str = include_str!("page.css");
-/// The longest waits that are listed.
+/// Number of the longest waits that the page lists.
 const LONGEST: usize = 20;
-/// Of the drawings, in their own units.
+/// Size of the drawings, in their own units.
 const WIDTH: f64 = 900.0;
 const HEIGHT: f64 = 260.0;
-/// Left of a drawing, for what its lines mean, and below it.
+/// Margins of a drawing: on the left for its labels, below for the times.
 const LEFT: f64 = 60.0;
 const BELOW: f64 = 24.0;
-/// Waits are drawn from a microsecond to ten seconds.
+/// Decades of the latency axis: from a microsecond to ten seconds.
 const DECADES: f64 = 7.0;
-/// Steps of time in which what came is added up.
+/// Number of the time steps for which installed pages are summed.
 const STEPS: usize = 100;
 
 pub(super) fn html(told: &Told, report: &Report) -> String {
@@ -32,12 +32,12 @@ pub(super) fn html(told: &Told, report: &Report) -> String {
         escaped(&printable(&header.image))
     );
     if !report.is_complete {
-        body += "<p class=\"warning\">The trace has no end: its process was killed, or goes on.</p>\n";
+        body += "<p class=\"warning\">The trace has no end: its process was killed, or still runs.</p>\n";
     }
     if report.lost_events > 0 {
         let _ = writeln!(
             body,
-            "<p class=\"warning\">{} events are missing: there were too many at once.</p>",
+            "<p class=\"warning\">{} events are missing, because the trace's queue was full.</p>",
             report.lost_events
         );
     }
@@ -47,19 +47,19 @@ pub(super) fn html(told: &Told, report: &Report) -> String {
     body += &numbers(report);
     body += &section(
         "Touches of absent pages",
-        "Each dot is a touch, or several: when, and how long it waited, from the moment it was read from the userfaultfd. \
-         What it waited for was asked for because of that, or was on its way: read ahead, of the working set, or in the background.",
+        "Each dot is one fault, or several: its time, and its latency from the moment the pager read it from the userfaultfd. \
+         The colour tells the cause of the page's install: a demand fetch, read-ahead, the working set, or the background fill.",
         &timeline(told),
     );
-    body += &section("Where waiting went", "All touches together.", &waiting(report));
+    body += &section("Where waiting went", "The sum over all faults.", &waiting(report));
     body += &section(
         "What came, and why",
-        "Memory that was there, over time: what was touched with its neighbours, and what came otherwise.",
+        "Installed memory over time: pages of demand fetches with their neighbours, and prefetched pages.",
         &(arrivals(told) + &causes(report)),
     );
     body += &section(
         "Where in the files",
-        "Each square is a run of pages, coloured by when they came, on average.",
+        "Each square is a run of pages, coloured by their mean install time.",
         &heat_map(told),
     );
     body += &section("The longest waits", "", &longest(told));
@@ -96,7 +96,7 @@ fn numbers(report: &Report) -> String {
     format!("<dl class=\"numbers\">\n{}</dl>\n", numbers.iter().map(number).collect::<String>())
 }
 
-/// A drawing's frame: its name for who does not see it, and what is in it.
+/// Returns a drawing: an accessible name around the content.
 fn drawing(name: &str, height: f64, content: &str) -> String {
     format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{name}\">\n{content}</svg>\n")
 }
@@ -106,12 +106,12 @@ fn part(n: u64, of: u64) -> f64 {
     n as f64 / of.max(1) as f64
 }
 
-/// How many units to the right a time is.
+/// Returns the horizontal place of a time.
 fn across(told: &Told, at: u64) -> f64 {
     LEFT + part(at, told.end) * (WIDTH - LEFT - 10.0)
 }
 
-/// What is written below a drawing: the time.
+/// Returns the labels of the time axis.
 fn times(told: &Told) -> String {
     let label = |quarter: u64| {
         let at = u64::try_from(u128::from(told.end) * u128::from(quarter) / 4).unwrap_or(u64::MAX);
@@ -135,7 +135,7 @@ fn class_of(wait: &Wait) -> &'static str {
     }
 }
 
-/// How far up a wait is, of all the height: a decade is as high as another.
+/// Returns the height of a latency on a logarithmic axis, from 0 to 1.
 fn up(nanos: u64) -> f64 {
     ((millis(nanos) * 1e3).max(1.0).log10() / DECADES).min(1.0)
 }
@@ -158,7 +158,7 @@ fn timeline(told: &Told) -> String {
             y + 4.0
         );
     }
-    // At one place there is one dot, however many have waited.
+    // Waits at the same place share one dot.
     let dot = |wait: &Wait| {
         let (x, y) = (across(told, wait.touch.at), HEIGHT - up(wait.took) * (HEIGHT - 10.0));
         (class_of(wait), whole(x), whole(y))
@@ -175,11 +175,11 @@ fn timeline(told: &Told) -> String {
         ("working-set", "working set"),
         ("background", "background"),
     ];
-    drawing("How long touches waited, over time", HEIGHT + BELOW, &content)
+    drawing("Latency of faults, over time", HEIGHT + BELOW, &content)
         + &format!("<p class=\"keys\">{}</p>\n", keys.map(key).concat())
 }
 
-/// A bar of shares, and a table that says how much each is.
+/// Returns a bar of shares, and a table of their amounts.
 fn shares<const N: usize>(name: &str, parts: [(&str, f64, String); N]) -> String {
     let all: f64 = parts.iter().map(|(_, share, _)| share).sum();
     let (mut bar, mut table, mut x) = (String::new(), String::new(), 0.0);
@@ -204,10 +204,10 @@ fn shares<const N: usize>(name: &str, parts: [(&str, f64, String); N]) -> String
 fn waiting(report: &Report) -> String {
     let parts = report.waiting.named().map(|(name, ms)| (name, ms, micros(ms * 1e3)));
     shares("Where waiting went", parts)
-        + "<p class=\"small\">queue: until the request was sent, or a thread was free to install; wire: until the answer came; \
-           other: for the part of the manifest that names \
-           its chunk, behind other pages that came with it, in the stream of the working set, or put off by the kernel. How long the kernel takes to wake whoever \
-           touched the page, and the thread that reads the touch, is not in it.</p>\n"
+        + "<p class=\"small\">queue: until the request was sent, or an installer was free; wire: until the answer arrived; \
+           other: for the manifest's segment that names \
+           the chunk, behind other pages of the same answer, in the working set's stream, or for installs that the kernel deferred. The times do not include \
+           the wake-up of the pager and of the thread that faulted.</p>\n"
 }
 
 fn causes(report: &Report) -> String {
@@ -215,15 +215,13 @@ fn causes(report: &Report) -> String {
     let parts = report.pages.named().map(|(name, pages)| (name, pages as f64, memory(pages)));
     let mut text = shares("Pages by cause", parts);
     if let Some(line) = estimate(report) {
-        let _ = writeln!(
-            text,
-            "<p>The working set, {line}. Whether a page is touched that is there already cannot be seen.</p>"
-        );
+        let _ =
+            writeln!(text, "<p>The working set, {line}. A trace cannot see accesses to resident pages.</p>");
     }
     text
 }
 
-/// What had come by when, one cause above another.
+/// Draws the installed memory over time, one cause above another.
 fn arrivals(told: &Told) -> String {
     const CLASSES: [&str; 4] = ["touched", "read-ahead", "working-set", "background"];
     let mut sums = [[0_u64; STEPS]; 4];
@@ -260,7 +258,7 @@ fn arrivals(told: &Told) -> String {
     }
     let _ = writeln!(content, "<text x=\"{LEFT}\" y=\"14\">{}</text>", memory(all));
     content += &times(told);
-    drawing("Memory that was there, over time", HEIGHT + BELOW, &content)
+    drawing("Installed memory, over time", HEIGHT + BELOW, &content)
 }
 
 fn heat_map(told: &Told) -> String {
@@ -271,7 +269,7 @@ fn heat_map(told: &Told) -> String {
         runs.into_iter().map(|((_, file, first), count, _)| PageSpan { file, first, count }).collect();
     let files: Vec<_> =
         told.trace.header.files.iter().map(|file| (file.path.clone(), file.size_bytes)).collect();
-    let map = HeatMap::new(&files, &spans, "did not come");
+    let map = HeatMap::new(&files, &spans, "not installed");
     format!("<div class=\"map\">\n{}</div>\n", map.svg())
 }
 

@@ -1,18 +1,18 @@
-//! Who waited how long, and for what.
+//! The latency of each fault, and its parts.
 
 use postcopy::trace::{Came, Cause, Touch, Trace};
 use serde::Serialize;
 
-/// Where a wait went: in nanoseconds, or in what they are made to.
+/// The parts of a fault's latency, in nanoseconds or in a unit made of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Waiting<T> {
-    /// To be sent, or for a thread that installs.
+    /// The request waited to be sent, or the answer waited for a free installer.
     pub(super) queue: T,
     pub(super) wire: T,
     pub(super) decompress: T,
     pub(super) install: T,
-    /// What is left: the part of the manifest that names its chunk was still to come, the page was on its way behind others
-    /// or in the working set's stream, or the kernel put it off.
+    /// The rest: the manifest's segment of the chunk was outstanding, other pages or the working
+    /// set's stream were ahead of the page, or the kernel deferred the install.
     pub(super) other: T,
 }
 
@@ -27,7 +27,7 @@ impl<T: Copy> Waiting<T> {
         }
     }
 
-    /// With what they are called.
+    /// Returns the parts with their names.
     pub(super) fn named(&self) -> [(&'static str, T); 5] {
         [
             ("queue", self.queue),
@@ -55,18 +55,19 @@ impl Waiting<u64> {
     }
 }
 
-/// A touch that was answered.
+/// A fault whose page was installed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wait {
     pub(super) touch: Touch,
-    /// Why its page came.
+    /// The cause of the page's install.
     pub(super) cause: Cause,
-    /// Nanoseconds.
+    /// Latency in nanoseconds.
     pub(super) took: u64,
     pub(super) waiting: Waiting<u64>,
 }
 
-/// The touches that were answered, as far as the trace shows, in their order; `waited_for` is by which events.
+/// Returns the answered faults of a trace in order. `waited_for` has the event that each fault
+/// waited for.
 pub(super) fn waits(trace: &Trace, waited_for: &[Option<usize>]) -> Vec<Wait> {
     let answered = trace.touches.iter().zip(waited_for);
     answered.filter_map(|(touch, came)| Some(wait(*touch, &trace.came[(*came)?]))).collect()
@@ -103,12 +104,12 @@ mod tests {
     fn a_wait_is_made_of_what_came_before_its_end() {
         let whole = wait(TOUCH, &came(200, [10, 70, 15, 5]));
         assert_eq!(whole.waiting, Waiting { queue: 10, wire: 70, decompress: 15, install: 5, other: 0 });
-        // It was on its way already.
+        // The page was on its way before the fault.
         let late = wait(TOUCH, &came(130, [10, 70, 15, 5]));
         assert_eq!(late.waiting, Waiting { queue: 0, wire: 10, decompress: 15, install: 5, other: 0 });
         let other = wait(TOUCH, &came(300, [10, 70, 15, 5]));
         assert_eq!((other.took, other.waiting.other), (200, 100));
-        // It was there before that was read.
+        // The page was resident before the pager read the fault.
         assert_eq!(wait(TOUCH, &came(90, [1, 1, 1, 1])).took, 0);
     }
 
