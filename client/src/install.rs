@@ -93,7 +93,7 @@ pub(crate) fn install(
     let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - all.start);
     let middle = first.map_or(all.start, piece_of);
     for part in [middle..all.end, all.start..middle] {
-        match install_part(map, region, &all, content, part) {
+        match install_part(map, region, &all, content, part, Guards::MayBe) {
             Installed::All => {}
             other => return other,
         }
@@ -109,7 +109,16 @@ pub(crate) fn install_page(
     page: usize,
 ) -> Installed {
     let all = region.pages_of(chunk).expect("a page of the chunk");
-    install_part(None, region, &all, content, page..page + 1)
+    install_part(None, region, &all, content, page..page + 1, Guards::CannotBe)
+}
+
+/// Whether pages may be guard pages (MADV_GUARD_INSTALL): the kernel tells of none, and UFFDIO_COPY lifts a guard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guards {
+    /// Looks for them first.
+    MayBe,
+    /// A thread has faulted on the page; an access to a guard page is SIGSEGV, and no page fault.
+    CannotBe,
 }
 
 /// Installs pages `part` of the region's pages `all` of a chunk.
@@ -119,10 +128,11 @@ fn install_part(
     all: &Range<usize>,
     content: &ChunkPages,
     part: Range<usize>,
+    guards: Guards,
 ) -> Installed {
     // A region may begin within a chunk.
     let place = region.place_in_chunk(all.start);
-    install_runs(map, region, part, |run| {
+    install_runs(map, region, part, guards, |run| {
         let (piece, held) = content.piece(run.start - all.start + place..run.end - all.start + place);
         let len = piece.len();
         (len, held.then(|| content.bytes_of(piece)))
@@ -140,7 +150,7 @@ pub(crate) fn install_pages(
     bytes: Option<&[u8]>,
 ) -> Installed {
     let start = pages.start;
-    let installed = install_runs(map, region, pages.clone(), |run| {
+    let installed = install_runs(map, region, pages.clone(), Guards::MayBe, |run| {
         let len = run.len().min(PIECE_PAGES);
         let at = (run.start - start) * PAGE_BYTES;
         (len, bytes.map(|bytes| &bytes[at..at + len * PAGE_BYTES]))
@@ -157,6 +167,7 @@ fn install_runs<'a>(
     map: Option<&MemoryMap>,
     region: &Region,
     pages: Range<usize>,
+    guards: Guards,
     piece: impl Fn(Range<usize>) -> (usize, Option<&'a [u8]>),
 ) -> Installed {
     // One ioctl is for one VMA, and madvise or mprotect of a part splits them: then page by page.
@@ -169,6 +180,16 @@ fn install_runs<'a>(
         };
         let Some(run) = region.next_run(next..pages.end, unresolved(region)) else { break };
         let (len, bytes) = piece(run.start..if one_page { run.start + 1 } else { run.end });
+        if guards == Guards::MayBe
+            && let Some(guarded) = first_guard(region, run.start..run.start + len)
+        {
+            // They have lost their content, and are zero once the guard is lifted.
+            if region.set_removed(guarded.clone()).is_err() {
+                return Installed::NoMemory;
+            }
+            region.space.wake(&region.addresses_of(&guarded));
+            continue;
+        }
         match install_piece(region, run.start..run.start + len, bytes) {
             Step::Next(page) => (next, one_page) = (page, false),
             Step::OnePage => one_page = true,
@@ -177,6 +198,15 @@ fn install_runs<'a>(
         drop(pass);
     }
     Installed::All
+}
+
+/// The first run of guard pages among these. Guards of shared memory are of one mapping, and its pages keep their content.
+fn first_guard(region: &Region, pages: Range<usize>) -> Option<Range<usize>> {
+    if region.is_shared() {
+        return None;
+    }
+    let guarded = region.space.first_guard(&region.addresses_of(&pages))?;
+    Some(region.pages_in(&guarded))
 }
 
 /// What came through another mapping has woken nobody here. In the gate, too: it takes away faults that the pager may just

@@ -17,6 +17,8 @@ const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
+const GUARD_INSTALL: i32 = 102;
+const GUARD_REMOVE: i32 = 103;
 const FILLING: Options = Options::DEFAULT.fill(true);
 
 fn start() -> Source {
@@ -43,6 +45,20 @@ impl Source {
 
     fn pages(&self, first: usize, count: usize) -> &[u8] {
         &self.bytes[first * PAGE..(first + count) * PAGE]
+    }
+
+    /// The same, where it is known whose memory it is.
+    fn attach_known(&self, faulter: &Faulter, options: Options) -> Session {
+        let regions =
+            [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: Some(faulter.main.pid),
+            is_registered: true,
+        };
+        Session::attach(self.server.address(), &"app".parse().unwrap(), options, &memory).unwrap()
     }
 }
 
@@ -98,6 +114,38 @@ fn what_the_owner_gives_back_stays_zero() {
         faulter.assert_reads(0, 42, &[0; 10 * PAGE]);
         faulter.assert_reads(0, 52, source.pages(155, 145));
         assert_eq!(session.progress().removed_pages, 10);
+    });
+}
+
+#[test]
+fn guard_pages_stay_guards_and_are_zero_once_they_are_lifted() {
+    const TEST: &str = "guard_pages_stay_guards_and_are_zero_once_they_are_lifted";
+    with_faulter(TEST, |source, mut faulter| {
+        if !postcopy::uffd::pagemap::guards_are_seen() {
+            return skip(&format!("attach::{TEST}"), "guard pages are not seen before Linux 6.15");
+        }
+        let session = source.attach_known(&faulter, Options::default());
+        faulter.let_go();
+        let (near, far) = (faulter.at(0, 42), faulter.at(1, 50));
+        for at in [near, far] {
+            faulter.main.does(&format!("advise {GUARD_INSTALL} {at} 5"));
+        }
+        // A demand fault brings the others of its chunk, the fill all others.
+        faulter.assert_reads(0, 41, source.pages(144, 1));
+        session.fill().unwrap();
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        for at in [near, near + 4 * PAGE, far, far + 4 * PAGE] {
+            let read = read_from_outside(faulter.main.pid, at, PAGE);
+            assert_eq!(read, Err(nix::Error::EFAULT), "the guard at {at:#x} is there");
+        }
+        assert_eq!(session.progress().removed_pages, 10);
+        for at in [near, far] {
+            faulter.main.does(&format!("advise {GUARD_REMOVE} {at} 5"));
+            faulter.main.assert_reads(at, &[0; 5 * PAGE]);
+        }
+        faulter.assert_reads(0, 47, source.pages(150, 150));
+        faulter.assert_reads(1, 0, source.pages(3, 50));
+        assert_eq!(session.error(), None);
     });
 }
 

@@ -1,7 +1,7 @@
 //! An address space: the memory of one process, as its userfaultfd sees it.
 
 use super::AnswerCounts;
-use crate::uffd::pagemap::Pagemap;
+use crate::uffd::pagemap::{Pagemap, guards_are_seen};
 use crate::uffd::{Outcome, Uffd};
 use std::io;
 use std::ops::Range;
@@ -22,6 +22,8 @@ pub(crate) struct Space {
     registered: AtomicBool,
     /// The process's page tables, where the process is known.
     pagemap: Option<Pagemap>,
+    /// The same of this process, for a look at guard pages alone.
+    own: Option<Pagemap>,
 }
 
 impl Space {
@@ -36,6 +38,7 @@ impl Space {
             unexpected: AtomicI32::new(0),
             registered,
             pagemap: None,
+            own: None,
         }
     }
 
@@ -44,7 +47,8 @@ impl Space {
         let (answers, gone, registered) =
             (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
         let unexpected = AtomicI32::new(0);
-        Self { id, uffd: Arc::clone(&self.uffd), answers, gone, unexpected, registered, pagemap: None }
+        let (uffd, pagemap) = (Arc::clone(&self.uffd), None);
+        Self { id, uffd, answers, gone, unexpected, registered, pagemap, own: None }
     }
 
     /// The same, where memory is still to be registered.
@@ -68,6 +72,11 @@ impl Space {
         Self { pagemap: pid.and_then(|pid| Pagemap::of(pid).ok()), ..self }
     }
 
+    /// The same, of this process.
+    pub(crate) fn of_this_process(self) -> Self {
+        Self { own: Pagemap::open().ok(), ..self }
+    }
+
     /// Gives the ranges of addresses that were written to since they were installed or protected anew, and whether they
     /// are in memory: those that are not may be swapped out, or poison. Absent pages are left alone. With `reset` they
     /// are protected anew, without losing a write, where one scan can do both.
@@ -87,6 +96,12 @@ impl Space {
     /// Whether the process's page tables can be read.
     pub(crate) fn has_pagemap(&self) -> bool {
         self.pagemap.is_some()
+    }
+
+    /// The first run of guard pages in a range of addresses; None, too, where the page tables cannot be read.
+    pub(crate) fn first_guard(&self, addresses: &Range<usize>) -> Option<Range<usize>> {
+        let pagemap = self.pagemap.as_ref().or(self.own.as_ref()).filter(|_| guards_are_seen())?;
+        pagemap.first_guard(addresses)
     }
 
     /// Whether the page tables map a page; false, too, where they cannot be read.
