@@ -58,15 +58,18 @@ impl<'a> Entrance<'a> {
     /// Passes the gate as an installer, for one piece, if the region is still what it was.
     ///
     /// # Errors
-    /// [`Installed::All`] if its memory was moved or unmapped; [`Installed::Ended`].
+    /// [`Installed::All`] if its memory was moved or unmapped, or is a child's that is undecided (another pass comes);
+    /// [`Installed::Ended`].
     pub(crate) fn enter(&mut self, region: &Region) -> Result<Option<InstallerPass<'a>>, Installed> {
         let Some(map) = self.map else {
-            return if region.space.is_gone() { Err(Installed::All) } else { Ok(None) };
+            let is_closed = region.space.is_gone() || region.space.is_undecided();
+            return if is_closed { Err(Installed::All) } else { Ok(None) };
         };
         let pass = map.gate.enter().ok_or(Installed::Ended)?;
         let spaces = map.spaces();
         let is_same = self.seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, &spaces));
-        if region.space.is_gone() || !is_same && !spaces.holds(region) {
+        let is_closed = region.space.is_gone() || region.space.is_undecided();
+        if is_closed || !is_same && !spaces.holds(region) {
             return Err(Installed::All);
         }
         self.seen = Some(spaces);

@@ -155,6 +155,9 @@ pub struct Progress {
     pub frame_bytes: u64,
     /// How often threads were held that cause events without a pause ([`crate::Options::hold_causers`]).
     pub holds: u64,
+    /// Children whose mappings could not be looked at in time: what MADV_WIPEONFORK has emptied of their absent pages gets
+    /// the image's bytes.
+    pub unseen_forks: u64,
 }
 
 /// What is counted, in the order of [`Progress`].
@@ -167,6 +170,7 @@ pub(crate) struct Counters {
     pub(crate) working_set_pages: AtomicU64,
     pub(crate) frame_bytes: AtomicU64,
     pub(crate) holds: AtomicU64,
+    pub(crate) unseen_forks: AtomicU64,
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: usize) {

@@ -2,6 +2,10 @@
 //! for MADV_REMOVE, which drops it. Whoever causes one sleeps in the system call until it is read, and /proc shows the
 //! arguments of system calls.
 
+mod children;
+
+pub(crate) use children::{Child, Process, Search, can_read_mappings, ticks};
+
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use std::collections::btree_map::Entry;
@@ -63,12 +67,19 @@ pub(crate) struct Callers {
     found: Mutex<BTreeMap<u32, u64>>,
     /// Who was seen before the last event was read, and may not have noticed that yet.
     seen: Mutex<Vec<Asleep>>,
+    owner: Process,
 }
 
 impl Callers {
     /// The owner, which was started at that time ([`start_of`]), and whatever it forks.
     pub(crate) fn of(owner: u32, start: u64) -> Self {
-        Self { found: Mutex::new([(owner, start)].into()), seen: Mutex::default() }
+        let (found, seen) = (Mutex::new([(owner, start)].into()), Mutex::default());
+        Self { found, seen, owner: (owner, start) }
+    }
+
+    /// The owner.
+    pub(crate) fn owner(&self) -> Process {
+        self.owner
     }
 
     /// The processes that there are now.

@@ -8,7 +8,7 @@ use crate::memory::{Change, MemoryMap, PageState, Place, Region, Spaces};
 use crate::options::{Counters, LossPolicy, Options, Progress};
 use crate::outcome::Outcome;
 use crate::pace::{Cores, Pace};
-use crate::processes::Callers;
+use crate::processes::{Callers, can_read_mappings};
 use crate::record::recorder::{Recorder, Sender};
 use crate::record::trace::{Cause, Notes, Stages, Writer, installing};
 use crate::remote::Image;
@@ -74,6 +74,8 @@ pub(crate) struct Shared {
     pub(crate) is_left_open: AtomicBool,
     /// Installs for the pager.
     pub(crate) to_pager: ToPager,
+    /// A pager looks at the mappings of children.
+    looks_at_children: AtomicBool,
     /// There is new work for the fill.
     pub(crate) fill_work: Notify,
     /// A pause of the fill has ended ([`Pace`]).
@@ -120,6 +122,7 @@ impl Shared {
             has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
             to_pager: ToPager::default(),
+            looks_at_children: AtomicBool::new(false),
             fill_work: Notify::new(),
             fill_may_go_on: Notify::new(),
         }
@@ -238,6 +241,17 @@ impl Shared {
         Some(Writer { notes, image, options, outcome: Arc::clone(&self.outcome) })
     }
 
+    /// From now on a pager looks at the mappings of children, where it is known whose they may be.
+    pub(crate) fn look_at_children(&self) {
+        let can_read = self.callers.as_ref().is_some_and(|callers| can_read_mappings(callers.owner()));
+        self.looks_at_children.store(can_read, Ordering::Relaxed);
+    }
+
+    /// Whether the mappings of children are looked at, so that they begin undecided.
+    pub(crate) fn looks_at_children(&self) -> bool {
+        self.looks_at_children.load(Ordering::Relaxed)
+    }
+
     /// Whether all is to be brought, and not the working set alone.
     pub(crate) fn fills(&self) -> bool {
         self.fills.load(Ordering::Acquire)
@@ -291,6 +305,7 @@ impl Shared {
             working_set_pages: self.counters.working_set_pages.load(Ordering::Relaxed),
             frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),
             holds: self.counters.holds.load(Ordering::Relaxed),
+            unseen_forks: self.counters.unseen_forks.load(Ordering::Relaxed),
             ..Progress::default()
         };
         for region in self.spaces().regions() {

@@ -20,6 +20,8 @@ pub(crate) struct Space {
     unexpected: AtomicI32,
     /// All memory is registered. Until then ENOENT means that a registration is still to come.
     registered: AtomicBool,
+    /// It is a child's, and what the fork has emptied of it is not known yet: nothing may be installed.
+    undecided: AtomicBool,
     /// The process's page tables, where the process is known.
     pagemap: Option<Pagemap>,
     /// The same of this process, for a look at guard pages alone.
@@ -37,6 +39,7 @@ impl Space {
             gone,
             unexpected: AtomicI32::new(0),
             registered,
+            undecided: AtomicBool::new(false),
             pagemap: None,
             own: None,
         }
@@ -48,7 +51,8 @@ impl Space {
             (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
         let unexpected = AtomicI32::new(0);
         let (uffd, pagemap) = (Arc::clone(&self.uffd), None);
-        Self { id, uffd, answers, gone, unexpected, registered, pagemap, own: None }
+        let undecided = AtomicBool::new(false);
+        Self { id, uffd, answers, gone, unexpected, registered, undecided, pagemap, own: None }
     }
 
     /// The same, where memory is still to be registered.
@@ -70,6 +74,21 @@ impl Space {
     /// The same, of a process that is known by its pid.
     pub(crate) fn of_process(self, pid: Option<u32>) -> Self {
         Self { pagemap: pid.and_then(|pid| Pagemap::of(pid).ok()), ..self }
+    }
+
+    /// Notes that it is not known what a fork has emptied of it.
+    pub(crate) fn set_undecided(&self) {
+        self.undecided.store(true, Ordering::Release);
+    }
+
+    /// Notes that this is known, or will not be.
+    pub(crate) fn set_decided(&self) {
+        self.undecided.store(false, Ordering::Release);
+    }
+
+    /// Whether it is not known yet what a fork has emptied of it.
+    pub(crate) fn is_undecided(&self) -> bool {
+        self.undecided.load(Ordering::Acquire)
     }
 
     /// The same, of this process.

@@ -159,6 +159,10 @@ fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
+        // Where all pages have come the kernel empties them by itself.
+        if shared.looks_at_children() && !spaces.is_final(id) {
+            child.set_undecided();
+        }
         let private = spaces.objects_of(id).filter(|(_, object)| !object.kind().is_shared);
         let tables = private.map(|(number, object)| (number, object.states().table_at())).collect();
         let record = Record::Fork { parent: parent.id, child: id, fd: child.uffd.number(), tables };
