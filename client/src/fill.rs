@@ -350,6 +350,10 @@ impl Fill {
         region: &Region,
         attempt: u32,
     ) -> Result<(), RemoteError> {
+        if region.space.is_undecided() {
+            stream.leaves = true;
+            return Ok(());
+        }
         let Range { start: mut next, end } = region.chunks();
         while next < end && !self.shared.has_ended() && self.shared.spaces().holds(region) {
             let most = self.wait_for_turn(stream).await?;

@@ -61,16 +61,18 @@ impl<'a> Entrance<'a> {
     /// Passes the gate as an installer, for one piece, if the region is unchanged.
     ///
     /// # Errors
-    /// Returns [`Installed::All`] if the region was moved or unmapped, [`Installed::Ended`] if the
-    /// session has ended.
+    /// [`Installed::All`] if the region was moved or unmapped, or belongs to a child that is still
+    /// undecided (another pass follows). [`Installed::Ended`] if the session has ended.
     pub(crate) fn enter(&mut self, region: &Region) -> Result<Option<InstallerPass<'a>>, Installed> {
         let Some(map) = self.map else {
-            return if region.space.is_gone() { Err(Installed::All) } else { Ok(None) };
+            let is_closed = region.space.is_gone() || region.space.is_undecided();
+            return if is_closed { Err(Installed::All) } else { Ok(None) };
         };
         let pass = map.gate.enter().ok_or(Installed::Ended)?;
         let spaces = map.spaces();
         let is_same = self.seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, &spaces));
-        if region.space.is_gone() || !is_same && !spaces.holds(region) {
+        let is_closed = region.space.is_gone() || region.space.is_undecided();
+        if is_closed || !is_same && !spaces.holds(region) {
             return Err(Installed::All);
         }
         self.seen = Some(spaces);
@@ -98,7 +100,7 @@ pub(crate) fn install(
     let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - all.start);
     let middle = first.map_or(all.start, piece_of);
     for part in [middle..all.end, all.start..middle] {
-        match install_part(map, region, &all, content, part) {
+        match install_part(map, region, &all, content, part, Guards::MayBe) {
             Installed::All => {}
             other => return other,
         }
@@ -114,7 +116,16 @@ pub(crate) fn install_page(
     page: usize,
 ) -> Installed {
     let all = region.pages_of(chunk).expect("a page of the chunk");
-    install_part(None, region, &all, content, page..page + 1)
+    install_part(None, region, &all, content, page..page + 1, Guards::CannotBe)
+}
+
+/// Whether pages may be guard pages (MADV_GUARD_INSTALL): the kernel tells of none, and UFFDIO_COPY lifts a guard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guards {
+    /// Looks for them first.
+    MayBe,
+    /// A thread has faulted on the page; an access to a guard page is SIGSEGV, and no page fault.
+    CannotBe,
 }
 
 /// Installs the pages `part`; `all` are the region's pages of the chunk.
@@ -124,10 +135,11 @@ fn install_part(
     all: &Range<usize>,
     content: &ChunkPages,
     part: Range<usize>,
+    guards: Guards,
 ) -> Installed {
     // A region may begin within a chunk.
     let place = region.place_in_chunk(all.start);
-    install_runs(map, region, part, |run| {
+    install_runs(map, region, part, guards, |run| {
         let (piece, held) = content.piece(run.start - all.start + place..run.end - all.start + place);
         let len = piece.len();
         (len, held.then(|| content.bytes_of(piece)))
@@ -145,7 +157,7 @@ pub(crate) fn install_pages(
     bytes: Option<&[u8]>,
 ) -> Installed {
     let start = pages.start;
-    let installed = install_runs(map, region, pages.clone(), |run| {
+    let installed = install_runs(map, region, pages.clone(), Guards::MayBe, |run| {
         let len = run.len().min(PIECE_PAGES);
         let at = (run.start - start) * PAGE_BYTES;
         (len, bytes.map(|bytes| &bytes[at..at + len * PAGE_BYTES]))
@@ -162,6 +174,7 @@ fn install_runs<'a>(
     map: Option<&MemoryMap>,
     region: &Region,
     pages: Range<usize>,
+    guards: Guards,
     piece: impl Fn(Range<usize>) -> (usize, Option<&'a [u8]>),
 ) -> Installed {
     // One ioctl must stay within one VMA. Because madvise and mprotect of a part split VMAs, this
@@ -175,6 +188,16 @@ fn install_runs<'a>(
         };
         let Some(run) = region.next_run(next..pages.end, unresolved(region)) else { break };
         let (len, bytes) = piece(run.start..if one_page { run.start + 1 } else { run.end });
+        if guards == Guards::MayBe
+            && let Some(guarded) = first_guard(region, run.start..run.start + len)
+        {
+            // They have lost their content, and are zero once the guard is lifted.
+            if region.set_removed(guarded.clone()).is_err() {
+                return Installed::NoMemory;
+            }
+            region.space.wake(&region.addresses_of(&guarded));
+            continue;
+        }
         match install_piece(region, run.start..run.start + len, bytes) {
             Step::Next(page) => (next, one_page) = (page, false),
             Step::OnePage => one_page = true,
@@ -183,6 +206,16 @@ fn install_runs<'a>(
         drop(pass);
     }
     Installed::All
+}
+
+/// Returns the first run of guard pages among these. A guard in shared memory belongs to one mapping,
+/// and the pages keep their content.
+fn first_guard(region: &Region, pages: Range<usize>) -> Option<Range<usize>> {
+    if region.is_shared() {
+        return None;
+    }
+    let guarded = region.space.first_guard(&region.addresses_of(&pages))?;
+    Some(region.pages_in(&guarded))
 }
 
 /// Wakes the waiters of this mapping: an install through another mapping of the memory does not

@@ -161,6 +161,9 @@ pub struct Progress {
     /// The number of times that threads were held that cause events without a pause
     /// ([`crate::Options::hold_causers`]).
     pub holds: u64,
+    /// Children whose mappings could not be looked at in time: what MADV_WIPEONFORK has emptied of their absent pages gets
+    /// the image's bytes.
+    pub unseen_forks: u64,
 }
 
 /// The counters behind [`Progress`], in its order.
@@ -177,6 +180,8 @@ pub(crate) struct Counters {
     pub(crate) losses: AtomicU64,
     /// The number of faults that were deferred because the kernel had no memory for their pages.
     pub(crate) memory_waits: AtomicU64,
+    /// The number of children whose mappings were not read in time.
+    pub(crate) unseen_forks: AtomicU64,
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: usize) {

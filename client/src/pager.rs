@@ -16,6 +16,7 @@ mod answers;
 pub(crate) mod attach;
 mod events;
 mod faults;
+mod forks;
 mod frame_cache;
 mod hold;
 mod identify;
@@ -39,6 +40,7 @@ use crate::pager::on_exit::OnExit;
 use crate::pager::read_ahead::ReadAhead;
 use crate::pager::requests::Requests;
 use crate::pager::spin::Spin;
+use crate::processes::{Callers, ticks};
 use crate::reaper;
 use crate::remote::Image;
 use crate::remote::ImageSource;
@@ -48,6 +50,7 @@ use crate::shared::{Command, Shared};
 use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
 use events::Stopped;
+use forks::Forks;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::page::ChunkIndex;
@@ -82,6 +85,10 @@ const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration
 pub(crate) struct Pager {
     on_exit: OnExit,
     watched: Vec<Watched>,
+    /// The last space that was added.
+    last_space: Option<u32>,
+    /// Children that are undecided.
+    forks: Forks,
     /// The memory is other processes'.
     is_foreign: bool,
     lane: Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
@@ -209,6 +216,8 @@ impl Pager {
         let handed_over = shared.to_pager.take_queue();
         let mut pager = Self {
             watched: Vec::new(),
+            last_space: None,
+            forks: Forks::new(shared.callers.as_ref().map(Callers::owner)),
             is_foreign,
             lane,
             reconnect_pause: RECONNECT.start,
@@ -232,21 +241,10 @@ impl Pager {
             commands,
             on_exit: OnExit { shared, is_open: false, in_order: false, leaves: false },
         };
-        pager.watch().map_err(|source| SessionError::System { what: "epoll", source })?;
+        pager.watch(0, 0).map_err(|source| SessionError::System { what: "epoll", source })?;
         pager.on_exit.is_open = true;
+        pager.shared().look_at_children();
         Ok(pager)
-    }
-
-    /// Watches the spaces that there are.
-    fn watch(&mut self) -> io::Result<()> {
-        let spaces = self.shared().spaces();
-        // They only come at the end.
-        let last = self.watched.last().map(|watched| watched.space.id);
-        for space in spaces.spaces().filter(|space| last.is_none_or(|last| space.id > last)) {
-            let uffd = AsyncUffd::new(Arc::clone(&space.uffd))?;
-            self.watched.push(Watched { space: Arc::clone(space), uffd });
-        }
-        Ok(())
     }
 
     fn shared(&self) -> &Shared {
@@ -313,12 +311,16 @@ impl Pager {
                     Some(command) => self.command(command),
                 },
                 Some(work) = self.handed_over.recv() => self.ready.hand_over(work),
+                looked = self.forks.next() => self.looked(looked),
                 () = tokio::time::sleep_until(later), if attempt.is_some() => self.try_ready(),
                 () = tokio::task::yield_now(), if is_ready => {}
                 _ = again.tick(), if self.unreadable.is_some() => self.read_again(),
-                _ = look.tick(), if self.is_foreign => if !self.owners_are_left() {
-                    return self.on_exit.in_order = true;
-                },
+                _ = look.tick(), if self.is_foreign => {
+                    self.give_up_looks();
+                    if !self.owners_are_left() {
+                        return self.on_exit.in_order = true;
+                    }
+                }
                 due = tick.tick(), if ticks => {
                     self.release_lingering();
                     self.extend_deadlines(due);
@@ -338,7 +340,7 @@ impl Pager {
     /// Reads at most so many messages of a space, and keeps its faults: whether there may be more. The gate is passed
     /// alone.
     fn read_some(&mut self, space: &Arc<Space>, most: usize) -> Result<bool, Stopped> {
-        let mut faults = Vec::new();
+        let (mut faults, since) = (Vec::new(), ticks());
         let read = events::read_some(&self.on_exit.shared, space, &mut faults, most);
         add(&self.shared().counters.faults, faults.len());
         // Writes to what is there do not wait for pages.
@@ -346,7 +348,8 @@ impl Pager {
             self.shared().cores.touched(std::time::Instant::now());
         }
         self.faults.extend(faults.into_iter().map(|(address, wp)| (Arc::clone(space), address, wp)));
-        self.watch().map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
+        self.watch(space.id, since)
+            .map_err(|error| format!("the userfaultfd of a child cannot be watched: {error}"))?;
         read
     }
 
@@ -391,7 +394,7 @@ impl Pager {
             self.identify();
         }
         self.watched.retain(|watched| !watched.space.is_gone());
-        !self.watched.is_empty()
+        self.forks.has_undecided() || !self.watched.is_empty()
     }
 
     /// Drops the records of children none of whose pages can become the image's any more: what still faults there is

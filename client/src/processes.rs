@@ -5,6 +5,10 @@
 //! the content, and for MADV_REMOVE, which drops it. The caller sleeps in madvise(2) until the
 //! pager has read the event, and /proc shows the arguments of its call.
 
+mod children;
+
+pub(crate) use children::{Child, Search, can_read_mappings, ticks};
+
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use std::collections::btree_map::Entry;
@@ -61,7 +65,7 @@ struct Look {
 
 /// A process that the kernel cannot confuse with another one: it gives the pid of a process that
 /// has exited to a new one, which was started later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Process {
     pub(crate) pid: u32,
     /// The time of its start: see [`start_of`].
@@ -96,51 +100,14 @@ impl Process {
     /// Returns the addresses at which its memory is registered with a userfaultfd for missing
     /// pages, in order. Reads /proc/PID/smaps, some 5 us a mapping.
     pub(crate) fn registered(self) -> Vec<Range<usize>> {
-        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid)).unwrap_or_default();
-        registered(&smaps)
+        children::registered(self.pid)
     }
-}
-
-/// Returns the mappings of a smaps file whose VmFlags have `um`; neighbours are joined.
-fn registered(smaps: &str) -> Vec<Range<usize>> {
-    let mut found: Vec<Range<usize>> = Vec::new();
-    let mut mapping = None;
-    for line in smaps.lines() {
-        let Some(flags) = line.strip_prefix("VmFlags:") else {
-            mapping = mapping_of(line).or(mapping);
-            continue;
-        };
-        let Some(new) = mapping.take().filter(|_| flags.split_whitespace().any(|flag| flag == "um")) else {
-            continue;
-        };
-        match found.last_mut().filter(|last| last.end == new.start) {
-            Some(last) => last.end = new.end,
-            None => found.push(new),
-        }
-    }
-    found
-}
-
-/// Parses the addresses of a mapping's first line in smaps: `START-END PERMISSIONS ...`, in
-/// hexadecimal.
-fn mapping_of(line: &str) -> Option<Range<usize>> {
-    let (start, end) = line.split(' ').next()?.split_once('-')?;
-    let number = |text| usize::from_str_radix(text, 16).ok();
-    Some(number(start)?..number(end)?)
-}
-
-/// Returns the time in clock ticks since boot, as [`start_of`].
-pub(crate) fn ticks_now() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let hertz = rustix::param::clock_ticks_per_second();
-    let (seconds, nanos) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
-    seconds * hertz + nanos * hertz / 1_000_000_000
 }
 
 /// The processes whose calls are inspected: the memory's owner and its descendants.
 #[derive(Debug)]
 pub(crate) struct Callers {
-    owner: u32,
+    owner: Process,
     /// The living ones that were found so far, each with the time of its start.
     found: Mutex<BTreeMap<u32, u64>>,
     /// Threads that slept before the last event was read, and may not have woken yet.
@@ -148,9 +115,15 @@ pub(crate) struct Callers {
 }
 
 impl Callers {
-    /// Starts with the owner, which was started at `start` ([`start_of`]).
-    pub(crate) fn of(owner: u32, start: u64) -> Self {
-        Self { owner, found: Mutex::new([(owner, start)].into()), seen: Mutex::default() }
+    /// Starts with the owner.
+    pub(crate) fn of(owner: Process) -> Self {
+        let (found, seen) = (Mutex::new([(owner.pid, owner.start)].into()), Mutex::default());
+        Self { owner, found, seen }
+    }
+
+    /// Returns the owner.
+    pub(crate) fn owner(&self) -> Process {
+        self.owner
     }
 
     /// Returns the processes that are alive.
@@ -211,7 +184,7 @@ impl Callers {
     /// reached any.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
         let all = self.processes().into_iter().map(|(pid, start)| Process { pid, start });
-        let has_memory = |process: &Process| process.pid == self.owner || !process.registered().is_empty();
+        let has_memory = |process: &Process| *process == self.owner || !process.registered().is_empty();
         all.filter(has_memory).filter(|process| process.signal(signal)).count() > 0
     }
 
@@ -228,7 +201,7 @@ impl Callers {
 /// of its descendants that have memory which is registered with a userfaultfd. Returns whether it
 /// has reached any: a process that has got the pid since is left alone.
 pub fn signal_process_tree(pid: u32, start: u64, signal: Signal) -> bool {
-    Callers::of(pid, start).signal(signal)
+    Callers::of(Process { pid, start }).signal(signal)
 }
 
 /// Returns the start time of a process, in clock ticks since boot: field 22 of /proc/PID/stat.
@@ -365,26 +338,17 @@ mod tests {
     fn a_process_that_got_the_pid_of_an_owner_is_not_signalled() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let start = start_of(child.id()).unwrap();
-        assert!(!Callers::of(child.id(), start - 1).signal(Signal::KILL));
+        assert!(!Callers::of(Process { pid: child.id(), start: start - 1 }).signal(Signal::KILL));
         assert!(child.try_wait().unwrap().is_none(), "it is another process");
-        assert!(Callers::of(child.id(), start).signal(Signal::KILL));
+        assert!(Callers::of(Process { pid: child.id(), start: start }).signal(Signal::KILL));
         assert!(!child.wait().unwrap().success());
-        assert!(!Callers::of(child.id(), start).signal(Signal::KILL), "it has exited");
-    }
-
-    #[test]
-    fn mappings_that_are_registered_are_found_in_smaps() {
-        let smaps = "1000-3000 rw-p 00000000 00:00 0\nRss: 0 kB\nVmFlags: rd wr um \n3000-4000 rw-p 00000000 00:00 0 [heap]\nVmFlags: rd um\n\
-            4000-5000 r--p 00000000 00:00 0 /um\nVmFlags: rd wr\n";
-        assert!(registered(smaps).into_iter().eq(std::iter::once(0x1000..0x4000)));
+        assert!(
+            !Callers::of(Process { pid: child.id(), start: start }).signal(Signal::KILL),
+            "it has exited"
+        );
     }
 
     proptest! {
-        #[test]
-        fn any_smaps_are_read(text in "(([0-9a-f]{0,17}-[0-9a-f]{0,17} rw|VmFlags:( um| rd)?|\\PC{0,9})\n){0,9}") {
-            let _ = registered(&text);
-        }
-
         #[test]
         fn any_line_is_a_call_or_none(line in "(28|running|-1|233)?( (0x)?[0-9a-g]{0,17}){0,8}") {
             let _ = call_of(&line);

@@ -9,7 +9,7 @@ use crate::memory::{Change, MemoryMap, PageState, Place, Region, Spaces};
 use crate::options::{Counters, LossPolicy, Options, Progress};
 use crate::outcome::Outcome;
 use crate::pace::{Cores, Pace};
-use crate::processes::{Callers, Process};
+use crate::processes::{Callers, Process, can_read_mappings};
 use crate::record::recorder::{Recorder, Sender};
 use crate::record::trace::{Cause, Notes, Stages, Writer, installing};
 use crate::remote::Image;
@@ -75,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) is_left_open: AtomicBool,
     /// Installs that installers hand over to the pager.
     pub(crate) to_pager: ToPager,
+    /// Set once a pager reads the mappings of children.
+    looks_at_children: AtomicBool,
     /// Notified when the fill may have new work.
     pub(crate) fill_work: Notify,
     /// Notified when a pause of the fill has ended ([`Pace`]).
@@ -107,7 +109,7 @@ impl Shared {
             counters: Counters::default(),
             next_space_id: AtomicU32::new(next_space_id),
             state,
-            callers: owner.map(|owner| Callers::of(owner.pid, owner.start)),
+            callers: owner.map(Callers::of),
             outcome: Arc::default(),
             trace: options.trace.then(|| Arc::new(Notes::new())),
             recorder,
@@ -121,6 +123,7 @@ impl Shared {
             has_no_successor: AtomicBool::new(false),
             is_left_open: AtomicBool::new(false),
             to_pager: ToPager::default(),
+            looks_at_children: AtomicBool::new(false),
             fill_work: Notify::new(),
             fill_may_go_on: Notify::new(),
         }
@@ -247,6 +250,17 @@ impl Shared {
         Some(Writer { notes, image, options, outcome: Arc::clone(&self.outcome) })
     }
 
+    /// Notes that a pager reads the mappings of children from now on, if the owner is known.
+    pub(crate) fn look_at_children(&self) {
+        let can_read = self.callers.as_ref().is_some_and(|callers| can_read_mappings(callers.owner()));
+        self.looks_at_children.store(can_read, Ordering::Relaxed);
+    }
+
+    /// Returns whether a pager reads the mappings of children, so that they begin undecided.
+    pub(crate) fn looks_at_children(&self) -> bool {
+        self.looks_at_children.load(Ordering::Relaxed)
+    }
+
     /// Returns whether the session fetches all pages in the background, and not only the working
     /// set.
     pub(crate) fn fills(&self) -> bool {
@@ -303,6 +317,7 @@ impl Shared {
             working_set_pages: self.counters.working_set_pages.load(Ordering::Relaxed),
             frame_bytes: self.counters.frame_bytes.load(Ordering::Relaxed),
             holds: self.counters.holds.load(Ordering::Relaxed),
+            unseen_forks: self.counters.unseen_forks.load(Ordering::Relaxed),
             ..Progress::default()
         };
         for region in self.spaces().regions() {

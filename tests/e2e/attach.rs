@@ -2,14 +2,16 @@
 
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
+use postcopy::uffd::pagemap::guards_are_seen;
 use postcopy::{FailureEnd, ForeignMemory, LossPolicy, Options, Session, SessionError};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::is_root;
+use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::{skip, wait_until};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
@@ -17,6 +19,10 @@ const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
+const WIPEONFORK: i32 = 18;
+const KEEPONFORK: i32 = 19;
+const GUARD_INSTALL: i32 = 102;
+const GUARD_REMOVE: i32 = 103;
 const FILLING: Options = Options::DEFAULT.fill(true);
 
 fn start() -> Source {
@@ -43,6 +49,20 @@ impl Source {
 
     fn pages(&self, first: usize, count: usize) -> &[u8] {
         &self.bytes[first * PAGE..(first + count) * PAGE]
+    }
+
+    /// The same, where it is known whose memory it is.
+    fn attach_known(&self, faulter: &Faulter, options: Options) -> Session {
+        let regions =
+            [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: Some(faulter.main.pid),
+            is_registered: true,
+        };
+        Session::attach(self.server.address(), &"app".parse().unwrap(), options, &memory).unwrap()
     }
 }
 
@@ -98,6 +118,38 @@ fn what_the_owner_gives_back_stays_zero() {
         faulter.assert_reads(0, 42, &[0; 10 * PAGE]);
         faulter.assert_reads(0, 52, source.pages(155, 145));
         assert_eq!(session.progress().removed_pages, 10);
+    });
+}
+
+#[test]
+fn guard_pages_stay_guards_and_are_zero_once_they_are_lifted() {
+    const TEST: &str = "guard_pages_stay_guards_and_are_zero_once_they_are_lifted";
+    with_faulter(TEST, |source, mut faulter| {
+        if !guards_are_seen() {
+            return skip(&format!("attach::{TEST}"), "guard pages are not seen before Linux 6.15");
+        }
+        let session = source.attach_known(&faulter, Options::default());
+        faulter.let_go();
+        let (near, far) = (faulter.at(0, 42), faulter.at(1, 50));
+        for at in [near, far] {
+            faulter.main.does(&format!("advise {GUARD_INSTALL} {at} 5"));
+        }
+        // A demand fault brings the others of its chunk, the fill all others.
+        faulter.assert_reads(0, 41, source.pages(144, 1));
+        session.fill().unwrap();
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        for at in [near, near + 4 * PAGE, far, far + 4 * PAGE] {
+            let read = read_from_outside(faulter.main.pid, at, PAGE);
+            assert_eq!(read, Err(nix::Error::EFAULT), "the guard at {at:#x} is there");
+        }
+        assert_eq!(session.progress().removed_pages, 10);
+        for at in [near, far] {
+            faulter.main.does(&format!("advise {GUARD_REMOVE} {at} 5"));
+            faulter.main.assert_reads(at, &[0; 5 * PAGE]);
+        }
+        faulter.assert_reads(0, 47, source.pages(150, 150));
+        faulter.assert_reads(1, 0, source.pages(3, 50));
+        assert_eq!(session.error(), None);
     });
 }
 
@@ -239,6 +291,119 @@ fn children_are_served_their_own_view_to_any_depth() {
         }
         assert!(session.wait_end(Duration::from_secs(30)), "all have exited");
         assert_eq!(session.error(), None);
+    });
+}
+
+/// What is wiped at a fork: some that has come, some that has not, and what a child gets of it.
+fn assert_wiped_in_children(source: &Source, faulter: &mut Faulter) {
+    let (wiped, kept, zeros) = (faulter.at(0, 20), faulter.at(0, 60), vec![0; 20 * PAGE]);
+    let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
+    faulter.main.does(&format!("write {wiped} 2 7"));
+    faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 20"));
+    faulter.main.does(&format!("advise {WIPEONFORK} {kept} 20"));
+    faulter.main.does(&format!("advise {KEEPONFORK} {kept} 20"));
+    let mut child = faulter.fork();
+    // After the fork, which is the parent's affair.
+    faulter.main.does(&format!("advise {WIPEONFORK} {kept} 20"));
+    child.assert_reads(wiped, &zeros);
+    child.assert_reads(kept, image(60, 20));
+    child.does(&format!("write {} 1 9", wiped + PAGE));
+    let mut grandchild = faulter.start_another(&mut child, "fork");
+    grandchild.assert_reads(wiped, &zeros);
+    grandchild.assert_reads(kept, image(60, 20));
+    let mut second = faulter.fork();
+    second.assert_reads(wiped, &zeros);
+    second.assert_reads(kept, &zeros);
+    faulter.main.assert_reads(wiped, &[&[7; 2 * PAGE][..], image(22, 18)].concat());
+    faulter.main.assert_reads(kept, image(60, 20));
+    child.assert_reads(wiped + PAGE, &[9; PAGE]);
+    for who in [&mut faulter.main, &mut child, &mut grandchild, &mut second] {
+        who.assert_reads(wiped + 20 * PAGE, image(40, 20));
+        who.assert_reads(kept + 20 * PAGE, image(80, 117));
+    }
+}
+
+#[test]
+fn what_a_fork_wipes_is_zero_in_the_child_and_never_the_image_s_bytes() {
+    with_faulter(
+        "what_a_fork_wipes_is_zero_in_the_child_and_never_the_image_s_bytes",
+        |source, mut faulter| {
+            let session = source.attach_known(&faulter, Options::default());
+            faulter.let_go();
+            assert_wiped_in_children(&source, &mut faulter);
+            session.fill().unwrap();
+            session.wait_resident(Duration::from_secs(30)).unwrap();
+            assert_eq!((session.error(), session.progress().unseen_forks), (None, 0));
+        },
+    );
+}
+
+#[test]
+fn what_a_fork_wipes_is_zero_while_the_fill_goes_on() {
+    with_faulter("what_a_fork_wipes_is_zero_while_the_fill_goes_on", |source, mut faulter| {
+        let session = source.attach_known(&faulter, Options::default());
+        faulter.let_go();
+        let wiped = faulter.at(0, 20);
+        faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 170"));
+        // A fork takes a while with these, and so does the look at them.
+        faulter.main.does("mappings 1000");
+        faulter.main.tell("fork");
+        session.fill().unwrap();
+        let mut child = faulter.forked();
+        child.assert_reads(wiped, &[0; 170 * PAGE]);
+        session.wait_resident(Duration::from_secs(30)).unwrap();
+        child.assert_reads(wiped, &[0; 170 * PAGE]);
+        faulter.assert_reads(0, 0, source.pages(FIRST_PAGES[0], 197));
+        assert_eq!((session.error(), session.progress().unseen_forks), (None, 0));
+    });
+}
+
+#[test]
+fn a_child_waits_for_the_look_at_20_000_mappings_and_its_parent_does_not() {
+    with_faulter(
+        "a_child_waits_for_the_look_at_20_000_mappings_and_its_parent_does_not",
+        |source, mut faulter| {
+            let session = source.attach_known(&faulter, Options::default());
+            faulter.let_go();
+            let (wiped, mut had) = (faulter.at(0, 20), 0);
+            faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 20"));
+            for count in [1, 1_000, 20_000] {
+                faulter.main.does(&format!("mappings {}", count - had));
+                had = count;
+                let started = Instant::now();
+                let mut child = faulter.fork();
+                let forked = started.elapsed();
+                let started = Instant::now();
+                child.assert_reads(wiped, &[0; PAGE]);
+                let first = started.elapsed();
+                println!("{count} mappings: fork {forked:?}, the child's first access after {first:?}");
+                child.assert_reads(wiped + PAGE, &[0; 19 * PAGE]);
+                child.tell("exit");
+            }
+            assert_eq!((session.error(), session.progress().unseen_forks), (None, 0));
+        },
+    );
+}
+
+/// The pager is in a process of its own here, whose program `tests/planted` changes.
+#[test]
+fn guards_and_forks_are_seen_by_a_pager_in_a_process_of_its_own() {
+    const TEST: &str = "guards_and_forks_are_seen_by_a_pager_in_a_process_of_its_own";
+    with_faulter(TEST, |source, mut faulter| {
+        let regions =
+            [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
+        let how = Serving { alone: true, ..Serving::default() };
+        let address = source.server.address().to_string();
+        let _keeper = Keeper::start(&address, "app", how, &faulter, &regions);
+        faulter.let_go();
+        assert_wiped_in_children(&source, &mut faulter);
+        if guards_are_seen() {
+            let near = faulter.at(1, 42);
+            faulter.main.does(&format!("advise {GUARD_INSTALL} {near} 2"));
+            faulter.assert_reads(1, 44, source.pages(47, 1));
+            faulter.main.does(&format!("advise {GUARD_REMOVE} {near} 2"));
+            faulter.main.assert_reads(near, &[0; 2 * PAGE]);
+        }
     });
 }
 

@@ -1,6 +1,7 @@
 //! What the library promises of sessions and regions.
 
 use crate::map::{push, random_pages};
+use nix::libc;
 use postcopy::proto::v1::ChunkAnswer;
 use postcopy::{ForeignMemory, ForeignRegion, LossPolicy, Options, Region, Session};
 use postcopy_tests::chaos::{Chaos, Lies, within};
@@ -8,6 +9,7 @@ use postcopy_tests::faulter::Faulter;
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::proxy::{Break, How, Proxy};
 use postcopy_tests::server::Server;
+use postcopy_tests::skip;
 use postcopy_tests::wait_until;
 use rustix::mm::Advice;
 use std::ops::Range;
@@ -22,6 +24,8 @@ use userfaultfd::UffdBuilder;
 const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const WATCHDOG: Duration = Duration::from_secs(110);
+const GUARD_INSTALL: i32 = 102;
+const GUARD_REMOVE: i32 = 103;
 const MINUTE: Duration = Duration::from_secs(60);
 /// Tells this program, started again by a test of it, where the server is whose page it is to touch.
 const CHILD: &str = "POSTCOPY_TESTS_CHILD";
@@ -141,6 +145,35 @@ fn memory_that_is_being_restored_takes_no_other_userfaultfd() {
         let refused = format!("{:?}", refused.unwrap_err());
         assert!(refused.contains("EBUSY"), "{refused}");
         assert_pages(&region, &source.bytes, "it is served on");
+    });
+}
+
+#[test]
+#[expect(unsafe_code, reason = "madvise")]
+fn guard_pages_of_this_process_are_zero_once_they_are_lifted() {
+    const TEST: &str = "session::guard_pages_of_this_process_are_zero_once_they_are_lifted";
+    if !postcopy::uffd::pagemap::guards_are_seen() {
+        return skip(TEST, "guard pages are not seen before Linux 6.15");
+    }
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(1 << 20, 3), CHUNK);
+        for options in [Options::default(), Options::DEFAULT.track_writes(true)] {
+            let session = source.open(options);
+            let region = session.map("mem").unwrap();
+            let (start, len) = (region.as_ptr().wrapping_add(20 * PAGE), 30 * PAGE);
+            let advise = |advice| {
+                // SAFETY: nobody reads these pages meanwhile.
+                let done = unsafe { libc::madvise(start.cast_mut().cast(), len, advice) };
+                assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+            };
+            advise(GUARD_INSTALL);
+            session.fill().unwrap();
+            session.wait_resident(MINUTE).unwrap();
+            assert_eq!(session.progress().removed_pages, 30);
+            advise(GUARD_REMOVE);
+            assert!(region[20 * PAGE..50 * PAGE].iter().all(|byte| *byte == 0));
+            assert_pages(&region[50 * PAGE..], &source.bytes[50 * PAGE..], "behind them");
+        }
     });
 }
 

@@ -2,7 +2,7 @@
 
 use super::AnswerCounts;
 use crate::processes::Process;
-use crate::uffd::pagemap::Pagemap;
+use crate::uffd::pagemap::{Pagemap, guards_are_seen};
 use crate::uffd::{Outcome, Uffd};
 use std::io;
 use std::ops::Range;
@@ -21,6 +21,9 @@ pub(crate) struct Space {
     unexpected: AtomicI32,
     /// All memory is registered. Until then, ENOENT means that a registration is outstanding.
     registered: AtomicBool,
+    /// Set for a child while it is unknown which of its memory the fork has wiped: nothing may be
+    /// installed.
+    undecided: AtomicBool,
     /// The process's page tables, if the process is known.
     pagemap: Option<Pagemap>,
     /// The process, once it is known for certain.
@@ -28,6 +31,8 @@ pub(crate) struct Space {
     /// For a child: its parent's space, and the time at which the pager read the fork, in clock
     /// ticks since boot.
     forked: Option<(u32, u64)>,
+    /// The page tables of this process, for guard pages of its own memory.
+    own: Option<Pagemap>,
 }
 
 impl Space {
@@ -41,9 +46,11 @@ impl Space {
             gone,
             unexpected: AtomicI32::new(0),
             registered,
+            undecided: AtomicBool::new(false),
             pagemap: None,
             process: OnceLock::new(),
             forked: None,
+            own: None,
         }
     }
 
@@ -54,7 +61,9 @@ impl Space {
             (self.answers.clone(), AtomicBool::new(true), AtomicBool::new(true));
         let unexpected = AtomicI32::new(0);
         let (uffd, process) = (Arc::clone(&self.uffd), OnceLock::new());
-        Self { id, uffd, answers, gone, unexpected, registered, pagemap: None, process, forked: None }
+        let undecided = AtomicBool::new(false);
+        let (pagemap, own, forked) = (None, None, None);
+        Self { id, uffd, answers, gone, unexpected, registered, undecided, pagemap, own, process, forked }
     }
 
     /// Returns the space, marked as having memory that is still unregistered.
@@ -100,6 +109,26 @@ impl Space {
         self.forked
     }
 
+    /// Notes that it is unknown which memory the fork has wiped.
+    pub(crate) fn set_undecided(&self) {
+        self.undecided.store(true, Ordering::Release);
+    }
+
+    /// Notes that this is known, or that the pager has given up on it.
+    pub(crate) fn set_decided(&self) {
+        self.undecided.store(false, Ordering::Release);
+    }
+
+    /// Returns whether it is still unknown which memory the fork has wiped.
+    pub(crate) fn is_undecided(&self) -> bool {
+        self.undecided.load(Ordering::Acquire)
+    }
+
+    /// Returns the space as one of this process.
+    pub(crate) fn of_this_process(self) -> Self {
+        Self { own: Pagemap::open().ok(), ..self }
+    }
+
     /// Passes to `give` each range of addresses that the program wrote to since the last protection
     /// (by the install, or by a reset), and whether the range is in memory. A range that is not in
     /// memory is swapped out or poisoned. Absent pages are skipped. With `reset`, the scan also
@@ -120,6 +149,13 @@ impl Space {
     /// Returns whether this process can read the page tables.
     pub(crate) fn has_pagemap(&self) -> bool {
         self.pagemap.is_some()
+    }
+
+    /// Returns the first run of guard pages in a range of addresses. Returns None, too, if this process
+    /// cannot read the page tables.
+    pub(crate) fn first_guard(&self, addresses: &Range<usize>) -> Option<Range<usize>> {
+        let pagemap = self.pagemap.as_ref().or(self.own.as_ref()).filter(|_| guards_are_seen())?;
+        pagemap.first_guard(addresses)
     }
 
     /// Returns whether the page tables map a page. Returns false, too, if this process cannot read

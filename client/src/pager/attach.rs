@@ -125,8 +125,9 @@ impl Owner {
                 let tracking =
                     if options.track_writes { uffd::PAGEFAULT_FLAG_WP | uffd::WP_ASYNC } else { 0 };
                 let features = OWN_PROCESS_FEATURES | tracking;
+                let space = Space::new(0, Uffd::open(features)?, state.answers()).of_this_process();
                 let mut spaces = Spaces::default();
-                spaces.add_space(Arc::new(Space::new(0, Uffd::open(features)?, state.answers())));
+                spaces.add_space(Arc::new(space));
                 Ok(Shared::new(address, image, options, spaces, 1, state, None))
             }
             Self::Another { uffd, regions, state, pid, is_registered } => {

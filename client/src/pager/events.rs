@@ -156,10 +156,14 @@ fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<
     let child = parent.uffd.of_child(child);
     let id = shared.next_space_id();
     let child = Space::new(*id.as_ref().unwrap_or(&0), child, shared.state.answers());
-    let child = Arc::new(child.forked(parent.id, processes::ticks_now()));
+    let child = Arc::new(child.forked(parent.id, processes::ticks()));
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
+        // Where all pages have come the kernel empties them by itself.
+        if shared.looks_at_children() && !spaces.is_final(id) {
+            child.set_undecided();
+        }
         let private = spaces.objects_of(id).filter(|(_, object)| !object.kind().is_shared);
         let tables = private.map(|(number, object)| (number, object.states().table_at())).collect();
         let record = Record::Fork { parent: parent.id, child: id, fd: child.uffd.number(), tables };

@@ -162,6 +162,8 @@ pub(super) const PAGE_IS_WRITTEN: u64 = 1 << 1;
 pub(super) const PAGE_IS_PRESENT: u64 = 1 << 3;
 pub(super) const PAGE_IS_SWAPPED: u64 = 1 << 4;
 pub(super) const PAGE_IS_PFNZERO: u64 = 1 << 5;
+/// Since Linux 6.15.
+pub(super) const PAGE_IS_GUARD: u64 = 1 << 8;
 
 const _: () = assert!(size_of::<PagemapScan>() == 96);
 const _: () = assert!(size_of::<PageRegion>() == 24);

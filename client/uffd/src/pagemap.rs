@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::{Mutex, OnceLock, PoisonError, TryLockError};
 
 /// The number of ranges in one answer.
 const RANGES: usize = 256;
@@ -111,6 +111,34 @@ impl Pagemap {
         self.scan(addresses, scan, None, &mut |_, _| {})
     }
 
+    /// Returns the first run of guard pages in a range of addresses (MADV_GUARD_INSTALL), in bytes;
+    /// None, too, where the kernel does not say: before Linux 6.15.
+    ///
+    /// # Blocking
+    /// Takes the mmap lock of the memory's owner, shared.
+    #[must_use]
+    pub fn first_guard(&self, addresses: &Range<usize>) -> Option<Range<usize>> {
+        let mut found = [abi::PageRegion::default(); 1];
+        let mut scan = abi::PagemapScan {
+            size: size_of::<abi::PagemapScan>() as u64,
+            start: addresses.start as u64,
+            end: addresses.end as u64,
+            vec: found.as_mut_ptr().expose_provenance() as u64,
+            vec_len: found.len() as u64,
+            category_mask: abi::PAGE_IS_GUARD,
+            return_mask: abi::PAGE_IS_GUARD,
+            ..Default::default()
+        };
+        // A signal ends it before it has looked.
+        while let Err(error) = update::<{ abi::IOC_PAGEMAP_SCAN }, _>(self.file.as_fd(), &mut scan) {
+            if error != Errno::INTR {
+                return None;
+            }
+        }
+        let [run] = found.map(|run| to_usize(run.start)..to_usize(run.end));
+        (!run.is_empty()).then_some(run)
+    }
+
     fn scan(
         &self,
         addresses: Range<usize>,
@@ -156,4 +184,22 @@ pub fn pagemap_scan_works() -> bool {
     let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
     Pagemap::open()
         .is_ok_and(|pagemap| update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.file.as_fd(), &mut scan).is_ok())
+}
+
+/// Returns whether [`Pagemap::first_guard`] finds guard pages: since Linux 6.15.
+#[must_use]
+pub fn guards_are_seen() -> bool {
+    static SEEN: OnceLock<bool> = OnceLock::new();
+    // An empty range, as above; a category that is not known is EINVAL.
+    let mut scan = abi::PagemapScan {
+        size: size_of::<abi::PagemapScan>() as u64,
+        category_mask: abi::PAGE_IS_GUARD,
+        return_mask: abi::PAGE_IS_GUARD,
+        ..Default::default()
+    };
+    *SEEN.get_or_init(|| {
+        Pagemap::open().is_ok_and(|pagemap| {
+            update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.file.as_fd(), &mut scan).is_ok()
+        })
+    })
 }

@@ -15,6 +15,7 @@
 //! | `unmap ADDRESS COUNT`, `cover ADDRESS COUNT` | `done`: munmap, or new memory mapped over it |
 //! | `remap ADDRESS COUNT NEW_COUNT FLAGS TO` | the new address: mremap, to a fixed address if that is not 0 |
 //! | `populate COUNT` | `done`: so much private memory is there, which no userfaultfd has |
+//! | `mappings COUNT` | `done`: there are so many mappings more, which no userfaultfd has |
 //! | `reserve COUNT` | the address of so much that is mapped nowhere |
 //! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
 //! | `dump-to FOLDER` | `done`: a core dump goes there |
@@ -181,6 +182,17 @@ fn populate(len: usize) -> Result<()> {
     Ok(())
 }
 
+/// So many mappings: the kernel merges none that have other rights than their neighbours.
+#[expect(unsafe_code, reason = "mappings of our own")]
+fn mappings(count: usize) -> Result<()> {
+    let start = reserve(count * PAGE)?;
+    for page in (start..start + count * PAGE).step_by(2 * PAGE) {
+        // SAFETY: nobody uses the page.
+        unsafe { rustix::mm::mprotect(pointer(page), PAGE, rustix::mm::MprotectFlags::READ) }?;
+    }
+    Ok(())
+}
+
 /// Forks. The child does only what it is told.
 #[expect(unsafe_code, reason = "fork")]
 fn fork(socket: &Path) -> Result<()> {
@@ -252,6 +264,7 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
             remap(number(1)?, pages(2)?, pages(3)?, i32::try_from(number(4)?)?, number(5)?)?.to_string()
         }
         "populate" => populate(pages(1)?).map(|()| done())?,
+        "mappings" => mappings(number(1)?).map(|()| done())?,
         "reserve" => reserve(pages(1)?)?.to_string(),
         "fork" => fork(socket).map(|()| done())?,
         "thread" => {
