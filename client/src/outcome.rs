@@ -17,7 +17,7 @@ pub(crate) struct Outcome {
     waiters: AtomicU64,
     /// Something in `so_far` has changed.
     reported: Condvar,
-    /// The pager has ended; for the thread that sends the recording.
+    /// The pager has ended; for the task that sends the recording.
     pub(crate) ended: Notify,
 }
 

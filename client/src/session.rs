@@ -323,11 +323,11 @@ impl Session {
         if self.shared.fill_started.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        let started = fill.and_then(|fill| fill.start(&self.shared));
+        let started = fill.map(|fill| fill.start(&self.shared));
         if started.is_err() {
             self.shared.fill_started.store(false, Ordering::Release);
         }
-        started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
+        started.map_err(|source| SessionError::System { what: "a thread for the background fill", source })
     }
 
     /// Writes the session's trace ([`Options::trace`]) from its beginning to its end, in a thread of its own: lines of JSON, see

@@ -224,7 +224,7 @@ impl Shared {
         installing(self.trace.as_deref(), &self.image, region, pages, cause, stages, install)
     }
 
-    /// For the thread that sends the recording, where there is one.
+    /// For the task that sends the recording, where there is one.
     pub(crate) fn sender(&self) -> Option<Sender> {
         let recorder = Arc::clone(self.recorder.as_ref()?);
         let (image, address) = (Arc::clone(&self.image), self.address.clone());

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tokio::sync::mpsc;
 
-/// Installs that may wait for the pager; an installer waits for its own.
+/// Installs that may wait for the pager; an installer waits a while for its own.
 const HANDED_OVER: usize = 64;
 
 /// The content of pages that are to be installed.
@@ -81,7 +81,7 @@ impl HandedOver {
     }
 }
 
-/// The way of installs to the pager. Of each installer at most one is on it.
+/// The way of installs to the pager.
 #[derive(Debug)]
 pub(crate) struct ToPager {
     sender: mpsc::Sender<HandedOver>,
@@ -105,11 +105,8 @@ impl ToPager {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take().expect("a session has one pager")
     }
 
-    /// Sends an install; drops it where the pager has ended.
-    ///
-    /// # Blocking
-    /// While as many as the queue holds wait. Never call it from the pager.
-    pub(crate) fn send(&self, work: HandedOver) {
-        let _ = self.sender.blocking_send(work);
+    /// Sends an install, unless as many as the queue holds wait: whether it was sent, or the pager has ended.
+    pub(crate) fn send(&self, work: HandedOver) -> bool {
+        !matches!(self.sender.try_send(work), Err(mpsc::error::TrySendError::Full(_)))
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! The pager notes each page at its first touch, and then installs that page alone, so that a touch of its neighbours is
 //! seen, too. What is brought without a touch (a working set, a background fill) is noted as such: nobody can say whether it would have
-//! been touched. A thread of its own sends what has been noted, when it is asked to, when nothing new was touched for a while, ever more
+//! been touched. A background task sends what has been noted, when it is asked to, when nothing new was touched for a while, ever more
 //! rarely, and at the session's end.
 
+use crate::background;
 use crate::bits::Bits;
 use crate::memory::{PageState, Region};
 use crate::outcome::Outcome;
@@ -51,7 +52,7 @@ pub(crate) struct Recorder {
     id: [u8; 16],
     /// By the files' places in the image; None of those that the session has no memory of.
     files: Box<[OnceLock<Seen>]>,
-    /// Pages by file and number, touched since the recorder's thread has taken them last. Held for adding one and taking
+    /// Pages by file and number, touched since the recorder's task has taken them last. Held for adding one and taking
     /// all of them, never over a touch of a region: the pager waits for it.
     noted: Mutex<Vec<(u32, u32)>>,
     /// How many pages have been brought.
@@ -257,7 +258,7 @@ fn by_file(mut spans: Vec<PageSpan>) -> Vec<PageSpan> {
     spans
 }
 
-/// What the thread needs that sends a recording.
+/// The values that the task needs that sends a recording.
 #[derive(Debug)]
 pub(crate) struct Sender {
     pub(crate) recorder: Arc<Recorder>,
@@ -266,14 +267,12 @@ pub(crate) struct Sender {
     pub(crate) outcome: Arc<Outcome>,
 }
 
-/// Starts the thread that sends a session's recording.
+/// Starts the task that sends a session's recording.
 ///
 /// # Errors
-/// If there is no thread or runtime to be had.
+/// If the process cannot start the thread of such tasks.
 pub(crate) fn start(sender: Sender) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let thread = std::thread::Builder::new().name("postcopy-record".into());
-    thread.spawn(move || runtime.block_on(run(&sender))).map(drop)
+    background::spawn(async move { run(&sender).await })
 }
 
 async fn run(sender: &Sender) {
