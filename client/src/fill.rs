@@ -17,6 +17,7 @@ use crate::pace;
 use crate::remote::Content;
 use crate::remote::Lane::Bulk;
 use crate::remote::MAX_ATTEMPTS;
+use crate::remote::backoff::Backoff;
 use crate::remote::lane::{BulkLane, runs_of};
 use crate::remote::{Remote, RemoteError, ServerAddress, within};
 use crate::shared::Shared;
@@ -45,8 +46,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const LOOK_CHUNKS: u64 = 4096;
 /// How long to wait after a pass that brought nothing.
 const RETRY_PASS: Duration = Duration::from_millis(200);
-/// How much longer each pause is after an attempt at the working set.
-const SET_PAUSES: u32 = 5;
+/// How long attempts at the working set fail before that is reported.
+const SET_SILENCE: Duration = Duration::from_secs(1);
 /// As [`RETRY_PASS`], once it has been reported that nothing comes.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 /// How long it looks again and again for what touches have asked for.
@@ -111,14 +112,28 @@ struct Fill {
 
 impl Fill {
     async fn run(self, mut channel: Option<Channel>) {
-        let mut lane = None;
-        if self.shared.options.working_set {
-            lane = self.bring_working_set(channel.take()).await;
-        }
-        self.shared.cores.fill_behind();
+        let (mut lane, mut backoff) = (None, Backoff::new());
+        let mut set = self.shared.options.working_set.then(WorkingSet::default);
         let mut progressed = Instant::now();
+        let mut reported: Option<Instant> = None;
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
+            if let Some(attempts) = &mut set {
+                match self.bring_working_set(channel.take(), attempts).await {
+                    Set::Came(received) => {
+                        (lane, set) = (Some(received), None);
+                        backoff.reset();
+                    }
+                    Set::GivenUp => set = None,
+                    // Or until the session ends. Where there is something else to bring, the next attempt comes after it.
+                    Set::TriedAgain if !self.shared.fills() || attempts.failures < MAX_ATTEMPTS => {
+                        let _ = tokio::time::timeout(backoff.pause(), self.wait_while(|_| true)).await;
+                        continue;
+                    }
+                    Set::TriedAgain => {}
+                }
+            }
+            self.shared.cores.fill_behind();
             let spaces = self.shared.spaces();
             let before = unresolved_pages(&spaces);
             if before == 0 || !self.shared.fills() {
@@ -150,7 +165,8 @@ impl Fill {
             self.shared.in_bulk.clear();
             self.shared.set_filling(false);
             if unresolved_pages(&spaces) < before {
-                (progressed, fruitless_passes) = (Instant::now(), 0);
+                (progressed, fruitless_passes, reported) = (Instant::now(), 0, None);
+                backoff.reset();
                 continue;
             }
             fruitless_passes += u32::from(!matches!(outcome, Ok(true)));
@@ -163,8 +179,13 @@ impl Fill {
             };
             // Where touches have asked for all that is left, theirs is to tell when it cannot be had.
             let waits = matches!(outcome, Ok(true)) && progressed.elapsed() > LEFT_TO_TOUCHES;
-            let pause = if given_up || waits { GIVEN_UP_RETRY } else { RETRY_PASS };
-            if given_up {
+            let pause = match &outcome {
+                Ok(_) | Err(RemoteError::Wrong { .. }) if given_up || waits => GIVEN_UP_RETRY,
+                Ok(_) | Err(RemoteError::Wrong { .. }) => RETRY_PASS,
+                Err(_) => backoff.pause(),
+            };
+            if given_up && reported.is_none_or(|at| at.elapsed() >= GIVEN_UP_RETRY) {
+                reported = Some(Instant::now());
                 self.report(outcome.err());
             }
             drop(spaces);
@@ -189,40 +210,43 @@ impl Fill {
         }
     }
 
-    /// Has the working set come, and gives the lane that it came over. Where that does not go well its pages come as they are
-    /// touched.
-    async fn bring_working_set(&self, mut channel: Option<Channel>) -> Option<BulkLane> {
+    /// Receives the working set and returns its lane for reuse. Until it has come, page faults bring its pages.
+    async fn bring_working_set(&self, channel: Option<Channel>, attempts: &mut WorkingSet) -> Set {
         let threads = match pool::join() {
             Ok(threads) => threads,
             Err(error) => {
                 tracing::warn!("no thread for the working set: {error}");
-                return None;
+                return Set::GivenUp;
             }
         };
         self.shared.set_filling(true);
-        let (mut lane, mut pause, image) = (None, RETRY_PASS, self.shared.image.digest());
-        for attempt in 1..=MAX_ATTEMPTS {
-            match self.receive_working_set(channel.take()).await {
-                Ok(received) => lane = Some(received),
-                Err(error) if attempt == MAX_ATTEMPTS && !self.shared.has_ended() => {
-                    tracing::warn!("the working set of image {image} does not come: {error}");
-                }
-                // Or until the session ends.
-                Err(_) => _ = tokio::time::timeout(pause, self.wait_while(|_| true)).await,
-            }
-            if self.shared.has_ended() || lane.is_some() {
-                break;
-            }
-            pause *= SET_PAUSES;
-        }
+        let received = self.receive_working_set(channel).await;
         self.all_installed().await;
         drop(threads);
-        let refused = self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(reason) = refused {
-            tracing::warn!("{reason}: its pages come as they are touched");
-        }
         self.shared.set_filling(false);
-        lane
+        let image = self.shared.image.digest();
+        let error = match received {
+            Ok(lane) => {
+                let refused = self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(reason) = refused {
+                    tracing::warn!("{reason}: its pages come as they are touched");
+                }
+                return Set::Came(lane);
+            }
+            Err(error) => error,
+        };
+        let is_wrong = matches!(error, RemoteError::Wrong { .. });
+        let set = attempts;
+        set.failures += 1;
+        set.wrong += u32::from(is_wrong);
+        let since = *set.since.get_or_insert_with(Instant::now);
+        let is_given_up = set.wrong >= MAX_ATTEMPTS;
+        if (is_given_up || since.elapsed() > SET_SILENCE) && !set.is_reported && !self.shared.has_ended() {
+            set.is_reported = true;
+            let next = if is_given_up { "page faults fetch its pages" } else { "the fill tries again" };
+            tracing::warn!("the working set of image {image} does not come: {error}; {next}");
+        }
+        if is_given_up { Set::GivenUp } else { Set::TriedAgain }
     }
 
     /// Until the memory that there is is another one, or the session ends.
@@ -506,6 +530,26 @@ impl Fill {
             None => Plan::Ask { chunks, pages },
         }
     }
+}
+
+/// Attempts at the working set that have failed.
+#[derive(Debug, Default)]
+struct WorkingSet {
+    failures: u32,
+    /// Those of them whose answer was wrong: more than a few are not tried.
+    wrong: u32,
+    /// The first one.
+    since: Option<Instant>,
+    is_reported: bool,
+}
+
+/// The outcome of an attempt at the working set.
+enum Set {
+    Came(BulkLane),
+    /// The server answers wrongly.
+    GivenUp,
+    /// The server cannot be reached, or not answer: for as long as the session lives, there will be another attempt.
+    TriedAgain,
 }
 
 enum Plan {

@@ -40,6 +40,7 @@ use crate::pager::spin::Spin;
 use crate::reaper;
 use crate::remote::Image;
 use crate::remote::ImageSource;
+use crate::remote::backoff::Backoff;
 use crate::remote::lane::DemandLane;
 use crate::remote::{Lane, ServerAddress};
 use crate::shared::{Command, Shared};
@@ -71,8 +72,6 @@ const READ_AGAIN: Duration = Duration::from_millis(20);
 const NEAR: Duration = Duration::from_millis(1);
 /// What answers take at most, where the server is well.
 const FAR: Duration = Duration::from_millis(200);
-/// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
-const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -82,8 +81,8 @@ pub(crate) struct Pager {
     /// The memory is other processes'.
     is_foreign: bool,
     lane: Result<DemandLane, oneshot::Receiver<DemandLane>>,
-    /// Before the next attempt to reach a server that was lost.
-    reconnect_pause: Duration,
+    /// Between attempts to reach a server that was lost.
+    backoff: Backoff,
     requests: Requests,
     ready: Ready,
     handed_over: mpsc::Receiver<HandedOver>,
@@ -204,7 +203,7 @@ impl Pager {
             watched: Vec::new(),
             is_foreign,
             lane,
-            reconnect_pause: RECONNECT.start,
+            backoff: Backoff::new(),
             requests: Requests::new(shared.options.fault_deadline, Arc::clone(&shared.on_demand)),
             ready: Ready::default(),
             handed_over,
@@ -414,7 +413,7 @@ impl Pager {
             }
             NextAnswer::Lost => self.reconnect(),
             NextAnswer::Answer(answer) => {
-                self.reconnect_pause = RECONNECT.start;
+                self.backoff.reset();
                 match answer.answer {
                     Some(Answer::Chunk(chunk)) => self.answer(&chunk),
                     Some(Answer::Segment(segment)) => self.segment_answer(&segment),
@@ -426,8 +425,7 @@ impl Pager {
 
     /// Gets another lane, in the background; the faults' deadlines go on.
     fn reconnect(&mut self) {
-        let pause = self.reconnect_pause;
-        self.reconnect_pause = (pause * 2).min(RECONNECT.end);
+        let pause = self.backoff.pause();
         self.lane = Err(reach(self.shared().address.clone(), self.shared().image.digest(), pause));
     }
 

@@ -11,6 +11,7 @@ use crate::memory::{PageState, Region};
 use crate::outcome::Outcome;
 use crate::remote::Image;
 use crate::remote::ServerAddress;
+use crate::remote::backoff::Backoff;
 use crate::remote::{Remote, RemoteError, within};
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
@@ -34,9 +35,8 @@ const MOST_TOUCHED: usize = (1 << 30) / PAGE_BYTES;
 /// Runs of pages that are told as not seen. Where these are more, each file is told as not seen from the first to the last
 /// of its own.
 const MOST_UNSEEN: usize = 1 << 20;
-/// How long the last sending is tried again, and the pause between.
+/// How long the last sending is tried again.
 const LAST_ATTEMPTS: Duration = Duration::from_secs(8);
-const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// What is known of a file's pages.
 #[derive(Debug)]
@@ -278,7 +278,7 @@ pub(crate) fn start(sender: Sender) -> io::Result<()> {
 async fn run(sender: &Sender) {
     let Sender { recorder, outcome, .. } = sender;
     let (mut order, mut sent, mut sendings) = (Vec::new(), (0, 0), Sendings::new(Instant::now()));
-    let mut ended_at: Option<Instant> = None;
+    let (mut ended_at, mut backoff): (Option<Instant>, _) = (None, Backoff::new());
     loop {
         if outcome.has_ended() {
             ended_at.get_or_insert_with(Instant::now);
@@ -310,7 +310,7 @@ async fn run(sender: &Sender) {
             if recorder.sent().error.is_none() || ended_at.elapsed() > LAST_ATTEMPTS {
                 break;
             }
-            tokio::time::sleep(LAST_PAUSE).await;
+            tokio::time::sleep(backoff.pause()).await;
             continue;
         }
         // Too early is a look more.
