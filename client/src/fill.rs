@@ -53,6 +53,10 @@ const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 /// How long it looks again and again for what touches have asked for.
 const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 
+/// The fill leaves a chunk to the demand lane for so long after its request: well above the time that 2 MiB of read-ahead
+/// take at 100 Mbit/s.
+const STUCK: Duration = Duration::from_secs(1);
+
 /// The bulk lane, and the requests on it that have not been answered, in order.
 struct Stream {
     lane: BulkLane,
@@ -121,7 +125,7 @@ impl Fill {
             if let Some(attempts) = &mut set {
                 match self.bring_working_set(channel.take(), attempts).await {
                     Set::Came(received) => {
-                        (lane, set) = (Some(received), None);
+                        (lane, set) = (Some(*received), None);
                         backoff.reset();
                     }
                     Set::GivenUp => set = None,
@@ -231,7 +235,7 @@ impl Fill {
                 if let Some(reason) = refused {
                     tracing::warn!("{reason}: its pages come as they are touched");
                 }
-                return Set::Came(lane);
+                return Set::Came(Box::new(lane));
             }
             Err(error) => error,
         };
@@ -511,7 +515,9 @@ impl Fill {
                     pages += here.len();
                     zeros = Some(zeros.map_or(chunk.0..chunk.0 + 1, |z| z.start..chunk.0 + 1));
                 }
-                Content::Data(_) if wanted && self.shared.on_demand.has(chunk) => *leaves = true,
+                Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, STUCK) => {
+                    *leaves = true
+                }
                 Content::Data(_) if wanted => {
                     if zeros.is_some() || (!chunks.is_empty() && pages + here.len() > most) {
                         break;
@@ -545,7 +551,7 @@ struct WorkingSet {
 
 /// The outcome of an attempt at the working set.
 enum Set {
-    Came(BulkLane),
+    Came(Box<BulkLane>),
     /// The server answers wrongly.
     GivenUp,
     /// The server cannot be reached, or not answer: for as long as the session lives, there will be another attempt.

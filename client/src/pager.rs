@@ -311,6 +311,7 @@ impl Pager {
                 due = tick.tick(), if ticks => {
                     self.release_lingering();
                     self.extend_deadlines(due);
+                    self.forget_brought();
                     self.check_deadlines();
                 }
                 () = tokio::task::yield_now(), if waits && self.spin.is_on(Instant::now()) && !shared.is_filling() => {}
@@ -427,6 +428,20 @@ impl Pager {
     fn reconnect(&mut self) {
         let pause = self.backoff.pause();
         self.lane = Err(reach(self.shared().address.clone(), self.shared().image.digest(), pause));
+    }
+
+    /// Forgets requests whose pages the fill has brought instead: these are not lost when no answer comes.
+    fn forget_brought(&mut self) {
+        let shared = Arc::clone(&self.on_exit.shared);
+        if shared.fills() {
+            let is_absent = |region: &Region, chunk| {
+                let pages = region.pages_of(chunk).expect("a region of the chunk");
+                region.next_run(region.whole(&pages), &[PageState::Absent]).is_some()
+            };
+            self.requests.forget_brought(|chunk| {
+                !shared.of_chunk(chunk).iter().any(|region| is_absent(region, chunk))
+            });
+        }
     }
 
     fn command(&mut self, command: Command) {

@@ -91,7 +91,7 @@ impl Shared {
         state: State,
         owner: Option<(u32, u64)>,
     ) -> Self {
-        let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
+        let chunk_bytes = image.root().chunk_size().bytes();
         let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
         let recorder = options.record.then(|| Arc::new(Recorder::new(&image)));
         if let Some(recorder) = &recorder {
@@ -112,8 +112,8 @@ impl Shared {
             recorder,
             pace: Mutex::new(Pace::new(chunk_bytes)),
             cores: Cores::default(),
-            on_demand: Arc::new(Underway::new(chunks)),
-            in_bulk: Underway::new(chunks),
+            on_demand: Arc::default(),
+            in_bulk: Underway::default(),
             fills: AtomicBool::new(options.fill),
             fill_started: AtomicBool::new(false),
             is_filling: AtomicBool::new(false),

@@ -4,9 +4,10 @@ use crate::session::Source;
 use bytes::Bytes;
 use postcopy::{LossPolicy, Options, Session};
 use postcopy_proto::v1::chunk_answer;
-use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::chaos::{Chaos, Lane, Lies, within};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::link::{Link, Quality};
+use postcopy_tests::wait_until;
 use std::collections::HashSet;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -86,6 +87,33 @@ fn what_was_read_ahead_and_is_wrong_comes_when_it_is_touched() {
         let region = session.map("mem").unwrap();
         (0..40 * CHUNK / PAGE).for_each(|page| touch(&region, &source, page));
         assert!(session.progress().read_ahead_chunks > 10);
+    });
+}
+
+/// An answer that never comes is the fault's, and not the memory's.
+#[test]
+fn the_fill_brings_a_chunk_that_is_stuck_on_the_demand_lane() {
+    const STUCK: u64 = 7;
+    within(WATCHDOG, || {
+        let source = start();
+        let lies = Lies::default().chunk(|lane, answer| match (lane, answer.chunk) {
+            (Lane::Demand, STUCK) => Vec::new(),
+            _ => vec![answer],
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let deadline = Duration::from_secs(6);
+        let options = OPTIONS.fault_deadline(deadline).on_loss(LossPolicy::Wait);
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| touch(&region, &source, usize::try_from(STUCK).unwrap() * CHUNK / PAGE));
+            wait_until("it is asked for", || chaos.asked().demand().contains_key(&STUCK));
+            session.fill().unwrap();
+        });
+        session.wait_resident(WATCHDOG).unwrap();
+        assert_eq!(chaos.asked().bulk().get(&STUCK), Some(&1));
+        // The fault's deadline passes, and nothing is lost.
+        assert_eq!(session.wait_error(deadline + Duration::from_secs(1)), None);
     });
 }
 

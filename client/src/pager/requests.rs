@@ -297,6 +297,12 @@ impl Requests {
         self.ahead_to_ask.retain(|chunk| self.chunks.contains_key(chunk));
     }
 
+    /// Forgets chunks that `has_come` says the fill has brought since.
+    pub(crate) fn forget_brought(&mut self, has_come: impl Fn(ChunkIndex) -> bool) {
+        self.forget_chunks(|chunk, _| has_come(chunk));
+        self.chunks_to_ask.retain(|(_, chunk)| self.chunks.contains_key(chunk));
+    }
+
     /// Keeps a frame that has arrived and could not be installed: until `at` without memory, or None where an event is
     /// in the way.
     pub(crate) fn defer(&mut self, chunk: ChunkIndex, frame: Bytes, at: Option<Instant>) {
