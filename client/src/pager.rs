@@ -31,6 +31,7 @@ use crate::memory::ChunkPages;
 use crate::memory::{Change, PageState, Region, Space};
 use crate::options::Options;
 use crate::options::add;
+use crate::pace::Pace;
 use crate::pager::attach::Owner;
 use crate::pager::frame_cache::FrameCache;
 use crate::pager::on_exit::OnExit;
@@ -90,6 +91,10 @@ pub(crate) struct Pager {
     lingering: Vec<nix::unistd::Pid>,
     spin: Spin,
     ahead: ReadAhead,
+    /// How much read-ahead may be under way beside faults that go on with no stream.
+    ahead_pace: Pace,
+    /// The chunks that such faults wait for.
+    scattered: HashSet<ChunkIndex>,
     /// How long an answer takes of late.
     usual: Duration,
     /// Chunks that the fill has asked for, and that somebody has been waiting for since then.
@@ -210,6 +215,8 @@ impl Pager {
             lingering: Vec::new(),
             spin: Spin::new(),
             ahead: ReadAhead::new(shared.image.root().chunk_size().bytes()),
+            ahead_pace: Pace::new(shared.image.root().chunk_size().bytes()),
+            scattered: HashSet::new(),
             usual: Duration::ZERO,
             behind: HashMap::new(),
             broken: None,
@@ -396,14 +403,34 @@ impl Pager {
         }
     }
 
-    /// Sends what is to be asked for, as far as the lane takes it.
+    /// Sends what is to be asked for, as far as the lane takes it, and read-ahead as far as it delays no other fault.
     fn send(&mut self) {
-        let Ok(lane) = &self.lane else { return };
-        while self.requests.has_message() {
+        if self.lane.is_err() {
+            return;
+        }
+        let now = Instant::now();
+        self.requests.ask_late(now);
+        loop {
+            let ahead = self.ahead_room(now);
+            let Ok(lane) = &self.lane else { return };
+            if !self.requests.has_message(ahead) {
+                return;
+            }
             // Full: it goes on after the next answer. Closed: next_answer says so.
             let Ok(slot) = lane.requests.try_reserve() else { return };
-            slot.send(self.requests.message(Instant::now()));
+            slot.send(self.requests.message(now, ahead));
         }
+    }
+
+    /// How many chunks may be asked for ahead.
+    fn ahead_room(&mut self, now: Instant) -> usize {
+        let Some(under_way) = self.requests.ahead_under_way() else { return 0 };
+        let requests = &self.requests;
+        self.scattered.retain(|chunk| requests.has_chunk(*chunk));
+        let chunk_bytes = self.on_exit.shared.image.root().chunk_size().bytes();
+        let is_waited_for = !self.scattered.is_empty();
+        let window = self.ahead_pace.window(under_way * chunk_bytes, is_waited_for, now.into_std());
+        (window / chunk_bytes).saturating_sub(under_way)
     }
 
     fn lane_answers(&mut self, next: NextAnswer) {

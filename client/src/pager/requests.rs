@@ -22,6 +22,11 @@ const LOST_RETRY: Duration = Duration::from_secs(1);
 /// How soon something is asked for again that the server could not give at the moment.
 const BUSY_RETRY: Duration = Duration::from_millis(100);
 
+/// A chunk that was asked for ahead and that somebody waits for is asked for as DEMAND, too, when it has been under way
+/// for so long, or for so many times what an answer takes. Sooner, both answers would come.
+const LATE_AHEAD: Duration = Duration::from_millis(20);
+const LATE_ANSWERS: u32 = 2;
+
 /// A page that somebody waits for.
 pub(crate) type Waiting = (Region, usize);
 
@@ -33,6 +38,8 @@ struct Chunk {
     first: Waiting,
     /// Nobody waits for it yet. If it cannot be had it is forgotten.
     is_ahead: bool,
+    /// It is one of those that are under way ahead.
+    is_counted: bool,
     attempt: u32,
     /// Answers that were wrong or errors.
     refusals: u32,
@@ -89,6 +96,10 @@ pub(crate) struct Requests {
     chunks_to_ask: Vec<(u32, ChunkIndex)>,
     /// To be asked for when there is nothing else.
     ahead_to_ask: Vec<ChunkIndex>,
+    /// How many were asked for ahead, and have no answer and no waiter.
+    ahead_under_way: usize,
+    /// Asked for ahead and waited for: when to ask for them as DEMAND.
+    late_ahead: Vec<(Instant, ChunkIndex)>,
     /// The chunks of all this, for the fill.
     underway: Arc<Underway>,
     segments_to_ask: Vec<u32>,
@@ -106,6 +117,8 @@ impl Requests {
             segments: BTreeMap::new(),
             chunks_to_ask: Vec::new(),
             ahead_to_ask: Vec::new(),
+            ahead_under_way: 0,
+            late_ahead: Vec::new(),
             underway,
             segments_to_ask: Vec::new(),
             last_id: 0,
@@ -123,18 +136,44 @@ impl Requests {
         self.chunks.contains_key(&chunk)
     }
 
-    /// Somebody waits for a chunk from now on, if it has been asked for and is not done: whether it has.
-    pub(crate) fn waits_for(&mut self, chunk: ChunkIndex, first: &Waiting, now: Instant) -> bool {
+    /// Somebody waits for a chunk from now on, if it has been asked for and is not done: whether it has. An answer takes
+    /// `usual` of late.
+    pub(crate) fn waits_for(
+        &mut self,
+        chunk: ChunkIndex,
+        first: &Waiting,
+        now: Instant,
+        usual: Duration,
+    ) -> bool {
         let Some(wanted) = self.chunks.get_mut(&chunk) else { return false };
         if std::mem::take(&mut wanted.is_ahead) {
             wanted.first = first.clone();
             wanted.deadline = now + self.patience;
+            self.ahead_under_way -= usize::from(std::mem::take(&mut wanted.is_counted));
             if let Some(place) = self.ahead_to_ask.iter().position(|ahead| *ahead == chunk) {
                 self.ahead_to_ask.remove(place);
                 self.chunks_to_ask.push((wanted.attempt, chunk));
+            } else if let Some(sent) = wanted.sent.filter(|_| wanted.answered.is_none()) {
+                let late = sent + (usual * LATE_ANSWERS).max(LATE_AHEAD);
+                self.late_ahead.push((late.max(now), chunk));
             }
         }
         true
+    }
+
+    /// Asks for chunks as DEMAND that were asked for ahead, are waited for, and are late.
+    pub(crate) fn ask_late(&mut self, now: Instant) {
+        let chunks = &self.chunks;
+        let late = self.late_ahead.extract_if(.., |(at, _)| *at <= now).map(|(_, chunk)| chunk);
+        let unanswered = late.filter_map(|chunk| Some((chunks.get(&chunk)?, chunk)));
+        let unanswered =
+            unanswered.filter(|(wanted, _)| wanted.answered.is_none() && wanted.again_at.is_none());
+        self.chunks_to_ask.extend(unanswered.map(|(wanted, chunk)| (wanted.attempt, chunk)));
+    }
+
+    /// How many chunks are under way that were asked for ahead; None where no other is to be asked for.
+    pub(crate) fn ahead_under_way(&self) -> Option<usize> {
+        (!self.ahead_to_ask.is_empty()).then_some(self.ahead_under_way)
     }
 
     /// Asks for a chunk that has not been asked for.
@@ -155,6 +194,7 @@ impl Requests {
             digest,
             first,
             is_ahead,
+            is_counted: false,
             attempt: 0,
             refusals: 0,
             deadline,
@@ -178,18 +218,25 @@ impl Requests {
         wanted.pages.insert((page.0.space.id, page.0.address(page.1)), page);
     }
 
-    /// Whether there is something to be asked for.
-    pub(crate) fn has_message(&self) -> bool {
-        !self.chunks_to_ask.is_empty() || !self.segments_to_ask.is_empty() || !self.ahead_to_ask.is_empty()
+    /// Whether there is something to be asked for, and at most so many chunks ahead.
+    pub(crate) fn has_message(&self, ahead: usize) -> bool {
+        !self.chunks_to_ask.is_empty()
+            || !self.segments_to_ask.is_empty()
+            || (ahead > 0 && !self.ahead_to_ask.is_empty())
     }
 
-    /// The next message: what is to be asked for, as far as one message may.
-    pub(crate) fn message(&mut self, now: Instant) -> v1::FetchChunksRequest {
+    /// The next message: what is to be asked for, as far as one message may, and at most so many chunks ahead.
+    pub(crate) fn message(&mut self, now: Instant, ahead: usize) -> v1::FetchChunksRequest {
         self.last_id += 1;
         if self.chunks_to_ask.is_empty() && self.segments_to_ask.is_empty() {
-            let count = self.ahead_to_ask.len().min(to_usize(MAX_DEMAND_CHUNKS));
+            let count = self.ahead_to_ask.len().min(to_usize(MAX_DEMAND_CHUNKS)).min(ahead);
             let chunks: Vec<_> = self.ahead_to_ask.drain(..count).collect();
-            chunks.iter().for_each(|chunk| self.sent(*chunk, now));
+            for chunk in &chunks {
+                self.sent(*chunk, now);
+                if let Some(wanted) = self.chunks.get_mut(chunk) {
+                    self.ahead_under_way += usize::from(!std::mem::replace(&mut wanted.is_counted, true));
+                }
+            }
             let runs = runs_of(chunks.into_iter().map(|chunk| chunk.0));
             let class = v1::RequestClass::Prefetch.into();
             return v1::FetchChunksRequest { id: self.last_id, class, runs, ..Default::default() };
@@ -219,6 +266,7 @@ impl Requests {
     pub(crate) fn answered(&mut self, chunk: ChunkIndex, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.answered = Some(now);
+            self.ahead_under_way -= usize::from(std::mem::take(&mut wanted.is_counted));
         }
     }
 
@@ -241,6 +289,7 @@ impl Requests {
     /// Asks again for everything that has no answer yet: the lane is a new one.
     pub(crate) fn ask_all_again(&mut self) {
         self.chunks_to_ask.clear();
+        self.late_ahead.clear();
         self.forget_chunks(|_, wanted| wanted.is_ahead && wanted.frame.is_none());
         for (chunk, wanted) in &mut self.chunks {
             if wanted.frame.is_none() && wanted.again_at.is_none() {
@@ -281,6 +330,7 @@ impl Requests {
     /// Nobody waits for the chunk any more.
     pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
         let done = self.chunks.remove(&chunk);
+        self.ahead_under_way -= usize::from(done.as_ref().is_some_and(|wanted| wanted.is_counted));
         self.arrived -= usize::from(done.is_some_and(|wanted| wanted.frame.is_some()));
         self.underway.remove(chunk);
     }
@@ -291,6 +341,7 @@ impl Requests {
             if is_forgotten {
                 self.underway.remove(*chunk);
                 self.arrived -= usize::from(wanted.frame.is_some());
+                self.ahead_under_way -= usize::from(wanted.is_counted);
             }
             !is_forgotten
         });
@@ -325,10 +376,11 @@ impl Requests {
         }
     }
 
-    /// When to try again to install a frame that there was no memory for.
+    /// When to try again to install a frame that there was no memory for, or to ask for what is late.
     pub(crate) fn next_attempt(&self) -> Option<Instant> {
         let frames = self.chunks.values().filter(|_| self.arrived > 0);
-        frames.filter_map(|wanted| wanted.frame.as_ref()?.1).min()
+        let frames = frames.filter_map(|wanted| wanted.frame.as_ref()?.1);
+        frames.chain(self.late_ahead.iter().map(|(at, _)| *at)).min()
     }
 
     /// Takes the frames that can be tried now.
@@ -461,5 +513,77 @@ impl Requests {
             wanted.pages.retain(|_, (other, _)| !is_it(other));
         }
         self.segments.retain(|_, wanted| !wanted.pages.is_empty());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::tests::{any_region, any_space};
+    use postcopy_proto::manifest::FileEntry;
+    use postcopy_proto::page::PAGE_BYTES;
+
+    const MILLI: Duration = Duration::from_millis(1);
+
+    fn waiting() -> Waiting {
+        let file = FileEntry { size_bytes: 32 << 12, first_chunk: ChunkIndex(0), executable: false };
+        (any_region(&any_space(0), 0, file, 0..32, PAGE_BYTES), 0)
+    }
+
+    /// Read-ahead of chunks 5 to 8 of which two were sent, and when.
+    fn two_of_four_ahead() -> (Requests, Instant) {
+        let (mut requests, now) = (Requests::new(Duration::from_secs(60), Arc::default()), Instant::now());
+        for chunk in 5..9 {
+            requests.add_ahead(ChunkIndex(chunk), Digest::of(b"chunk"), waiting(), now);
+        }
+        let message = requests.message(now, 2);
+        assert_eq!(message.runs, [v1::ChunkRun { first: 5, count: 2 }]);
+        assert_eq!(message.class(), v1::RequestClass::Prefetch);
+        (requests, now)
+    }
+
+    #[test]
+    fn read_ahead_is_sent_as_far_as_there_is_room() {
+        let (mut requests, now) = two_of_four_ahead();
+        assert_eq!(requests.ahead_under_way(), Some(2));
+        assert!(!requests.has_message(0) && requests.has_message(1));
+        // One is answered, another one waited for, and one is lost.
+        requests.answered(ChunkIndex(5), now);
+        requests.chunk_done(ChunkIndex(5));
+        assert_eq!(requests.ahead_under_way(), Some(1));
+        assert!(requests.waits_for(ChunkIndex(6), &waiting(), now, MILLI));
+        assert_eq!(requests.ahead_under_way(), Some(0));
+        requests.message(now, 9);
+        assert_eq!((requests.ahead_under_way(), requests.ahead_under_way), (None, 2));
+        requests.ask_all_again();
+        assert_eq!(requests.ahead_under_way, 0);
+    }
+
+    #[test]
+    fn what_was_asked_for_ahead_and_is_late_is_asked_for_once_more_when_a_fault_waits_for_it() {
+        let (mut requests, now) = two_of_four_ahead();
+        assert!(requests.waits_for(ChunkIndex(6), &waiting(), now + MILLI, MILLI));
+        assert!(requests.waits_for(ChunkIndex(5), &waiting(), now + MILLI, 30 * MILLI));
+        assert_eq!(requests.next_attempt(), Some(now + 20 * MILLI));
+        requests.ask_late(now + 19 * MILLI);
+        assert!(!requests.has_message(0), "it may be near");
+        requests.ask_late(now + 20 * MILLI);
+        let message = requests.message(now + 20 * MILLI, 0);
+        assert_eq!(message.runs, [v1::ChunkRun { first: 6, count: 1 }]);
+        assert_eq!((message.class(), message.attempt), (v1::RequestClass::Demand, 0));
+        // The other one comes in time.
+        requests.answered(ChunkIndex(5), now + 50 * MILLI);
+        assert!(requests.waits_for(ChunkIndex(6), &waiting(), now + 70 * MILLI, MILLI));
+        requests.ask_late(now + 70 * MILLI);
+        assert!(!requests.has_message(0) && requests.next_attempt().is_none());
+    }
+
+    #[test]
+    fn what_a_fault_waits_for_and_was_not_sent_is_not_read_ahead_any_more() {
+        let (mut requests, now) = two_of_four_ahead();
+        assert!(requests.waits_for(ChunkIndex(8), &waiting(), now, MILLI));
+        let message = requests.message(now, 0);
+        assert_eq!(message.runs, [v1::ChunkRun { first: 8, count: 1 }]);
+        assert_eq!(message.class(), v1::RequestClass::Demand);
     }
 }
