@@ -50,7 +50,7 @@ use crate::uffd::{AsyncUffd, Readable};
 use events::Stopped;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
-use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
 use ready::Ready;
 use std::collections::{HashMap, HashSet};
@@ -224,7 +224,7 @@ impl Pager {
             faults: Vec::new(),
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
-            frame_cache: FrameCache::default(),
+            frame_cache: FrameCache::new(to_usize(u64::from(shared.options.record_cache_mib) << 20)),
             whole: HashSet::new(),
             commands,
             on_exit: OnExit { shared, is_open: false, in_order: false, leaves: false },

@@ -173,7 +173,12 @@ impl Session {
         owner: Owner,
         run: impl FnOnce(Start) -> io::Result<()>,
     ) -> Result<Self, SessionError> {
-        let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
+        let options = Options {
+            fault_deadline: options.fault_deadline.min(YEAR),
+            record_pages: options.record_pages.clamp(1, Options::MOST_RECORD_PAGES),
+            record_cache_mib: options.record_cache_mib.max(1),
+            ..options
+        };
         let (commands, queue) = mpsc::channel(COMMANDS);
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let address = address.clone();

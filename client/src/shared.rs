@@ -93,7 +93,7 @@ impl Shared {
     ) -> Self {
         let chunk_bytes = image.root().chunk_size().bytes();
         let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
-        let recorder = options.record.then(|| Arc::new(Recorder::new(&image)));
+        let recorder = options.record.then(|| Arc::new(Recorder::new(&image, options.record_pages)));
         if let Some(recorder) = &recorder {
             recorder.has(&image, spaces.regions());
         }

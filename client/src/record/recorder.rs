@@ -17,7 +17,7 @@ use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,8 +30,6 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Spans of one message: at most 18 bytes each.
 const SPANS: usize = 65_536;
 
-/// Pages that are told as touched, the first of them: a set of more is not made. The others are told as not seen.
-const MOST_TOUCHED: usize = (1 << 30) / PAGE_BYTES;
 /// Runs of pages that are told as not seen. Where these are more, each file is told as not seen from the first to the last
 /// of its own.
 const MOST_UNSEEN: usize = 1 << 20;
@@ -55,6 +53,8 @@ pub(crate) struct Recorder {
     /// Pages by file and number, touched since the recorder's task has taken them last. Held for adding one and taking
     /// all of them, never over a touch of a region: the pager waits for it.
     noted: Mutex<Vec<(u32, u32)>>,
+    /// How many pages may be noted still. Later ones count as not seen: a set of more is not made.
+    room: AtomicU32,
     /// How many pages have been brought.
     brought: AtomicUsize,
     /// Held for a look or a change.
@@ -75,12 +75,15 @@ struct Sent {
 
 impl Recorder {
     /// For a session that is filled from `image`.
-    pub(crate) fn new(image: &Image) -> Self {
+    ///
+    /// It notes at most so many touched pages.
+    pub(crate) fn new(image: &Image, most: u32) -> Self {
         let files = image.files().iter().map(|_| OnceLock::new()).collect();
         Self {
             id: fastrand::u128(..).to_le_bytes(),
             files,
             noted: Mutex::default(),
+            room: AtomicU32::new(most),
             brought: AtomicUsize::new(0),
             sent: Mutex::default(),
         }
@@ -106,7 +109,14 @@ impl Recorder {
     pub(crate) fn touched(&self, image: &Image, region: &Region, pages: Range<usize>) {
         let (place, seen) = (image.place_of(region.file()), self.seen(image, region));
         for page in region.file_pages(pages) {
-            if seen.touched.set(page) {
+            if seen.touched.is_set(page) {
+                continue;
+            }
+            let take = |room: u32| room.checked_sub(1);
+            if self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+                let is_new = seen.brought.set(page);
+                self.brought.fetch_add(usize::from(is_new), Ordering::Relaxed);
+            } else if seen.touched.set(page) {
                 let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
                 self.noted().push((short(place), short(page)));
             }
@@ -141,8 +151,7 @@ impl Recorder {
 
     /// What has been seen so far, as messages: these pages were touched, in this order.
     fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
-        let (told, beyond) = order.split_at(order.len().min(MOST_TOUCHED));
-        let (touched, mut unseen) = (spans(told.iter().copied()), spans(beyond.iter().copied()));
+        let (touched, mut unseen) = (spans(order.iter().copied()), Vec::new());
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
@@ -345,7 +354,7 @@ mod tests {
     #[test]
     fn of_files_without_memory_nothing_is_kept_and_nothing_said() {
         let (image, region) = image_and_region();
-        let recorder = Recorder::new(&image);
+        let recorder = Recorder::new(&image, 1000);
         assert!(recorder.files.iter().all(|seen| seen.get().is_none()));
         recorder.touched(&image, &region, 3..4);
         recorder.touched(&image, &region, 3..4);
@@ -360,23 +369,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_to_tell_counts_as_not_seen() {
-        let (image, _) = image_and_region();
-        let recorder = Recorder::new(&image);
-        // Each second page, so that each is a span.
-        let most = u32::try_from(MOST_TOUCHED).unwrap();
-        let order: Vec<_> = (0..most + 2).map(|number| (1, 2 * number)).collect();
-        let told = |messages: &[RecordRequest]| -> (usize, Vec<PageSpan>) {
-            let touched = messages.iter().map(|message| message.touched.len()).sum();
-            (touched, messages.iter().flat_map(|message| message.unseen.clone()).collect())
-        };
-        let (touched, unseen) = told(&recorder.messages(&image, &order));
-        let first = 2 * most;
-        assert_eq!(touched, MOST_TOUCHED);
-        // The image's files are absent memory of others here.
-        assert_eq!(unseen[..2], [SPAN(1, first, 1), SPAN(1, first + 2, 1)]);
-        assert_eq!(unseen[2..], [SPAN(0, 0, 10), SPAN(1, 0, 10)]);
-        assert_eq!(by_file(unseen), [SPAN(0, 0, 10), SPAN(1, 0, first + 3)]);
+    fn what_is_too_much_to_keep_counts_as_not_seen() {
+        let (image, region) = image_and_region();
+        let (recorder, mut order) = (Recorder::new(&image, 3), Vec::new());
+        // A page that is touched again takes no room.
+        for page in [1, 1, 7, 3, 5, 6, 1] {
+            recorder.touched(&image, &region, page..page + 1);
+        }
+        recorder.take_noted(&mut order);
+        assert_eq!(order, [(1, 1), (1, 7), (1, 3)]);
+        recorder.touched(&image, &region, 9..10);
+        recorder.take_noted(&mut order);
+        assert_eq!(order.len(), 3, "as long as the recording lives");
+        let messages = recorder.messages(&image, &order);
+        assert_eq!(messages[1].touched, [SPAN(1, 1, 1), SPAN(1, 7, 1), SPAN(1, 3, 1)]);
+        assert_eq!(messages[2].unseen, [SPAN(0, 0, 10), SPAN(1, 5, 2), SPAN(1, 9, 1)]);
+    }
+
+    #[test]
+    fn many_runs_of_a_file_are_told_as_one() {
+        let unseen = (0..5).map(|number| SPAN(1, 2 * number, 1)).chain([SPAN(0, 3, 2)]).collect();
+        assert_eq!(by_file(unseen), [SPAN(0, 3, 2), SPAN(1, 0, 9)]);
     }
 
     #[test]
