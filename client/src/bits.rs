@@ -1,7 +1,11 @@
-//! Sets of small numbers that several threads change: one bit for each number.
+//! Sets that several threads change: [`Bits`], one bit for each number, and the outstanding chunks of
+//! a lane ([`Underway`]).
 
 use postcopy_proto::page::{ChunkIndex, to_usize};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 #[derive(Debug)]
 pub(crate) struct Bits(Box<[AtomicU64]>);
@@ -17,14 +21,6 @@ impl Bits {
         self.0[index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed) >> (index % 64) & 1 == 0
     }
 
-    pub(crate) fn clear(&self, index: usize) {
-        self.0[index / 64].fetch_and(!(1 << (index % 64)), Ordering::Relaxed);
-    }
-
-    pub(crate) fn clear_all(&self) {
-        self.0.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-    }
-
     pub(crate) fn is_set(&self, index: usize) -> bool {
         self.0[index / 64].load(Ordering::Relaxed) >> (index % 64) & 1 == 1
     }
@@ -35,39 +31,42 @@ impl Bits {
     }
 }
 
-/// The largest number of bits in an [`Underway`].
-const MOST: usize = 1 << 20;
+/// The number of parts of an [`Underway`], each with a lock.
+const SHARDS: usize = 16;
 
-/// The outstanding chunks of a lane. In images of more than a million chunks, several chunks share
-/// a bit. Then a chunk may be requested twice, or be awaited in vain for a moment, but nothing
-/// worse happens.
-#[derive(Debug)]
-pub(crate) struct Underway(Bits);
+/// The outstanding chunks of a lane, with the times of their requests. Its size is bounded by theirs.
+#[derive(Debug, Default)]
+pub(crate) struct Underway {
+    /// The parts by the chunk's number. Each lock is held for one look or change.
+    shards: [Mutex<HashMap<ChunkIndex, Instant>>; SHARDS],
+}
 
 impl Underway {
-    /// Returns an empty set for an image of `chunks` chunks.
-    pub(crate) fn new(chunks: u64) -> Self {
-        Self(Bits::new(to_usize(chunks).clamp(1, MOST)))
+    fn shard(&self, chunk: ChunkIndex) -> MutexGuard<'_, HashMap<ChunkIndex, Instant>> {
+        let shard = &self.shards[to_usize(chunk.0) % SHARDS];
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn index(&self, chunk: ChunkIndex) -> usize {
-        to_usize(chunk.0) % (self.0.0.len() * 64)
-    }
-
+    /// Adds a chunk that was asked for now, unless it is there.
     pub(crate) fn add(&self, chunk: ChunkIndex) {
-        self.0.set(self.index(chunk));
+        self.shard(chunk).entry(chunk).or_insert_with(Instant::now);
     }
 
     pub(crate) fn remove(&self, chunk: ChunkIndex) {
-        self.0.clear(self.index(chunk));
+        self.shard(chunk).remove(&chunk);
     }
 
     pub(crate) fn clear(&self) {
-        self.0.clear_all();
+        self.shards.iter().for_each(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).clear());
     }
 
     pub(crate) fn has(&self, chunk: ChunkIndex) -> bool {
-        self.0.is_set(self.index(chunk))
+        self.shard(chunk).contains_key(&chunk)
+    }
+
+    /// Whether a chunk has been asked for within the last `time`.
+    pub(crate) fn has_within(&self, chunk: ChunkIndex, time: Duration) -> bool {
+        self.shard(chunk).get(&chunk).is_some_and(|since| since.elapsed() < time)
     }
 }
 
@@ -76,24 +75,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_is_set_and_cleared_alone() {
+    fn each_is_set_alone() {
         let bits = Bits::new(100);
         assert!(bits.set(99) && bits.set(64) && !bits.set(99) && bits.is_set(99) && !bits.is_set(98));
         assert!(bits.ones().eq([64, 99]));
-        bits.clear(64);
-        assert!(bits.ones().eq([99]));
-        bits.clear_all();
-        assert_eq!(bits.ones().count(), 0);
     }
 
     #[test]
-    fn any_chunk_has_a_bit() {
-        for chunks in [0, 1, 5_000_000_000] {
-            let underway = Underway::new(chunks);
-            underway.add(ChunkIndex(4_999_999_999));
-            assert!(underway.has(ChunkIndex(4_999_999_999)));
-            underway.remove(ChunkIndex(4_999_999_999));
-            assert!(!underway.has(ChunkIndex(4_999_999_999)));
-        }
+    fn each_chunk_is_under_way_alone() {
+        let underway = Underway::default();
+        let chunks = [4_999_999_999, 0, 1 << 20, 2 << 20, 16].map(ChunkIndex);
+        underway.add(chunks[0]);
+        assert!(underway.has(chunks[0]) && underway.has_within(chunks[0], Duration::from_secs(60)));
+        assert!(!underway.has_within(chunks[0], Duration::ZERO));
+        underway.add(chunks[1]);
+        assert!(!underway.has(chunks[2]) && !underway.has(chunks[3]) && !underway.has(chunks[4]));
+        underway.remove(chunks[0]);
+        assert!(!underway.has(chunks[0]) && underway.has(chunks[1]));
+        underway.clear();
+        assert!(!underway.has(chunks[1]));
     }
 }

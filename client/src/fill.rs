@@ -1,14 +1,16 @@
 //! What is brought without having been touched, over the bulk lane: the image's working set at once, and then, if that was
 //! asked for, everything that is still absent.
 //!
-//! One thread with a runtime of its own asks for runs of chunks, within a window of plain bytes, and no more than is in
-//! nobody's way ([`crate::pace`]); as many installer
-//! threads as there are cores take the answers from a queue, decompress, verify and install them. Only this side
-//! knows what is resident, so that it asks for nothing that is there. What goes wrong is tried again in another
-//! pass. It is reported after three passes that brought nothing, or when the server was lost for the fault deadline.
+//! A task in the background ([`crate::background`]) asks for runs of chunks, within a window of plain bytes, and no more
+//! than delays no fault ([`crate::pace`]); the threads of a pool ([`pool`]), which all sessions share, decompress, verify
+//! and install the answers. Only this side knows which pages are resident, so that it asks for absent ones alone. A later
+//! pass tries again what goes wrong. The fill reports an error after three passes that brought nothing, or when the server
+//! was lost for the fault deadline. A fill that has no work keeps no connection and no thread.
 
 mod installer;
+mod pool;
 
+use crate::background;
 use crate::install;
 use crate::memory::{Region, Spaces};
 use crate::outcome::FailureKind;
@@ -16,11 +18,13 @@ use crate::pace;
 use crate::remote::Content;
 use crate::remote::Lane::Bulk;
 use crate::remote::MAX_ATTEMPTS;
+use crate::remote::backoff::Backoff;
 use crate::remote::lane::{BulkLane, runs_of};
 use crate::remote::{Remote, RemoteError, ServerAddress, within};
 use crate::shared::Shared;
 use bytes::Bytes;
-use installer::{Arrived, Installer, Job, Refused};
+use installer::{Arrived, Job};
+use pool::Filling;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
 use postcopy_proto::set_frame::SetFrame;
@@ -28,9 +32,9 @@ use postcopy_proto::v1;
 use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tonic::transport::Channel;
 
 /// The most plain bytes asked for and not yet installed: bounds memory, and hides some 60 ms at 1 Gbit/s.
@@ -39,16 +43,20 @@ const WINDOW_BYTES: usize = pace::MOST_BYTES;
 const REQUEST_BYTES: usize = 1 << 20;
 /// How long nothing is asked for before it looks whether the fill is in anybody's way still.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Jobs that may wait for an installer; the window bounds their bytes.
-const JOBS: usize = 256;
+/// How many chunks the fill looks at before other sessions' fills have their turn.
+const LOOK_CHUNKS: u64 = 4096;
 /// How long to wait after a pass that brought nothing.
 const RETRY_PASS: Duration = Duration::from_millis(200);
-/// How much longer each pause is after an attempt at the working set.
-const SET_PAUSES: u32 = 5;
+/// How long attempts at the working set fail before that is reported.
+const SET_SILENCE: Duration = Duration::from_secs(1);
 /// As [`RETRY_PASS`], once it has been reported that nothing comes.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 /// How long it looks again and again for what touches have asked for.
 const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
+
+/// The fill leaves a chunk to the demand lane for so long after its request: well above the time that 2 MiB of read-ahead
+/// take at 100 Mbit/s.
+const STUCK: Duration = Duration::from_secs(1);
 
 /// The bulk lane, and the requests on it that have not been answered, in order.
 struct Stream {
@@ -73,80 +81,86 @@ struct AskedFor {
 pub(crate) struct Beginning(oneshot::Sender<Fill>);
 
 impl Beginning {
-    /// Starts the fill's own thread.
+    /// Starts the fill's task, which connects.
     ///
     /// # Errors
-    /// If it or a runtime cannot be had.
+    /// If the process cannot start the thread of such tasks.
     pub(crate) fn new(address: &ServerAddress) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (sender, receiver) = oneshot::channel::<Fill>();
         let address = address.clone();
-        let run = async move {
+        background::spawn(async move {
             let (channel, fill) = tokio::join!(address.connect(Bulk), receiver);
             // Without a session there is nothing to fill; without a connection it makes another one.
             if let Ok(fill) = fill {
                 fill.run(channel.ok()).await;
             }
-        };
-        std::thread::Builder::new().name("postcopy-fill".into()).spawn(move || runtime.block_on(run))?;
+        })?;
         Ok(Self(sender))
     }
 
-    /// Starts the other threads; all end with the session.
-    ///
-    /// # Errors
-    /// If one cannot be had.
-    pub(crate) fn start(self, shared: &Arc<Shared>) -> io::Result<()> {
-        let (jobs, queue) = mpsc::channel(JOBS);
-        let queue = Arc::new(Mutex::new(queue));
-        let refused = Refused::default();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        for number in 0..cores {
-            let (shared, queue, refused) = (Arc::clone(shared), Arc::clone(&queue), Arc::clone(&refused));
-            let gives_way = number >= cores.div_ceil(2);
-            let installer = std::thread::Builder::new().name("postcopy-install".into());
-            installer.spawn(move || Installer::new(shared, refused, gives_way).run(&queue))?;
-        }
-        let fill = Fill {
-            shared: Arc::clone(shared),
-            jobs,
-            window: Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES)),
-            refused,
-        };
-        // Its thread waits for it.
-        drop(self.0.send(fill));
-        Ok(())
+    /// Fills this session, until it ends.
+    pub(crate) fn start(self, shared: &Arc<Shared>) {
+        let filling = Arc::new(Filling::new(Arc::clone(shared)));
+        let window = Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES));
+        // The task waits for it.
+        drop(self.0.send(Fill { shared: Arc::clone(shared), filling, window }));
     }
 }
 
 #[derive(Debug)]
 struct Fill {
     shared: Arc<Shared>,
-    jobs: mpsc::Sender<Job>,
+    filling: Arc<Filling>,
     /// One permit a page.
     window: Arc<Semaphore>,
-    refused: Refused,
 }
 
 impl Fill {
     async fn run(self, mut channel: Option<Channel>) {
-        let mut lane = None;
-        if self.shared.options.working_set {
-            lane = self.bring_working_set(channel.take()).await;
-        }
-        self.shared.cores.fill_behind();
+        let (mut lane, mut backoff) = (None, Backoff::new());
+        let mut set = self.shared.options.working_set.then(WorkingSet::default);
         let mut progressed = Instant::now();
+        let mut reported: Option<Instant> = None;
         let mut fruitless_passes = 0;
         while !self.shared.has_ended() {
+            if let Some(attempts) = &mut set {
+                match self.bring_working_set(channel.take(), attempts).await {
+                    Set::Came(received) => {
+                        (lane, set) = (Some(*received), None);
+                        backoff.reset();
+                    }
+                    Set::GivenUp => set = None,
+                    // Or until the session ends. Where there is something else to bring, the next attempt comes after it.
+                    Set::TriedAgain if !self.shared.fills() || attempts.failures < MAX_ATTEMPTS => {
+                        let _ = tokio::time::timeout(backoff.pause(), self.wait_while(|_| true)).await;
+                        continue;
+                    }
+                    Set::TriedAgain => {}
+                }
+            }
+            self.shared.cores.fill_behind();
             let spaces = self.shared.spaces();
             let before = unresolved_pages(&spaces);
             if before == 0 || !self.shared.fills() {
                 self.shared.outcome.recovered(&FailureKind::Fill);
+                // Connections wait for the session's first memory, and not for more.
+                if !spaces.is_empty() || !self.shared.fills() {
+                    (lane, channel) = (None, None);
+                }
                 drop(spaces);
                 self.shared.fill_work.notified().await;
                 progressed = Instant::now();
                 continue;
             }
+            let threads = match pool::join() {
+                Ok(threads) => threads,
+                Err(error) => {
+                    let reason = format!("no thread for the background fill: {error}");
+                    self.shared.outcome.add(FailureKind::Fill, &reason, None);
+                    let _ = tokio::time::timeout(GIVEN_UP_RETRY, self.shared.fill_work.notified()).await;
+                    continue;
+                }
+            };
             self.shared.set_filling(true);
             let outcome = match self.lane(lane.take(), channel.take()).await {
                 Ok(lane) => self.pass(&spaces, fruitless_passes, lane).await,
@@ -154,11 +168,13 @@ impl Fill {
             };
             // All permits are back: nothing is in flight.
             self.all_installed().await;
+            drop(threads);
             self.shared.in_bulk.clear();
             self.shared.set_filling(false);
             if unresolved_pages(&spaces) < before {
-                (progressed, fruitless_passes) = (Instant::now(), 0);
+                (progressed, fruitless_passes, reported) = (Instant::now(), 0, None);
                 self.shared.outcome.recovered(&FailureKind::Fill);
+                backoff.reset();
                 continue;
             }
             fruitless_passes += u32::from(!matches!(outcome, Ok(true)));
@@ -171,8 +187,13 @@ impl Fill {
             };
             // Where touches have asked for all that is left, theirs is to tell when it cannot be had.
             let waits = matches!(outcome, Ok(true)) && progressed.elapsed() > LEFT_TO_TOUCHES;
-            let pause = if given_up || waits { GIVEN_UP_RETRY } else { RETRY_PASS };
-            if given_up {
+            let pause = match &outcome {
+                Ok(_) | Err(RemoteError::Wrong { .. }) if given_up || waits => GIVEN_UP_RETRY,
+                Ok(_) | Err(RemoteError::Wrong { .. }) => RETRY_PASS,
+                Err(_) => backoff.pause(),
+            };
+            if given_up && reported.is_none_or(|at| at.elapsed() >= GIVEN_UP_RETRY) {
+                reported = Some(Instant::now());
                 self.report(outcome.err());
             }
             drop(spaces);
@@ -197,32 +218,43 @@ impl Fill {
         }
     }
 
-    /// Has the working set come, and gives the lane that it came over. Where that does not go well its pages come as they are
-    /// touched.
-    async fn bring_working_set(&self, mut channel: Option<Channel>) -> Option<BulkLane> {
+    /// Receives the working set and returns its lane for reuse. Until it has come, page faults bring its pages.
+    async fn bring_working_set(&self, channel: Option<Channel>, attempts: &mut WorkingSet) -> Set {
+        let threads = match pool::join() {
+            Ok(threads) => threads,
+            Err(error) => {
+                tracing::warn!("no thread for the working set: {error}");
+                return Set::GivenUp;
+            }
+        };
         self.shared.set_filling(true);
-        let (mut lane, mut pause, image) = (None, RETRY_PASS, self.shared.image.digest());
-        for attempt in 1..=MAX_ATTEMPTS {
-            match self.receive_working_set(channel.take()).await {
-                Ok(received) => lane = Some(received),
-                Err(error) if attempt == MAX_ATTEMPTS && !self.shared.has_ended() => {
-                    tracing::warn!("the working set of image {image} does not come: {error}");
-                }
-                // Or until the session ends.
-                Err(_) => _ = tokio::time::timeout(pause, self.wait_while(|_| true)).await,
-            }
-            if self.shared.has_ended() || lane.is_some() {
-                break;
-            }
-            pause *= SET_PAUSES;
-        }
+        let received = self.receive_working_set(channel).await;
         self.all_installed().await;
-        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(reason) = refused {
-            tracing::warn!("{reason}: its pages come as they are touched");
-        }
+        drop(threads);
         self.shared.set_filling(false);
-        lane
+        let image = self.shared.image.digest();
+        let error = match received {
+            Ok(lane) => {
+                let refused = self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(reason) = refused {
+                    tracing::warn!("{reason}: its pages come as they are touched");
+                }
+                return Set::Came(Box::new(lane));
+            }
+            Err(error) => error,
+        };
+        let is_wrong = matches!(error, RemoteError::Wrong { .. });
+        let set = attempts;
+        set.failures += 1;
+        set.wrong += u32::from(is_wrong);
+        let since = *set.since.get_or_insert_with(Instant::now);
+        let is_given_up = set.wrong >= MAX_ATTEMPTS;
+        if (is_given_up || since.elapsed() > SET_SILENCE) && !set.is_reported && !self.shared.has_ended() {
+            set.is_reported = true;
+            let next = if is_given_up { "page faults fetch its pages" } else { "the fill tries again" };
+            tracing::warn!("the working set of image {image} does not come: {error}; {next}");
+        }
+        if is_given_up { Set::GivenUp } else { Set::TriedAgain }
     }
 
     /// Until the memory that there is is another one, or the session ends.
@@ -292,12 +324,12 @@ impl Fill {
             let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
             let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
             let permit = permit.expect("the window is never closed");
-            self.job(Job::new(Arrived::WorkingSet(frames), permit, Duration::ZERO)).await;
+            self.job(Job::new(Arrived::WorkingSet(frames.into()), permit, Duration::ZERO));
         }
     }
 
     fn report(&self, error: Option<RemoteError>) {
-        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let refused = self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner).take();
         let reason = error.map(|error| error.to_string()).or(refused);
         let reason = reason.unwrap_or_else(|| "pages are still absent".to_owned());
         let server = &self.shared.address;
@@ -358,10 +390,11 @@ impl Fill {
         while next < end && !self.shared.has_ended() && self.shared.spaces().holds(region) {
             let most = self.wait_for_turn(stream).await?;
             match self.plan(region, &mut next, most, &mut stream.leaves) {
-                Plan::Nothing => {}
+                // Other sessions' fills have a turn.
+                Plan::Nothing => tokio::task::yield_now().await,
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
-                    self.job(Job::new(Arrived::Zeros(chunks), permit, Duration::ZERO)).await;
+                    self.job(Job::new(Arrived::Zeros(chunks), permit, Duration::ZERO));
                 }
                 Plan::Ask { chunks, pages } => {
                     let permit = self.permit(stream, pages).await?;
@@ -449,7 +482,7 @@ impl Fill {
             stream.asked.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
-        self.job(Job::new(Arrived::Frames(region, message.chunks), permit, wire)).await;
+        self.job(Job::new(Arrived::Frames(region, message.chunks.into()), permit, wire));
         Ok(())
     }
 
@@ -465,9 +498,8 @@ impl Fill {
         Ok(message)
     }
 
-    async fn job(&self, job: Job) {
-        // Installers end with the session; then nothing is to be installed.
-        let _ = self.jobs.send(job).await;
+    fn job(&self, job: Job) {
+        pool::add(&self.filling, job);
     }
 
     /// What to do from chunk `next` of the region on; `next` goes past it.
@@ -477,7 +509,8 @@ impl Fill {
         let most = most.max(image.root().chunk_size().bytes() / PAGE_BYTES);
         let (mut chunks, mut pages) = (Vec::new(), 0);
         let mut zeros: Option<Range<u64>> = None;
-        while *next < region.chunks().end {
+        let end = region.chunks().end.min(next.saturating_add(LOOK_CHUNKS));
+        while *next < end {
             let chunk = ChunkIndex(*next);
             let here = region.pages_of(chunk).expect("a chunk of the region");
             let wanted = region.next_run(here.clone(), install::unresolved(region)).is_some();
@@ -489,7 +522,9 @@ impl Fill {
                     pages += here.len();
                     zeros = Some(zeros.map_or(chunk.0..chunk.0 + 1, |z| z.start..chunk.0 + 1));
                 }
-                Content::Data(_) if wanted && self.shared.on_demand.has(chunk) => *leaves = true,
+                Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, STUCK) => {
+                    *leaves = true
+                }
                 Content::Data(_) if wanted => {
                     if zeros.is_some() || (!chunks.is_empty() && pages + here.len() > most) {
                         break;
@@ -508,6 +543,26 @@ impl Fill {
             None => Plan::Ask { chunks, pages },
         }
     }
+}
+
+/// Attempts at the working set that have failed.
+#[derive(Debug, Default)]
+struct WorkingSet {
+    failures: u32,
+    /// Those of them whose answer was wrong: more than a few are not tried.
+    wrong: u32,
+    /// The first one.
+    since: Option<Instant>,
+    is_reported: bool,
+}
+
+/// The outcome of an attempt at the working set.
+enum Set {
+    Came(Box<BulkLane>),
+    /// The server answers wrongly.
+    GivenUp,
+    /// The server cannot be reached, or not answer: for as long as the session lives, there will be another attempt.
+    TriedAgain,
 }
 
 enum Plan {

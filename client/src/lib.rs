@@ -18,6 +18,7 @@
 //! the rooms of this crate, and what imports what.
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
+mod background;
 mod bits;
 mod error;
 mod fill;

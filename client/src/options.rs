@@ -47,7 +47,20 @@ pub struct Options {
     /// Record which pages are accessed first, and send that to the server for the image's working
     /// set. Off by default. Every first access is a page fault then; otherwise one brings the
     /// page's neighbours, too. See [`crate::Session::wait_recorded`].
+    ///
+    /// A recording takes memory: 64 KiB for each GiB of the image's files that the session maps, 8 to
+    /// 16 bytes for each recorded page ([`Options::record_pages`]), and the frames of chunks with
+    /// absent pages ([`Options::record_cache_mib`]). While the session sends it, it takes up to 12
+    /// bytes more for each page, and up to 12 MiB for the pages that the recording leaves out.
     pub record: bool,
+    /// The largest number of pages in a recording, with [`Options::record`]: the first accesses. The
+    /// recording leaves out later ones. From 1 to [`Options::MOST_RECORD_PAGES`], which is the default,
+    /// because a working set has at most 1 GiB.
+    pub record_pages: u32,
+    /// The MiB of frames that a session keeps in memory, with [`Options::record`], for chunks of which
+    /// it has installed some pages only. The session fetches frames beyond that again. At least 1; 128
+    /// by default. The decoded pages of 16 chunks are kept in addition.
+    pub record_cache_mib: u32,
     /// Note what happens when, for [`crate::Session::write_trace`]. Off by default. One page in 50
     /// of the working set is then left to page faults: see [`crate::trace`].
     pub trace: bool,
@@ -68,6 +81,9 @@ pub struct Options {
 }
 
 impl Options {
+    /// The most pages of a recording: 1 GiB of memory.
+    pub const MOST_RECORD_PAGES: u32 = 1 << 18;
+
     /// Page faults wait for at most 30 s and are poisoned then; nothing else is turned on.
     pub const DEFAULT: Self = Self {
         fault_deadline: Duration::from_secs(30),
@@ -75,6 +91,8 @@ impl Options {
         working_set: false,
         fill: false,
         record: false,
+        record_pages: Self::MOST_RECORD_PAGES,
+        record_cache_mib: 128,
         trace: false,
         track_writes: false,
         hold_causers: false,
@@ -108,6 +126,18 @@ impl Options {
     #[must_use]
     pub const fn record(self, record: bool) -> Self {
         Self { record, ..self }
+    }
+
+    /// With this [`Options::record_pages`].
+    #[must_use]
+    pub const fn record_pages(self, record_pages: u32) -> Self {
+        Self { record_pages, ..self }
+    }
+
+    /// With this [`Options::record_cache_mib`].
+    #[must_use]
+    pub const fn record_cache_mib(self, record_cache_mib: u32) -> Self {
+        Self { record_cache_mib, ..self }
     }
 
     /// With this [`Options::trace`].

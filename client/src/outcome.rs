@@ -18,7 +18,7 @@ pub(crate) struct Outcome {
     waiters: AtomicU64,
     /// Signalled when `so_far` has changed.
     reported: Condvar,
-    /// Notified when the pager has ended; for the thread that sends the recording.
+    /// Notified when the pager has ended; for the task that sends the recording.
     pub(crate) ended: Notify,
 }
 

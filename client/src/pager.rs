@@ -34,6 +34,7 @@ use crate::memory::ChunkPages;
 use crate::memory::{Change, PageState, Region, Space};
 use crate::options::add;
 use crate::options::{LossPolicy, Options};
+use crate::pace::Pace;
 use crate::pager::attach::Owner;
 use crate::pager::frame_cache::FrameCache;
 use crate::pager::on_exit::OnExit;
@@ -44,6 +45,7 @@ use crate::processes::{Callers, ticks};
 use crate::reaper;
 use crate::remote::Image;
 use crate::remote::ImageSource;
+use crate::remote::backoff::Backoff;
 use crate::remote::lane::DemandLane;
 use crate::remote::{Lane, RemoteError, ServerAddress};
 use crate::shared::{Command, Shared};
@@ -53,7 +55,7 @@ use events::Stopped;
 use forks::Forks;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
-use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::v1::{self, fetch_chunks_response::Answer};
 use ready::Ready;
 use std::collections::{HashMap, HashSet};
@@ -77,8 +79,6 @@ const READ_AGAIN: Duration = Duration::from_millis(20);
 const NEAR: Duration = Duration::from_millis(1);
 /// What answers take at most, where the server is well.
 const FAR: Duration = Duration::from_millis(200);
-/// Pauses between attempts to reach a server that was lost; the first one again once it has answered something.
-const RECONNECT: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -92,10 +92,10 @@ pub(crate) struct Pager {
     /// The memory is other processes'.
     is_foreign: bool,
     lane: Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
-    /// Why the server was not reached the last time.
+    /// The reason for which the server was not reached the last time.
     lane_error: Option<String>,
-    /// Before the next attempt to reach a server that was lost.
-    reconnect_pause: Duration,
+    /// The pauses between attempts to reach a server that was lost.
+    backoff: Backoff,
     requests: Requests,
     ready: Ready,
     /// Who waits for pages.
@@ -105,6 +105,10 @@ pub(crate) struct Pager {
     lingering: Vec<nix::unistd::Pid>,
     spin: Spin,
     ahead: ReadAhead,
+    /// How much read-ahead may be under way beside faults that go on with no stream.
+    ahead_pace: Pace,
+    /// The chunks that such faults wait for.
+    scattered: HashSet<ChunkIndex>,
     /// How long an answer takes of late.
     usual: Duration,
     /// Chunks that the fill has asked for, and that somebody has been waiting for since then.
@@ -220,7 +224,7 @@ impl Pager {
             forks: Forks::new(shared.callers.as_ref().map(Callers::owner)),
             is_foreign,
             lane,
-            reconnect_pause: RECONNECT.start,
+            backoff: Backoff::new(),
             requests: Requests::new(Arc::clone(&shared.on_demand)),
             lane_error: None,
             waiters: Waiters::new(shared.options.fault_deadline),
@@ -229,6 +233,8 @@ impl Pager {
             lingering: Vec::new(),
             spin: Spin::new(),
             ahead: ReadAhead::new(shared.image.root().chunk_size().bytes()),
+            ahead_pace: Pace::new(shared.image.root().chunk_size().bytes()),
+            scattered: HashSet::new(),
             usual: Duration::ZERO,
             behind: HashMap::new(),
             broken: None,
@@ -236,7 +242,7 @@ impl Pager {
             faults: Vec::new(),
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
-            frame_cache: FrameCache::default(),
+            frame_cache: FrameCache::new(to_usize(u64::from(shared.options.record_cache_mib) << 20)),
             whole: HashSet::new(),
             commands,
             on_exit: OnExit { shared, is_open: false, in_order: false, leaves: false },
@@ -324,6 +330,7 @@ impl Pager {
                 due = tick.tick(), if ticks => {
                     self.release_lingering();
                     self.extend_deadlines(due);
+                    self.forget_brought();
                     self.check_deadlines();
                 }
                 () = tokio::task::yield_now(), if waits && self.spin.is_on(Instant::now()) && !shared.is_filling() => {}
@@ -413,14 +420,34 @@ impl Pager {
         }
     }
 
-    /// Sends what is to be asked for, as far as the lane takes it.
+    /// Sends what is to be asked for, as far as the lane takes it, and read-ahead as far as it delays no other fault.
     fn send(&mut self) {
-        let Ok(lane) = &self.lane else { return };
-        while self.requests.has_message() {
+        if self.lane.is_err() {
+            return;
+        }
+        let now = Instant::now();
+        self.requests.ask_late(now);
+        loop {
+            let ahead = self.ahead_room(now);
+            let Ok(lane) = &self.lane else { return };
+            if !self.requests.has_message(ahead) {
+                return;
+            }
             // Full: it goes on after the next answer. Closed: next_answer says so.
             let Ok(slot) = lane.requests.try_reserve() else { return };
-            slot.send(self.requests.message(Instant::now()));
+            slot.send(self.requests.message(now, ahead));
         }
+    }
+
+    /// How many chunks may be asked for ahead.
+    fn ahead_room(&mut self, now: Instant) -> usize {
+        let Some(under_way) = self.requests.ahead_under_way() else { return 0 };
+        let requests = &self.requests;
+        self.scattered.retain(|chunk| requests.has_chunk(*chunk));
+        let chunk_bytes = self.on_exit.shared.image.root().chunk_size().bytes();
+        let is_waited_for = !self.scattered.is_empty();
+        let window = self.ahead_pace.window(under_way * chunk_bytes, is_waited_for, now.into_std());
+        (window / chunk_bytes).saturating_sub(under_way)
     }
 
     fn lane_answers(&mut self, next: NextAnswer) {
@@ -434,7 +461,7 @@ impl Pager {
                 self.reconnect();
             }
             NextAnswer::Answer(answer) => {
-                self.reconnect_pause = RECONNECT.start;
+                self.backoff.reset();
                 match answer.answer {
                     Some(Answer::Chunk(chunk)) => self.answer(&chunk),
                     Some(Answer::Segment(segment)) => self.segment_answer(&segment),
@@ -446,9 +473,22 @@ impl Pager {
 
     /// Gets another lane, in the background; the faults' deadlines go on.
     fn reconnect(&mut self) {
-        let pause = self.reconnect_pause;
-        self.reconnect_pause = (pause * 2).min(RECONNECT.end);
+        let pause = self.backoff.pause();
         self.lane = Err(reach(self.shared().address.clone(), self.shared().image.digest(), pause));
+    }
+
+    /// Forgets requests whose pages the fill has brought instead: these are not lost when no answer comes.
+    fn forget_brought(&mut self) {
+        let shared = Arc::clone(&self.on_exit.shared);
+        if shared.fills() {
+            let is_absent = |region: &Region, chunk| {
+                let pages = region.pages_of(chunk).expect("a region of the chunk");
+                region.next_run(region.whole(&pages), &[PageState::Absent]).is_some()
+            };
+            self.requests.forget_brought(|chunk| {
+                !shared.of_chunk(chunk).iter().any(|region| is_absent(region, chunk))
+            });
+        }
     }
 
     fn command(&mut self, command: Command) {

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of memory. The lanes that pages come over are in [`crate::remote::lane`].
 
+pub(crate) mod backoff;
 mod image;
 pub(crate) mod lane;
 

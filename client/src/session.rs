@@ -188,7 +188,12 @@ impl Session {
         owner: Owner,
         run: impl FnOnce(Start) -> io::Result<()>,
     ) -> Result<Self, SessionError> {
-        let options = Options { fault_deadline: options.fault_deadline.min(YEAR), ..options };
+        let options = Options {
+            fault_deadline: options.fault_deadline.min(YEAR),
+            record_pages: options.record_pages.clamp(1, Options::MOST_RECORD_PAGES),
+            record_cache_mib: options.record_cache_mib.max(1),
+            ..options
+        };
         let (commands, queue) = mpsc::channel(COMMANDS);
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let address = address.clone();
@@ -350,11 +355,11 @@ impl Session {
         if self.shared.fill_started.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        let started = fill.and_then(|fill| fill.start(&self.shared));
+        let started = fill.map(|fill| fill.start(&self.shared));
         if started.is_err() {
             self.shared.fill_started.store(false, Ordering::Release);
         }
-        started.map_err(|source| SessionError::System { what: "threads for the background fill", source })
+        started.map_err(|source| SessionError::System { what: "a thread for the background fill", source })
     }
 
     /// Writes the session's trace ([`Options::trace`]) from its beginning to its end, in a thread

@@ -94,9 +94,9 @@ impl Shared {
         state: State,
         owner: Option<Process>,
     ) -> Self {
-        let (chunks, chunk_bytes) = (image.root().chunks(), image.root().chunk_size().bytes());
+        let chunk_bytes = image.root().chunk_size().bytes();
         let serves_kernel_faults = spaces.spaces().all(|space| space.uffd.serves_kernel_faults());
-        let recorder = options.record.then(|| Arc::new(Recorder::new(&image)));
+        let recorder = options.record.then(|| Arc::new(Recorder::new(&image, options.record_pages)));
         if let Some(recorder) = &recorder {
             recorder.has(&image, spaces.regions());
         }
@@ -115,8 +115,8 @@ impl Shared {
             recorder,
             pace: Mutex::new(Pace::new(chunk_bytes)),
             cores: Cores::default(),
-            on_demand: Arc::new(Underway::new(chunks)),
-            in_bulk: Underway::new(chunks),
+            on_demand: Arc::default(),
+            in_bulk: Underway::default(),
             fills: AtomicBool::new(options.fill),
             fill_started: AtomicBool::new(false),
             is_filling: AtomicBool::new(false),
@@ -236,7 +236,7 @@ impl Shared {
         installing(self.trace.as_deref(), &self.image, region, pages, cause, stages, install)
     }
 
-    /// Returns the parts for the thread that sends the recording, if the session records.
+    /// Returns the parts for the task that sends the recording, if the session records.
     pub(crate) fn sender(&self) -> Option<Sender> {
         let recorder = Arc::clone(self.recorder.as_ref()?);
         let (image, address) = (Arc::clone(&self.image), self.address.clone());

@@ -28,8 +28,9 @@ use crate::processes::{Call, Process};
 use crate::uffd::{Event, Uffd};
 use layout::{
     ANSWERS, AT_ANSWERS, AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_LOGS, AT_MAGIC,
-    AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_REGISTERED, AT_STATES, AT_VERSION,
-    CALL_WORDS, Commit, FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC, MAX_CALLS, ON_LOSS, VERSION, log_range,
+    AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_RECORD_CACHE_MIB, AT_RECORD_PAGES,
+    AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit, FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC,
+    MAX_CALLS, ON_LOSS, VERSION, log_range,
 };
 use log::{ObjectRecord, RegionRecord};
 use postcopy_proto::digest::Digest;
@@ -150,6 +151,8 @@ impl State {
             state.set(AT_OWNER, owner.pid.into());
             state.set(AT_OWNER_START, owner.start);
         }
+        state.set(AT_RECORD_PAGES, options.record_pages.into());
+        state.set(AT_RECORD_CACHE_MIB, options.record_cache_mib.into());
         state.set(AT_VERSION, VERSION);
         state.set(AT_MAGIC, MAGIC);
         Ok(state)
@@ -471,6 +474,8 @@ mod tests {
             working_set: true,
             fill: true,
             trace: true,
+            record_pages: 77,
+            record_cache_mib: 3,
             ..Options::default()
         };
         State::create(file, &Digest::of(b"image"), &options, None).unwrap()
@@ -543,7 +548,8 @@ mod tests {
         let (successor, contents, found) = take_over(&file).unwrap();
         assert_eq!((contents.image, contents.next_space), (Digest::of(b"image"), 2));
         assert_eq!((contents.messages_of, contents.messages_done, contents.messages.len()), (0, 5, 0));
-        let Options { fault_deadline, on_loss, fill, .. } = contents.options;
+        let Options { fault_deadline, on_loss, fill, record_pages, record_cache_mib, .. } = contents.options;
+        assert_eq!((record_pages, record_cache_mib), (77, 3));
         assert_eq!((fault_deadline.as_millis(), on_loss, fill), (1234, LossPolicy::Wait, true));
         let fds: Vec<_> = spaces.spaces().map(|space| space.uffd.number()).collect();
         assert_eq!(contents.descriptors(), fds);

@@ -4,11 +4,13 @@ use crate::session::Source;
 use bytes::Bytes;
 use postcopy::{LossPolicy, Options, Session};
 use postcopy_proto::v1::chunk_answer;
-use postcopy_tests::chaos::{Chaos, Lies, within};
+use postcopy_tests::chaos::{Chaos, Lane, Lies, within};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::link::{Link, Quality};
+use postcopy_tests::wait_until;
 use std::collections::HashSet;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -26,7 +28,7 @@ fn touch(region: &[u8], source: &Source, page: usize) {
 }
 
 #[test]
-fn a_scan_is_read_ahead_and_no_chunk_comes_twice() {
+fn a_scan_is_read_ahead_and_hardly_a_chunk_comes_twice() {
     within(WATCHDOG, || {
         let source = start();
         let chaos = Chaos::start(source.server.address(), Lies::default());
@@ -43,7 +45,9 @@ fn a_scan_is_read_ahead_and_no_chunk_comes_twice() {
         });
         let progress = session.progress();
         assert!(progress.read_ahead_chunks > CHUNKS as u64 * 3 / 4, "{progress:?}");
-        assert!(chaos.asked().demand().values().all(|times| *times == 1));
+        // Of those that are late, where a thread waits for one.
+        let twice = chaos.asked().demand().values().filter(|times| **times > 1).count();
+        assert!(twice <= CHUNKS / 50, "{twice} chunks");
     });
 }
 
@@ -86,6 +90,33 @@ fn what_was_read_ahead_and_is_wrong_comes_when_it_is_touched() {
         let region = session.map("mem").unwrap();
         (0..40 * CHUNK / PAGE).for_each(|page| touch(&region, &source, page));
         assert!(session.progress().read_ahead_chunks > 10);
+    });
+}
+
+/// An answer that never comes is the fault's, and not the memory's.
+#[test]
+fn the_fill_brings_a_chunk_that_is_stuck_on_the_demand_lane() {
+    const STUCK: u64 = 7;
+    within(WATCHDOG, || {
+        let source = start();
+        let lies = Lies::default().chunk(|lane, answer| match (lane, answer.chunk) {
+            (Lane::Demand, STUCK) => Vec::new(),
+            _ => vec![answer],
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let deadline = Duration::from_secs(6);
+        let options = OPTIONS.fault_deadline(deadline).on_loss(LossPolicy::Wait);
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| touch(&region, &source, usize::try_from(STUCK).unwrap() * CHUNK / PAGE));
+            wait_until("it is asked for", || chaos.asked().demand().contains_key(&STUCK));
+            session.fill().unwrap();
+        });
+        session.wait_resident(WATCHDOG).unwrap();
+        assert_eq!(chaos.asked().bulk().get(&STUCK), Some(&1));
+        // The fault's deadline passes, and nothing is lost.
+        assert_eq!(session.wait_error(deadline + Duration::from_secs(1)), None);
     });
 }
 
@@ -142,5 +173,49 @@ fn the_fill_leaves_touches_their_way_over_a_narrow_link_and_a_long_one() {
             // The first ones wait for all that had been asked for before there was a touch.
             assert!(beside.len() > 40 && median(&beside) < median(&alone) * 3, "{beside:?} beside {alone:?}");
         }
+    });
+}
+
+/// How long touches of scattered chunks of the upper half take, while another thread goes through the lower half or not.
+fn scattered_waits(source: &Source, is_scanned: bool) -> Vec<Duration> {
+    let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: 12.5e6 };
+    let link = Link::to(&source.server.address().to_string(), quality);
+    let session = Session::open(link.address(), &"app".parse().unwrap(), OPTIONS).unwrap();
+    let region = session.map("mem").unwrap();
+    let (half, has_ended) = (region.len() / 2, AtomicBool::new(!is_scanned));
+    let mut chunks: Vec<usize> = (half / CHUNK..region.len() / CHUNK).step_by(2).collect();
+    fastrand::Rng::with_seed(7).shuffle(&mut chunks);
+    std::thread::scope(|scope| {
+        if is_scanned {
+            let (region, has_ended) = (&region, &has_ended);
+            scope.spawn(move || {
+                let pages = (0..half / PAGE).take_while(|_| !has_ended.load(Ordering::Relaxed));
+                pages.for_each(|page| touch(region, source, page));
+            });
+            wait_until("the scan is read ahead", || session.progress().read_ahead_chunks > 40);
+        }
+        let mut waits: Vec<_> = chunks[..120]
+            .iter()
+            .map(|chunk| {
+                let before = Instant::now();
+                touch(&region, source, chunk * CHUNK / PAGE);
+                before.elapsed()
+            })
+            .collect();
+        has_ended.store(true, Ordering::Relaxed);
+        waits.sort_unstable();
+        waits
+    })
+}
+
+#[test]
+fn a_scan_leaves_scattered_touches_their_way_over_a_narrow_link() {
+    within(WATCHDOG, || {
+        let source = Source::start(memory_like(256 << 20, 43), CHUNK);
+        let (alone, beside) = (scattered_waits(&source, false), scattered_waits(&source, true));
+        let of = |waits: &[Duration], percent: usize| waits[waits.len() * percent / 100];
+        let both = |percent| (of(&alone, percent), of(&beside, percent));
+        println!("median {:?}, p90 {:?} alone and beside a scan", both(50), both(90));
+        assert!(of(&beside, 90) < of(&alone, 90) * 5, "p90 {:?}", both(90));
     });
 }

@@ -580,6 +580,64 @@ fn a_program_whose_own_page_is_lost_is_killed_or_stopped_if_it_asked_for_that() 
     });
 }
 
+/// How many entries a directory of /proc/self has.
+fn count_of(directory: &str) -> usize {
+    std::fs::read_dir(format!("/proc/self/{directory}")).unwrap().count()
+}
+
+/// A host has a session for each of its machines.
+#[test]
+fn a_session_that_has_nothing_to_do_costs_one_thread_and_six_descriptors() {
+    const SESSIONS: usize = 50;
+    /// The thread and the runtime that they share, and what all runtimes share.
+    const COMMON: (usize, usize) = (3, 6);
+    let test = "session::a_session_that_has_nothing_to_do_costs_one_thread_and_six_descriptors";
+    if let Ok(server) = std::env::var(CHILD) {
+        let cores = std::thread::available_parallelism().unwrap().get();
+        let (server, reference) = (server.parse().unwrap(), "app".parse().unwrap());
+        let (threads, descriptors) = (count_of("task"), count_of("fd"));
+        let mut most_threads = 0;
+        let mut look = || most_threads = most_threads.max(count_of("task"));
+        let sessions = [FILLING; SESSIONS].map(|options| {
+            let session = Session::open(&server, &reference, options).unwrap();
+            let region = session.map("mem").unwrap();
+            look();
+            (session, region)
+        });
+        let is_resident = || sessions.iter().all(|(session, _)| session.is_resident());
+        wait_until("all are filled", || {
+            look();
+            is_resident()
+        });
+        let at_most = |directory, most: usize| {
+            wait_until(&format!("at most {most} in {directory}"), || count_of(directory) <= most);
+            count_of(directory)
+        };
+        let idle = (
+            at_most("task", threads + SESSIONS + COMMON.0),
+            at_most("fd", descriptors + 6 * SESSIONS + COMMON.1),
+        );
+        eprintln!(
+            "of {SESSIONS} sessions: {} threads, {} descriptors",
+            idle.0 - threads,
+            idle.1 - descriptors
+        );
+        eprintln!("at most {} threads while they are filled", most_threads - threads);
+        assert!(
+            most_threads <= threads + SESSIONS + cores + COMMON.0,
+            "{most_threads} threads, {threads} before"
+        );
+        drop(sessions);
+        at_most("task", threads);
+        return;
+    }
+    within(WATCHDOG, move || {
+        let source = Source::start(memory_like(64 * CHUNK, 17), CHUNK);
+        let status = as_child(test, &source.server.address().to_string());
+        assert!(status.success(), "{status}");
+    });
+}
+
 /// Runs true(1): by a real fork, and by the quicker way that shares memory until the exec.
 #[expect(unsafe_code, reason = "pre_exec, which makes the library fork")]
 fn fork_and_exec(really: bool) {

@@ -119,6 +119,27 @@ fn what_was_touched_comes_ahead_the_next_time() {
     });
 }
 
+/// A set that is given up after some attempts would leave each of its pages to a fault.
+#[test]
+fn a_working_set_comes_however_long_its_server_was_away() {
+    within(WATCHDOG, || {
+        let source = start();
+        let pages = some_pages(&source);
+        record(&source, RECORDING, &pages);
+        // Enough for the manifest, and less than the set.
+        let short = Break::Each { direction: Direction::ToClient, bytes: 100 << 10, how: How::Close };
+        let proxy = Proxy::start(source.server.address(), short);
+        let session = Session::open(proxy.address(), &"app".parse().unwrap(), REPLAYING).unwrap();
+        let region = session.map("mem").unwrap();
+        std::thread::park_timeout(Duration::from_secs(4));
+        assert!(session.progress().resident_pages < pages.len() as u64, "{:?}", session.progress());
+        proxy.set(Break::Never);
+        wait_until("the set has come", || session.progress().resident_pages >= pages.len() as u64);
+        pages.iter().for_each(|page| touch(&region, &source, *page));
+        assert_eq!(session.progress().faults, 0);
+    });
+}
+
 #[test]
 fn a_working_set_and_then_everything() {
     within(WATCHDOG, || {

@@ -1,5 +1,6 @@
-//! The threads that decompress, verify and install what comes over the bulk lane.
+//! Decompresses, verifies and installs what the bulk lane brings, in a thread of the pool.
 
+use super::pool::Filling;
 use crate::install::chunk::decode;
 use crate::install::hand_over::{HandedOver, Work};
 use crate::install::{self, Installed};
@@ -16,113 +17,131 @@ use postcopy_proto::manifest::chunk_len;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use postcopy_proto::set_frame::{SetDecoder, SetFrame, SetRun};
 use postcopy_proto::v1;
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::PoisonError;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::OwnedSemaphorePermit;
 
-/// The first pause before an install is tried again that the kernel has no memory for, and the longest.
-const MEMORY_PAUSE: Range<Duration> = Duration::from_micros(200)..Duration::from_millis(50);
-/// How soon one that gives way looks whether it is quiet.
-const GIVE_WAY: Duration = Duration::from_millis(2);
+/// How long an installer waits for the pager to install what was handed over.
+const HANDED_OVER: Duration = Duration::from_millis(20);
 
-/// What an installer does next. The permit is given back when that is done.
+/// Something that has arrived. Its room in the window is free again when it is dropped.
+#[derive(Debug)]
 pub(super) struct Job {
     arrived: Arrived,
-    permit: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
     came: Instant,
     /// From asking for it to its coming.
     wire: Duration,
+    /// After an obstacle: until when the same is tried again.
+    deadline: Option<Instant>,
+    /// Stretches of a working set's first frame that were installed before the obstacle.
+    stretches: usize,
 }
 
 impl Job {
     /// What has come now.
     pub(super) fn new(arrived: Arrived, permit: OwnedSemaphorePermit, wire: Duration) -> Self {
-        Self { arrived, permit, came: Instant::now(), wire }
+        Self { arrived, _permit: permit, came: Instant::now(), wire, deadline: None, stretches: 0 }
     }
 }
 
+#[derive(Debug)]
 pub(super) enum Arrived {
-    Frames(Region, Vec<v1::ChunkAnswer>),
+    Frames(Region, VecDeque<v1::ChunkAnswer>),
     Zeros(Range<u64>),
-    WorkingSet(Vec<Bytes>),
+    WorkingSet(VecDeque<Bytes>),
 }
 
-/// Why a chunk was refused most lately: said when the fill gives up.
-pub(super) type Refused = Arc<Mutex<Option<String>>>;
+/// An install that cannot be done at the moment: the kernel has no memory, or the pager is slow.
+struct Obstacle;
 
-/// A thread that decompresses, verifies and installs.
-pub(super) struct Installer {
-    shared: Arc<Shared>,
-    refused: Refused,
-    /// It is of the half of them that does nothing while somebody touches what is absent.
-    gives_way: bool,
+/// The buffers of a thread that installs.
+#[derive(Debug, Default)]
+pub(super) struct Tools {
     pages: ChunkPages,
     decoder: FrameDecoder,
     set: SetDecoder,
-    /// Of what is being installed.
-    stages: Stages,
 }
 
-impl Installer {
-    pub(super) fn new(shared: Arc<Shared>, refused: Refused, gives_way: bool) -> Self {
-        Self {
-            shared,
-            refused,
-            gives_way,
-            pages: ChunkPages::default(),
-            decoder: FrameDecoder::default(),
-            set: SetDecoder::default(),
-            stages: Stages::default(),
-        }
+/// Decompresses, verifies and installs a session's job.
+pub(super) struct Installer<'a> {
+    filling: &'a Filling,
+    tools: &'a mut Tools,
+    /// Of what is being installed.
+    stages: Stages,
+    /// The first piece was tried before.
+    is_retry: bool,
+    stretches: usize,
+}
+
+impl<'a> Installer<'a> {
+    pub(super) fn new(filling: &'a Filling, tools: &'a mut Tools) -> Self {
+        Self { filling, tools, stages: Stages::default(), is_retry: false, stretches: 0 }
     }
 
-    pub(super) fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) {
+    fn shared(&self) -> &'a Shared {
+        &self.filling.shared
+    }
+
+    /// Does a job, and gives what is left of it if an obstacle stops it.
+    pub(super) fn install(mut self, mut job: Job) -> Option<Job> {
+        self.stages = Stages { queue: job.came.elapsed(), wire: job.wire, ..Stages::default() };
+        (self.is_retry, self.stretches) = (job.deadline.is_some(), job.stretches);
         loop {
-            while self.gives_way && self.shared.cores.are_shared(Instant::now()) {
-                std::thread::park_timeout(GIVE_WAY);
+            let installed = match &mut job.arrived {
+                Arrived::Frames(region, answers) => answers.front().map(|answer| self.frame(region, answer)),
+                Arrived::WorkingSet(frames) => frames.front().map(|frame| self.set_frame(frame)),
+                Arrived::Zeros(chunks) => (!chunks.is_empty()).then(|| self.zeros(ChunkIndex(chunks.start))),
+            };
+            let Some(installed) = installed else { break };
+            if installed.is_err() {
+                let patience = self.shared().options.fault_deadline;
+                let deadline = *job.deadline.get_or_insert_with(|| Instant::now() + patience);
+                if Instant::now() < deadline {
+                    job.stretches = self.stretches;
+                    return Some(job);
+                }
+                // Another pass has it.
             }
-            // Held while waiting, by one of the installers: whoever has the lock takes the next job.
-            let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-            let Some(job) = job else { return };
-            self.stages = Stages { queue: job.came.elapsed(), wire: job.wire, ..Stages::default() };
-            match job.arrived {
-                Arrived::Frames(region, answers) => {
-                    for answer in &answers {
-                        self.frame(&region, answer);
+            match &mut job.arrived {
+                Arrived::Frames(_, answers) => {
+                    if let Some(answer) = answers.pop_front() {
+                        self.shared().in_bulk.remove(ChunkIndex(answer.chunk));
                     }
                 }
-                Arrived::WorkingSet(frames) => frames.iter().for_each(|frame| self.set_frame(frame)),
-                Arrived::Zeros(chunks) => {
-                    for chunk in chunks {
-                        self.zeros(ChunkIndex(chunk));
-                    }
-                }
+                Arrived::WorkingSet(frames) => drop(frames.pop_front()),
+                Arrived::Zeros(chunks) => chunks.start += 1,
             }
-            self.shared.outcome.pages_changed();
-            drop(job.permit);
+            (self.is_retry, self.stretches, job.deadline) = (false, 0, None);
         }
+        self.shared().outcome.pages_changed();
+        None
     }
 
     /// Installs a chunk. What is wrong with it leaves it absent; the next pass asks again.
-    fn frame(&mut self, region: &Region, answer: &v1::ChunkAnswer) {
+    fn frame(&mut self, region: &Region, answer: &v1::ChunkAnswer) -> Result<(), Obstacle> {
         let chunk = ChunkIndex(answer.chunk);
-        if let Err(reason) = self.verified_frame(region, chunk, answer) {
+        self.verified_frame(region, chunk, answer).unwrap_or_else(|reason| {
             self.refuse(&format!("chunk {chunk}"), &reason);
-        }
-        self.shared.in_bulk.remove(chunk);
+            Ok(())
+        })
     }
 
     fn refuse(&self, what: &str, reason: &str) {
-        let image = self.shared.image.digest();
+        let image = self.shared().image.digest();
         let reason = format!("{what} of image {image}: {reason}");
-        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        *self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
     }
 
-    /// Installs a working set's frame. What is wrong with it leaves its pages to whoever touches them.
-    fn set_frame(&mut self, frame: &Bytes) {
-        add(&self.shared.counters.frame_bytes, frame.len());
-        let shared = Arc::clone(&self.shared);
+    /// Installs a working set's frame. What is wrong with it leaves its pages to page faults.
+    fn set_frame(&mut self, frame: &Bytes) -> Result<(), Obstacle> {
+        let shared = self.shared();
+        if !self.is_retry {
+            add(&shared.counters.frame_bytes, frame.len());
+        }
         let image = &shared.image;
         let installed = SetFrame::parse(frame).and_then(|frame| {
             let spaces = shared.spaces();
@@ -135,49 +154,52 @@ impl Installer {
             // Faults may have overtaken all of it.
             if runs.any(is_wanted) {
                 let before = Instant::now();
-                self.set.decode(&frame, &**image)?;
+                self.tools.set.decode(&frame, &**image)?;
                 self.stages.decompress = before.elapsed();
-                self.install_set(&spaces);
+                return Ok(self.install_set(&spaces));
             }
-            Ok(())
+            Ok(Ok(()))
         });
-        if let Err(error) = installed {
+        installed.unwrap_or_else(|error| {
             self.refuse("a frame of the working set", &error.to_string());
-        }
+            Ok(())
+        })
     }
 
     /// Installs what was decoded last.
-    fn install_set(&mut self, spaces: &Spaces) {
-        let image = Arc::clone(&self.shared.image);
-        for (run, bytes) in self.set.stretches() {
-            for (region, pages) in set_regions(&image, spaces, run) {
+    fn install_set(&mut self, spaces: &Spaces) -> Result<(), Obstacle> {
+        let shared = self.shared();
+        let image = &shared.image;
+        let done = self.stretches;
+        for (number, (run, bytes)) in self.tools.set.stretches().enumerate().skip(done) {
+            for (region, pages) in set_regions(image, spaces, run) {
                 if region.gathering().is_some() {
                     continue;
                 }
-                let parts = match &self.shared.trace {
-                    Some(trace) => trace.withhold(&image, &region, pages),
+                let parts = match &shared.trace {
+                    Some(trace) => trace.withhold(image, &region, pages),
                     None => vec![pages],
                 };
                 for pages in parts {
                     let before = region.file_pages(pages.clone()).start - run.first as usize;
                     let bytes =
                         bytes.map(|bytes| &bytes[before * PAGE_BYTES..(before + pages.len()) * PAGE_BYTES]);
-                    self.bring(&region, &pages, Cause::WorkingSet, Work::Pages(bytes));
-                    add(&self.shared.counters.working_set_pages, pages.len());
+                    self.bring(&region, &pages, Cause::WorkingSet, Work::Pages(bytes))?;
+                    add(&shared.counters.working_set_pages, pages.len());
                 }
             }
+            self.stretches = number + 1;
         }
-        if spaces.has_huge() {
-            self.install_set_chunks(spaces);
-        }
+        if spaces.has_huge() { self.install_set_chunks(spaces) } else { Ok(()) }
     }
 
     /// The same into huge pages, which are gathered by chunks: those that the frame has all of.
-    fn install_set_chunks(&mut self, spaces: &Spaces) {
-        let image = Arc::clone(&self.shared.image);
+    fn install_set_chunks(&mut self, spaces: &Spaces) -> Result<(), Obstacle> {
+        let shared = self.shared();
+        let image = &shared.image;
         let chunk_size = image.root().chunk_size();
         let chunk_pages = chunk_size.bytes() / PAGE_BYTES;
-        let runs: Vec<_> = self.set.pages().collect();
+        let runs: Vec<_> = self.tools.set.pages().collect();
         let place = |run: &SetRun| (run.file, run.first as usize / chunk_pages);
         for runs in runs.chunk_by(|(a, _), (b, _)| place(a) == place(b)) {
             let (file, number) = place(&runs[0].0);
@@ -192,13 +214,18 @@ impl Installer {
                 let first = run.first as usize % chunk_pages;
                 (first..first + usize::from(run.count), *bytes)
             });
-            self.pages.set(chunk_bytes, in_chunk);
+            self.tools.pages.set(chunk_bytes, in_chunk);
             for region in spaces.of_chunk(chunk, chunk_pages).filter(|region| region.gathering().is_some()) {
                 let pages = region.pages_of(chunk).expect("a region of the chunk");
-                self.bring(&region, &pages, Cause::WorkingSet, Work::Chunk(chunk, &self.pages));
-                add(&self.shared.counters.working_set_pages, held);
+                // Before an obstacle it was brought.
+                if self.is_retry && !is_wanted(&region, chunk) {
+                    continue;
+                }
+                self.bring(&region, &pages, Cause::WorkingSet, Work::Chunk(chunk, &self.tools.pages))?;
+                add(&shared.counters.working_set_pages, held);
             }
         }
+        Ok(())
     }
 
     fn verified_frame(
@@ -206,47 +233,54 @@ impl Installer {
         region: &Region,
         chunk: ChunkIndex,
         answer: &v1::ChunkAnswer,
-    ) -> Result<(), String> {
-        let shared = Arc::clone(&self.shared);
+    ) -> Result<Result<(), Obstacle>, String> {
+        let shared = self.shared();
         let image = &shared.image;
         let (Some(_), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
             return Err("it was not asked for".to_owned());
         };
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
-        add(&shared.counters.bulk_chunks, 1);
-        add(&shared.counters.frame_bytes, frame.len());
+        if !self.is_retry {
+            add(&shared.counters.bulk_chunks, 1);
+            add(&shared.counters.frame_bytes, frame.len());
+        }
         // A fault may have overtaken it.
-        let is_wanted = |region: &Region| {
-            let pages = region.pages_of(chunk).expect("a region of the chunk");
-            region.next_run(pages, install::unresolved(region)).is_some()
-        };
-        if shared.of_chunk(chunk).iter().any(is_wanted) {
+        if shared.of_chunk(chunk).iter().any(|region| is_wanted(region, chunk)) {
             let before = Instant::now();
-            decode(&mut self.pages, &mut self.decoder, image, region.file(), chunk, &digest, frame)?;
+            let Tools { pages, decoder, .. } = &mut *self.tools;
+            decode(pages, decoder, image, region.file(), chunk, &digest, frame)?;
             self.stages.decompress = before.elapsed();
-            self.install(chunk);
+            return Ok(self.install_chunk(chunk));
+        }
+        Ok(Ok(()))
+    }
+
+    fn zeros(&mut self, chunk: ChunkIndex) -> Result<(), Obstacle> {
+        if self.shared().image.content(chunk) == Content::Zero {
+            self.tools.pages.set_zeros(self.shared().image.root().chunk_size().bytes());
+            return self.install_chunk(chunk);
         }
         Ok(())
     }
 
-    fn zeros(&mut self, chunk: ChunkIndex) {
-        if self.shared.image.content(chunk) == Content::Zero {
-            self.pages.set_zeros(self.shared.image.root().chunk_size().bytes());
-            self.install(chunk);
-        }
-    }
-
-    fn install(&self, chunk: ChunkIndex) {
+    fn install_chunk(&self, chunk: ChunkIndex) -> Result<(), Obstacle> {
         // Those of other regions over the same file are not asked for then.
-        for region in self.shared.of_chunk(chunk) {
+        for region in self.shared().of_chunk(chunk) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
-            self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.pages));
+            self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.tools.pages))?;
         }
+        Ok(())
     }
 
-    /// Prefetches pages of a region. The pager installs where an event is in the way; without memory this tries again.
-    fn bring(&self, region: &Region, pages: &Range<usize>, cause: Cause, work: Work<'_>) {
-        let shared = &self.shared;
+    /// Prefetches pages of a region. The pager installs them where an event is in the way.
+    fn bring(
+        &self,
+        region: &Region,
+        pages: &Range<usize>,
+        cause: Cause,
+        work: Work<'_>,
+    ) -> Result<(), Obstacle> {
+        let shared = self.shared();
         if let Some(recorder) = &shared.recorder {
             recorder.brought(&shared.image, region, pages.clone());
         }
@@ -254,21 +288,28 @@ impl Installer {
         let install = || match work.install(Some(&shared.map), region, pages) {
             Installed::Deferred => {
                 let (handed_over, outcome) = HandedOver::new(region, pages, work, deadline);
-                shared.to_pager.send(handed_over);
-                outcome.recv().unwrap_or(Installed::Ended)
+                if !shared.to_pager.send(handed_over) {
+                    return Installed::NoMemory;
+                }
+                match outcome.recv_timeout(HANDED_OVER) {
+                    Ok(installed) => installed,
+                    Err(RecvTimeoutError::Timeout) => Installed::NoMemory,
+                    Err(RecvTimeoutError::Disconnected) => Installed::Ended,
+                }
             }
             installed => installed,
         };
-        let mut pause = MEMORY_PAUSE.start;
-        while Instant::now() < deadline {
-            match shared.installing(region, pages, cause, self.stages, install) {
-                // Deferred: another pass has it.
-                Installed::All | Installed::Ended | Installed::Deferred => return,
-                Installed::NoMemory => std::thread::park_timeout(pause),
-            }
-            pause = (pause * 2).min(MEMORY_PAUSE.end);
+        match shared.installing(region, pages, cause, self.stages, install) {
+            // Deferred: another pass has it.
+            Installed::All | Installed::Ended | Installed::Deferred => Ok(()),
+            Installed::NoMemory => Err(Obstacle),
         }
     }
+}
+
+fn is_wanted(region: &Region, chunk: ChunkIndex) -> bool {
+    let pages = region.pages_of(chunk).expect("a region of the chunk");
+    region.next_run(pages, install::unresolved(region)).is_some()
 }
 
 /// The regions that have pages of a run, and which of theirs.

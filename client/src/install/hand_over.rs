@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tokio::sync::mpsc;
 
-/// Most installs that may await the pager; each installer awaits its own.
+/// The largest number of installs that may await the pager; an installer waits a while for its own.
 const HANDED_OVER: usize = 64;
 
 /// The content of pages to install.
@@ -83,7 +83,7 @@ impl HandedOver {
     }
 }
 
-/// The queue of installs to the pager. Each installer has at most one in it.
+/// The queue of installs to the pager.
 #[derive(Debug)]
 pub(crate) struct ToPager {
     sender: mpsc::Sender<HandedOver>,
@@ -107,11 +107,8 @@ impl ToPager {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take().expect("a session has one pager")
     }
 
-    /// Sends an install; drops it if the pager has ended.
-    ///
-    /// # Blocking
-    /// Blocks while the queue is full. The pager must not call this.
-    pub(crate) fn send(&self, work: HandedOver) {
-        let _ = self.sender.blocking_send(work);
+    /// Sends an install unless the queue is full. Returns whether it was sent, or the pager has ended.
+    pub(crate) fn send(&self, work: HandedOver) -> bool {
+        !matches!(self.sender.try_send(work), Err(mpsc::error::TrySendError::Full(_)))
     }
 }

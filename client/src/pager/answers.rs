@@ -46,6 +46,11 @@ impl Pager {
         self.spin.answered(waited);
         // A server that was away for a while says nothing of how far away it is.
         self.usual = (self.usual * 7 + waited.min(FAR)) / 8;
+        if self.scattered.remove(&chunk)
+            && let Some(asked_at) = now.checked_sub(waited)
+        {
+            self.ahead_pace.answered(asked_at.into_std(), now.into_std());
+        }
         // The fill looks at it, or not: then this one does not count.
         if let Ok(mut pace) = self.shared().pace.try_lock()
             && let Some(asked_at) = now.checked_sub(waited)

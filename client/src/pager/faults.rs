@@ -228,7 +228,7 @@ impl Pager {
     pub(super) fn ask_chunk(&mut self, region: &Region, page: usize) {
         let chunk = region.chunk_of(page);
         let now = Instant::now();
-        if !self.requests.waits_for(chunk, &(region.clone(), page), now) {
+        if !self.requests.waits_for(chunk, &(region.clone(), page), now, self.usual) {
             self.ask_anew(region, chunk, page, now);
         }
         if self.shared().recorder.is_none() && region.gathering().is_none() {
@@ -239,7 +239,13 @@ impl Pager {
     /// Asks for what lies ahead of a touched chunk, where touches go forward.
     pub(super) fn read_ahead(&mut self, region: &Region, touched: ChunkIndex, now: Instant) {
         let shared = Arc::clone(&self.on_exit.shared);
-        for chunk in self.ahead.touched(touched.0).map(ChunkIndex) {
+        let Some(ahead) = self.ahead.touched(touched.0) else {
+            if self.requests.has_chunk(touched) {
+                self.scattered.insert(touched);
+            }
+            return;
+        };
+        for chunk in ahead.map(ChunkIndex) {
             // The region's end.
             let Some(pages) = region.pages_of(chunk) else { break };
             let is_wanted = region.next_run(pages.clone(), &[PageState::Absent]).is_some();

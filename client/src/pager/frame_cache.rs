@@ -9,13 +9,13 @@ use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-/// Most bytes of frames. Chunks beyond this are fetched again.
-const MOST_BYTES: usize = 128 << 20;
 /// Number of chunks whose decoded pages are kept.
 const DECODED: usize = 16;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct FrameCache {
+    /// Most bytes of frames. Chunks beyond this are fetched again.
+    most: usize,
     /// The frames, each with its insertion number.
     frames: HashMap<ChunkIndex, (u64, Bytes)>,
     /// The chunks by insertion number, the oldest first.
@@ -27,6 +27,12 @@ pub(crate) struct FrameCache {
 }
 
 impl FrameCache {
+    /// Makes an empty cache for at most `most` bytes of frames.
+    pub(crate) fn new(most: usize) -> Self {
+        let (frames, order, decoded) = (HashMap::new(), BTreeMap::new(), VecDeque::new());
+        Self { most, frames, order, last: 0, bytes: 0, decoded }
+    }
+
     /// Returns the frame of a chunk, if it is kept.
     pub(crate) fn frame(&self, chunk: ChunkIndex) -> Option<Bytes> {
         self.frames.get(&chunk).map(|(_, frame)| frame.clone())
@@ -46,7 +52,7 @@ impl FrameCache {
         self.last += 1;
         self.frames.insert(chunk, (self.last, Bytes::copy_from_slice(frame)));
         self.order.insert(self.last, chunk);
-        while self.bytes > MOST_BYTES {
+        while self.bytes > self.most {
             let Some((_, oldest)) = self.order.pop_first() else { break };
             self.forget(oldest);
         }
@@ -74,15 +80,15 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_bounded_and_the_oldest_goes_first() {
-        let mut kept = FrameCache::default();
-        let most = MOST_BYTES as u64 >> 16;
+        let most = 48;
+        let mut kept = FrameCache::new(48 << 16);
         let mut pages = ChunkPages::default();
         for chunk in (0..2 * most).map(ChunkIndex) {
             kept.keep(chunk, &[7; 1 << 16]);
             pages.set_zeros(1 << 16);
             kept.swap(chunk, &mut pages);
         }
-        assert_eq!(kept.bytes, MOST_BYTES);
+        assert_eq!(kept.bytes, 48 << 16);
         assert!(kept.frame(ChunkIndex(most - 1)).is_none() && kept.frame(ChunkIndex(most)).is_some());
         assert_eq!(kept.decoded.len(), DECODED);
         let newest = 2 * most - DECODED as u64;

@@ -35,8 +35,8 @@ impl ReadAhead {
         Self { streams: Vec::with_capacity(STREAMS), most: (MOST_BYTES / chunk_bytes).max(1) as u64 }
     }
 
-    /// A chunk is touched: which ones to ask for now, beside it.
-    pub(crate) fn touched(&mut self, chunk: u64) -> Range<u64> {
+    /// A chunk is touched: which ones to ask for now, beside it; None where it goes on with no stream.
+    pub(crate) fn touched(&mut self, chunk: u64) -> Option<Range<u64>> {
         // Another page of the last one says nothing.
         let place = self.streams.iter().rposition(|s| (s.next - 1..=s.asked).contains(&chunk));
         let Some(place) = place else {
@@ -44,7 +44,7 @@ impl ReadAhead {
                 self.streams.remove(0);
             }
             self.streams.push(Stream { next: chunk + 1, asked: chunk + 1, window: 0 });
-            return 0..0;
+            return None;
         };
         let mut stream = self.streams.remove(place);
         let mut ahead = 0..0;
@@ -58,7 +58,7 @@ impl ReadAhead {
             }
         }
         self.streams.push(stream);
-        ahead
+        Some(ahead)
     }
 }
 
@@ -72,7 +72,7 @@ mod tests {
         let mut ahead = ReadAhead::new(64 << 10);
         let (mut asked, mut sizes) = (Vec::new(), Vec::new());
         for chunk in 100..1000 {
-            let range = ahead.touched(chunk);
+            let range = ahead.touched(chunk).unwrap_or_default();
             // What is touched without having been read ahead is asked for by the touch.
             if !asked.contains(&chunk) {
                 asked.push(chunk);
@@ -90,16 +90,16 @@ mod tests {
     #[test]
     fn what_came_ahead_is_not_seen_and_the_scan_goes_on_behind_it() {
         let mut ahead = ReadAhead::new(64 << 10);
-        assert!(ahead.touched(5).is_empty());
+        assert_eq!(ahead.touched(5), None);
         let mut touch = 6;
         for size in [1, 2, 4, 8] {
-            let range = ahead.touched(touch);
+            let range = ahead.touched(touch).unwrap();
             assert_eq!(range, touch + 1..touch + 1 + size);
             touch = range.end;
         }
         // It goes elsewhere.
-        assert!(ahead.touched(900).is_empty());
-        assert_eq!(ahead.touched(901), 902..903);
+        assert_eq!(ahead.touched(900), None);
+        assert_eq!(ahead.touched(901), Some(902..903));
     }
 
     #[test]
@@ -107,7 +107,8 @@ mod tests {
         let mut ahead = ReadAhead::new(64 << 10);
         for step in 0..10 {
             for scan in 0..STREAMS as u64 {
-                assert_eq!(ahead.touched(scan * 1000 + step).is_empty(), ![1, 2, 3, 6].contains(&step));
+                let range = ahead.touched(scan * 1000 + step).unwrap_or_default();
+                assert_eq!(range.is_empty(), ![1, 2, 3, 6].contains(&step));
             }
         }
     }
@@ -119,8 +120,8 @@ mod tests {
         ) {
             let (mut ahead, mut scattered) = (ReadAhead::new(64 << 10), ReadAhead::new(64 << 10));
             for chunk in chunks {
-                prop_assert!(scattered.touched(chunk * 2).is_empty(), "every second chunk at most");
-                let range = ahead.touched(chunk);
+                prop_assert!(scattered.touched(chunk * 2).unwrap_or_default().is_empty(), "every second chunk at most");
+                let range = ahead.touched(chunk).unwrap_or_default();
                 prop_assert!(range.is_empty() || range.start > chunk && range.end - range.start <= 32);
             }
         }

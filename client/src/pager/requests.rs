@@ -23,6 +23,12 @@ pub(super) const LOST_RETRY: Duration = Duration::from_secs(1);
 /// Back-off before a retry, after the server could not answer for the moment.
 const BUSY_RETRY: Duration = Duration::from_millis(100);
 
+/// A chunk that was requested ahead and has a waiter is requested as DEMAND, too, once it has been
+/// outstanding for so long, or for so many times the latency of an answer. Earlier, both answers
+/// would arrive.
+const LATE_AHEAD: Duration = Duration::from_millis(20);
+const LATE_ANSWERS: u32 = 2;
+
 /// A page that has a waiter.
 pub(crate) type Waiting = (Region, usize);
 
@@ -34,6 +40,8 @@ struct Chunk {
     first: Waiting,
     /// True for read-ahead without a waiter. If it cannot be fetched it is forgotten.
     is_ahead: bool,
+    /// It is one of those that are under way ahead.
+    is_counted: bool,
     attempt: u32,
     /// Number of answers that were wrong or errors.
     refusals: u32,
@@ -82,6 +90,11 @@ pub(crate) struct Requests {
     chunks_to_ask: Vec<(u32, ChunkIndex)>,
     /// Read-ahead to request when there is nothing else.
     ahead_to_ask: Vec<ChunkIndex>,
+    /// Number of chunks that were requested ahead and have neither an answer nor a waiter.
+    ahead_under_way: usize,
+    /// Chunks that were requested ahead and have a waiter, with the time at which to request them as
+    /// DEMAND.
+    late_ahead: Vec<(Instant, ChunkIndex)>,
     /// The set of all requested chunks, for the fill.
     underway: Arc<Underway>,
     segments_to_ask: Vec<u32>,
@@ -98,6 +111,8 @@ impl Requests {
             segments: BTreeMap::new(),
             chunks_to_ask: Vec::new(),
             ahead_to_ask: Vec::new(),
+            ahead_under_way: 0,
+            late_ahead: Vec::new(),
             underway,
             segments_to_ask: Vec::new(),
             last_id: 0,
@@ -115,19 +130,45 @@ impl Requests {
         self.chunks.contains_key(&chunk)
     }
 
-    /// Adds a waiter to an outstanding chunk; read-ahead becomes a demand fetch. Returns false if
-    /// the chunk was not requested.
-    pub(crate) fn waits_for(&mut self, chunk: ChunkIndex, first: &Waiting, now: Instant) -> bool {
+    /// Adds a waiter to an outstanding chunk; read-ahead becomes a demand fetch. An answer takes
+    /// `usual` of late. Returns false if the chunk was not requested.
+    pub(crate) fn waits_for(
+        &mut self,
+        chunk: ChunkIndex,
+        first: &Waiting,
+        now: Instant,
+        usual: Duration,
+    ) -> bool {
         let Some(wanted) = self.chunks.get_mut(&chunk) else { return false };
         if std::mem::take(&mut wanted.is_ahead) {
             wanted.first = first.clone();
             wanted.since = now;
+            self.ahead_under_way -= usize::from(std::mem::take(&mut wanted.is_counted));
             if let Some(place) = self.ahead_to_ask.iter().position(|ahead| *ahead == chunk) {
                 self.ahead_to_ask.remove(place);
                 self.chunks_to_ask.push((wanted.attempt, chunk));
+            } else if let Some(sent) = wanted.sent.filter(|_| wanted.answered.is_none()) {
+                let late = sent + (usual * LATE_ANSWERS).max(LATE_AHEAD);
+                self.late_ahead.push((late.max(now), chunk));
             }
         }
         true
+    }
+
+    /// Requests chunks as DEMAND that were requested ahead, have a waiter, and are late.
+    pub(crate) fn ask_late(&mut self, now: Instant) {
+        let chunks = &self.chunks;
+        let late = self.late_ahead.extract_if(.., |(at, _)| *at <= now).map(|(_, chunk)| chunk);
+        let unanswered = late.filter_map(|chunk| Some((chunks.get(&chunk)?, chunk)));
+        let unanswered =
+            unanswered.filter(|(wanted, _)| wanted.answered.is_none() && wanted.again_at.is_none());
+        self.chunks_to_ask.extend(unanswered.map(|(wanted, chunk)| (wanted.attempt, chunk)));
+    }
+
+    /// Returns the number of outstanding chunks that were requested ahead; None if no other is to be
+    /// requested.
+    pub(crate) fn ahead_under_way(&self) -> Option<usize> {
+        (!self.ahead_to_ask.is_empty()).then_some(self.ahead_under_way)
     }
 
     /// Requests a chunk that is not outstanding.
@@ -147,6 +188,7 @@ impl Requests {
             digest,
             first,
             is_ahead,
+            is_counted: false,
             attempt: 0,
             refusals: 0,
             since: now,
@@ -169,18 +211,26 @@ impl Requests {
         wanted.pages.insert((page.0.space.id, page.0.address(page.1)), page);
     }
 
-    /// Returns true if there is something to request.
-    pub(crate) fn has_message(&self) -> bool {
-        !self.chunks_to_ask.is_empty() || !self.segments_to_ask.is_empty() || !self.ahead_to_ask.is_empty()
+    /// Returns true if there is something to request, with at most `ahead` chunks of read-ahead.
+    pub(crate) fn has_message(&self, ahead: usize) -> bool {
+        !self.chunks_to_ask.is_empty()
+            || !self.segments_to_ask.is_empty()
+            || (ahead > 0 && !self.ahead_to_ask.is_empty())
     }
 
-    /// Returns the next message: as many of the pending requests as one message may hold.
-    pub(crate) fn message(&mut self, now: Instant) -> v1::FetchChunksRequest {
+    /// Returns the next message: as many of the pending requests as one message may hold, with at most
+    /// `ahead` chunks of read-ahead.
+    pub(crate) fn message(&mut self, now: Instant, ahead: usize) -> v1::FetchChunksRequest {
         self.last_id += 1;
         if self.chunks_to_ask.is_empty() && self.segments_to_ask.is_empty() {
-            let count = self.ahead_to_ask.len().min(to_usize(MAX_DEMAND_CHUNKS));
+            let count = self.ahead_to_ask.len().min(to_usize(MAX_DEMAND_CHUNKS)).min(ahead);
             let chunks: Vec<_> = self.ahead_to_ask.drain(..count).collect();
-            chunks.iter().for_each(|chunk| self.sent(*chunk, now));
+            for chunk in &chunks {
+                self.sent(*chunk, now);
+                if let Some(wanted) = self.chunks.get_mut(chunk) {
+                    self.ahead_under_way += usize::from(!std::mem::replace(&mut wanted.is_counted, true));
+                }
+            }
             let runs = runs_of(chunks.into_iter().map(|chunk| chunk.0));
             let class = v1::RequestClass::Prefetch.into();
             return v1::FetchChunksRequest { id: self.last_id, class, runs, ..Default::default() };
@@ -210,6 +260,7 @@ impl Requests {
     pub(crate) fn answered(&mut self, chunk: ChunkIndex, now: Instant) {
         if let Some(wanted) = self.chunks.get_mut(&chunk) {
             wanted.answered = Some(now);
+            self.ahead_under_way -= usize::from(std::mem::take(&mut wanted.is_counted));
         }
     }
 
@@ -233,6 +284,7 @@ impl Requests {
     /// read-ahead.
     pub(crate) fn ask_all_again(&mut self) {
         self.chunks_to_ask.clear();
+        self.late_ahead.clear();
         self.forget_chunks(|_, wanted| wanted.is_ahead && wanted.frame.is_none());
         for (chunk, wanted) in &mut self.chunks {
             if wanted.frame.is_none() && wanted.again_at.is_none() {
@@ -275,6 +327,7 @@ impl Requests {
     /// Removes a chunk that has no waiter left.
     pub(crate) fn chunk_done(&mut self, chunk: ChunkIndex) {
         let done = self.chunks.remove(&chunk);
+        self.ahead_under_way -= usize::from(done.as_ref().is_some_and(|wanted| wanted.is_counted));
         self.arrived -= usize::from(done.is_some_and(|wanted| wanted.frame.is_some()));
         self.underway.remove(chunk);
     }
@@ -285,10 +338,17 @@ impl Requests {
             if is_forgotten {
                 self.underway.remove(*chunk);
                 self.arrived -= usize::from(wanted.frame.is_some());
+                self.ahead_under_way -= usize::from(wanted.is_counted);
             }
             !is_forgotten
         });
         self.ahead_to_ask.retain(|chunk| self.chunks.contains_key(chunk));
+    }
+
+    /// Forgets chunks that the fill has installed since, as `has_come` says.
+    pub(crate) fn forget_brought(&mut self, has_come: impl Fn(ChunkIndex) -> bool) {
+        self.forget_chunks(|chunk, _| has_come(chunk));
+        self.chunks_to_ask.retain(|(_, chunk)| self.chunks.contains_key(chunk));
     }
 
     /// Keeps a frame whose install was deferred: until `at` if memory is lacking, or with `None`
@@ -313,10 +373,12 @@ impl Requests {
         }
     }
 
-    /// Returns the time of the next install of a frame that lacked memory.
+    /// Returns the time of the next install of a frame that lacked memory, or of the next request for a
+    /// late chunk.
     pub(crate) fn next_attempt(&self) -> Option<Instant> {
         let frames = self.chunks.values().filter(|_| self.arrived > 0);
-        frames.filter_map(|wanted| wanted.frame.as_ref()?.1).min()
+        let frames = frames.filter_map(|wanted| wanted.frame.as_ref()?.1);
+        frames.chain(self.late_ahead.iter().map(|(at, _)| *at)).min()
     }
 
     /// Takes the frames whose install can be tried now.
@@ -471,5 +533,77 @@ impl Requests {
             wanted.pages.retain(|_, (other, _)| !is_it(other));
         }
         self.segments.retain(|_, wanted| !wanted.pages.is_empty());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::tests::{any_region, any_space};
+    use postcopy_proto::manifest::FileEntry;
+    use postcopy_proto::page::PAGE_BYTES;
+
+    const MILLI: Duration = Duration::from_millis(1);
+
+    fn waiting() -> Waiting {
+        let file = FileEntry { size_bytes: 32 << 12, first_chunk: ChunkIndex(0), executable: false };
+        (any_region(&any_space(0), 0, file, 0..32, PAGE_BYTES), 0)
+    }
+
+    /// Read-ahead of chunks 5 to 8 of which two were sent, and when.
+    fn two_of_four_ahead() -> (Requests, Instant) {
+        let (mut requests, now) = (Requests::new(Duration::from_secs(60), Arc::default()), Instant::now());
+        for chunk in 5..9 {
+            requests.add_ahead(ChunkIndex(chunk), Digest::of(b"chunk"), waiting(), now);
+        }
+        let message = requests.message(now, 2);
+        assert_eq!(message.runs, [v1::ChunkRun { first: 5, count: 2 }]);
+        assert_eq!(message.class(), v1::RequestClass::Prefetch);
+        (requests, now)
+    }
+
+    #[test]
+    fn read_ahead_is_sent_as_far_as_there_is_room() {
+        let (mut requests, now) = two_of_four_ahead();
+        assert_eq!(requests.ahead_under_way(), Some(2));
+        assert!(!requests.has_message(0) && requests.has_message(1));
+        // One is answered, another one waited for, and one is lost.
+        requests.answered(ChunkIndex(5), now);
+        requests.chunk_done(ChunkIndex(5));
+        assert_eq!(requests.ahead_under_way(), Some(1));
+        assert!(requests.waits_for(ChunkIndex(6), &waiting(), now, MILLI));
+        assert_eq!(requests.ahead_under_way(), Some(0));
+        requests.message(now, 9);
+        assert_eq!((requests.ahead_under_way(), requests.ahead_under_way), (None, 2));
+        requests.ask_all_again();
+        assert_eq!(requests.ahead_under_way, 0);
+    }
+
+    #[test]
+    fn what_was_asked_for_ahead_and_is_late_is_asked_for_once_more_when_a_fault_waits_for_it() {
+        let (mut requests, now) = two_of_four_ahead();
+        assert!(requests.waits_for(ChunkIndex(6), &waiting(), now + MILLI, MILLI));
+        assert!(requests.waits_for(ChunkIndex(5), &waiting(), now + MILLI, 30 * MILLI));
+        assert_eq!(requests.next_attempt(), Some(now + 20 * MILLI));
+        requests.ask_late(now + 19 * MILLI);
+        assert!(!requests.has_message(0), "it may be near");
+        requests.ask_late(now + 20 * MILLI);
+        let message = requests.message(now + 20 * MILLI, 0);
+        assert_eq!(message.runs, [v1::ChunkRun { first: 6, count: 1 }]);
+        assert_eq!((message.class(), message.attempt), (v1::RequestClass::Demand, 0));
+        // The other one comes in time.
+        requests.answered(ChunkIndex(5), now + 50 * MILLI);
+        assert!(requests.waits_for(ChunkIndex(6), &waiting(), now + 70 * MILLI, MILLI));
+        requests.ask_late(now + 70 * MILLI);
+        assert!(!requests.has_message(0) && requests.next_attempt().is_none());
+    }
+
+    #[test]
+    fn what_a_fault_waits_for_and_was_not_sent_is_not_read_ahead_any_more() {
+        let (mut requests, now) = two_of_four_ahead();
+        assert!(requests.waits_for(ChunkIndex(8), &waiting(), now, MILLI));
+        let message = requests.message(now, 0);
+        assert_eq!(message.runs, [v1::ChunkRun { first: 8, count: 1 }]);
+        assert_eq!(message.class(), v1::RequestClass::Demand);
     }
 }

@@ -2,20 +2,22 @@
 //!
 //! The pager notes each page at its first touch, and then installs that page alone, so that a touch of its neighbours is
 //! seen, too. What is brought without a touch (a working set, a background fill) is noted as such: nobody can say whether it would have
-//! been touched. A thread of its own sends what has been noted, when it is asked to, when nothing new was touched for a while, ever more
+//! been touched. A background task sends what has been noted, when it is asked to, when nothing new was touched for a while, ever more
 //! rarely, and at the session's end.
 
+use crate::background;
 use crate::bits::Bits;
 use crate::memory::{PageState, Region};
 use crate::outcome::Outcome;
 use crate::remote::Image;
 use crate::remote::ServerAddress;
+use crate::remote::backoff::Backoff;
 use crate::remote::{Remote, RemoteError, within};
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use postcopy_proto::v1::{PageSpan, RecordRequest};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,14 +30,11 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Spans of one message: at most 18 bytes each.
 const SPANS: usize = 65_536;
 
-/// Pages that are told as touched, the first of them: a set of more is not made. The others are told as not seen.
-const MOST_TOUCHED: usize = (1 << 30) / PAGE_BYTES;
 /// Runs of pages that are told as not seen. Where these are more, each file is told as not seen from the first to the last
 /// of its own.
 const MOST_UNSEEN: usize = 1 << 20;
-/// How long the last sending is tried again, and the pause between.
+/// How long the last sending is tried again.
 const LAST_ATTEMPTS: Duration = Duration::from_secs(8);
-const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// What is known of a file's pages.
 #[derive(Debug)]
@@ -51,9 +50,11 @@ pub(crate) struct Recorder {
     id: [u8; 16],
     /// By the files' places in the image; None of those that the session has no memory of.
     files: Box<[OnceLock<Seen>]>,
-    /// Pages by file and number, touched since the recorder's thread has taken them last. Held for adding one and taking
+    /// Pages by file and number, touched since the recorder's task has taken them last. Held for adding one and taking
     /// all of them, never over a touch of a region: the pager waits for it.
     noted: Mutex<Vec<(u32, u32)>>,
+    /// How many pages may be noted still. Later ones count as not seen: a set of more is not made.
+    room: AtomicU32,
     /// How many pages have been brought.
     brought: AtomicUsize,
     /// Held for a look or a change.
@@ -74,12 +75,15 @@ struct Sent {
 
 impl Recorder {
     /// For a session that is filled from `image`.
-    pub(crate) fn new(image: &Image) -> Self {
+    ///
+    /// It notes at most so many touched pages.
+    pub(crate) fn new(image: &Image, most: u32) -> Self {
         let files = image.files().iter().map(|_| OnceLock::new()).collect();
         Self {
             id: fastrand::u128(..).to_le_bytes(),
             files,
             noted: Mutex::default(),
+            room: AtomicU32::new(most),
             brought: AtomicUsize::new(0),
             sent: Mutex::default(),
         }
@@ -105,7 +109,14 @@ impl Recorder {
     pub(crate) fn touched(&self, image: &Image, region: &Region, pages: Range<usize>) {
         let (place, seen) = (image.place_of(region.file()), self.seen(image, region));
         for page in region.file_pages(pages) {
-            if seen.touched.set(page) {
+            if seen.touched.is_set(page) {
+                continue;
+            }
+            let take = |room: u32| room.checked_sub(1);
+            if self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+                let is_new = seen.brought.set(page);
+                self.brought.fetch_add(usize::from(is_new), Ordering::Relaxed);
+            } else if seen.touched.set(page) {
                 let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
                 self.noted().push((short(place), short(page)));
             }
@@ -140,8 +151,7 @@ impl Recorder {
 
     /// What has been seen so far, as messages: these pages were touched, in this order.
     fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
-        let (told, beyond) = order.split_at(order.len().min(MOST_TOUCHED));
-        let (touched, mut unseen) = (spans(told.iter().copied()), spans(beyond.iter().copied()));
+        let (touched, mut unseen) = (spans(order.iter().copied()), Vec::new());
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
@@ -257,7 +267,7 @@ fn by_file(mut spans: Vec<PageSpan>) -> Vec<PageSpan> {
     spans
 }
 
-/// What the thread needs that sends a recording.
+/// The values that the task needs that sends a recording.
 #[derive(Debug)]
 pub(crate) struct Sender {
     pub(crate) recorder: Arc<Recorder>,
@@ -266,20 +276,18 @@ pub(crate) struct Sender {
     pub(crate) outcome: Arc<Outcome>,
 }
 
-/// Starts the thread that sends a session's recording.
+/// Starts the task that sends a session's recording.
 ///
 /// # Errors
-/// If there is no thread or runtime to be had.
+/// If the process cannot start the thread of such tasks.
 pub(crate) fn start(sender: Sender) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let thread = std::thread::Builder::new().name("postcopy-record".into());
-    thread.spawn(move || runtime.block_on(run(&sender))).map(drop)
+    background::spawn(async move { run(&sender).await })
 }
 
 async fn run(sender: &Sender) {
     let Sender { recorder, outcome, .. } = sender;
     let (mut order, mut sent, mut sendings) = (Vec::new(), (0, 0), Sendings::new(Instant::now()));
-    let mut ended_at: Option<Instant> = None;
+    let (mut ended_at, mut backoff): (Option<Instant>, _) = (None, Backoff::new());
     loop {
         if outcome.has_ended() {
             ended_at.get_or_insert_with(Instant::now);
@@ -311,7 +319,7 @@ async fn run(sender: &Sender) {
             if recorder.sent().error.is_none() || ended_at.elapsed() > LAST_ATTEMPTS {
                 break;
             }
-            tokio::time::sleep(LAST_PAUSE).await;
+            tokio::time::sleep(backoff.pause()).await;
             continue;
         }
         // Too early is a look more.
@@ -346,7 +354,7 @@ mod tests {
     #[test]
     fn of_files_without_memory_nothing_is_kept_and_nothing_said() {
         let (image, region) = image_and_region();
-        let recorder = Recorder::new(&image);
+        let recorder = Recorder::new(&image, 1000);
         assert!(recorder.files.iter().all(|seen| seen.get().is_none()));
         recorder.touched(&image, &region, 3..4);
         recorder.touched(&image, &region, 3..4);
@@ -361,23 +369,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_to_tell_counts_as_not_seen() {
-        let (image, _) = image_and_region();
-        let recorder = Recorder::new(&image);
-        // Each second page, so that each is a span.
-        let most = u32::try_from(MOST_TOUCHED).unwrap();
-        let order: Vec<_> = (0..most + 2).map(|number| (1, 2 * number)).collect();
-        let told = |messages: &[RecordRequest]| -> (usize, Vec<PageSpan>) {
-            let touched = messages.iter().map(|message| message.touched.len()).sum();
-            (touched, messages.iter().flat_map(|message| message.unseen.clone()).collect())
-        };
-        let (touched, unseen) = told(&recorder.messages(&image, &order));
-        let first = 2 * most;
-        assert_eq!(touched, MOST_TOUCHED);
-        // The image's files are absent memory of others here.
-        assert_eq!(unseen[..2], [SPAN(1, first, 1), SPAN(1, first + 2, 1)]);
-        assert_eq!(unseen[2..], [SPAN(0, 0, 10), SPAN(1, 0, 10)]);
-        assert_eq!(by_file(unseen), [SPAN(0, 0, 10), SPAN(1, 0, first + 3)]);
+    fn what_is_too_much_to_keep_counts_as_not_seen() {
+        let (image, region) = image_and_region();
+        let (recorder, mut order) = (Recorder::new(&image, 3), Vec::new());
+        // A page that is touched again takes no room.
+        for page in [1, 1, 7, 3, 5, 6, 1] {
+            recorder.touched(&image, &region, page..page + 1);
+        }
+        recorder.take_noted(&mut order);
+        assert_eq!(order, [(1, 1), (1, 7), (1, 3)]);
+        recorder.touched(&image, &region, 9..10);
+        recorder.take_noted(&mut order);
+        assert_eq!(order.len(), 3, "as long as the recording lives");
+        let messages = recorder.messages(&image, &order);
+        assert_eq!(messages[1].touched, [SPAN(1, 1, 1), SPAN(1, 7, 1), SPAN(1, 3, 1)]);
+        assert_eq!(messages[2].unseen, [SPAN(0, 0, 10), SPAN(1, 5, 2), SPAN(1, 9, 1)]);
+    }
+
+    #[test]
+    fn many_runs_of_a_file_are_told_as_one() {
+        let unseen = (0..5).map(|number| SPAN(1, 2 * number, 1)).chain([SPAN(0, 3, 2)]).collect();
+        assert_eq!(by_file(unseen), [SPAN(0, 3, 2), SPAN(1, 0, 9)]);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 
 use super::layout::{
     AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_MAGIC, AT_MESSAGES, AT_MESSAGES_OF,
-    AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit,
-    LOG_WORDS, MAGIC, MAX_CALLS, MESSAGES, ON_LOSS, VERSION, log_range,
+    AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_RECORD_CACHE_MIB, AT_RECORD_PAGES, AT_REGISTERED, AT_STATES,
+    AT_VERSION, CALL_WORDS, Commit, LOG_WORDS, MAGIC, MAX_CALLS, MESSAGES, ON_LOSS, VERSION, log_range,
 };
 use super::log::Record;
 use super::{StateError, wrong};
@@ -110,6 +110,14 @@ impl Contents {
                 track_writes: word(AT_FILL) & 2 != 0,
                 working_set: word(AT_FILL) & 4 != 0,
                 record: word(AT_FILL) & 8 != 0,
+                record_pages: u32::try_from(word(AT_RECORD_PAGES))
+                    .ok()
+                    .filter(|pages| (1..=Options::MOST_RECORD_PAGES).contains(pages))
+                    .unwrap_or(Options::MOST_RECORD_PAGES),
+                record_cache_mib: u32::try_from(word(AT_RECORD_CACHE_MIB))
+                    .ok()
+                    .filter(|mib| *mib > 0)
+                    .unwrap_or(Options::DEFAULT.record_cache_mib),
                 trace: word(AT_FILL) & 16 != 0,
                 hold_causers: word(AT_FILL) & 32 != 0,
             },
