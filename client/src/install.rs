@@ -390,8 +390,9 @@ fn poison_run(region: &Region, address: usize, len: usize) -> Outcome {
 
 /// Handles a page that is not registered or not mapped.
 ///
-/// While an event is unread the state stays, because the event may be a move. Without one, the page
-/// of private memory is final and becomes removed, unless its space is yet to be registered.
+/// While an event is unread the state stays, because the event may be a move. Without one, the loss
+/// is final, and a page of private memory becomes removed, unless its space is yet to be
+/// registered.
 pub(crate) fn gone(region: &Region, page: usize) {
     let uffd = &region.space.uffd;
     if !uffd.has_event() && !region.is_shared() && region.space.is_registered() {

@@ -1,4 +1,4 @@
-//! What postcopyd can be told on its command line.
+//! The command line of postcopyd.
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Keeps page images and serves their pages over gRPC.
+/// Keep page images and serve their pages over gRPC
 #[derive(Debug, Parser)]
 #[command(name = "postcopyd", version, after_help = "Example:\n  postcopyd serve")]
 pub(crate) struct Cli {
@@ -27,9 +27,10 @@ enum Command {
         after_help = "Example:\n  postcopyd serve --store /srv/postcopy --listen unix:/run/postcopy.sock"
     )]
     Serve(Serve),
-    /// Delete what no reference needs; safe beside servers and pushes that go on
+    /// Delete the objects that no reference needs; safe beside running servers and pushes
     ///
-    /// Condemns what no reference needs, waits for the grace time, and deletes what is still not needed by then.
+    /// Condemns the objects that no reference needs, waits for the grace time, and deletes those
+    /// that are still not needed.
     #[command(
         after_help = "Examples:\n  postcopyd gc --grace 10m\n  postcopyd gc --no-wait     # from cron, once a day"
     )]
@@ -40,12 +41,12 @@ enum Command {
     /// Print completions for a shell
     #[command(after_help = "Example:\n  postcopyd completions bash > /etc/bash_completion.d/postcopyd")]
     Completions {
-        /// The shell.
+        /// The shell to print completions for
         shell: clap_complete::Shell,
     },
 }
 
-/// Which store.
+/// The option that names the store.
 #[derive(Debug, Args)]
 struct StoreArgs {
     /// The store's directory [default: $XDG_DATA_HOME/postcopy or ~/.local/share/postcopy]
@@ -57,13 +58,14 @@ struct StoreArgs {
 struct Serve {
     #[command(flatten)]
     store: StoreArgs,
-    /// Where to listen: host:port (port 0: any free one) or unix:/path
+    /// Address to listen at: host:port (port 0: any free one) or unix:/path
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     listen: String,
     /// Listen at an address that other machines can reach, without encryption or authentication
     #[arg(long)]
     insecure: bool,
-    /// A page is sent ahead that was touched in this share of the recordings of an image
+    /// Share of an image's recordings in which a page must have faulted to belong to the working
+    /// set
     #[arg(long, value_name = "0..1", default_value_t = 0.5, value_parser = share)]
     working_set_share: f64,
 }
@@ -72,10 +74,10 @@ struct Serve {
 struct Gc {
     #[command(flatten)]
     store: StoreArgs,
-    /// How long an object stays condemned before it is deleted: longer than a push takes (s, m, h, d)
+    /// Time from condemning an object to its deletion, longer than a push takes (s, m, h, d)
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
     grace: Duration,
-    /// Do not wait: delete only what was condemned long enough ago, by an earlier run
+    /// Do not wait: delete only objects that an earlier run condemned at least the grace time ago
     #[arg(long)]
     no_wait: bool,
     /// Report in JSON
@@ -94,10 +96,10 @@ struct Verify {
 
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
-    share.ok_or_else(|| "not a number above 0 and at most 1".to_owned())
+    share.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
 }
 
-/// Reads `90s`, `10m`, `1h`, `7d`; a bare number is seconds.
+/// Parses `90s`, `10m`, `1h`, `7d`; a bare number is seconds.
 fn duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = match text.strip_suffix(['s', 'm', 'h', 'd']) {
         Some(number) => (number, text.as_bytes()[number.len()]),
@@ -109,12 +111,12 @@ fn duration(text: &str) -> Result<Duration, String> {
         b'd' => 86_400,
         _ => 1,
     };
-    let number: u64 = number.parse().map_err(|_| "not a time such as 90s, 10m, 1h or 7d")?;
+    let number: u64 = number.parse().map_err(|_| "it must be a time, for example 90s, 10m, 1h or 7d")?;
     number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())
 }
 
 impl Cli {
-    /// Whether the answer is to be JSON, an error, too.
+    /// Returns true if output, including errors, must be JSON.
     pub(crate) fn json(&self) -> bool {
         match &self.command {
             Command::Gc(options) => options.json,
@@ -123,7 +125,7 @@ impl Cli {
         }
     }
 
-    /// Does what was asked for.
+    /// Runs the command.
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Serve(options) => options.run().await,
@@ -155,7 +157,8 @@ impl Serve {
     async fn run(self) -> anyhow::Result<ExitCode> {
         let address: Address = self.listen.parse()?;
         let dir = self.store.dir()?;
-        // Both before the store is opened, so that a signal during a long opening ends the process in order.
+        // Both signals are handled before the store is opened, so that a signal during a long
+        // opening ends the process in order.
         let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
         let listener = Listener::bind(&address, self.insecure)?;
@@ -164,7 +167,7 @@ impl Serve {
         let open = tokio::task::spawn_blocking(move || Store::open_or_create(&opened, Domain::DEFAULT));
         let store = Arc::new(open.await??);
         tracing::info!(store = %dir.display(), %url, "serving");
-        // The line is for whoever started this; nobody may be listening any more.
+        // The parent process reads this line, if it still exists.
         let _ = writeln!(io::stdout(), "postcopyd listening on {url}");
         let signal = async move {
             tokio::select! {
@@ -182,7 +185,7 @@ impl Gc {
         let collector = Collector::open(&self.store.dir()?, Domain::DEFAULT)?;
         let collected = self.collect(&collector).await.map_err(|error| match error {
             StoreError::Damaged { .. } => anyhow::Error::from(error)
-                .context("nothing was deleted, because something cannot be read (see `postcopyd verify`)"),
+                .context("nothing was deleted, because an object cannot be read; run `postcopyd verify`"),
             other => other.into(),
         })?;
         if self.json {
@@ -201,7 +204,7 @@ impl Gc {
         let latest = collector.condemn()?;
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
             let wait = self.grace.saturating_sub(latest.elapsed().unwrap_or_default());
-            tracing::info!("what no reference needs is condemned, and deleted in {wait:.0?}");
+            tracing::info!("unreferenced objects are condemned; they are deleted in {wait:.0?}");
             tokio::time::sleep(wait).await;
         }
         collector.sweep(self.grace)
@@ -232,7 +235,7 @@ fn print_json(report: &impl serde::Serialize) -> anyhow::Result<()> {
     say(format_args!("{}", serde_json::to_string(report)?))
 }
 
-/// Prints a line; an error where `println!` would panic, as when nobody reads any more.
+/// Prints a line. Returns an error where `println!` would panic, for example on a closed pipe.
 fn say(line: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
     writeln!(io::stdout(), "{line}").context("standard output")
 }

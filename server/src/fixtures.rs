@@ -1,4 +1,4 @@
-//! What the tests share: a store in a temporary directory, and small images.
+//! Fixtures of the tests: a store in a temporary directory, and small images.
 
 use crate::store::{CommitOutcome, Domain, Store};
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use postcopy_proto::pack::{PackBuilder, PackIndex};
 use postcopy_proto::page::{ChunkSize, PAGE_BYTES};
 use postcopy_proto::path::ImagePath;
 
-/// A new store.
+/// Creates a new store.
 pub(crate) fn store() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_or_create(dir.path(), Domain::DEFAULT).unwrap();
@@ -24,7 +24,7 @@ pub(crate) struct Image {
     pub(crate) pack: Bytes,
 }
 
-/// Bytes that do not compress, from a seed.
+/// Returns incompressible bytes, derived from a seed.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
@@ -32,7 +32,8 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
 }
 
 impl Image {
-    /// 12 chunks of data, 4 of zeros, and 100 bytes; another seed gives other data.
+    /// Makes an image of 12 chunks of data, 4 of zeros, and 100 bytes; another seed gives other
+    /// data.
     pub(crate) fn of_seed(seed: u64) -> Self {
         let mut plain = noise(seed, 12 * PAGE_BYTES);
         plain[PAGE_BYTES + 10..2 * PAGE_BYTES].fill(7);
@@ -41,7 +42,7 @@ impl Image {
         Self::of(plain)
     }
 
-    /// The chunks of [`Image::of_seed`], and others, in another pack.
+    /// Makes an image of the chunks of [`Image::of_seed`] and others, in another pack.
     pub(crate) fn with_more_chunks(seed: u64) -> Self {
         Self::of([noise(seed + (1 << 33), 8 * PAGE_BYTES), Self::of_seed(seed).plain].concat())
     }
@@ -70,13 +71,13 @@ impl Image {
         Digest::of(&self.pack)
     }
 
-    /// The chunks that are not zero, in the file's order.
+    /// Returns the chunks that are not zero, in the file's order.
     pub(crate) fn data_chunks(&self) -> Vec<Digest> {
         let chunks = self.plain.chunks(PAGE_BYTES).filter(|chunk| chunk.iter().any(|byte| *byte != 0));
         chunks.map(Digest::of).collect()
     }
 
-    /// The same chunks in the order of their frames.
+    /// Returns the same chunks in the order of their frames.
     pub(crate) fn data_chunks_in_pack_order(&self) -> Vec<Digest> {
         let mut entries = PackIndex::parse(&self.pack).unwrap().entries().to_vec();
         entries.sort_by_key(|entry| entry.offset);
@@ -98,7 +99,8 @@ impl Image {
         assert_eq!(self.try_push(store, reference), CommitOutcome::Committed(self.digest()));
     }
 
-    /// As [`Image::push`], again and again while a collector is quicker.
+    /// Repeats [`Image::push`] until the commit succeeds, because a collector may delete objects in
+    /// between.
     pub(crate) fn push_until_committed(&self, store: &Store, reference: &str) {
         while self.try_push(store, reference) != CommitOutcome::Committed(self.digest()) {}
     }

@@ -1,6 +1,7 @@
 //! postcopyd as a library: keeps page images and serves their pages over gRPC.
 //!
-//! [`serve::serve`] answers requests ([`service`]) from a [`store`] until it is told to end ([`shutdown`]).
+//! [`serve::serve`] answers requests ([`service`]) from a [`store`] until a signal ends it
+//! ([`shutdown`]).
 
 #[cfg(test)]
 mod fixtures;

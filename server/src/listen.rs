@@ -1,4 +1,4 @@
-//! Where a server listens: a TCP address or a Unix socket.
+//! The address of a server: TCP or a Unix socket.
 
 use socket2::SockRef;
 use std::fmt;
@@ -9,35 +9,36 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use tokio::net::{TcpListener, UnixListener};
 
-/// Bytes that a TCP connection holds and has not sent, at most; the kernel's own limit is 4 MiB, which takes 0.3 s
-/// at 100 Mbit/s and which no urgent answer can overtake. What is sent and not acknowledged is not counted, so
-/// that a long link is kept busy: the server has until these are sent to write more, 1 ms at 1 Gbit/s.
+/// Most unsent bytes that a TCP connection holds. No urgent answer can overtake them, and the
+/// kernel's own limit is 4 MiB, which take 0.3 s at 100 Mbit/s. Sent bytes without an
+/// acknowledgement do not count, so a long link stays busy: the server must write more before these
+/// are sent, within 1 ms at 1 Gbit/s.
 const MAX_UNSENT_BYTES: u32 = 128 << 10;
 
-/// An address to listen at, as it is written: `host:port` or `unix:/path`.
+/// An address to listen at; its text is `host:port` or `unix:/path`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// What the host's name stands for, and the port; port 0 is any free one.
+    /// The addresses of the host, with the port; port 0 selects any free one.
     Tcp(Vec<SocketAddr>),
     /// A socket in the file system.
     Unix(PathBuf),
 }
 
-/// Why an address cannot be listened at.
+/// The reason why the server cannot listen at an address.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Not written as an address is.
+    /// The text is not an address.
     #[error("{0:?} is no address: use host:port or unix:/path, an absolute path")]
     Syntax(String),
-    /// The host's name stands for no address.
+    /// The resolver knows no address of the host.
     #[error("{address}: the host is not known")]
     Host {
-        /// The address.
+        /// The address as the user wrote it.
         address: String,
-        /// What the resolver says.
+        /// The error of the resolver.
         source: io::Error,
     },
-    /// Others than this machine's users could connect.
+    /// Other machines could connect.
     #[error(
         "{0} can be reached from other machines, and anyone there could read and change all images: \
          there is neither encryption nor authentication. Use a loopback address or unix:/path, or \
@@ -47,12 +48,12 @@ pub enum ListenError {
     /// Another server is listening at the socket.
     #[error("unix:{}: another server is listening there", .0.display())]
     InUse(PathBuf),
-    /// The operating system says no.
+    /// The operating system refuses.
     #[error("{address}")]
     Io {
-        /// The address.
+        /// The address as the user wrote it.
         address: String,
-        /// What it says.
+        /// The error of the system call.
         source: io::Error,
     },
 }
@@ -87,24 +88,24 @@ impl fmt::Display for Address {
     }
 }
 
-/// A socket that connections come to.
+/// A listening socket.
 #[derive(Debug)]
 pub enum Listener {
-    /// TCP.
+    /// A TCP socket.
     Tcp(TcpListener),
     /// A Unix socket, and the file to remove at the end.
     Unix(UnixListener, SocketFile),
 }
 
 impl Listener {
-    /// Listens at an address. Within a tokio runtime.
+    /// Listens at an address. The caller must be within a tokio runtime.
     ///
     /// # Errors
-    /// [`ListenError::Insecure`]: the address is beyond loopback and `insecure` is not set.
-    /// [`ListenError::InUse`], [`ListenError::Io`].
+    /// Returns [`ListenError::Insecure`] for an address beyond loopback unless `insecure` is set,
+    /// [`ListenError::InUse`], or [`ListenError::Io`].
     ///
     /// # Blocking
-    /// Connects to a Unix socket that is there already, to see whether somebody answers.
+    /// Connects to an existing Unix socket, to see if a server answers.
     pub fn bind(address: &Address, insecure: bool) -> Result<Self, ListenError> {
         match address {
             Address::Tcp(addresses) => bind_tcp(addresses, insecure),
@@ -112,10 +113,10 @@ impl Listener {
         }
     }
 
-    /// The real address, as clients take it: `http://127.0.0.1:7070` or `unix:/path`.
+    /// Returns the real address, in the form for clients: `http://127.0.0.1:7070` or `unix:/path`.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Returns the error of the system call.
     pub fn url(&self) -> io::Result<String> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(|address| format!("http://{address}")),
@@ -131,7 +132,7 @@ fn bind_tcp(addresses: &[SocketAddr], insecure: bool) -> Result<Listener, Listen
     let error = |source| ListenError::Io { address: Address::Tcp(addresses.into()).to_string(), source };
     let listener = StdTcpListener::bind(addresses).map_err(error)?;
     listener.set_nonblocking(true).map_err(error)?;
-    // Accepted connections inherit it.
+    // Accepted connections inherit this option.
     SockRef::from(&listener).set_tcp_notsent_lowat(MAX_UNSENT_BYTES).map_err(error)?;
     TcpListener::from_std(listener).map(Listener::Tcp).map_err(error)
 }
@@ -140,7 +141,8 @@ fn bind_unix(path: &Path) -> Result<Listener, ListenError> {
     let error = |source| ListenError::Io { address: format!("unix:{}", path.display()), source };
     match StdUnixStream::connect(path) {
         Ok(_) => return Err(ListenError::InUse(path.to_owned())),
-        // Its server was killed. Nothing but a socket refuses a connection, so no file is lost.
+        // The socket's server was killed. Only a socket refuses connections, so no other file is
+        // lost.
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
             std::fs::remove_file(path).map_err(error)?;
         }
@@ -156,7 +158,7 @@ fn is_socket(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
-/// A socket's file; removed by the drop, unless another server has put its own in its place.
+/// The file of a socket. The drop removes it, unless another server has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -166,7 +168,7 @@ pub struct SocketFile {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
-            // What remains is a stale socket, which the next server replaces.
+            // On failure a stale socket remains, which the next server replaces.
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 
-/// How long the runtime's threads may take to finish a file operation at the end.
+/// Time that the runtime's threads may take to finish a file operation at the end.
 const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error, json: bool) -> ExitCode {
-    // Nobody may be reading any more.
+    // The readers of these streams may have gone, so a failed write is no error.
     if json {
         let shown = serde_json::json!({ "error": format!("{error:#}") });
         let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{shown}\n"));

@@ -1,4 +1,4 @@
-//! A server from its first connection to its end.
+//! The life of a server, from its first connection to its end.
 
 use crate::listen::Listener;
 use crate::service::{ImageServer, PageServer, WorkingSetServer};
@@ -22,46 +22,48 @@ use tonic::transport::server::{Router, TcpIncoming};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-/// HTTP/2 windows of what clients send, for a stream and for a connection: two streams keep a 10 Gbit/s link of
-/// 10 ms busy. An upload that waits for memory fills its stream's window; those beside it on the connection, some
-/// of which hold that memory, must still get their bytes through. What the server sends is bounded by the clients'
-/// windows.
+/// HTTP/2 windows for bytes from clients, of a stream and of a connection: two streams keep a link
+/// of 10 Gbit/s and 10 ms busy. An upload that waits for memory fills its stream's window. Uploads
+/// beside it on the connection, some of which hold that memory, must still make progress. The
+/// clients' windows bound the server's bytes.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 
-/// The largest HTTP/2 frame that a client may send.
+/// Most bytes of an HTTP/2 frame from a client.
 const MAX_FRAME_BYTES: u32 = 1 << 20;
 
-/// A client that is gone without a word is noticed after these two together.
+/// The server notices the silent loss of a client after these two times together.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long what is in flight may take to finish.
+/// Time in which requests in flight must finish.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often packs are looked for that were deleted.
+/// Interval between checks for deleted packs.
 const FORGET_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long accepting pauses after an error: usually no file descriptors are left.
+/// Pause after an error of accept, usually a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Why a server ended before it was told to.
+/// The reason why a server ended without a signal.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// Its descriptors for reflection are damaged: a mistake of the build's.
+    /// The descriptors for reflection are damaged, which is a defect of the build.
     #[error("reflection")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// HTTP/2 could not go on.
+    /// The HTTP/2 transport failed.
     #[error("transport")]
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Serves `store` to whoever connects to `listener`, until `signal`. Then new requests are refused, health turns NOT_SERVING, the listener
-/// is closed, and what is in flight finishes within 10 s. `working_set_share`: see
+/// Serves `store` to the clients of `listener`, until `signal`.
+///
+/// After the signal the server refuses new requests, health becomes NOT_SERVING, the listener is
+/// closed, and requests in flight finish within 10 s. For `working_set_share` see
 /// [`WorkingSetServer::new`].
 ///
 /// # Errors
-/// [`ServeError`].
+/// Returns [`ServeError`] if the server ended without a signal.
 pub async fn serve(
     store: Arc<Store>,
     listener: Listener,
@@ -101,12 +103,12 @@ pub async fn serve(
     Ok(())
 }
 
-/// Gives back the space of what garbage collection has deleted. Does not end.
+/// Releases the space of deleted packs. Does not return.
 async fn forget_deleted(store: Arc<Store>) {
     loop {
         tokio::time::sleep(FORGET_INTERVAL).await;
         let store = store.clone();
-        // A panic's message went to stderr; the next turn may fare better.
+        // The panic's message is on stderr; the next turn may succeed.
         let _ = tokio::task::spawn_blocking(move || store.forget_deleted()).await;
     }
 }
@@ -145,11 +147,11 @@ fn router(
         .add_service(working_sets)
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1()?)
-        // Python's grpcio-reflection asks for the older one.
+        // Python's grpcio-reflection requests the older version.
         .add_service(reflection().build_v1alpha()?))
 }
 
-/// The names that health is reported for: the server as a whole, and each service.
+/// Returns the names with a health status: the server as a whole, and each service.
 fn health_names() -> [&'static str; 4] {
     [
         "",
@@ -159,24 +161,27 @@ fn health_names() -> [&'static str; 4] {
     ]
 }
 
-/// Ends what the server does in order; done when connections may be told to close.
+/// Ends the server in order. Returns when connections may be closed.
 async fn stop(signal: impl Future<Output = ()>, drain: Drain, mut health: HealthReporter) {
     signal.await;
     tracing::info!("shutting down");
-    // First: who has been told that it does not serve is not to be served.
+    // The drain begins before health changes, so that no client is served after it read
+    // NOT_SERVING.
     drain.begin();
     for name in health_names() {
         health.set_service_status(name, ServingStatus::NotServing).await;
     }
     drain.idle().await;
-    // Health's own streams have no end; they have told NOT_SERVING, and end with what they watch.
+    // Streams of the health service have no end of their own. They have sent NOT_SERVING, and end
+    // with the service that they watch.
     for name in health_names() {
         health.clear_service_status(name).await;
     }
 }
 
-/// Connections until `drain` begins. Then the listener is closed; the stream stays pending, because
-/// tonic closes all connections at its end, and new requests on them are to be refused first.
+/// Returns the accepted connections until `drain` begins. Then it closes the listener, but the
+/// stream stays pending: tonic closes all connections at its end, and must first refuse new
+/// requests on them.
 fn accept<S, C, E>(incoming: S, drain: Drain) -> impl Stream<Item = Result<Counted<C>, E>>
 where
     S: Stream<Item = Result<C, E>> + Unpin,

@@ -1,9 +1,9 @@
-//! The gRPC services over a store.
+//! The gRPC services of a store.
 //!
-//! A request is checked here, once: what goes further is a digest, a reference, a run of chunks. The way of a
-//! page is [`pages`], then [`chunks`] (which of the image's chunks, and what holds it), then the store. All that
-//! may wait for a disk runs by [`blocking`]; a page whose frame is in memory is answered without leaving
-//! the task that read the request.
+//! Services check a request here, once. Below them there are only digests, references and runs of
+//! chunks. A page passes [`pages`], then [`chunks`] (the chunks of the image, and their content),
+//! then the store. All work that may wait for a disk runs in [`blocking`]. A page whose frame is in
+//! memory is answered in the task that read the request.
 
 mod chunks;
 mod images;
@@ -30,14 +30,14 @@ use tonic::Status;
 /// A stream of answers.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Runs what waits for a disk, or computes for long, where no async worker waits for it.
+/// Runs work that waits for a disk, or computes for long, outside of the async workers.
 async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Status>
 where
     T: Send + 'static,
     E: Into<Status> + Send + 'static,
 {
     let done = tokio::task::spawn_blocking(work).await;
-    // The panic's message went to stderr with its place.
+    // The panic's message and place are on stderr.
     done.map_err(|_| Status::internal("the server panicked on this request"))?.map_err(Into::into)
 }
 
@@ -57,7 +57,7 @@ impl From<StoreError> for Status {
     }
 }
 
-/// The error of one chunk or segment, for its answer.
+/// Returns the error for one chunk or segment, in the form of its answer.
 fn error_of(error: &StoreError) -> v1::Error {
     let code = match error {
         StoreError::NotFound(_) => v1::ErrorCode::NotFound,
@@ -67,12 +67,12 @@ fn error_of(error: &StoreError) -> v1::Error {
     v1::Error { code: code.into(), message: chain(error) }
 }
 
-/// Reads a digest of a request.
+/// Parses a digest of a request.
 fn digest(field: &str, bytes: &[u8]) -> Result<Digest, Status> {
     Digest::try_from(bytes).map_err(|e| Status::invalid_argument(format!("{field}: {e}")))
 }
 
-/// Reads a reference of a request.
+/// Parses a reference of a request.
 fn reference<T>(text: &str) -> Result<T, Status>
 where
     T: std::str::FromStr<Err = postcopy_proto::reference::ReferenceError>,

@@ -1,16 +1,16 @@
-//! Ending in order: nothing new begins, and what is in flight finishes.
+//! Shutdown in order: the server refuses new requests, and the requests in flight finish.
 
 use tokio::sync::watch;
 use tonic::Status;
 
-/// Knows what is in flight, and tells it when the server ends.
+/// The register of requests in flight. It tells them when the server begins to end.
 #[derive(Clone, Debug)]
 pub struct Drain {
-    /// Holds whether the server ends. Its receivers are what is in flight.
+    /// True once the server ends. Each request in flight holds a receiver.
     ending: watch::Sender<bool>,
 }
 
-/// A request or stream that is in flight until this is dropped.
+/// A request or stream, in flight until this is dropped.
 #[derive(Debug)]
 pub struct InFlight {
     ending: watch::Receiver<bool>,
@@ -26,13 +26,13 @@ impl Drain {
     /// Counts a request as in flight.
     ///
     /// # Errors
-    /// UNAVAILABLE when the server ends.
+    /// Returns UNAVAILABLE once the server ends.
     pub fn enter(&self) -> Result<InFlight, Status> {
         let in_flight = InFlight { ending: self.ending.subscribe() };
         if *in_flight.ending.borrow() { Err(shutting_down()) } else { Ok(in_flight) }
     }
 
-    /// Refuses what is new from now on, and tells endless streams to finish.
+    /// Refuses new requests from now on, and tells endless streams to finish.
     pub fn begin(&self) {
         self.ending.send_replace(true);
     }
@@ -44,7 +44,7 @@ impl Drain {
 
     /// Waits for [`Drain::begin`], without counting as in flight.
     pub async fn begun(&self) {
-        // The sender lives as long as `self`, so the only way out is the value.
+        // The sender lives as long as `self`, so the wait ends only with the value.
         while !*self.ending.borrow() {
             let mut ending = self.ending.subscribe();
             let _ = ending.wait_for(|ending| *ending).await;
@@ -53,17 +53,17 @@ impl Drain {
 }
 
 impl InFlight {
-    /// Waits until the server ends.
+    /// Waits until the server begins to end.
     pub async fn ending(&mut self) {
-        // An error means that the server is gone altogether.
+        // An error means that the server was dropped.
         let _ = self.ending.wait_for(|ending| *ending).await;
     }
 }
 
-/// How a request is answered that comes too late, and how an endless stream ends.
+/// Returns the status for a request that arrives too late, and for an endless stream at its end.
 #[must_use]
 pub fn shutting_down() -> Status {
-    Status::unavailable("the server is shutting down: ask another one, or again later")
+    Status::unavailable("the server is shutting down: use another one, or try again later")
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
-//! A store: a directory that keeps images.
+//! The store: a directory of images.
 //!
-//! What is stored goes this way: [`Store::put_pack`] verifies a pack and writes it, [`Store::put_segment`] a
-//! segment, [`Store::commit`] sees that everything is there, writes the root, and moves the reference. What
-//! is served goes back: [`Store::resolve`] a reference to an image, its manifest to a chunk's digest, the
-//! index of the packs ([`packs`]) to a frame, which is a slice of the pack's memory map.
+//! A push passes these calls: [`Store::put_pack`] verifies a pack and writes it,
+//! [`Store::put_segment`] a segment. [`Store::commit`] checks that every object exists, writes the
+//! root, and moves the reference. A read goes the other way: [`Store::resolve`] maps a reference to
+//! an image, the image's manifest a chunk to its digest, the index of the packs ([`packs`]) the
+//! digest to a frame. The frame is a slice of the pack's memory map.
 //!
-//! Everything here blocks, except for what says `resident` or `cached`; services call it from
+//! All calls block, except for those named `resident` or `cached`; services run them in
 //! `spawn_blocking`. Several processes may use one store: see [`lock`].
 
 mod cache;
@@ -50,7 +51,7 @@ use rayon::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Frames that one thread checks at a time: enough that its decompressor's state is worth making.
+/// Least number of frames for one thread to check, so that making its decompressor's state pays.
 const FRAMES_PER_TASK: usize = 32;
 
 /// A store in a local directory.
@@ -64,10 +65,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in `dir`; creates it if the directory is empty or not there.
+    /// Opens the store in `dir`. Creates it if the directory is empty or does not exist.
     ///
     /// # Errors
-    /// [`OpenError::Format`]: it was made by another version. [`OpenError::NotAStore`]: it holds something else.
+    /// Returns [`OpenError::Format`] for a store of another version, [`OpenError::NotAStore`] for a
+    /// directory with other content.
     ///
     /// # Blocking
     /// Reads the index of every pack.
@@ -84,10 +86,11 @@ impl Store {
     /// Opens the store in `dir`.
     ///
     /// # Errors
-    /// As [`Store::open_or_create`]; [`OpenError::Missing`]: there is none.
+    /// Returns the errors of [`Store::open_or_create`], or [`OpenError::Missing`] if there is no
+    /// store.
     ///
     /// # Blocking
-    /// As there.
+    /// Reads the index of every pack.
     pub fn open(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
         let layout = open_layout(dir, domain)?;
         let objects = Objects::new(&layout)?;
@@ -96,10 +99,10 @@ impl Store {
         Ok(Self { layout, objects, packs, manifests, leases: Leases::default() })
     }
 
-    /// The image that a reference stands for.
+    /// Returns the digest of a reference's image.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is no such reference, or no such image.
+    /// Returns [`StoreError::NotFound`] if the reference or the image does not exist.
     ///
     /// # Blocking
     /// Reads a small file.
@@ -111,7 +114,7 @@ impl Store {
         image.ok_or_else(|| StoreError::NotFound(reference.to_string()))
     }
 
-    /// Whether the pack is there; then it is kept for at least gc's grace time.
+    /// Returns true if the store has the pack, and then protects it for at least gc's grace time.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -127,13 +130,15 @@ impl Store {
         Ok(is_stored)
     }
 
-    /// Verifies a pack with all of its frames, and stores it. It is durable and served on return.
+    /// Verifies a pack with all of its frames, and stores it. The pack is durable and served on
+    /// return.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`]: what is wrong with it. [`StoreError::Full`].
+    /// Returns [`StoreError::Invalid`] with the pack's defect, or [`StoreError::Full`].
     ///
     /// # Blocking
-    /// Decodes on all cores, about a second a GiB of plain bytes and core, and waits for the disk.
+    /// Decodes on all cores, for about a second for each GiB of plain bytes and core, and waits for
+    /// the disk.
     pub fn put_pack(&self, digest: Digest, bytes: Bytes) -> Result<(), StoreError> {
         let invalid = |reason: String| StoreError::Invalid { object: error::pack_name(&digest), reason };
         let (actual, checked) = rayon::join(|| Digest::of(&bytes), || check_pack(&bytes));
@@ -143,17 +148,19 @@ impl Store {
         checked.map_err(|e| invalid(e.to_string()))?;
         self.objects.put(&self.layout.pack(&digest), bytes)?;
         let _keep = StoreLock::keep_objects(&self.layout)?;
-        // A collector without a grace time may have been quicker: then the commit will ask for it again.
+        // A collector without a grace time may have deleted the pack already. The commit then lists
+        // it as missing.
         if self.packs.add(digest)? {
             condemned::pardon(&self.layout, &digest)?;
         }
         Ok(())
     }
 
-    /// Verifies a segment and stores it. It is durable on return.
+    /// Verifies a segment, and stores it. The segment is durable on return.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`]: it is no canonical segment. [`StoreError::Full`].
+    /// Returns [`StoreError::Invalid`] for bytes that are no canonical segment, or
+    /// [`StoreError::Full`].
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -164,10 +171,10 @@ impl Store {
         Ok(digest)
     }
 
-    /// All references, in bytewise order of `name:tag`.
+    /// Returns all references, in bytewise order of `name:tag`.
     ///
     /// # Errors
-    /// [`StoreError::Io`]; [`StoreError::Damaged`]: something lies there that is no reference.
+    /// Returns [`StoreError::Io`], or [`StoreError::Damaged`] for a file that is no reference.
     ///
     /// # Blocking
     /// Walks the directory of references.
@@ -178,7 +185,7 @@ impl Store {
     /// Removes a reference.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is none.
+    /// Returns [`StoreError::NotFound`] if the reference does not exist.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -189,19 +196,21 @@ impl Store {
         }
     }
 
-    /// The lease of an image, if this process holds it. Does not block: see [`Store::lease`].
+    /// Returns the lease of an image, if this process holds it. Does not block: see
+    /// [`Store::lease`].
     #[must_use]
     pub fn shared_lease(&self, image: &Digest) -> Option<Arc<Lease>> {
         self.leases.shared(image)
     }
 
-    /// Keeps an image from garbage collection, whatever references say, until the lease is dropped.
+    /// Protects an image from garbage collection, whatever references say, until the lease is
+    /// dropped.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Full`].
     ///
     /// # Blocking
-    /// Makes a file.
+    /// Creates a file.
     pub fn lease(&self, image: &Digest) -> Result<Arc<Lease>, StoreError> {
         match self.shared_lease(image) {
             Some(lease) => Ok(lease),
@@ -209,13 +218,13 @@ impl Store {
         }
     }
 
-    /// An image's root, if it is in memory. Does not block.
+    /// Returns an image's root, if it is in memory. Does not block.
     #[must_use]
     pub fn cached_root(&self, image: &Digest) -> Option<Arc<Root>> {
         self.manifests.cached_root(image)
     }
 
-    /// An image's root.
+    /// Returns an image's root.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`].
@@ -226,10 +235,10 @@ impl Store {
         self.manifests.root(image)
     }
 
-    /// An image's root and its encoding.
+    /// Returns an image's root and its encoding.
     ///
     /// # Errors
-    /// As [`Store::root`].
+    /// Returns the errors of [`Store::root`].
     ///
     /// # Blocking
     /// Reads a file.
@@ -237,13 +246,13 @@ impl Store {
         self.manifests.read_root(image)
     }
 
-    /// The segment that a chunk stands in, if it is in memory. Does not block.
+    /// Returns segment `index` of an image, if it is in memory. Does not block.
     #[must_use]
     pub fn cached_segment(&self, root: &Root, index: u32) -> Option<Arc<Segment>> {
         self.manifests.cached_segment(root, index)
     }
 
-    /// A segment of an image.
+    /// Returns segment `index` of an image.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`].
@@ -254,10 +263,10 @@ impl Store {
         self.manifests.segment(root, index)
     }
 
-    /// A segment's encoding.
+    /// Returns the encoding of segment `index`.
     ///
     /// # Errors
-    /// As [`Store::segment`].
+    /// Returns the errors of [`Store::segment`].
     ///
     /// # Blocking
     /// Reads a file.
@@ -265,13 +274,13 @@ impl Store {
         self.manifests.read_segment(root, index).map(|(_, bytes)| bytes)
     }
 
-    /// What a chunk of an image holds; None beyond its last one.
+    /// Returns the content of an image's chunk; `None` beyond its last one.
     ///
     /// # Errors
-    /// As [`Store::segment`].
+    /// Returns the errors of [`Store::segment`].
     ///
     /// # Blocking
-    /// As there.
+    /// Reads a file, if the segment is not in memory.
     pub fn chunk(&self, root: &Root, chunk: ChunkIndex) -> Result<Option<ChunkContent>, StoreError> {
         if chunk.0 >= root.chunks() {
             return Ok(None);
@@ -281,16 +290,18 @@ impl Store {
         Ok(self.segment(root, segment)?.chunk(place))
     }
 
-    /// A chunk's frame, if it is in memory. Does not block: see [`Store::load_frame`].
+    /// Returns a chunk's frame, if it is in memory. Does not block: see [`Store::load_frame`].
     #[must_use]
     pub fn resident_frame(&self, chunk: &Digest) -> Option<Bytes> {
         self.packs.resident_frame(chunk)
     }
 
-    /// A chunk's frame from whichever pack has a good copy; with `check`, decoded and compared with the digest.
+    /// Returns a chunk's frame from any pack with a good copy. With `check`, decodes the frame and
+    /// compares it with the digest.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: no pack holds it. [`StoreError::Damaged`]: no pack has a good copy.
+    /// Returns [`StoreError::NotFound`] if no pack holds the chunk, [`StoreError::Damaged`] if no
+    /// pack has a good copy.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -298,25 +309,27 @@ impl Store {
         self.packs.load_frame(chunk, check)
     }
 
-    /// Lets go of packs that were deleted, so that their space is given back. To be called now and then.
+    /// Releases deleted packs, so that the file system frees their space. The owner calls it
+    /// periodically.
     ///
     /// # Blocking
-    /// Takes about 1 us a pack.
+    /// Takes about 1 us for each pack.
     pub fn forget_deleted(&self) {
         self.packs.forget_deleted();
     }
 
-    /// Length in bytes of a chunk's frame, if a pack is known to hold it. Does not block.
+    /// Returns the length in bytes of a chunk's frame, if a pack is known to hold it. Does not
+    /// block.
     #[must_use]
     pub fn frame_bytes(&self, chunk: &Digest) -> Option<u32> {
         self.packs.frame_bytes(chunk)
     }
 }
 
-/// Sees that there is a store, with all of its directories.
+/// Checks that `dir` is a store, and creates its missing directories.
 fn open_layout(dir: &Path, domain: Domain) -> Result<Layout, OpenError> {
     let missing = |_| OpenError::Missing(dir.to_owned());
-    // One spelling of the directory for all, whatever the working directory becomes.
+    // An absolute path, so that later changes of the working directory do not matter.
     let layout = Layout::new(&dir.canonicalize().map_err(missing)?, domain);
     if !layout.check_format()? {
         return Err(OpenError::Missing(dir.to_owned()));
@@ -335,7 +348,7 @@ fn check_pack(pack: &[u8]) -> Result<PackIndex, postcopy_proto::pack::PackError>
     Ok(index)
 }
 
-/// An error with all of its causes, as one line.
+/// Returns an error with all of its causes, as one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -441,7 +454,7 @@ mod tests {
         let path = store.layout.pack(&first.pack_digest());
         let mut bytes = fs::read(&path).unwrap();
         bytes[16 + 24] ^= 0xff;
-        // In place, as a disk does it: the map stays.
+        // The damage is in place, as on a disk, so the map stays.
         fs::write(&path, bytes).unwrap();
         let error = store.load_frame(&first.data_chunks_in_pack_order()[0], true).unwrap_err().to_string();
         assert!(error.contains(&first.pack_digest().to_string()), "{error}");

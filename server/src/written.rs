@@ -1,8 +1,10 @@
-//! How many bytes a connection has written, so that a stream can hold back what is less urgent.
+//! Counts the bytes that a connection has written, so that a stream can hold back less urgent
+//! answers.
 //!
-//! HTTP/2 takes up to 400 KiB of a stream's answers before the connection has written them (hyper's default, which
-//! tonic does not let a server change). An answer in there cannot be overtaken. So a stream that has answers of
-//! several urgencies compares what it has given with what its connection has written.
+//! HTTP/2 accepts up to 400 KiB of a stream's answers before the connection has written them. This
+//! is hyper's default, which tonic does not let a server change. No later answer can overtake one
+//! in that buffer. So a stream with answers of several urgencies compares the bytes that it has
+//! given with those that its connection has written.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -13,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tonic::transport::server::Connected;
 
-/// The count of one connection; requests carry it in their extensions.
+/// The byte count of one connection; requests carry it in their extensions.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Written(Arc<Count>);
 
@@ -33,10 +35,11 @@ impl Written {
         self.0.bytes.load(Ordering::Acquire)
     }
 
-    /// Waits until the count is another one than `seen`.
+    /// Waits until the count differs from `seen`.
     async fn changed_from(&self, seen: u64) {
         let changed = self.0.changed.notified();
-        // `notified` counts from its creation, so that a change between the two lines is not missed.
+        // `notified` covers the time from its creation, so a change between the two lines is not
+        // missed.
         if self.bytes() == seen {
             changed.await;
         }
@@ -109,29 +112,29 @@ impl<C: AsyncWrite + Unpin> AsyncWrite for Counted<C> {
     }
 }
 
-/// The bytes that one stream has given and its connection has not written.
+/// The bytes that one stream has given to HTTP/2 and its connection has not written.
 #[derive(Debug)]
 pub(crate) struct Unwritten {
-    /// None: the transport does not count, and there is always room.
+    /// `None` if the transport does not count; there is then always room.
     written: Option<Written>,
     seen: u64,
-    /// At most this: other streams of the connection write, too.
+    /// An upper bound, because other streams of the connection write, too.
     bytes: u64,
 }
 
 impl Unwritten {
-    /// Nothing has been given yet on a stream of the connection that `written` counts.
+    /// Makes an empty count for a stream of the connection that `written` counts.
     pub(crate) fn new(written: Option<Written>) -> Self {
         let seen = written.as_ref().map_or(0, Written::bytes);
         Self { written, seen, bytes: 0 }
     }
 
-    /// Counts an answer of so many bytes as given.
+    /// Counts an answer of this many bytes as given.
     pub(crate) fn give(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
 
-    /// Waits until at most `limit_bytes` are unwritten. May be dropped at any time.
+    /// Waits until at most `limit_bytes` are unwritten. The future may be dropped at any time.
     pub(crate) async fn room(&mut self, limit_bytes: u64) {
         let Some(written) = &self.written else { return };
         loop {

@@ -65,9 +65,9 @@ impl OnExit {
                 });
                 self.let_go(held);
                 if !poisoned {
-                    shared
-                        .outcome
-                        .report("memory could not be made safe at the session's end; its faults wait");
+                    shared.outcome.report(
+                        "memory could not be poisoned at the session's end; faults on it stay pending",
+                    );
                     return false;
                 }
                 done.insert(key(&region), region);
@@ -111,7 +111,7 @@ impl Drop for OnExit {
         let shared = &self.shared;
         shared.map.gate.close();
         if self.is_open && !self.in_order && shared.outcome.error().is_none() {
-            shared.outcome.report("the pager has failed (a panic, which was printed)");
+            shared.outcome.report("the pager panicked; stderr has the message");
         }
         if !self.in_order && (shared.has_successor() || self.leaves && shared.state.has_file()) {
             shared.leave_open();

@@ -496,8 +496,7 @@ impl Requests {
     /// Returns the known reason for a chunk's delay.
     pub(crate) fn chunk_reason(&self, chunk: ChunkIndex) -> Option<String> {
         let wanted = self.chunks.get(&chunk)?;
-        let came =
-            wanted.frame.is_some().then(|| "the chunk arrived, but its install is still deferred".to_owned());
+        let came = wanted.frame.is_some().then(|| "the chunk arrived, but could not be installed".to_owned());
         came.or_else(|| wanted.busy.clone())
     }
 

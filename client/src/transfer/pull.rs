@@ -36,7 +36,7 @@ pub enum PullError {
         source: io::Error,
     },
     /// Chunks could not be fetched with the content that the manifest states.
-    #[error("{} of the image's chunks cannot be had; the first: file {} chunk {}: {}",
+    #[error("{} of the image's chunks could not be fetched; the first: file {} chunk {}: {}",
         .0.len(), .0[0].path, .0[0].chunk, .0[0].reason)]
     Damaged(Vec<Damage>),
 }

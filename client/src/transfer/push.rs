@@ -112,21 +112,21 @@ pub enum PushError {
     Kind(PathBuf),
     /// A directory without any entries.
     #[error(
-        "{0} is empty: there is nothing to store. If a program was to fill it (criu dump), see why it did not, and push then"
+        "{0} is empty, so there is nothing to push. If a program should have filled it (criu dump), check its log and run it again"
     )]
     Empty(PathBuf),
     /// A path that an image cannot hold.
     #[error(transparent)]
     Path(#[from] PathError),
     /// A chain of CRIU's incremental images that leads back to itself.
-    #[error("{0}: the links of incremental images lead round and round")]
+    #[error("{0}: the `parent` links of incremental images form a cycle")]
     Parents(PathBuf),
     /// The entries do not form a valid manifest.
-    #[error("the image cannot be made")]
+    #[error("the files do not form a valid image")]
     Manifest(#[from] ManifestError),
     /// The server lost chunks during each attempt.
     #[error(
-        "the server lost chunks again and again while they were pushed; is its garbage collected with a grace time of zero?"
+        "the server lost chunks during each attempt of the push; run `postcopyd gc` with a longer --grace"
     )]
     Lost,
     /// A worker panicked.

@@ -9,22 +9,22 @@ use postcopy_proto::v1::{self, chunk_answer::Result as Answer};
 use std::sync::Arc;
 use tonic::Status;
 
-/// An image that chunks are asked of.
+/// The image of a stream, from which the stream requests chunks.
 #[derive(Clone, Debug)]
 pub(super) struct Chunks {
     store: Arc<Store>,
     root: Arc<Root>,
-    /// What is being served is not collected as garbage.
+    /// Protects the image from garbage collection while it is served.
     _lease: Option<Arc<Lease>>,
-    /// The segment that was needed last: neighbouring chunks stand in the same one.
+    /// The last segment that was used: neighbouring chunks are mostly in the same one.
     last: Option<(u32, Arc<Segment>)>,
 }
 
 impl Chunks {
-    /// The image that a stream's first message names.
+    /// Opens the image that a stream's first message names.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT, NOT_FOUND, DATA_LOSS.
+    /// Returns INVALID_ARGUMENT, NOT_FOUND, or DATA_LOSS.
     pub(super) async fn bind(store: &Arc<Store>, image: &[u8]) -> Result<Self, Status> {
         if image.is_empty() {
             return Err(Status::invalid_argument("image: a stream's first message names it"));
@@ -40,12 +40,12 @@ impl Chunks {
         Ok(Self { store: store.clone(), root, _lease: lease, last: None })
     }
 
-    /// The image that is served.
+    /// Returns the digest of the image.
     pub(super) fn image(&self) -> Digest {
         self.root.image()
     }
 
-    /// Sees that a later message names the same image, or none.
+    /// Checks that a later message names the same image, or none.
     pub(super) fn check_image(&self, image: &[u8]) -> Result<(), Status> {
         match image.is_empty() || image == self.root.image().as_bytes() {
             true => Ok(()),
@@ -53,7 +53,7 @@ impl Chunks {
         }
     }
 
-    /// The answer for a chunk, if it needs no disk.
+    /// Returns the answer for a chunk, if it needs no disk.
     pub(super) fn answer_now(&mut self, chunk: u64) -> Option<Answer> {
         if chunk >= self.root.chunks() {
             return Some(self.out_of_range(chunk));
@@ -71,8 +71,8 @@ impl Chunks {
         }
     }
 
-    /// The answer for a chunk, if it needs no disk besides the segment that it stands in. A segment serves
-    /// thousands of chunks, so that the answers wait for it rather than fall out of their order.
+    /// Returns the answer for a chunk, if it needs no disk except for its segment. A segment serves
+    /// thousands of chunks, so the answers wait for it, and keep their order.
     pub(super) async fn answer_soon(&mut self, chunk: u64) -> Option<Answer> {
         let now = self.answer_now(chunk);
         let (segment, _) = Root::segment_of(ChunkIndex(chunk));
@@ -85,7 +85,8 @@ impl Chunks {
         self.answer_now(chunk)
     }
 
-    /// The answer for a chunk, whatever it takes; with `check` its frame has been decoded and verified.
+    /// Returns the answer for a chunk, from the disk if necessary. With `check`, decodes and
+    /// verifies its frame.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -109,7 +110,7 @@ impl Chunks {
         Answer::Error(v1::Error { code: v1::ErrorCode::OutOfRange.into(), message })
     }
 
-    /// The answer for a segment.
+    /// Returns the answer for a segment.
     ///
     /// # Blocking
     /// Reads a file.
@@ -129,14 +130,15 @@ impl Chunks {
     }
 }
 
-/// A full disk is no reason not to serve what lies on it.
+/// Takes the lease of an image. On failure the image is served without one: a full disk must not
+/// stop reads.
 fn take_lease(store: &Store, image: &Digest) -> Option<Arc<Lease>> {
     let lease = store.lease(image);
     lease.inspect_err(|e| tracing::warn!(%image, "served without a lease: {}", chain(e))).ok()
 }
 
-/// Sees that no run is empty or ends beyond 2^64, and that they are together at most `max` chunks. There may be none:
-/// so a stream is bound to its image before anything is needed.
+/// Checks that no run is empty or ends beyond 2^64, and that the runs have at most `max` chunks
+/// together. No runs at all are valid: they bind a stream to its image before it needs chunks.
 pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> {
     if runs.iter().any(|run| run.count == 0) {
         return Err(Status::invalid_argument("runs: one has a count of 0"));
@@ -146,7 +148,7 @@ pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> 
         let reason = format!("runs: {count} chunks from {first} on end beyond the largest number");
         return Err(Status::invalid_argument(reason));
     }
-    // A message has room for less than 2^32 runs, so the sum fits.
+    // A message has room for fewer than 2^32 runs, so the sum fits.
     let chunks: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
     match chunks <= max {
         true => Ok(()),
@@ -154,7 +156,7 @@ pub(super) fn check_runs(runs: &[v1::ChunkRun], max: u64) -> Result<(), Status> 
     }
 }
 
-/// The numbers of the chunks of checked runs, in order.
+/// Returns the numbers of the chunks of checked runs, in order.
 pub(super) fn numbers(runs: Vec<v1::ChunkRun>) -> impl Iterator<Item = u64> + Send + 'static {
     runs.into_iter().flat_map(|run| (0..u64::from(run.count)).map(move |n| run.first + n))
 }

@@ -1,4 +1,4 @@
-//! ImageService: how images come into a store, and what can be asked about them.
+//! ImageService: receives images into a store, and describes them.
 
 use crate::service::upload::Uploads;
 use crate::service::{blocking, reference};
@@ -13,10 +13,10 @@ use postcopy_proto::v1::image_service_server::ImageService;
 use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
-/// The most references in one answer.
+/// Most references in one answer.
 const MAX_PAGE_SIZE: usize = 1000;
 
-/// Serves the images of a store.
+/// The service for the images of a store.
 #[derive(Debug)]
 pub struct ImageServer {
     store: Arc<Store>,
@@ -25,7 +25,7 @@ pub struct ImageServer {
 }
 
 impl ImageServer {
-    /// Serves `store` until `drain` begins.
+    /// Makes a service that serves `store` until `drain` begins.
     #[must_use]
     pub fn new(store: Arc<Store>, drain: Drain) -> Self {
         Self { uploads: Uploads::new(store.clone()), store, drain }
@@ -143,11 +143,11 @@ impl ImageService for ImageServer {
     }
 }
 
-/// A page token is the last reference of the page before.
+/// Parses a page token, which is the last reference of the previous page.
 fn page_token(token: &str) -> Result<String, Status> {
     let reference: Result<TagReference, _> = token.parse();
     let reference =
-        reference.map_err(|_| Status::invalid_argument("page_token: not one of this server's"))?;
+        reference.map_err(|_| Status::invalid_argument("page_token: it is not a token of this server"))?;
     Ok(reference.to_string())
 }
 
@@ -168,7 +168,8 @@ pub(super) fn list(
     Ok(v1::ListImagesResponse { images, next_page_token })
 }
 
-/// What a reference stands for, or why that cannot be said; None if it was removed meanwhile.
+/// Describes a reference's image, or its damage. Returns `None` if the reference was removed
+/// meanwhile.
 fn summary_or_damage(store: &Store, reference: &TagReference) -> Option<v1::ImageSummary> {
     let damaged = |image: Vec<u8>, error: &StoreError| v1::ImageSummary {
         reference: reference.to_string(),
@@ -200,7 +201,7 @@ fn summary(reference: String, root: &Root) -> v1::ImageSummary {
 
 fn describe(store: &Store, reference: &Reference) -> Result<v1::GetImageResponse, StoreError> {
     let root = match store.resolve(reference).and_then(|image| store.root(&image)) {
-        // The reference is there and its root is not: that is no wrong name, but a loss.
+        // The reference exists, but its root does not: a loss, and no wrong name.
         Err(StoreError::NotFound(object)) if object != reference.to_string() => {
             let reason = "it is gone from the store".to_owned();
             return Err(StoreError::Damaged { object, reason });

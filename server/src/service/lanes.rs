@@ -1,8 +1,9 @@
-//! The two lanes of a session: demand, where every microsecond counts, and bulk, where bytes do.
+//! The two lanes of a session: the demand lane for latency, and the bulk lane for throughput.
 //!
-//! Both read requests and give answers in one task. On the demand lane a frame that is in memory is answered at
-//! once, with no thread or channel between; one that is not is loaded beside, so that a fault on a cold
-//! page does not hold up those on warm ones. Requests of class DEMAND overtake the others there ([`queue`]).
+//! Each lane reads requests and sends answers in one task. On the demand lane a frame in memory is
+//! answered at once, without another thread or a channel. Other frames are loaded beside the task,
+//! so that a fault on a cold page does not delay faults on warm ones. Requests of class DEMAND
+//! overtake the others there ([`queue`]).
 
 mod queue;
 
@@ -26,25 +27,25 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use tonic::{Status, Streaming};
 
-/// Loads of one demand stream that wait for the disk at a time, or are done and wait for their turn.
+/// Most loads of one demand stream at a time, including finished ones that wait for their turn.
 const MAX_LOADING: usize = 32;
 
-/// With so many, no load begins that is not urgent: DEMAND always finds some free.
+/// Number of loads from which no less urgent load begins, so that DEMAND always finds free ones.
 const MAX_LOADING_AHEAD: usize = 16;
 
-/// While a demand stream has given more than this to a connection that has not written it, the stream gives only
-/// answers of class DEMAND: one frame of 64 KiB that does not compress, which takes 5 ms at 100 Mbit/s. The socket
-/// behind it holds twice that ([`crate::listen`]), so that the connection stays busy.
+/// Limit on a demand stream's unwritten bytes, beyond which it sends only answers of class DEMAND.
+/// It is one incompressible frame of 64 KiB, which takes 5 ms at 100 Mbit/s. The socket behind it
+/// holds twice as much ([`crate::listen`]), so the connection stays busy.
 const MAX_UNWRITTEN_BYTES: u64 = 64 << 10;
 
-/// A bulk message is sent when the next answer would make it longer than this.
+/// Most bytes of a bulk message with more than one answer.
 const BULK_MESSAGE_BYTES: usize = 256 << 10;
 
-/// What an answer takes in a bulk message besides its frame, at most: tags, lengths, the chunk's number.
+/// Most bytes of an answer in a bulk message besides its frame: tags, lengths, the chunk's number.
 const ANSWER_OVERHEAD_BYTES: usize = 32;
 
-/// The next request; None when the client has said its last, or everything that was received before the server
-/// began to end has been given out.
+/// Returns the next request; `None` after the client's last one. When the server ends, returns the
+/// requests received before that, then UNAVAILABLE.
 async fn next_request<T>(
     requests: &mut Streaming<T>,
     ending: Pin<&mut impl Future<Output = ()>>,
@@ -58,7 +59,7 @@ async fn next_request<T>(
 
 type Loading = Pin<Box<dyn Future<Output = Result<fetch_chunks_response::Answer, Status>> + Send>>;
 
-/// A load beside the stream, with the turn that it is for.
+/// Awaits a load beside the stream, for its turn.
 async fn load(turn: Turn, loading: Loading) -> (Urgency, Result<v1::FetchChunksResponse, Status>) {
     (turn.urgency, loading.await.map(|answer| response(turn, answer)))
 }
@@ -82,7 +83,7 @@ fn load_segment(chunks: &Chunks, segment: u32) -> Loading {
     }))
 }
 
-/// Checks a request, and binds the stream to the image that its first request names.
+/// Checks a request. The first request of a stream binds it to its image.
 async fn check(
     store: &Arc<Store>,
     bound: &mut Option<Chunks>,
@@ -96,18 +97,18 @@ async fn check(
     chunks.check_image(&request.image)
 }
 
-/// What a demand stream does next.
+/// The next step of a demand stream.
 enum Next {
     Request(v1::FetchChunksRequest),
     Loaded(Urgency, Result<v1::FetchChunksResponse, Status>),
     Answer(Choice),
-    /// No more requests; the status with which to end once all are answered.
+    /// No request follows; the status is the stream's end once all requests are answered.
     NoMoreRequests(Option<Status>),
 }
 
-/// The demand lane. The stream reads all requests that have arrived before it answers the next chunk, so that a
-/// DEMAND request overtakes all answers that HTTP/2 does not have yet. Of answers that are not urgent it gives
-/// HTTP/2 only what keeps the connection busy.
+/// Serves the demand lane. The stream reads all received requests before it answers the next chunk,
+/// so a DEMAND request overtakes all answers that HTTP/2 has not accepted yet. It gives HTTP/2 only
+/// so many less urgent answers as keep the connection busy.
 pub(super) fn fetch_chunks(
     store: Arc<Store>,
     written: Option<Written>,
@@ -164,7 +165,8 @@ pub(super) fn fetch_chunks(
                             None
                         }
                         Wanted::Chunk(chunk) => {
-                            // From the second attempt on the frame is decoded first, which takes too long for this task.
+                            // From the second attempt on the frame is decoded first, which takes
+                            // too long in this task.
                             let now = if turn.attempt == 0 { chunks.answer_soon(chunk).await } else { None };
                             if now.is_none() {
                                 loading.push(load(turn, load_chunk(chunks, chunk, turn.attempt > 0)));
@@ -182,7 +184,8 @@ pub(super) fn fetch_chunks(
                 }
             };
             if let Some(answer) = answer {
-                // At most what the connection writes for it: a surplus would add up, and never be written.
+                // This must not exceed the bytes that the connection writes for the answer: a
+                // surplus would add up, and never be written.
                 unwritten.give(answer.encoded_len());
                 yield answer;
             }
@@ -193,11 +196,11 @@ pub(super) fn fetch_chunks(
     }
 }
 
-/// A bulk request that is being answered.
+/// The state of answering a bulk request.
 struct BulkAnswer<I: Iterator<Item = u64>> {
     numbers: Peekable<I>,
     check: bool,
-    /// An answer that was too long for the last message.
+    /// An answer that did not fit into the last message.
     carried: Option<v1::ChunkAnswer>,
     message: Vec<v1::ChunkAnswer>,
     message_bytes: usize,
@@ -208,8 +211,8 @@ impl<I: Iterator<Item = u64>> BulkAnswer<I> {
         Self { numbers: numbers.peekable(), check, carried: None, message: Vec::new(), message_bytes: 0 }
     }
 
-    /// Adds answers until the message is full or all are given. False: the next one needs the disk, and
-    /// `may_block` is not set.
+    /// Adds answers until the message is full or all are given. Returns false if the next answer
+    /// needs the disk and `may_block` is false.
     fn fill(&mut self, chunks: &mut Chunks, may_block: bool) -> bool {
         loop {
             let answer = match (self.carried.take(), self.numbers.peek()) {
@@ -236,7 +239,7 @@ impl<I: Iterator<Item = u64>> BulkAnswer<I> {
         }
     }
 
-    /// The message, to be sent; empty when all are given.
+    /// Returns the message to send; empty once all answers are given.
     fn take(&mut self) -> Vec<v1::ChunkAnswer> {
         self.message_bytes = 0;
         std::mem::take(&mut self.message)
@@ -252,14 +255,14 @@ fn answer_bytes(answer: &v1::ChunkAnswer) -> usize {
         }
 }
 
-/// The frames of an image's working set, by messages. None where there is no set, or it is damaged: what it would bring comes
-/// as it is touched.
+/// Returns the frames of an image's working set, by messages. Returns none if there is no set, or
+/// it is damaged: its pages are then fetched on demand.
 async fn working_set(store: &Arc<Store>, image: Digest) -> Result<Vec<Vec<Bytes>>, Status> {
     let store = Arc::clone(store);
     let set = blocking(move || {
         let set = store.working_set(&image);
         Ok::<_, Status>(set.unwrap_or_else(|error| {
-            tracing::error!("not sent ahead: {}", chain(&error));
+            tracing::error!("a working set is not sent, its pages are fetched on demand: {}", chain(&error));
             None
         }))
     });
@@ -276,7 +279,7 @@ async fn working_set(store: &Arc<Store>, image: Digest) -> Result<Vec<Vec<Bytes>
     Ok(messages)
 }
 
-/// These frames. What has left the page cache since the set was read is read again.
+/// Returns these frames, after reading those again that have left the page cache.
 async fn in_memory(frames: Vec<Bytes>) -> Result<Vec<Bytes>, Status> {
     if frames.iter().all(|frame| map::is_resident(frame)) {
         return Ok(frames);
@@ -289,7 +292,7 @@ async fn in_memory(frames: Vec<Bytes>) -> Result<Vec<Bytes>, Status> {
     .await
 }
 
-/// The bulk lane.
+/// Serves the bulk lane.
 pub(super) fn stream_chunks(
     store: Arc<Store>,
     mut requests: Streaming<v1::StreamChunksRequest>,

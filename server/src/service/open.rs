@@ -1,4 +1,4 @@
-//! OpenImage: the manifest of an image.
+//! OpenImage: sends the manifest of an image.
 
 use crate::service::{blocking, reference};
 use crate::shutdown::InFlight;
@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use tonic::Status;
 
-/// Resolves the reference, and sees that the paths are the image's, before anything is sent.
+/// Resolves the reference, and checks that the image has the paths, before it sends anything.
 pub(super) async fn open_image(
     store: Arc<Store>,
     request: v1::OpenImageRequest,
@@ -27,7 +27,8 @@ pub(super) async fn open_image(
     Ok(parts(store, root, bytes, order, request.more_segments_bytes as usize, in_flight))
 }
 
-/// The numbers of the segments to send: those of the first paths, then, if asked for, all others.
+/// Returns the numbers of the segments to send: those of the first paths, then, if requested, all
+/// others.
 fn segment_order(root: &Root, request: &v1::OpenImageRequest) -> Result<Vec<u32>, Status> {
     let mut is_listed = vec![false; root.segment_digests().len()];
     let mut order = Vec::new();
@@ -65,7 +66,7 @@ fn part_of(index: u32, segment: Bytes) -> v1::OpenImageResponse {
     v1::OpenImageResponse { part: Some(Part::Segment(v1::SegmentAnswer { index, result })) }
 }
 
-/// The answer where an image has no such path.
+/// Returns the error for a path that the image lacks.
 pub(super) fn no_such_path(path: &[u8]) -> Status {
     let path = String::from_utf8_lossy(&path[..path.len().min(80)]).into_owned();
     Status::not_found(format!("path {path:?} is no file of the image"))
@@ -95,7 +96,8 @@ fn parts(
         let more = if more_bytes == 0 { 0 } else { all_segments(&root) };
         let sent: HashSet<u32> = order.into_iter().collect();
         for index in (0..more).filter(|index| !sent.contains(index)) {
-            // Nobody has asked for this one: what is wrong with it is told to who does.
+            // The client has not requested this segment. If it cannot be read, the request that
+            // needs it gets the error.
             let Ok(segment) = segment(&store, &root, index).await else { break };
             let Some(rest) = more_bytes.checked_sub(segment.len()) else { break };
             more_bytes = rest;

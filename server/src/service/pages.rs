@@ -1,4 +1,4 @@
-//! PageService: how pages get to where they are touched.
+//! PageService: sends images' pages to clients.
 
 use crate::service::{Answers, lanes, open, read_file};
 use crate::shutdown::Drain;
@@ -8,7 +8,7 @@ use postcopy_proto::v1::page_service_server::PageService;
 use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Serves the pages of a store.
+/// The service for the pages of a store.
 #[derive(Debug)]
 pub struct PageServer {
     store: Arc<Store>,
@@ -16,7 +16,7 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Serves `store` until `drain` begins.
+    /// Makes a service that serves `store` until `drain` begins.
     #[must_use]
     pub fn new(store: Arc<Store>, drain: Drain) -> Self {
         Self { store, drain }

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use tonic::Status;
 
-/// Sees that there are such bytes before anything is sent.
+/// Checks that the file has these bytes, before it sends anything.
 pub(super) async fn read_file(
     store: Arc<Store>,
     request: v1::ReadFileRequest,
@@ -78,7 +78,8 @@ fn parts(
     }
 }
 
-/// Where a piece ends that begins at `at`: whole chunks of about 1 MiB, so that none is decoded twice.
+/// Returns the end of a piece that begins at `at`: whole chunks of about 1 MiB, so that none is
+/// decoded twice.
 fn piece_end(root: &Root, at: u64, range_end: u64) -> u64 {
     let chunk = u64::from(root.chunk_size().bytes_u32());
     let piece = chunk.max(MAX_PART_BYTES as u64);
@@ -107,7 +108,7 @@ fn read_piece(store: &Store, root: &Root, file: &FileEntry, range: Range<u64>) -
     Ok(out.into())
 }
 
-/// Decodes the chunk from the first copy, and from a good one if that is damaged.
+/// Decodes the chunk from the first copy, and from a good one if the first is damaged.
 fn read_chunk(
     store: &Store,
     digest: &Digest,

@@ -1,4 +1,4 @@
-//! The services as a client sees them, over a Unix socket.
+//! Tests of the services through a client, over a Unix socket.
 
 use crate::fixtures::Image;
 use crate::listen::{Address, Listener};
@@ -103,7 +103,7 @@ fn error_of(answer: v1::ChunkAnswer) -> v1::Error {
     }
 }
 
-/// Writes an answer's plain bytes where they belong.
+/// Writes an answer's plain bytes to their place.
 fn install(image: &Image, answer: &v1::ChunkAnswer, plain: &mut [u8]) {
     let chunk = plain.chunks_mut(PAGE_BYTES).nth(usize::try_from(answer.chunk).unwrap()).unwrap();
     match answer.result.as_ref().unwrap() {
@@ -190,8 +190,8 @@ async fn read_file(
     Ok(bytes)
 }
 
-/// The answers before the last one to a request `overtaking`, which is sent when the server has answered some of
-/// `first`: as much as the client's window of 64 KiB lets through.
+/// Returns the answers before the last one to the request `overtaking`. It is sent once the server
+/// has answered as much of `first` as the client's window of 64 KiB admits.
 async fn answers_before(
     overtaking: v1::FetchChunksRequest,
     first: v1::FetchChunksRequest,
@@ -206,7 +206,7 @@ async fn answers_before(
     let mut answers = pages.fetch_chunks(ReceiverStream::new(received)).await.unwrap().into_inner();
     answers.message().await.unwrap().unwrap();
     requests.send(overtaking).await.unwrap();
-    // The channel's capacity comes back when the connection has taken the message.
+    // The channel has capacity again once the connection has taken the message.
     while requests.capacity() < 4 {
         tokio::task::yield_now().await;
     }
@@ -233,13 +233,14 @@ async fn demand_overtakes_prefetch_that_is_not_sent() {
         ..fetch(image, runs)
     };
     let demand = |runs| request(None, 2, v1::RequestClass::Demand, runs);
-    // 4 MiB that do not compress.
+    // 4 MiB of incompressible bytes.
     let many = [(0, 20); 51];
     for attempt in 0..2 {
         for class in [v1::RequestClass::Prefetch, v1::RequestClass::Background] {
             let first = v1::FetchChunksRequest { attempt, ..request(Some(&image), 1, class, &many) };
             let before = answers_before(demand(&[(3, 2)]), first, &server).await;
-            // The client's window, what the connection may hold, what is being loaded, and a message.
+            // The client's window, the bytes that the connection may hold, those being loaded, and
+            // a message.
             assert!(before < 100, "{before} of 1020 came before the urgent one, attempt {attempt}");
         }
     }
@@ -250,8 +251,8 @@ async fn demand_overtakes_prefetch_that_is_not_sent() {
     assert_eq!(answers_before(demand(&[(3, 2)]), first, &server).await, 1022, "equals keep their order");
 }
 
-/// What a stream holds back is told from what its connection has written: an answer that counts for more than the
-/// connection writes would hold the stream up for ever, after some thousands of them.
+/// A stream compares its answers with the bytes that its connection has written. An answer that
+/// counts for more than these would block the stream for ever, after some thousands of answers.
 #[tokio::test]
 async fn tens_of_thousands_of_small_prefetched_answers_all_come() {
     let (server, image) = (Server::start().await, Image::with_more_chunks(5));
@@ -444,7 +445,7 @@ async fn segments_that_are_short_come_unasked_as_far_as_they_are_wanted() {
             assert_eq!(opened_by(&server, request).await.unwrap().1, expected);
         }
     }
-    // A damaged one is left to who needs it.
+    // The request that needs a damaged segment gets the error.
     let segment = server.path("manifests").join(image.manifest.root.segment_digests()[0].hex());
     std::fs::write(segment, b"").unwrap();
     let request =
@@ -478,7 +479,7 @@ async fn damaged_manifests_are_named_and_others_served() {
         std::fs::write(&path, good).unwrap();
     }
     assert!(opened(&server, "a:1").await.is_ok());
-    // A store that has not parsed it yet.
+    // A store that has not parsed the segment yet.
     let fresh = Store::open(server.dir.path(), Domain::DEFAULT).unwrap();
     std::fs::write(server.path("manifests").join(image.digest().hex()), b"").unwrap();
     let list = super::images::list(&fresh, None, 10).unwrap().images;
@@ -526,7 +527,7 @@ async fn an_upload_ends_as_soon_as_it_is_longer_than_announced() {
     let [begin, data] = upload(image.pack_digest(), 1000, &[&[0; 600]]).try_into().unwrap();
     let endless = async move {
         let mut part = begin;
-        // Until the server does not want any more.
+        // The loop ends when the server stops reading.
         while parts.send(part).await.is_ok() {
             part = data.clone();
         }
@@ -536,13 +537,13 @@ async fn an_upload_ends_as_soon_as_it_is_longer_than_announced() {
     assert_eq!(outcome.unwrap_err().code(), Code::InvalidArgument);
 }
 
-/// Takes the 30 s that it says: the sockets are real.
+/// This test takes 30 s, because the sockets are real.
 #[tokio::test]
 async fn silent_uploads_end_and_give_their_memory_back() {
     let server = Server::start().await;
     let begin = v1::UploadPackBegin { digest: Digest::of(b"x").into(), size_bytes: 64 << 20 };
     let begin = v1::UploadPackRequest { part: Some(upload_pack_request::Part::Begin(begin)) };
-    // All the memory that there is for uploads.
+    // This takes all memory for uploads.
     let mut silent = tokio::task::JoinSet::new();
     for _ in 0..4 {
         let (mut images, begin) = (server.images(), begin.clone());
@@ -556,13 +557,13 @@ async fn silent_uploads_end_and_give_their_memory_back() {
     assert_eq!(empty.code(), Code::InvalidArgument, "there is memory for it: {empty:?}");
 }
 
-/// A newer client may say more than this server knows.
+/// A newer client may send fields and values that this server does not know.
 #[tokio::test]
 async fn unknown_fields_are_ignored() {
     use bytes::BufMut;
     use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 
-    /// Sends bytes as they are, as messages of FetchChunks.
+    /// Sends raw bytes as messages of FetchChunks.
     #[derive(Clone, Default)]
     struct Raw;
     impl Encoder for Raw {
@@ -673,7 +674,7 @@ async fn a_shutdown_finishes_what_is_in_flight_and_refuses_what_is_new() {
     upload_parts.send(parts.pop().unwrap()).await.unwrap();
     let mut images = server.images();
     let uploading = tokio::spawn(async move { images.upload_pack(ReceiverStream::new(received)).await });
-    // The channel's capacity comes back when the connection has taken the message.
+    // The channel has capacity again once the connection has taken the message.
     while upload_parts.capacity() < 4 {
         tokio::task::yield_now().await;
     }
@@ -719,7 +720,7 @@ async fn a_recording_becomes_a_working_set_that_is_streamed_before_chunks() {
     let listed = sets.list_working_sets(v1::ListWorkingSetsRequest {}).await.unwrap().into_inner();
     assert_eq!(listed.working_sets, [set]);
 
-    // Of another image's pages, or none, nothing is kept.
+    // A recording of another image's pages, or without an image, is not stored.
     for (wrong, field) in [
         (span(17, 1), "17 pages"),
         (span(0, 0), "no pages"),

@@ -1,4 +1,4 @@
-//! Receiving packs and roots: streams of parts that were announced with their length.
+//! Receives packs and roots: streams of parts whose total length is announced.
 
 use crate::service::{blocking, digest, reference};
 use crate::store::{CommitOutcome, Store};
@@ -15,21 +15,22 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Status, Streaming};
 
-/// Bytes of uploads that are in memory at a time: four packs of the largest size.
+/// Most bytes of uploads in memory at a time: four packs of the largest size.
 const MAX_UPLOAD_BYTES: usize = 256 << 20;
 
-/// Buffers that are kept for the next uploads, and how long each may be: as long as our own client's packs are.
+/// Number of buffers that are kept for later uploads, and their greatest length: that of the client
+/// library's packs.
 const IDLE_BUFFERS: usize = 2;
 const IDLE_BUFFER_BYTES: usize = 16 << 20;
 
-/// An upload of which nothing comes for this long ends, so that it does not keep others from that memory.
+/// Time without bytes after which an upload ends, so that it does not hold its memory for ever.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 
-/// Receives uploads within bounds.
+/// The receiver of uploads, within bounds of memory.
 #[derive(Debug)]
 pub(super) struct Uploads {
     store: Arc<Store>,
-    /// A permit a byte of what is announced, taken before it is received.
+    /// One permit for each announced byte, taken before the bytes are received.
     memory: Arc<Semaphore>,
     buffers: Buffers,
 }
@@ -69,7 +70,7 @@ impl Uploads {
     ) -> Result<(), Status> {
         let store = self.store.clone();
         blocking(move || {
-            // Held until the bytes are gone, even if the client hangs up.
+            // The permit is held until the bytes are freed, even if the client disconnects.
             let _memory = memory;
             store.put_pack(announced, bytes)
         })
@@ -115,10 +116,10 @@ fn bounded_size(field: &str, bytes: u64, max: usize) -> Result<usize, Status> {
     }
 }
 
-/// The next message of an upload; None after the last.
+/// Returns the next message of an upload; `None` after the last.
 async fn next<T>(parts: &mut Streaming<T>) -> Result<Option<T>, Status> {
     let message = tokio::time::timeout(MAX_SILENCE, parts.message()).await;
-    message.map_err(|_| Status::deadline_exceeded("no bytes came for 30 s"))?
+    message.map_err(|_| Status::deadline_exceeded("the upload sent no bytes for 30 s"))?
 }
 
 /// Receives exactly the announced bytes.
@@ -131,15 +132,17 @@ async fn receive<T>(
     let mut received = 0;
     while let Some(message) = next(parts).await? {
         let Some(part) = data(message) else {
-            return Err(Status::invalid_argument("after `begin` there come only bytes"));
+            return Err(Status::invalid_argument("each message after `begin` must hold bytes"));
         };
         if part.is_empty() {
-            // Else a client could keep its memory for ever, and send nothing.
-            return Err(Status::invalid_argument("a part holds nothing"));
+            // An empty part would let a client hold memory for ever without sending bytes.
+            return Err(Status::invalid_argument("a part is empty"));
         }
         received += part.len();
         if received > announced {
-            return Err(Status::invalid_argument(format!("more than the announced {announced} bytes came")));
+            return Err(Status::invalid_argument(format!(
+                "the upload has more than the announced {announced} bytes"
+            )));
         }
         keep(part);
     }

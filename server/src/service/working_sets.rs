@@ -1,7 +1,8 @@
-//! WorkingSetService: what restores touch, and what is made of that.
+//! WorkingSetService: receives recordings of page faults, and describes the working sets built from
+//! them.
 //!
-//! A recording is stored as soon as it is whole, and answered when a set has been made of it, or if that takes long: see
-//! [`builds`].
+//! A recording is stored once it is complete. The answer follows when a set has been built from it,
+//! or after a limited time: see [`builds`].
 
 mod builds;
 
@@ -19,31 +20,31 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 
-/// Spans of all recordings that come at a time: 384 MiB, and up to twice that while they come.
+/// Most spans of all recordings being received: 384 MiB, and up to twice that while they arrive.
 const MAX_SPANS: usize = 1 << 25;
-/// How long a recording is not answered because a set is being made of it.
+/// Most time that an answer waits for the build of a set.
 const MAX_WAIT: Duration = Duration::from_secs(10);
-/// A recording of which nothing comes for this long ends.
+/// Time without messages after which receiving a recording ends.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
-/// Spans of one message: at most 18 bytes each.
+/// Most spans of one message, of at most 18 bytes each.
 const SPANS: usize = 65_536;
 
-/// Takes recordings and tells of working sets.
+/// The service for the working sets of a store.
 #[derive(Debug)]
 pub struct WorkingSetServer {
     store: Arc<Store>,
     drain: Drain,
     share: f64,
     builds: Builds,
-    /// A permit for each span of recordings that come.
+    /// One permit for each span of the recordings being received.
     spans: Arc<Semaphore>,
-    /// One recording at a time is kept: the older ones are read for that.
+    /// One permit: storing a recording reads the older ones, so one is stored at a time.
     keeping: Arc<Semaphore>,
 }
 
 impl WorkingSetServer {
-    /// Serves `store` until `drain` begins. A page belongs to a working set that was touched in at least `share` (of 1) of the
-    /// recordings in which that could be seen.
+    /// Makes a service that serves `store` until `drain` begins. A page belongs to a working set if
+    /// it faulted in at least `share` (0 to 1) of the recordings that could show it.
     #[must_use]
     pub fn new(store: Arc<Store>, drain: Drain, share: f64) -> Self {
         let (spans, keeping) = (Arc::new(Semaphore::new(MAX_SPANS)), Arc::new(Semaphore::new(1)));
@@ -61,13 +62,13 @@ fn describe(image: &Digest, set: &WorkingSet) -> v1::WorkingSet {
     }
 }
 
-/// What the messages of one recording say.
+/// The content of one recording's messages.
 struct Received {
     image: Option<Digest>,
     id: [u8; 16],
     touched: Vec<v1::PageSpan>,
     unseen: Vec<v1::PageSpan>,
-    /// A permit for each of its spans.
+    /// One permit for each of its spans.
     room: Option<OwnedSemaphorePermit>,
     spans: Arc<Semaphore>,
 }
@@ -90,7 +91,7 @@ impl Received {
             }
             Some(_) => {}
         }
-        // It would count for nothing, and take memory.
+        // An empty span has no effect, and takes memory.
         if request.touched.iter().chain(&request.unseen).any(|span| span.count == 0) {
             return Err(Status::invalid_argument("a span of no pages"));
         }
@@ -98,7 +99,7 @@ impl Received {
         let more =
             u32::try_from(spans).ok().map(|spans| Arc::clone(&self.spans).try_acquire_many_owned(spans));
         let Some(Ok(more)) = more else {
-            return Err(Status::resource_exhausted("too many recordings come at once: try again later"));
+            return Err(Status::resource_exhausted("too many recordings arrive at once; try again later"));
         };
         match &mut self.room {
             Some(room) => room.merge(more),
@@ -123,7 +124,9 @@ impl WorkingSetService for WorkingSetServer {
         let mut received = Received::new(Arc::clone(&self.spans));
         loop {
             let request = tokio::time::timeout(MAX_SILENCE, requests.message()).await;
-            match request.map_err(|_| Status::deadline_exceeded("nothing came for 30 s"))?? {
+            match request
+                .map_err(|_| Status::deadline_exceeded("the recording sent no message for 30 s"))??
+            {
                 Some(request) => received.add(request)?,
                 None => break,
             }
@@ -143,7 +146,7 @@ impl WorkingSetService for WorkingSetServer {
         if let Ok(built) = built {
             return built.map(Response::new);
         }
-        // It is kept, and the set is made without anybody who waits.
+        // The recording is stored, and the build goes on without a waiter.
         let store = Arc::clone(&self.store);
         let set = blocking(move || store.working_set(&image)).await?.unwrap_or_default();
         Ok(Response::new(describe(&image, &set)))
@@ -182,7 +185,7 @@ impl WorkingSetService for WorkingSetServer {
             let sets = store.images_with_working_sets()?.into_iter().filter_map(|image| {
                 match store.working_set(&image) {
                     Ok(set) => set.map(|set| describe(&image, &set)),
-                    // It is in nobody's way: the next recording makes it anew.
+                    // The next recording builds this set anew, so the list omits it.
                     Err(error) => {
                         tracing::warn!("a working set is left out: {error}");
                         None

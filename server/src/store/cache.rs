@@ -1,4 +1,4 @@
-//! A map that forgets what was not used for the longest time.
+//! A cache that evicts the least recently used objects.
 
 use postcopy_proto::digest::Digest;
 use std::collections::HashMap;
@@ -18,11 +18,11 @@ struct Slots<V> {
     clock: u64,
 }
 
-/// Parsed objects by digest, together at most so many bytes; one that is larger alone is kept alone.
+/// Parsed objects by digest, together at most `max_bytes`. A larger object is kept alone.
 #[derive(Debug)]
 pub(crate) struct Cache<V> {
     max_bytes: usize,
-    /// Held for a look-up or an insertion, never while anything is read or parsed.
+    /// Locked for a look-up or an insertion, never while an object is read or parsed.
     slots: Mutex<Slots<V>>,
 }
 
@@ -54,7 +54,7 @@ impl<V> Cache<V> {
         }
         slots.bytes += bytes;
         while slots.bytes > self.max_bytes && slots.by_digest.len() > 1 {
-            // Objects are large, so there are few of them, and a search costs less than an order kept.
+            // Objects are large and few, so a search costs less than keeping an order.
             let oldest = slots.by_digest.iter().min_by_key(|(_, slot)| slot.used).map(|(digest, _)| *digest);
             let Some(removed) = oldest.and_then(|oldest| slots.by_digest.remove(&oldest)) else { break };
             slots.bytes -= removed.bytes;

@@ -1,4 +1,4 @@
-//! How an image becomes one of the store: what it refers to is there, then its root, then its reference.
+//! Commits of images: first the image's objects exist, then its root, then its reference.
 
 use crate::store::error::{StoreError, damaged};
 use crate::store::layout::sync_dir;
@@ -11,21 +11,21 @@ use postcopy_proto::manifest::{ManifestError, Root};
 use postcopy_proto::reference::{Reference, TagReference};
 use std::collections::{BTreeSet, HashSet};
 
-/// How a commit went.
+/// The outcome of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CommitOutcome {
     /// The reference points to this image.
     Committed(Digest),
-    /// Nothing was changed; this is missing.
+    /// Nothing was changed, because these objects are missing.
     Missing(Missing),
 }
 
-/// What an image lacks. If segments are missing, their chunks are not known.
+/// The objects that an image lacks. If segments are missing, their chunks are unknown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
-    /// Segments, at most 65,536.
+    /// Missing segments, at most 65,536.
     pub segments: Vec<Digest>,
-    /// Chunks, at most 65,536.
+    /// Missing chunks, at most 65,536.
     pub chunks: Vec<Digest>,
 }
 
@@ -36,13 +36,14 @@ impl Missing {
 }
 
 impl Store {
-    /// Which of these chunks no pack holds, in the same order. The others are kept for at least gc's grace time.
+    /// Returns the chunks that no pack holds, in the same order. Protects the others for at least
+    /// gc's grace time.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     ///
     /// # Blocking
-    /// Looks at each pack concerned, and waits for a collector's deletes.
+    /// Checks each pack concerned, and waits for a collector's deletes.
     pub fn find_missing(&self, chunks: impl Iterator<Item = Digest>) -> Result<Vec<Digest>, StoreError> {
         let _keep = StoreLock::keep_objects(&self.layout)?;
         let mut presence = self.packs.presence();
@@ -56,11 +57,11 @@ impl Store {
         Ok(missing)
     }
 
-    /// Stores a root and lets the reference point to it, if all that it refers to is there.
+    /// Stores a root and points the reference to it, if all objects that the root refers to exist.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`]: it is no root, or a segment does not fit it. [`StoreError::Damaged`]: a stored
-    /// segment is damaged.
+    /// Returns [`StoreError::Invalid`] if the bytes are no root or a segment does not fit it,
+    /// [`StoreError::Damaged`] if a stored segment is damaged.
     ///
     /// # Blocking
     /// Reads the image's segments, waits for the disk and for a collector's deletes.
@@ -78,17 +79,18 @@ impl Store {
         Ok(CommitOutcome::Committed(image))
     }
 
-    /// Lets `target` point to what `source` stands for.
+    /// Points `target` to the image of `source`.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is no such source, or a part of its image is gone.
+    /// Returns [`StoreError::NotFound`] if the source does not exist, or a part of its image is
+    /// gone.
     ///
     /// # Blocking
-    /// As [`Store::commit`].
+    /// The same as for [`Store::commit`].
     pub fn tag(&self, source: &Reference, target: &TagReference) -> Result<Digest, StoreError> {
         let _keep = StoreLock::keep_objects(&self.layout)?;
         let image = self.resolve(source)?;
-        // What a tag points to is safe from gc. What only its digest names may be about to be deleted.
+        // An image with a tag is safe from gc. An image without one may be about to be deleted.
         if matches!(source, Reference::Digest { .. }) {
             let root = self.manifests.root(&image)?;
             if !self.rely_on(&root)?.is_empty() {
@@ -99,7 +101,8 @@ impl Store {
         Ok(image)
     }
 
-    /// Sees that everything that the image refers to is there and lasts, and pardons it.
+    /// Checks that all objects of the image exist, makes them durable, and pardons them. Returns
+    /// the missing ones.
     fn rely_on(&self, root: &Root) -> Result<Missing, StoreError> {
         let segments = root.segment_digests();
         let lacking = segments.iter().filter(|digest| !self.manifests.is_stored(digest));
@@ -129,7 +132,7 @@ impl Store {
         Ok(missing)
     }
 
-    /// The chunks of a segment that lies in the store, whoever put it there.
+    /// Returns the chunks of a stored segment, which any client may have uploaded.
     fn stored_segment_digests(&self, root: &Root, index: usize) -> Result<Vec<Digest>, StoreError> {
         let index = u32::try_from(index).expect("a root of 64 MiB has fewer");
         let digest = &root.segment_digests()[index as usize];
@@ -144,7 +147,7 @@ impl Store {
         Ok(segment.digests().collect())
     }
 
-    /// Syncs the directories of objects that another process may have renamed and not synced yet.
+    /// Syncs the directories of objects that another process may have renamed without syncing yet.
     fn make_entries_last(&self, packs: &HashSet<Digest>) -> Result<(), StoreError> {
         let paths = packs.iter().map(|pack| self.layout.pack(pack));
         let mut dirs: BTreeSet<_> = paths.filter_map(|p| p.parent().map(ToOwned::to_owned)).collect();
@@ -154,7 +157,8 @@ impl Store {
     }
 
     fn pardon_all<'a>(&self, objects: impl Iterator<Item = &'a Digest>) -> Result<(), StoreError> {
-        // Without a collector there are no entries, and a look is cheaper than an unlink for each object.
+        // Without a collector there are no entries, and one look is cheaper than an unlink for each
+        // object.
         let condemned: HashSet<_> = condemned::list(&self.layout)?.into_iter().map(|(d, _)| d).collect();
         if condemned.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! Condemned entries: what gc is going to delete when its grace time is over.
+//! Condemned entries: the objects that gc deletes once their grace time is over.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::{Layout, digest_of_name};
@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::time::SystemTime;
 
-/// Condemns an object; one that is condemned already keeps its time.
+/// Condemns an object. A condemned one keeps its time.
 pub(crate) fn condemn(layout: &Layout, object: &Digest) -> Result<(), StoreError> {
     let path = layout.condemned(object);
     match File::create_new(&path) {
@@ -17,12 +17,13 @@ pub(crate) fn condemn(layout: &Layout, object: &Digest) -> Result<(), StoreError
     }
 }
 
-/// Takes it back. The caller holds [`super::lock::StoreLock::keep_objects`] and saw that the object is there.
+/// Removes the entry of an object. The caller must hold [`super::lock::StoreLock::keep_objects`],
+/// and must have checked under it that the object exists.
 pub(crate) fn pardon(layout: &Layout, object: &Digest) -> Result<(), StoreError> {
     objects::remove(&layout.condemned(object)).map(|_| ())
 }
 
-/// All condemned objects, and since when.
+/// Returns all condemned objects, with their times.
 pub(crate) fn list(layout: &Layout) -> Result<Vec<(Digest, SystemTime)>, StoreError> {
     let dir = layout.condemned_dir();
     let mut condemned = Vec::new();

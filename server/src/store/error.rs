@@ -1,64 +1,64 @@
-//! What can go wrong in a store.
+//! The errors of a store.
 
 use postcopy_proto::digest::Digest;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a store did not do what it was asked for.
+/// The reason why a store could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// It has no such thing.
+    /// The store has no such object.
     #[error("{0} is not in the store")]
     NotFound(String),
-    /// Its copy of a thing is damaged, and it has no other.
+    /// The store's copy of the object is damaged, and it has no other.
     #[error("{object} is damaged: {reason}")]
     Damaged {
-        /// The object.
+        /// The name of the object.
         object: String,
-        /// What is wrong with it.
+        /// The defect of the object.
         reason: String,
     },
-    /// What was given to it cannot be kept.
+    /// The given object cannot be stored.
     #[error("{object}: {reason}")]
     Invalid {
-        /// What was given.
+        /// The name of the object.
         object: String,
-        /// What is wrong with it.
+        /// The defect of the object.
         reason: String,
     },
-    /// There is no room for it.
+    /// The disk or quota is full.
     #[error("{}: the disk is full, or its quota used up", .0.display())]
     Full(PathBuf),
-    /// The operating system says no.
+    /// The operating system refuses.
     #[error("{}", path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What it says.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// Why a directory cannot be used as a store.
+/// The reason why a directory cannot be used as a store.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Another version of the layout.
+    /// The store has another version of the layout.
     #[error("{}: store format {found:?} is not known to this version, which knows {known:?}", path.display())]
     Format {
-        /// The file that says so.
+        /// The file `format`.
         path: PathBuf,
-        /// The first 80 characters of what it says.
+        /// The first 80 characters of its content.
         found: String,
-        /// What it would have to say.
+        /// The content that this version requires.
         known: &'static str,
     },
-    /// It holds something else.
+    /// The directory has other content.
     #[error("{}: not empty and not a store: it has no file `format`", .0.display())]
     NotAStore(PathBuf),
-    /// It is not there, and was not to be created.
+    /// There is no store, and none was to be created.
     #[error("{}: there is no store", .0.display())]
     Missing(PathBuf),
-    /// Its parts cannot be read or written.
+    /// A part of the store cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -71,12 +71,12 @@ pub(crate) fn io_error(path: &Path) -> impl Fn(io::Error) -> StoreError {
     }
 }
 
-/// Says that the copy of an object is damaged.
+/// Makes the error for a damaged copy of an object.
 pub(crate) fn damaged(object: impl Into<String>, reason: impl ToString) -> StoreError {
     StoreError::Damaged { object: object.into(), reason: reason.to_string() }
 }
 
-/// How a pack is called in messages.
+/// Returns the name of a pack in messages.
 pub(crate) fn pack_name(pack: &Digest) -> String {
     format!("pack {pack}")
 }

@@ -1,11 +1,12 @@
-//! Deleting what no reference needs, beside servers and pushes that go on.
+//! Deletes the objects that no reference needs, beside running servers and pushes.
 //!
-//! 1. Mark: from the references, and the images that are being served ([`super::lease`]), to roots, segments and
-//!    chunks. What is not marked is condemned, by an empty file.
-//! 2. Wait for the grace time. A push that finds a condemned object there pardons it ([`super::commit`]).
-//! 3. Under the exclusive lock, mark again, and delete what is still condemned and still not marked.
+//! 1. Mark: follow references, and images that are being served ([`super::lease`]), to roots,
+//!    segments and chunks. Unmarked objects are condemned by an empty file.
+//! 2. Wait for the grace time. A push that finds a condemned object pardons it ([`super::commit`]).
+//! 3. Under the exclusive lock, mark again, and delete the objects that are still condemned and
+//!    unmarked.
 //!
-//! What cannot be read could have needed anything, so it stops the collection.
+//! An unreadable reference or manifest might need any object, so it stops the collection.
 
 use crate::store::error::{OpenError, StoreError, io_error};
 use crate::store::layout::{Domain, Layout};
@@ -20,34 +21,35 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// A staged file this old is a left-over even if somebody is writing another: writing one takes seconds.
+/// Age from which a staged file is a left-over even while a process writes another one: writing
+/// takes seconds.
 const STAGED_MAX_AGE: Duration = Duration::from_secs(3600);
 
-/// What a collection did.
+/// The result of a collection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Collected {
-    /// Packs deleted.
+    /// Number of deleted packs.
     pub packs: u64,
-    /// Roots and segments deleted.
+    /// Number of deleted roots and segments.
     pub manifests: u64,
-    /// Working sets deleted: of images that are gone.
+    /// Number of deleted working sets, whose images are gone.
     pub working_sets: u64,
-    /// Files deleted that interrupted writes had left.
+    /// Number of deleted files that interrupted writes had left.
     pub left_overs: u64,
-    /// Bytes of all these.
+    /// Bytes of all deleted files.
     pub bytes: u64,
-    /// Objects condemned whose grace time is not over.
+    /// Number of condemned objects whose grace time is not over.
     pub waiting: u64,
 }
 
-/// Collects the garbage of one domain of a store.
+/// The garbage collector of one domain of a store.
 #[derive(Debug)]
 pub struct Collector {
     layout: Layout,
     manifests: Manifests,
 }
 
-/// What references need, and who is being served.
+/// The objects that references and served images need.
 #[derive(Debug, Default)]
 struct Marked {
     manifests: HashSet<Digest>,
@@ -55,20 +57,22 @@ struct Marked {
 }
 
 impl Collector {
-    /// For the store in `dir`.
+    /// Makes a collector for the store in `dir`.
     ///
     /// # Errors
-    /// [`OpenError`].
+    /// Returns [`OpenError`] if `dir` is no store.
     pub fn open(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
         let layout = open_layout(dir, domain)?;
         let manifests = Manifests::new(&layout);
         Ok(Self { layout, manifests })
     }
 
-    /// Condemns what no reference needs. Gives the time of the latest condemning; None if nothing is condemned.
+    /// Condemns the objects that no reference needs. Returns the time of the last condemned one;
+    /// `None` if nothing is condemned.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`]: a reference or manifest cannot be read; nothing was changed.
+    /// Returns [`StoreError::Damaged`] if a reference or manifest cannot be read; nothing was
+    /// changed.
     ///
     /// # Blocking
     /// Reads all manifests and the index of every pack.
@@ -87,13 +91,15 @@ impl Collector {
         Ok(condemned::list(&self.layout)?.into_iter().map(|(_, since)| since).max())
     }
 
-    /// Deletes what was condemned at least `grace` ago and is still not needed, and what interrupted writes left.
+    /// Deletes objects that were condemned at least `grace` ago and are still not needed, and files
+    /// that interrupted writes left.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`]: a reference or manifest cannot be read; nothing was deleted.
+    /// Returns [`StoreError::Damaged`] if a reference or manifest cannot be read; nothing was
+    /// deleted.
     ///
     /// # Blocking
-    /// Holds commits up while it reads all manifests and deletes.
+    /// Delays commits while it reads all manifests and deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
         let mut collected = Collected::default();
         let deleting = StoreLock::delete_objects(&self.layout)?;
@@ -113,7 +119,8 @@ impl Collector {
                 packs.push((digest, pack));
             }
         }
-        // Roots lie among the manifests: an image whose packs are gone cannot be asked for by its digest.
+        // Manifests, which include roots, are deleted first: a client must not reach by digest an
+        // image whose packs are gone.
         for (digest, path) in &manifests {
             collected.manifests += 1;
             collected.bytes += self.delete(digest, path)?;
@@ -140,13 +147,13 @@ impl Collector {
     fn mark(&self) -> Result<Marked, StoreError> {
         let mut marked = Marked::default();
         for reference in references::list(&self.layout)? {
-            // None: it was removed after it was listed.
+            // `None`: the reference was removed after it was listed.
             if let Some(image) = references::read(&self.layout, &reference)? {
                 self.mark_image(&image, &mut marked).map_err(|error| needed_by(&reference, error))?;
             }
         }
         for image in lease::held(&self.layout)? {
-            // A stream may outlive an image that was damaged or taken away by hand.
+            // A stream may outlive an image that was damaged or removed by hand.
             if self.manifests.is_stored(&image) {
                 self.mark_image(&image, &mut marked)?;
             }
@@ -184,7 +191,7 @@ impl Collector {
     }
 }
 
-/// Whether a reference needs a chunk of the pack; true where that cannot be told.
+/// Returns true if a reference needs a chunk of the pack, or the pack cannot be read.
 fn is_needed(marked: &Marked, digest: Digest, path: &Path) -> bool {
     match Pack::open(path, digest) {
         Ok((_, index)) => index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk)),
@@ -195,7 +202,7 @@ fn is_needed(marked: &Marked, digest: Digest, path: &Path) -> bool {
     }
 }
 
-/// Says whose image cannot be read.
+/// Adds the reference to the error of its image.
 fn needed_by(reference: &TagReference, error: StoreError) -> StoreError {
     let (object, reason) = match error {
         StoreError::Damaged { object, reason } => (object, reason),
@@ -337,7 +344,8 @@ mod tests {
         assert!(staged.iter().all(|path| !path.exists()));
     }
 
-    /// Whoever relies on an object keeps the collector from deleting it until the reference is there.
+    /// A process that relies on an object keeps the collector from deleting it until the reference
+    /// exists.
     #[test]
     fn commits_beside_collections_lose_nothing() {
         let (dir, store) = store();

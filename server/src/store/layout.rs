@@ -1,4 +1,4 @@
-//! Where things lie in a store's directory.
+//! The layout of a store's directory.
 //!
 //! ```text
 //! format                             version of the layout
@@ -18,10 +18,10 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// What the file `format` holds.
+/// The content of the file `format`.
 pub(crate) const FORMAT: &str = "postcopy store 1\n";
 
-/// What shares chunks: nothing is found or deduplicated across domains.
+/// A group of images that share chunks. No chunk is found or deduplicated across domains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Domain(&'static str);
 
@@ -71,7 +71,7 @@ impl Layout {
         self.domain.join("manifests")
     }
 
-    /// A root or a segment.
+    /// Returns the path of a root or a segment.
     pub(crate) fn manifest(&self, digest: &Digest) -> PathBuf {
         self.manifests().join(digest.hex())
     }
@@ -113,7 +113,7 @@ impl Layout {
         self.sets(image).join(pack.hex())
     }
 
-    /// Names the packs that are sent.
+    /// Returns the path of the file that names the packs to send.
     pub(crate) fn current_set(&self, image: &Digest) -> PathBuf {
         self.working_set(image).join("current")
     }
@@ -126,7 +126,8 @@ impl Layout {
         self.condemned_dir().join(object.hex())
     }
 
-    /// Whether the directory is a store of the version that this code knows; false if there is nothing yet.
+    /// Returns true for a store of the version that this code knows, false for an empty or missing
+    /// directory.
     pub(crate) fn check_format(&self) -> Result<bool, OpenError> {
         let path = self.format();
         let mut found = Vec::new();
@@ -142,7 +143,7 @@ impl Layout {
         }
     }
 
-    /// A home directory must not become a store by a slip of the keyboard.
+    /// Rejects a directory with other content, for example a home directory named by mistake.
     fn check_empty(&self) -> Result<(), OpenError> {
         let entries = match fs::read_dir(&self.root) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -150,7 +151,7 @@ impl Layout {
         };
         for entry in entries {
             let entry = entry.map_err(io_error(&self.root))?;
-            // Another process may be about to write `format`, or was killed when it did.
+            // Another process may be writing `format`, or was killed while it did.
             if !entry.file_name().as_encoded_bytes().starts_with(b"format#") {
                 return Err(OpenError::NotAStore(self.root.clone()));
             }
@@ -158,7 +159,7 @@ impl Layout {
         Ok(())
     }
 
-    /// Creates the directories that are not there, and makes them last.
+    /// Creates the missing directories, and makes them durable.
     pub(crate) fn create_directories(&self) -> Result<(), StoreError> {
         for dir in [self.packs(), self.manifests(), self.references(), self.condemned_dir(), self.leases()] {
             fs::create_dir_all(&dir).map_err(io_error(&dir))?;
@@ -170,17 +171,17 @@ impl Layout {
     }
 }
 
-/// Makes the entries of a directory last.
+/// Makes the entries of a directory durable.
 pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
 }
 
-/// The digest that a file in `packs/`, `manifests/`, `condemned/` or `leases/` is named by.
+/// Returns the digest that names a file in `packs/`, `manifests/`, `condemned/` or `leases/`.
 pub(crate) fn digest_of_name(name: &std::ffi::OsStr) -> Option<Digest> {
     Digest::from_hex(name.to_str()?).ok()
 }
 
-/// Whether a name is one of object_store's staged files, `name#1`.
+/// Returns true for the name of a staged file of object_store, `name#1`.
 pub(crate) fn is_staged(name: &std::ffi::OsStr) -> bool {
     let Some((_, number)) = name.to_str().and_then(|name| name.rsplit_once('#')) else { return false };
     !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())

@@ -1,9 +1,9 @@
-//! Leases: what streams are filled from stays, whatever references say meanwhile.
+//! Leases: a served image stays in the store, even if its references move or are removed.
 //!
-//! A stream that serves an image holds a shared flock(2) on `<domain>/leases/<image>`, so that a restored program does
-//! not lose its memory to a tag that moved and a collector that came by. A process that dies holds none: nothing
-//! has to be renewed, and nothing expires. A client that connects anew takes the lease again; in between the
-//! collector's grace time protects the image.
+//! A stream that serves an image holds a shared flock(2) on `<domain>/leases/<image>`. So a
+//! restored program does not lose its memory when a tag moves and a collector runs. A process that
+//! dies holds none, so leases need no renewal and do not expire. A client that reconnects takes the
+//! lease again; in between, the collector's grace time protects the image.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::{Layout, digest_of_name};
@@ -14,21 +14,21 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// Keeps an image until it is dropped.
+/// The protection of an image, until this is dropped.
 #[derive(Debug)]
 pub struct Lease {
     _file: File,
 }
 
-/// The leases of this process: one for each image, however many streams serve it.
+/// The leases of this process: one for each image, shared by all streams that serve it.
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
-    /// Held for a look-up or an insertion.
+    /// Locked for a look-up or an insertion.
     taken: Mutex<HashMap<Digest, Weak<Lease>>>,
 }
 
 impl Leases {
-    /// The lease of an image that another stream holds, too. Does not block.
+    /// Returns the lease of an image that another stream holds. Does not block.
     pub(crate) fn shared(&self, image: &Digest) -> Option<Arc<Lease>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).get(image)?.upgrade()
     }
@@ -39,7 +39,7 @@ impl Leases {
     /// [`StoreError::Io`], [`StoreError::Full`].
     ///
     /// # Blocking
-    /// Makes a file.
+    /// Creates a file.
     pub(crate) fn take(&self, layout: &Layout, image: &Digest) -> Result<Arc<Lease>, StoreError> {
         let lease = Arc::new(lock(layout, image)?);
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -53,7 +53,7 @@ fn lock(layout: &Layout, image: &Digest) -> Result<Lease, StoreError> {
     let path = layout.lease(image);
     loop {
         let file = File::options().create(true).append(true).open(&path).map_err(io_error(&path))?;
-        // A collector holds it for a moment.
+        // A collector locks the file for a moment.
         file.lock_shared().map_err(io_error(&path))?;
         if still_lies_at(&path, &file)? {
             return Ok(Lease { _file: file });
@@ -61,7 +61,7 @@ fn lock(layout: &Layout, image: &Digest) -> Result<Lease, StoreError> {
     }
 }
 
-/// The images that somebody holds a lease of. Removes the files of those that nobody does.
+/// Returns the images with held leases. Removes the files of the other leases.
 ///
 /// # Errors
 /// [`StoreError::Io`].

@@ -1,14 +1,16 @@
-//! The locks between the processes that use one store: flock(2), so that a process that dies
-//! holds none. These are locked, always in this order:
+//! The locks between the processes that use one store: flock(2), so that a process that dies holds
+//! none. A process takes them in this order:
 //!
-//! - `<domain>/condemned`: the turnstile before `lock`, held only until that one is had, or a turn's time. Without
-//!   it a collector that waits for `lock` would wait for ever while pushes go on: flock lets new shared holders pass;
-//! - `<domain>/lock`: shared by whoever relies on an object staying there (FindMissing, Commit,
+//! - `<domain>/condemned`: the turnstile before `lock`, held until `lock` is taken, at most for one
+//!   turn. flock admits new shared holders before a waiting exclusive one, so without the turnstile
+//!   pushes could keep a collector waiting for ever;
+//! - `<domain>/lock`: shared while a process relies on an object to stay (FindMissing, Commit,
 //!   tagging), exclusive for gc from its second mark to its deletes;
-//! - `<domain>/refs`: exclusive for whoever changes a reference;
-//! - `<domain>/working-sets/<image>`: exclusive for whoever builds or removes the working set of the image;
-//! - `<domain>`: shared while a staged file is being written, so that gc, which tries it exclusively,
-//!   can tell a left-over from one that somebody is about to rename.
+//! - `<domain>/refs`: exclusive while a process changes a reference;
+//! - `<domain>/working-sets/<image>`: exclusive while a process builds or removes the working set
+//!   of the image;
+//! - `<domain>`: shared while a process writes a staged file. gc tries it exclusively, to tell a
+//!   left-over from a file that a process is about to rename.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;
@@ -19,10 +21,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long a collector keeps others from `lock` while it waits for it: longer than what a push does under it.
+/// Time for which a waiting collector keeps others from `lock`: longer than a push holds it.
 const TURN: Duration = Duration::from_millis(500);
 
-/// Holds a lock until it is dropped.
+/// A lock that is held until this is dropped.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct StoreLock {
@@ -30,14 +32,15 @@ pub(crate) struct StoreLock {
 }
 
 impl StoreLock {
-    /// What is in the store now stays there until the drop. Waits for a collector's deletes.
+    /// Keeps all objects in the store until the drop. Waits for a collector's deletes.
     pub(crate) fn keep_objects(layout: &Layout) -> Result<Self, StoreError> {
         let _turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
         Self::with(&layout.lock(), File::lock_shared)
     }
 
-    /// Nobody relies on an unreferenced object until the drop. Waits for those who do; others have their turn
-    /// meanwhile, because one of these may be long: a check of the whole store.
+    /// Excludes all processes that rely on objects until the drop, so that unreferenced ones can be
+    /// deleted. Waits for those processes. New ones get turns meanwhile, because one of the holders
+    /// may take long: a check of the whole store.
     pub(crate) fn delete_objects(layout: &Layout) -> Result<Self, StoreError> {
         loop {
             let turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
@@ -53,12 +56,13 @@ impl StoreLock {
         }
     }
 
-    /// No other process changes a reference until the drop.
+    /// Keeps other processes from changing references until the drop.
     pub(crate) fn change_references(layout: &Layout) -> Result<Self, StoreError> {
         Self::with(&layout.references(), File::lock)
     }
 
-    /// No other process changes the working set of an image until the drop; None if nothing is kept of it.
+    /// Keeps other processes from changing the working set of an image until the drop. Returns
+    /// `None` if the image has no recordings.
     pub(crate) fn change_working_set(layout: &Layout, image: &Digest) -> Result<Option<Self>, StoreError> {
         let path = layout.working_set(image);
         loop {
@@ -74,7 +78,7 @@ impl StoreLock {
         }
     }
 
-    /// The same; None, too, if another process does.
+    /// Does the same without waiting. Returns `None` also if another process holds the lock.
     pub(crate) fn try_change_working_set(
         layout: &Layout,
         image: &Digest,
@@ -87,12 +91,13 @@ impl StoreLock {
         }
     }
 
-    /// Staged files are not taken for left-overs until the drop.
+    /// Protects staged files from removal as left-overs until the drop.
     pub(crate) fn write_staged(layout: &Layout) -> Result<Self, StoreError> {
         Self::with(layout.domain(), File::lock_shared)
     }
 
-    /// Every staged file is a left-over until the drop; None if somebody is writing one.
+    /// Makes every staged file a left-over until the drop. Returns `None` if a process is writing
+    /// one.
     pub(crate) fn try_delete_staged(layout: &Layout) -> Result<Option<Self>, StoreError> {
         Self::try_exclusively(layout.domain())
     }
@@ -113,7 +118,8 @@ impl StoreLock {
     }
 }
 
-/// Whether a file that has been locked is the one at this path: it may have been removed between the opening and the lock.
+/// Returns true if a locked file is still the one at this path. It may have been removed between
+/// the opening and the lock.
 pub(crate) fn still_lies_at(path: &Path, file: &File) -> Result<bool, StoreError> {
     let inode = file.metadata().map_err(io_error(path))?.ino();
     Ok(fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode))

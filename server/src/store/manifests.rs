@@ -1,4 +1,4 @@
-//! Roots and segments: read from disk, verified against their digests, and the recently used kept parsed.
+//! Roots and segments: read from disk, verified against their digests, and cached in parsed form.
 
 use crate::store::cache::Cache;
 use crate::store::error::{StoreError, damaged};
@@ -9,9 +9,9 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, MAX_SEGMENT_BYTES, Root, Segment};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Parsed segments kept: 64 MiB, the digests of about two million chunks.
+/// Bytes of the cache of parsed segments: the digests of about two million chunks.
 const SEGMENT_CACHE_BYTES: usize = 64 << 20;
-/// Parsed roots kept, in bytes of their encoding; parsed they take about three times that.
+/// Bytes of the cache of roots, by encoded length; parsed roots take about three times as much.
 const ROOT_CACHE_BYTES: usize = 8 << 20;
 
 /// The manifests of a store.
@@ -20,7 +20,8 @@ pub(crate) struct Manifests {
     layout: Layout,
     roots: Cache<Root>,
     segments: Cache<Segment>,
-    /// Held while an object is read and parsed, so that a burst of misses for one object reads it once.
+    /// Locked while an object is read and parsed, so that a burst of misses for one object reads it
+    /// once.
     loading: Mutex<()>,
 }
 
@@ -34,17 +35,17 @@ impl Manifests {
         }
     }
 
-    /// Whether a root or segment is there, by path. Its content is not looked at.
+    /// Returns true if a root or segment exists, by path. Its content is not checked.
     pub(crate) fn is_stored(&self, digest: &Digest) -> bool {
         self.layout.manifest(digest).exists()
     }
 
-    /// The root of an image, if it is in memory.
+    /// Returns the root of an image, if it is in memory.
     pub(crate) fn cached_root(&self, image: &Digest) -> Option<Arc<Root>> {
         self.roots.get(image)
     }
 
-    /// The root of an image.
+    /// Returns the root of an image.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`].
@@ -62,13 +63,13 @@ impl Manifests {
         }
     }
 
-    /// The root of an image and its encoding, from the disk.
+    /// Reads the root of an image and its encoding from the disk.
     ///
     /// # Errors
-    /// As [`Manifests::root`].
+    /// Returns the errors of [`Manifests::root`].
     ///
     /// # Blocking
-    /// As there.
+    /// Reads a file and parses it.
     pub(crate) fn read_root(&self, image: &Digest) -> Result<(Arc<Root>, Bytes), StoreError> {
         let object = || format!("image {image}");
         let bytes = read_bounded(&self.layout.manifest(image), MAX_ROOT_BYTES)?;
@@ -79,16 +80,16 @@ impl Manifests {
         Ok((root, bytes.into()))
     }
 
-    /// A segment of an image, if it is in memory.
+    /// Returns a segment of an image, if it is in memory.
     pub(crate) fn cached_segment(&self, root: &Root, index: u32) -> Option<Arc<Segment>> {
         self.segments.get(root.segment_digests().get(index as usize)?)
     }
 
-    /// A segment of an image.
+    /// Returns a segment of an image.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: the image has no such segment, or the store has lost it.
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::NotFound`] if the image has no such segment or the store has lost it,
+    /// or [`StoreError::Damaged`].
     ///
     /// # Blocking
     /// Reads a file and parses it.
@@ -103,10 +104,10 @@ impl Manifests {
         }
     }
 
-    /// A segment of an image and its encoding, from the disk.
+    /// Reads a segment of an image and its encoding from the disk.
     ///
     /// # Errors
-    /// As [`Manifests::segment`].
+    /// Returns the errors of [`Manifests::segment`].
     ///
     /// # Blocking
     /// As there.
@@ -123,7 +124,7 @@ impl Manifests {
         Ok((segment, bytes))
     }
 
-    /// A segment's encoding, not verified.
+    /// Reads a segment's encoding, without verification.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
@@ -135,7 +136,7 @@ impl Manifests {
     /// Stores a segment.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`]: it is none.
+    /// Returns [`StoreError::Invalid`] for bytes that are no segment.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -145,7 +146,7 @@ impl Manifests {
             object: format!("segment {digest}"),
             reason: e.to_string(),
         })?;
-        // Written even if it is there: that heals a damaged one.
+        // An existing segment is written again, because this repairs a damaged one.
         objects.put(&self.layout.manifest(&digest), bytes)?;
         Ok(digest)
     }

@@ -1,10 +1,10 @@
-//! Packs as memory.
+//! Memory maps of packs.
 //!
-//! A page of a map that is not in the page cache costs a disk read when it is touched (a major fault), and
-//! SIGBUS if the file was truncated or cannot be read. So nobody touches a frame before [`is_resident`] has
-//! said yes, or [`populate`] has read it, which gives an error where a touch would give SIGBUS. A file that is cut
-//! between that and the touch is left to [`cut`]: the touch sees zeros, which fit no digest, and the map says
-//! [`Map::was_cut`].
+//! An access to a mapped page outside of the page cache costs a disk read (a major fault), or
+//! SIGBUS if the file was truncated or cannot be read. So no code accesses a frame before
+//! [`is_resident`] has returned true, or [`populate`] has read it, which returns an error in place
+//! of SIGBUS. If the file is cut between that check and the access, [`cut`] handles it: the access
+//! reads zeros, which fit no digest, and [`Map::was_cut`] returns true.
 #![expect(unsafe_code, reason = "memory maps, mincore(2), madvise(2)")]
 
 mod cut;
@@ -15,18 +15,18 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 
-/// Pages that the longest frame lies on, whatever its place: one more at each end.
+/// Most pages that a frame lies on, at any offset: one more at each end.
 const MAX_FRAME_PAGES: usize = MAX_FRAME_BYTES / 4096 + 2;
 
-/// A file as memory that is mapped until the last slice of it is dropped.
+/// A mapped file, which stays mapped until the last slice of it is dropped.
 #[derive(Debug)]
 pub(crate) struct Map {
     bytes: Bytes,
-    /// `bytes` keep it from being released.
+    /// The watched range; `bytes` keep it from being released.
     watched: &'static cut::Span,
 }
 
-/// What the slices of a map keep.
+/// The owner of a map's memory, which all slices share.
 struct Owner {
     watched: &'static cut::Span,
     map: memmap2::Mmap,
@@ -40,7 +40,8 @@ impl AsRef<[u8]> for Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        // Before the memory is unmapped, and may be somebody else's.
+        // The watch ends before the memory is unmapped, because another mapping may reuse the
+        // addresses.
         self.watched.release();
     }
 }
@@ -49,27 +50,29 @@ impl Map {
     /// Maps the whole file.
     ///
     /// # Errors
-    /// What mmap(2) or sigaction(2) answers.
+    /// Returns the error of mmap(2) or sigaction(2).
     pub(crate) fn new(file: &File) -> io::Result<Self> {
-        // SAFETY: a pack is written under a staged name and never again after it was renamed to its own. Should
-        // somebody else write to it, its bytes change (digests tell) or pages vanish (see the module's head).
+        // SAFETY: a pack is written under a staged name and never again after its rename. If
+        // another program writes to it, its bytes change, which digests detect, or pages vanish
+        // (see the module's head).
         let map = unsafe { memmap2::Mmap::map(file) }?;
         let watched = cut::watch(map.as_ptr().addr(), map.len())?;
         Ok(Self { bytes: Bytes::from_owner(Owner { watched, map }), watched })
     }
 
-    /// The file's bytes.
+    /// Returns the file's bytes.
     pub(crate) fn bytes(&self) -> &Bytes {
         &self.bytes
     }
 
-    /// Whether some of its pages vanished under a touch and are zeros since, whatever the file has there now.
+    /// Returns true if an access found pages missing. They read as zeros since then, whatever the
+    /// file holds later.
     pub(crate) fn was_cut(&self) -> bool {
         self.watched.was_cut()
     }
 }
 
-/// The page-aligned range that `bytes` lie in.
+/// Returns the page-aligned range of `bytes`.
 fn page_range(bytes: &[u8]) -> (*mut c_void, usize, usize) {
     let page = rustix::param::page_size();
     let before = bytes.as_ptr().addr() % page;
@@ -77,14 +80,15 @@ fn page_range(bytes: &[u8]) -> (*mut c_void, usize, usize) {
     (start.cast_mut().cast(), before + bytes.len(), page)
 }
 
-/// Whether all of a frame is in the page cache, so that touching it waits for no disk. Takes well under 1 us.
+/// Returns true if all of a frame is in the page cache, so that an access waits for no disk. Takes
+/// well under 1 us.
 pub(crate) fn is_resident(frame: &[u8]) -> bool {
     let (start, len, page) = page_range(frame);
     let pages = len.div_ceil(page);
     let mut resident = [0u8; MAX_FRAME_PAGES];
     let Some(resident) = resident.get_mut(..pages) else { return false };
-    // SAFETY: start is page-aligned, and `resident` has a byte for each page of the range; the range
-    // itself is only asked about, not touched.
+    // SAFETY: start is page-aligned, and `resident` has a byte for each page of the range.
+    // mincore(2) reports on the range without accessing it.
     let outcome = unsafe { libc::mincore(start, len, resident.as_mut_ptr()) };
     outcome == 0 && resident.iter().all(|page| page & 1 == 1)
 }
@@ -92,7 +96,8 @@ pub(crate) fn is_resident(frame: &[u8]) -> bool {
 /// Reads all of `bytes` into the page cache and maps it.
 ///
 /// # Errors
-/// EFAULT where a touch would be SIGBUS: the file is shorter than its map, or cannot be read.
+/// Returns EFAULT where an access would raise SIGBUS: the file is shorter than its map, or cannot
+/// be read.
 ///
 /// # Blocking
 /// Waits for the disk. See madvise(2), MADV_POPULATE_READ; Linux 5.14.
@@ -124,7 +129,7 @@ mod tests {
         assert!(!new.was_cut(), "the dropped map's place in the list says nothing of another map");
     }
 
-    /// SIGBUS elsewhere is deadly as before: a child of its own shows it.
+    /// SIGBUS on other addresses still kills the process, which a child of the test shows.
     #[test]
     fn other_bus_errors_still_kill() {
         if std::env::var_os("DIE_BY_SIGBUS").is_some() {

@@ -1,5 +1,5 @@
-//! Reading and writing whole objects. An object that can be seen is whole and synced: it is written to
-//! a staged file, synced, renamed, and its directory is synced, by object_store's LocalFileSystem.
+//! Reads and writes whole objects. A visible object is complete and synced: object_store's
+//! LocalFileSystem writes a staged file, syncs it, renames it, and syncs its directory.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;
@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Writes objects.
+/// The writer of a store's objects.
 #[derive(Debug)]
 pub(crate) struct Objects {
     files: LocalFileSystem,
@@ -21,14 +21,15 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    /// For a store whose directory exists.
+    /// Makes a writer for a store whose directory exists.
     pub(crate) fn new(layout: &Layout) -> Result<Self, StoreError> {
         let files = LocalFileSystem::new_with_prefix(layout.root());
         let files = files.map_err(|e| store_error(layout.root(), e))?;
         Ok(Self { files: files.with_fsync(true), layout: layout.clone() })
     }
 
-    /// Writes an object of the domain, replacing one that is there. It is durable on return.
+    /// Writes an object of the domain, and replaces an existing one. The object is durable on
+    /// return.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -37,13 +38,14 @@ impl Objects {
         self.put_unlocked(path, bytes)
     }
 
-    /// As [`Objects::put`], where there is no domain to lock yet.
+    /// Writes an object as [`Objects::put`] does, before there is a domain to lock.
     pub(crate) fn put_unlocked(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
         let relative = path.strip_prefix(self.layout.root()).expect("paths come from this store's layout");
         let relative = relative.to_str().expect("the layout's names are ASCII");
         let location = object_store::path::Path::from(relative);
-        // Within a runtime object_store hands its file work to another blocking thread, and threads that wait
-        // for one another's could use up the pool. A thread outside of any runtime does it by itself, at once.
+        // Within a runtime object_store hands its file work to another blocking thread. Threads
+        // that wait for each other could exhaust the pool. On a thread outside of any runtime it
+        // does the work itself, at once.
         let put = || self.files.put(&location, bytes.into()).now_or_never();
         let done = std::thread::scope(|scope| scope.spawn(put).join());
         let done = done.expect("object_store does not panic").expect("without a runtime it is done at once");
@@ -51,7 +53,7 @@ impl Objects {
     }
 }
 
-/// Finds the I/O error that object_store's errors wrap.
+/// Extracts the I/O error that object_store's errors wrap.
 fn store_error(path: &Path, error: object_store::Error) -> StoreError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
     while let Some(inner) = cause {
@@ -63,7 +65,7 @@ fn store_error(path: &Path, error: object_store::Error) -> StoreError {
     io_error(path)(io::Error::other(error))
 }
 
-/// The bytes of a file, at most `max` and one more; None if there is no such file.
+/// Returns the bytes of a file, at most `max` and one more; `None` if there is no such file.
 pub(crate) fn read_bounded(path: &Path, max: usize) -> Result<Option<Vec<u8>>, StoreError> {
     let file = match File::open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -74,7 +76,7 @@ pub(crate) fn read_bounded(path: &Path, max: usize) -> Result<Option<Vec<u8>>, S
     Ok(Some(bytes))
 }
 
-/// Removes a file; false if it was not there.
+/// Removes a file. Returns false if it did not exist.
 pub(crate) fn remove(path: &Path) -> Result<bool, StoreError> {
     match std::fs::remove_file(path) {
         Ok(()) => Ok(true),

@@ -1,7 +1,8 @@
-//! Which frame lies where: an index over the trailers of all packs, and the packs as memory.
+//! The index of all frames, made from the trailers of all packs, and the packs as memory.
 //!
-//! The index is never a truth of its own. It is made from the directory at open, extended by uploads, and
-//! the directory is read again when a chunk is not found: another process may have stored it.
+//! The directory is the truth, and the index a copy. The store makes the index from the directory
+//! at open, and extends it by uploads. If a chunk is not found, the store reads the directory
+//! again, because another process may have stored the chunk.
 
 use crate::store::error::{StoreError, damaged, io_error, pack_name};
 use crate::store::layout::{Layout, digest_of_name};
@@ -20,19 +21,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
-/// A directory that changed this short a time before it was read may change again within the same tick of
-/// its file system's clock (at most 10 ms on Linux; 2 s on FAT), so that its time alone would not tell.
+/// Age below which a directory's time is not trusted. A directory may change again within the same
+/// tick of its file system's clock, which is at most 10 ms on Linux and 2 s on FAT.
 const RACY_MTIME: Duration = Duration::from_secs(2);
 
-/// The end of a pack that is read before it is parsed: more than the index of 16,384 raw 4 KiB chunks.
+/// Bytes at the end of a pack that are read before it is parsed: more than the index of 16,384 raw
+/// 4 KiB chunks.
 const INDEX_READ_AHEAD: usize = 1 << 20;
 
-/// A pack as memory.
+/// A pack, mapped into memory.
 #[derive(Debug)]
 pub(crate) struct Pack {
     pub(crate) digest: Digest,
     map: Map,
-    /// The file that is mapped; another one may take its place, when it was damaged and is sent again.
+    /// The inode of the mapped file. Another file may replace it, when a damaged pack is uploaded
+    /// again.
     inode: u64,
     damage_is_logged: AtomicBool,
 }
@@ -41,7 +44,7 @@ impl Pack {
     /// Maps a pack and reads its index.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`] naming it; [`StoreError::Io`].
+    /// Returns [`StoreError::Damaged`] with the pack's name, or [`StoreError::Io`].
     pub(crate) fn open(path: &Path, digest: Digest) -> Result<(Self, PackIndex), StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         let inode = file.metadata().map_err(io_error(path))?.ino();
@@ -50,10 +53,10 @@ impl Pack {
         Ok((Self { digest, map, inode, damage_is_logged: AtomicBool::new(false) }, index))
     }
 
-    /// The whole pack, read from the disk.
+    /// Returns the whole pack, read from the disk.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`]: it was truncated, or cannot be read.
+    /// Returns [`StoreError::Damaged`] if the pack was truncated or cannot be read.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -62,14 +65,15 @@ impl Pack {
         Ok(self.map.bytes())
     }
 
-    /// The frame's bytes; None if the file that is mapped now is shorter.
+    /// Returns the frame's bytes; `None` if the mapped file is shorter.
     fn frame(&self, place: Place) -> Option<Bytes> {
         let start = place.offset as usize;
         let range = start..start + place.length as usize;
         (range.end <= self.map.bytes().len()).then(|| self.map.bytes().slice(range))
     }
 
-    /// The frame of a chunk, read from the disk, and decoded if `check` is set or the map has lost pages.
+    /// Returns the frame of a chunk, read from the disk. Decodes it if `check` is set or the map
+    /// has lost pages.
     fn load(&self, place: Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
         let too_short = || damaged(pack_name(&self.digest), "it is shorter than it was");
         let frame = self.frame(place).ok_or_else(too_short)?;
@@ -91,14 +95,14 @@ impl Pack {
         }
     }
 
-    /// Whether the file is still there and as long as it was.
+    /// Returns true if the file still exists with the same length.
     fn is_stored(&self, layout: &Layout) -> bool {
         let metadata = fs::metadata(layout.pack(&self.digest));
         metadata.is_ok_and(|metadata| metadata.len() == self.map.bytes().len() as u64)
     }
 }
 
-/// The index of a mapped pack, read from the disk with what lies near it.
+/// Reads the index of a mapped pack, together with the bytes before it.
 fn read_index(map: &Map, digest: &Digest) -> Result<PackIndex, StoreError> {
     let bytes = map.bytes();
     let read_ahead = bytes.len().saturating_sub(INDEX_READ_AHEAD);
@@ -106,12 +110,12 @@ fn read_index(map: &Map, digest: &Digest) -> Result<PackIndex, StoreError> {
     PackIndex::parse(bytes).map_err(|e| damaged(pack_name(digest), e))
 }
 
-/// Whether a file was deleted between being seen and being opened.
+/// Returns true if a file was deleted between its listing and its opening.
 fn is_gone(error: &StoreError) -> bool {
     matches!(error, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
 }
 
-/// A frame's place: which pack (its number in [`Index::packs`]), and its bytes there.
+/// The place of a frame: its pack, as a number in [`Index::packs`], and its bytes there.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     pack: u32,
@@ -121,18 +125,18 @@ struct Place {
 
 #[derive(Debug, Default)]
 struct Index {
-    /// By number; None: it was deleted.
+    /// The packs by number; `None` for deleted ones.
     packs: Vec<Option<Arc<Pack>>>,
     numbers: HashMap<Digest, u32>,
     places: HashMap<Digest, Place>,
-    /// Further places of chunks that lie in several packs: few.
+    /// Further places of the few chunks that lie in several packs.
     more_places: HashMap<Digest, Vec<Place>>,
 }
 
 impl Index {
     fn add(&mut self, pack: Pack, index: &PackIndex) {
         if let Some(&number) = self.numbers.get(&pack.digest) {
-            // The same digest, so the same places.
+            // An equal digest means equal places.
             self.packs[number as usize] = Some(Arc::new(pack));
             return;
         }
@@ -151,7 +155,7 @@ impl Index {
         }
     }
 
-    /// Forgets a pack and what lies in it, unless another file has taken its place.
+    /// Forgets a pack and its chunks, unless another file has replaced it.
     fn remove(&mut self, pack: &Arc<Pack>, entries: &[PackEntry]) {
         let Some(&number) = self.numbers.get(&pack.digest) else { return };
         if !self.pack(number).is_some_and(|known| Arc::ptr_eq(known, pack)) {
@@ -183,13 +187,13 @@ impl Index {
     }
 }
 
-/// What the last reading of the directory saw.
+/// The state of the last reading of the directory.
 #[derive(Debug, Default)]
 struct Scan {
     began: Option<Instant>,
     /// Times of the subdirectories whose packs are all known.
     seen: HashMap<PathBuf, SystemTime>,
-    /// Files that are no packs, so that each is reported once.
+    /// Files that are no packs; each is reported once.
     refused: HashSet<(Digest, u64)>,
 }
 
@@ -197,17 +201,18 @@ struct Scan {
 #[derive(Debug)]
 pub(crate) struct Packs {
     layout: Layout,
-    /// Read on the way of every page, and never held across an await, a disk access or a frame's copying.
+    /// Read for every page. Never held across an await, a disk access or the copy of a frame.
     index: RwLock<Index>,
-    /// Held while the directory is read, so that a burst of misses becomes one reading. Taken before `index`.
+    /// Locked while the directory is read, so that a burst of misses becomes one reading. Taken
+    /// before `index`.
     scan: Mutex<Scan>,
 }
 
 impl Packs {
-    /// Reads the trailers of all packs. What does not parse is logged, and skipped.
+    /// Reads the trailers of all packs. Logs and skips packs that do not parse.
     ///
     /// # Errors
-    /// [`StoreError::Io`]: the directory cannot be read.
+    /// Returns [`StoreError::Io`] if the directory cannot be read.
     pub(crate) fn open(layout: &Layout) -> Result<Self, StoreError> {
         let packs = Self { layout: layout.clone(), index: RwLock::default(), scan: Mutex::default() };
         packs.scan()?;
@@ -215,7 +220,7 @@ impl Packs {
     }
 
     fn read<T>(&self, read: impl FnOnce(&Index) -> T) -> T {
-        // A writer that panicked has at worst left out places of a pack, which are then read again.
+        // At worst a panicked writer has omitted places of a pack, which are then read again.
         read(&self.index.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -224,7 +229,7 @@ impl Packs {
         packs.into_iter().for_each(|(pack, entries)| index.add(pack, &entries));
     }
 
-    /// The frame of a chunk, if it is known and in memory: never waits for a disk.
+    /// Returns the frame of a chunk, if it is known and in memory. Never waits for a disk.
     pub(crate) fn resident_frame(&self, chunk: &Digest) -> Option<Bytes> {
         let frame = self.read(|index| {
             let place = *index.places.get(chunk)?;
@@ -233,14 +238,15 @@ impl Packs {
         map::is_resident(&frame).then_some(frame)
     }
 
-    /// The frame of a chunk, from whichever pack has a good copy. With `check` it has been decoded and compared
-    /// with the chunk's digest; without, only its bytes could be read.
+    /// Returns the frame of a chunk, from any pack with a good copy. With `check`, decodes it and
+    /// compares it with the chunk's digest; without, only ensures that its bytes can be read.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: no pack holds it. [`StoreError::Damaged`]: none has a good copy; names the last.
+    /// Returns [`StoreError::NotFound`] if no pack holds the chunk, or [`StoreError::Damaged`] with
+    /// the last pack if none has a good copy.
     ///
     /// # Blocking
-    /// Waits for the disk, and reads the directory again if need be.
+    /// Waits for the disk, and reads the directory again if necessary.
     pub(crate) fn load_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
         let first = self.load_known_frame(chunk, check);
         if first.is_ok() {
@@ -253,7 +259,8 @@ impl Packs {
         self.load_known_frame(chunk, check)
     }
 
-    /// Maps those of a chunk's packs anew whose maps have lost pages; true if one is whole again.
+    /// Maps those packs of a chunk again whose maps have lost pages. Returns true if one is
+    /// complete again.
     fn reopen_cut(&self, chunk: &Digest) -> bool {
         let cut = self.read(|index| {
             let packs = index.places(chunk).filter_map(|place| index.pack(place.pack));
@@ -282,21 +289,21 @@ impl Packs {
         outcome
     }
 
-    /// Length in bytes of a chunk's frame, if a pack holds it.
+    /// Returns the length in bytes of a chunk's frame, if a pack holds it.
     pub(crate) fn frame_bytes(&self, chunk: &Digest) -> Option<u32> {
         self.read(|index| index.places.get(chunk).map(|place| place.length))
     }
 
-    /// Whether the pack is there: known, and by path.
+    /// Returns true if the pack is known and its file exists.
     pub(crate) fn is_stored(&self, pack: &Digest) -> bool {
         let known = self.read(|index| index.pack(*index.numbers.get(pack)?).cloned());
         known.is_some_and(|pack| pack.is_stored(&self.layout))
     }
 
-    /// Takes a pack that was just written into the index; false if it is gone already.
+    /// Adds a newly written pack to the index. Returns false if it is gone already.
     ///
     /// # Errors
-    /// As [`Pack::open`].
+    /// Returns the errors of [`Pack::open`].
     pub(crate) fn add(&self, digest: Digest) -> Result<bool, StoreError> {
         match Pack::open(&self.layout.pack(&digest), digest) {
             Ok(opened) => self.insert(vec![opened]),
@@ -306,11 +313,11 @@ impl Packs {
         Ok(true)
     }
 
-    /// Lets go of packs whose files were deleted, by a collector in whichever process: their space is given back
-    /// when nobody has them mapped.
+    /// Releases packs whose files a collector of any process has deleted. Their space is free once
+    /// no process maps them.
     ///
     /// # Blocking
-    /// Takes about 1 us a pack, and what reading deleted packs' indexes takes.
+    /// Takes about 1 us for each pack, and the time to read deleted packs' indexes.
     pub(crate) fn forget_deleted(&self) {
         let known: Vec<_> = self.read(|index| index.packs.iter().flatten().cloned().collect());
         for pack in known {
@@ -319,9 +326,9 @@ impl Packs {
                 continue;
             }
             let index = read_index(&pack.map, &pack.digest);
-            // Without its index its places stay, and lead nowhere.
+            // Without the index the pack's places stay, and lead nowhere.
             let entries = index.as_ref().map_or(&[][..], PackIndex::entries);
-            // Should it come back as it was, its directory may look as it did when it was read.
+            // If the pack is stored again, its directory may look as it did when it was last read.
             let directory = self.layout.pack(&pack.digest).parent().map(Path::to_owned);
             let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
             directory.and_then(|directory| scan.seen.remove(&directory));
@@ -329,19 +336,19 @@ impl Packs {
         }
     }
 
-    /// Asks which chunks are there by path, until it is dropped.
+    /// Returns a check of chunks by path.
     pub(crate) fn presence(&self) -> Presence<'_> {
         Presence { packs: self, stored: HashMap::new(), relied_on: HashSet::new(), has_scanned: false }
     }
 
-    /// Reads the directory again where it changed. True if something was learned, by this call or by another
-    /// one that began after it.
+    /// Reads the changed parts of the directory again. Returns true if this call, or another one
+    /// that began after it, found packs.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     ///
     /// # Blocking
-    /// Takes about 1 us for each of 256 subdirectories, and what reading new packs' indexes takes.
+    /// Takes about 1 us for each of 256 subdirectories, and the time to read new packs' indexes.
     pub(crate) fn scan(&self) -> Result<bool, StoreError> {
         let asked = Instant::now();
         let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
@@ -361,7 +368,8 @@ impl Packs {
                 Err(error) if is_gone(&error) => {}
                 Err(error) => {
                     tracing::error!(pack = %digest, "not served: {}", crate::store::chain(&error));
-                    // What may pass, such as too many open files, is tried again when a chunk is missed.
+                    // Transient errors, such as too many open files, are retried at the next miss
+                    // of a chunk.
                     match error {
                         StoreError::Damaged { .. } => drop(scan.refused.insert((digest, inode))),
                         _ => scan.seen.clear(),
@@ -374,7 +382,8 @@ impl Packs {
         Ok(learned)
     }
 
-    /// The packs of changed subdirectories that are not known, or are another file than the known one.
+    /// Returns the packs of changed subdirectories that are unknown, or another file than the known
+    /// one.
     fn new_packs(&self, scan: &mut Scan) -> Result<Vec<(PathBuf, Digest, u64)>, StoreError> {
         let top = self.layout.packs();
         let mut new = Vec::new();
@@ -403,7 +412,7 @@ impl Packs {
         for entry in fs::read_dir(dir).map_err(io_error(dir))? {
             let entry = entry.map_err(io_error(dir))?;
             let Some(digest) = digest_of_name(&entry.file_name()) else { continue };
-            // One that vanished meanwhile was deleted by gc.
+            // gc has deleted an entry that vanished meanwhile.
             let Ok(metadata) = entry.metadata() else { continue };
             let inode = metadata.ino();
             let known = self.read(|index| Some(index.pack(*index.numbers.get(&digest)?)?.inode));
@@ -415,8 +424,8 @@ impl Packs {
     }
 }
 
-/// Which chunks are there by path, whatever the index says. Looks at each pack once, so the caller holds
-/// [`super::lock::StoreLock::keep_objects`] as long as it uses this.
+/// A check of chunks by path, independent of the index. It checks each pack once, so the caller
+/// must hold [`super::lock::StoreLock::keep_objects`] while it uses this.
 #[derive(Debug)]
 pub(crate) struct Presence<'a> {
     packs: &'a Packs,
@@ -426,10 +435,11 @@ pub(crate) struct Presence<'a> {
 }
 
 impl Presence<'_> {
-    /// Whether some pack that holds the chunk is there. That pack is relied on from then on.
+    /// Returns true if a pack that holds the chunk exists. The caller relies on that pack from then
+    /// on.
     ///
     /// # Errors
-    /// [`StoreError::Io`] from reading the directory again.
+    /// Returns [`StoreError::Io`] from reading the directory again.
     pub(crate) fn has(&mut self, chunk: &Digest) -> Result<bool, StoreError> {
         if self.is_known(chunk) {
             return Ok(true);
@@ -439,7 +449,7 @@ impl Presence<'_> {
         }
         self.has_scanned = true;
         self.packs.scan()?;
-        // A pack that was gone by path may have been found again.
+        // The scan may have found a pack again that did not exist before.
         self.stored.clear();
         Ok(self.is_known(chunk))
     }
@@ -458,7 +468,7 @@ impl Presence<'_> {
         })
     }
 
-    /// The packs that were relied on.
+    /// Returns the packs that the caller relies on.
     pub(crate) fn relied_on(self) -> HashSet<Digest> {
         self.relied_on
     }

@@ -13,10 +13,10 @@ use std::path::Path;
 /// Length in bytes of `blake3:`, 64 hex digits and a newline.
 const REFERENCE_BYTES: usize = 7 + 64 + 1;
 
-/// The image that a reference points to; None if there is no such reference.
+/// Returns the digest of a reference's image; `None` if the reference does not exist.
 ///
 /// # Errors
-/// [`StoreError::Damaged`]: the file holds something else.
+/// Returns [`StoreError::Damaged`] if the file holds no digest.
 pub(crate) fn read(layout: &Layout, reference: &TagReference) -> Result<Option<Digest>, StoreError> {
     let Some(bytes) = read_bounded(&layout.reference(reference), REFERENCE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes);
@@ -25,7 +25,8 @@ pub(crate) fn read(layout: &Layout, reference: &TagReference) -> Result<Option<D
     digest.map(Some).ok_or_else(no_digest)
 }
 
-/// Lets a reference point to an image. The caller holds [`StoreLock::keep_objects`] and saw the image there.
+/// Points a reference to an image. The caller must hold [`StoreLock::keep_objects`], and must have
+/// checked under it that the image exists.
 pub(crate) fn write(
     layout: &Layout,
     objects: &Objects,
@@ -36,7 +37,7 @@ pub(crate) fn write(
     objects.put(&layout.reference(reference), format!("{image}\n").into())
 }
 
-/// Removes a reference; false if there was none.
+/// Removes a reference. Returns false if it did not exist.
 pub(crate) fn remove(layout: &Layout, reference: &TagReference) -> Result<bool, StoreError> {
     let _changing = StoreLock::change_references(layout)?;
     let path = layout.reference(reference);
@@ -47,10 +48,11 @@ pub(crate) fn remove(layout: &Layout, reference: &TagReference) -> Result<bool, 
     Ok(removed)
 }
 
-/// All references, in bytewise order of `name:tag`.
+/// Returns all references, in bytewise order of `name:tag`.
 ///
 /// # Errors
-/// [`StoreError::Io`]; [`StoreError::Damaged`]: a file or directory stands where it is no reference.
+/// Returns [`StoreError::Io`], or [`StoreError::Damaged`] for a file or directory that is no
+/// reference.
 pub(crate) fn list(layout: &Layout) -> Result<Vec<TagReference>, StoreError> {
     let top = layout.references();
     let mut found = Vec::new();

@@ -1,4 +1,4 @@
-//! Checking every byte of a store.
+//! Checks every byte of a store.
 
 use crate::store::error::{OpenError, StoreError, damaged};
 use crate::store::layout::{Domain, Layout};
@@ -14,32 +14,32 @@ use rayon::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-/// The most lost chunks that are named for one image; the others are counted.
+/// Most lost chunks that are named for one image; the others are counted.
 const MAX_NAMED_CHUNKS: usize = 10;
 
-/// What a verification found.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Verified {
-    /// Sound packs.
+    /// Number of sound packs.
     pub packs: u64,
-    /// Bytes of these.
+    /// Bytes of the sound packs.
     pub pack_bytes: u64,
-    /// Different chunks in these.
+    /// Number of distinct chunks in the sound packs.
     pub chunks: u64,
-    /// Sound roots and segments.
+    /// Number of sound roots and segments.
     pub manifests: u64,
-    /// References whose images are whole.
+    /// Number of references whose images are complete.
     pub references: u64,
-    /// What is damaged, with the reason.
+    /// The damaged objects, with the reasons.
     pub damage: Vec<Damage>,
 }
 
-/// Something damaged.
+/// A damaged object.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Damage {
-    /// Its name.
+    /// The name of the object.
     pub object: String,
-    /// What is wrong with it.
+    /// The defect of the object.
     pub reason: String,
 }
 
@@ -53,19 +53,20 @@ impl From<StoreError> for Damage {
     }
 }
 
-/// Checks every digest of every pack, root and segment of the store in `dir`, that every reference resolves, and that
-/// every chunk that one needs lies in a sound pack.
+/// Checks every digest of every pack, root and segment of the store in `dir`. Checks also that
+/// every reference resolves, and that a sound pack holds every chunk that a reference needs.
 ///
 /// # Errors
-/// [`OpenError`]: it could not be looked at. What is damaged is no error of this function.
+/// Returns [`OpenError`] if the store cannot be read. Damage is no error of this function.
 ///
 /// # Blocking
-/// Reads everything, on all cores. Garbage collection waits for it; pushes go on.
+/// Reads everything, on all cores. Garbage collection waits for it; pushes continue.
 pub fn verify(dir: &Path, domain: Domain) -> Result<Verified, OpenError> {
     let layout = open_layout(dir, domain)?;
     let _keep = StoreLock::keep_objects(&layout)?;
     let mut verified = Verified::default();
-    // Before the packs: what a push commits from here on may lie in packs that are not looked at.
+    // References are read before the packs: a later push may store its chunks in packs that this
+    // run does not read.
     let images = images(&layout, &mut verified);
     let sound = verify_packs(&layout, &mut verified)?;
     verified.chunks = sound.len() as u64;
@@ -100,7 +101,7 @@ fn images(layout: &Layout, verified: &mut Verified) -> Vec<(TagReference, Digest
     images
 }
 
-/// Gives the chunks of all sound packs.
+/// Checks all packs, and returns the chunks of the sound ones.
 fn verify_packs(layout: &Layout, verified: &mut Verified) -> Result<HashSet<Digest>, StoreError> {
     let outcomes: Vec<_> =
         walk::packs(layout)?.into_par_iter().map(|(digest, path)| verify_pack(digest, &path)).collect();
@@ -125,7 +126,7 @@ fn verify_pack(digest: Digest, path: &Path) -> Result<(u64, Vec<Digest>), StoreE
         other => wrong(chain(&other)),
     })?;
     let bytes = pack.populated()?;
-    // The frames first: they say which chunk is damaged.
+    // The frames are checked first, because they name the damaged chunk.
     let index = check_pack(bytes).map_err(|e| wrong(e.to_string()))?;
     let actual = Digest::of(bytes);
     if actual != digest {
@@ -165,7 +166,7 @@ fn verify_manifest(digest: &Digest, path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// What of an image is damaged or lost.
+/// Returns the damage and losses of an image.
 fn verify_image(manifests: &Manifests, image: &Digest, sound: &HashSet<Digest>) -> Vec<Damage> {
     let root = match manifests.read_root(image) {
         Ok((root, _)) => root,

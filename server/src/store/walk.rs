@@ -1,4 +1,5 @@
-//! Every file of a domain, by walking its directories: object_store's `list` hides staged files.
+//! Lists every file of a domain by walking its directories, because object_store's `list` hides
+//! staged files.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::{Layout, digest_of_name, is_staged};
@@ -12,7 +13,7 @@ fn entries(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
 }
 
 fn is_dir(entry: &DirEntry) -> Result<bool, StoreError> {
-    // Not through symbolic links, which could go in circles.
+    // Symbolic links are not followed, because they could form cycles.
     entry.file_type().map(|kind| kind.is_dir()).map_err(io_error(&entry.path()))
 }
 
@@ -21,7 +22,7 @@ fn objects_in(dir: &Path) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
     Ok(entries(dir)?.into_iter().filter_map(named).collect())
 }
 
-/// All packs and where they lie.
+/// Returns all packs with their paths.
 pub(crate) fn packs(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
     let mut packs = Vec::new();
     for dir in entries(&layout.packs())? {
@@ -32,12 +33,12 @@ pub(crate) fn packs(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreErro
     Ok(packs)
 }
 
-/// All roots and segments and where they lie.
+/// Returns all roots and segments with their paths.
 pub(crate) fn manifests(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
     objects_in(&layout.manifests())
 }
 
-/// All staged files below a directory.
+/// Adds all staged files below a directory.
 pub(crate) fn staged(dir: &Path, found: &mut Vec<PathBuf>) -> Result<(), StoreError> {
     for entry in entries(dir)? {
         if is_dir(&entry)? {
@@ -49,7 +50,8 @@ pub(crate) fn staged(dir: &Path, found: &mut Vec<PathBuf>) -> Result<(), StoreEr
     Ok(())
 }
 
-/// Bytes of all files below a directory. One that is removed meanwhile has none.
+/// Returns the bytes of all files below a directory. A file that is removed meanwhile counts as
+/// empty.
 pub(crate) fn bytes(dir: &Path) -> Result<u64, StoreError> {
     let mut bytes = 0;
     for entry in entries(dir)? {

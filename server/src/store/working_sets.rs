@@ -1,15 +1,17 @@
-//! Working sets: what restores of an image touch, as recordings of them, and as a pack that is sent ahead.
+//! Working sets: recordings of the page faults of restores, and the packs of pages that are
+//! prefetched.
 //!
 //! ```text
 //! <domain>/working-sets/<image>/recordings/<id>   an encoded RecordRequest
 //! <domain>/working-sets/<image>/sets/<digest>     packs of frames
-//! <domain>/working-sets/<image>/current           the digests of those that are sent, in order, a line each
+//! <domain>/working-sets/<image>/current           the digests of the packs to send, one a line
 //! ```
 //!
-//! [`Store::keep_recording`], in [`recordings`], writes a recording, and [`Store::build_working_set`] makes the set anew from those that there
-//! are: [`choose`] says which pages, the rest here reads their chunks as a client would and puts them into frames with
-//! proofs. `current` is replaced at once, so that who reads it finds one whole set or another. A set belongs to its image,
-//! and goes with it when that is collected as garbage.
+//! [`Store::keep_recording`], in [`recordings`], writes a recording. [`Store::build_working_set`]
+//! builds the set anew from all recordings: [`choose`] selects the pages, and the code here reads
+//! their chunks as a client would and puts them into frames with proofs. `current` is replaced
+//! atomically, so a reader finds one complete set or the other. A set belongs to its image, and is
+//! removed when the image is collected as garbage.
 
 mod choose;
 mod recordings;
@@ -38,38 +40,39 @@ use std::io;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-/// Pages of one frame: 256 KiB, or one chunk that is longer.
+/// Most pages of a frame: 256 KiB, or one longer chunk.
 const FRAME_PAGES: usize = 64;
-/// How often a set is looked for that is being replaced.
+/// Attempts to read a set that is being replaced.
 const ATTEMPTS: usize = 3;
-/// Made once, sent often.
+/// Compression level of zstd: a set is made once and sent often.
 const LEVEL: i32 = 9;
-/// Pages of one set: 1 GiB, which is held in memory while it is made. What touches more is not helped by more.
+/// Most pages of a set: 1 GiB, which is held in memory during the build. Restores that fault on
+/// more gain little from a larger set.
 const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
-/// Packs of one set.
+/// Most packs of a set.
 const MAX_PACKS: usize = 64;
 
-/// A working set as it is sent.
+/// A working set, ready to be sent.
 #[derive(Clone, Debug, Default)]
 pub struct WorkingSet {
-    /// Recordings that there are of the image.
+    /// Number of the image's recordings.
     pub recordings: usize,
-    /// Its frames, in order: slices of the packs' maps.
+    /// The frames in order, as slices of the packs' maps.
     pub frames: Vec<Bytes>,
-    /// Pages that are sent.
+    /// Number of pages.
     pub pages: u64,
-    /// Of these, those that are zero.
+    /// Number of these pages that are zero.
     pub zero_pages: u64,
 }
 
 impl WorkingSet {
-    /// Bytes that travel.
+    /// Returns the bytes of all frames.
     #[must_use]
     pub fn frame_bytes(&self) -> u64 {
         self.frames.iter().map(|frame| frame.len() as u64).sum()
     }
 
-    /// Its pages, in the order of its frames.
+    /// Returns the pages, in the order of the frames.
     pub fn spans(&self) -> impl Iterator<Item = PageSpan> {
         let frames = self.frames.iter().filter_map(|frame| SetFrame::parse(frame).ok());
         frames.flat_map(|frame| {
@@ -82,8 +85,8 @@ fn object(image: &Digest) -> String {
     format!("the working set of image {image}")
 }
 
-/// A directory's entries by the digests or ids that they are named by, with the times at which they were written, the oldest
-/// first; none if there is no such directory.
+/// Returns a directory's entries whose names are digests, with their times of writing, the oldest
+/// first. Returns none if there is no such directory.
 fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -92,7 +95,7 @@ fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
     let mut found = Vec::new();
     for entry in entries {
         let entry = entry.map_err(io_error(dir))?;
-        // One that was removed meanwhile has no time.
+        // An entry that was removed meanwhile has no time.
         let time = entry.metadata().and_then(|metadata| metadata.modified());
         if let (Ok(time), Some(_)) = (time, digest_of_name(&entry.file_name())) {
             found.push((time, entry.path()));
@@ -102,7 +105,7 @@ fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
     Ok(found)
 }
 
-/// Where the pages of an image's files lie.
+/// The places of the pages of an image's files.
 struct Files {
     root: std::sync::Arc<Root>,
     files: Vec<FileEntry>,
@@ -114,7 +117,7 @@ impl Files {
         Self { root, files }
     }
 
-    /// Sees that a span is of a file of the image.
+    /// Checks that a span lies in a file of the image.
     fn check(&self, span: &PageSpan) -> Result<(), StoreError> {
         let pages =
             self.files.get(span.file as usize).map(|file| file.size_bytes.div_ceil(PAGE_BYTES as u64));
@@ -130,7 +133,8 @@ impl Files {
         Err(StoreError::Invalid { object, reason })
     }
 
-    /// The chunk of a page, the page of its file that the chunk begins with, and which of its pages it is.
+    /// Returns the chunk of a page, the page of the file at which the chunk begins, and the page's
+    /// number in the chunk.
     fn chunk_of(&self, (file, page): Page) -> (ChunkIndex, u32, u16) {
         let chunk_pages = u32::try_from(self.root.chunk_size().bytes() / PAGE_BYTES).expect("at most 512");
         let entry = &self.files[file as usize];
@@ -139,39 +143,41 @@ impl Files {
         (chunk, page - page % chunk_pages, in_chunk)
     }
 
-    /// How many pages a page's chunk has.
+    /// Returns the number of pages of a page's chunk.
     fn pages_of_chunk(&self, page: Page) -> usize {
         let len = chunk_len(self.root.chunk_size(), &self.files[page.0 as usize], self.chunk_of(page).0);
         len.expect("checked: a page of the file").div_ceil(PAGE_BYTES)
     }
 }
 
-/// What frames are to hold of a chunk.
+/// The pages of a chunk that frames will hold.
 struct Wanted {
     chunk: ChunkIndex,
     file: u32,
-    /// The page of the file that the chunk begins with.
+    /// The page of the file at which the chunk begins.
     first_page: u32,
-    /// Numbers of frames, ascending, and pages of the chunk.
+    /// The pages of the chunk, each with the number of its frame, ascending.
     pages: Vec<(usize, u16)>,
 }
 
 impl Store {
-    /// Makes the image's working set anew from its recordings: of the pages that were touched in at least `share` (of 1) of
-    /// those in which they could be. Without recordings there is none.
+    /// Builds the image's working set anew from its recordings. It holds the pages that faulted in
+    /// at least `share` (0 to 1) of the recordings that could show it. Without recordings there is
+    /// no set.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Damaged`]: a chunk cannot be read.
+    /// Returns [`StoreError::NotFound`] if the image does not exist, [`StoreError::Damaged`] if a
+    /// chunk cannot be read.
     ///
     /// # Blocking
-    /// Compresses the whole set on all cores, some 10 ms a MiB. Waits while another process changes the image's
-    /// working set.
+    /// Compresses the whole set on all cores, some 10 ms for each MiB. Waits while another process
+    /// changes the image's working set.
     pub fn build_working_set(&self, image: &Digest, share: f64) -> Result<WorkingSet, StoreError> {
         let files = Files::new(self.root(image)?);
         let lock = StoreLock::change_working_set(&self.layout, image)?;
         let recordings = if lock.is_some() { self.recordings(image, &files)? } else { None };
         let Some(recordings) = recordings else {
-            // They were forgotten before their turn came.
+            // The recordings were removed before this build's turn.
             return Ok(WorkingSet::default());
         };
         let mut pages = choose::choose(&recordings, share);
@@ -192,7 +198,7 @@ impl Store {
         }
         self.objects.put(&self.layout.current_set(image), current.clone().into())?;
         for (_, path) in by_age(&self.layout.sets(image))? {
-            // Streams that send from it have it mapped.
+            // Streams that still send from a removed pack have it mapped.
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             if !current.contains(name) {
                 objects::remove(&path)?;
@@ -201,7 +207,7 @@ impl Store {
         Ok(self.working_set(image)?.unwrap_or_default())
     }
 
-    /// Packs of the frames of these pages, in this order.
+    /// Returns the packs of the frames of these pages, in this order.
     fn build(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<u8>>, StoreError> {
         let frames: Vec<Vec<u8>> = self
             .cut(files, pages)?
@@ -212,7 +218,9 @@ impl Store {
         for frame in frames {
             if !packs.last().expect("not empty").fits(frame.len()) {
                 if packs.len() == MAX_PACKS {
-                    tracing::warn!("a working set is longer than {MAX_PACKS} packs: its end is left out");
+                    tracing::warn!(
+                        "a working set is longer than {MAX_PACKS} packs; the pages after these are left out"
+                    );
                     break;
                 }
                 packs.push(SetPackBuilder::default());
@@ -222,9 +230,10 @@ impl Store {
         Ok(packs.into_iter().map(SetPackBuilder::finish).collect())
     }
 
-    /// What each frame holds of which chunks. A chunk is read once, for all frames that hold some of it.
+    /// Returns the pages of chunks for each frame. Reads each chunk once, for all frames that hold
+    /// some of it.
     fn cut(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<SetChunk>>, StoreError> {
-        // By file and chunk, ascending, as frames have them.
+        // The keys are file and chunk, ascending, as in frames.
         let mut wanted: BTreeMap<(u32, u32), Wanted> = BTreeMap::new();
         let numbers = frame_numbers(files, pages);
         for (page, number) in pages.iter().zip(&numbers) {
@@ -248,7 +257,7 @@ impl Store {
         Ok(frames)
     }
 
-    /// What frames hold of a chunk, each with its number.
+    /// Returns the parts of a chunk for frames, each with the number of its frame.
     fn cut_chunk(
         &self,
         files: &Files,
@@ -288,15 +297,15 @@ impl Store {
         decoded.map_err(|e| damaged(format!("chunk {digest}"), e.to_string()))
     }
 
-    /// The working set of an image, if it has one. Its frames are in memory.
+    /// Returns the working set of an image, if it has one. Its frames are in memory.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`].
+    /// Returns [`StoreError::Damaged`] if `current` or a pack is damaged.
     ///
     /// # Blocking
     /// Reads the packs.
     pub fn working_set(&self, image: &Digest) -> Result<Option<WorkingSet>, StoreError> {
-        // The set that `current` has named may be replaced before its packs are open.
+        // The set in `current` may be replaced before its packs are open.
         for _ in 0..ATTEMPTS {
             match self.current_set(image) {
                 Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
@@ -331,7 +340,7 @@ impl Store {
         Ok(Some(set))
     }
 
-    /// The images that have working sets, in order of their digests.
+    /// Returns the images that have working sets, in order of their digests.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -345,13 +354,13 @@ impl Store {
         Ok(images)
     }
 
-    /// Forgets the working set of an image and its recordings; false if there was none.
+    /// Removes the working set of an image and its recordings. Returns false if there was none.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     ///
     /// # Blocking
-    /// Waits for the disk, and while somebody builds it.
+    /// Waits for the disk, and for a process that builds the set.
     pub fn remove_working_set(&self, image: &Digest) -> Result<bool, StoreError> {
         match StoreLock::change_working_set(&self.layout, image)? {
             Some(lock) => remove(&self.layout, image, lock),
@@ -360,7 +369,8 @@ impl Store {
     }
 }
 
-/// In which frame each of the pages is to be. A chunk whose pages are all there, one after another, is not divided.
+/// Returns the frame number of each page. Keeps a chunk in one frame if all its pages follow one
+/// another.
 fn frame_numbers(files: &Files, pages: &[Page]) -> Vec<usize> {
     let (mut numbers, mut number, mut held) = (Vec::with_capacity(pages.len()), 0, 0);
     for run in pages.chunk_by(|a, b| files.chunk_of(*a).0 == files.chunk_of(*b).0) {
@@ -376,7 +386,7 @@ fn frame_numbers(files: &Files, pages: &[Page]) -> Vec<usize> {
     numbers
 }
 
-/// Ascending page numbers as runs.
+/// Returns page numbers as ascending runs.
 fn runs_of(mut pages: Vec<u16>) -> Vec<PageRun> {
     pages.sort_unstable();
     let mut runs: Vec<PageRun> = Vec::new();
@@ -404,14 +414,14 @@ fn remove(layout: &Layout, image: &Digest, _lock: StoreLock) -> Result<bool, Sto
     match fs::remove_dir_all(&dir) {
         Ok(()) => sync_dir(&layout.working_sets()).map(|()| true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        // A recording has come meanwhile: the next time.
+        // A recording was stored meanwhile; the next removal succeeds.
         Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
         Err(e) => Err(io_error(&dir)(e)),
     }
 }
 
-/// Removes the working sets of images that are not there any more: how many, and the bytes of their files. One that is being
-/// built is left for the next time.
+/// Removes the working sets of deleted images. Returns their number, and the bytes of their files.
+/// Skips a set that is being built.
 pub(crate) fn remove_orphans(layout: &Layout) -> Result<(u64, u64), StoreError> {
     let (mut removed, mut freed) = (0, 0);
     for image in images(layout)? {
@@ -475,7 +485,7 @@ mod tests {
         image.push(&store, "a");
         let record = |id: u8, touched: Vec<PageSpan>| record(&store, &image, id, touched);
         record(1, vec![span(0, 17)]);
-        // The same restore, told once more.
+        // The same restore sends its recording again.
         let set = record(1, vec![span(14, 3), span(3, 1)]);
         assert_eq!((set.recordings, set.pages, set.zero_pages), (1, 4, 2));
         let mut decoder = SetDecoder::default();
@@ -535,7 +545,7 @@ mod tests {
             }
             std::thread::park_timeout(Duration::from_millis(200));
             assert!(!other.is_finished());
-            // What it waits for is another one's directory then.
+            // The directory that the build waits for is then replaced.
             fs::remove_dir_all(store.layout.working_set(&image.digest())).unwrap();
             store.keep_recording(&image.digest(), [2; 16], vec![span(0, 3)], Vec::new()).unwrap();
             drop(held);
@@ -567,7 +577,7 @@ mod tests {
         assert!(
             matches!(&error, StoreError::Damaged { object, .. } if object.contains(&image.digest().to_string()))
         );
-        // The next recording makes it anew.
+        // The next recording builds the set anew.
         record(&store, &image, 2, vec![span(0, 4)]);
         assert_eq!(store.working_set(&image.digest()).unwrap().unwrap().pages, 4);
     }

@@ -236,7 +236,7 @@ fn text(report: &Report) -> String {
          \x20 lasted         {}{}\n\
          \x20 touches        {} of absent pages, p50 {}  p90 {}  p99 {}  longest {}\n\
          \x20 waited         {} in all: {}\n\
-         \x20 came           {}: {}\n",
+         \x20 installed      {}: {}\n",
         printable(&report.image),
         ms(report.duration_ms),
         if report.is_complete { "" } else { ", without an end: the process was killed, or still runs" },

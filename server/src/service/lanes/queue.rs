@@ -1,19 +1,20 @@
-//! The requests of one demand stream that wait for their turn: DEMAND before PREFETCH before BACKGROUND.
+//! The pending requests of one demand stream: DEMAND before PREFETCH before BACKGROUND.
 
 use crate::service::chunks::numbers;
 use postcopy_proto::v1::{self, RequestClass};
 use std::collections::VecDeque;
 use std::iter::Peekable;
 
-/// Requests that a stream reads ahead of its answers. At most 1,024 runs of 16 bytes each: 2 MiB. With more, the
-/// stream is not read until one is answered, and HTTP/2's window holds the client back.
+/// Most requests that a stream reads ahead of its answers, each of at most 1,024 runs of 16 bytes:
+/// 2 MiB. Beyond that the stream is not read until a request is answered, and HTTP/2's window holds
+/// the client back.
 const MAX_REQUESTS: usize = 128;
 
-/// One of so many chunks is the oldest less urgent one. A thread may wait for a chunk that was asked for as
-/// PREFETCH, so that DEMAND must not hold it up for ever.
+/// Of this many chunks, one is from the oldest less urgent request. A thread may wait for a chunk
+/// that was requested as PREFETCH, so DEMAND must not delay it for ever.
 const TURNS: u32 = 16;
 
-/// How urgent a request is, most urgent first.
+/// The urgency of a request, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Urgency {
     Demand,
@@ -26,20 +27,20 @@ impl Urgency {
         match request.class() {
             RequestClass::Demand => Self::Demand,
             RequestClass::Prefetch => Self::Prefetch,
-            // A class that this version does not know is read as UNSPECIFIED.
+            // A class unknown to this version is read as UNSPECIFIED.
             RequestClass::Background | RequestClass::Unspecified => Self::Background,
         }
     }
 }
 
-/// A chunk or segment that is to be answered.
+/// A requested chunk or segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
     Chunk(u64),
     Segment(u32),
 }
 
-/// One answer to be given.
+/// The next chunk or segment to answer, with its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Turn {
     pub(super) urgency: Urgency,
@@ -49,31 +50,31 @@ pub(super) struct Turn {
 }
 
 struct Request {
-    /// Counts up with the requests of the stream.
+    /// Number of the request within the stream, ascending.
     arrival: u64,
     id: u64,
     attempt: u32,
     wanted: Peekable<Box<dyn Iterator<Item = Wanted> + Send>>,
 }
 
-/// The next answer to be given.
+/// The choice of the next answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice {
-    /// One that was loaded and is not urgent.
+    /// A loaded answer to a less urgent request.
     Held,
-    /// What the oldest request of an urgency wants next.
+    /// The next chunk or segment of the oldest request of this urgency.
     Request(Urgency),
 }
 
-/// See the module.
+/// The pending requests and loaded answers of a demand stream.
 #[derive(Default)]
 pub(super) struct Queue {
-    /// By urgency. Each request has something left that is wanted.
+    /// The requests by urgency. Each has something left to answer.
     requests: [VecDeque<Request>; 3],
     arrivals: u64,
     /// Loaded answers to less urgent requests.
     held: VecDeque<v1::FetchChunksResponse>,
-    /// Answers since a less urgent request had its turn, while one waited.
+    /// Number of answers given while a less urgent request waited, since its last turn.
     overtaken: u32,
 }
 
@@ -97,22 +98,22 @@ impl Queue {
         self.held.push_back(answer);
     }
 
-    /// How many loaded answers wait.
+    /// Returns the number of loaded answers that wait.
     pub(super) fn held(&self) -> usize {
         self.held.len()
     }
 
-    /// Whether nothing waits.
+    /// Returns true if no request and no answer waits.
     pub(super) fn is_empty(&self) -> bool {
         self.held.is_empty() && self.requests.iter().all(VecDeque::is_empty)
     }
 
-    /// Whether the stream is not to be read any further.
+    /// Returns true if the stream must not be read any further.
     pub(super) fn is_full(&self) -> bool {
         self.requests.iter().map(VecDeque::len).sum::<usize>() >= MAX_REQUESTS
     }
 
-    /// Whether a DEMAND request waits.
+    /// Returns true if a DEMAND request waits.
     pub(super) fn has_demand(&self) -> bool {
         !self.requests[Urgency::Demand as usize].is_empty()
     }
@@ -121,7 +122,8 @@ impl Queue {
         self.overtaken + 1 >= TURNS
     }
 
-    /// The next answer to be given. Without `may_begin` no less urgent request gets a turn that may need the disk.
+    /// Returns the choice of the next answer. Without `may_begin`, excludes less urgent requests,
+    /// which may need the disk.
     pub(super) fn next(&self, may_begin: bool) -> Option<Choice> {
         let ahead = [Urgency::Prefetch, Urgency::Background];
         let ahead =
@@ -141,7 +143,7 @@ impl Queue {
         self.held.pop_front()
     }
 
-    /// Takes what the oldest request of an urgency wants next.
+    /// Takes the next chunk or segment of the oldest request of this urgency.
     pub(super) fn take(&mut self, urgency: Urgency) -> Option<Turn> {
         let less_urgent = &self.requests[urgency as usize + 1..];
         let overtakes = less_urgent.iter().any(|requests| !requests.is_empty()) || !self.held.is_empty();

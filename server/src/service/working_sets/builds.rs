@@ -1,8 +1,9 @@
-//! Builds of working sets: one at a time, and of an image one for all recordings that came while others were made.
+//! Builds of working sets, one at a time. One build of an image covers all recordings that were
+//! stored while other builds ran.
 //!
-//! Who has stored a recording joins the build of its image that has not begun, or has one begin as soon as it is its turn.
-//! A build is a task of its own, so that who goes away takes nothing from those who wait for the same. Nobody waits on a
-//! thread: of those that may block, builds take one.
+//! A request that has stored a recording joins its image's pending build, or adds one. Each build
+//! is a task of its own, so a client that disconnects does not cancel it for others. No request
+//! waits on a thread; all builds together use one blocking thread.
 
 use crate::service::blocking;
 use crate::shutdown::shutting_down;
@@ -15,19 +16,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tonic::Status;
 
-/// What a build gives; None: it has not ended.
+/// The result of a build; `None` until it has ended.
 type Outcome = Option<Result<v1::WorkingSet, Status>>;
-/// Builds that have not begun: at most one of an image.
+/// Pending builds: at most one for each image.
 type Waiting = HashMap<Digest, watch::Receiver<Outcome>>;
 
-/// See the module. Builds that have not begun are given up when it is dropped.
+/// The queue of builds. Dropping it cancels pending builds.
 #[derive(Debug)]
 pub(super) struct Builds {
-    /// Its one permit is held by who changes a working set.
+    /// One permit, for the change of any working set.
     turn: Arc<Semaphore>,
-    /// Held for a look and a change.
+    /// Locked only for a look-up and a change.
     waiting: Arc<Mutex<Waiting>>,
-    /// Those that have not ended. Held for adding one.
+    /// Tasks that have not ended. Locked only to add one.
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -38,16 +39,16 @@ impl Default for Builds {
 }
 
 impl Builds {
-    /// Until the drop nothing is built.
+    /// Waits for the permit. Until it is dropped, no set is built.
     pub(super) async fn turn(&self) -> OwnedSemaphorePermit {
         turn_of(Arc::clone(&self.turn)).await
     }
 
-    /// What a build of the image's working set gives that begins after the call. `build` is called unless somebody
-    /// else's is yet to be.
+    /// Returns the result of a build of the image's working set that begins after this call. Joins
+    /// a pending build, or calls `build` in its turn.
     ///
     /// # Errors
-    /// Those of the build; UNAVAILABLE when the server ends.
+    /// Returns the errors of the build, or UNAVAILABLE when the server ends.
     pub(super) async fn next(
         &self,
         image: Digest,
@@ -75,13 +76,14 @@ impl Builds {
         while tasks.try_join_next().is_some() {}
         tasks.spawn(async move {
             let turn = turn_of(turn).await;
-            // It may not see what is stored from here on.
+            // This build may miss recordings that are stored from here on, so it stops being
+            // joinable.
             lock(&waiting).remove(&image);
             let built = blocking(move || {
                 let _turn = turn;
                 build()
             });
-            // All who asked may be gone.
+            // All requests for this build may have ended.
             sender.send_replace(Some(built.await));
         });
         outcome
@@ -104,7 +106,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     use std::time::Duration;
 
-    /// Counts builds, which end when they may.
+    /// A counter of builds, which end when the test permits.
     #[derive(Clone, Default)]
     struct Counted(Arc<(AtomicU32, AtomicBool)>);
 
@@ -145,7 +147,7 @@ mod tests {
         tokio::task::yield_now().await;
         let mut other = Box::pin(builds.next(b, counted.build()));
         assert!(poll!(other.as_mut()).is_pending());
-        // Who asked first goes away.
+        // The first request ends.
         drop(next.swap_remove(0));
         tokio::task::yield_now().await;
         assert_eq!(counted.count(), 1, "one at a time");
@@ -181,7 +183,7 @@ mod tests {
         counted.let_go();
         let turn = builds.turn().await;
         assert!(builds.next(Digest::of(b"a"), counted.build()).now_or_never().is_none());
-        // It stands in the queue.
+        // The build is pending.
         tokio::task::yield_now().await;
         drop(turn);
         drop(builds.turn().await);

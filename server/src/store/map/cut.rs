@@ -1,10 +1,11 @@
-//! What happens when a mapped file is cut, or its disk fails, while its bytes are being read.
+//! Handles a mapped file that is cut, or whose disk fails, while the server reads its bytes.
 //!
-//! The kernel sends SIGBUS to the thread that touches a page which is no longer there. The handler looks the
-//! address up in the list of maps that are watched, puts a page of zeros there, notes that in the list, and lets the
-//! thread go on. An address that nobody watches is left to whoever handled SIGBUS before.
+//! The kernel sends SIGBUS to the thread that accesses a missing page. The handler finds the
+//! address in the list of watched maps, maps a page of zeros there, notes this in the list, and
+//! lets the thread continue. Other addresses go to the previous handler of SIGBUS.
 //!
-//! A handler may interrupt anything, so the list is read without locks: spans are never freed, only used again.
+//! A handler may interrupt any code, so it reads the list without locks. Spans are never freed,
+//! only reused.
 
 use rustix::mm::{MapFlags, ProtFlags};
 use std::ffi::{c_int, c_void};
@@ -12,28 +13,28 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// A range of addresses that is watched, if it is used.
+/// A range of addresses, watched while `used`.
 #[derive(Debug)]
 pub(super) struct Span {
-    /// Changed under [`CHANGE`] but for the release.
+    /// Changed under [`CHANGE`], except for the release.
     used: AtomicBool,
     start: AtomicUsize,
     len: AtomicUsize,
     cut: AtomicBool,
-    /// The span that was listed before this one.
+    /// The next span of the list, which was added before this one.
     next: Option<&'static Span>,
 }
 
-/// The span that was listed last.
+/// The head of the list: the span that was added last.
 static LIST: AtomicPtr<Span> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Held to change the list, and which spans are used.
+/// Locked to change the list, and the use of spans.
 static CHANGE: Mutex<()> = Mutex::new(());
 
-/// For the handler, which may not ask.
+/// The page size, stored for the handler, which may not request it.
 static PAGE_BYTES: AtomicUsize = AtomicUsize::new(0);
 
-/// The handler before ours; or why ours could not be installed.
+/// The previous handler, or the error of installing ours.
 static PREVIOUS: OnceLock<Result<libc::sigaction, i32>> = OnceLock::new();
 
 impl Span {
@@ -41,7 +42,7 @@ impl Span {
         self.cut.load(Ordering::Acquire)
     }
 
-    /// Ends the watching, before the memory is unmapped.
+    /// Ends the watch. Called before the memory is unmapped.
     pub(super) fn release(&self) {
         self.len.store(0, Ordering::Release);
         self.used.store(false, Ordering::Release);
@@ -50,13 +51,13 @@ impl Span {
     fn contains(&self, address: usize) -> bool {
         let start = self.start.load(Ordering::Acquire);
         let len = self.len.load(Ordering::Acquire);
-        // The span may be used again meanwhile; start and length must be of one map.
+        // The span may be reused meanwhile; start and length must belong to the same map.
         (start..start + len).contains(&address) && self.start.load(Ordering::Acquire) == start
     }
 }
 
 fn spans() -> impl Iterator<Item = &'static Span> {
-    // SAFETY: null, or a span that was leaked when it was listed.
+    // SAFETY: the pointer is null, or a span that was leaked when it was added.
     let first = unsafe { LIST.load(Ordering::Acquire).as_ref() };
     std::iter::successors(first, |span| span.next)
 }
@@ -64,7 +65,7 @@ fn spans() -> impl Iterator<Item = &'static Span> {
 /// Watches a map from now on.
 ///
 /// # Errors
-/// What sigaction(2) answers.
+/// Returns the error of sigaction(2).
 pub(super) fn watch(start: usize, len: usize) -> io::Result<&'static Span> {
     PREVIOUS.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
     let _change = CHANGE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -86,13 +87,14 @@ pub(super) fn watch(start: usize, len: usize) -> io::Result<&'static Span> {
 
 fn install() -> Result<libc::sigaction, i32> {
     PAGE_BYTES.store(rustix::param::page_size(), Ordering::Release);
-    // SAFETY: all of it zero is a valid sigaction.
+    // SAFETY: a zeroed sigaction is valid.
     let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: as above.
+    // SAFETY: a zeroed sigaction is valid.
     let mut previous: libc::sigaction = unsafe { std::mem::zeroed() };
     ours.sa_sigaction = (on_bus_error as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void)) as usize;
     ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: `on_bus_error` has the form that SA_SIGINFO asks for, and does only what a handler may.
+    // SAFETY: `on_bus_error` has the signature for SA_SIGINFO, and makes only async-signal-safe
+    // calls.
     match unsafe { libc::sigaction(libc::SIGBUS, &ours, &mut previous) } {
         0 => Ok(previous),
         _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL)),
@@ -102,16 +104,17 @@ fn install() -> Result<libc::sigaction, i32> {
 extern "C" fn on_bus_error(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: SA_SIGINFO gives a handler a siginfo that lives as long as the handler runs.
     let info_of_signal = unsafe { &*info };
-    // SAFETY: for SIGBUS the kernel gives the address that was touched; for a signal that somebody sent it is no
-    // address, and fits no span.
+    // SAFETY: for SIGBUS the kernel gives the fault address. For a signal that a process has sent
+    // the field is no address, and fits no span.
     let address = unsafe { info_of_signal.si_addr() }.addr();
     if let Some(span) = spans().find(|span| span.contains(address)) {
         span.cut.store(true, Ordering::Release);
         let page = PAGE_BYTES.load(Ordering::Acquire);
         let start = std::ptr::without_provenance_mut(address / page * page);
         let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: the page is one of a watched map, which is read-only and lives as long as whoever touches it; its
-        // bytes were about to be read and are checked afterwards. rustix calls the kernel without errno.
+        // SAFETY: the page belongs to a watched map, which is read-only and outlives the access.
+        // Its bytes were about to be read, and are checked afterwards. rustix calls the kernel
+        // without errno.
         if unsafe { rustix::mm::mmap_anonymous(start, page, ProtFlags::READ, flags) }.is_ok() {
             return;
         }
@@ -119,17 +122,18 @@ extern "C" fn on_bus_error(signal: c_int, info: *mut libc::siginfo_t, context: *
     pass_on(signal, info, context);
 }
 
-/// Does what would have been done without this module.
+/// Passes the signal to the handler that was there before this module's.
 fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
     let Some(Ok(previous)) = PREVIOUS.get() else { return };
     if matches!(previous.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) {
-        // The touch is repeated, and then deadly, as it is without a handler.
-        // SAFETY: restores what stood there before.
+        // The access is repeated, and then kills the process, as without a handler.
+        // SAFETY: this restores the previous action.
         unsafe { libc::sigaction(libc::SIGBUS, previous, std::ptr::null_mut()) };
         return;
     }
-    // SAFETY: neither of the two special values, so a handler; one that takes fewer arguments ignores the others.
+    // SAFETY: the value is neither of the two special ones, so it is a handler. One with fewer
+    // parameters ignores the other arguments.
     let handler = unsafe { std::mem::transmute::<usize, Handler>(previous.sa_sigaction) };
     handler(signal, info, context);
 }

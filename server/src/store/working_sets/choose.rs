@@ -1,42 +1,44 @@
-//! From recordings to a list of pages: pure.
+//! Selects the pages of a working set from recordings. The code is pure.
 //!
-//! A page is chosen that was touched in at least a given share of the recordings in which a touch of it could be seen.
-//! What an earlier working set, or a background fill, had brought in a restore could not be seen to be touched there: that
-//! restore says nothing of it. The order is that of the first touches, on average; what was touched beside pages that had been
-//! brought comes after as many.
+//! A page is chosen if it faulted in at least a given share of the recordings that could show a
+//! fault on it. A recording cannot show faults on pages that an earlier working set or a background
+//! fill had installed, so it does not count for these. The order is that of the mean first-touch
+//! position. A page that faulted beside prefetched pages is placed after as many.
 
 use postcopy_proto::v1::PageSpan;
 use std::collections::HashMap;
 
-/// A page: its file's place in the image, and its number in the file.
+/// A page: the place of its file in the image, and its number in the file.
 pub(crate) type Page = (u32, u32);
 
-/// What one restore has touched.
+/// The page faults of one restore.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Recording {
-    /// In the order of first touch.
+    /// The pages that faulted, in first-touch order.
     pub(crate) touched: Vec<PageSpan>,
-    /// What came without a touch.
+    /// The pages that were installed without a fault.
     pub(crate) unseen: Vec<PageSpan>,
 }
 
 pub(crate) fn pages(spans: &[PageSpan]) -> impl Iterator<Item = Page> {
-    // A span's end has been checked to fit.
+    // A span's end was checked to fit.
     spans.iter().flat_map(|span| (span.first..span.first + span.count).map(|page| (span.file, page)))
 }
 
-/// How many pages the spans have.
+/// Returns the number of pages of the spans.
 pub(crate) fn count(spans: &[PageSpan]) -> u64 {
     spans.iter().map(|span| u64::from(span.count)).sum()
 }
 
-/// 2 MiB.
+/// Pages of 2 MiB.
 const HUGE_PAGES: u32 = 512;
-/// Runs of pages that were not seen, of one recording.
+/// Most runs of unseen pages of one recording.
 const MOST_UNSEEN: usize = 1 << 20;
 
-/// A recording whose first `most` touched pages count: what comes after them is neither touched nor untouched. What was not
-/// seen is in ascending runs that do not touch; where these are too many, in one of each file, from the first to the last.
+/// Returns a recording of the first `most` faulting pages; later ones become unseen.
+///
+/// Unseen pages become ascending runs that are apart. If these are too many, they become one run
+/// for each file, from its first unseen page to its last.
 pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: usize) -> Recording {
     let mut left = u32::try_from(most).expect("a small number");
     let mut first = Vec::new();
@@ -52,7 +54,7 @@ pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: u
     }
     unseen.sort_unstable_by_key(|span| (span.file, span.first));
     unseen.dedup_by(|next, last| {
-        // A span's end has been checked to fit.
+        // A span's end was checked to fit.
         let end = last.first + last.count;
         let is_one = next.file == last.file && next.first <= end;
         if is_one {
@@ -72,16 +74,16 @@ pub(crate) fn bounded(touched: Vec<PageSpan>, mut unseen: Vec<PageSpan>, most: u
     Recording { touched: first, unseen }
 }
 
-/// A page that was touched.
+/// A page that faulted in a recording.
 struct Seen {
     page: Page,
-    /// In so many recordings.
+    /// Number of recordings in which it faulted.
     times: usize,
-    /// Sum of its places in their orders.
+    /// Sum of its positions in their orders.
     places: u64,
 }
 
-/// The pages of the working set, in the order in which they are to be sent. `share` is of 1.
+/// Returns the pages of the working set, in the order of sending. `share` is from 0 to 1.
 pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
     let seen = seen(recordings);
     let blind = blind(recordings, &seen);
@@ -92,14 +94,14 @@ pub(crate) fn choose(recordings: &[Recording], share: f64) -> Vec<Page> {
     };
     let chosen = seen.into_iter().zip(blind).filter(|(seen, blind)| is_chosen(seen, *blind));
     let mut chosen: Vec<Seen> = chosen.map(|(seen, _)| seen).collect();
-    // The average, as a fraction that is compared exactly; then by address.
+    // Means are compared exactly, as fractions; equal ones by address.
     let scaled = |a: &Seen, b: &Seen| u128::from(a.places) * b.times as u128;
     chosen.sort_unstable_by(|a, b| scaled(a, b).cmp(&scaled(b, a)).then(a.page.cmp(&b.page)));
     together(chosen.into_iter().map(|seen| seen.page).collect())
 }
 
-/// The same, in which the pages of 2 MiB that are all there follow one another, from where the first of them was: memory of huge
-/// pages gets all of it or nothing.
+/// Moves the pages of each complete 2 MiB page together, to the place of the first of them: memory
+/// of huge pages gets all of it or nothing.
 fn together(pages: Vec<Page>) -> Vec<Page> {
     let huge = |(file, page): Page| (file, page / HUGE_PAGES);
     let mut counts: HashMap<Page, u32> = HashMap::new();
@@ -123,7 +125,7 @@ fn together(pages: Vec<Page>) -> Vec<Page> {
     ordered
 }
 
-/// What the recordings have touched, by page.
+/// Returns the pages that faulted in the recordings, by page.
 fn seen(recordings: &[Recording]) -> Vec<Seen> {
     let mut touches: Vec<(Page, usize, u64)> = Vec::new();
     for (number, recording) in recordings.iter().enumerate() {
@@ -143,9 +145,11 @@ fn seen(recordings: &[Recording]) -> Vec<Seen> {
     of_pages.map(seen).collect()
 }
 
-/// For each of these pages, which ascend, in how many recordings a touch of it could not be seen.
+/// Returns for each of these ascending pages the number of recordings that could not show a fault
+/// on it.
 fn blind(recordings: &[Recording], seen: &[Seen]) -> Vec<usize> {
-    // How many runs begin, and how many end, before each: it is in as many as have begun and not ended.
+    // The numbers of runs that begin and end before each page. A page lies in as many runs as have
+    // begun and not ended.
     let (mut begun, mut ended) = (vec![0; seen.len() + 1], vec![0; seen.len() + 1]);
     for run in recordings.iter().flat_map(|recording| &recording.unseen) {
         let place = |page| seen.partition_point(|seen| seen.page < (run.file, page));
@@ -213,14 +217,14 @@ mod tests {
     #[test]
     fn what_was_brought_is_neither_taken_for_touched_nor_for_untouched() {
         let first = recording(&[1, 2], &[]);
-        // 1 and 2 came ahead; only 9 was a fault.
+        // 1 and 2 were prefetched; only 9 was a fault.
         let replayed = recording(&[9], &[1, 2]);
         let mut recordings = vec![first, replayed.clone()];
         assert_eq!(chosen(&recordings), [1, 2, 9], "what came beside them comes after them");
-        // However many restores had them brought.
+        // The number of restores that prefetched them does not matter.
         recordings.extend(vec![replayed; 10]);
         assert_eq!(chosen(&recordings), [1, 2, 9]);
-        // And one that had them brought in none of these says nothing for them.
+        // Recordings without a prefetch or fault of these pages count against them.
         recordings.extend(vec![recording(&[7], &[]); 2]);
         assert_eq!(chosen(&recordings), [9], "1 and 2 in one of three");
     }
@@ -237,7 +241,7 @@ mod tests {
         let (a, b) = (huge(0), huge(1024));
         let recordings = [recording_of(&[a.clone(), b.clone()]), recording_of(&[b.clone(), a.clone()])];
         assert_eq!(chosen(&recordings), [a, b].concat());
-        // One that is not there as a whole comes as it was touched.
+        // An incomplete huge page keeps first-touch order.
         let part = recording_of(&[(0..511).rev().collect(), vec![2000]]);
         assert_eq!(chosen(&[part]), (0..511).rev().chain([2000]).collect::<Vec<_>>());
     }
@@ -254,7 +258,7 @@ mod tests {
     }
 
     proptest! {
-        /// As it is defined, page by page.
+        /// The definition, applied page by page.
         #[test]
         fn chosen_is_what_enough_of_those_that_could_see_it_have_touched(
             recordings in collection::vec(any_recording(), 0..8),

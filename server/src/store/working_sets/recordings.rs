@@ -1,4 +1,4 @@
-//! The recordings of an image: what restores of it have touched, the newest of them.
+//! The recordings of an image: the page faults of its newest restores.
 
 use super::choose::{self, Recording};
 use super::{Files, MAX_SET_PAGES, by_age};
@@ -11,21 +11,22 @@ use prost::Message;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 
-/// Recordings that are kept of an image: the newest ones that have touched the same file. A restore of several processes makes one
-/// for each, and each touches files of its own.
+/// Number of recordings that are kept for each file: the newest ones with faults on it. A restore
+/// of several processes makes one recording for each, and each process faults on files of its own.
 pub(super) const RECORDINGS: usize = 16;
-/// Recordings that are kept of an image, of whatever files.
+/// Most recordings that are kept of an image.
 const MAX_RECORDINGS: usize = 256;
-/// The longest recording that is read again.
+/// Most bytes of a recording that is read again.
 const MAX_RECORDING_BYTES: usize = 32 << 20;
-/// Touched pages, and bytes, of all recordings of an image together.
+/// Most faulting pages, and most bytes, of all recordings of an image together.
 const MAX_TOUCHED_PAGES: u64 = (RECORDINGS * MAX_SET_PAGES) as u64;
 const MAX_RECORDINGS_BYTES: usize = 2 * MAX_RECORDING_BYTES;
 
-/// What is kept, as it is gone through from the newest recording to the oldest.
+/// The recordings kept so far, on the way from the newest to the oldest.
 #[derive(Default)]
 struct Kept {
-    /// Recordings by the files that they touch; by none those that touch nothing, or cannot be read.
+    /// Number of recordings for each file; `None` counts those that have no faults or cannot be
+    /// read.
     of_file: HashMap<Option<u32>, usize>,
     recordings: usize,
     pages: u64,
@@ -33,7 +34,7 @@ struct Kept {
 }
 
 impl Kept {
-    /// Whether a recording of so many bytes that has touched this is kept, too.
+    /// Returns true if a recording of `bytes` bytes with these faults is kept, and counts it.
     fn takes(&mut self, touched: &[PageSpan], bytes: usize) -> bool {
         let mut files: BTreeSet<Option<u32>> = touched.iter().map(|span| Some(span.file)).collect();
         if files.is_empty() {
@@ -55,12 +56,15 @@ impl Kept {
 }
 
 impl Store {
-    /// Keeps what a restore has touched, under an id of 16 bytes that is its own, for the next build of the image's working
-    /// set: the first 1 GiB of it. The oldest recordings are forgotten: those that have touched only files that 16 newer ones have
-    /// touched, and those beyond 256, or beyond 16 GiB of touched pages, in all.
+    /// Stores the page faults of a restore, the first 1 GiB of them, for the next build of the
+    /// image's working set. `id` is the restore's own.
+    ///
+    /// Removes the oldest recordings: those with faults only on files that 16 newer recordings
+    /// cover, and those beyond 256 recordings or 16 GiB of faulting pages in all.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`]: there is no such image. [`StoreError::Invalid`]: a span is not of the image; nothing is kept.
+    /// Returns [`StoreError::NotFound`] if the image does not exist, [`StoreError::Invalid`] if a
+    /// span lies outside of the image; nothing is then stored.
     ///
     /// # Blocking
     /// Waits for the disk.
@@ -80,7 +84,7 @@ impl Store {
         self.forget_recordings(image, &files)
     }
 
-    /// Removes those that newer ones make superfluous.
+    /// Removes recordings that newer ones make superfluous.
     fn forget_recordings(&self, image: &Digest, files: &Files) -> Result<(), StoreError> {
         let mut kept = Kept::default();
         for (time, path) in by_age(&self.layout.recordings(image))?.into_iter().rev() {
@@ -89,7 +93,7 @@ impl Store {
             if kept.takes(&touched, bytes.len()) {
                 continue;
             }
-            // One that its restore has told anew meanwhile is not old any more.
+            // A restore may have sent its recording again meanwhile, so that it is new.
             let written = fs::metadata(&path).and_then(|metadata| metadata.modified());
             if written.is_ok_and(|written| written == time) {
                 objects::remove(&path)?;
@@ -98,7 +102,7 @@ impl Store {
         Ok(())
     }
 
-    /// The recordings; None if there are none at all.
+    /// Returns the recordings; `None` if there are none at all.
     pub(super) fn recordings(
         &self,
         image: &Digest,
@@ -113,7 +117,7 @@ impl Store {
             let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
             match parse(&bytes, files) {
                 Ok(recording) => recordings.push(recording),
-                // The others say enough, and it is forgotten in its turn.
+                // The other recordings suffice, and this one is removed in its turn.
                 Err(reason) => {
                     tracing::warn!("the recording {} is left out: {reason}", path.display());
                 }
@@ -123,7 +127,7 @@ impl Store {
     }
 }
 
-/// A recording that was kept, with all checks: it may have been altered since.
+/// Parses a stored recording with all checks, because the file may have been altered.
 fn parse(bytes: &[u8], files: &Files) -> Result<Recording, String> {
     let recording = v1::RecordRequest::decode(bytes).map_err(|error| error.to_string())?;
     let mut spans = recording.touched.iter().chain(&recording.unseen);
@@ -139,7 +143,7 @@ mod tests {
         PageSpan { file, first: 0, count: u32::try_from(count).unwrap() }
     }
 
-    /// How many of equal ones are kept, each of a file of its own.
+    /// Returns the number of equal recordings that are kept, each of a file of its own.
     fn kept(pages: usize, bytes: usize) -> usize {
         let mut kept = Kept::default();
         (0..1000).filter(|file| kept.takes(&[span(*file, pages)], bytes)).count()

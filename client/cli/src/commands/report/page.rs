@@ -87,7 +87,7 @@ fn numbers(report: &Report) -> String {
         ("p50", micros(t.p50_us)),
         ("p99", micros(t.p99_us)),
         ("longest", micros(t.longest_us)),
-        ("came", memory(report.pages.all())),
+        ("installed", memory(report.pages.all())),
     ];
     if t.unanswered > 0 {
         numbers.push(("unanswered", t.unanswered.to_string()));
