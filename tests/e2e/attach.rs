@@ -296,7 +296,7 @@ fn children_are_served_their_own_view_to_any_depth() {
 
 /// What is wiped at a fork: some that has come, some that has not, and what a child gets of it.
 fn assert_wiped_in_children(source: &Source, faulter: &mut Faulter) {
-    let (wiped, kept, zeros) = (faulter.at(0, 20), faulter.at(0, 60), vec![0; 20 * PAGE]);
+    let (wiped, kept, zeros) = (faulter.at(0, 120), faulter.at(0, 60), vec![0; 20 * PAGE]);
     let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
     faulter.main.does(&format!("write {wiped} 2 7"));
     faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 20"));
@@ -314,12 +314,12 @@ fn assert_wiped_in_children(source: &Source, faulter: &mut Faulter) {
     let mut second = faulter.fork();
     second.assert_reads(wiped, &zeros);
     second.assert_reads(kept, &zeros);
-    faulter.main.assert_reads(wiped, &[&[7; 2 * PAGE][..], image(22, 18)].concat());
+    faulter.main.assert_reads(wiped, &[&[7; 2 * PAGE][..], image(122, 18)].concat());
     faulter.main.assert_reads(kept, image(60, 20));
     child.assert_reads(wiped + PAGE, &[9; PAGE]);
     for who in [&mut faulter.main, &mut child, &mut grandchild, &mut second] {
-        who.assert_reads(wiped + 20 * PAGE, image(40, 20));
-        who.assert_reads(kept + 20 * PAGE, image(80, 117));
+        who.assert_reads(wiped + 20 * PAGE, image(140, 57));
+        who.assert_reads(kept + 20 * PAGE, image(80, 40));
     }
 }
 

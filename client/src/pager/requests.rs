@@ -551,7 +551,7 @@ mod tests {
 
     /// Read-ahead of chunks 5 to 8 of which two were sent, and when.
     fn two_of_four_ahead() -> (Requests, Instant) {
-        let (mut requests, now) = (Requests::new(Duration::from_secs(60), Arc::default()), Instant::now());
+        let (mut requests, now) = (Requests::new(Arc::default()), Instant::now());
         for chunk in 5..9 {
             requests.add_ahead(ChunkIndex(chunk), Digest::of(b"chunk"), waiting(), now);
         }
