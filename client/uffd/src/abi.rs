@@ -4,27 +4,28 @@ use rustix::ioctl::{Opcode, opcode};
 
 const UFFDIO: u8 = 0xAA;
 
-/// The only API version there is.
+/// The only existing version of the API.
 pub(super) const UFFD_API: u64 = 0xAA;
 
 /// `UFFD_USER_MODE_ONLY`, a flag of userfaultfd(2) since Linux 5.11.
 pub(super) const USER_MODE_ONLY: u32 = 1;
 
-/// What the kernel takes for addresses of a process: from vm.mmap_min_addr's default on, below
-/// TASK_SIZE of x86-64 with four levels of page tables; that of aarch64 with 48 bits is larger.
+/// The limits of a process's addresses, as the kernel checks them. The first one is
+/// vm.mmap_min_addr's default. The last one is TASK_SIZE of x86-64 with four levels of page tables;
+/// TASK_SIZE of aarch64 with 48 bits is larger.
 pub(super) const FIRST_ADDRESS: usize = 1 << 16;
 pub(super) const LAST_ADDRESS: usize = (1 << 47) - (1 << 12);
 
-/// `UFFDIO_CONTINUE_MODE_DONTWAKE`, and that of UFFDIO_ZEROPAGE.
+/// `UFFDIO_CONTINUE_MODE_DONTWAKE`, and the same flag of UFFDIO_ZEROPAGE.
 pub(super) const MODE_DONTWAKE: u64 = 1;
 
-/// `UFFDIO_WRITEPROTECT_MODE_WP`.
+/// `UFFDIO_WRITEPROTECT_MODE_WP`: sets the write protection.
 pub(super) const WRITEPROTECT_ON: u64 = 1;
 
 /// `UFFD_PAGEFAULT_FLAG_WP` of a message.
 pub(super) const PAGEFAULT_IS_WP: u64 = 2;
 
-/// `UFFDIO_COPY_MODE_WP`.
+/// `UFFDIO_COPY_MODE_WP`: installs the pages write-protected.
 pub(super) const COPY_MODE_WP: u64 = 2;
 
 pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
@@ -55,7 +56,7 @@ pub(super) struct Copy {
     pub(super) src: u64,
     pub(super) len: u64,
     pub(super) mode: u64,
-    /// Bytes done, or a negative errno.
+    /// The number of bytes done, or a negative errno.
     pub(super) copy: i64,
 }
 
@@ -64,7 +65,7 @@ pub(super) struct Copy {
 pub(super) struct ZeroPage {
     pub(super) range: Range,
     pub(super) mode: u64,
-    /// Bytes done, or a negative errno.
+    /// The number of bytes done, or a negative errno.
     pub(super) zeropage: i64,
 }
 
@@ -73,7 +74,7 @@ pub(super) struct ZeroPage {
 pub(super) struct Poison {
     pub(super) range: Range,
     pub(super) mode: u64,
-    /// Bytes done, or a negative errno.
+    /// The number of bytes done, or a negative errno.
     pub(super) updated: i64,
 }
 
@@ -82,7 +83,7 @@ pub(super) struct Poison {
 pub(super) struct Continue {
     pub(super) range: Range,
     pub(super) mode: u64,
-    /// Bytes done, or a negative errno.
+    /// The number of bytes done, or a negative errno.
     pub(super) mapped: i64,
 }
 

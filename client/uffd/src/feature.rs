@@ -1,15 +1,15 @@
-//! Names and bits of what a kernel's userfaultfd can do.
+//! The names and bits of userfaultfd's optional features.
 
 /// An optional part of userfaultfd that a kernel offers, or lacks.
 ///
 /// See ioctl_userfaultfd(2), UFFDIO_API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature {
-    /// Its name in the man page, without `UFFD_FEATURE_`.
+    /// The feature's name in the man page, without `UFFD_FEATURE_`.
     pub name: &'static str,
-    /// Its bit in `uffdio_api.features`.
+    /// The feature's bit in `uffdio_api.features`.
     pub bit: u64,
-    /// The first Linux version that offers it.
+    /// The first Linux version with the feature.
     pub since: &'static str,
 }
 
@@ -28,7 +28,7 @@ macro_rules! features {
 features! {
     PAGEFAULT_FLAG_WP = 0, "5.7", "writes to protected pages of private anonymous memory are faults";
     EVENT_FORK = 1, "4.11",
-        "a fork is an event, which brings the child's userfaultfd; asking for it needs CAP_SYS_PTRACE";
+        "a fork is an event, which carries the child's userfaultfd; the handshake needs CAP_SYS_PTRACE for it";
     EVENT_REMAP = 2, "4.11", "mremap(2) is an event";
     EVENT_REMOVE = 3, "4.11", "madvise(2) with MADV_DONTNEED or MADV_REMOVE is an event";
     MISSING_HUGETLBFS = 4, "4.11", "absent pages of hugetlb memory are faults";

@@ -1,4 +1,4 @@
-//! The one call that all ioctls go through, and the meaning of their answers.
+//! The one function through which all ioctls go, and the meaning of their answers.
 
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
@@ -8,7 +8,7 @@ pub(super) fn update<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: &mut
     // SAFETY: each opcode of `abi` is paired by its callers with the struct that it was made from.
     let updater = unsafe { Updater::<OPCODE, T>::new(argument) };
     // SAFETY: as above; the kernel reads and writes that struct, and memory of regions only at
-    // addresses that are registered, which nobody takes to be immutable.
+    // addresses that are registered, which no Rust value treats as immutable.
     unsafe { rustix::ioctl::ioctl(fd, updater) }
 }
 
@@ -18,35 +18,35 @@ pub(super) fn update<const OPCODE: Opcode, T>(fd: BorrowedFd<'_>, argument: &mut
 /// memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The whole range is done.
+    /// The call covered the whole range.
     Done,
-    /// A part is done, then something was in the way: a present page, or an event. Call again for
-    /// the rest, whose own outcome tells the reason.
+    /// The call covered a part of the range, up to a present page or an unread event. Call again
+    /// for the rest; the outcome of that call tells the reason.
     Partial {
-        /// Bytes done, from the range's first one on; a multiple of the page size.
+        /// The number of bytes done, from the range's first one on; a multiple of the page size.
         bytes: usize,
     },
-    /// The first page is present already (EEXIST). The call has woken no waiter of it: see
+    /// The first page is present already (EEXIST). The call has not woken its waiters: see
     /// [`Uffd::wake`](crate::Uffd::wake).
     AlreadyPresent,
-    /// An unread event changes the address space (EAGAIN without progress). Read it
-    /// ([`Uffd::read_messages`](crate::Uffd::read_messages)), then call again.
+    /// The event of a change of the address space is unread (EAGAIN without progress). Read the
+    /// event ([`Uffd::read_messages`](crate::Uffd::read_messages)), then call again.
     Deferred,
     /// The range is no longer registered, or no longer mapped (ENOENT, EFAULT, EINVAL).
     Gone,
     /// The owner of the memory has exited (ESRCH).
     OwnerGone,
-    /// The kernel has no memory for it at the moment (ENOMEM). Call again later.
+    /// The kernel has no free memory for the call at the moment (ENOMEM). Call again later.
     NoMemory,
-    /// An error that ioctl_userfaultfd(2) does not name for this call. Nothing was done.
+    /// An error that ioctl_userfaultfd(2) does not name for this call. The call did nothing.
     Unexpected {
-        /// Its number, as in errno(3).
+        /// The error's number, as in errno(3).
         errno: i32,
     },
 }
 
-/// Reads an answer: the call's error, and the signed count of bytes that the kernel has left in its
-/// argument, which is a negative errno where nothing was done.
+/// Decodes an answer: the call's error, and the signed count of bytes that the kernel has left in
+/// the argument. The count is a negative errno if the call did nothing.
 pub(super) fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outcome {
     let done = usize::try_from(done).unwrap_or(0);
     match result {
@@ -57,7 +57,7 @@ pub(super) fn outcome(result: Result<(), Errno>, done: i64, len: usize) -> Outco
         Err(Errno::EXIST) => Outcome::AlreadyPresent,
         Err(Errno::NOMEM) => Outcome::NoMemory,
         Err(Errno::SRCH) => Outcome::OwnerGone,
-        // Not registered; unmapped, or mapped anew, in between.
+        // The range is not registered, or the owner has unmapped it, or mapped it anew, since.
         Err(Errno::NOENT | Errno::FAULT | Errno::INVAL) => Outcome::Gone,
         Err(error) => Outcome::Unexpected { errno: error.raw_os_error() },
     }
@@ -74,7 +74,11 @@ mod tests {
         }
         for errno in [Errno::PERM, Errno::IO, Errno::BADF, Errno::OPNOTSUPP, Errno::HWPOISON] {
             let expected = Outcome::Unexpected { errno: errno.raw_os_error() };
-            assert_eq!(outcome(Err(errno), -11, 4096), expected, "memory that is gone reads as zeros");
+            assert_eq!(
+                outcome(Err(errno), -11, 4096),
+                expected,
+                "an unknown error must not count as memory that is gone"
+            );
             assert_eq!(outcome(Err(errno), 4096, 8192), Outcome::Partial { bytes: 4096 });
         }
     }

@@ -1,4 +1,4 @@
-//! Mappings of this process: memory to be filled, and words that it shares with other processes.
+//! Mappings of this process: memory to be filled, and words that several processes share.
 
 use rustix::fd::AsFd;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
@@ -7,14 +7,15 @@ use std::io;
 use std::ops::Deref;
 use std::sync::atomic::AtomicU64;
 
-/// Private anonymous memory whose pages are absent; unmapped when dropped.
+/// Private anonymous memory whose pages are absent. The drop unmaps it.
 ///
-/// Register it ([`Uffd::register`](crate::Uffd::register)) before the first access: until then an
-/// access gets zeros, as from any anonymous memory. Unregister it before the drop, where munmap(2)
-/// is an event of the userfaultfd: the drop would wait until that is read.
+/// Register the memory ([`Uffd::register`](crate::Uffd::register)) before the first access: until
+/// then an access reads zeros, as in any anonymous memory. If the userfaultfd reports munmap(2),
+/// unregister the memory before the drop, which would otherwise wait until the pager has read the
+/// event.
 ///
-/// Children of a fork do not inherit it (MADV_DONTFORK): no pager would serve them, and their
-/// access is SIGSEGV and not a silent zero.
+/// A fork does not copy the memory to the child (MADV_DONTFORK). No pager would serve the child, so
+/// its access raises SIGSEGV and never reads a silent zero.
 #[derive(Debug)]
 pub struct Memory {
     start: *mut c_void,
@@ -27,30 +28,30 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Reserves `len` bytes, a positive multiple of the page size. Takes no memory until pages are
-    /// installed.
+    /// Reserves `len` bytes, a positive multiple of the page size. The memory takes no space until
+    /// pages are installed.
     ///
     /// # Errors
-    /// Whatever mmap(2) or madvise(2) answers: EINVAL for no bytes, ENOMEM.
+    /// The error of mmap(2) or madvise(2): EINVAL for `len` 0, ENOMEM.
     pub fn reserve(len: usize) -> io::Result<Self> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping, placed by the kernel where nothing is.
         let start = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, flags) }?;
         let memory = Self { start, len };
-        // SAFETY: the range was mapped just now; the advice changes nothing but what fork does with
+        // SAFETY: the range was mapped just now; the advice changes only the effect of a fork on
         // it.
         unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontFork) }?;
         Ok(memory)
     }
 
-    /// The first address.
+    /// Returns the first address.
     #[must_use]
     pub fn start(&self) -> usize {
         self.start.addr()
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
     pub fn len(&self) -> usize {
@@ -60,10 +61,11 @@ impl Memory {
     /// Returns the first `len` bytes.
     ///
     /// # Blocking
-    /// Reading an absent page waits until it is installed. A poisoned page is SIGBUS.
+    /// An access to an absent page waits until the page is installed. An access to a poisoned page
+    /// raises SIGBUS.
     ///
     /// # Panics
-    /// Beyond the mapping's length.
+    /// If `len` exceeds the mapping's length.
     #[must_use]
     pub fn slice(&self, len: usize) -> &[u8] {
         assert!(len <= self.len, "within the mapping");
@@ -73,7 +75,7 @@ impl Memory {
         unsafe { std::slice::from_raw_parts(self.start.cast::<u8>(), len) }
     }
 
-    /// Returns the first `len` bytes, to be changed. As [`Memory::slice`] otherwise.
+    /// Returns the first `len` bytes for writing. Blocks and panics as [`Memory::slice`].
     #[must_use]
     pub fn slice_mut(&mut self, len: usize) -> &mut [u8] {
         assert!(len <= self.len, "within the mapping");
@@ -90,25 +92,25 @@ impl Drop for Memory {
     }
 }
 
-/// Makes every later access to a range SIGSEGV (PROT_NONE): of a [`Memory`] whose absent pages
-/// nobody will fill, where the kernel cannot poison. `start` and `len` are in bytes, multiples of
-/// the page size.
+/// Makes every later access to a range raise SIGSEGV (PROT_NONE). This is for a [`Memory`] whose
+/// absent pages no pager will fill, on a kernel that cannot poison. `start` and `len` are in bytes,
+/// multiples of the page size.
 ///
 /// # Errors
-/// Whatever mprotect(2) answers: ENOMEM where the process has too many mappings. Then a longer
-/// range may do.
+/// The error of mprotect(2): ENOMEM if the process has too many mappings. A longer range may
+/// succeed then.
 pub fn forbid(start: usize, len: usize) -> io::Result<()> {
     let start = std::ptr::with_exposed_provenance_mut(start);
-    // SAFETY: takes rights away and changes no byte. Whoever still reads the range is stopped,
-    // which is the purpose.
+    // SAFETY: takes rights away and changes no byte. A thread that still reads the range is
+    // stopped, which is the purpose.
     unsafe { rustix::mm::mprotect(start, len, MprotectFlags::empty()) }?;
     Ok(())
 }
 
-/// A file as atomic words that several processes may map; unmapped when dropped.
+/// A file as atomic words that several processes may map. The drop unmaps it.
 ///
-/// For state that outlives its process: messages that were read into it
-/// ([`Uffd::read_messages`](crate::Uffd::read_messages)) are found by a successor.
+/// It holds state that outlives its process: a successor finds messages that were read into it
+/// ([`Uffd::read_messages`](crate::Uffd::read_messages)).
 #[derive(Debug)]
 pub struct SharedWords {
     start: *mut c_void,
@@ -122,10 +124,10 @@ unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
     /// Maps the whole words of a file, for reading and writing. The file must not become shorter:
-    /// an access beyond its end is SIGBUS.
+    /// an access beyond its end raises SIGBUS.
     ///
     /// # Errors
-    /// Whatever fstat(2) or mmap(2) answers.
+    /// The error of fstat(2) or mmap(2).
     pub fn map(file: impl AsFd) -> io::Result<Self> {
         let bytes = usize::try_from(rustix::fs::fstat(&file)?.st_size).unwrap_or(0);
         let words = bytes / size_of::<u64>();
@@ -141,7 +143,8 @@ impl SharedWords {
 }
 
 impl SharedWords {
-    /// Maps `words` words of this process's own, all of them 0. They take memory as they are written to.
+    /// Maps `words` words of this process's own, all of them 0. A word takes memory once it is
+    /// written.
     ///
     /// # Errors
     /// The error of mmap(2).
@@ -162,8 +165,8 @@ impl Deref for SharedWords {
         if self.words == 0 {
             return &[];
         }
-        // SAFETY: mapped readable and writable for as long as `self` lives, aligned to pages;
-        // whoever else has the file mapped changes these words atomically, too.
+        // SAFETY: mapped readable and writable for as long as `self` lives, aligned to pages; any
+        // other process with the file mapped changes these words atomically, too.
         unsafe { std::slice::from_raw_parts(self.start.cast::<AtomicU64>(), self.words) }
     }
 }

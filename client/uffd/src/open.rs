@@ -1,4 +1,4 @@
-//! Three ways to a userfaultfd, and the handshake that each needs.
+//! The three ways to open a userfaultfd, and the API handshake that each one needs.
 
 use super::{abi, ioctl};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -7,29 +7,29 @@ use rustix::ioctl::Opcode;
 use std::io;
 use std::os::fd::FromRawFd;
 
-/// The way by which this process gets its userfaultfds. It decides which faults they report.
+/// The way in which this process opens userfaultfds. It decides which faults they report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// userfaultfd(2), with the right to serve the kernel's own faults.
+    /// userfaultfd(2), with the right to serve faults of the kernel's own accesses.
     Syscall,
     /// /dev/userfaultfd (since Linux 6.1), with that right.
     Device,
-    /// userfaultfd(2) without that right (`UFFD_USER_MODE_ONLY`, since Linux 5.11): read(2) into
-    /// absent memory, and other calls that access it, fail with EFAULT.
+    /// userfaultfd(2) without that right (`UFFD_USER_MODE_ONLY`, since Linux 5.11). System calls
+    /// that access absent memory, such as read(2) into it, fail with EFAULT.
     UserModeOnly,
 }
 
-/// Why a userfaultfd cannot be opened or adopted.
+/// The reason why a userfaultfd cannot be opened or adopted.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The kernel has no userfaultfd, or a sandbox forbids it: seccomp profiles of containers do.
     #[error("the kernel or a sandbox refuses userfaultfd(2)")]
     Unavailable(#[source] io::Error),
-    /// The kernel lacks these features: their names as in [`FEATURES`](crate::FEATURES), with
-    /// commas between.
+    /// The kernel lacks these features. The text has their names as in
+    /// [`FEATURES`](crate::FEATURES), separated by commas.
     #[error("this kernel's userfaultfd lacks {0}")]
     Features(String),
-    /// A descriptor that was handed in cannot be served; the text says why.
+    /// A descriptor that was handed in cannot be served; the text has the reason.
     #[error("the descriptor handed in {0}")]
     Foreign(String),
     /// UFFDIO_API failed, or another call that prepares the descriptor.
@@ -37,10 +37,10 @@ pub enum OpenError {
     Setup(#[source] io::Error),
 }
 
-/// Returns how this process gets userfaultfds, and the bits of all features that they can have
-/// ([`FEATURES`](crate::FEATURES)). Closes the one that it asked with.
+/// Returns the way in which this process opens userfaultfds, and the bits of all features that they
+/// can have ([`FEATURES`](crate::FEATURES)). Opens a userfaultfd for that, and closes it again.
 ///
-/// The bits name `EVENT_FORK` also for a process that may not ask for it.
+/// The bits include `EVENT_FORK` even if this process lacks the privilege for it.
 ///
 /// # Errors
 /// [`OpenError::Unavailable`] or [`OpenError::Setup`].
@@ -74,7 +74,7 @@ fn open_by_syscall(flags: u32) -> Result<OwnedFd, Errno> {
 
 struct NewFromDevice;
 
-// SAFETY: USERFAULTFD_IOC_NEW takes open flags by value and gives a new fd, or -1.
+// SAFETY: USERFAULTFD_IOC_NEW takes open flags by value and returns a new fd, or -1.
 unsafe impl rustix::ioctl::Ioctl for NewFromDevice {
     type Output = OwnedFd;
     const IS_MUTATING: bool = false;
@@ -92,7 +92,7 @@ unsafe impl rustix::ioctl::Ioctl for NewFromDevice {
         output: rustix::ioctl::IoctlOutput,
         _argument: *mut std::ffi::c_void,
     ) -> rustix::io::Result<OwnedFd> {
-        // SAFETY: the ioctl succeeded, so this is a new fd that nobody else owns.
+        // SAFETY: the ioctl succeeded, so this is a new fd without another owner.
         Ok(unsafe { OwnedFd::from_raw_fd(output) })
     }
 }
@@ -103,21 +103,21 @@ fn open_by_device() -> io::Result<OwnedFd> {
     Ok(unsafe { rustix::ioctl::ioctl(&device, NewFromDevice) }?)
 }
 
-/// Asks for `features`; returns those that the kernel has.
+/// Requests `features` in the API handshake, and returns the features that the kernel has.
 pub(super) fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Errno> {
     let mut api = abi::Api { api: abi::UFFD_API, features, ioctls: 0 };
     ioctl::update::<{ abi::IOC_API }, _>(fd.as_fd(), &mut api)?;
     Ok(api.features)
 }
 
-/// Returns the features that another process asked for when it did this userfaultfd's handshake.
+/// Returns the features that another process requested in this userfaultfd's API handshake.
 pub(super) fn foreign_features(fd: BorrowedFd<'_>) -> Result<u64, OpenError> {
-    /// Set once UFFDIO_API was done; see fs/userfaultfd.c.
+    /// The kernel sets this bit at UFFDIO_API; see fs/userfaultfd.c.
     const INITIALIZED: u64 = 1 << 31;
     let foreign = |reason: &str| OpenError::Foreign(reason.to_owned());
     let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
     let info = std::fs::read_to_string(path).map_err(OpenError::Setup)?;
-    // `API:`, then the version, the features asked for, and those that the kernel has, in
+    // The format is `API:`, then the version, the requested features, and the kernel's features, in
     // hexadecimal.
     let api = info.lines().find_map(|line| line.strip_prefix("API:"));
     let features = api.and_then(|api| api.trim().split(':').nth(1));

@@ -1,5 +1,6 @@
-//! The page tables of a process, by /proc/PID/pagemap: which pages are mapped, and, since Linux 6.7
-//! (PAGEMAP_SCAN), which pages of this process were written since they were write-protected.
+//! The page tables of a process, read from /proc/PID/pagemap. They show which pages are mapped.
+//! Since Linux 6.7 (PAGEMAP_SCAN) they also show which pages of this process were written since
+//! their write protection.
 //!
 //! See proc_pid_pagemap(5) and the kernel's Documentation/admin-guide/mm/pagemap.rst.
 
@@ -12,37 +13,38 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, TryLockError};
 
-/// Ranges in one answer.
+/// The number of ranges in one answer.
 const RANGES: usize = 256;
-/// Bytes that one call looks at, so that other callers do not wait long.
+/// The bytes that one call scans. It is small, so that other callers do not wait long.
 const WINDOW: u64 = 64 << 20;
 
 /// An open /proc/PID/pagemap.
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
-    /// Held over each call of [`Pagemap::written`] into the kernel, and over [`Pagemap::unseen`].
+    /// Held over each ioctl of [`Pagemap::written`], and over [`Pagemap::unseen`].
     looking: Mutex<()>,
 }
 
 impl Pagemap {
-    /// Opens this process's.
+    /// Opens the page tables of this process.
     ///
     /// # Errors
-    /// Whatever open(2) answers.
+    /// The error of open(2).
     pub fn open() -> io::Result<Self> {
         Ok(Self { file: File::open("/proc/self/pagemap")?, looking: Mutex::default() })
     }
 
-    /// Opens that of a process that is alive.
+    /// Opens the page tables of a live process.
     ///
     /// # Errors
-    /// Whatever open(2) answers: ENOENT, or EACCES without the right to trace the process.
+    /// The error of open(2): ENOENT, or EACCES without the right to trace the process.
     pub fn of(pid: u32) -> io::Result<Self> {
         Ok(Self { file: File::open(format!("/proc/{pid}/pagemap"))?, looking: Mutex::default() })
     }
 
-    /// Returns whether the page at an address is mapped; false, too, where the kernel does not say.
+    /// Returns whether the page at an address is mapped. Returns false, too, if the kernel gives no
+    /// answer.
     #[must_use]
     pub fn is_present(&self, address: usize) -> bool {
         const PRESENT: u64 = 1 << 63;
@@ -52,19 +54,19 @@ impl Pagemap {
         read == Ok(entry.len()) && u64::from_ne_bytes(entry) & PRESENT != 0
     }
 
-    /// Calls `give` with each range of addresses whose pages have content and were written to, and
-    /// whether they are in memory (and not swapped out). With `protect`, write-protects them again
-    /// in the same look at each page, so that no write in between is lost. Leaves absent pages
-    /// alone.
+    /// Calls `give` with each range of addresses whose pages have content and were written, and
+    /// with a flag: true if the range is in memory, false if it is swapped out. Skips absent pages.
     ///
-    /// A page counts as written unless it was installed write-protected and is so still.
+    /// A page counts as written unless it was installed write-protected and is still protected.
+    /// With `protect`, the scan write-protects each listed page again in the same step, so that no
+    /// write in between is lost.
     ///
     /// # Errors
-    /// Whatever PAGEMAP_SCAN answers: ENOTTY before Linux 6.7, EPERM to protect memory that is not
-    /// registered with [`WP_ASYNC`](crate::WP_ASYNC).
+    /// The error of PAGEMAP_SCAN: ENOTTY before Linux 6.7, or EPERM if `protect` meets memory that
+    /// is not registered with [`WP_ASYNC`](crate::WP_ASYNC).
     ///
     /// # Blocking
-    /// For some milliseconds a GiB.
+    /// Takes some milliseconds a GiB.
     pub fn written(
         &self,
         addresses: Range<usize>,
@@ -81,11 +83,11 @@ impl Pagemap {
         self.scan(addresses, scan, Some(&self.looking), &mut give)
     }
 
-    /// Calls `work` while no [`Pagemap::written`] looks, and returns its result; None, without a
-    /// call, where one looks.
+    /// Calls `work` while no [`Pagemap::written`] scans, and returns its result. Returns None
+    /// without a call if a scan is in progress.
     ///
-    /// It does not wait for that one, whose thread may itself wait for the caller: in a signal
-    /// handler that accesses an absent page.
+    /// It does not wait for the scan, because the scanning thread may itself wait for this caller:
+    /// in a signal handler that accesses an absent page.
     pub fn unseen<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         let _unseen = match self.looking.try_lock() {
             Ok(unseen) => unseen,
@@ -95,10 +97,10 @@ impl Pagemap {
         Some(work())
     }
 
-    /// Write-protects, among these, the pages that are the kernel's page of zeros.
+    /// Write-protects those of these pages that map the kernel's zero page.
     ///
     /// # Errors
-    /// As [`Pagemap::written`].
+    /// As for [`Pagemap::written`].
     pub fn protect_zeros(&self, addresses: Range<usize>) -> io::Result<()> {
         let scan = abi::PagemapScan {
             flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
@@ -135,7 +137,7 @@ impl Pagemap {
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             }
-            // It does not say how many it has filled in; an empty one ends them.
+            // The kernel does not report the number of ranges; an empty one follows the last.
             for range in ranges.iter().take_while(|range| range.end > range.start) {
                 let present = range.categories & abi::PAGE_IS_PRESENT != 0;
                 give(to_usize(range.start)..to_usize(range.end), present);
@@ -147,10 +149,10 @@ impl Pagemap {
     }
 }
 
-/// Returns whether PAGEMAP_SCAN works on this process's memory: since Linux 6.7.
+/// Returns whether PAGEMAP_SCAN works on this process's memory, as it does since Linux 6.7.
 #[must_use]
 pub fn pagemap_scan_works() -> bool {
-    // An empty range: nothing is looked at, and old kernels answer ENOTTY.
+    // An empty range: the call scans nothing, and old kernels answer ENOTTY.
     let mut scan = abi::PagemapScan { size: size_of::<abi::PagemapScan>() as u64, ..Default::default() };
     Pagemap::open()
         .is_ok_and(|pagemap| update::<{ abi::IOC_PAGEMAP_SCAN }, _>(pagemap.file.as_fd(), &mut scan).is_ok())

@@ -1,4 +1,4 @@
-//! A userfaultfd, and the calls that a pager makes on it.
+//! A userfaultfd, and a pager's calls on it.
 
 use super::ioctl::{Outcome, outcome, update};
 use super::open::{Access, OpenError, foreign_features, handshake, open_any, probe};
@@ -13,50 +13,52 @@ use std::os::fd::FromRawFd;
 use std::sync::atomic::AtomicU64;
 use userfaultfd::RegisterMode;
 
-/// The memory that an address has, as far as other mappings may share it.
+/// The kind of memory at an address, and for shared memory the presence of its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedAt {
-    /// Private memory; or none.
+    /// Private memory, or no memory.
     Private,
     /// Shared memory whose page exists.
     There,
     /// Shared memory whose page does not exist.
     Absent,
-    /// Unknown until an unread event has been read.
+    /// Unknown: an unread event must be read first.
     NotNow,
 }
 
-/// How writes are tracked.
+/// The way in which writes are tracked.
 #[derive(Debug)]
 enum Tracking {
     Off,
-    /// Installed pages are write-protected; the kernel lifts that at the first write by itself, and
-    /// this tells of it.
+    /// Installed pages are write-protected. At the first write the kernel lifts the protection by
+    /// itself, and this shows that it has.
     Async(Pagemap),
-    /// Installed pages are write-protected; each first write is a message, and waits for its
+    /// Installed pages are write-protected. The first write to each is a message, and waits for its
     /// answer.
     Sync,
 }
 
-/// Longer than any page, and as much as a caller may zero at once where zeros are copied.
+/// A source of zeros, longer than any page. Its length limits one call of [`Uffd::zero`] that
+/// copies zeros.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// A userfaultfd: non-blocking, close-on-exec, its API handshake done.
+/// A userfaultfd: non-blocking, close-on-exec, with its API handshake done.
 ///
-/// Addresses and lengths are in bytes, multiples of the page size, of the owner's address space: of
-/// this process ([`Uffd::open`]) or of the one that made the descriptor ([`Uffd::adopt`]).
+/// Addresses and lengths are in bytes, multiples of the page size. The addresses belong to the
+/// owner's address space: to this process ([`Uffd::open`]), or to the process that made the
+/// descriptor ([`Uffd::adopt`]).
 ///
-/// Every call may be made from any thread. A call that installs, poisons or protects takes the
-/// owner's mmap lock: it can block for as long as another thread changes that address space, 100 ms
-/// and more at a busy one.
+/// Any thread may make any call. A call that installs, poisons or protects takes the owner's mmap
+/// lock. So it can block for as long as another thread changes that address space: 100 ms and more
+/// for a busy one.
 ///
-/// Closing the descriptor turns absent pages into zeros, and lets their waiters go on with these:
-/// poison them first.
+/// Closing the descriptor turns absent pages into zeros, and their waiters continue with these
+/// zeros. So poison absent pages first.
 #[derive(Debug)]
 pub struct Uffd {
     registrar: userfaultfd::Uffd,
     access: Access,
-    /// The features that the kernel has, and those that were asked for.
+    /// The features that the kernel has.
     available: u64,
     asked: u64,
     tracking: Tracking,
@@ -81,11 +83,11 @@ impl AsRawFd for Uffd {
     }
 }
 
-/// Opening and registering.
+/// The calls that open a userfaultfd and register memory.
 impl Uffd {
-    /// Opens a userfaultfd for memory of this process, with the features of these bits
-    /// ([`FEATURES`]) and no others. With [`WP_ASYNC`] it tracks writes: installed pages are
-    /// write-protected, and [`Uffd::pagemap`] lists those written.
+    /// Opens a userfaultfd for memory of this process, with exactly the features of these bits
+    /// ([`FEATURES`]). With [`WP_ASYNC`] it tracks writes: installed pages are write-protected, and
+    /// [`Uffd::pagemap`] lists the written ones.
     ///
     /// # Errors
     /// [`OpenError::Features`] names the features that the kernel lacks;
@@ -98,8 +100,8 @@ impl Uffd {
         if !missing.is_empty() {
             return Err(OpenError::Features(missing.join(", ")));
         }
-        // Without CAP_SYS_PTRACE the handshake's answer still names EVENT_FORK; nobody here asks
-        // for it.
+        // Without CAP_SYS_PTRACE the handshake's answer still names EVENT_FORK, but no caller of
+        // this function requests it.
         let (fd, _) = open_any()?;
         handshake(&fd, wanted).map_err(|e| OpenError::Setup(e.into()))?;
         // SAFETY: `fd` is an open userfaultfd, and gives up its ownership.
@@ -110,15 +112,17 @@ impl Uffd {
         Ok(Self { registrar, access, available, asked: wanted, tracking })
     }
 
-    /// Takes over a userfaultfd that another process has opened for its memory, its API handshake
-    /// done, and makes it non-blocking. With `tracks_writes`, installed pages are write-protected,
-    /// and the first write to each is a message: the owner must have asked for
+    /// Adopts a userfaultfd that another process has opened for its memory, with its API handshake
+    /// done, and makes the descriptor non-blocking.
+    ///
+    /// With `tracks_writes`, installed pages are write-protected, and the first write to each is a
+    /// message. For that, the owner must have requested
     /// [`PAGEFAULT_FLAG_WP`](crate::PAGEFAULT_FLAG_WP).
     ///
     /// # Errors
-    /// [`OpenError::Foreign`]: the descriptor is no userfaultfd, or lacks the handshake.
-    /// [`OpenError::Features`]: the kernel cannot poison, and another process's memory can be made
-    /// safe by nothing else. [`OpenError::Setup`].
+    /// [`OpenError::Foreign`]: the descriptor is not a userfaultfd, or lacks the handshake.
+    /// [`OpenError::Features`]: the kernel cannot poison, and without poison another process's
+    /// memory cannot be made safe. [`OpenError::Setup`].
     pub fn adopt(fd: OwnedFd, tracks_writes: bool) -> Result<Self, OpenError> {
         let asked = foreign_features(fd.as_fd())?;
         let (access, available) = probe()?;
@@ -132,29 +136,29 @@ impl Uffd {
         Ok(Self { registrar, access, available, asked, tracking })
     }
 
-    /// Takes over the userfaultfd of a child, which a fork's message of this one has brought.
+    /// Adopts a child's userfaultfd, which a fork's message of this userfaultfd contains.
     /// Writes of the child are not tracked.
     #[must_use]
     pub fn of_child(&self, child: OwnedFd) -> Self {
-        // It is as its parent was when it was made. Cannot fail for a descriptor that is open.
+        // The child's descriptor inherits the flags of its parent's at the fork. The call cannot
+        // fail for an open descriptor.
         let _ = rustix::io::ioctl_fionbio(&child, true);
         // SAFETY: `child` is an open userfaultfd, and gives up its ownership.
         let registrar = unsafe { userfaultfd::Uffd::from_raw_fd(child.into_raw_fd()) };
-        // Pages that it has inherited write-protected do not stay so for long.
+        // The pages that the child inherited write-protected do not stay so for long.
         let tracking = Tracking::Off;
         Self { registrar, access: self.access, available: self.available, asked: self.asked, tracking }
     }
 
-    /// Makes every access to an absent page of the range a fault that is reported here; and where
-    /// writes are tracked, every first write to a present one.
+    /// Makes every access to an absent page of the range a fault of this userfaultfd. If writes are
+    /// tracked, so is every first write to a present page.
     ///
-    /// Of this process register only memory that no Rust value uses: a page that this descriptor
-    /// installs has whatever bytes the pager gave. [`Memory`](crate::memory::Memory) is such
-    /// memory.
+    /// In this process, register only memory that no Rust value uses: an installed page has
+    /// arbitrary bytes, which the pager provides. [`Memory`](crate::memory::Memory) is such memory.
     ///
     /// # Errors
-    /// Whatever the ioctl answers: EINVAL for a range that is not mapped or cannot be watched,
-    /// EBUSY where another userfaultfd watches it. See ioctl_userfaultfd(2), UFFDIO_REGISTER.
+    /// The error of the ioctl: EINVAL for a range that is not mapped or cannot be registered, EBUSY
+    /// if it is registered with another userfaultfd. See ioctl_userfaultfd(2), UFFDIO_REGISTER.
     pub fn register(&self, start: usize, len: usize) -> io::Result<()> {
         let start = std::ptr::without_provenance_mut(start);
         let mode = match self.tracking {
@@ -164,37 +168,37 @@ impl Uffd {
         self.registrar.register_with_mode(start, len, mode).map(drop).map_err(io::Error::other)
     }
 
-    /// Ends the registration of a range. The waiters of its absent pages go on, and see zeros.
+    /// Ends the registration of a range. The waiters of its absent pages continue, and read zeros.
     ///
     /// # Errors
-    /// Whatever the ioctl answers: EINVAL for a range that is not mapped. See ioctl_userfaultfd(2),
+    /// The error of the ioctl: EINVAL for a range that is not mapped. See ioctl_userfaultfd(2),
     /// UFFDIO_UNREGISTER.
     pub fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
         let start = std::ptr::without_provenance_mut(start);
         self.registrar.unregister(start, len).map_err(io::Error::other)
     }
 
-    /// Returns whether the kernel's own accesses to absent memory are faults, too: read(2) into it,
-    /// for example. Of an adopted userfaultfd that cannot be seen: then, whether this process could
-    /// have opened such a one.
+    /// Returns whether the kernel's own accesses to absent memory are faults, too, such as those of
+    /// read(2) into it. An adopted userfaultfd does not reveal this. Then the result says whether
+    /// this process could have opened such a userfaultfd.
     #[must_use]
     pub fn serves_kernel_faults(&self) -> bool {
         self.access != Access::UserModeOnly
     }
 
-    /// Returns whether [`Uffd::poison`] works: since Linux 6.6.
+    /// Returns whether [`Uffd::poison`] works, as it does since Linux 6.6.
     #[must_use]
     pub fn can_poison(&self) -> bool {
         self.available & POISON != 0
     }
 
-    /// Returns whether it reports munmap(2): [`EVENT_UNMAP`].
+    /// Returns whether this userfaultfd reports munmap(2): [`EVENT_UNMAP`].
     #[must_use]
     pub fn tells_of_unmaps(&self) -> bool {
         self.asked & EVENT_UNMAP != 0
     }
 
-    /// Returns whether it reports forks: [`EVENT_FORK`].
+    /// Returns whether this userfaultfd reports forks: [`EVENT_FORK`].
     #[must_use]
     pub fn tells_of_forks(&self) -> bool {
         self.asked & EVENT_FORK != 0
@@ -207,22 +211,22 @@ impl Uffd {
     }
 }
 
-/// Reading messages, and asking how things are.
+/// The calls that read messages and look up states.
 impl Uffd {
-    /// Reads the messages that wait, at most as many as `words` has room for
-    /// ([`MESSAGE_WORDS`](crate::MESSAGE_WORDS) each), and returns how many. Decode them with
+    /// Reads the unread messages, at most as many as `words` has room for
+    /// ([`MESSAGE_WORDS`](crate::MESSAGE_WORDS) each), and returns their number. Decode them with
     /// [`Event::of`](crate::Event::of).
     ///
-    /// The kernel writes into `words` itself. In memory that another process maps, too
+    /// The kernel writes directly into `words`. If another process maps them, too
     /// ([`SharedWords`](crate::memory::SharedWords)), a message that was read is not lost when this
     /// process is killed.
     ///
-    /// Reading an event lets its causer go on. So whatever must not happen meanwhile is to be
-    /// excluded around this call.
+    /// Reading an event lets the thread that caused it continue. So exclude around this call
+    /// everything that must not run at the same time.
     ///
     /// # Errors
-    /// Whatever read(2) answers but EAGAIN and EINTR; [`may_pass`](crate::may_pass) says which may
-    /// pass.
+    /// The error of read(2), except EAGAIN and EINTR; [`may_pass`](crate::may_pass) returns whether
+    /// the error may pass.
     pub fn read_messages(&self, words: &[AtomicU64]) -> io::Result<usize> {
         let start = words.as_ptr().cast_mut().cast();
         loop {
@@ -241,10 +245,10 @@ impl Uffd {
         }
     }
 
-    /// Returns whether a message waits.
+    /// Returns whether a message is unread.
     ///
     /// # Errors
-    /// Whatever poll(2) answers.
+    /// The error of poll(2).
     pub fn is_readable(&self) -> io::Result<bool> {
         let mut fds = [PollFd::new(self, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -252,8 +256,8 @@ impl Uffd {
         Ok(ready? > 0)
     }
 
-    /// Returns whether an event is unread whose causer has changed the address space, or is about
-    /// to.
+    /// Returns whether an event is unread whose causing thread has changed the address space, or is
+    /// about to.
     #[must_use]
     pub fn has_event(&self) -> bool {
         self.look() == Err(Errno::AGAIN)
@@ -265,21 +269,21 @@ impl Uffd {
         self.look() == Err(Errno::SRCH)
     }
 
-    /// Does an ioctl without effect, for its answer.
+    /// Makes an ioctl without effect, for its answer.
     fn look(&self) -> Result<(), Errno> {
-        // At any address: the kernel answers what is asked for here before it looks for memory. Low
-        // enough for processes of 32 bits.
+        // The address does not matter: the kernel checks for events and for the owner before it
+        // looks for memory. It is low enough for processes of 32 bits.
         self.map_cached(1 << 31, PAGE_BYTES)
     }
 
     /// Returns whether the page of shared memory at an address exists, in this mapping or another
-    /// one, and maps it here. `len` is the size of the kernel's page there.
+    /// one, and maps it here if so. `len` is the size of the kernel's page there.
     #[must_use]
     pub fn is_cached(&self, address: usize, len: usize) -> bool {
         matches!(self.map_cached(address, len), Ok(()) | Err(Errno::EXIST))
     }
 
-    /// Returns what memory an address has, and maps a page of shared memory that exists.
+    /// Returns the kind of memory at an address, and maps a page of shared memory that exists.
     /// `page_bytes` is the size of the kernel's pages there.
     #[must_use]
     pub fn shared_at(&self, address: usize, page_bytes: usize) -> SharedAt {
@@ -287,19 +291,19 @@ impl Uffd {
             Ok(()) | Err(Errno::EXIST) => SharedAt::There,
             Err(Errno::FAULT) => SharedAt::Absent,
             Err(Errno::AGAIN) => SharedAt::NotNow,
-            // Private anonymous memory has nothing that could be mapped.
+            // Private anonymous memory has no existing page that could be mapped.
             Err(_) => SharedAt::Private,
         }
     }
 
-    /// Returns whether the pages at an address are huge pages of 2 MiB (hugetlb); None where an
-    /// event must be read first, or the owner has exited.
+    /// Returns whether the pages at an address are huge pages of 2 MiB (hugetlb). Returns None if
+    /// an event must be read first, or if the owner has exited.
     ///
     /// # Errors
-    /// ENOENT: no memory at that address is registered here.
+    /// ENOENT: no memory at that address is registered with this userfaultfd.
     pub fn is_huge(&self, address: usize) -> io::Result<Option<bool>> {
-        // Private memory has nothing that could be mapped, and is refused like a range that is not
-        // of whole pages; then the one of 2 MiB is, too.
+        // The kernel refuses private memory with the same error as a range that is not made of
+        // whole pages. But then it refuses the range of 2 MiB, too.
         let small = self.map_cached(address, PAGE_BYTES);
         let huge = self.map_cached(address - address % HUGE_BYTES, HUGE_BYTES);
         match small {
@@ -310,7 +314,7 @@ impl Uffd {
         }
     }
 
-    /// Maps pages of shared memory that exist already (UFFDIO_CONTINUE), and wakes nobody.
+    /// Maps pages of shared memory that exist already (UFFDIO_CONTINUE). Wakes no waiter.
     fn map_cached(&self, address: usize, len: usize) -> Result<(), Errno> {
         let range = abi::Range { start: address as u64, len: len as u64 };
         let mut continue_ = abi::Continue { range, mode: abi::MODE_DONTWAKE, mapped: 0 };
@@ -318,14 +322,14 @@ impl Uffd {
     }
 }
 
-/// Resolving faults.
+/// The calls that resolve faults.
 impl Uffd {
-    /// Installs `source` at `address`: page by page, each one atomically, and wakes the waiters of
-    /// those installed. Stops at the first page that is present.
+    /// Installs `source` at `address` page by page, each page atomically, and wakes the waiters of
+    /// the installed pages. Stops at the first page that is present.
     ///
-    /// `source` must not lie in memory that a userfaultfd watches and this thread serves: its fault
-    /// would wait for this thread. For huge pages, address and length are multiples of
-    /// [`HUGE_BYTES`].
+    /// `source` must not lie in memory that a userfaultfd watches and this thread serves: a fault
+    /// on it would wait for this thread. For huge pages, `address` and the length must be multiples
+    /// of [`HUGE_BYTES`].
     ///
     /// See ioctl_userfaultfd(2), UFFDIO_COPY.
     pub fn copy(&self, address: usize, source: &[u8]) -> Outcome {
@@ -343,14 +347,14 @@ impl Uffd {
     /// Installs zeros, which take no memory until the owner writes to them, and wakes the waiters.
     /// A poisoned page counts as present: use [`Uffd::copy`] for it, and for huge pages.
     ///
-    /// Where writes are tracked, the zeros may be copied, and then take memory.
+    /// If writes are tracked, this may copy the zeros, which then take memory.
     ///
     /// See ioctl_userfaultfd(2), UFFDIO_ZEROPAGE.
     ///
     /// # Panics
-    /// Where writes are tracked, for more than 64 KiB at once.
+    /// If writes are tracked, for more than 64 KiB at once.
     pub fn zero(&self, address: usize, len: usize) -> Outcome {
-        // Nothing could protect them before somebody writes to them.
+        // Zero pages could be protected only after the install, and a write may precede that.
         if matches!(self.tracking, Tracking::Sync) {
             return self.copy(address, &ZEROS[..len]);
         }
@@ -368,21 +372,21 @@ impl Uffd {
                 Outcome::Partial { bytes } => bytes,
                 _ => return outcome,
             };
-            // It cannot protect what it installs. Whoever writes before that is done has a page of
-            // his own by then, which is not protected. An error leaves them unprotected: they count
-            // as written to.
+            // The ioctl cannot protect the pages that it installs. A write before the protection
+            // gives the owner a page of its own, which this does not protect. After an error the
+            // pages stay unprotected, and so count as written.
             let _ = pagemap.protect_zeros(address..address + done);
             self.wake(address, done);
             outcome
         });
-        // These take memory, and are protected at once.
+        // A scan is in progress. Copied zeros take memory, but the copy protects them at once.
         unseen.unwrap_or_else(|| self.copy(address, &ZEROS[..len]))
     }
 
-    /// Poisons absent pages: every later access is SIGBUS, also after this descriptor is closed.
-    /// Wakes the waiters. Stops at the first page that is present.
+    /// Poisons absent pages, and wakes their waiters. Every later access raises SIGBUS, even after
+    /// this descriptor is closed. Stops at the first page that is present.
     ///
-    /// [`Uffd::copy`] heals a poisoned page. Since Linux 6.6: see [`Uffd::can_poison`], and
+    /// [`Uffd::copy`] replaces a poisoned page. Since Linux 6.6: see [`Uffd::can_poison`], and
     /// ioctl_userfaultfd(2), UFFDIO_POISON.
     pub fn poison(&self, address: usize, len: usize) -> Outcome {
         let range = abi::Range { start: address as u64, len: len as u64 };
@@ -391,24 +395,25 @@ impl Uffd {
         outcome(result, poison.updated, len)
     }
 
-    /// Wakes the waiters of a range: each one accesses its page again, and is a new fault where
-    /// that is still absent.
+    /// Wakes the waiters of a range. Each one accesses its page again, and faults again if the page
+    /// is still absent.
     ///
-    /// That also brings faults back which another reader of this descriptor has read and not
-    /// resolved.
+    /// So a pager also gets the faults again that another reader of this descriptor has read and
+    /// not resolved.
     pub fn wake(&self, start: usize, len: usize) {
         // Fails only for a range that is not page-aligned or empty, which no caller has.
         let _ = self.registrar.wake(std::ptr::without_provenance_mut(start), len);
     }
 
-    /// Wakes the waiters of all addresses that a process of 64 bits can have, as [`Uffd::wake`]. Of
-    /// an owner with a smaller address space the kernel refuses that: wake its ranges one by one.
+    /// Wakes, as [`Uffd::wake`], the waiters of all addresses that a 64-bit process can have. For
+    /// an owner with a smaller address space the kernel refuses this call: wake its ranges one by
+    /// one.
     pub fn wake_all(&self) {
         self.wake(abi::FIRST_ADDRESS, abi::LAST_ADDRESS - abi::FIRST_ADDRESS);
     }
 }
 
-/// Tracking writes.
+/// The calls that track writes.
 impl Uffd {
     /// Returns whether writes are tracked.
     #[must_use]
@@ -416,26 +421,26 @@ impl Uffd {
         !matches!(self.tracking, Tracking::Off)
     }
 
-    /// Returns what lists the pages written, where the kernel tracks writes to this process's
-    /// memory ([`WP_ASYNC`]).
+    /// Returns the list of written pages, if the kernel tracks writes to this process's memory
+    /// ([`WP_ASYNC`]).
     #[must_use]
     pub fn pagemap(&self) -> Option<&Pagemap> {
         if let Tracking::Async(pagemap) = &self.tracking { Some(pagemap) } else { None }
     }
 
-    /// Returns whether [`Pagemap::written`] can protect the pages that it lists; else
-    /// [`Uffd::protect`] does.
+    /// Returns whether [`Pagemap::written`] can protect the pages that it lists. If not, use
+    /// [`Uffd::protect`].
     #[must_use]
     pub fn protects_by_scan(&self) -> bool {
         !matches!(self.tracking, Tracking::Sync)
     }
 
-    /// Write-protects present pages: the next write to each is a fault. Returns false where an
-    /// event must be read first. A range without memory, and an owner that has exited, count as
+    /// Write-protects present pages: the next write to each is a fault. Returns false if an event
+    /// must be read first. A range without memory, and an owner that has exited, count as
     /// protected.
     ///
     /// # Errors
-    /// Whatever else the ioctl answers. See ioctl_userfaultfd(2), UFFDIO_WRITEPROTECT.
+    /// Any other error of the ioctl. See ioctl_userfaultfd(2), UFFDIO_WRITEPROTECT.
     pub fn protect(&self, addresses: Range<usize>) -> io::Result<bool> {
         match self.write_protect(addresses, abi::WRITEPROTECT_ON) {
             Ok(()) | Err(Errno::NOENT | Errno::SRCH) => Ok(true),
@@ -444,8 +449,8 @@ impl Uffd {
         }
     }
 
-    /// Lets writes to these pages pass from now on, and wakes the writers that wait. Answers
-    /// [`Outcome::Done`] or an outcome without progress.
+    /// Ends the write protection of these pages, and wakes the writers that wait. Returns
+    /// [`Outcome::Done`], or an outcome without progress.
     pub fn unprotect(&self, addresses: Range<usize>) -> Outcome {
         outcome(self.write_protect(addresses, 0), 0, 0)
     }

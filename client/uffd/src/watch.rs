@@ -12,20 +12,21 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 pub struct AsyncUffd(AsyncFd<Arc<Uffd>>);
 
 impl AsyncUffd {
-    /// Registers the descriptor with the current runtime, until this is dropped.
+    /// Registers the descriptor with the current runtime, until the value is dropped.
     ///
     /// # Errors
-    /// Whatever epoll_ctl(2) answers.
+    /// The error of epoll_ctl(2).
     ///
     /// # Panics
-    /// Outside of a runtime, or in one without I/O.
+    /// Outside of a runtime, or in a runtime without I/O.
     pub fn new(uffd: Arc<Uffd>) -> io::Result<Self> {
         // SAFETY: the Arc keeps the one fd open for as long as the AsyncFd lives.
         let watched = unsafe { AsyncFd::register_with_interest(uffd, Interest::READABLE) };
         Ok(Self(watched?))
     }
 
-    /// Returns ready where messages may wait; else the runtime wakes the task when one does.
+    /// Returns ready if messages may be unread. Otherwise the runtime wakes the task when a message
+    /// arrives.
     ///
     /// # Errors
     /// The runtime is shutting down.
@@ -34,8 +35,8 @@ impl AsyncUffd {
     }
 }
 
-/// A sign that messages may wait. Dropped without [`Readable::drained`], it leaves
-/// [`AsyncUffd::poll_readable`] ready.
+/// A sign that messages may be unread. If it is dropped without [`Readable::drained`],
+/// [`AsyncUffd::poll_readable`] stays ready.
 #[derive(Debug)]
 pub struct Readable<'a>(AsyncFdReadyGuard<'a, Arc<Uffd>>);
 
