@@ -221,7 +221,7 @@ impl Shared {
         self.spaces().leave_open();
     }
 
-    /// Runs an install, and notes in the trace, if there is one, which pages it has installed.
+    /// Runs an install, and notes its installed pages in the trace, if the session has one.
     pub(crate) fn installing(
         &self,
         region: &Region,

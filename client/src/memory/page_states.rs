@@ -93,7 +93,7 @@ impl PageStates {
         states
     }
 
-    /// Counts the unresolved pages among `covered` anew. The runs of `covered` must be disjoint.
+    /// Recounts the unresolved pages among `covered`. The runs of `covered` must be disjoint.
     pub(crate) fn recount(&self, covered: impl Iterator<Item = Range<usize>> + Clone) {
         let count = |state| covered.clone().map(|pages| self.count(pages, state) as u64).sum::<u64>();
         self.absent.store(count(PageState::Absent), Ordering::Release);

@@ -82,7 +82,7 @@ pub struct ForeignMemory<'a> {
     /// track writes and to follow removals in shared memory. Without them, a madvise on shared
     /// memory with absent pages ends the session in an error.
     pub pid: Option<u32>,
-    /// Whether the regions are registered with the userfaultfd. If not, the process must register
+    /// True if the regions are registered with the userfaultfd. If not, the process must register
     /// each one before the first access to it. The host then calls
     /// [`crate::session::host::Hosted::set_registered`] once all are registered. Until then the
     /// session should have no background fill.

@@ -195,7 +195,7 @@ fn protect(region: &Region, shared: &Shared, runs: impl Iterator<Item = Range<us
     Ok(())
 }
 
-/// Adds a run after all earlier runs, and joins it with the last one if they touch.
+/// Adds a run after all earlier runs, and joins it with the last one if they are adjacent.
 fn push_run(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
     match runs.last_mut() {
         Some(last) if last.end == run.start => last.end = run.end,
