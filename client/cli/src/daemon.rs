@@ -1,12 +1,15 @@
-//! The daemons that other programs' memory is restored by: `postcopy firecracker` and `postcopy criu`.
+//! The daemons that restore the memory of other programs: `postcopy firecracker` and `postcopy
+//! criu`.
 //!
-//! A daemon is two processes ([`guardian`]). The one that works is here: [`Worker::run`] waits for connections and for
-//! what ends it; a thread for each connection takes the handshake ([`inbox`]), makes a session of it ([`served`]), and watches
-//! over that until the program is gone. What differs between the programs is in [`firecracker`] and [`criu`].
+//! A daemon is two processes: a guardian ([`guardian`]) and the worker that it starts. The worker
+//! is here: [`Worker::run`] waits for connections and for a request to end. A thread for each
+//! connection reads the handshake ([`inbox`]), creates a session from it ([`served`]), and watches
+//! over that session until the program has exited. [`firecracker`] and [`criu`] hold the
+//! differences between the programs.
 //!
-//! What a worker knows is lost with it, and need not be kept: its successor finds the connections in the table of
-//! descriptors ([`leftovers`]), handshakes that were not taken in their sockets, and sessions by the names of their state
-//! files ([`runtime_dir`]).
+//! A worker's own state is lost with it, and its successor does not need that state. The successor
+//! finds connections in the table of descriptors ([`leftovers`]), and unread handshakes in their
+//! sockets. It finds sessions by the names of their state files ([`runtime_dir`]).
 
 mod control;
 pub(crate) mod criu;
@@ -44,43 +47,44 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a peer may take to say what it wants.
+/// The time that a peer has for its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Between looks at a handshake of which a part has come.
+/// The pause between two reads of a handshake that has arrived in part.
 const PAUSE: Duration = Duration::from_millis(2);
-/// The exit status of a daemon that has killed, stopped or left a process without all of its memory.
+/// The exit status of a daemon that has killed, stopped or left a process without all of its
+/// memory.
 const LOSS_STATUS: i32 = 3;
-/// How long the first worker waits for the leases of its images before it says that it serves.
+/// The longest time that the first worker waits for the leases of its images before it is ready.
 const LEASES: Duration = Duration::from_secs(5);
-/// How long a process that exits may take from closing its descriptors to its end.
+/// The longest time from when an exiting process closes its descriptors to its end.
 const EXIT: Duration = Duration::from_millis(100);
-/// How often sessions are looked at.
+/// The interval between two checks of the sessions.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What a daemon is made of before its first worker starts, which has it from there.
+/// A daemon's settings and sockets, which are created before its first worker starts.
 #[derive(Debug)]
 pub(crate) struct Setup {
     pub(crate) address: ServerAddress,
-    /// The images that sessions are filled from.
+    /// The images that sessions fetch pages from.
     pub(crate) images: Vec<Arc<Image>>,
-    /// What these are called by the user, in the same order.
+    /// The names that the user gave these images, in the same order.
     references: Vec<String>,
     pub(crate) options: Options,
-    /// How long it may take to end.
+    /// The time that sessions have to become resident after a request to end.
     pub(crate) grace: Duration,
     pub(crate) runtime: RuntimeDir,
-    /// Where sessions' traces are written, if they are.
+    /// The directory for the traces of sessions. None: no traces.
     pub(crate) traces: Option<PathBuf>,
-    /// Where programs connect, and the paths to remove in the end.
+    /// The sockets that programs connect to, and the paths to remove in the end.
     pub(crate) listeners: Vec<(UnixListener, PathBuf)>,
     control: UnixListener,
-    /// The userfaultfd of a process that is taken over from a daemon that has died altogether.
+    /// The userfaultfd of a process whose earlier daemon has died, guardian and worker.
     pub(crate) adopted: Option<Adopted>,
     /// The descriptors that were open at the start.
     base: Vec<RawFd>,
 }
 
-/// See [`Setup::adopted`].
+/// The duplicated userfaultfd of a process that this daemon takes over.
 #[derive(Debug)]
 pub(crate) struct Adopted {
     uffd: OwnedFd,
@@ -93,10 +97,10 @@ impl Adopted {
 }
 
 impl Setup {
-    /// For a daemon that keeps its state in `runtime`.
+    /// Creates the setup of a daemon that keeps its state in `runtime`.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// The control socket cannot be bound.
     pub(crate) fn new(
         address: ServerAddress,
         images: Vec<(String, Arc<Image>)>,
@@ -123,7 +127,8 @@ impl Setup {
         })
     }
 
-    /// What the user calls an image; without a digest, the only image that there is.
+    /// Returns the user's name of an image. Without a digest it returns the name of the only image,
+    /// or None if the daemon has several.
     fn reference_of(&self, image: Option<Digest>) -> Option<&str> {
         let is_it = |other: &Arc<Image>| image.is_none_or(|image| other.digest() == image);
         let is_clear =
@@ -132,13 +137,13 @@ impl Setup {
         Some(&self.references[found])
     }
 
-    /// Listens for programs at `path`, in place of whoever has left a socket there.
+    /// Listens for programs at `path`, and replaces a socket there that has no listener.
     ///
     /// # Errors
-    /// If somebody listens there, or it cannot be made.
+    /// Another process listens at `path`, or the socket cannot be created.
     pub(crate) fn listen(&mut self, path: &Path) -> Result<()> {
         let shown = || path.display().to_string();
-        // Of another type, so that whoever listens there is not told of a connection.
+        // The probe has another socket type, so a listener at that path does not see a connection.
         let probed = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
         if probed.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::PROTOTYPE)) {
             anyhow::bail!("{}: somebody listens there already", shown());
@@ -150,14 +155,14 @@ impl Setup {
             _ => {}
         }
         let listener = UnixListener::bind(path).with_context(shown)?;
-        // Connections have this from it, also those that come before they are accepted.
+        // Accepted connections inherit this option, and so do those that wait in the backlog.
         rustix::net::sockopt::set_socket_passcred(&listener, true).with_context(shown)?;
         self.listeners.push((listener, path.to_owned()));
         Ok(())
     }
 
-    /// Serves until there is nothing left to be served, by a worker that may die; the daemon's exit status. `on_ready` is
-    /// called once it serves.
+    /// Serves until no program is left to serve, and replaces a worker that dies. Returns the
+    /// daemon's exit status. Calls `on_ready` once the first worker is ready.
     ///
     /// # Errors
     /// As [`guardian::guard`].
@@ -174,14 +179,15 @@ impl Setup {
                 Ok(status) => {
                     let status = setup.close(status);
                     if getppid() != turn.guardian {
-                        // It has died, and cannot do so.
+                        // The guardian has died, so this process cleans up.
                         setup.clean_up();
                     }
                     status
                 }
                 Err(error) => {
                     tracing::error!("{error:#}");
-                    // What is served must not end with this: another worker tries again.
+                    // An error must not end sessions: the guardian starts another worker, which
+                    // tries again.
                     let serves =
                         turn.is_successor || setup.runtime.sessions().is_ok_and(|all| !all.is_empty());
                     if serves { std::process::abort() } else { 1 }
@@ -192,7 +198,7 @@ impl Setup {
         status
     }
 
-    /// Says what the daemon has done to processes whose memory was lost: the status that it ends with.
+    /// Logs the daemon's losses, and returns the status that it exits with.
     fn close(&self, status: i32) -> i32 {
         let losses = self.runtime.losses();
         if losses.is_empty() {
@@ -212,7 +218,7 @@ impl Setup {
         status
     }
 
-    /// Removes what is of no use to anybody.
+    /// Removes the sockets, and the runtime directory if no session is left in it.
     fn clean_up(&self) {
         for (_, path) in &self.listeners {
             let _ = std::fs::remove_file(path);
@@ -221,18 +227,19 @@ impl Setup {
     }
 }
 
-/// What differs between the programs that are restored.
+/// The part of a daemon that differs between the programs that are restored.
 pub(crate) trait Program: std::fmt::Debug + Send + Sync {
-    /// Serves what comes over a connection until that is done; Some: the daemon is done, too, with this status.
+    /// Serves a connection to its end. Some: the daemon ends with this status.
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32>;
 
-    /// Serves a session of which no connection is left.
+    /// Serves a session that has no connection any more. Some: the daemon ends with this status.
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32>;
 
-    /// What is there to be served besides connections, in the first worker.
+    /// Starts serving in the first worker, before any connection is accepted.
     fn begin(&self, worker: &Arc<Worker>) -> Result<()>;
 
-    /// Ends a daemon that has nothing to serve: Some is its status. Called by each worker once in a while.
+    /// Returns the exit status of a daemon that is to end because it has nothing to serve. Each
+    /// worker calls this from time to time.
     fn end_idle(&self, _worker: &Worker) -> Option<i32> {
         None
     }
@@ -242,13 +249,13 @@ pub(crate) trait Program: std::fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) stream: UnixStream,
-    /// At which of the daemon's sockets.
+    /// The index of the daemon's socket that the program has connected to.
     pub(crate) listener: usize,
-    /// Its number, the same for every worker.
+    /// The socket's cookie (SO_COOKIE), which is the same for every worker.
     pub(crate) cookie: u64,
-    /// The process that has connected.
+    /// The pid of the process that has connected.
     pub(crate) peer: u32,
-    /// When that was started, if it can be known.
+    /// The start time of that process, if it could be read.
     start: Option<u64>,
 }
 
@@ -261,24 +268,26 @@ impl Connection {
         Ok(Self { stream, listener, cookie, peer, start })
     }
 
-    /// The name of the session of a program of this kind that has connected.
+    /// Returns the name of the session of this peer, which is a program of this kind.
     ///
     /// # Errors
-    /// If the process has exited, or cannot be looked at.
+    /// The process has exited, or its start time cannot be read.
     fn session(&self, kind: &str) -> Result<SessionName> {
         let start = self.start.map_or_else(|| runtime_dir::start_of(self.peer), Ok);
         let start = start.context("its start cannot be read")?;
         Ok(SessionName { kind: kind.into(), pid: self.peer, start, cookie: self.cookie })
     }
 
-    /// Whether the peer has sent a userfaultfd. Not so once it has hung up, or its handshake was taken.
+    /// Returns whether an unread userfaultfd of the peer is in the socket. Returns false once the
+    /// peer has hung up.
     fn has_sent_userfaultfd(&self) -> bool {
         let peeked = inbox::peek(&self.stream, inbox::MAX_LOOK).unwrap_or_default();
         let is_userfaultfd = |fd: &OwnedFd| leftovers::is_userfaultfd(fd.as_raw_fd());
         !self.has_hung_up() && peeked.fds.iter().any(is_userfaultfd)
     }
 
-    /// Whether the peer, which has hung up, has done so because it exited: a process closes its descriptors first.
+    /// Returns whether the peer, which has hung up, has exited. A process closes its descriptors
+    /// before it ends, so this waits a moment for the end.
     fn has_exited(&self) -> bool {
         let Ok(name) = self.session("peer") else { return true };
         let started = Instant::now();
@@ -288,17 +297,17 @@ impl Connection {
         !name.is_alive()
     }
 
-    /// Whether the peer has closed the connection, or exited.
+    /// Returns whether the peer has closed the connection or has exited.
     fn has_hung_up(&self) -> bool {
         let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
         poll_for(&mut fds, Duration::ZERO);
         !fds[0].revents().is_empty()
     }
 
-    /// Waits until `parse` finds in what has come what it looks for: that, and who has sent it.
+    /// Waits until `parse` finds a complete message in the received bytes, and returns its result.
     ///
     /// # Errors
-    /// What `parse` says is wrong; that the peer has gone, or says nothing.
+    /// The error of `parse`; the peer has hung up, has sent too much, or is silent for too long.
     fn wait_for<T>(
         &self,
         worker: &Worker,
@@ -325,26 +334,27 @@ impl Connection {
                 worker.wait(Some(&self.stream), HANDSHAKE.saturating_sub(started.elapsed()));
                 anyhow::ensure!(!worker.is_stopping(), "the daemon ends");
             } else {
-                // What lies there is readable all the time.
+                // The socket stays readable while the bytes are in it, so a poll would return at
+                // once.
                 std::thread::park_timeout(PAUSE);
             }
         }
     }
 }
 
-/// The process that works.
+/// The process that serves the sessions.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) setup: Arc<Setup>,
     program: Arc<dyn Program>,
     pub(crate) turn: Turn,
-    /// Held for looking and changing alone.
+    /// The sessions that this worker serves. Locked only to read or change the map.
     sessions: Mutex<BTreeMap<SessionName, Arc<Served>>>,
-    /// Readable from when it is to end.
+    /// Readable from the request to end.
     stop: OwnedFd,
-    /// When it is to have ended.
+    /// The time by which the sessions are to have ended. Set with the request to end.
     deadline: OnceLock<Instant>,
-    /// Readable when a thread has ended.
+    /// Readable after a thread has ended.
     changed: OwnedFd,
     threads: AtomicUsize,
     status: OnceLock<i32>,
@@ -368,10 +378,10 @@ impl Worker {
         })
     }
 
-    /// Serves until all is done: the daemon's exit status.
+    /// Serves until all sessions have ended, and returns the daemon's exit status.
     fn run(self: Arc<Self>) -> Result<i32> {
         if self.turn.is_last_resort {
-            // Before anything that may be what the workers before this one failed at.
+            // This runs before any step that may have killed the workers before this one.
             served::lose_all(&self.setup)?;
         }
         let signals =
@@ -385,10 +395,11 @@ impl Worker {
                 guardian.as_ref(),
             )?;
         }
-        // After that: a lease's connection is none that the worker before has left.
+        // After `take_over`, which would take a lease's connection for one that the last worker
+        // left.
         let leases = Leases::hold(&self.setup).context("the leases of the images");
         if !self.turn.is_successor {
-            // What is said to be served stays.
+            // The leases protect the images before the daemon reports that it serves them.
             leases?.wait(LEASES);
             self.program.begin(&self)?;
         } else if let Err(error) = leases {
@@ -424,7 +435,7 @@ impl Worker {
         }
     }
 
-    /// Does the next thing that is to be done.
+    /// Waits for the next event, and handles it.
     fn next(self: &Arc<Self>, signals: &SignalFd, guardian: &mut Option<OwnedFd>) -> Result<()> {
         let listeners: &[_] = if self.is_stopping() { &[] } else { &self.setup.listeners };
         let mut fds = vec![
@@ -462,11 +473,11 @@ impl Worker {
         for (index, (listener, _)) in listeners.iter().enumerate().filter(|(index, _)| ready[3 + index]) {
             match listener.accept() {
                 Ok((stream, _)) => {
-                    // Others are served on.
+                    // An error of one connection must not end the others.
                     self.serve(stream, index)
                         .unwrap_or_else(|error| tracing::error!("a connection: {error:#}"));
                 }
-                // Of descriptors, say: others may be given back.
+                // The process may be out of descriptors, for example, and sessions may free some.
                 Err(error) => {
                     tracing::error!("a connection cannot be accepted: {error}");
                     std::thread::park_timeout(PAUSE);
@@ -480,7 +491,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Has a thread serve a connection.
+    /// Starts a thread that serves a connection.
     fn serve(self: &Arc<Self>, stream: UnixStream, listener: usize) -> Result<()> {
         let connection = match Connection::new(stream, listener) {
             Ok(connection) => connection,
@@ -493,7 +504,7 @@ impl Worker {
         self.spawn("connection", move || worker.program.serve(&worker, connection))
     }
 
-    /// Has a thread do something. What it gives ends the daemon.
+    /// Starts a thread that runs `work`. Some of `work` ends the daemon with that status.
     fn spawn(
         self: &Arc<Self>,
         name: &str,
@@ -503,7 +514,8 @@ impl Worker {
         self.threads.fetch_add(1, Ordering::AcqRel);
         let thread = std::thread::Builder::new().name(format!("postcopy-{name}"));
         let started = thread.spawn(move || {
-            // Its sessions would be without anybody to watch over them: a successor takes all of them over.
+            // Sessions would be left without a thread that watches them: a successor takes all of
+            // them over.
             let Ok(status) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) else {
                 std::process::abort();
             };
@@ -516,7 +528,7 @@ impl Worker {
         started.map(drop).context("a thread")
     }
 
-    /// What the worker before has left.
+    /// Takes over the connections and sessions that the last worker has left.
     fn take_over(self: &Arc<Self>, own: &[&dyn AsFd], guardian: Option<&OwnedFd>) -> Result<()> {
         let own: Vec<_> = own.iter().map(|fd| fd.as_fd()).chain(guardian.map(AsFd::as_fd)).collect();
         let connections = leftovers::sort(&self.setup, &own)?;
@@ -527,7 +539,7 @@ impl Worker {
             self.serve(stream, listener)?;
         }
         if names.is_empty() && self.setup.adopted.is_some() {
-            // The one before has not come so far.
+            // The last worker died before it took over the process.
             return self.program.begin(self);
         }
         for name in names {
@@ -555,22 +567,22 @@ impl Worker {
         tracing::info!("ending: nothing new is served; what is there has {grace:?} to become complete");
     }
 
-    /// Whether it is to end.
+    /// Returns whether the worker is to end.
     pub(crate) fn is_stopping(&self) -> bool {
         self.deadline.get().is_some()
     }
 
-    /// Whether it was to have ended by now.
+    /// Returns whether the time for sessions to end is over.
     pub(crate) fn is_past_deadline(&self) -> bool {
         self.deadline.get().is_some_and(|deadline| Instant::now() >= *deadline)
     }
 
-    /// All sessions.
+    /// Returns the sessions that this worker serves.
     pub(crate) fn sessions(&self) -> Vec<Arc<Served>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// A session is served here from now on.
+    /// Adds a session to those that this worker serves.
     pub(crate) fn add(&self, served: Served) -> Arc<Served> {
         let served = Arc::new(served);
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
@@ -581,13 +593,13 @@ impl Worker {
         served
     }
 
-    /// A session has ended.
+    /// Removes a session that has ended, and its files.
     pub(crate) fn remove(&self, name: &SessionName) {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
         self.setup.runtime.remove(name);
     }
 
-    /// The sessions that came over a connection, as a worker before has left them.
+    /// Returns the sessions of a connection that an earlier worker has left.
     pub(crate) fn left_by(&self, cookie: u64) -> Vec<SessionName> {
         if !self.turn.is_successor {
             return Vec::new();
@@ -596,8 +608,8 @@ impl Worker {
         names.into_iter().filter(|name| name.cookie == cookie).collect()
     }
 
-    /// Waits at most for `timeout` until something comes over `stream`, or the worker is to end. Once it is, it waits for
-    /// a little while only: somebody has to look how far it is.
+    /// Waits for at most `timeout` until `stream` is readable or the worker is to end. After the
+    /// request to end it returns sooner, so that callers check the progress of their sessions.
     pub(crate) fn wait(&self, stream: Option<&UnixStream>, timeout: Duration) {
         let mut fds = Vec::new();
         if self.is_stopping() {
@@ -610,18 +622,18 @@ impl Worker {
     }
 }
 
-/// What a session may take to end.
+/// Returns the time that ending a session takes at most.
 fn served_end() -> Duration {
     Duration::from_secs(60)
 }
 
 fn signal(event: &OwnedFd) {
-    // Fails where it is signalled already, very often.
+    // The write fails if the counter is full, and then the event is readable already.
     let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
 }
 
 fn poll_for(fds: &mut [PollFd<'_>], timeout: Duration) {
     let timeout = Timespec::try_from(timeout).ok();
-    // Interrupted it is too early, which callers do not mind.
+    // A signal can interrupt the poll. Callers accept an early return.
     let _ = poll(fds, timeout.as_ref());
 }

@@ -1,7 +1,8 @@
-//! What others ask a daemon for, over a socket in its runtime directory: lines of text, each with an answer.
+//! The control socket in a daemon's runtime directory: lines of text, each with an answer.
 //!
-//! `drain PID…` fills the sessions of these processes now, and answers when they have ended in order. `record PID…` tells the
-//! server what they have touched so far. The answer is `ok`, `unknown` (none of them is served here) or `error REASON`.
+//! `drain PID…` fetches all absent pages of these processes, and answers when their sessions have
+//! ended in order. `record PID…` sends the pages that they have accessed so far to the server. The
+//! answer is `ok`, `unknown` (the daemon serves none of them) or `error REASON`.
 
 use super::Worker;
 use super::runtime_dir;
@@ -15,21 +16,21 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The most bytes of a line.
+/// The longest line, in bytes.
 const MAX_LINE: u64 = 64 << 10;
-/// How often it is looked whether something comes.
+/// The longest wait between two checks of a session's progress.
 const LOOK: Duration = Duration::from_millis(250);
-/// How long a daemon may take to come back whose worker has died.
+/// The pause between two attempts to reach a daemon, whose worker may have died.
 const PATIENCE: Duration = Duration::from_millis(20);
 const ATTEMPTS: u32 = 100;
 
-/// Answers one line.
+/// Reads one line and answers it.
 pub(crate) fn answer(worker: &Arc<Worker>, stream: UnixStream) {
     let mut line = String::new();
     let mut lines = BufReader::new(std::io::Read::take(&stream, MAX_LINE));
     let said = lines.read_line(&mut line).map_err(anyhow::Error::from).and_then(|_| carry_out(worker, &line));
     let text = said.unwrap_or_else(|error| format!("error {error:#}").replace('\n', " "));
-    // Whoever has asked may be gone.
+    // The caller may have closed the connection.
     let _ = writeln!(&stream, "{text}");
 }
 
@@ -41,7 +42,7 @@ fn carry_out(worker: &Arc<Worker>, line: &str) -> Result<String> {
     let is_named = |served: &Served| pids.contains(&served.name.pid);
     let sessions = worker.sessions();
     let served: Vec<_> = match what {
-        // What a process has left behind that has exited is its children's.
+        // Sessions of a process that has exited hold the memory of its children.
         "drain" => sessions.iter().filter(|served| is_named(served) || !served.name.is_alive()).collect(),
         "record" => sessions.iter().filter(|served| is_named(served)).collect(),
         _ => bail!("{line:?} is not known"),
@@ -50,23 +51,23 @@ fn carry_out(worker: &Arc<Worker>, line: &str) -> Result<String> {
         "drain" => drain(worker, served),
         _ => served.send_recording(),
     });
-    // The others are done, too.
+    // All of them run, and the first error is the answer.
     done.reduce(Result::and).unwrap_or(Ok(()))?;
     Ok(if served.is_empty() { "unknown".into() } else { "ok".into() })
 }
 
-/// Fills a session and ends it.
+/// Fetches the absent pages of a session, and ends it.
 fn drain(worker: &Worker, served: &Served) -> Result<()> {
     let pid = served.name.pid;
     let (mut most, mut progressed) = (0, Instant::now());
     loop {
-        // After a failure it is another one.
+        // A session that has failed is replaced by another one.
         let session = served.session();
         served.fill()?;
         let status = served.look();
         let progress = session.progress();
         if status == Status::Resident {
-            // Whoever watches over it notices.
+            // The thread that watches over the session sees its end.
             let _ = served.end();
         }
         ensure!(
@@ -86,13 +87,13 @@ fn drain(worker: &Worker, served: &Served) -> Result<()> {
     }
 }
 
-/// Has the daemons below `root` fill the memory of these processes, and waits until they have.
+/// Asks the daemons below `root` to fetch all absent pages of these processes, and waits for that.
 ///
 /// # Errors
-/// What a daemon says; or that a process has absent memory, and no daemon says that it serves it.
+/// The error of a daemon; or a process has absent memory and no daemon serves it.
 pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
     for _ in 0..ATTEMPTS {
-        // That of a process that was forked comes with its parent's.
+        // The session of a parent holds the memory of the children that it has forked.
         pids.iter().try_for_each(|pid| ask(root, "drain", *pid).map(drop))?;
         let absent = pids.iter().map(|pid| has_absent_memory(*pid)).collect::<Result<Vec<_>>>()?;
         if !absent.contains(&true) {
@@ -108,26 +109,27 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
     )
 }
 
-/// Has the daemons below `root` tell the server what this process, and those that it has forked, have touched so far.
+/// Asks the daemons below `root` to send the pages that this process and its descendants have
+/// accessed so far to the server.
 ///
 /// # Errors
-/// What a daemon says; or that none says that it serves one of them.
+/// The error of a daemon; or no daemon serves any of these processes.
 pub(crate) fn ask_to_record(root: &Path, pid: u32) -> Result<()> {
     for _ in 0..ATTEMPTS {
         let processes = postcopy::with_descendants([pid]);
         let asked: Vec<_> = processes.into_iter().map(|process| ask(root, "record", process)).collect();
-        // All have been asked, whatever one of them says.
+        // All have been asked by now, even after an error of one of them.
         let served = asked.into_iter().collect::<Result<Vec<_>>>()?;
         if served.contains(&true) {
             return Ok(());
         }
-        // A worker that has just begun may not have it yet.
+        // A worker that has just started may not have the session yet.
         std::thread::park_timeout(PATIENCE);
     }
     bail!("no daemon below {} (--runtime-dir) serves process {pid}", root.display())
 }
 
-/// Has something done by the daemon that serves a process: whether there is one.
+/// Sends a request to the daemon that serves a process. Returns whether one serves it.
 fn ask(root: &Path, what: &str, pid: u32) -> Result<bool> {
     for directory in runtime_dir::all(root) {
         let line = converse(&directory, &format!("{what} {pid}"))?;
@@ -140,7 +142,7 @@ fn ask(root: &Path, what: &str, pid: u32) -> Result<bool> {
     Ok(false)
 }
 
-/// What a daemon says to a line; nothing where there is none any more.
+/// Returns a daemon's answer to a line, or an empty answer if the daemon has ended.
 fn converse(directory: &Path, line: &str) -> Result<String> {
     for _ in 0..ATTEMPTS {
         let Ok(mut stream) = UnixStream::connect(directory.join("control")) else { break };
@@ -148,7 +150,7 @@ fn converse(directory: &Path, line: &str) -> Result<String> {
         let asked = writeln!(stream, "{line}").and_then(|()| BufReader::new(&stream).read_line(&mut answer));
         match asked {
             Ok(1..) => return Ok(answer),
-            // Its worker has died: ask the next one.
+            // The worker has died: its successor answers.
             Ok(0) => {}
             Err(error) if [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe].contains(&error.kind()) => {}
             Err(error) => return Err(error).with_context(|| directory.display().to_string()),
@@ -158,11 +160,12 @@ fn converse(directory: &Path, line: &str) -> Result<String> {
     Ok(String::new())
 }
 
-/// Whether a process has memory that a userfaultfd tells of (`um` among the VmFlags of proc_pid_smaps(5)).
+/// Returns whether a process has memory that is registered with a userfaultfd (`um` among the
+/// VmFlags of proc_pid_smaps(5)).
 fn has_absent_memory(pid: u32) -> Result<bool> {
     let smaps = match std::fs::read(format!("/proc/{pid}/smaps")) {
         Ok(smaps) => smaps,
-        // It has exited.
+        // The process has exited.
         Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => {
             return Ok(false);
         }

@@ -1,15 +1,18 @@
 //! The guardian: the small process that outlives a worker's death.
 //!
-//! The daemon is two processes with one table of descriptors. This one has a single thread, allocates nothing after its
-//! start, and does nothing but wait: when the worker is killed it clones another one, from its own memory as it was at
-//! the start, so that options, images and sockets are there at once. The worker has the sessions. What it has left (state
-//! files, descriptors, handshakes that nobody has taken) its successor finds in the table and in the runtime directory,
-//! and takes over: [`super::leftovers`].
+//! A daemon is two processes that share one table of descriptors. The guardian has a single thread
+//! and allocates nothing after its start. It waits until a signal arrives. When the worker is
+//! killed, the guardian clones another worker from its own memory, which is as it was at the start.
+//! The successor so has options, images and sockets at once. The worker has the sessions. Its
+//! successor finds state files in the runtime directory, and descriptors and unread handshakes in
+//! the table of descriptors. It takes them over: [`super::leftovers`].
 //!
-//! It never waits for whoever reads its log: a successor is cloned first, and a log that is full loses lines ([`super::log`]).
+//! The guardian never waits for the reader of its log. It clones a successor before it logs, and a
+//! log that is full loses lines ([`super::log`]).
 //!
-//! Whoever survives acts. When the guardian dies, its worker is told by a pidfd and goes on alone. When workers die one after
-//! another for as long as a fault may take, the guardian has one do what the loss policy says, and goes on trying.
+//! The process that survives acts. When the guardian dies, a pidfd reports it to the worker, which
+//! goes on alone. When workers keep dying for as long as a fault may take, the guardian starts a
+//! worker that applies the loss policy, and goes on trying.
 
 use super::kernel;
 use super::log::Log;
@@ -21,38 +24,41 @@ use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
-/// Before a worker is cloned that follows one which has failed by itself.
+/// The shortest and the longest pause before the guardian clones a successor of a worker that
+/// failed by itself.
 const PAUSES: std::ops::Range<Duration> = Duration::from_millis(5)..Duration::from_secs(1);
 
-/// A worker that has served for so long has nothing to do with the failures before it.
+/// A worker that has served for so long is not part of the failures before it.
 const APART: Duration = Duration::from_secs(5);
 
-/// How a worker is started.
+/// The parameters of a worker's start.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Turn {
-    /// It follows another one.
+    /// Another worker served before this one.
     pub(crate) is_successor: bool,
-    /// Workers have died for as long as a fault may take: what is unresolved is lost.
+    /// Workers have failed for longer than a fault may take: the loss policy applies to all
+    /// sessions.
     pub(crate) is_last_resort: bool,
-    /// Since when the daemon is to end.
+    /// The time of the request to end, if one has been received.
     pub(crate) stopping_since: Option<Instant>,
-    /// Who has started it.
+    /// The pid of the process that has started this worker.
     pub(crate) guardian: Pid,
 }
 
 /// The signals that ask the daemon to end.
 pub(crate) const ENDS: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 
-/// The signals that the daemon waits for. They are blocked in all of its threads.
+/// Returns the signals that the daemon waits for. All of its threads block them.
 pub(crate) fn signals() -> SigSet {
     ENDS.into_iter().chain([Signal::SIGCHLD, Signal::SIGUSR1]).collect()
 }
 
-/// Has `work` done by a worker, and by another one when that is killed, until one ends by itself; gives the status that it
-/// ends with. `on_ready` is called once, when a worker has told that it serves ([`tell_ready`]).
+/// Runs `work` in a worker, and in another one when that worker is killed, until one exits by
+/// itself. Returns its exit status. Calls `on_ready` once, when a worker has reported that it
+/// serves ([`tell_ready`]).
 ///
 /// # Errors
-/// If this process has other threads, or no first worker can be had.
+/// This process has other threads, or the first worker cannot be started.
 pub(crate) fn guard(
     patience: Duration,
     mut on_ready: impl FnMut(),
@@ -77,7 +83,7 @@ pub(crate) fn guard(
                 worker
             }
             Err(error) if !turn.is_successor => return Err(error),
-            // There may be processes and memory again.
+            // Processes or memory may become available again.
             Err(_) => {
                 std::thread::park_timeout(PAUSES.end);
                 continue;
@@ -85,7 +91,7 @@ pub(crate) fn guard(
         };
         let (started, mut has_served) = (Instant::now(), false);
         let end = loop {
-            // Fails for wrong arguments alone.
+            // This fails for invalid arguments only.
             match signals.wait().context("waiting for signals")? {
                 Signal::SIGUSR1 => {
                     has_served = true;
@@ -95,7 +101,7 @@ pub(crate) fn guard(
                 }
                 end if ENDS.contains(&end) => {
                     turn.stopping_since.get_or_insert_with(Instant::now);
-                    // It may be dead already: then its successor is told.
+                    // If the worker has died already, its successor gets `stopping_since`.
                     let _ = kill(worker, Signal::SIGTERM);
                 }
                 Signal::SIGCHLD => match waitpid(worker, Some(WaitPidFlag::WNOHANG)) {
@@ -110,7 +116,7 @@ pub(crate) fn guard(
             return Ok(status);
         }
         killed = Some(worker);
-        // Killed, and not ended by what it does itself.
+        // Another process killed the worker; it did not fail by itself.
         let was_killed = matches!(end, WaitStatus::Signaled(_, Signal::SIGKILL, _));
         if has_served && (was_killed || started.elapsed() > APART) {
             (pause, failing_since) = (PAUSES.start, None);
@@ -120,7 +126,8 @@ pub(crate) fn guard(
             std::thread::park_timeout(pause);
             pause = (pause * 2).min(PAUSES.end);
         }
-        // One that has served has done what the loss policy says; one that was killed before may not have.
+        // A last-resort worker that has served has applied the loss policy; one that died before
+        // may not.
         if turn.is_last_resort && has_served {
             failing_since = None;
         }
@@ -129,7 +136,7 @@ pub(crate) fn guard(
     }
 }
 
-/// In one write: the worker writes to the same log.
+/// Writes the line with one call, because the worker writes to the same log.
 fn log_successor(killed: Pid, worker: Pid) {
     let mut line = [0; 96];
     let mut rest = &mut line[..];
@@ -150,13 +157,13 @@ fn start(turn: Turn, work: &mut impl FnMut(Turn) -> i32) -> Result<Pid> {
     let work = AssertUnwindSafe(|| work(turn));
     match std::panic::catch_unwind(work) {
         Ok(status) => kernel::exit_at_once(status),
-        // As if it had been killed: what it has left is taken over.
+        // The worker aborts as if it had been killed: a successor takes over its sessions.
         Err(_) => std::process::abort(),
     }
 }
 
-/// Tells the guardian that this worker serves.
+/// Reports to the guardian that this worker serves.
 pub(crate) fn tell_ready(turn: Turn) {
-    // It may have died.
+    // The guardian may have died.
     let _ = kill(turn.guardian, Signal::SIGUSR1);
 }

@@ -1,8 +1,9 @@
-//! What a peer has sent over a unix socket and nobody has taken yet.
+//! Messages that a peer has sent over a unix socket and that no worker has taken yet.
 //!
-//! A handshake is only looked at (MSG_PEEK), and taken out of the socket when a session has what it said in its state
-//! file. Whoever dies before has lost nothing: the successor finds it where it was, its descriptors with it. So the
-//! kernel's own queue is the buffer that outlives a worker.
+//! A worker first only looks at a handshake (MSG_PEEK). It takes the handshake out of the socket
+//! once a session has its content in a state file. If the worker dies before that, its successor
+//! finds the handshake in the socket, with its descriptors. So the kernel's own queue is the buffer
+//! that outlives a worker.
 
 use super::kernel;
 use rustix::io::Errno;
@@ -13,29 +14,29 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-/// The most descriptors that the kernel lets one message have (SCM_MAX_FD).
+/// The most descriptors that the kernel allows in one message (SCM_MAX_FD).
 const MAX_FDS: usize = 253;
 /// The most bytes that a peer may have sent unread.
 pub(crate) const MAX_LOOK: usize = 64 << 10;
-/// Bytes that are looked at in one go.
+/// The number of bytes that one call receives.
 const PIECE_BYTES: usize = 4096;
 
-/// What has come.
+/// Received bytes and descriptors, which are still in the socket.
 #[derive(Debug, Default)]
 pub(crate) struct Peeked {
     pub(crate) bytes: Vec<u8>,
-    /// Duplicates of those that came with the bytes.
+    /// Duplicates of the descriptors that were sent with the bytes.
     pub(crate) fds: Vec<OwnedFd>,
-    /// Who has sent the last of it, where the socket was told to say so (SO_PASSCRED).
+    /// The pid of the sender of the last part, if the socket reports it (SO_PASSCRED).
     pub(crate) sender: Option<Pid>,
-    /// Nothing more will come.
+    /// The peer sends nothing more.
     pub(crate) ended: bool,
 }
 
-/// Looks at what has come, from the beginning and up to `most` bytes or a little more.
+/// Looks at the received messages, from the first byte up to `most` bytes or a little more.
 ///
 /// # Errors
-/// Whatever recvmsg(2) answers; EMFILE where a descriptor could not be received.
+/// Any error of recvmsg(2); EMFILE if a descriptor could not be received.
 pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
     kernel::peek_from_the_beginning(socket)?;
     let mut peeked = Peeked::default();
@@ -45,12 +46,12 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let received = match recvmsg(socket, &mut [IoSliceMut::new(&mut piece)], &mut control, flags) {
-            // There is room for all that a message may have: so it is the table of descriptors that is full.
+            // The buffer fits all descriptors of a message, so the table of descriptors is full.
             Ok(received) if received.flags.contains(ReturnFlags::CTRUNC) => return Err(Errno::MFILE.into()),
             Ok(received) => received.bytes,
             Err(Errno::AGAIN) => break,
             Err(Errno::INTR) => continue,
-            // What it has sent before it was killed with something unread is gone.
+            // The peer was killed with something unread, and the kernel has dropped its messages.
             Err(Errno::CONNRESET) => 0,
             Err(error) => return Err(error.into()),
         };
@@ -70,10 +71,11 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
     Ok(peeked)
 }
 
-/// Takes up to `count` bytes out, and closes what came with them, as far as it was not looked at. How many.
+/// Takes up to `count` bytes out of the socket, and closes the descriptors that were sent with them.
+/// Duplicates from an earlier look stay open. Returns the number of bytes.
 ///
 /// # Errors
-/// Whatever recv(2) answers.
+/// Any error of recv(2).
 pub(crate) fn take(socket: &UnixStream, count: usize) -> io::Result<usize> {
     let mut taken = 0;
     let mut piece = [0; PIECE_BYTES];

@@ -1,4 +1,4 @@
-//! Calls of the kernel that no crate has, but for those of userfaultfd, which are in [`postcopy::uffd`].
+//! System calls that no crate offers. Those of userfaultfd are in [`postcopy::uffd`].
 #![expect(unsafe_code, reason = "system calls")]
 
 use nix::libc;
@@ -6,17 +6,20 @@ use nix::unistd::Pid;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// A fork whose child shares the table of descriptors: what one of them opens or closes, the other one has opened or
-/// closed, and it stays as long as one of them lives. None in the child. Allocates nothing.
+/// Forks a child that shares the table of descriptors: each of the two processes sees the
+/// descriptors that the other opens or closes. The table exists as long as one of them lives.
+/// Returns None in the child. Allocates nothing.
 ///
 /// # Errors
-/// Whatever clone(2) answers.
+/// Any error of clone(2).
 ///
 /// # Safety
-/// As fork(2): of a process with several threads the child may only call what is safe in a signal's handler.
+/// As fork(2): in a process with several threads the child may call async-signal-safe functions
+/// only.
 pub(crate) unsafe fn fork_sharing_descriptors() -> io::Result<Option<Pid>> {
     let flags = libc::CLONE_FILES | libc::SIGCHLD;
-    // SAFETY: without a stack the child goes on here, on its own copy of this one; the caller has promised the rest.
+    // SAFETY: without a stack the child goes on here, on its own copy of this stack. The caller has
+    // promised the rest.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     match libc::pid_t::try_from(pid).expect("a pid, or -1") {
         -1 => Err(io::Error::last_os_error()),
@@ -25,44 +28,44 @@ pub(crate) unsafe fn fork_sharing_descriptors() -> io::Result<Option<Pid>> {
     }
 }
 
-/// Ends the process, all of its threads, with nothing run or flushed.
+/// Ends the process with all of its threads. Runs no exit handler and flushes no buffer.
 pub(crate) fn exit_at_once(status: i32) -> ! {
-    // SAFETY: it does not come back, so that nothing can go wrong after it.
+    // SAFETY: the call does not return, so no code runs after it.
     unsafe { libc::_exit(status) }
 }
 
-/// Closes a descriptor by its number; nothing happens if there is none.
+/// Closes a descriptor by its number. Does nothing if that number is not open.
 ///
 /// # Safety
-/// Nobody in this process may own it.
+/// No value in this process may own the descriptor.
 pub(crate) unsafe fn close_number(fd: RawFd) {
     // SAFETY: as the caller has promised.
     unsafe { libc::close(fd) };
 }
 
-/// A descriptor by its number, which is owned from here on.
+/// Takes ownership of a descriptor by its number.
 ///
 /// # Safety
-/// It is open, and nobody in this process owns it.
+/// The descriptor is open, and no value in this process owns it.
 pub(crate) unsafe fn own_number(fd: RawFd) -> OwnedFd {
     // SAFETY: as the caller has promised.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// A descriptor by its number.
+/// Borrows a descriptor by its number.
 ///
 /// # Safety
-/// It stays open for as long as this is used.
+/// The descriptor stays open for as long as the result is used.
 pub(crate) unsafe fn borrow_number<'a>(fd: RawFd) -> BorrowedFd<'a> {
     // SAFETY: as the caller has promised.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Where looking at what lies in a socket begins: with its first byte again (SO_PEEK_OFF). Each look goes on where the one
-/// before has ended.
+/// Makes the next look at a socket's messages begin with the first byte (SO_PEEK_OFF). Each further
+/// look begins where the last one has ended.
 ///
 /// # Errors
-/// Whatever setsockopt(2) answers.
+/// Any error of setsockopt(2).
 pub(crate) fn peek_from_the_beginning(socket: impl AsFd) -> io::Result<()> {
     let zero: libc::c_int = 0;
     let len = libc::socklen_t::try_from(size_of_val(&zero)).expect("four bytes");

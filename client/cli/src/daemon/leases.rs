@@ -1,9 +1,9 @@
-//! Leases of the daemon's images, so that a tag that moves and a garbage collector do not take the memory of machines that
-//! are restored later.
+//! Leases of the daemon's images. They protect the memory of programs that are restored later from
+//! a tag that moves and from the garbage collector.
 //!
-//! A server keeps an image while a stream of pages is bound to it. So one thread of the worker holds such a stream for each
-//! image, and opens another one after it was lost. Between two streams, and between two workers, the collector's grace
-//! time keeps the image.
+//! A server keeps an image while a stream of pages is bound to it. So one thread of the worker
+//! holds such a stream for each image, and opens another one after a loss. Between two streams, and
+//! between two workers, the collector's grace time protects the image.
 
 use super::Setup;
 use postcopy::proto::v1::{ChunkRun, FetchChunksRequest};
@@ -17,15 +17,15 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// The pause after a stream was lost, and the longest.
+/// The shortest and the longest pause after a stream was lost.
 const PAUSES: Range<Duration> = Duration::from_millis(200)..Duration::from_secs(5);
-/// How long a server may take to bind a stream.
+/// The time that a server has to bind a stream.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Leases that are being taken.
+/// The leases of a worker, which its thread takes and holds.
 #[derive(Debug)]
 pub(crate) struct Leases {
-    /// A message for each lease that is held.
+    /// Receives a message for each lease that is held for the first time.
     held: Receiver<()>,
     images: usize,
 }
@@ -34,7 +34,7 @@ impl Leases {
     /// Starts the thread that holds a lease of each image until the worker ends.
     ///
     /// # Errors
-    /// If there is no thread, or no descriptor for its runtime.
+    /// The thread, or a descriptor for its runtime, is not available.
     pub(crate) fn hold(setup: &Arc<Setup>) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (sender, held) = sync_channel(setup.images.len());
@@ -54,7 +54,7 @@ impl Leases {
         Ok(Self { held, images })
     }
 
-    /// Waits until all leases are held, at most for `timeout`.
+    /// Waits for at most `timeout` until all leases are held.
     pub(crate) fn wait(&self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         for _ in 0..self.images {
@@ -70,21 +70,23 @@ impl Leases {
 #[derive(Debug)]
 struct Lease {
     address: ServerAddress,
-    /// What the user calls it.
+    /// The user's name of the image.
     name: String,
     image: Arc<Image>,
-    /// The server has said that it does not have the image.
+    /// The server has answered that it does not have the image.
     is_gone: bool,
 }
 
 impl Lease {
-    /// Takes the lease again and again; tells `held` of the first time.
+    /// Takes the lease, and takes it again after each loss. Sends to `held` after the first
+    /// success.
     async fn hold(mut self, held: SyncSender<()>) {
         let (mut held, mut pause) = (Some(held), PAUSES.start);
         loop {
             if let Some(mut lease) = self.take().await {
                 pause = PAUSES.start;
-                // There is room for one of each. Fails where nobody waits for it.
+                // The channel has room for a message of each lease. The send fails if the receiver
+                // is dropped.
                 held.take().map(|held| held.try_send(()).ok());
                 lease.lost().await;
             }
@@ -93,7 +95,7 @@ impl Lease {
         }
     }
 
-    /// Binds a stream to the image. None: the server is away, or does not have it.
+    /// Binds a stream to the image. None: the server is unreachable or does not have the image.
     async fn take(&mut self) -> Option<Held> {
         let attempt = tokio::time::timeout(PATIENCE, self.bind()).await;
         let (name, image) = (&self.name, self.image.digest());
@@ -112,17 +114,20 @@ impl Lease {
                 );
                 None
             }
-            // Sessions tell of a server that is away.
+            // The sessions report a server that is unreachable.
             Err(_) => None,
         }
     }
 
+    /// Opens a stream of pages and waits until the server has bound it to the image.
+    ///
     /// # Errors
-    /// What the server has answered, if it was reached.
+    /// The code of the server's answer, or None if no answer was received.
     async fn bind(&self) -> Result<Held, Option<tonic::Code>> {
         let remote = Remote::connect(self.address.clone()).await.map_err(|_| None)?;
         let (requests, queue) = mpsc::channel(1);
-        // The server binds the stream before it answers, here that there is no such chunk.
+        // The server binds the stream before it answers. Here it answers that the chunk does not
+        // exist.
         let beyond = ChunkRun { first: self.image.root().chunks(), count: 1 };
         let image = self.image.digest().into();
         let request = FetchChunksRequest { image, runs: vec![beyond], ..FetchChunksRequest::default() };
@@ -136,13 +141,13 @@ impl Lease {
 
 /// A stream that is bound to an image.
 struct Held {
-    /// The server ends a stream that has no more requests.
+    /// Kept open, because the server ends a stream that can send no more requests.
     _requests: mpsc::Sender<FetchChunksRequest>,
     answers: tonic::Streaming<postcopy::proto::v1::FetchChunksResponse>,
 }
 
 impl Held {
-    /// Waits until the stream has ended.
+    /// Waits until the stream ends.
     async fn lost(&mut self) {
         while let Ok(Some(_)) = self.answers.message().await {}
     }

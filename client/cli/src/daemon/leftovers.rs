@@ -1,5 +1,5 @@
-//! What a worker that was killed has left in the table of descriptors: connections, which are served on; what state files
-//! name, which its sessions need; and all else, which nobody needs and is closed.
+//! Descriptors that a killed worker has left in the table. The successor serves the connections,
+//! its sessions need the descriptors that state files name, and it closes all others.
 
 use super::{Setup, kernel};
 use anyhow::{Context, Result};
@@ -9,24 +9,25 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-/// The descriptors that are open.
+/// Returns the descriptors that are open.
 ///
 /// # Errors
-/// If /proc does not tell.
+/// /proc/self/fd cannot be read.
 pub(crate) fn open_descriptors() -> Result<Vec<RawFd>> {
     let entries = std::fs::read_dir("/proc/self/fd").context("/proc/self/fd")?;
     let open: Vec<RawFd> =
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // But for the one that listed the directory.
+    // This leaves out the descriptor that listed the directory.
     let is_open = |fd: &RawFd| std::fs::symlink_metadata(format!("/proc/self/fd/{fd}")).is_ok();
     Ok(open.into_iter().filter(is_open).collect())
 }
 
-/// Sorts what there is: gives the connections, and at which of the sockets they came, and closes what nobody needs. `own`
-/// is what this worker has opened.
+/// Sorts the open descriptors. Returns the connections, each with the index of its listening
+/// socket, and closes the descriptors that have no use. `own` are those that this worker has
+/// opened.
 ///
 /// # Errors
-/// If /proc does not tell.
+/// /proc/self/fd or the runtime directory cannot be read.
 pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStream, usize)>> {
     let mut keep: BTreeSet<RawFd> = setup.base.iter().copied().collect();
     keep.extend(own.iter().map(AsRawFd::as_raw_fd));
@@ -35,21 +36,21 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
         match setup.runtime.state(&name).map(state_file::descriptors) {
             Ok(Ok(listed)) => keep.extend(listed),
             Ok(Err(StateError::Empty | StateError::Ended)) => {}
-            // It is told of when it is to be resumed.
+            // The attempt to resume that session reports the error.
             _ => is_unreadable = true,
         }
     }
     let names: Vec<_> = setup.listeners.iter().map(|(listener, _)| name_of(listener.as_raw_fd())).collect();
     let mut connections = Vec::new();
     for fd in open_descriptors()?.into_iter().filter(|fd| !keep.contains(fd)) {
-        // It may be one that such a file names.
+        // An unreadable state file may name this userfaultfd.
         if is_unreadable && is_userfaultfd(fd) {
             continue;
         }
         let name = name_of(fd);
         let listener = names.iter().position(|of| of.is_some() && *of == name);
         #[expect(unsafe_code, reason = "descriptors by number")]
-        // SAFETY: it is open, and whoever owned it has died.
+        // SAFETY: the descriptor is open, and the worker that owned it has died.
         let owned = unsafe { kernel::own_number(fd) };
         match listener {
             Some(listener) => connections.push((UnixStream::from(owned), listener)),
@@ -59,16 +60,17 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
     Ok(connections)
 }
 
-/// Whether a descriptor is a userfaultfd.
+/// Returns whether a descriptor is a userfaultfd.
 pub(crate) fn is_userfaultfd(fd: RawFd) -> bool {
     let target = std::fs::read_link(format!("/proc/self/fd/{fd}"));
     target.is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
-/// The name of a unix socket, if that is what it is.
+/// Returns the name of a unix socket, or None for other descriptors.
 fn name_of(fd: RawFd) -> Option<SocketAddrUnix> {
     #[expect(unsafe_code, reason = "descriptors by number")]
-    // SAFETY: nobody closes it meanwhile: there is one thread yet that could.
+    // SAFETY: the descriptor stays open meanwhile, because no other thread runs yet that could
+    // close it.
     let fd = unsafe { kernel::borrow_number(fd) };
     let name = getsockname(fd).ok()?;
     if name.address_family() != AddressFamily::UNIX {

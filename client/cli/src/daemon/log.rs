@@ -1,7 +1,8 @@
-//! What a daemon says. No line may hold up a fault or a successor: a log that is full (a pipe that is not read, a
-//! terminal that is stopped) loses lines, and says how many when it takes lines again.
+//! The log of a daemon. No line may delay a fault or a successor. So a log that is full (a pipe
+//! that has no active reader, a terminal that is stopped) loses lines. It reports their number when
+//! it accepts lines again.
 //!
-//! The flags of the descriptor are left alone: other processes share it.
+//! The flags of the descriptor stay as they are, because other processes share it.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
@@ -11,22 +12,22 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A pipe takes so many bytes whole or not at all: PIPE_BUF of Linux.
+/// The size up to which a pipe accepts a write completely or not at all: PIPE_BUF of Linux.
 const WHOLE_BYTES: usize = 4096;
-/// The current position, to pwritev2(2).
+/// The offset that means the current position to pwritev2(2).
 const CURRENT: u64 = u64::MAX;
-/// How long stdout is waited for: programs that start a daemon read their lines from there.
+/// The longest wait for stdout, from which programs that start a daemon read its lines.
 const STDOUT: Duration = Duration::from_secs(1);
 
-/// Lines that stderr did not take.
+/// The number of lines that stderr did not accept and the log has not yet reported.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
-/// Writes to the log of daemons: stderr.
+/// A writer to the log of daemons, which is stderr.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Log;
 
 impl Write for Log {
-    /// Takes all bytes, written or lost. Allocates nothing.
+    /// Consumes all bytes, whether stderr accepts them or they are lost. Allocates nothing.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let stderr = rustix::stdio::stderr();
         let lost = LOST.load(Ordering::Relaxed);
@@ -49,12 +50,16 @@ impl Write for Log {
     }
 }
 
-/// Says something on stdout, to whoever may still listen there. Waits for a second at most.
+/// Writes a line to stdout for the program that has started the daemon.
+///
+/// # Blocking
+/// Waits for at most a second for each 4096 bytes.
 pub(crate) fn say(text: &str) {
     try_write(rustix::stdio::stdout(), format!("{text}\n").as_bytes(), STDOUT);
 }
 
-/// Writes messages of panics to the log. A thread that panics ends the worker, and must not be held up on its way there.
+/// Writes the messages of panics to the log. A thread that panics ends the worker, and the log must
+/// not delay that.
 pub(crate) fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
@@ -63,7 +68,7 @@ pub(crate) fn log_panics() {
     }));
 }
 
-/// Writes all bytes where `to` takes them within `patience`. False: it did not take some of them.
+/// Writes all bytes if `to` accepts each part within `patience`. Returns false if it did not.
 fn try_write(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> bool {
     bytes.chunks(WHOLE_BYTES).all(|part| {
         let timeout = Timespec::try_from(patience).ok();
@@ -73,15 +78,15 @@ fn try_write(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> bool {
     })
 }
 
-/// Another process may have filled it since it was ready. A file may not take bytes now, and does not keep a writer
-/// waiting either.
+/// Writes without waiting: another process may have filled the pipe since poll(2). A file may
+/// refuse RWF_NOWAIT, but a plain write to it does not wait for a reader.
 fn write_now(to: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
     let is_file = fstat(to).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
     if is_file {
         return write(to, bytes);
     }
     match pwritev2(to, &[IoSlice::new(bytes)], CURRENT, ReadWriteFlags::NOWAIT) {
-        // Terminals, and pipes before Linux 6.4.
+        // Terminals do not support RWF_NOWAIT, and neither do pipes before Linux 6.4.
         Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::SPIPE) => write(to, bytes),
         written => written,
     }

@@ -1,9 +1,11 @@
-//! Attempts that are repeated: to resume a session that an earlier worker has left, and to take memory on.
+//! Attempts that are repeated: to resume a session that an earlier worker has left, and to attach
+//! the memory of a process.
 //!
-//! A state file that cannot be read, or a lack of memory, descriptors or threads may pass, and the process waits
-//! meanwhile. So each attempt is followed by another one after a growing pause, until the fault deadline. Then the loss
-//! policy applies: the process is killed or stopped. Without a session its memory cannot be poisoned, so `poison` kills,
-//! too; `wait` goes on trying.
+//! A state file that cannot be read may become readable. A lack of memory, descriptors or threads
+//! may pass. The process waits meanwhile. So another attempt follows each failed one after a
+//! growing pause, until the fault deadline. Then the loss policy applies: the process is killed or
+//! stopped. Without a session its memory cannot be poisoned, so `poison` kills, too. `wait`
+//! continues the attempts.
 
 use super::Worker;
 use super::firecracker;
@@ -15,7 +17,7 @@ use rustix::io::Errno;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// The pause after the first attempt, and the longest.
+/// The pause after the first attempt, and the longest pause.
 const PAUSES: Range<Duration> = Duration::from_millis(20)..Duration::from_secs(1);
 
 /// The state of repeated attempts.
@@ -34,7 +36,7 @@ impl Retry {
         Self { started: now, pause: PAUSES.start, next: now, logged: String::new() }
     }
 
-    /// Notes that an attempt has failed, and logs a reason that differs from the last one.
+    /// Records a failed attempt. Logs the reason if it differs from the last one.
     fn failed(&mut self, pid: u32, error: &anyhow::Error) {
         let reason = format!("{error:#}");
         if reason != self.logged {
@@ -59,7 +61,7 @@ pub(crate) enum Attempt {
     Nothing,
     /// The process has exited, or the daemon has ended its part.
     Over,
-    /// The attempt has failed, and is to be repeated.
+    /// The attempt has failed, and the caller repeats it.
     Failed,
 }
 
@@ -76,18 +78,19 @@ impl Resuming {
         Self { name, retry: Retry::new(), is_lost: false }
     }
 
-    /// The session's name.
+    /// Returns the session's name.
     pub(crate) fn name(&self) -> &SessionName {
         &self.name
     }
 
-    /// How long it is until the next attempt.
+    /// Returns the time until the next attempt.
     pub(crate) fn until_next(&self) -> Duration {
         self.retry.until_next()
     }
 
-    /// Tries to resume the session, if the pause since the last attempt is over. After the fault deadline it applies the
-    /// loss policy once, and goes on trying while the process lives.
+    /// Tries to resume the session, if the pause since the last attempt is over. After the fault
+    /// deadline it applies the loss policy once, and continues the attempts while the process
+    /// lives.
     pub(crate) fn attempt(&mut self, worker: &Worker) -> Attempt {
         if !self.retry.until_next().is_zero() && !worker.is_past_deadline() {
             return Attempt::Failed;
@@ -120,7 +123,7 @@ impl Resuming {
         Attempt::Over
     }
 
-    /// Repeats [`Resuming::attempt`] until it has another result than [`Attempt::Failed`].
+    /// Repeats [`Resuming::attempt`] until the result is not [`Attempt::Failed`].
     pub(crate) fn resume(mut self, worker: &Worker) -> Attempt {
         loop {
             match self.attempt(worker) {
@@ -131,11 +134,11 @@ impl Resuming {
     }
 }
 
-/// Repeats `attempt`, which takes on memory of a process, while its error is one that may pass: until the fault deadline,
-/// or with the loss policy `wait` for as long as the process lives.
+/// Repeats `attempt`, which attaches memory of a process, while its error is one that may pass.
+/// Stops at the fault deadline. With the loss policy `wait` it stops when the process has exited.
 ///
 /// # Errors
-/// That of the last attempt.
+/// The error of the last attempt.
 pub(crate) fn persist<T>(
     worker: &Worker,
     pid: u32,
@@ -157,7 +160,7 @@ pub(crate) fn persist<T>(
     }
 }
 
-/// Whether an error is a lack of memory, descriptors, threads or room.
+/// Returns whether an error is a lack of memory, descriptors, threads or space.
 fn may_pass(error: &anyhow::Error) -> bool {
     let errno = |cause: &(dyn std::error::Error + 'static)| {
         let of_io = cause.downcast_ref().and_then(Errno::from_io_error);

@@ -1,8 +1,13 @@
-//! The runtime directory: what outlives a daemon's worker, and what another daemon may take over.
+//! The runtime directory: the state that outlives a daemon's worker, and that another daemon may
+//! take over.
 //!
-//! Each daemon has a directory of its own, on tmpfs: `lock`, which it holds as long as one of its two processes lives;
-//! `control`, a socket; `lost`, what was done to processes whose memory was lost; and a state file for each session, named `KIND-PID-START-COOKIE`: the process and the time of its
-//! start, and the connection that it came over (SO_COOKIE), which are the same for every worker.
+//! Each daemon has a directory of its own on tmpfs, which holds:
+//!
+//! - `lock`, which the daemon holds as long as its guardian or its worker lives;
+//! - `control`, a socket;
+//! - `lost`, which lists the processes that lost memory and the action that was taken;
+//! - a state file for each session, named `KIND-PID-START-COOKIE`: the process, its start time, and
+//!   the connection (SO_COOKIE) that the session belongs to. These are the same for every worker.
 
 use anyhow::{Context, Result, ensure};
 use postcopy::state_file::StateError;
@@ -18,7 +23,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// See the module.
+/// The runtime directory of a daemon, and its lock.
 #[derive(Debug)]
 pub(crate) struct RuntimeDir {
     path: PathBuf,
@@ -28,13 +33,14 @@ pub(crate) struct RuntimeDir {
 /// The name of a session.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SessionName {
-    /// What kind of program it is of: `vm` or `task`.
+    /// The kind of the session's program: `vm` or `task`.
     pub(crate) kind: String,
-    /// Its process.
+    /// The pid of the session's process.
     pub(crate) pid: u32,
-    /// When that was started, in clock ticks since boot: another process with its pid has another time.
+    /// The start time of that process, in clock ticks since boot. A later process with the same pid
+    /// has another start time.
     pub(crate) start: u64,
-    /// The connection that it came over; 0: none.
+    /// The cookie of the connection that the session was created from, or 0 without a connection.
     pub(crate) cookie: u64,
 }
 
@@ -56,21 +62,23 @@ impl FromStr for SessionName {
             start: start.parse().map_err(drop)?,
             cookie: u64::from_str_radix(cookie, 16).map_err(drop)?,
         };
-        // There is one way to write it.
+        // Each name has one spelling only.
         if !kind.is_empty() && name.to_string() == text { Ok(name) } else { Err(()) }
     }
 }
 
 impl SessionName {
-    /// Whether its process is alive. One that has exited and whose parent has not asked for its status (a zombie) is not;
-    /// one that cannot be looked at, for a lack of descriptors, is.
+    /// Returns whether the session's process is alive. A zombie, which has exited without a wait(2)
+    /// of its parent, is not alive. A process that cannot be examined, for a lack of descriptors,
+    /// is alive.
     pub(crate) fn is_alive(&self) -> bool {
         let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else { return false };
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
             Err(Errno::SRCH) => return false,
             pidfd => pidfd.ok(),
         };
-        // Read after that: the descriptor is of this process, or of an earlier one with its pid.
+        // This follows pidfd_open(2), so the pidfd is of this process or of an earlier one with its
+        // pid.
         let is_another = match start_of(self.pid) {
             Ok(start) => start != self.start,
             Err(error) => matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)),
@@ -83,30 +91,30 @@ impl SessionName {
     }
 }
 
-/// When a process was started, in clock ticks since boot: field 22 of proc_pid_stat(5).
+/// Returns the start time of a process in clock ticks since boot: field 22 of proc_pid_stat(5).
 ///
 /// # Errors
-/// If there is no such process.
+/// The process does not exist.
 pub(crate) fn start_of(pid: u32) -> io::Result<u64> {
     let [start] = stat_of(pid, 22)?;
     Ok(start)
 }
 
-/// Fields of proc_pid_stat(5) from the one with that number on.
+/// Returns `N` fields of proc_pid_stat(5), beginning with the field of number `first`.
 ///
 /// # Errors
-/// If there is no such process.
+/// The process does not exist, or a field is not a number.
 pub(crate) fn stat_of<const N: usize>(pid: u32, first: usize) -> io::Result<[u64; N]> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may hold anything; the state after it is field 3.
+    // The name in parentheses may hold any character; the state after it is field 3.
     let (_, rest) = stat.rsplit_once(')').ok_or(io::ErrorKind::InvalidData)?;
     let fields = rest.split_whitespace().skip(first - 3).take(N).map(str::parse);
     let fields: Vec<u64> = fields.collect::<Result<_, _>>().map_err(|_| io::ErrorKind::InvalidData)?;
     fields.try_into().map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// Where daemons have their directories unless they are told otherwise: below the user's runtime directory, or /run, or
-/// where that is not in memory below /dev/shm.
+/// Returns the default parent of daemons' directories. It is in the user's runtime directory, or in
+/// /run for root, or in /dev/shm if that directory is not in memory.
 pub(crate) fn default_root() -> PathBuf {
     let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !rustix::process::geteuid().is_root());
     let run = of_user.map_or_else(|| PathBuf::from("/run"), PathBuf::from);
@@ -120,23 +128,23 @@ fn is_in_memory(path: &Path) -> io::Result<bool> {
 }
 
 impl RuntimeDir {
-    /// Makes one below `root`, and removes those of daemons that have died and can be of no use.
+    /// Creates a directory below `root`, and removes the useless ones of daemons that have died.
     ///
     /// # Errors
-    /// If it cannot be made, or is not in memory.
+    /// The directory cannot be created, or is not in memory.
     pub(crate) fn create(root: &Path, name: &str) -> Result<Self> {
         let shown = root.display();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(root).with_context(|| shown.to_string())?;
         let in_memory = is_in_memory(root).with_context(|| shown.to_string())?;
         ensure!(in_memory, "{shown} is not on tmpfs: page states are kept there (--runtime-dir)");
-        // Others that are just making theirs hold no lock yet.
+        // Other daemons that are creating their directories do not hold their own locks yet.
         let all = File::open(root).with_context(|| shown.to_string())?;
         flock(&all, FlockOperation::LockExclusive).with_context(|| shown.to_string())?;
         clean(root);
         let directory = |n: u32| {
             let path = root.join(format!("{name}-{}-{n}", std::process::id()));
             match fs::DirBuilder::new().mode(0o700).create(&path) {
-                // Of another daemon whose starter had this pid.
+                // The directory belongs to another daemon whose starter had this pid.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => None,
                 created => Some(created.map(|()| path.clone()).with_context(|| path.display().to_string())),
             }
@@ -146,17 +154,18 @@ impl RuntimeDir {
         Ok(Self { path, _lock: lock })
     }
 
-    /// Where it is.
+    /// Returns the directory's path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What is there once the restore that came over a connection is done (CRIU).
+    /// Returns the path of the file that marks the restore over a connection as finished (CRIU).
     pub(crate) fn finished(&self, cookie: u64) -> PathBuf {
         self.path.join(format!("finished-{cookie:x}"))
     }
 
-    /// Notes what was done to a process whose memory was lost, or that was left without some of it: once for all workers.
+    /// Records once, for all workers, the action against a process that lost memory or was left
+    /// without some of it.
     pub(crate) fn note_loss(&self, session: &SessionName, what: &str) {
         if self.losses().iter().any(|loss| loss.starts_with(&format!("{session} "))) {
             return;
@@ -169,16 +178,17 @@ impl RuntimeDir {
         }
     }
 
-    /// What was noted with [`RuntimeDir::note_loss`]: a line for each process, which begins with its session's name.
+    /// Returns the lines of [`RuntimeDir::note_loss`], one for each process. A line begins with the
+    /// name of the session.
     pub(crate) fn losses(&self) -> Vec<String> {
         let lines = fs::read_to_string(self.path.join(LOSSES)).unwrap_or_default();
         lines.lines().map(str::to_owned).collect()
     }
 
-    /// The state file of a session, made if there is none.
+    /// Opens the state file of a session, and creates it if it does not exist.
     ///
     /// # Errors
-    /// Whatever open(2) answers.
+    /// Any error of open(2).
     pub(crate) fn state(&self, session: &SessionName) -> io::Result<File> {
         File::options()
             .read(true)
@@ -189,27 +199,29 @@ impl RuntimeDir {
             .open(self.path.join(session.to_string()))
     }
 
-    /// The sessions that have a state file.
+    /// Returns the sessions that have a state file.
     ///
     /// # Errors
-    /// Whatever readdir(3) answers.
+    /// Any error of readdir(3).
     pub(crate) fn sessions(&self) -> io::Result<Vec<SessionName>> {
         sessions_in(&self.path)
     }
 
     /// Removes the files of a session that has ended.
     pub(crate) fn remove(&self, session: &SessionName) {
-        // It may have had none yet.
+        // The session may have ended before it had a state file.
         let _ = fs::remove_file(self.path.join(session.to_string()));
         let _ = fs::remove_file(self.poisoning(session));
     }
 
-    /// The file that says that a worker has set about poisoning a session's memory as a last resort.
+    /// Returns the path of the file that marks a worker's attempt to poison a session's memory as a
+    /// last resort.
     pub(crate) fn poisoning(&self, session: &SessionName) -> PathBuf {
         self.path.join(format!("poisoning-{session}"))
     }
 
-    /// The daemon ends: nothing stays but the state files of what somebody may take over.
+    /// Removes the files of a daemon that ends, except for state files that another daemon may take
+    /// over.
     pub(crate) fn leave(&self) {
         let _ = fs::remove_file(self.path.join("control"));
         if self.sessions().is_ok_and(|sessions| sessions.is_empty()) {
@@ -218,12 +230,12 @@ impl RuntimeDir {
     }
 }
 
-/// What was lost while the daemon served.
+/// The name of the file that lists losses.
 const LOSSES: &str = "lost";
 const TMPFS_MAGIC: i128 = 0x0102_1994;
 const RAMFS_MAGIC: i128 = 0x8584_58f6;
 
-/// Takes a directory's lock; None: its daemon lives.
+/// Takes the lock of a directory. None: its daemon lives.
 fn lock(directory: &Path) -> Result<Option<File>> {
     let path = directory.join("lock");
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -241,13 +253,13 @@ fn sessions_in(directory: &Path) -> io::Result<Vec<SessionName>> {
     Ok(names.filter_map(|name| name.to_str()?.parse().ok()).collect())
 }
 
-/// The directories of all daemons, those that have died, too.
+/// Returns the directories of all daemons, including those that have died.
 pub(crate) fn all(root: &Path) -> Vec<PathBuf> {
     fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
-/// Removes what no one can use of daemons that have died: state files of programs that have ended, and of CRIU's, whose
-/// userfaultfd has died with their daemon.
+/// Removes useless files of daemons that have died: state files of programs that have exited, and
+/// those of CRIU's tasks, whose userfaultfd has died with the daemon.
 fn clean(root: &Path) {
     for directory in all(root) {
         let Ok(Some(_lock)) = lock(&directory) else { continue };
@@ -262,15 +274,16 @@ fn clean(root: &Path) {
     }
 }
 
-/// The state file of a virtual machine whose daemon has died altogether: moves it to `to`.
+/// Moves the state file of a virtual machine, whose daemon has died altogether, to `to`. Returns
+/// the new name of the session, or None if there was no state file.
 ///
 /// # Errors
-/// If its daemon lives, or it cannot be moved.
+/// The daemon of the machine lives, or the file cannot be moved.
 pub(crate) fn take_over(root: &Path, pid: u32, to: &RuntimeDir) -> Result<Option<SessionName>> {
     for directory in all(root) {
         let of_pid = |session: &SessionName| session.kind == "vm" && session.pid == pid && session.is_alive();
         let sessions = sessions_in(&directory).unwrap_or_default();
-        // One that nothing was written to yet says nothing.
+        // A state file that was never written to describes no session.
         let is_there = |session: &SessionName| {
             let state =
                 File::open(directory.join(session.to_string())).map(postcopy::state_file::descriptors);

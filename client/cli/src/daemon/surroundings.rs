@@ -1,13 +1,14 @@
-//! What a daemon needs to live through what its target does not: memory pressure, a freezer, a limit of descriptors.
+//! Measures that let a daemon survive events that stop or kill its target: memory pressure, a
+//! freezer, a limit of descriptors.
 //!
-//! Each step is done as far as it is allowed, and what was not is said: by the daemon in its log, by `postcopy doctor` on
-//! demand.
+//! Each measure is applied as far as the system allows. The daemon logs the ones that failed, and
+//! `postcopy doctor` prints all of them on demand.
 
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::fs;
 
-/// Something that was looked at or done: what, and how it is.
+/// The result of a check or a measure.
 #[derive(Clone, Debug)]
 pub(crate) struct Finding {
     pub(crate) what: &'static str,
@@ -20,7 +21,7 @@ impl Finding {
         Self { what, is_good, text: text.into() }
     }
 
-    /// Writes it to the log.
+    /// Writes the finding to the log.
     pub(crate) fn log(&self) {
         match self.is_good {
             true => tracing::info!("{}: {}", self.what, self.text),
@@ -29,17 +30,17 @@ impl Finding {
     }
 }
 
-/// Makes this process as hard to kill as it may be: for guardian and worker alike.
+/// Protects this process against being killed, as far as allowed. Applies to guardian and worker.
 pub(crate) fn prepare() -> Vec<Finding> {
     vec![raise_descriptors(), lower_oom_score(), lock_memory()]
 }
 
-/// As many descriptors as are allowed: each session takes some.
+/// Raises the limit of open descriptors as far as allowed, because each session needs several.
 fn raise_descriptors() -> Finding {
     const WHAT: &str = "open files";
     const WANTED: u64 = 1 << 20;
     let limit = getrlimit(Resource::Nofile);
-    // Root may go beyond what was meant for it.
+    // Root may exceed its hard limit.
     let wanted = limit.maximum.map_or(WANTED, |maximum| maximum.max(WANTED));
     for most in [Some(wanted), limit.maximum] {
         let raised = Rlimit { current: most, maximum: most };
@@ -52,7 +53,7 @@ fn raise_descriptors() -> Finding {
     Finding::new(WHAT, now.is_none_or(|now| now >= 4096), text)
 }
 
-/// Out of memory, others are killed first.
+/// Lowers the OOM score, so that the kernel kills other processes first.
 fn lower_oom_score() -> Finding {
     const WHAT: &str = "OOM score";
     let path = "/proc/self/oom_score_adj";
@@ -67,10 +68,10 @@ fn lower_oom_score() -> Finding {
     }
 }
 
-/// No page of this process's own has to come back from swap while it serves faults.
+/// Locks this process's own pages in memory, so that serving a fault never waits for swap.
 fn lock_memory() -> Finding {
     const WHAT: &str = "memory lock";
-    // Below an unlimited one, later mappings would fail.
+    // With a finite limit, later mappings would fail once the lock reaches it.
     let limit = getrlimit(Resource::Memlock);
     let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
     let may = limit.maximum.is_none() || rustix::process::geteuid().is_root();
@@ -82,8 +83,8 @@ fn lock_memory() -> Finding {
     }
 }
 
-/// Whether this process is outside of the memory cgroup and the freezer of another one: inside, it would be stopped or
-/// killed with it, and could not serve it.
+/// Returns whether this process is outside of the memory cgroup and the freezer of another process.
+/// Inside, it would be stopped or killed with that process, and could not serve it.
 pub(crate) fn is_outside_of(pid: u32) -> Vec<Finding> {
     let read = |of: &str| fs::read_to_string(format!("/proc/{of}/cgroup")).unwrap_or_default();
     let (own, target) = (read("self"), read(&pid.to_string()));
@@ -99,7 +100,8 @@ pub(crate) fn is_outside_of(pid: u32) -> Vec<Finding> {
     [("memory cgroup", "memory"), ("freezer", "freezer")].map(finding).into()
 }
 
-/// The group that a process is in, of a controller: that of version 1, or the one there is in version 2.
+/// Returns the cgroup of a process for a controller: the one of version 1, or else that of version
+/// 2.
 fn group_of(cgroup: &str, controller: &str) -> String {
     let lines = || cgroup.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
     let of_v1 = lines().find(|(controllers, _)| controllers.split(',').any(|name| name == controller));
@@ -107,7 +109,8 @@ fn group_of(cgroup: &str, controller: &str) -> String {
     group.map_or("/", |(_, path)| path).to_owned()
 }
 
-/// The root is nobody's: it has no limit, and is not frozen.
+/// Returns whether one cgroup is the other or is below it. The root does not count, because it has
+/// no limit and is never frozen.
 fn is_inside(own: &str, target: &str) -> bool {
     let below = own.strip_prefix(target).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     target != "/" && below
