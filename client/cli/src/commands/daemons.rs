@@ -1,4 +1,4 @@
-//! `postcopy firecracker` and `postcopy criu`: from the command line to a daemon.
+//! The commands `postcopy firecracker` and `postcopy criu`, which start a daemon.
 
 use crate::daemon::criu::Criu;
 use crate::daemon::firecracker::{self, Backing, Firecracker};
@@ -18,33 +18,34 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 
-/// What a session brings beyond faults.
+/// The pages that a session fetches besides those of page faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Fill {
-    /// Nothing: a page comes when it is touched
+    /// No prefetch: a page is fetched on its first page fault
     Nothing,
-    /// The image's working set: what earlier restores have touched, in that order
+    /// The image's working set: the pages that earlier restores accessed, in first-touch order
     WorkingSet,
-    /// The working set, and then everything, in the background
+    /// The working set first, and then all other pages in the background
     All,
 }
 
-/// What comes ahead of touches, and what is noted of these.
+/// The options of prefetch and of recording.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Ahead {
-    /// What is brought beyond what is touched [default: of a microVM the working set, of processes all; with --record nothing]
+    /// Pages to fetch before the program accesses them [default: working-set for a microVM, all for
+    /// processes, nothing with --record]
     #[arg(long, value_enum)]
     fill: Option<Fill>,
-    /// Do without the working set
+    /// Do not prefetch the working set
     #[arg(long)]
     no_working_set: bool,
-    /// Note what is touched, for the image's working set
+    /// Record which pages are accessed, for the image's working set
     #[arg(long)]
     record: bool,
 }
 
 impl Ahead {
-    /// What is brought where nothing else was said.
+    /// Returns the user's choice, or else its default: `default`, and nothing when recording.
     fn fill(self, default: Fill) -> Fill {
         self.fill.unwrap_or(if self.record { Fill::Nothing } else { default })
     }
@@ -56,35 +57,37 @@ impl Ahead {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum OnLoss {
-    /// Its page is SIGBUS
+    /// Poison the page: accesses raise SIGBUS
     Poison,
-    /// The program is killed
+    /// Kill the program
     Kill,
-    /// The program is stopped (SIGSTOP), the fault stays pending
+    /// Stop the program (SIGSTOP); the fault stays pending
     Pause,
-    /// It stays pending, and is reported
+    /// Keep the fault pending, and report it
     Wait,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct DaemonArgs {
-    /// How long a fault may take before --on-loss decides
+    /// The time that a fault may take before --on-loss applies
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     fault_deadline: Duration,
-    /// What becomes of a fault that is lost
+    /// The action on a fault that is lost
     #[arg(long, value_enum, default_value_t = OnLoss::Wait)]
     on_loss: OnLoss,
-    /// After SIGTERM: how long programs have to become complete
+    /// The time after SIGTERM in which programs' memory can become resident
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     grace: Duration,
-    /// Where daemons keep what outlives their workers: on tmpfs [default: postcopy below $XDG_RUNTIME_DIR, /run or /dev/shm]
+    /// The directory, on tmpfs, of the state that outlives a daemon's worker [default: postcopy
+    /// below $XDG_RUNTIME_DIR, /run or /dev/shm]
     #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
-    /// Never hold threads that cause events (madvise, munmap, mremap, fork) without a pause, by ptrace(2): three and more
-    /// of them in a process can then keep its page faults waiting until the fault deadline
+    /// Never hold threads by ptrace(2) that cause events (madvise, munmap, mremap, fork) without a
+    /// pause. Three or more of them in a process can then delay its page faults until the fault
+    /// deadline
     #[arg(long)]
     no_hold: bool,
-    /// Write what happens to each process's memory, and when, for `postcopy report`: a file for each in this directory
+    /// Write a trace of each process's memory for `postcopy report`, as a file in this directory
     #[arg(long, value_name = "DIR")]
     trace: Option<PathBuf>,
 }
@@ -130,7 +133,7 @@ impl DaemonArgs {
     }
 }
 
-/// Opens images, each once. No thread is left afterwards.
+/// Opens images, each of them once. Leaves no thread behind, which the guardian relies on.
 fn open_images(server: &ServerAddress, references: &[Reference]) -> Result<Vec<Arc<Image>>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
     let mut opened: BTreeMap<String, Arc<Image>> = BTreeMap::new();
@@ -147,7 +150,7 @@ fn open_images(server: &ServerAddress, references: &[Reference]) -> Result<Vec<A
 }
 
 fn tell_systemd() {
-    // Where nobody listens there is nothing to tell.
+    // The call fails if systemd does not expect a notification.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
@@ -157,19 +160,20 @@ fn exit_code(status: i32) -> ExitCode {
 
 #[derive(Debug, Args)]
 pub(crate) struct FirecrackerArgs {
-    /// Where Firecracker connects (`backend_path` of its mem_backend); may be given several times
+    /// The socket that Firecracker connects to (`backend_path` of its mem_backend); may be repeated
     #[arg(long, value_name = "PATH", required_unless_present = "adopt")]
     socket: Vec<PathBuf>,
-    /// The snapshot: one for all sockets, or one for each, in their order
+    /// The image of the snapshot: one for all sockets, or one for each, in their order
     #[arg(long, value_name = "REF", required = true)]
     image: Vec<Reference>,
-    /// The memory's file in the image, where several are as long as the guest's memory; one for all images, or one for each
+    /// The memory's file in the image, if several files have the length of the guest's memory; one
+    /// for all images, or one for each
     #[arg(long, value_name = "PATH")]
     file: Vec<String>,
     /// Take over the microVM of this Firecracker process, whose daemon has died altogether
     #[arg(long, value_name = "PID", conflicts_with = "socket")]
     adopt: Option<u32>,
-    /// With --adopt, and no state file: no page was ever given back by a balloon or the like
+    /// Assert, for --adopt without a state file, that no balloon or the like has given back a page
     #[arg(long, requires = "adopt")]
     nothing_was_removed: bool,
     #[command(flatten)]
@@ -224,31 +228,32 @@ pub(crate) fn firecracker(server: ServerAddress, args: &FirecrackerArgs) -> Resu
 pub(crate) struct CriuArgs {
     #[command(subcommand)]
     pub(crate) command: Option<CriuCommand>,
-    /// The directory that `postcopy pull --criu` has made
+    /// The directory that `postcopy pull --criu` has created
     #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
     images_dir: PathBuf,
-    /// Where the socket is made, and other files; as for `criu restore` [default: --images-dir]
+    /// The directory of the socket and other files, as for `criu restore` [default: --images-dir]
     #[arg(short = 'W', long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
-    /// What was pushed
+    /// The image that was pushed
     #[arg(long, value_name = "REF", required = true)]
     image: Option<Reference>,
-    /// End, with status 1, when no `criu restore` has connected within this time [default: wait for ever, as criu's own]
+    /// End with status 1 if no `criu restore` connects within this time [default: wait for ever, as
+    /// criu's own daemon does]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     wait_for_restore: Option<Duration>,
     /// Write the daemon's pid to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
-    /// Write a zero byte to this descriptor when it is ready
+    /// Write a zero byte to this descriptor when the daemon is ready
     #[arg(long, value_name = "FD")]
     status_fd: Option<RawFd>,
-    /// Go on in the background once it is ready
+    /// Continue in the background once the daemon is ready
     #[arg(short = 'd', long)]
     daemon: bool,
-    /// Where the log goes
+    /// Write the log to this file
     #[arg(short = 'o', long, value_name = "FILE")]
     log_file: Option<PathBuf>,
-    /// 0 to 4, or as many v's: errors, warnings, information, debugging
+    /// Log level from 0 to 4, or as many v's: errors, warnings, information, debugging
     #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "1", value_parser = verbosity)]
     pub(crate) verbosity: Option<u8>,
     #[command(flatten)]
@@ -259,14 +264,15 @@ pub(crate) struct CriuArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CriuCommand {
-    /// Bring all memory of processes that are being restored, now; ends when it is there
+    /// Fetch all absent memory of processes that are being restored, and wait until it is resident
     #[command(
         after_help = "Example:\n  postcopy criu drain 4711\n  criu dump -t 4711 -D images --action-script postcopy-criu-drain"
     )]
     Drain {
-        /// The processes; those that they have forked, too. In a script of `criu dump`: the one that is dumped
+        /// The processes, and all that they have forked. In a script of `criu dump`: the process
+        /// that is dumped
         pids: Vec<u32>,
-        /// Where the daemons keep what outlives their workers
+        /// The directory of the state that outlives daemons' workers
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
         runtime_dir: Option<PathBuf>,
     },
@@ -275,7 +281,7 @@ pub(crate) enum CriuCommand {
 fn verbosity(text: &str) -> Result<u8, String> {
     match text.parse() {
         Ok(level) => Ok(level),
-        // -v is 1, -vv is 2: the first one is the option itself.
+        // -v is 1 and -vv is 2: the parser takes the first v for the option itself.
         Err(_) if text.bytes().all(|byte| byte == b'v') => {
             Ok(u8::try_from(text.len() + 1).unwrap_or(u8::MAX))
         }
@@ -283,12 +289,12 @@ fn verbosity(text: &str) -> Result<u8, String> {
     }
 }
 
-/// What CRIU's levels are here.
+/// Returns the log level that corresponds to a level of CRIU.
 pub(crate) fn log_level(verbosity: Option<u8>) -> &'static str {
     match verbosity {
         Some(0 | 1) => "error",
         Some(2) => "warn",
-        // Where it is compiled in, which it usually is not.
+        // Most builds leave the debug level out.
         Some(4..) if LevelFilter::DEBUG <= STATIC_MAX_LEVEL => "debug",
         None | Some(_) => "info",
     }
@@ -304,12 +310,12 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let images = open_images(&server, &[reference])?;
     let options = args.common.options(args.ahead, Fill::All);
     let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill, args.wait_for_restore)?;
-    // Begins once all is restored.
+    // The daemon starts the fill once all tasks are restored.
     let options = options.fill(false);
     let status = args.status_fd.map(status_file).transpose()?;
     let root = std::path::absolute(args.common.root())?;
     let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
-    // As criu does: other paths are taken from there.
+    // Relative paths begin at the work directory, as those of criu do.
     std::env::set_current_dir(work_dir).with_context(|| work_dir.display().to_string())?;
     let mut setup = args.common.setup(
         server,
@@ -319,7 +325,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     )?;
     setup.listen(Path::new("lazy-pages.socket"))?;
     if args.daemon {
-        // Whoever waits for that finds the socket.
+        // The parent exits after the socket exists, so its caller can connect.
         nix::unistd::daemon(true, false).context("going on in the background")?;
     }
     if let Some(path) = &args.log_file {
@@ -333,7 +339,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let on_ready = || {
         tell_systemd();
         if let Some(mut status) = status.take() {
-            // Whoever was to be told may have gone.
+            // The reader of the descriptor may have gone.
             let _ = status.write_all(&[0]);
         }
     };
@@ -344,7 +350,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     Ok(exit_code(ended?))
 }
 
-/// The descriptor that the caller has opened for this, and that is closed when it has been told.
+/// Takes ownership of the caller's --status-fd. It is closed after the report.
 fn status_file(fd: RawFd) -> Result<File> {
     let path = format!("/proc/self/fd/{fd}");
     ensure!(
@@ -352,11 +358,12 @@ fn status_file(fd: RawFd) -> Result<File> {
         "--status-fd {fd}: it is not open, or not for this"
     );
     #[expect(unsafe_code, reason = "a descriptor by number")]
-    // SAFETY: it is open, and was given to this process for nothing else.
+    // SAFETY: the descriptor is open, and was given to this process for this purpose alone.
     Ok(unsafe { kernel::own_number(fd) }.into())
 }
 
-/// For people, and as a script of `criu dump`, which says what it is called for in its environment.
+/// Drains processes for a user, or as a script of `criu dump`, which passes its action and process
+/// in the environment.
 fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
     let mut pids = pids.to_vec();
     if pids.is_empty() {

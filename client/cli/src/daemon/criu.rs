@@ -1,6 +1,7 @@
-//! CRIU: `criu restore --lazy-pages` connects to `lazy-pages.socket` in its work directory, and every task that it restores
-//! sends its pid and its userfaultfd. When all have been restored it says so, and only from then on all of their memory is
-//! registered. This daemon stands in for `criu lazy-pages`; docs/CRIU.md tells how to use it.
+//! The daemon for CRIU. `criu restore --lazy-pages` connects to `lazy-pages.socket` in its work
+//! directory. Every task that it restores sends its pid and its userfaultfd. After the last task
+//! `criu restore` sends a message, and only from then on all of the tasks' memory is registered.
+//! This daemon replaces `criu lazy-pages`; docs/CRIU.md tells how to use it.
 
 mod images;
 
@@ -23,27 +24,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// What `criu restore` says when all is restored ("RSTF").
+/// The message of `criu restore` after all tasks have been restored ("RSTF").
 const RESTORE_FINISHED: i32 = 0x5253_5446;
 const PID_BYTES: usize = 4;
-/// A byte comes with each descriptor.
+/// The length of a task's message: a byte is sent with each descriptor.
 const TASK_BYTES: usize = PID_BYTES + 1;
 const KIND: &str = "task";
-/// How often sessions are looked at.
+/// The interval between two checks of the sessions.
 const EXIT_LOOK: Duration = Duration::from_millis(250);
 
-/// See the module.
+/// The part of a daemon that is special to CRIU.
 #[derive(Debug)]
 pub(crate) struct Criu {
     pub(crate) image: Arc<Image>,
-    /// Where in the image the images are: empty, or a path that ends in a slash.
+    /// The directory of CRIU's files in the image: empty, or a path that ends in a slash.
     pub(crate) prefix: String,
     pub(crate) dump: Dump,
-    /// Bring everything in the background once all is restored.
+    /// Fetch all pages in the background once all tasks have been restored.
     pub(crate) fill: bool,
-    /// How long the daemon waits for `criu restore` to connect, and since when; None: for ever.
+    /// The start and the length of the wait for `criu restore` to connect. None: the wait has no
+    /// end.
     patience: Option<(Instant, Duration)>,
-    /// A restore is served: there are no others.
+    /// The daemon serves a restore, and accepts no other.
     is_taken: AtomicBool,
 }
 
@@ -51,9 +53,9 @@ pub(crate) struct Criu {
 #[derive(Debug, Default)]
 struct Tasks {
     served: Vec<Arc<Served>>,
-    /// Those that an earlier worker has left, and that are still to be resumed.
+    /// The tasks that an earlier worker has left, and that are still to be resumed.
     resuming: Vec<Resuming>,
-    /// All have been restored.
+    /// All tasks have been restored.
     is_restored: bool,
 }
 
@@ -66,7 +68,8 @@ impl Tasks {
         self.served.is_empty() && self.resuming.is_empty()
     }
 
-    /// Waits until the first of them is complete or gone, or it is time to look at all: they end only together.
+    /// Waits until the first task is resident or gone, or the next check of all is due. Tasks
+    /// mostly end together.
     fn wait(&self, worker: &Worker) {
         let next_attempt = self.resuming.iter().map(Resuming::until_next).min();
         let timeout = next_attempt.map_or(EXIT_LOOK, |next| next.min(EXIT_LOOK));
@@ -81,7 +84,7 @@ impl Tasks {
             || self.resuming.iter().any(|resuming| resuming.name() == name)
     }
 
-    /// Tries to resume those that are still to be.
+    /// Tries to resume the tasks that an earlier worker has left.
     fn resume(&mut self, worker: &Worker) {
         let Self { served: all, resuming, is_restored } = self;
         resuming.retain_mut(|resuming| match resuming.attempt(worker) {
@@ -99,20 +102,20 @@ impl Tasks {
     }
 }
 
-/// A task has been restored: all of its memory is registered.
+/// Marks a task as restored: all of its memory is registered.
 fn restored(served: &Served) {
     served.session().hosted().set_registered();
     bring_arguments(served);
 }
 
-/// What comes next over the connection.
+/// A message of `criu restore` or of a task.
 #[derive(Debug)]
 enum Message {
-    /// A task that has been restored, by the pid that its image has, and its userfaultfd.
+    /// A restored task: the pid that it has in the images, its pid, and its userfaultfd.
     Task { image_pid: u32, pid: u32, uffd: std::os::fd::OwnedFd },
     /// A task without memory.
     Zombie,
-    /// All have been restored.
+    /// All tasks have been restored.
     Finished,
 }
 
@@ -126,7 +129,7 @@ fn parse(peeked: &mut inbox::Peeked) -> Result<Option<Message>> {
             if peeked.bytes.len() < TASK_BYTES {
                 return Ok(None);
             }
-            // Those of the tasks after it may have come, too.
+            // The descriptors of later tasks may have arrived, too.
             ensure!(!peeked.fds.is_empty(), "it sends task {image_pid} without a userfaultfd");
             let uffd = peeked.fds.swap_remove(0);
             let sender = peeked.sender.with_context(|| format!("nobody says who sends task {image_pid}"))?;
@@ -137,10 +140,10 @@ fn parse(peeked: &mut inbox::Peeked) -> Result<Option<Message>> {
 }
 
 impl Criu {
-    /// Reads what is to be known of the images in `directory`, which the image was made from.
+    /// Reads the images in `directory`, which the image was made from.
     ///
     /// # Errors
-    /// Where the image is of other images.
+    /// The image holds other images than the directory; or the directory cannot be read.
     pub(crate) fn new(
         image: Arc<Image>,
         directory: &Path,
@@ -166,7 +169,7 @@ impl Criu {
         Ok(Self { image, prefix, dump, fill, patience, is_taken: AtomicBool::new(false) })
     }
 
-    /// The lazy memory of a task.
+    /// Returns the lazy memory of a task.
     fn regions(&self, image_pid: u32) -> Result<Vec<ForeignRegion>> {
         let extents = self.dump.task(image_pid);
         let extents = extents.with_context(|| format!("there is no pagemap-{image_pid}.img"))?;
@@ -184,14 +187,15 @@ impl Criu {
         extents.iter().filter(|extent| extent.is_lazy).map(region).collect()
     }
 
-    /// Serves the tasks of a restore until all of them are complete or gone.
+    /// Serves the tasks of a restore until all of them are resident or gone.
     fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<()> {
         let mut tasks = Tasks::left(worker.left_by(connection.cookie));
         tasks.resume(worker);
         let marker = worker.setup.runtime.finished(connection.cookie);
         if !marker.exists() {
             self.take_tasks(worker, connection, &mut tasks)?;
-            // Before the message is taken: a successor must know.
+            // The marker is written before the message is taken, because a successor needs one of
+            // the two.
             fs::write(&marker, []).with_context(|| marker.display().to_string())?;
         }
         inbox::take(&connection.stream, PID_BYTES)?;
@@ -202,14 +206,15 @@ impl Criu {
         Ok(())
     }
 
-    /// Whether this is the connection of the restore that is served here: the first one, as for criu's own daemon.
+    /// Returns whether this is the connection of the restore that this daemon serves. That is the
+    /// first connection, as for CRIU's own daemon.
     fn is_restore(&self, worker: &Arc<Worker>, connection: &Connection) -> bool {
         let runtime = &worker.setup.runtime;
         if !worker.left_by(connection.cookie).is_empty() || runtime.finished(connection.cookie).exists() {
             self.is_taken.store(true, Ordering::Release);
             return true;
         }
-        // Of what a worker before has left, another connection is the one.
+        // Sessions that an earlier worker has left belong to another connection.
         let is_another = worker.turn.is_successor && runtime.sessions().is_ok_and(|all| !all.is_empty());
         let is_first = !is_another && !self.is_taken.swap(true, Ordering::AcqRel);
         if !is_first {
@@ -221,7 +226,7 @@ impl Criu {
         is_first
     }
 
-    /// Takes on one task after another, until all have been restored.
+    /// Attaches one task after another, until all have been restored.
     fn take_tasks(&self, worker: &Arc<Worker>, connection: &Connection, tasks: &mut Tasks) -> Result<()> {
         loop {
             match self.next(worker, connection, tasks)? {
@@ -230,7 +235,8 @@ impl Criu {
                 Message::Task { image_pid, pid, uffd } => {
                     let start = runtime_dir::start_of(pid).with_context(|| format!("process {pid}"))?;
                     let name = SessionName { kind: KIND.into(), pid, start, cookie: connection.cookie };
-                    // A worker before may have come so far, and no further.
+                    // An earlier worker may have attached the task and died before it took the
+                    // message.
                     if !tasks.has(&name) {
                         let regions = self.regions(image_pid)?;
                         let outside = surroundings::is_outside_of(pid);
@@ -258,7 +264,8 @@ impl Criu {
         }
     }
 
-    /// A restore may take as long as it takes between two tasks; within a message it may not.
+    /// Waits for the next message. The time between two tasks has no limit, but the time within a
+    /// message has one.
     fn next(&self, worker: &Worker, connection: &Connection, tasks: &mut Tasks) -> Result<Message> {
         while inbox::peek(&connection.stream, 1)?.bytes.is_empty() {
             let ended = inbox::peek(&connection.stream, 1)?.ended;
@@ -270,9 +277,10 @@ impl Criu {
         connection.wait_for(worker, TASK_BYTES, parse)
     }
 
-    /// Watches over tasks until each is complete or gone.
+    /// Watches over tasks until each is resident or gone.
     fn complete(&self, worker: &Worker, mut tasks: Tasks) {
-        // Those of which something may be still to be told or written: the others do not wait for that.
+        // Sessions that have ended, but whose recording or trace may be unfinished. The others do
+        // not wait for these.
         let mut ended = Vec::new();
         while !tasks.is_empty() {
             tasks.resume(worker);
@@ -327,7 +335,7 @@ impl Program for Criu {
             Ok(()) => Some(0),
             Err(error) => {
                 tracing::error!("criu restore (process {}): {error:#}", connection.peer);
-                // Nobody goes on with them: whatever of them is left must not read zeros.
+                // No code serves these tasks from here on, and those that live must not read zeros.
                 let sessions = worker.sessions();
                 sessions.iter().for_each(|served| {
                     let _ = served.end();
@@ -342,7 +350,8 @@ impl Program for Criu {
     }
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
-        // Its connection is kept for as long as it is served: this is of one that could not be accepted any more.
+        // A task's connection stays open while it is served, so the last worker could not accept
+        // this one's.
         let is_restored = worker.setup.runtime.finished(session.cookie).exists();
         let tasks = Tasks { is_restored, ..Tasks::left([session]) };
         self.complete(worker, tasks);
@@ -358,7 +367,7 @@ impl Program for Criu {
 
     fn end_idle(&self, worker: &Worker) -> Option<i32> {
         let (since, patience) = self.patience?;
-        // A worker before this one may have had a restore.
+        // An earlier worker may have served a restore.
         let is_idle = || {
             !self.is_taken.load(Ordering::Acquire)
                 && worker.setup.runtime.sessions().is_ok_and(|all| all.is_empty())
@@ -373,10 +382,10 @@ impl Program for Criu {
     }
 }
 
-/// Has the arguments and the environment of a process come: whoever reads them in /proc gets nothing as long as they are absent,
-/// because the kernel does not wait for them.
+/// Fetches and installs the arguments and the environment of a process. The kernel does not wait
+/// for absent pages when a program reads these in /proc, so the program would read nothing.
 fn bring_arguments(served: &Served) {
-    // A process that is gone needs none.
+    // A process that has exited needs none.
     let Ok(fields) = runtime_dir::stat_of::<4>(served.name.pid, 48) else { return };
     let [arguments, arguments_end, environment, environment_end] =
         fields.map(postcopy::proto::page::to_usize);
@@ -384,10 +393,10 @@ fn bring_arguments(served: &Served) {
     served.session().hosted().bring(&(environment..environment_end));
 }
 
-/// Where in an image CRIU's images are.
+/// Returns the directory of CRIU's files in an image.
 ///
 /// # Errors
-/// If there are none, or several.
+/// The image has no such directory, or several.
 pub(crate) fn prefix_in(image: &Image) -> Result<String> {
     let is_parent = |prefix: &str| prefix.split('/').any(|part| part == "parent");
     let prefixes: BTreeSet<String> = image
@@ -402,7 +411,7 @@ pub(crate) fn prefix_in(image: &Image) -> Result<String> {
     Ok(first)
 }
 
-/// Whether a file of the image has these bytes.
+/// Returns whether a file of the image has exactly these bytes.
 fn is_same(image: &Image, path: &[u8], bytes: &[u8]) -> bool {
     let Some(file) = image.file(path).filter(|file| file.size_bytes == bytes.len() as u64) else {
         return false;

@@ -1,6 +1,7 @@
-//! Firecracker: a microVM whose snapshot is loaded with a memory backend of type `Uffd` connects to the daemon's socket and
-//! says in one message what lies where, in JSON, with its userfaultfd. It never reads from that socket, and closes it when it
-//! exits. docs/FIRECRACKER.md tells how to use it.
+//! The daemon for Firecracker. A microVM loads a snapshot with a memory backend of type `Uffd`, and
+//! connects to the daemon's socket. It sends one message: its memory's layout in JSON, with its
+//! userfaultfd. It never reads from that socket, and closes it when it exits. docs/FIRECRACKER.md
+//! tells how to use it.
 
 use super::log::say;
 use super::resuming::{self, Attempt, Resuming};
@@ -17,48 +18,48 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The most bytes that a handshake may have: some hundred regions.
+/// The most bytes of a handshake, which hold some hundred regions.
 const MAX_HANDSHAKE: usize = inbox::MAX_LOOK;
 const PAGE: u64 = 4096;
 
 pub(crate) const KIND: &str = "vm";
 
-/// What a virtual machine is filled from.
+/// The source of a virtual machine's pages.
 #[derive(Debug)]
 pub(crate) struct Backing {
     pub(crate) image: Arc<Image>,
-    /// The name of the image, for people.
+    /// The name of the image, for messages.
     pub(crate) reference: String,
-    /// The memory's file, where it was named.
+    /// The path of the memory's file in the image, if the user named it.
     pub(crate) file: Option<String>,
 }
 
-/// See the module.
+/// The part of a daemon that is special to Firecracker.
 #[derive(Debug)]
 pub(crate) struct Firecracker {
-    /// For each socket.
+    /// The source of pages for each socket.
     pub(crate) backings: Vec<Backing>,
-    /// A machine that was taken over, and what is known of its memory where it left no state file.
+    /// A machine that was taken over. The mappings are empty if it left a state file.
     pub(crate) adopted: Option<(SessionName, Vec<Mapping>)>,
 }
 
-/// A span of a guest's memory, as Firecracker tells of it.
+/// A span of a guest's memory, as Firecracker describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Mapping {
     base_host_virt_addr: u64,
     size: u64,
-    /// In the memory's file.
+    /// The offset in the memory's file.
     offset: u64,
-    /// In bytes.
+    /// The page size in bytes.
     page_size: Option<u64>,
-    /// What older versions have instead: in bytes, too, whatever its name says.
+    /// The field of older versions. Despite its name it is in bytes, too.
     page_size_kib: Option<u64>,
 }
 
 impl Mapping {
     fn page_bytes(&self) -> u64 {
         match self.page_size.or(self.page_size_kib).unwrap_or(PAGE) {
-            // Should a version mean what the name says.
+            // A version may mean KiB, as the name says.
             kib @ 1..PAGE => kib << 10,
             bytes => bytes,
         }
@@ -77,7 +78,7 @@ impl Mapping {
     }
 }
 
-/// The mappings that a handshake says; None: it is not complete.
+/// Parses the mappings of a handshake. None: the handshake is not complete.
 fn parse(bytes: &[u8]) -> Result<Option<Vec<Mapping>>> {
     let mut values = serde_json::Deserializer::from_slice(bytes).into_iter::<Vec<Mapping>>();
     match values.next() {
@@ -93,7 +94,8 @@ fn parse(bytes: &[u8]) -> Result<Option<Vec<Mapping>>> {
     }
 }
 
-/// The file of the image that is a guest's memory: the one that was named, or the only one that is as long.
+/// Returns the path of the guest's memory in the image: the file that the user named, or the only
+/// one of that length.
 fn memory_file(backing: &Backing, mappings: &[Mapping]) -> Result<String> {
     if let Some(file) = &backing.file {
         return Ok(file.clone());
@@ -121,7 +123,8 @@ fn memory_file(backing: &Backing, mappings: &[Mapping]) -> Result<String> {
 }
 
 impl Firecracker {
-    /// Takes a machine's memory on, over the connection or as another worker has left it; None: it is gone.
+    /// Attaches a machine's memory by its handshake, or resumes it as another worker has left it.
+    /// None: the machine is gone.
     fn open(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Option<Arc<Served>>> {
         for name in worker.left_by(connection.cookie) {
             match Resuming::new(name).resume(worker) {
@@ -137,7 +140,7 @@ impl Firecracker {
         resuming::persist(worker, connection.peer, || !connection.has_hung_up(), take).map(Some)
     }
 
-    /// Waits for the handshake, and takes on the memory that it names.
+    /// Waits for the handshake, and attaches the memory that it describes.
     fn take_handshake(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<Arc<Served>> {
         let (mappings, uffd, count) = connection.wait_for(worker, MAX_HANDSHAKE, |peeked| {
             let Some(mappings) = parse(&peeked.bytes)? else { return Ok(None) };
@@ -148,12 +151,12 @@ impl Firecracker {
         let name = connection.session(KIND)?;
         let backing = &self.backings[connection.listener.min(self.backings.len() - 1)];
         let served = attach(worker, name, backing, &mappings, uffd.as_fd())?;
-        // What it has said is in the state file.
+        // The state file holds the content of the handshake by now.
         inbox::take(&connection.stream, count)?;
         Ok(served)
     }
 
-    /// Takes on a machine that was taken over without a state file.
+    /// Attaches the memory of a machine that was taken over without a state file.
     fn attach_adopted(
         &self,
         worker: &Arc<Worker>,
@@ -171,7 +174,7 @@ impl Firecracker {
             worker.wait(stream, LOOK);
             if let Some(socket) = stream {
                 let taken = inbox::take(socket, MAX_HANDSHAKE).unwrap_or(0);
-                // Its end is told of by the userfaultfd; this tells sooner.
+                // The userfaultfd reports the machine's end; the socket reports it sooner.
                 if taken == 0 && inbox::peek(socket, 1).is_ok_and(|peeked| peeked.ended) {
                     stream = None;
                 }
@@ -191,7 +194,8 @@ impl Firecracker {
                 _ => {}
             }
             if !worker.is_stopping() {
-                // It is gone, unless only the connection is: looking tells at once.
+                // The check of the process is sooner than the userfaultfd. The connection may be
+                // gone alone.
                 if stream.is_none() && !served.name.is_alive() {
                     let _ = served.end();
                     served::finish([served]);
@@ -200,7 +204,8 @@ impl Firecracker {
                 }
                 continue;
             }
-            // Without memory it would sleep for ever.
+            // The fill must be complete before the daemon ends: a fault on an absent page would
+            // wait for ever.
             if let Err(error) = served.fill() {
                 tracing::warn!("vm {pid}: {error}");
             }
@@ -214,8 +219,9 @@ impl Firecracker {
     }
 }
 
-/// Applies the loss policy to a process whose handshake was refused: it has registered memory that nobody is going to
-/// serve, and its load waits for that. A process that has sent no userfaultfd is left alone: nothing of it waits.
+/// Applies the loss policy to a process whose handshake was refused. It has registered memory that
+/// no daemon serves, and its snapshot load waits for that memory. A process that has sent no
+/// userfaultfd does not wait for memory, so it is left alone.
 fn refuse(worker: &Worker, connection: &Connection) {
     if let Ok(name) = connection.session(KIND)
         && connection.has_sent_userfaultfd()
@@ -224,7 +230,7 @@ fn refuse(worker: &Worker, connection: &Connection) {
     }
 }
 
-/// Says that a machine is left, and how it is taken over.
+/// Reports that a machine is left, and the command that takes it over.
 pub(crate) fn say_left(worker: &Worker, name: &SessionName, image: Option<Digest>) {
     let (pid, reference) = (name.pid, worker.setup.reference_of(image).unwrap_or("REF"));
     let text = format!(
@@ -267,7 +273,7 @@ impl Program for Firecracker {
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
         let pid = session.pid;
-        // A person waits for the first attempt at a machine that is adopted, and sees why it fails.
+        // A person waits for the first attempt to take over a machine, so this reports its failure.
         let resumed = if self.adopted.is_some() && !worker.turn.is_successor {
             Served::resume(&worker.setup, session.clone(), worker.turn)
         } else {
@@ -279,7 +285,7 @@ impl Program for Firecracker {
         };
         let served = match (resumed, &self.adopted) {
             (Ok(Some(served)), _) => Ok(Some(worker.add(served))),
-            // Nothing has been known of it until now.
+            // The machine has no state file yet.
             (Ok(None), Some((_, mappings))) if !mappings.is_empty() => {
                 self.attach_adopted(worker, session, mappings).map(Some)
             }
@@ -303,7 +309,7 @@ impl Program for Firecracker {
                 false
             }
         };
-        // There are no others.
+        // A daemon that takes over a machine serves no other.
         self.adopted.is_some().then_some(i32::from(!is_served))
     }
 
@@ -323,11 +329,12 @@ impl Program for Firecracker {
     }
 }
 
-/// Takes a machine over whose daemon has died altogether: by the userfaultfd that it has kept itself, and the state file that
-/// is left; without one by what its mappings look like, if the caller vouches that nothing was ever removed.
+/// Takes over a machine whose daemon has died altogether. Uses the userfaultfd that the machine has
+/// kept, and the state file that is left. Without a state file it uses the mappings of the process,
+/// if the caller asserts that no page was ever removed.
 ///
 /// # Errors
-/// If there is nothing to be taken over, or its daemon lives.
+/// The process has no memory that can be taken over, or its daemon lives.
 pub(crate) fn adopt(
     setup: &mut Setup,
     root: &Path,
@@ -352,7 +359,7 @@ pub(crate) fn adopt(
     Ok((SessionName { kind: KIND.into(), pid, start, cookie: 0 }, mappings))
 }
 
-/// A duplicate of the userfaultfd that a process has open.
+/// Duplicates the userfaultfd that a process has open.
 fn uffd_of(pid: u32) -> Result<OwnedFd> {
     let process = Pid::from_raw(pid.cast_signed()).context("a pid is above 0")?;
     let process = pidfd_open(process, PidfdFlags::empty()).with_context(|| format!("process {pid}"))?;
@@ -370,8 +377,8 @@ fn uffd_of(pid: u32) -> Result<OwnedFd> {
     }
 }
 
-/// The guest's memory by what is registered with a userfaultfd (`um` among the VmFlags): one span, or the first 3 GiB and the
-/// rest.
+/// Returns the guest's memory as the mappings that are registered with a userfaultfd (`um` among
+/// the VmFlags): one span, or the first 3 GiB and the rest.
 fn registered(smaps: &str) -> Result<Vec<Mapping>> {
     let mut spans: Vec<(u64, u64, u64)> = Vec::new();
     let (mut span, mut page_bytes) = ((0, 0), PAGE);
@@ -386,7 +393,7 @@ fn registered(smaps: &str) -> Result<Vec<Mapping>> {
             page_bytes = words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(4) << 10;
         } else if first == "VmFlags:" && words.any(|flag| flag == "um") {
             match spans.last_mut() {
-                // A madvise of a part has split it.
+                // A madvise(2) of a part has split the mapping.
                 Some(last) if last.1 == span.0 && last.2 == page_bytes => last.1 = span.1,
                 _ => spans.push((span.0, span.1, page_bytes)),
             }
@@ -411,7 +418,7 @@ fn registered(smaps: &str) -> Result<Vec<Mapping>> {
     Ok(spans.into_iter().map(mapping).collect())
 }
 
-/// Makes the runtime directory of a daemon for Firecracker.
+/// Creates the runtime directory of a daemon for Firecracker.
 ///
 /// # Errors
 /// As [`RuntimeDir::create`].

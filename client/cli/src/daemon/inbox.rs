@@ -71,8 +71,8 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
     Ok(peeked)
 }
 
-/// Takes up to `count` bytes out of the socket, and closes the descriptors that were sent with them.
-/// Duplicates from an earlier look stay open. Returns the number of bytes.
+/// Takes up to `count` bytes out of the socket, and closes the descriptors that were sent with
+/// them. Duplicates from an earlier look stay open. Returns the number of bytes.
 ///
 /// # Errors
 /// Any error of recv(2).

@@ -1,4 +1,4 @@
-//! A session that is brought back when it fails: the daemon's view of one.
+//! The daemon's view of a session, which it resumes after a failure.
 
 use super::Setup;
 use super::guardian::Turn;
@@ -17,42 +17,45 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Between attempts to bring a session back that fails at once.
+/// The pause before a failed session is resumed.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How often a session is looked at that has reported a loss.
+/// The interval between two checks of a session that has reported a loss.
 const LOST_LOOK: Duration = Duration::from_millis(100);
-/// A shortage is over when no fault has waited for so long: the pager tries again every 100 ms at least.
+/// The time without a waiting fault after which a shortage is over. The pager retries at least
+/// every 100 ms.
 const SHORTAGE_END: Duration = Duration::from_millis(500);
-/// Failures that are further apart have nothing to do with one another.
+/// Failures that are further apart are independent of each other.
 const APART: Duration = Duration::from_secs(5);
-/// Making 64 GiB SIGBUS takes 3 s.
+/// The longest wait for a session's end. Poisoning 64 GiB takes 3 s.
 const END: Duration = Duration::from_secs(60);
-/// The server makes a working set anew, of some GiB at most. Sessions that end together have this together.
+/// The longest wait for recordings. The server writes a working set again, which has some GiB at
+/// most. Sessions that end together share this time.
 const RECORDED: Duration = Duration::from_secs(30);
 
-/// How long the end of a session takes that has nothing to poison, at most: whatever it waits for, nothing is lost.
+/// The longest wait for the end of a session that is resident. It has nothing to poison, so nothing
+/// is lost after that.
 const RESIDENT_END: Duration = Duration::from_secs(5);
 
 /// The number of failures whose ends are still to be logged.
 const MOST_OPEN: usize = 256;
 
-/// What a look at a session has shown.
+/// The result of a check of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Status {
-    /// It serves.
+    /// The session serves, and has absent pages.
     Serving,
-    /// It serves, and all is there.
+    /// The session serves, and all of its pages are resident.
     Resident,
-    /// Its processes have exited, or it has been ended.
+    /// The processes of the session have exited, or the session has been ended.
     Ended,
 }
 
-/// The kernel's lack of memory for a session's pages, as the last look has shown it.
+/// The kernel's lack of memory for a session's pages, as the last check has found it.
 #[derive(Debug, Default)]
 struct Shortage {
-    /// How often faults have waited ([`postcopy::host::Hosted::memory_waits`]).
+    /// The number of times that faults have waited ([`postcopy::host::Hosted::memory_waits`]).
     waits: u64,
-    /// When a fault was last seen to wait, of a shortage that goes on.
+    /// The time when a fault was last seen to wait, while the shortage lasts.
     last: Option<Instant>,
 }
 
@@ -61,35 +64,35 @@ struct Shortage {
 struct Logged {
     /// The number of the next failure.
     next: u64,
-    /// The numbers of those that go on, in order.
+    /// The numbers of the failures that have not ended, in order.
     open: Vec<u64>,
 }
 
-/// See the module.
+/// A session of a process, and the state that the daemon keeps for it.
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) name: SessionName,
     setup: Arc<Setup>,
     state: File,
-    /// Held for taking and replacing it alone.
+    /// Locked only to read or replace the session.
     session: Mutex<Arc<Session>>,
-    /// When it has failed first and last, of failures that follow one another.
+    /// The times of the first and the last failure in a series of failures.
     failing: Mutex<Option<(Instant, Instant)>>,
-    /// Held for a look.
+    /// Locked for the time of a check.
     shortage: Mutex<Shortage>,
-    /// The session that was asked to fill. Held for asking it.
+    /// The session that was asked to fill. Locked while it is asked.
     asked_to_fill: Mutex<Weak<Session>>,
-    /// The failures that were logged. Held for logging.
+    /// The failures that were logged. Locked while failures are logged.
     logged: Mutex<Logged>,
-    /// A loss stands in the runtime directory.
+    /// The runtime directory records a loss of this session.
     has_noted: AtomicBool,
-    /// What writes the session's trace. Held for taking and replacing it.
+    /// The writer of the session's trace. Locked only to take or replace it.
     trace: Mutex<Option<TraceWriter>>,
     is_alone: AtomicBool,
 }
 
 impl Served {
-    /// Takes memory of a process on.
+    /// Attaches memory of a process.
     ///
     /// # Errors
     /// As [`Session::attach`].
@@ -112,7 +115,8 @@ impl Served {
         }
     }
 
-    /// Takes on what another worker has left; None: it had not begun with this one.
+    /// Resumes a session that another worker has left. None: that worker had not begun it, or had
+    /// ended it.
     ///
     /// # Errors
     /// As [`Session::resume`].
@@ -151,12 +155,13 @@ impl Served {
         }
     }
 
-    /// The session as it is at the moment.
+    /// Returns the current session.
     pub(crate) fn session(&self) -> Arc<Session> {
         Arc::clone(&self.session.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Nobody comes after this worker. (A virtual machine can be taken over all the same.)
+    /// Records that this worker has no successor. A virtual machine is left out, because another
+    /// daemon can take it over.
     pub(crate) fn set_alone(&self) {
         if self.name.kind == super::firecracker::KIND {
             return;
@@ -165,7 +170,7 @@ impl Served {
         self.session().hosted().has_no_successor();
     }
 
-    /// Looks how it is; brings it back if it has failed.
+    /// Checks the session, and resumes it if it has failed.
     pub(crate) fn look(&self) -> Status {
         let session = self.session();
         self.note_losses(&session);
@@ -182,8 +187,9 @@ impl Served {
         }
     }
 
-    /// Has everything brought that is absent. Asks each session once: each time would end a pause of its fill, and have it
-    /// connect to a server that is away.
+    /// Makes the session fetch all absent pages in the background. Asks each session once: each
+    /// request would end a pause of its fill, and would make it connect to a server that is
+    /// unreachable.
     ///
     /// # Errors
     /// As [`Session::fill`].
@@ -198,8 +204,8 @@ impl Served {
         Ok(())
     }
 
-    /// Waits until the session is resident or has ended, at most for `timeout`. Once it has reported a loss, it sees only an
-    /// end at once.
+    /// Waits for at most `timeout` until the session is resident or has ended. After a loss it
+    /// returns early, except that it waits a short time for the session's end.
     pub(crate) fn wait(&self, timeout: Duration) {
         let session = self.session();
         if let Err(LossError::Lost(_)) = session.wait_resident(timeout) {
@@ -207,12 +213,12 @@ impl Served {
         }
     }
 
-    /// Logs when faults begin to wait for memory, and when none has for a while.
+    /// Logs when faults begin to wait for memory, and when no fault has waited for a while.
     fn tell_of_shortage(&self, session: &Session) {
         let (pid, waits) = (self.name.pid, session.hosted().memory_waits());
         let what = if session.hosted().has_huge_pages() { "huge page of 2 MiB" } else { "page" };
         let mut shortage = self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
-        // A resumed session counts anew.
+        // A resumed session counts from zero.
         if waits != std::mem::replace(&mut shortage.waits, waits) && waits > 0 {
             if shortage.last.replace(Instant::now()).is_none() {
                 tracing::warn!("process {pid}: no free {what}: its fault waits");
@@ -223,7 +229,7 @@ impl Served {
         }
     }
 
-    /// Logs each failure of the session once, and once its end.
+    /// Logs each failure of the session once, and its end once.
     fn log_failures(&self, session: &Session) {
         let pid = self.name.pid;
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -254,13 +260,13 @@ impl Served {
                 _ => {}
             }
         }
-        // The session keeps the newest ones: of older ones no end can be logged.
+        // The session keeps the newest failures only, so the ends of older ones cannot be logged.
         while logged.open.len() > MOST_OPEN {
             logged.open.remove(0);
         }
     }
 
-    /// Notes that the pager has applied the loss policy.
+    /// Records a loss once the pager has applied the loss policy.
     fn note_losses(&self, session: &Session) {
         let what = match self.setup.options.on_loss {
             LossPolicy::Kill => "was killed",
@@ -285,7 +291,7 @@ impl Served {
                 tracing::warn!("process {}: its session has failed, and goes on", self.name.pid);
                 let session = Arc::new(session);
                 *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&session);
-                // The trace so far is written to its end by itself: nobody waits for a disk here.
+                // The old trace writes its rest by itself: this thread does not wait for a disk.
                 *self.trace() = write_trace(&self.setup, &self.name, &session);
                 *self.logged.lock().unwrap_or_else(PoisonError::into_inner) = Logged::default();
                 if self.is_alone.load(Ordering::Acquire) {
@@ -306,7 +312,7 @@ impl Served {
         }
     }
 
-    /// Nobody can serve it: does what the loss policy says.
+    /// Applies the loss policy to the session, which no worker can serve.
     fn lose(&self) {
         let session = self.session();
         let what = match self.setup.options.on_loss {
@@ -328,8 +334,9 @@ impl Served {
         tracing::error!("process {}: its memory is lost: {:?}", self.name.pid, self.setup.options.on_loss);
     }
 
-    /// Ends it in order: what is absent is SIGBUS from then on. False: that could not be done, and its processes were killed,
-    /// which would have read zeros. Where nothing is absent they go on in any case.
+    /// Ends the session in order: its absent pages raise SIGBUS from then on. If that is not
+    /// possible, kills the processes, which would read zeros, and returns false. Processes of a
+    /// resident session go on in any case.
     pub(crate) fn end(&self) -> bool {
         let session = self.session();
         let patience = if session.is_resident() { RESIDENT_END } else { END };
@@ -349,10 +356,11 @@ impl Served {
         is_safe
     }
 
-    /// The daemon exits, and nobody waits any more for the session's end: kills a process that would read zeros then.
+    /// Kills a process that would read zeros after the daemon's exit, because its session has not
+    /// ended.
     pub(crate) fn give_up(&self) {
         let session = self.session();
-        // A machine keeps its own userfaultfd.
+        // A virtual machine keeps its own userfaultfd.
         if self.name.kind != super::firecracker::KIND
             && !session.wait_end(Duration::ZERO)
             && !session.is_resident()
@@ -361,7 +369,7 @@ impl Served {
         }
     }
 
-    /// Has what it has touched so far told to the server now.
+    /// Sends the pages that the process has accessed so far to the server now.
     ///
     /// # Errors
     /// As [`Session::send_recording`].
@@ -370,8 +378,8 @@ impl Served {
         sent.map_err(|reason| anyhow!("process {}: {reason}", self.name.pid))
     }
 
-    /// Whether what it has touched has been told to the server, and its trace is written, where that was asked for; the
-    /// session has ended.
+    /// Returns whether a session that has ended needs no more work: its recording is sent and its
+    /// trace is written, where the user asked for these.
     pub(crate) fn is_finished(&self) -> bool {
         let is_written = self.trace().as_ref().is_none_or(TraceWriter::is_finished);
         let is_finished = is_written && self.session().wait_recorded(Duration::ZERO).is_ok();
@@ -385,7 +393,7 @@ impl Served {
         self.trace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its trace is written to the end; the session has ended.
+    /// Finishes the trace of a session that has ended.
     fn traced(&self) {
         if !self.session().wait_end(Duration::ZERO) {
             return;
@@ -396,7 +404,7 @@ impl Served {
         }
     }
 
-    /// Ends serving it, and leaves it to whoever takes it over.
+    /// Ends the session without poisoning, and leaves its memory to a daemon that takes it over.
     pub(crate) fn leave(&self) {
         if !self.session().hosted().leave(END) {
             tracing::error!("process {}: its session does not end", self.name.pid);
@@ -406,12 +414,13 @@ impl Served {
     }
 }
 
-/// Kills or stops the processes of all sessions, where the loss policy is that. Needs nothing of the sessions but their
-/// names: resuming one may be what workers fail at. Poison needs a session, so it is left to whoever resumes it; where a
-/// worker has died of that, the process is killed.
+/// Kills or stops the processes of all sessions, if the loss policy says so. Needs only the names
+/// of the sessions, because resuming one of them may be the step that kills workers. To poison
+/// memory needs a session, so the code that resumes it does that. If a worker has died of that
+/// before, this kills the process.
 ///
 /// # Errors
-/// If the runtime directory cannot be read.
+/// The runtime directory cannot be read.
 pub(crate) fn lose_all(setup: &Setup) -> Result<()> {
     for name in setup.runtime.sessions().context("the runtime directory")? {
         let is_first = || File::create_new(setup.runtime.poisoning(&name)).is_ok();
@@ -422,8 +431,8 @@ pub(crate) fn lose_all(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Applies the loss policy to a process whose session cannot be resumed. Without a session nothing can be poisoned: the
-/// process is killed instead.
+/// Applies the loss policy to a process whose session cannot be resumed. Without a session nothing
+/// can be poisoned, so `poison` kills the process.
 pub(crate) fn lose_unserved(setup: &Setup, name: &SessionName) {
     let policy = setup.options.on_loss;
     let (signal, what) = match policy {
@@ -432,7 +441,7 @@ pub(crate) fn lose_unserved(setup: &Setup, name: &SessionName) {
         LossPolicy::Pause => (Signal::STOP, "was stopped"),
         LossPolicy::Wait => return,
     };
-    // Before it is done: the worker may die of anything.
+    // The loss is recorded first, because the worker may die at any step.
     if name.is_alive() {
         setup.runtime.note_loss(name, what);
     }
@@ -448,8 +457,8 @@ pub(crate) fn kill_unsafe(setup: &Setup, name: &SessionName, reason: &str) {
     postcopy::signal_process_tree(name.pid, name.start, Signal::KILL);
 }
 
-/// Has a session's trace written, where that was asked for: in a file of its own, also after another worker. The session
-/// goes on without, if that cannot be done.
+/// Starts the trace of a session, if the user asked for one. Each worker writes a file of its own.
+/// The session goes on without a trace if the file cannot be written.
 fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<TraceWriter> {
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let path = setup.traces.as_ref()?.join(format!("{name}-{}.jsonl", since_1970.as_millis()));
@@ -458,8 +467,8 @@ fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<T
     written.inspect_err(|error| tracing::error!("no trace: {}: {error}", path.display())).ok()
 }
 
-/// Waits until what these have touched has been told to the server, and their traces are written, where that was asked for;
-/// their sessions have ended.
+/// Waits until the recordings of these sessions, which have ended, are sent and their traces are
+/// written, where the user asked for these.
 pub(crate) fn finish<'a>(ended: impl IntoIterator<Item = &'a Served>) {
     let deadline = Instant::now() + RECORDED;
     for served in ended {
@@ -471,24 +480,25 @@ pub(crate) fn finish<'a>(ended: impl IntoIterator<Item = &'a Served>) {
     }
 }
 
-/// Goes on with a session, and closes the descriptors that it was served by before.
+/// Resumes a session, and closes the descriptors that served it before.
 fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
     let listed = state_file::descriptors(file)?;
     #[expect(unsafe_code, reason = "descriptors by number")]
     let by_number = |fd| {
-        // SAFETY: whoever had it has left it open, and nobody closes it before the session has been resumed.
+        // SAFETY: the last owner has left it open, and no code closes it before the session is
+        // resumed.
         Some(
             setup.adopted.as_ref().map_or_else(|| unsafe { kernel::borrow_number(fd) }, |uffd| uffd.borrow()),
         )
     };
     let session = Session::resume(&setup.address, &setup.images, file, by_number);
-    // An attempt that has failed may have got so far that the file names its duplicates.
+    // A failed attempt may already have written its own duplicates to the file.
     let needed = match &session {
         Ok(_) => Some(Vec::new()),
         Err(_) => state_file::descriptors(file).ok(),
     };
     let is_needed = |fd: &i32| needed.as_ref().is_none_or(|needed| needed.contains(fd));
-    // Of a daemon that has died altogether they are numbers of another table.
+    // The numbers of a daemon that has died altogether refer to another table of descriptors.
     let own = listed.into_iter().filter(|fd| setup.adopted.is_none() && !setup.base.contains(fd));
     for fd in own.filter(|fd| !is_needed(fd)) {
         #[expect(unsafe_code, reason = "a descriptor that nobody owns")]

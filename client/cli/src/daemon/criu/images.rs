@@ -1,8 +1,9 @@
-//! What CRIU's images say of memory: pagemap-PID.img tells which pages of a task are in which pages-N.img, and which of
-//! these are lazy.
+//! CRIU's description of memory in its images. pagemap-PID.img lists the pages of a task, the
+//! pages-N.img that holds them, and which of them are lazy.
 //!
-//! A file is a header of one or two magic numbers, and messages of protocol buffers, each after its length (u32, as the
-//! machine has it). See CRIU's images/pagemap.proto and its wiki, "Images".
+//! A file is a header of one or two magic numbers, and messages of protocol buffers. Each message
+//! follows its length (u32 in the machine's byte order). See CRIU's images/pagemap.proto and its
+//! wiki, "Images".
 
 use anyhow::{Context, Result, bail, ensure};
 use prost::{Message, decode_length_delimiter};
@@ -16,7 +17,7 @@ const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
 const PAGE: u64 = 4096;
-/// Dumps that one may be built upon; the next one is a loop of links.
+/// The most dumps that a dump may be built upon. More of them mean a loop of links.
 const MAX_PARENTS: usize = 64;
 
 const PE_PARENT: u32 = 1;
@@ -27,7 +28,7 @@ const PE_PRESENT: u32 = 4;
 const HEAD_FIELDS: &[usize] = &[1];
 const ENTRY_FIELDS: &[usize] = &[1, 2, 3, 4, 5];
 
-/// Why something unknown in a pagemap is refused: pages would be taken from the wrong places.
+/// The reason to refuse unknown parts of a pagemap: pages would be read from wrong offsets.
 const OTHER_FORM: &str = "which is not known here: its pages may be stored in another form (CRIU after 4.2 can compress \
                           them). Dump without compression, or with CRIU 4.2";
 
@@ -51,15 +52,15 @@ struct PagemapEntry {
     nr_pages: Option<u64>,
 }
 
-/// Pages of a task that follow one another, in memory and in a file.
+/// Pages of a task that are contiguous both in memory and in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub(crate) address: u64,
     pub(crate) pages: u64,
-    /// The file that holds them, relative to the directory of the images.
+    /// The file that holds the pages, relative to the directory of the images.
     pub(crate) file: PathBuf,
     pub(crate) offset: u64,
-    /// They come when they are touched; the others are read by `criu restore`.
+    /// The daemon serves the pages on page faults. `criu restore` reads pages that are not lazy.
     pub(crate) is_lazy: bool,
 }
 
@@ -68,7 +69,7 @@ pub(crate) struct Extent {
 struct Run {
     address: u64,
     pages: u64,
-    /// Where in the dump's own pages-N.img; None: in the parent's.
+    /// The offset in the dump's own pages-N.img. None: the parent has the pages.
     offset: Option<u64>,
     is_lazy: bool,
 }
@@ -76,7 +77,7 @@ struct Run {
 #[derive(Debug)]
 struct Pagemap {
     pages_file: String,
-    /// The length that file must have.
+    /// The length that the file of pages must have.
     pages_bytes: u64,
     runs: Vec<Run>,
 }
@@ -85,10 +86,10 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
-/// The messages of a file, one after another.
+/// Splits a file into its messages, and checks its magic number.
 fn messages(bytes: &[u8], magic: u32) -> Result<Vec<&[u8]>> {
     let first = u32_at(bytes, 0).context("it is too short")?;
-    // Since CRIU 2.0 there is a common number before its own.
+    // Files since CRIU 2.0 begin with a common number before their own.
     let (found, mut at) = match first {
         IMG_COMMON_MAGIC => (u32_at(bytes, 4).context("it is too short")?, 8),
         other => (other, 4),
@@ -105,7 +106,7 @@ fn messages(bytes: &[u8], magic: u32) -> Result<Vec<&[u8]>> {
     Ok(messages)
 }
 
-/// Sees that a message has no other fields than these.
+/// Checks that a message has no other fields than these.
 fn ensure_known(mut message: &[u8], fields: &[usize]) -> Result<()> {
     while !message.is_empty() {
         let key = decode_length_delimiter(&mut message)?;
@@ -142,7 +143,7 @@ fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
         );
         let last_end = runs.last().map_or(0, |last| last.address + last.pages * PAGE);
         ensure!(entry.vaddr >= last_end, "entry {index} is not after the one before");
-        // Without flags they are older than these.
+        // Entries without flags are of versions that had none.
         let flags = entry.flags.unwrap_or(if entry.in_parent { PE_PARENT } else { PE_PRESENT });
         let unknown = flags & !(PE_PARENT | PE_LAZY | PE_PRESENT);
         ensure!(unknown == 0, "entry {index}: flag {unknown:#x}, {OTHER_FORM}");
@@ -164,20 +165,20 @@ fn parse_pagemap(bytes: &[u8]) -> Result<Pagemap> {
     Ok(Pagemap { pages_file: format!("pages-{}.img", head.pages_id), pages_bytes: offset, runs })
 }
 
-/// A directory of images: the tasks' memory.
+/// The tasks' memory in a directory of images.
 #[derive(Debug)]
 pub(crate) struct Dump {
-    /// By the pid that the image has for it.
+    /// The memory of each task, by the pid that the images have for it.
     tasks: BTreeMap<u32, Vec<Extent>>,
     /// Shared memory, which is never lazy.
     shared: Vec<Extent>,
 }
 
 impl Dump {
-    /// Reads what the images in `directory` say.
+    /// Reads the images in `directory`.
     ///
     /// # Errors
-    /// Which file is not there, or is not what it should be.
+    /// The file that is missing or malformed.
     pub(crate) fn read(directory: &Path) -> Result<Self> {
         let shown = || directory.display().to_string();
         let (mut tasks, mut shared) = (BTreeMap::new(), Vec::new());
@@ -199,19 +200,19 @@ impl Dump {
         Ok(Self { tasks, shared })
     }
 
-    /// The memory of a task.
+    /// Returns the memory of a task.
     pub(crate) fn task(&self, pid: u32) -> Option<&[Extent]> {
         self.tasks.get(&pid).map(Vec::as_slice)
     }
 
-    /// Bytes that `criu restore` reads itself: of shared memory, and of private memory.
+    /// Returns the bytes that `criu restore` reads itself: of shared memory, and of private memory.
     pub(crate) fn not_lazy_bytes(&self) -> (u64, u64) {
         let bytes =
             |extents: &[Extent]| extents.iter().filter(|e| !e.is_lazy).map(|e| e.pages * PAGE).sum::<u64>();
         (bytes(&self.shared), self.tasks.values().map(|extents| bytes(extents)).sum())
     }
 
-    /// What `criu restore` reads itself: parts of files that hold pages.
+    /// Returns the parts of page files that `criu restore` reads itself.
     pub(crate) fn eager(&self) -> impl Iterator<Item = (&Path, Range<u64>)> {
         let all = self.tasks.values().flatten().chain(&self.shared);
         let eager = all.filter(|extent| !extent.is_lazy);
@@ -219,12 +220,12 @@ impl Dump {
     }
 }
 
-/// The pid in the name of a task's pagemap; shared memory has pagemaps of other names.
+/// Returns the pid in the name of a task's pagemap. Pagemaps of shared memory have other names.
 pub(crate) fn pid_of_pagemap(name: &str) -> Option<u32> {
     name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
 }
 
-/// Sees that the pages of a pagemap are as many as their file has.
+/// Checks that a pagemap lists as many pages as its file holds.
 fn ensure_length(directory: &Path, name: &str, pagemap: &Pagemap) -> Result<()> {
     let (path, expected) = (directory.join(&pagemap.pages_file), pagemap.pages_bytes);
     let found = match fs::metadata(&path) {
@@ -240,18 +241,19 @@ fn ensure_length(directory: &Path, name: &str, pagemap: &Pagemap) -> Result<()> 
     Ok(())
 }
 
-/// Sees that directories of CRIU's images, at `root` and below, are whole before they are stored. Directories of other
-/// files are none of its business, whatever the files are called: CRIU's begin with its magic numbers.
+/// Checks that directories of CRIU's images, at `root` and below, are complete before they are
+/// stored. Ignores directories of other files, whatever their names: CRIU's files begin with its
+/// magic numbers.
 ///
 /// # Errors
-/// Which directory or file lacks what.
+/// The directory or file, and the part that it lacks.
 pub(crate) fn ensure_whole(root: &Path) -> Result<()> {
-    // Those are looked at with what is built upon them.
+    // Parents are checked with the dumps that are built upon them.
     let is_parent = |entry: &walkdir::DirEntry| entry.depth() > 0 && entry.file_name() == "parent";
     let walk = walkdir::WalkDir::new(root).follow_root_links(true).into_iter();
     let walk =
         walk.filter_entry(|entry| (entry.depth() == 0 || entry.file_type().is_dir()) && !is_parent(entry));
-    // Whoever reads all files says which of them cannot be read.
+    // The code that reads all files reports those that cannot be read.
     for directory in walk.flatten().filter(|entry| entry.path().is_dir()) {
         ensure_whole_directory(directory.path())?;
     }
@@ -281,14 +283,15 @@ fn ensure_whole_directory(directory: &Path) -> Result<()> {
     Dump::read(directory).map(drop)
 }
 
-/// Whether a file begins as CRIU's images do.
+/// Returns whether a file begins with one of CRIU's magic numbers.
 fn is_of_criu(path: &Path) -> bool {
     let mut magic = [0; 4];
     let read = fs::File::open(path).and_then(|mut file| io::Read::read_exact(&mut file, &mut magic));
     read.is_ok() && [IMG_COMMON_MAGIC, PAGEMAP_MAGIC, INVENTORY_MAGIC].contains(&u32::from_ne_bytes(magic))
 }
 
-/// What a pagemap says, and those of the same name in the dumps that this one is built upon.
+/// Reads a pagemap and its namesakes in the dumps that this dump is built upon. Returns the extents
+/// of all its pages.
 fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
     let mut chain = Vec::new();
     let mut below = PathBuf::new();
@@ -301,7 +304,7 @@ fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
                 ensure_length(&directory.join(&below), name, &pagemap)?;
                 chain.push((below.clone(), pagemap));
             }
-            // It did not exist when the parent was dumped.
+            // The task did not exist when the parent was dumped.
             Err(error) if error.kind() == io::ErrorKind::NotFound && !chain.is_empty() => break,
             Err(error) => return Err(error).context(shown),
         }
@@ -316,7 +319,7 @@ fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
         resolve(&chain, run.address, run.pages, run.is_lazy, &mut extents)
             .with_context(|| format!("{}: {name}", directory.display()))?;
     }
-    // CRIU writes what one pipe holds as an entry of its own.
+    // CRIU writes a separate entry for the content of each pipe.
     extents.dedup_by(|next, last: &mut Extent| {
         let len = last.pages * PAGE;
         let follows = last.address + len == next.address && last.offset + len == next.offset;
@@ -329,7 +332,7 @@ fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
     Ok(extents)
 }
 
-/// Finds pages in the first of the dumps that has them.
+/// Appends the extents of pages, each in the first of the dumps that holds it.
 fn resolve(
     chain: &[(PathBuf, Pagemap)],
     address: u64,
@@ -395,7 +398,7 @@ mod tests {
         entry.encode_to_vec()
     }
 
-    /// A file of so many pages.
+    /// Creates a file of so many pages.
     fn pages(folder: &Path, id: u32, pages: u64) {
         let file = fs::File::create(folder.join(format!("pages-{id}.img"))).unwrap();
         file.set_len(pages * PAGE).unwrap();
@@ -431,7 +434,7 @@ mod tests {
             .collect();
         let expected = [
             (10, 4, "pages-3.img", 0, true),
-            // Two entries there.
+            // The parent has two entries for these pages.
             (14, 6, "parent/pages-1.img", 6, false),
             (100, 2, "pages-3.img", 4, false),
             (200, 3, "pages-3.img", 6, true),
@@ -505,7 +508,7 @@ mod tests {
         fs::write(dump.join("inventory.img"), image(&[IMG_COMMON_MAGIC, INVENTORY_MAGIC], &[])).unwrap();
         error("pages-3.img");
         pages(&dump, 3, 4);
-        // Not of a process.
+        // This file is not of a process.
         fs::remove_file(dump.join("pagemap-1.img")).unwrap();
         assert!(ensure_whole(folder.path()).is_ok());
         fs::remove_file(dump.join("pagemap-7.img")).unwrap();
@@ -524,7 +527,7 @@ mod tests {
             if let Some((field, wire_type)) = unknown {
                 let mut bytes = Vec::new();
                 prost::encode_length_delimiter(usize::try_from(field << 3 | wire_type).unwrap(), &mut bytes).unwrap();
-                // As a number it is 3; as a length, too.
+                // The value is 3, both as a number and as a length.
                 bytes.extend(match wire_type { 0 => vec![3], 1 => vec![9; 8], 2 => vec![3, 8, 9, 10], _ => vec![9; 4] });
                 last = if is_first { [bytes, last].concat() } else { [last, bytes].concat() };
             }
