@@ -1,5 +1,5 @@
-//! The daemons that restore the memory of other programs: `postcopy firecracker` and `postcopy
-//! criu`.
+//! The daemons `postcopy firecracker` and `postcopy criu`, which restore the memory of other
+//! programs.
 //!
 //! A daemon is two processes: a guardian ([`guardian`]) and the worker that it starts. The worker
 //! is here: [`Worker::run`] waits for connections and for a request to end. A thread for each
@@ -235,7 +235,8 @@ pub(crate) trait Program: std::fmt::Debug + Send + Sync {
     /// Serves a session that has no connection any more. Some: the daemon ends with this status.
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32>;
 
-    /// Starts serving in the first worker, before any connection is accepted.
+    /// Reports that the daemon is ready, and serves a session that needs no connection. The first
+    /// worker calls this before it accepts connections.
     fn begin(&self, worker: &Arc<Worker>) -> Result<()>;
 
     /// Returns the exit status of a daemon that is to end because it has nothing to serve. Each
@@ -322,10 +323,10 @@ impl Connection {
             }
             let bytes = peeked.bytes.len();
             if peeked.ended && self.has_exited() {
-                anyhow::bail!("it has exited, and has named no memory that is not served");
+                anyhow::bail!("it has exited without a handshake that is still to be served");
             }
             anyhow::ensure!(!peeked.ended, "it has hung up after {bytes} bytes");
-            anyhow::ensure!(bytes < most, "what it says does not end within {most} bytes");
+            anyhow::ensure!(bytes < most, "its message does not end within {most} bytes");
             anyhow::ensure!(
                 started.elapsed() < HANDSHAKE,
                 "it has said {bytes} bytes in {HANDSHAKE:?}, and no more"
@@ -552,7 +553,9 @@ impl Worker {
     fn guardian_has_died(&self) {
         self.is_alone.store(true, Ordering::Release);
         self.sessions().iter().for_each(|served| served.set_alone());
-        tracing::error!("the guardian has died: if this process is killed, too, nobody takes over");
+        tracing::error!(
+            "the guardian has died: if this worker is killed, too, its sessions have no successor"
+        );
     }
 
     fn stop(&self, since: Instant) {
@@ -564,7 +567,7 @@ impl Worker {
             let _ = std::fs::remove_file(path);
         }
         signal(&self.stop);
-        tracing::info!("ending: nothing new is served; what is there has {grace:?} to become complete");
+        tracing::info!("ending: new connections are refused, and sessions have {grace:?} to become resident");
     }
 
     /// Returns whether the worker is to end.

@@ -81,7 +81,7 @@ fn drain(worker: &Worker, served: &Served) -> Result<()> {
         if progress.resident_pages > most {
             (most, progressed) = (progress.resident_pages, Instant::now());
         }
-        let reason = session.error().unwrap_or_else(|| "nothing comes".into());
+        let reason = session.error().unwrap_or_else(|| "no page arrives".into());
         ensure!(progressed.elapsed() < worker.setup.options.fault_deadline, "process {pid}: {reason}");
         served.wait(LOOK);
     }
@@ -102,7 +102,7 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
         std::thread::park_timeout(PATIENCE);
     }
     let has_absent = |pid: &&u32| has_absent_memory(**pid).unwrap_or(true);
-    let pid = pids.iter().find(has_absent).context("it has come after all: ask again")?;
+    let pid = pids.iter().find(has_absent).context("its memory has arrived meanwhile: ask again")?;
     bail!(
         "process {pid} has memory that has not arrived, and no daemon below {} serves it: a dump would lack that memory",
         root.display()

@@ -68,8 +68,8 @@ impl Tasks {
         self.served.is_empty() && self.resuming.is_empty()
     }
 
-    /// Waits until the first task is resident or gone, or the next check of all is due. Tasks
-    /// mostly end together.
+    /// Waits until the first task is resident or gone, or the next check of all is due. The first
+    /// is enough, because the tasks end only together.
     fn wait(&self, worker: &Worker) {
         let next_attempt = self.resuming.iter().map(Resuming::until_next).min();
         let timeout = next_attempt.map_or(EXIT_LOOK, |next| next.min(EXIT_LOOK));
@@ -132,7 +132,9 @@ fn parse(peeked: &mut inbox::Peeked) -> Result<Option<Message>> {
             // The descriptors of later tasks may have arrived, too.
             ensure!(!peeked.fds.is_empty(), "it sends task {image_pid} without a userfaultfd");
             let uffd = peeked.fds.swap_remove(0);
-            let sender = peeked.sender.with_context(|| format!("nobody says who sends task {image_pid}"))?;
+            let sender = peeked
+                .sender
+                .with_context(|| format!("the socket does not report the sender of task {image_pid}"))?;
             let pid = sender.as_raw_nonzero().get().cast_unsigned();
             Ok(Some(Message::Task { image_pid: image_pid.cast_unsigned(), pid, uffd }))
         }
@@ -350,8 +352,8 @@ impl Program for Criu {
     }
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
-        // A task's connection stays open while it is served, so the last worker could not accept
-        // this one's.
+        // A connection stays open while its sessions are served. So this session's connection is
+        // one that a worker could not serve again.
         let is_restored = worker.setup.runtime.finished(session.cookie).exists();
         let tasks = Tasks { is_restored, ..Tasks::left([session]) };
         self.complete(worker, tasks);

@@ -194,8 +194,8 @@ impl Firecracker {
                 _ => {}
             }
             if !worker.is_stopping() {
-                // The check of the process is sooner than the userfaultfd. The connection may be
-                // gone alone.
+                // The machine is gone, unless it has only closed its connection. This check tells
+                // at once.
                 if stream.is_none() && !served.name.is_alive() {
                     let _ = served.end();
                     served::finish([served]);
@@ -301,7 +301,7 @@ impl Program for Firecracker {
                 true
             }
             Ok(None) => {
-                tracing::error!("vm {pid}: its state file says that it was not served, or that it is done");
+                tracing::error!("vm {pid}: its state file shows no session, or one that has ended");
                 false
             }
             Err(error) => {
@@ -349,8 +349,8 @@ pub(crate) fn adopt(
     }
     ensure!(
         nothing_was_removed,
-        "there is no state file of process {pid} below {}: pages that its balloon gave back look as if they had never \
-         come. Say --nothing-was-removed if there were none",
+        "there is no state file of process {pid} below {}: pages that its balloon gave back cannot be told from absent \
+         ones. Say --nothing-was-removed if there were none",
         root.display()
     );
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).context("its mappings")?;
@@ -402,7 +402,11 @@ fn registered(smaps: &str) -> Result<Vec<Mapping>> {
     const LOW: u64 = 3 << 30;
     spans.sort_by_key(|(start, end, _)| end - start != LOW);
     let is_known = spans.len() == 1 || spans.len() == 2 && spans[0].1 - spans[0].0 == LOW;
-    ensure!(is_known, "{} spans of its memory are registered: which is which cannot be seen", spans.len());
+    ensure!(
+        is_known,
+        "{} spans of its memory are registered: their order in the image is unknown",
+        spans.len()
+    );
     let mut offset = 0;
     let mapping = |(start, end, page_size): (u64, u64, u64)| {
         let mapping = Mapping {

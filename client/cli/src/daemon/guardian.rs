@@ -3,7 +3,7 @@
 //! A daemon is two processes that share one table of descriptors. The guardian has a single thread
 //! and allocates nothing after its start. It waits until a signal arrives. When the worker is
 //! killed, the guardian clones another worker from its own memory, which is as it was at the start.
-//! The successor so has options, images and sockets at once. The worker has the sessions. Its
+//! So the successor has options, images and sockets at once. The worker has the sessions. Its
 //! successor finds state files in the runtime directory, and descriptors and unread handshakes in
 //! the table of descriptors. It takes them over: [`super::leftovers`].
 //!

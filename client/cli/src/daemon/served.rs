@@ -288,7 +288,7 @@ impl Served {
         std::thread::park_timeout(PAUSE);
         match resume(&self.setup, &self.state) {
             Ok(session) => {
-                tracing::warn!("process {}: its session has failed, and goes on", self.name.pid);
+                tracing::warn!("process {}: its session has failed, and was resumed", self.name.pid);
                 let session = Arc::new(session);
                 *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&session);
                 // The old trace writes its rest by itself: this thread does not wait for a disk.
@@ -301,7 +301,7 @@ impl Served {
             Err(error) => {
                 let error = anyhow::Error::from(error);
                 tracing::error!(
-                    "process {}: its session has failed, and does so again: {error:#}",
+                    "process {}: its session has failed, and cannot be resumed: {error:#}",
                     self.name.pid
                 );
             }

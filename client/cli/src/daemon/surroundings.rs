@@ -77,7 +77,7 @@ fn lock_memory() -> Finding {
     let may = limit.maximum.is_none() || rustix::process::geteuid().is_root();
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     match may.then(|| mlockall(flags)) {
-        Some(Ok(())) => Finding::new(WHAT, true, "what is in memory stays there"),
+        Some(Ok(())) => Finding::new(WHAT, true, "its resident pages are never swapped out"),
         Some(Err(error)) => Finding::new(WHAT, false, format!("memory may be swapped out ({error})")),
         None => Finding::new(WHAT, false, "memory may be swapped out (ulimit -l is not unlimited)"),
     }
@@ -92,7 +92,9 @@ pub(crate) fn is_outside_of(pid: u32) -> Vec<Finding> {
         let (own, target) = (group_of(&own, controller), group_of(&target, controller));
         let is_inside = is_inside(&own, &target);
         let text = match is_inside {
-            true => format!("inside of process {pid}'s, {target}: what stops that one stops its pager"),
+            true => {
+                format!("inside of process {pid}'s, {target}: events that stop that process stop its pager")
+            }
             false => format!("outside of process {pid}'s ({own}, not in {target})"),
         };
         Finding::new(what, !is_inside, text)
