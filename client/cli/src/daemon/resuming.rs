@@ -135,7 +135,8 @@ impl Resuming {
 }
 
 /// Repeats `attempt`, which attaches memory of a process, while its error is one that may pass.
-/// Stops at the fault deadline. With the loss policy `wait` it stops when the process has exited.
+/// Stops at the fault deadline, unless the loss policy is `wait`. Stops with any policy when the
+/// process has exited or the daemon's time to end is over.
 ///
 /// # Errors
 /// The error of the last attempt.
