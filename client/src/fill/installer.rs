@@ -37,7 +37,7 @@ pub(super) struct Job {
     came: Instant,
     /// Time from the request to the arrival.
     wire: Duration,
-    /// After an obstacle: until when the same is tried again.
+    /// After an obstacle: the time at which the installer gives up the current piece.
     deadline: Option<Instant>,
     /// Number of stretches of the working set's first frame that were installed before the
     /// obstacle.
