@@ -68,11 +68,11 @@ pub enum RemoteError {
     /// The server sent invalid data, or data that does not match its digest.
     #[error("server {server} sent a wrong {what}: {reason}")]
     Wrong {
-        /// Its address.
+        /// The server's address.
         server: String,
-        /// What was asked for.
+        /// The name of the wrong data.
         what: String,
-        /// What is wrong with it.
+        /// The fault that was found in the data.
         reason: String,
     },
 }

@@ -56,7 +56,8 @@ pub(crate) struct Recorder {
     /// lock is held to add one page or take all, never during an access to a region, because the
     /// pager waits for it.
     noted: Mutex<Vec<(u32, u32)>>,
-    /// How many pages may be noted still. Later ones count as not seen: a set of more is not made.
+    /// Number of pages that may still be noted. Later ones count as not seen, because no set is
+    /// made of more.
     room: AtomicU32,
     /// Number of pages that were prefetched.
     brought: AtomicUsize,
@@ -67,7 +68,7 @@ pub(crate) struct Recorder {
 /// The progress of the sending.
 #[derive(Debug, Default)]
 struct Sent {
-    /// Nothing will be sent any more.
+    /// True once nothing more will be sent.
     has_ended: bool,
     /// The error of the last sending.
     error: Option<String>,
@@ -192,7 +193,7 @@ impl Recorder {
         sent.map_err(address.status("a recording")).map(drop)
     }
 
-    /// What has been touched so far is to be sent now: the number of this request.
+    /// Requests a sending of the accesses up to now. Returns the number of the request.
     pub(crate) fn ask(&self) -> u64 {
         let mut sent = self.sent();
         sent.asked += 1;

@@ -139,7 +139,7 @@ impl Expected for Image {
 /// The known content of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Only zeros.
+    /// Zeros in all bytes.
     Zero,
     /// The bytes with this digest.
     Data(Digest),
