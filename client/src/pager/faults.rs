@@ -289,7 +289,7 @@ impl Pager {
         }
     }
 
-    /// Whether a chunk is kept; then its pages are at hand.
+    /// Returns true if a chunk is kept. Then its pages are decoded.
     fn has_kept(&mut self, region: &Region, chunk: ChunkIndex) -> bool {
         let Some(frame) = self.frame_cache.frame(chunk) else { return false };
         if self.frame_cache.pages(chunk).is_some() {
