@@ -108,7 +108,7 @@ impl<'a> Installer<'a> {
                     job.stretches = self.stretches;
                     return Some(job);
                 }
-                // After the deadline a later pass brings this piece.
+                // After the deadline the piece is left to a later pass, or to page faults.
             }
             match &mut job.arrived {
                 Arrived::Frames(_, answers) => {

@@ -142,8 +142,8 @@ pub(crate) fn apply(
         Event::Remap { from, to } => {
             let moved = to..to + from.len();
             shared.change(Change::Move { space: id, from: from.clone(), to }, Some(done)).map_err(full)?;
-            // An mremap from before the session was attached may have lost the registration, so
-            // memory whose changes are tracked is registered again.
+            // The memory may have moved before the session was attached, which registered the old
+            // place for tracking. So the new place is registered here, too.
             for region in shared.spaces().overlapping(space, &moved) {
                 if region.removals().is_some() {
                     let _ = space.uffd.register(region.address(0), region.len());
@@ -167,7 +167,8 @@ fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
-        // If all pages are resident, the kernel itself empties what MADV_WIPEONFORK covers.
+        // If no page can become the image's any more, the kernel itself empties what
+        // MADV_WIPEONFORK covers.
         if shared.looks_at_children() && !spaces.is_final(id) {
             child.set_undecided();
         }

@@ -1,6 +1,4 @@
-//! Sequential read-ahead: chunks to request before their first fault. This module is pure.
-//!
-//! Faults do not name their threads, so streams are told apart by address: a fault on the chunk
+//! Faults do not name their threads, so their addresses tell streams apart: a fault on the chunk
 //! after a stream's last one continues the stream. The window doubles each time that a stream has
 //! used up half of it. A fault elsewhere starts another stream, without a window. Accesses to
 //! prefetched pages cause no faults: the next fault of the stream lies behind them.
