@@ -77,8 +77,8 @@ pub struct Options {
     /// install for ever. The session holds them by ptrace(2), where they return to user mode, for a
     /// few milliseconds. A system call in which a held thread sleeps may return EINTR, as after a
     /// stop by SIGSTOP. Off by default; the daemons turn it on. It needs
-    /// [`crate::ForeignMemory::pid`] and the right to trace the process. The session holds no thread
-    /// in this process's own memory: two threads cannot block an install, more can.
+    /// [`crate::ForeignMemory::pid`] and the right to trace the process. The session holds no
+    /// thread in this process's own memory: two threads cannot block an install, more can.
     pub hold_causers: bool,
 }
 

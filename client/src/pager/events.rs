@@ -167,8 +167,8 @@ fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
-        // If no page can become the image's any more, the kernel itself empties what
-        // MADV_WIPEONFORK covers.
+        // If all pages are resident or removed, the kernel itself empties what MADV_WIPEONFORK
+        // covers.
         if shared.looks_at_children() && !spaces.is_final(id) {
             child.set_undecided();
         }
