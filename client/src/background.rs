@@ -1,7 +1,9 @@
-//! One thread for the work of all sessions that may wait: fills that request chunks, and recordings that are sent.
+//! One thread for all sessions' work that may wait: the fills' requests, and the sending of
+//! recordings.
 //!
-//! [`spawn`] starts the thread with the first task; the thread ends with the last one. Threads of a session's own would
-//! each cost a runtime with four descriptors, and a process may have hundreds of sessions. A task must not block.
+//! [`spawn`] starts the thread with the first task; the thread ends with the last one. A thread for
+//! each session would cost a runtime with four descriptors each, and a process may have hundreds of
+//! sessions. A task must not block.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,13 +14,13 @@ use tokio::sync::oneshot;
 struct Running {
     runtime: Handle,
     tasks: usize,
-    /// The thread ends when this is dropped.
+    /// Ends the thread when it is dropped.
     _end: oneshot::Sender<()>,
-    /// The process that the thread belongs to: a fork copies this record, and no thread.
+    /// The process that the thread belongs to. A fork copies this record, but no thread.
     process: u32,
 }
 
-/// Held to count a task, and to start the thread.
+/// The thread, if there are tasks. The lock is held to count a task, and to start the thread.
 static RUNNING: Mutex<Option<Running>> = Mutex::new(None);
 
 fn running() -> MutexGuard<'static, Option<Running>> {
@@ -33,7 +35,7 @@ pub(crate) fn spawn(task: impl Future<Output = ()> + Send + 'static) -> io::Resu
     let mut running = running();
     let process = std::process::id();
     if running.as_ref().is_some_and(|running| running.process != process) {
-        // Its descriptors are the parent's, too.
+        // The record is leaked, because its descriptors are the parent's, too.
         std::mem::forget(running.take());
     }
     let running = match &mut *running {
@@ -58,7 +60,7 @@ fn start(process: u32) -> io::Result<Running> {
     Ok(Running { runtime: handle, tasks: 0, _end: end, process })
 }
 
-/// A task, which counts until this is dropped: also after a panic.
+/// Counts a task of this process until it is dropped, which a panic of the task does, too.
 struct Counted(u32);
 
 impl Drop for Counted {

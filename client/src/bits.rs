@@ -1,5 +1,5 @@
-//! Sets that several threads change: [`Bits`], one bit for each number, and the outstanding chunks of
-//! a lane ([`Underway`]).
+//! Sets that several threads change: [`Bits`], one bit for each number, and the outstanding chunks
+//! of a lane ([`Underway`]).
 
 use postcopy_proto::page::{ChunkIndex, to_usize};
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ impl Bits {
         Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Adds a number. Returns whether the set lacked it.
+    /// Adds a number. Returns true if the set lacked it.
     pub(crate) fn set(&self, index: usize) -> bool {
         self.0[index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed) >> (index % 64) & 1 == 0
     }
@@ -34,7 +34,8 @@ impl Bits {
 /// The number of parts of an [`Underway`], each with a lock.
 const SHARDS: usize = 16;
 
-/// The outstanding chunks of a lane, with the times of their requests. Its size is bounded by theirs.
+/// The outstanding chunks of a lane, with the times of their requests. Its size is bounded by
+/// theirs.
 #[derive(Debug, Default)]
 pub(crate) struct Underway {
     /// The parts by the chunk's number. Each lock is held for one look or change.
@@ -47,7 +48,7 @@ impl Underway {
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a chunk that was asked for now, unless it is there.
+    /// Adds a chunk that was requested now, unless it is in the set.
     pub(crate) fn add(&self, chunk: ChunkIndex) {
         self.shard(chunk).entry(chunk).or_insert_with(Instant::now);
     }
@@ -64,7 +65,7 @@ impl Underway {
         self.shard(chunk).contains_key(&chunk)
     }
 
-    /// Whether a chunk has been asked for within the last `time`.
+    /// Returns true if a chunk in the set was requested within the last `time`.
     pub(crate) fn has_within(&self, chunk: ChunkIndex, time: Duration) -> bool {
         self.shard(chunk).get(&chunk).is_some_and(|since| since.elapsed() < time)
     }

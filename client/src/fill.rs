@@ -1,11 +1,13 @@
-//! What is brought without having been touched, over the bulk lane: the image's working set at once, and then, if that was
-//! asked for, everything that is still absent.
+//! Prefetch over the bulk lane: first the image's working set, then, if the options ask for it, a
+//! background fill of all pages that are still absent.
 //!
-//! A task in the background ([`crate::background`]) asks for runs of chunks, within a window of plain bytes, and no more
-//! than delays no fault ([`crate::pace`]); the threads of a pool ([`pool`]), which all sessions share, decompress, verify
-//! and install the answers. Only this side knows which pages are resident, so that it asks for absent ones alone. A later
-//! pass tries again what goes wrong. The fill reports an error after three passes that brought nothing, or when the server
-//! was lost for the fault deadline. A fill that has no work keeps no connection and no thread.
+//! A background task ([`crate::background`]) requests runs of chunks. A window of plain bytes
+//! bounds its outstanding requests, and [`crate::pace`] keeps them from delaying faults. The
+//! threads of a pool ([`pool`]), which all sessions share, decompress, verify and install the
+//! answers. Only the client knows which pages are resident, so the task requests absent chunks
+//! only. A later pass retries the chunks that failed. The fill reports an error after three passes
+//! without progress, or when it has lost the server for the fault deadline. An idle fill keeps no
+//! connection and no thread.
 
 mod installer;
 mod pool;
@@ -37,37 +39,40 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tonic::transport::Channel;
 
-/// The most plain bytes asked for and not yet installed: bounds memory, and hides some 60 ms at 1 Gbit/s.
+/// The most plain bytes that are requested and not yet installed. The window bounds memory, and
+/// hides a latency of some 60 ms at 1 Gbit/s.
 const WINDOW_BYTES: usize = pace::MOST_BYTES;
 /// The most plain bytes of one request.
 const REQUEST_BYTES: usize = 1 << 20;
-/// How long nothing is asked for before it looks whether the fill is in anybody's way still.
+/// Pause without requests, after which the fill checks again if it would delay faults.
 const PAUSE: Duration = Duration::from_millis(10);
-/// How many chunks the fill looks at before other sessions' fills have their turn.
+/// Number of chunks that the fill examines before it yields to other sessions' fills.
 const LOOK_CHUNKS: u64 = 4096;
-/// How long to wait after a pass that brought nothing.
+/// Pause after a pass without progress.
 const RETRY_PASS: Duration = Duration::from_millis(200);
-/// How long attempts at the working set fail before that is reported.
+/// Time for which attempts at the working set fail before the fill logs a warning.
 const SET_SILENCE: Duration = Duration::from_secs(1);
-/// As [`RETRY_PASS`], once it has been reported that nothing comes.
+/// Pause between passes after the fill has reported that it makes no progress.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
-/// How long it looks again and again for what touches have asked for.
+/// Time for which the fill retries at short intervals when only chunks of the demand lane are left.
 const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 
-/// The fill leaves a chunk to the demand lane for so long after its request: well above the time that 2 MiB of read-ahead
-/// take at 100 Mbit/s.
+/// The time after a demand-lane request for which the fill leaves the chunk to the demand lane. It
+/// is well above the time that 2 MiB of read-ahead take at 100 Mbit/s.
 const STUCK: Duration = Duration::from_secs(1);
 
-/// The bulk lane, and the requests on it that have not been answered, in order.
+/// The bulk lane, and its outstanding requests, in order.
 struct Stream {
     lane: BulkLane,
     asked: VecDeque<AskedFor>,
     last_id: u64,
-    /// Something was left out because a touch has asked for it.
+    /// True if the pass has left out a chunk because the demand lane fetches it, or a space because
+    /// it is undecided.
     leaves: bool,
 }
 
-/// A request: the chunks of a region that are still to come, and the room that they take.
+/// An outstanding request: the number of chunks of a region that are still to arrive, and their
+/// permits of the window.
 struct AskedFor {
     id: u64,
     region: Region,
@@ -76,21 +81,22 @@ struct AskedFor {
     at: Instant,
 }
 
-/// A fill that connects, while the session that it is for is being opened.
+/// A fill that connects while its session is being opened.
 #[derive(Debug)]
 pub(crate) struct Beginning(oneshot::Sender<Fill>);
 
 impl Beginning {
-    /// Starts the fill's task, which connects.
+    /// Starts the fill's task, which connects at once.
     ///
     /// # Errors
-    /// If the process cannot start the thread of such tasks.
+    /// If the process cannot start the thread of the background tasks.
     pub(crate) fn new(address: &ServerAddress) -> io::Result<Self> {
         let (sender, receiver) = oneshot::channel::<Fill>();
         let address = address.clone();
         background::spawn(async move {
             let (channel, fill) = tokio::join!(address.connect(Bulk), receiver);
-            // Without a session there is nothing to fill; without a connection it makes another one.
+            // If the session fails to open, there is nothing to fill. If the connection fails, the
+            // fill makes another one.
             if let Ok(fill) = fill {
                 fill.run(channel.ok()).await;
             }
@@ -98,11 +104,11 @@ impl Beginning {
         Ok(Self(sender))
     }
 
-    /// Fills this session, until it ends.
+    /// Hands the session to the task, which fills it until it ends.
     pub(crate) fn start(self, shared: &Arc<Shared>) {
         let filling = Arc::new(Filling::new(Arc::clone(shared)));
         let window = Arc::new(Semaphore::new(WINDOW_BYTES / PAGE_BYTES));
-        // The task waits for it.
+        // The task waits for this message.
         drop(self.0.send(Fill { shared: Arc::clone(shared), filling, window }));
     }
 }
@@ -111,7 +117,7 @@ impl Beginning {
 struct Fill {
     shared: Arc<Shared>,
     filling: Arc<Filling>,
-    /// One permit a page.
+    /// The window: one permit for each page.
     window: Arc<Semaphore>,
 }
 
@@ -130,7 +136,8 @@ impl Fill {
                         backoff.reset();
                     }
                     Set::GivenUp => set = None,
-                    // Or until the session ends. Where there is something else to bring, the next attempt comes after it.
+                    // The pause also ends with the session. If the session fills, too, the next
+                    // attempt follows the next pass.
                     Set::TriedAgain if !self.shared.fills() || attempts.failures < MAX_ATTEMPTS => {
                         let _ = tokio::time::timeout(backoff.pause(), self.wait_while(|_| true)).await;
                         continue;
@@ -143,7 +150,8 @@ impl Fill {
             let before = unresolved_pages(&spaces);
             if before == 0 || !self.shared.fills() {
                 self.shared.outcome.recovered(&FailureKind::Fill);
-                // Connections wait for the session's first memory, and not for more.
+                // The fill keeps its connections until the session has its first memory, and no
+                // longer.
                 if !spaces.is_empty() || !self.shared.fills() {
                     (lane, channel) = (None, None);
                 }
@@ -166,7 +174,7 @@ impl Fill {
                 Ok(lane) => self.pass(&spaces, fruitless_passes, lane).await,
                 Err(error) => Err(error),
             };
-            // All permits are back: nothing is in flight.
+            // Wait until all permits are back, so that nothing is in flight.
             self.all_installed().await;
             drop(threads);
             self.shared.in_bulk.clear();
@@ -179,13 +187,14 @@ impl Fill {
             }
             fruitless_passes += u32::from(!matches!(outcome, Ok(true)));
             let given_up = match &outcome {
-                // Touches bring the rest, or it is there for the next pass.
+                // The demand lane fetches the rest, or the next pass does.
                 Ok(true) => false,
-                // It answers, and wrongly.
+                // The server answers, but wrongly.
                 Ok(false) | Err(RemoteError::Wrong { .. }) => fruitless_passes >= MAX_ATTEMPTS,
                 Err(_) => progressed.elapsed() >= self.shared.options.fault_deadline,
             };
-            // Where touches have asked for all that is left, theirs is to tell when it cannot be had.
+            // If the demand lane fetches all that is left, the pager reports the pages that are
+            // lost.
             let waits = matches!(outcome, Ok(true)) && progressed.elapsed() > LEFT_TO_TOUCHES;
             let pause = match &outcome {
                 Ok(_) | Err(RemoteError::Wrong { .. }) if given_up || waits => GIVEN_UP_RETRY,
@@ -197,18 +206,19 @@ impl Fill {
                 self.report(outcome.err());
             }
             drop(spaces);
-            // New regions are new work; else it is tried again: what was lost may come back.
+            // New regions end the pause. After it the fill retries, because a lost server may
+            // return.
             let _ = tokio::time::timeout(pause, self.shared.fill_work.notified()).await;
         }
     }
 
-    /// Waits until nothing is in flight: all permits are back.
+    /// Waits until all permits are back, so that nothing is in flight.
     async fn all_installed(&self) {
         let all = u32::try_from(WINDOW_BYTES / PAGE_BYTES).expect("a small constant");
         drop(self.window.acquire_many(all).await);
     }
 
-    /// The lane that there is, or another one, over the connection that there is.
+    /// Returns `lane` if it is given. Else opens a lane, over `channel` if that is given.
     async fn lane(&self, lane: Option<BulkLane>, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {
         let (address, image) = (&self.shared.address, self.shared.image.digest());
         match (lane, channel) {
@@ -218,7 +228,8 @@ impl Fill {
         }
     }
 
-    /// Receives the working set and returns its lane for reuse. Until it has come, page faults bring its pages.
+    /// Receives the working set and returns its lane for reuse. Until the set has arrived, page
+    /// faults fetch its pages.
     async fn bring_working_set(&self, channel: Option<Channel>, attempts: &mut WorkingSet) -> Set {
         let threads = match pool::join() {
             Ok(threads) => threads,
@@ -257,17 +268,17 @@ impl Fill {
         if is_given_up { Set::GivenUp } else { Set::TriedAgain }
     }
 
-    /// Until the memory that there is is another one, or the session ends.
+    /// Waits while `condition` holds for the session's memory. Returns when the session ends, too.
     async fn wait_while(&self, condition: impl Fn(&Spaces) -> bool) {
         while !self.shared.has_ended() && condition(&self.shared.spaces()) {
             self.shared.fill_work.notified().await;
         }
     }
 
-    /// What comes of this, unless the session ends before.
+    /// Returns the output of `work`, or `None` if the session ends first.
     async fn unless_ended<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
-            // Looked at first: there may be work all the time.
+            // The session's end is polled first, because `work` may be ready every time.
             biased;
             () = self.wait_while(|_| true) => None,
             done = work => Some(done),
@@ -276,7 +287,8 @@ impl Fill {
 
     async fn receive_working_set(&self, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {
         let server = &self.shared.address;
-        // At once: what comes before there is memory waits in the lane's window.
+        // The request is sent at once. Frames that arrive before the session has memory wait in the
+        // lane's window.
         let ask = async {
             let request = v1::StreamChunksRequest { working_set: true, ..Default::default() };
             let channel = match channel {
@@ -287,14 +299,15 @@ impl Fill {
         };
         let prepare = async {
             self.wait_while(Spaces::is_empty).await;
-            // Frames are proved against segments, which may be still to come.
+            // Frames are verified against segments, which may not have arrived yet.
             self.bring_segments(&self.shared.spaces()).await?;
             self.wait_while(|spaces| !spaces.spaces().all(|space| space.is_registered())).await;
             Ok(())
         };
         let (lane, prepared) = tokio::join!(ask, prepare);
         let (mut lane, ()) = (lane?, prepared?);
-        // As many as the image has: a server could go on with these for ever.
+        // The limit is the number of pages of the image, because a server could send frames for
+        // ever.
         let mut left = self
             .shared
             .image
@@ -314,7 +327,8 @@ impl Fill {
             if frames.is_empty() || frames.iter().map(Bytes::len).sum::<usize>() > WINDOW_BYTES / 2 {
                 return Err(server.wrong("working set", "a message that holds nothing, or too much"));
             }
-            // What is no frame counts, too: else a server could send such for ever.
+            // An invalid frame counts as one page, because a server could send such frames for
+            // ever.
             let pages_of = |frame: &Bytes| SetFrame::parse(frame).map_or(1, |frame| frame.pages().max(1));
             let pages = frames.iter().map(pages_of).sum::<usize>();
             left = left
@@ -337,7 +351,8 @@ impl Fill {
         self.shared.outcome.add(FailureKind::Fill, &reason, None);
     }
 
-    /// Goes once over everything that is unresolved: whether it has left out what touches have asked for.
+    /// Requests everything that is unresolved, once. Returns true if it has left out chunks that
+    /// the demand lane fetches.
     async fn pass(&self, spaces: &Spaces, attempt: u32, lane: BulkLane) -> Result<bool, RemoteError> {
         self.bring_segments(spaces).await?;
         let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0, leaves: false };
@@ -350,7 +365,7 @@ impl Fill {
         Ok(stream.leaves)
     }
 
-    /// Has the segments of the regions' files come, those that are not here yet.
+    /// Fetches the missing segments of the regions' files.
     async fn bring_segments(&self, spaces: &Spaces) -> Result<(), RemoteError> {
         let image = &self.shared.image;
         let missing =
@@ -375,7 +390,7 @@ impl Fill {
         Ok(())
     }
 
-    /// Asks for all that a region lacks, as the window has room for it.
+    /// Requests all chunks that a region lacks, as the window permits.
     async fn fill_region(
         &self,
         stream: &mut Stream,
@@ -390,7 +405,7 @@ impl Fill {
         while next < end && !self.shared.has_ended() && self.shared.spaces().holds(region) {
             let most = self.wait_for_turn(stream).await?;
             match self.plan(region, &mut next, most, &mut stream.leaves) {
-                // Other sessions' fills have a turn.
+                // Other sessions' fills run on the same thread.
                 Plan::Nothing => tokio::task::yield_now().await,
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
@@ -405,7 +420,7 @@ impl Fill {
                     chunks.iter().for_each(|chunk| self.shared.in_bulk.add(ChunkIndex(*chunk)));
                     let runs = runs_of(chunks);
                     let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
-                    // A closed queue is a lost lane: receiving says why.
+                    // The queue is closed if the lane is lost; then `receive` returns the reason.
                     let _ = stream.lane.requests.send(request).await;
                 }
             }
@@ -413,7 +428,8 @@ impl Fill {
         Ok(())
     }
 
-    /// Waits until more may be on its way, receiving meanwhile: for how many pages may be asked at once.
+    /// Waits until another request may be outstanding, and receives answers meanwhile. Returns the
+    /// largest number of pages that it may request at once.
     async fn wait_for_turn(&self, stream: &mut Stream) -> Result<usize, RemoteError> {
         loop {
             let on_their_way = stream.asked.iter().map(|asked| asked.permit.num_permits()).sum::<usize>();
@@ -436,7 +452,7 @@ impl Fill {
         }
     }
 
-    /// Waits for room in the window, receiving meanwhile.
+    /// Waits for permits of the window, and receives answers meanwhile.
     async fn permit(&self, stream: &mut Stream, pages: usize) -> Result<OwnedSemaphorePermit, RemoteError> {
         let pages = u32::try_from(pages).expect("at most the window");
         loop {
@@ -451,15 +467,17 @@ impl Fill {
         }
     }
 
-    /// Takes the next message of what was asked for, and hands its frames to the installers.
+    /// Receives the next answer to an outstanding request, and hands its frames to the installers.
     async fn receive(&self, stream: &mut Stream) -> Result<(), RemoteError> {
         let server = &self.shared.address;
         let deadline = self.shared.options.fault_deadline;
-        // What was sent twice, or for nobody, does not count: a server could go on with that for ever.
+        // Answers to no outstanding request do not extend the deadline, because a server could send
+        // them for ever.
         let message = tokio::time::timeout(deadline, async {
             loop {
                 let message = self.bulk_answer(stream).await?;
-                // Requests are answered in order: of an earlier one nothing will come any more.
+                // The server answers requests in order, so no more answers to earlier requests
+                // follow.
                 while stream.asked.front().is_some_and(|front| front.id < message.id) {
                     stream.asked.pop_front();
                 }
@@ -474,7 +492,7 @@ impl Fill {
         let Some(front) = stream.asked.front_mut() else { return Ok(()) };
         let (region, count, wire) = (front.region.clone(), message.chunks.len() as u64, front.at.elapsed());
         let permit = if count < front.chunks {
-            // Room goes back with the frames, in proportion.
+            // The frames take their share of the request's permits.
             let pages = front.permit.num_permits() as u64 * count / front.chunks;
             front.chunks -= count;
             front.permit.split(to_usize(pages))
@@ -502,8 +520,9 @@ impl Fill {
         pool::add(&self.filling, job);
     }
 
-    /// What to do from chunk `next` of the region on; `next` goes past it.
-    /// At most `most` pages, or one chunk. `leaves` is set where a touch has asked for one.
+    /// Plans the next step from chunk `next` of the region on, and moves `next` past its chunks.
+    /// The step has at most `most` pages, or one chunk. Sets `leaves` if it leaves a chunk to the
+    /// demand lane.
     fn plan(&self, region: &Region, next: &mut u64, most: usize, leaves: &mut bool) -> Plan {
         let image = &self.shared.image;
         let most = most.max(image.root().chunk_size().bytes() / PAGE_BYTES);
@@ -532,7 +551,7 @@ impl Fill {
                     pages += here.len();
                     chunks.push(chunk.0);
                 }
-                // Resident: runs of zeros go over it, runs of data just skip it.
+                // The chunk is resident. A run of zeros may include it; a run of data skips it.
                 _ => {}
             }
             *next += 1;
@@ -545,13 +564,14 @@ impl Fill {
     }
 }
 
-/// Attempts at the working set that have failed.
+/// The failed attempts at the working set.
 #[derive(Debug, Default)]
 struct WorkingSet {
     failures: u32,
-    /// Those of them whose answer was wrong: more than a few are not tried.
+    /// Number of attempts that failed by a wrong answer. The fill gives up after [`MAX_ATTEMPTS`]
+    /// of them.
     wrong: u32,
-    /// The first one.
+    /// Time of the first failure.
     since: Option<Instant>,
     is_reported: bool,
 }
@@ -559,9 +579,11 @@ struct WorkingSet {
 /// The outcome of an attempt at the working set.
 enum Set {
     Came(Box<BulkLane>),
-    /// The server answers wrongly.
+    /// The server has answered wrongly [`MAX_ATTEMPTS`] times, or the process has no thread to
+    /// install.
     GivenUp,
-    /// The server cannot be reached, or not answer: for as long as the session lives, there will be another attempt.
+    /// The attempt failed, for example because the server cannot be reached. The fill retries as
+    /// long as the session lives.
     TriedAgain,
 }
 

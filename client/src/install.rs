@@ -119,12 +119,14 @@ pub(crate) fn install_page(
     install_part(None, region, &all, content, page..page + 1, Guards::CannotBe)
 }
 
-/// Whether pages may be guard pages (MADV_GUARD_INSTALL): the kernel tells of none, and UFFDIO_COPY lifts a guard.
+/// The possibility of guard pages (MADV_GUARD_INSTALL). The kernel reports none, and UFFDIO_COPY
+/// removes a guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guards {
-    /// Looks for them first.
+    /// Guard pages are possible, so they are searched for first.
     MayBe,
-    /// A thread has faulted on the page; an access to a guard page is SIGSEGV, and no page fault.
+    /// A thread has faulted on the page, so it is no guard page: an access to one raises SIGSEGV
+    /// and causes no page fault.
     CannotBe,
 }
 
@@ -191,7 +193,7 @@ fn install_runs<'a>(
         if guards == Guards::MayBe
             && let Some(guarded) = first_guard(region, run.start..run.start + len)
         {
-            // They have lost their content, and are zero once the guard is lifted.
+            // Guard pages have lost their content, and read zeros once the guard is removed.
             if region.set_removed(guarded.clone()).is_err() {
                 return Installed::NoMemory;
             }
@@ -208,8 +210,8 @@ fn install_runs<'a>(
     Installed::All
 }
 
-/// Returns the first run of guard pages among these. A guard in shared memory belongs to one mapping,
-/// and the pages keep their content.
+/// Returns the first run of guard pages among these. A guard in shared memory belongs to one
+/// mapping, and the pages keep their content.
 fn first_guard(region: &Region, pages: Range<usize>) -> Option<Range<usize>> {
     if region.is_shared() {
         return None;

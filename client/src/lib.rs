@@ -1,4 +1,4 @@
-//! Post-copy restore: memory that fills on page faults, from page images that a server holds.
+//! Post-copy restore: memory that fills on page faults, from page images on a server.
 //!
 //! ```no_run
 //! use postcopy::{Options, Session};
@@ -6,16 +6,18 @@
 //! let server = "http://127.0.0.1:7070".parse()?;
 //! let session = Session::open(&server, &"app:v1".parse()?, Options::default())?;
 //! let memory = session.map("mem")?;
-//! println!("{}", memory[12_345]); // this page comes over the network now
+//! println!("{}", memory[12_345]); // the session fetches this page at this access
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`Session::attach`] does the same for memory of another process, whose userfaultfd it is given.
+//! [`Session::attach`] does the same for memory of another process, whose userfaultfd the caller
+//! passes to it.
 //!
-//! The way of a page: a page fault is a message of the userfaultfd ([`uffd`]), which the pager ([`pager`]) reads. It
-//! asks for the page's chunk over the demand lane ([`remote`]), and installs the pages once they are verified
-//! ([`install`]). The background fill ([`fill`]) brings the rest. [`transfer`] moves whole images. ARCHITECTURE.md has
-//! the rooms of this crate, and what imports what.
+//! The way of a page: the kernel reports a page fault as a message of the userfaultfd ([`uffd`]),
+//! which the pager ([`pager`]) reads. The pager requests the page's chunk over the demand lane
+//! ([`remote`]), verifies it, and installs its pages ([`install`]). The background fill ([`fill`])
+//! prefetches the rest. [`transfer`] moves whole images. ARCHITECTURE.md lists the modules of this
+//! crate and their imports.
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
 mod background;

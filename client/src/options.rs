@@ -7,16 +7,17 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LossPolicy {
     /// The page is poisoned: this access and every later one raise SIGBUS, unless a background fill
-    /// brings the page after all. Before Linux 6.6 it is SIGSEGV, for good.
+    /// installs the page after all. Before Linux 6.6 the signal is SIGSEGV, and the page stays so.
     #[default]
     Poison,
     /// The fault stays pending, is reported by [`crate::Session::error`], and is tried again every
     /// second.
     Wait,
-    /// The process that waits is killed (SIGKILL) with all of its descendants that share the
+    /// The process that waits is killed (SIGKILL), with all of its descendants that share the
     /// memory. A process that is not known for certain gets [`LossPolicy::Poison`] instead.
     Kill,
-    /// The same with SIGSTOP. The fault stays pending and is tried again.
+    /// The processes that [`LossPolicy::Kill`] kills are stopped (SIGSTOP). The fault stays pending
+    /// and is tried again.
     Pause,
 }
 
@@ -44,25 +45,26 @@ pub struct Options {
     /// Fetch all pages in the background, in the order of the image, after the working set. Off by
     /// default; see also [`crate::Session::fill`].
     pub fill: bool,
-    /// Record which pages are accessed first, and send that to the server for the image's working
-    /// set. Off by default. Every first access is a page fault then; otherwise one brings the
-    /// page's neighbours, too. See [`crate::Session::wait_recorded`].
+    /// Record the order of first accesses, and send it to the server for the image's working set.
+    /// Off by default. Each first access is then a page fault; without recording, one fault
+    /// installs the page's neighbours, too. See [`crate::Session::wait_recorded`].
     ///
-    /// A recording takes memory: 64 KiB for each GiB of the image's files that the session maps, 8 to
-    /// 16 bytes for each recorded page ([`Options::record_pages`]), and the frames of chunks with
-    /// absent pages ([`Options::record_cache_mib`]). While the session sends it, it takes up to 12
-    /// bytes more for each page, and up to 12 MiB for the pages that the recording leaves out.
+    /// A recording takes memory: 64 KiB for each GiB of the image's files that the session maps, 8
+    /// to 16 bytes for each recorded page ([`Options::record_pages`]), and the frames of chunks
+    /// with absent pages ([`Options::record_cache_mib`]). While the session sends it, it takes up
+    /// to 12 bytes more for each page, and up to 12 MiB for the pages that the recording leaves
+    /// out.
     pub record: bool,
-    /// The largest number of pages in a recording, with [`Options::record`]: the first accesses. The
-    /// recording leaves out later ones. From 1 to [`Options::MOST_RECORD_PAGES`], which is the default,
-    /// because a working set has at most 1 GiB.
+    /// The largest number of pages in a recording, with [`Options::record`]: the first accesses.
+    /// The recording leaves out later ones. From 1 to [`Options::MOST_RECORD_PAGES`], which is the
+    /// default, because a working set has at most 1 GiB.
     pub record_pages: u32,
-    /// The MiB of frames that a session keeps in memory, with [`Options::record`], for chunks of which
-    /// it has installed some pages only. The session fetches frames beyond that again. At least 1; 128
-    /// by default. The decoded pages of 16 chunks are kept in addition.
+    /// The MiB of frames that a session keeps in memory, with [`Options::record`], for chunks of
+    /// which it has installed some pages only. The session fetches frames beyond that again. At
+    /// least 1; 128 by default. The decoded pages of 16 chunks are kept in addition.
     pub record_cache_mib: u32,
-    /// Note what happens when, for [`crate::Session::write_trace`]. Off by default. One page in 50
-    /// of the working set is then left to page faults: see [`crate::trace`].
+    /// Note events with their times, for [`crate::Session::write_trace`]. Off by default. One page
+    /// in 50 of the working set is then left to page faults: see [`crate::trace`].
     pub trace: bool,
     /// Track which pages are written to and removed: [`crate::Region::changes`], from Linux 6.7 on.
     /// Off by default. The first write to a page takes a fault of about a microsecond more. In
@@ -71,12 +73,12 @@ pub struct Options {
     /// results.
     pub track_writes: bool,
     /// Hold threads of another process that cause events (madvise, munmap, mremap, fork) without a
-    /// pause, where they return to user mode, while a page is installed that they would keep out
-    /// for ever: three and more such threads do. By ptrace(2), for a few milliseconds; a system
-    /// call in which a held thread sleeps may return EINTR, as after a stop by SIGSTOP. Off by
-    /// default; the daemons turn it on. Needs [`crate::ForeignMemory::pid`] and the right to trace
-    /// the process. Never in this process's own memory: two threads cannot keep a page out, more
-    /// can.
+    /// pause, while the session installs a page. Three and more such threads would block the
+    /// install for ever. The session holds them by ptrace(2), where they return to user mode, for a
+    /// few milliseconds. A system call in which a held thread sleeps may return EINTR, as after a
+    /// stop by SIGSTOP. Off by default; the daemons turn it on. It needs
+    /// [`crate::ForeignMemory::pid`] and the right to trace the process. The session holds no
+    /// thread in this process's own memory: two threads cannot block an install, more can.
     pub hold_causers: bool,
 }
 
@@ -84,7 +86,8 @@ impl Options {
     /// The most pages of a recording: 1 GiB of memory.
     pub const MOST_RECORD_PAGES: u32 = 1 << 18;
 
-    /// Page faults wait for at most 30 s and are poisoned then; nothing else is turned on.
+    /// The default options: a page fault waits for at most 30 s, then its page is poisoned. All
+    /// else is off.
     pub const DEFAULT: Self = Self {
         fault_deadline: Duration::from_secs(30),
         on_loss: LossPolicy::Poison,
@@ -98,61 +101,61 @@ impl Options {
         hold_causers: false,
     };
 
-    /// With this [`Options::fault_deadline`].
+    /// Returns these options with this [`Options::fault_deadline`].
     #[must_use]
     pub const fn fault_deadline(self, fault_deadline: Duration) -> Self {
         Self { fault_deadline, ..self }
     }
 
-    /// With this [`Options::on_loss`].
+    /// Returns these options with this [`Options::on_loss`].
     #[must_use]
     pub const fn on_loss(self, on_loss: LossPolicy) -> Self {
         Self { on_loss, ..self }
     }
 
-    /// With this [`Options::working_set`].
+    /// Returns these options with this [`Options::working_set`].
     #[must_use]
     pub const fn working_set(self, working_set: bool) -> Self {
         Self { working_set, ..self }
     }
 
-    /// With this [`Options::fill`].
+    /// Returns these options with this [`Options::fill`].
     #[must_use]
     pub const fn fill(self, fill: bool) -> Self {
         Self { fill, ..self }
     }
 
-    /// With this [`Options::record`].
+    /// Returns these options with this [`Options::record`].
     #[must_use]
     pub const fn record(self, record: bool) -> Self {
         Self { record, ..self }
     }
 
-    /// With this [`Options::record_pages`].
+    /// Returns these options with this [`Options::record_pages`].
     #[must_use]
     pub const fn record_pages(self, record_pages: u32) -> Self {
         Self { record_pages, ..self }
     }
 
-    /// With this [`Options::record_cache_mib`].
+    /// Returns these options with this [`Options::record_cache_mib`].
     #[must_use]
     pub const fn record_cache_mib(self, record_cache_mib: u32) -> Self {
         Self { record_cache_mib, ..self }
     }
 
-    /// With this [`Options::trace`].
+    /// Returns these options with this [`Options::trace`].
     #[must_use]
     pub const fn trace(self, trace: bool) -> Self {
         Self { trace, ..self }
     }
 
-    /// With this [`Options::track_writes`].
+    /// Returns these options with this [`Options::track_writes`].
     #[must_use]
     pub const fn track_writes(self, track_writes: bool) -> Self {
         Self { track_writes, ..self }
     }
 
-    /// With this [`Options::hold_causers`].
+    /// Returns these options with this [`Options::hold_causers`].
     #[must_use]
     pub const fn hold_causers(self, hold_causers: bool) -> Self {
         Self { hold_causers, ..self }
@@ -184,15 +187,16 @@ pub struct Progress {
     pub read_ahead_chunks: u64,
     /// Chunks that the bulk lane delivered.
     pub bulk_chunks: u64,
-    /// Pages that the working set delivered, but for frames whose pages were all resident before.
+    /// Pages that the working set delivered. Frames whose pages were all resident before do not
+    /// count.
     pub working_set_pages: u64,
     /// Bytes of the frames that both lanes delivered.
     pub frame_bytes: u64,
-    /// The number of times that threads were held that cause events without a pause
+    /// The number of times that the session held threads that cause events without a pause
     /// ([`crate::Options::hold_causers`]).
     pub holds: u64,
-    /// Children whose mappings could not be looked at in time: what MADV_WIPEONFORK has emptied of their absent pages gets
-    /// the image's bytes.
+    /// Children whose mappings could not be read in time. Where MADV_WIPEONFORK has emptied absent
+    /// pages of theirs, an access reads the image's bytes.
     pub unseen_forks: u64,
 }
 

@@ -1,16 +1,20 @@
 //! The pager: the one thread that answers a session's faults.
 //!
-//! It runs a current-thread runtime that owns the userfaultfd, the demand stream and its connection, so that from
-//! reading a fault to UFFDIO_COPY nothing crosses a thread. The way of a page:
+//! The thread runs a current-thread runtime that owns the userfaultfd, the demand stream and its
+//! connection, so that the way from reading a fault to UFFDIO_COPY crosses no thread. The way of a
+//! page:
 //!
-//! 1. [`Pager::read`] reads all messages: events change page states at once ([`events`]), faults are collected;
-//! 2. [`Pager::fault`] looks at each faulting page's state; an absent one's chunk is asked for ([`Pager::ask`]), once;
-//! 3. [`Pager::answer`] takes the server's answer, verifies the chunk to the image's digest, and
-//! 4. [`Pager::install`] puts its pages into every region that has them, which wakes the threads.
+//! 1. [`Pager::read`] reads all messages: it applies events to the page states at once
+//!    ([`events`]), and collects faults.
+//! 2. [`Pager::fault`] looks up the page's state. It requests the chunk of an absent page
+//!    ([`Pager::ask`]), once.
+//! 3. [`Pager::answer`] takes the server's answer and verifies the chunk against the image's
+//!    digest.
+//! 4. [`Pager::install`] installs the pages in every region that has them, which wakes the waiters.
 //!
-//! A thread that faults may hold any lock of the program: the pager takes none that the program can hold, writes no
-//! log, and touches no region's memory. Whatever way it ends, [`OnExit`] first makes what is unresolved SIGBUS, or
-//! leaves it to a successor.
+//! A faulting thread may hold any lock of the program. So the pager takes no lock that the program
+//! can hold, writes no log, and accesses no region's memory. However the pager ends, [`OnExit`]
+//! first makes unresolved pages raise SIGBUS, or leaves them to a successor.
 
 mod answers;
 pub(crate) mod attach;
@@ -67,65 +71,70 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use waiters::{Wait, Waiters};
 
-/// How long opening a session may take.
+/// The longest time that opening a session may take.
 const OPEN: Duration = Duration::from_secs(30);
-/// How often deadlines are looked at.
+/// Interval of the checks for deadlines.
 const TICK: Duration = Duration::from_millis(100);
-/// How often it is looked whether the memory's owners are still there: their userfaultfds do not tell.
+/// Interval of the checks for exited owners of the memory, which their userfaultfds do not report.
 const LOOK_FOR_OWNERS: Duration = Duration::from_millis(250);
-/// How soon messages are read again for which there was no descriptor or memory.
+/// Pause before the pager reads messages again for which it lacked a descriptor or memory.
 const READ_AGAIN: Duration = Duration::from_millis(20);
-/// Where answers are nearer than this, a page is asked for although the fill has asked for it.
+/// The latency of answers below which the pager requests a chunk although the fill has requested
+/// it.
 const NEAR: Duration = Duration::from_millis(1);
-/// What answers take at most, where the server is well.
+/// The highest latency of an answer that counts as normal.
 const FAR: Duration = Duration::from_millis(200);
 
-/// See the module.
+/// The pager of a session, as the module describes it.
 #[derive(Debug)]
 pub(crate) struct Pager {
     on_exit: OnExit,
     watched: Vec<Watched>,
-    /// The last space that was added.
+    /// The id of the last space that was added.
     last_space: Option<u32>,
-    /// Children that are undecided.
+    /// The undecided children.
     forks: Forks,
-    /// The memory is other processes'.
+    /// True if the memory belongs to other processes.
     is_foreign: bool,
     lane: Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
-    /// The reason for which the server was not reached the last time.
+    /// The reason for which the last attempt to reach the server failed.
     lane_error: Option<String>,
-    /// The pauses between attempts to reach a server that was lost.
+    /// The back-off of attempts to reach a lost server.
     backoff: Backoff,
     requests: Requests,
     ready: Ready,
-    /// Who waits for pages.
+    /// The faults and calls that wait for pages.
     waiters: Waiters,
     handed_over: mpsc::Receiver<HandedOver>,
-    /// Threads that did not stop in time when they were to be held, and are to be let go.
+    /// Threads that did not stop in time while the pager tried to hold them. They are still to be
+    /// released.
     lingering: Vec<nix::unistd::Pid>,
     spin: Spin,
     ahead: ReadAhead,
-    /// How much read-ahead may be under way beside faults that go on with no stream.
+    /// The pace of read-ahead, which keeps it from delaying faults that continue no stream.
     ahead_pace: Pace,
-    /// The chunks that such faults wait for.
+    /// The outstanding chunks of such faults.
     scattered: HashSet<ChunkIndex>,
-    /// How long an answer takes of late.
+    /// The usual latency of an answer of late.
     usual: Duration,
-    /// Chunks that the fill has asked for, and that somebody has been waiting for since then.
+    /// Chunks that the fill has requested and that have waiters, with the time since which they
+    /// wait.
     behind: HashMap<ChunkIndex, Instant>,
-    /// An event came that this session cannot go on after.
+    /// The reason for which the session cannot continue, for example an event that it cannot apply.
     broken: Option<String>,
-    /// Since when and why an event cannot be read.
+    /// The time since which an event cannot be read, and the reason.
     unreadable: Option<(Instant, String)>,
-    /// Addresses of faults that were read and not yet seen to, and their spaces; whether the page is write-protected.
+    /// Faults that were read and not yet handled: space, address, and true if the page is
+    /// write-protected.
     faults: Vec<(Arc<Space>, usize, bool)>,
     pages: ChunkPages,
     decoder: FrameDecoder,
-    /// In record mode: chunks of which touched pages are installed one by one.
+    /// In record mode: chunks whose pages are installed one by one, at their faults.
     frame_cache: FrameCache,
-    /// In record mode: chunks that are wanted as a whole.
+    /// In record mode: chunks that are to be installed whole.
     whole: HashSet<ChunkIndex>,
-    // Dropped last: memory that waits in it to be unmapped must have been unregistered.
+    // This field is dropped last: the memory of an unmap command in it must have been unregistered
+    // before it is unmapped.
     commands: mpsc::Receiver<Command>,
 }
 
@@ -136,8 +145,8 @@ struct Watched {
     uffd: AsyncUffd,
 }
 
-/// What a pager is started with. It connects, opens the image, and opens the userfaultfd, in this order, so that nothing is
-/// registered before there is somebody to ask.
+/// The input of a new pager. The pager connects, opens the image, and opens the userfaultfd, in
+/// this order, so that it registers no memory before it can request pages.
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) address: ServerAddress,
@@ -145,15 +154,15 @@ pub(crate) struct Start {
     pub(crate) options: Options,
     pub(crate) owner: Owner,
     pub(crate) commands: mpsc::Receiver<Command>,
-    /// Told whether it serves.
+    /// Receives the result of opening the session.
     pub(crate) reply: std::sync::mpsc::SyncSender<Result<Arc<Shared>, SessionError>>,
 }
 
 impl Start {
-    /// Serves in a thread of its own.
+    /// Serves the session in a new thread.
     ///
     /// # Errors
-    /// If there is none to be had.
+    /// If the process cannot start a thread or open descriptors.
     pub(crate) fn in_a_thread(self) -> io::Result<()> {
         let runtime = runtime()?;
         let thread = std::thread::Builder::new().name("postcopy-pager".into());
@@ -164,7 +173,7 @@ impl Start {
     pub(crate) async fn serve(self) {
         let Self { address, image, options, owner, commands, reply } = self;
         let opened = Pager::open(address.clone(), image, options, owner, commands);
-        // Each part of it has a limit of its own; this is the promise of `Session::open`.
+        // Each part of the opening has its own limit. This one is the promise of `Session::open`.
         let opened = match tokio::time::timeout(OPEN, opened).await {
             Ok(opened) => opened,
             Err(_) => Err(address.wrong("session", format!("not open within {OPEN:?}")).into()),
@@ -174,15 +183,16 @@ impl Start {
             Ok(pager) => {
                 let shared = Arc::clone(&pager.on_exit.shared);
                 drop(reply.send(Ok(shared)));
-                // As a task, and not as the future of block_on: waking that one costs an epoll_wait more.
-                // After a panic `OnExit` has done its work by then, and nobody is left to be told.
+                // The pager runs as a task, because waking the future of `block_on` costs one more
+                // epoll_wait. After a panic `OnExit` has done its work by now, and no caller waits
+                // for the result.
                 let _ = tokio::spawn(pager.run()).await;
             }
         }
     }
 }
 
-/// What pagers run in: the thread that enters it.
+/// Makes the runtime of a pager, which runs in the thread that enters it.
 ///
 /// # Errors
 /// If there is no descriptor for it.
@@ -205,7 +215,7 @@ impl Pager {
                 (image, Err(lane))
             }
             ImageSource::Named(reference) => {
-                // At the same time: each takes a round trip and more.
+                // Both run at the same time, because each takes at least a round trip.
                 let (image, channel) = tokio::join!(
                     Image::open_with(&address, &reference, false),
                     address.connect(Lane::Demand)
@@ -257,7 +267,8 @@ impl Pager {
         &self.on_exit.shared
     }
 
-    /// Serves until all who can ask for something are gone, or the kernel's side fails.
+    /// Serves until all senders of commands are gone, all owners of foreign memory have exited, or
+    /// the kernel's side fails.
     async fn run(mut self) {
         let shared = Arc::clone(&self.on_exit.shared);
         let paced = |period| {
@@ -278,19 +289,19 @@ impl Pager {
             let ticks =
                 waits || !self.waiters.is_empty() || !self.lingering.is_empty() || shared.outcome.has_open();
             if !ticks {
-                // A tick that no wait asked for is not late.
+                // The tick is not late if nothing waited for it.
                 tick.reset();
             }
             if self.has_ready() {
                 self.install_ready();
-                // Answers and commands have their turn, whatever events there are.
+                // Answers and commands have their turn, no matter how many events there are.
                 tokio::task::yield_now().await;
             }
             let attempt =
                 [self.ready.next_attempt(), self.requests.next_attempt()].into_iter().flatten().min();
             let later = attempt.unwrap_or_else(Instant::now);
             let is_ready = self.has_ready();
-            // In no order: none of these may starve another.
+            // The branches have no fixed order: none of them may starve another.
             tokio::select! {
                 readable = readable(&self.watched) => match readable {
                     Err(error) => return shared.outcome.report(&format!("a userfaultfd cannot be watched: {error}")),
@@ -304,7 +315,7 @@ impl Pager {
                         let read = self.read(&space);
                         drop(pass);
                         self.faults();
-                        // What another space has to tell may be unreadable still.
+                        // The messages of another space may still be unreadable.
                         if let Err(stopped) = read {
                             self.unreadable = self.stopped(stopped);
                         }
@@ -338,19 +349,19 @@ impl Pager {
         }
     }
 
-    /// Reads all messages of a space, and keeps its faults. The gate is passed alone.
+    /// Reads all messages of a space, and collects its faults. The caller is alone in the gate.
     fn read(&mut self, space: &Arc<Space>) -> Result<(), Stopped> {
         while self.read_some(space, MESSAGES)? {}
         Ok(())
     }
 
-    /// Reads at most so many messages of a space, and keeps its faults: whether there may be more. The gate is passed
-    /// alone.
+    /// Reads at most `most` messages of a space, and collects its faults. Returns true if there may
+    /// be more. The caller is alone in the gate.
     fn read_some(&mut self, space: &Arc<Space>, most: usize) -> Result<bool, Stopped> {
         let (mut faults, since) = (Vec::new(), ticks());
         let read = events::read_some(&self.on_exit.shared, space, &mut faults, most);
         add(&self.shared().counters.faults, faults.len());
-        // Writes to what is there do not wait for pages.
+        // Faults of write protection do not wait for pages.
         if faults.iter().any(|(_, is_write_protected)| !is_write_protected) {
             self.shared().cores.touched(std::time::Instant::now());
         }
@@ -360,19 +371,20 @@ impl Pager {
         read
     }
 
-    /// Not all could be read: since when and why that is so, if it may pass.
+    /// Handles a reading that has stopped early. Returns the time since which the reason lasts, and
+    /// the reason, if it may pass.
     fn stopped(&mut self, stopped: Stopped) -> Option<(Instant, String)> {
         let since = self.unreadable.take().map_or_else(Instant::now, |(since, _)| since);
         if !stopped.may_pass || since.elapsed() > self.shared().options.fault_deadline {
             self.broken.get_or_insert(stopped.reason);
             return None;
         }
-        // Those of processes that have exited are given back.
+        // This releases the descriptors of processes that have exited.
         self.owners_are_left();
         Some((since, stopped.reason))
     }
 
-    /// Reads what could not be read before.
+    /// Reads the messages of all spaces again, after a reading has stopped early.
     fn read_again(&mut self) {
         let shared = Arc::clone(&self.on_exit.shared);
         let Some(pass) = shared.map.gate.try_enter_alone() else { return };
@@ -386,7 +398,7 @@ impl Pager {
         };
     }
 
-    /// Forgets the memory of processes that have exited: whether there are others.
+    /// Forgets the memory of processes that have exited. Returns true if others are left.
     fn owners_are_left(&mut self) -> bool {
         let shared = Arc::clone(&self.on_exit.shared);
         for space in shared.spaces().spaces().filter(|space| space.uffd.is_owner_gone()) {
@@ -397,16 +409,17 @@ impl Pager {
         }
         self.clear_final_children();
         if matches!(shared.options.on_loss, LossPolicy::Kill | LossPolicy::Pause) {
-            // A process whose parent has exited is harder to find.
+            // A process is harder to find once its parent has exited.
             self.identify();
         }
         self.watched.retain(|watched| !watched.space.is_gone());
         self.forks.has_undecided() || !self.watched.is_empty()
     }
 
-    /// Drops the records of children none of whose pages can become the image's any more: what still faults there is
-    /// zero, as memory of no region is. Their descriptors stay: other processes may have them open, too, so that closing
-    /// these would end no wait for the pager.
+    /// Drops the records of children none of whose pages can become the image's any more. Later
+    /// faults there get zeros, as in memory of no region. The children's descriptors stay open:
+    /// other processes may have them open, too, and then closing them here would end no wait for
+    /// the pager.
     fn clear_final_children(&mut self) {
         let spaces = self.shared().spaces();
         for child in spaces.spaces().filter(|space| space.id > 0 && spaces.is_final(space.id)) {
@@ -420,7 +433,8 @@ impl Pager {
         }
     }
 
-    /// Sends what is to be asked for, as far as the lane takes it, and read-ahead as far as it delays no other fault.
+    /// Sends the pending requests as far as the lane takes them, and read-ahead as far as it delays
+    /// no other fault.
     fn send(&mut self) {
         if self.lane.is_err() {
             return;
@@ -433,13 +447,14 @@ impl Pager {
             if !self.requests.has_message(ahead) {
                 return;
             }
-            // Full: it goes on after the next answer. Closed: next_answer says so.
+            // If the queue is full, sending continues after the next answer. If it is closed,
+            // `next_answer` reports that.
             let Ok(slot) = lane.requests.try_reserve() else { return };
             slot.send(self.requests.message(now, ahead));
         }
     }
 
-    /// How many chunks may be asked for ahead.
+    /// Returns the number of chunks that may be requested ahead.
     fn ahead_room(&mut self, now: Instant) -> usize {
         let Some(under_way) = self.requests.ahead_under_way() else { return 0 };
         let requests = &self.requests;
@@ -471,13 +486,14 @@ impl Pager {
         }
     }
 
-    /// Gets another lane, in the background; the faults' deadlines go on.
+    /// Opens another lane in the background. The faults' deadlines do not stop meanwhile.
     fn reconnect(&mut self) {
         let pause = self.backoff.pause();
         self.lane = Err(reach(self.shared().address.clone(), self.shared().image.digest(), pause));
     }
 
-    /// Forgets requests whose pages the fill has brought instead: these are not lost when no answer comes.
+    /// Forgets requests whose pages the fill has installed meanwhile, so that a missing answer does
+    /// not make them lost.
     fn forget_brought(&mut self) {
         let shared = Arc::clone(&self.on_exit.shared);
         if shared.fills() {
@@ -501,7 +517,7 @@ impl Pager {
                     }
                     self.shared().add_region(&region);
                 }
-                // The program waits for it, in `Session::map`.
+                // The program waits for this in `Session::map`.
                 let _ = reply.try_send(registered);
             }
             Command::End | Command::Leave => unreachable!("the loop ends with it"),
@@ -517,14 +533,15 @@ impl Pager {
                     let at = region.whole_addresses(run.start).start;
                     self.waiters.add(&region.space, at, Wait::Call, Instant::now());
                     self.ask(&region, run.start);
-                    // One page of each chunk will do.
+                    // One page requests its whole chunk.
                     next = region.pages_of(chunk).map_or(run.end, |pages| pages.end);
                 }
             }
         }
     }
 
-    /// In record mode: these pages, as far as they are of the chunk, count as touched, and the chunk comes as a whole.
+    /// Notes these pages as accessed, as far as the chunk has them, and has the chunk installed
+    /// whole. For record mode.
     fn bring_recorded(&mut self, region: &Region, chunk: ChunkIndex, pages: &std::ops::Range<usize>) {
         let of_chunk = region.pages_of(chunk).expect("a page of the region");
         if let Some(recorder) = &self.shared().recorder {
@@ -536,18 +553,19 @@ impl Pager {
         self.whole.insert(chunk);
     }
 
-    /// Lets go of a region. Its memory is never unmapped while it is registered: that would wait for this thread.
+    /// Unregisters a region and gives its memory to the reaper. Memory is never unmapped while it
+    /// is registered, because unmapping would wait for this thread.
     fn unmap(&mut self, region: &Region, memory: crate::uffd::memory::Memory) {
         let shared = Arc::clone(&self.on_exit.shared);
-        // Whoever still touches it by a stray pointer is stopped, and never sees zeros.
+        // An access by a stray pointer raises a signal, and never reads zeros.
         let forbidden = crate::uffd::memory::forbid(memory.start(), memory.len());
         let unregistered = region.space.uffd.unregister(memory.start(), memory.len());
-        // By address: a stray mremap or munmap may have made parts of it.
+        // The region is found by its addresses, because a stray mremap or munmap may have split it.
         let addresses = memory.start()..memory.start() + memory.len();
         self.change(Change::Unmap { space: region.space.id, addresses });
         self.requests.forget(region, &shared.spaces());
         if forbidden.is_ok() && unregistered.is_ok() {
-            // Giving back many pages takes long.
+            // The reaper frees the memory, because freeing many pages takes long.
             reaper::give_back(&shared, memory);
         } else {
             std::mem::forget(memory);
@@ -558,7 +576,7 @@ impl Pager {
     }
 }
 
-/// The first of the spaces whose userfaultfd has messages.
+/// Waits for messages of a space. Returns the first space whose userfaultfd has any.
 async fn readable(watched: &[Watched]) -> io::Result<(&Watched, Readable<'_>)> {
     std::future::poll_fn(|context| {
         for watched in watched {
@@ -571,10 +589,10 @@ async fn readable(watched: &[Watched]) -> io::Result<(&Watched, Readable<'_>)> {
     .await
 }
 
-/// What the lane, or the attempt to get one, gives next.
+/// The next outcome of the lane, or of the attempt to open one.
 enum NextAnswer {
     Answer(v1::FetchChunksResponse),
-    /// With the reason, where a new one could not be had.
+    /// The lane is lost, or a new one could not be opened, for this reason.
     Lost(Option<String>),
     Connected(DemandLane),
 }
@@ -599,10 +617,10 @@ fn reach(
     pause: Duration,
 ) -> oneshot::Receiver<Result<DemandLane, RemoteError>> {
     let (sender, receiver) = oneshot::channel();
-    // Ends with the runtime at the latest.
+    // The task ends with the runtime at the latest.
     tokio::spawn(async move {
         tokio::time::sleep(pause).await;
-        // The session may have ended.
+        // If the session has ended, there is no receiver.
         let _ = sender.send(DemandLane::open(&address, &image).await);
     });
     receiver

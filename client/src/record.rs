@@ -1,6 +1,6 @@
-//! What a session records: the order of first faults, for the server to make a working set of ([`recorder`]), and a
-//! trace of what happened when ([`trace`]). A background task sends the one, a thread writes the other: what the
-//! pager and the installers have noted.
+//! Recordings of a session: the first-touch order, from which the server makes a working set
+//! ([`recorder`]), and a trace with times ([`trace`]). The pager and the installers note both. A
+//! background task sends the first, a thread writes the second.
 
 pub(crate) mod recorder;
 pub mod trace;

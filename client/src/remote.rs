@@ -1,6 +1,7 @@
-//! A server: its address, connections to it, and what is asked of it once: manifests and images.
+//! A server: its address, connections to it, and single requests for manifests and images.
 //!
-//! Knows nothing of memory. The lanes that pages come over are in [`crate::remote::lane`].
+//! This module knows nothing of memory. The lanes that deliver pages are in
+//! [`crate::remote::lane`].
 
 pub(crate) mod backoff;
 mod image;
@@ -24,14 +25,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
-/// How often a chunk or a segment is asked for before a wrong answer is final. From the second time on the server
-/// checks its copy itself.
+/// The number of requests for a chunk or a segment after which a wrong answer is final. From the
+/// second request on, the server checks its own copy.
 pub(crate) const MAX_ATTEMPTS: u32 = 3;
 
-/// The server that is taken when none is named.
+/// The server's address if the user names none.
 pub const DEFAULT_SERVER: &str = "http://127.0.0.1:7070";
 
-/// HTTP/2 windows on purpose: the default of 64 KiB costs a round trip on one raw chunk.
+/// The HTTP/2 window of a demand lane. The default of 64 KiB would cost an additional round trip
+/// for one raw chunk.
 const DEMAND_WINDOW_BYTES: u32 = 8 << 20;
 const BULK_WINDOW_BYTES: u32 = 16 << 20;
 
@@ -39,44 +41,44 @@ const BULK_WINDOW_BYTES: u32 = 16 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerAddress(String);
 
-/// Why something could not be had from a server.
+/// The reason for a request to a server to fail.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
     /// The text is no address.
     #[error("server address {0:?}: neither `http://host:port` nor `unix:/path`, an absolute path")]
     Address(String),
-    /// Nobody answers there.
+    /// No server answers at the address.
     #[error("server {server} cannot be reached: {reason}")]
     Connect {
-        /// Its address.
+        /// The server's address.
         server: String,
-        /// Why.
+        /// The reason that the connection attempt gave.
         reason: String,
     },
-    /// It answered with an error, or the connection was lost.
+    /// The server answered with an error, or the connection was lost.
     #[error("server {server}: {what}: {} ({})", status.message(), status.code())]
     Status {
-        /// Its address.
+        /// The server's address.
         server: String,
-        /// What was asked.
+        /// The request, in words.
         what: String,
-        /// Its answer.
+        /// The server's answer.
         status: Box<tonic::Status>,
     },
-    /// It sent something that cannot be, or that does not fit its digest.
+    /// The server sent invalid data, or data that does not match its digest.
     #[error("server {server} sent a wrong {what}: {reason}")]
     Wrong {
-        /// Its address.
+        /// The server's address.
         server: String,
-        /// What was asked for.
+        /// The name of the wrong data.
         what: String,
-        /// What is wrong with it.
+        /// The fault that was found in the data.
         reason: String,
     },
 }
 
 impl RemoteError {
-    /// Whether the server said that it does not have what was asked for.
+    /// Returns true if the server answered that it does not have the requested object.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Status { status, .. } if status.code() == tonic::Code::NotFound)
@@ -107,7 +109,7 @@ impl fmt::Display for ServerAddress {
     }
 }
 
-/// What a connection is for: each lane has its own.
+/// The purpose of a connection. Each lane has its own connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
     Demand,
@@ -131,7 +133,8 @@ impl ServerAddress {
             .tcp_nodelay(true)
             .initial_stream_window_size(window)
             .initial_connection_window_size(window)
-            // A server that vanished without a word is noticed before the fault deadline of 30 s.
+            // The client notices that a server has vanished before the fault deadline of 30 s is
+            // over.
             .http2_keep_alive_interval(Duration::from_secs(5))
             .keep_alive_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true);
@@ -151,16 +154,17 @@ impl ServerAddress {
     }
 }
 
-/// Segments of small images come with their roots: they save the first touch a round trip.
+/// The most bytes of segments that the server sends unasked with a root. For small images they save
+/// the first fault a round trip.
 const MORE_SEGMENTS_BYTES: u32 = 128 << 10;
 
-/// How long a server may be silent where an answer is due.
+/// The longest time that a server may take for an answer that is due.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 
-/// What `answer` gives within 30 s.
+/// Returns the output of `answer`, if it is ready within 30 s.
 ///
 /// # Errors
-/// [`RemoteError::Wrong`], naming `what` was waited for.
+/// [`RemoteError::Wrong`], which names `what` the caller waited for.
 pub(crate) async fn within<T>(
     server: &ServerAddress,
     what: &str,
@@ -170,7 +174,7 @@ pub(crate) async fn within<T>(
     answer.map_err(|_| server.wrong(what, format!("none came within {MAX_SILENCE:?}")))
 }
 
-/// The reason at the end of the chain, which is what a person needs ("Connection refused").
+/// Returns the reason at the end of the chain, for example "Connection refused".
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
@@ -196,36 +200,37 @@ impl Remote {
         Ok(Self { address, channel })
     }
 
-    /// Where the server listens.
+    /// Returns the server's address.
     #[must_use]
     pub fn address(&self) -> &ServerAddress {
         &self.address
     }
 
-    /// The server's working sets, as generated.
+    /// Returns the generated client of the server's working set service.
     #[must_use]
     pub fn working_sets(&self) -> WorkingSetServiceClient<Channel> {
         WorkingSetServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// The server's image service, as generated.
+    /// Returns the generated client of the server's image service.
     #[must_use]
     pub fn images(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// The server's page service, as generated.
+    /// Returns the generated client of the server's page service.
     #[must_use]
     pub fn pages(&self) -> PageServiceClient<Channel> {
         page_client(self.channel.clone())
     }
 
-    /// Opens what `reference` stands for: gives the image as soon as its root is here, and the stream that
-    /// its segments come from, those of `first_paths` first, then all others if `all_segments`.
+    /// Opens the image that `reference` stands for. Returns the image as soon as its root has
+    /// arrived, and the stream of its segments: first those of `first_paths`, then all others if
+    /// `all_segments` is set.
     ///
     /// # Errors
-    /// [`RemoteError`]; [`RemoteError::Wrong`] if the root does not fit the digest that the reference names, or that
-    /// the server says it stands for.
+    /// [`RemoteError`]. [`RemoteError::Wrong`] if the root does not match the digest that the
+    /// reference names, or that the server returned for it.
     pub async fn open(
         &self,
         reference: &postcopy_proto::reference::Reference,
@@ -261,12 +266,12 @@ impl Remote {
     }
 }
 
-/// The page service over `channel`, taking messages of up to 4 MiB.
+/// Returns a client of the page service over `channel` that takes messages of up to 4 MiB.
 pub(crate) fn page_client(channel: Channel) -> PageServiceClient<Channel> {
     PageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
 }
 
-/// An image's segments, as they come.
+/// The stream of an image's segments.
 #[derive(Debug)]
 pub struct Segments {
     address: ServerAddress,
@@ -303,10 +308,12 @@ impl Segments {
         Ok(root)
     }
 
-    /// Waits for the next segment and adds it to `image`; its number, or None after the last one.
+    /// Waits for the next segment and adds it to `image`. Returns the segment's number, or `None`
+    /// at the end of the stream.
     ///
     /// # Errors
-    /// [`RemoteError::Wrong`] if the segment does not fit the root: it is not added.
+    /// [`RemoteError`]. [`RemoteError::Wrong`] if the segment does not match the root; then it is
+    /// not added.
     pub async fn next_into(&mut self, image: &Image) -> Result<Option<u32>, RemoteError> {
         let answer = match self.next_part().await? {
             None => return Ok(None),
@@ -319,18 +326,18 @@ impl Segments {
         Ok(Some(answer.index))
     }
 
-    /// Waits for the segments that were asked for, to the end of the stream. A server may leave some out:
-    /// [`Image::content`] says which are there.
+    /// Adds the requested segments to `image`, to the end of the stream. A server may leave some
+    /// out: [`Image::content`] tells which are missing.
     ///
     /// # Errors
-    /// As [`Segments::next_into`].
+    /// The same as those of [`Segments::next_into`].
     pub async fn all_into(mut self, image: &Image) -> Result<(), RemoteError> {
         while self.next_into(image).await?.is_some() {}
         Ok(())
     }
 }
 
-/// Why a segment was not taken.
+/// The reason for which a segment was refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SegmentRefused {
     #[error(transparent)]
@@ -341,7 +348,7 @@ pub(crate) enum SegmentRefused {
     Empty,
 }
 
-/// Adds the segment that a server answered with to `image`, if it is the right one.
+/// Adds a segment that the server answered with to `image`, after checking it against the root.
 pub(crate) fn take_segment(image: &Image, answer: &v1::SegmentAnswer) -> Result<(), SegmentRefused> {
     match &answer.result {
         Some(segment_answer::Result::Segment(bytes)) => Ok(image.add_segment(answer.index, bytes)?),

@@ -1,4 +1,5 @@
-//! Decompresses, verifies and installs what the bulk lane brings, in a thread of the pool.
+//! Decompresses, verifies and installs the frames that the bulk lane delivers, in a thread of the
+//! pool.
 
 use super::pool::Filling;
 use crate::install::chunk::decode;
@@ -24,25 +25,27 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 
-/// How long an installer waits for the pager to install what was handed over.
+/// Time for which an installer waits for the pager to install pages that it handed over.
 const HANDED_OVER: Duration = Duration::from_millis(20);
 
-/// Something that has arrived. Its room in the window is free again when it is dropped.
+/// Data that has arrived and is to be installed. Its permit of the window is free again when the
+/// job is dropped.
 #[derive(Debug)]
 pub(super) struct Job {
     arrived: Arrived,
     _permit: OwnedSemaphorePermit,
     came: Instant,
-    /// From asking for it to its coming.
+    /// Time from the request to the arrival.
     wire: Duration,
-    /// After an obstacle: until when the same is tried again.
+    /// After an obstacle: the time at which the installer gives up the current piece.
     deadline: Option<Instant>,
-    /// Stretches of a working set's first frame that were installed before the obstacle.
+    /// Number of stretches of the working set's first frame that were installed before the
+    /// obstacle.
     stretches: usize,
 }
 
 impl Job {
-    /// What has come now.
+    /// Makes a job of data that has just arrived.
     pub(super) fn new(arrived: Arrived, permit: OwnedSemaphorePermit, wire: Duration) -> Self {
         Self { arrived, _permit: permit, came: Instant::now(), wire, deadline: None, stretches: 0 }
     }
@@ -55,7 +58,8 @@ pub(super) enum Arrived {
     WorkingSet(VecDeque<Bytes>),
 }
 
-/// An install that cannot be done at the moment: the kernel has no memory, or the pager is slow.
+/// The reason for an install to stop for the moment: the kernel has no memory, or the pager is
+/// slow.
 struct Obstacle;
 
 /// The buffers of a thread that installs.
@@ -66,13 +70,13 @@ pub(super) struct Tools {
     set: SetDecoder,
 }
 
-/// Decompresses, verifies and installs a session's job.
+/// Decompresses, verifies and installs the jobs of a session.
 pub(super) struct Installer<'a> {
     filling: &'a Filling,
     tools: &'a mut Tools,
-    /// Of what is being installed.
+    /// The times of the stages of the current piece.
     stages: Stages,
-    /// The first piece was tried before.
+    /// True if the job's first piece was tried before.
     is_retry: bool,
     stretches: usize,
 }
@@ -86,7 +90,7 @@ impl<'a> Installer<'a> {
         &self.filling.shared
     }
 
-    /// Does a job, and gives what is left of it if an obstacle stops it.
+    /// Does a job. If an obstacle stops it, returns the rest of the job.
     pub(super) fn install(mut self, mut job: Job) -> Option<Job> {
         self.stages = Stages { queue: job.came.elapsed(), wire: job.wire, ..Stages::default() };
         (self.is_retry, self.stretches) = (job.deadline.is_some(), job.stretches);
@@ -104,7 +108,7 @@ impl<'a> Installer<'a> {
                     job.stretches = self.stretches;
                     return Some(job);
                 }
-                // Another pass has it.
+                // After the deadline the piece is left to a later pass, or to page faults.
             }
             match &mut job.arrived {
                 Arrived::Frames(_, answers) => {
@@ -121,7 +125,7 @@ impl<'a> Installer<'a> {
         None
     }
 
-    /// Installs a chunk. What is wrong with it leaves it absent; the next pass asks again.
+    /// Installs a chunk. A wrong chunk stays absent, and the next pass requests it again.
     fn frame(&mut self, region: &Region, answer: &v1::ChunkAnswer) -> Result<(), Obstacle> {
         let chunk = ChunkIndex(answer.chunk);
         self.verified_frame(region, chunk, answer).unwrap_or_else(|reason| {
@@ -136,7 +140,7 @@ impl<'a> Installer<'a> {
         *self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
     }
 
-    /// Installs a working set's frame. What is wrong with it leaves its pages to page faults.
+    /// Installs a frame of the working set. The pages of a wrong frame are left to page faults.
     fn set_frame(&mut self, frame: &Bytes) -> Result<(), Obstacle> {
         let shared = self.shared();
         if !self.is_retry {
@@ -151,7 +155,7 @@ impl<'a> Installer<'a> {
                     region.next_run(region.whole(&pages), install::unresolved(&region)).is_some()
                 })
             };
-            // Faults may have overtaken all of it.
+            // Faults may have fetched all of its pages meanwhile.
             if runs.any(is_wanted) {
                 let before = Instant::now();
                 self.tools.set.decode(&frame, &**image)?;
@@ -166,7 +170,7 @@ impl<'a> Installer<'a> {
         })
     }
 
-    /// Installs what was decoded last.
+    /// Installs the frame that was decoded last.
     fn install_set(&mut self, spaces: &Spaces) -> Result<(), Obstacle> {
         let shared = self.shared();
         let image = &shared.image;
@@ -193,7 +197,8 @@ impl<'a> Installer<'a> {
         if spaces.has_huge() { self.install_set_chunks(spaces) } else { Ok(()) }
     }
 
-    /// The same into huge pages, which are gathered by chunks: those that the frame has all of.
+    /// Installs the frame's pages in regions with huge pages, which gather whole chunks. Only
+    /// chunks that the frame holds completely are installed.
     fn install_set_chunks(&mut self, spaces: &Spaces) -> Result<(), Obstacle> {
         let shared = self.shared();
         let image = &shared.image;
@@ -217,7 +222,7 @@ impl<'a> Installer<'a> {
             self.tools.pages.set(chunk_bytes, in_chunk);
             for region in spaces.of_chunk(chunk, chunk_pages).filter(|region| region.gathering().is_some()) {
                 let pages = region.pages_of(chunk).expect("a region of the chunk");
-                // Before an obstacle it was brought.
+                // A chunk that is resident was installed before the obstacle.
                 if self.is_retry && !is_wanted(&region, chunk) {
                     continue;
                 }
@@ -244,7 +249,7 @@ impl<'a> Installer<'a> {
             add(&shared.counters.bulk_chunks, 1);
             add(&shared.counters.frame_bytes, frame.len());
         }
-        // A fault may have overtaken it.
+        // A fault may have fetched the chunk meanwhile.
         if shared.of_chunk(chunk).iter().any(|region| is_wanted(region, chunk)) {
             let before = Instant::now();
             let Tools { pages, decoder, .. } = &mut *self.tools;
@@ -264,7 +269,8 @@ impl<'a> Installer<'a> {
     }
 
     fn install_chunk(&self, chunk: ChunkIndex) -> Result<(), Obstacle> {
-        // Those of other regions over the same file are not asked for then.
+        // Other regions of the same file get the pages, too, so the fill does not request the chunk
+        // again for them.
         for region in self.shared().of_chunk(chunk) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
             self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.tools.pages))?;
@@ -272,7 +278,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Prefetches pages of a region. The pager installs them where an event is in the way.
+    /// Installs prefetched pages of a region. If an unread event blocks the install, the pager does
+    /// it.
     fn bring(
         &self,
         region: &Region,
@@ -300,7 +307,7 @@ impl<'a> Installer<'a> {
             installed => installed,
         };
         match shared.installing(region, pages, cause, self.stages, install) {
-            // Deferred: another pass has it.
+            // A later pass installs deferred pages.
             Installed::All | Installed::Ended | Installed::Deferred => Ok(()),
             Installed::NoMemory => Err(Obstacle),
         }
@@ -312,7 +319,7 @@ fn is_wanted(region: &Region, chunk: ChunkIndex) -> bool {
     region.next_run(pages, install::unresolved(region)).is_some()
 }
 
-/// The regions that have pages of a run, and which of theirs.
+/// Returns the regions that have pages of a run, each with its pages of the run.
 fn set_regions(image: &Image, spaces: &Spaces, run: SetRun) -> Vec<(Region, Range<usize>)> {
     let Some(file) = image.files().get(run.file as usize) else { return Vec::new() };
     let chunk_pages = image.root().chunk_size().bytes() / PAGE_BYTES;

@@ -1,8 +1,10 @@
-//! The threads that install what the bulk lanes bring: as many as there are cores, for all sessions of the process.
+//! The threads that install what the bulk lanes deliver: one for each core, shared by all sessions
+//! of the process.
 //!
-//! The threads exist while a fill is at work ([`join`]). Sessions take turns: each gets one job installed, then the
-//! next one. A session that cannot go on (no memory, or a pager that is slow to take what is handed over) loses its
-//! turns for a while; no thread waits for it.
+//! The threads exist while a fill is at work ([`join`]). Sessions take turns: a thread installs one
+//! job of a session, then one of the next session. A session that meets an obstacle (no memory, or
+//! a pager that is slow to take pages that were handed over) loses its turns for a while; no thread
+//! waits for it.
 
 use super::installer::{Installer, Job, Tools};
 use crate::shared::Shared;
@@ -12,26 +14,28 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a session first has no turn after an obstacle, and at most.
+/// The first and the longest time for which a session has no turn after an obstacle.
 const OBSTACLE_PAUSE: Range<Duration> = Duration::from_micros(200)..Duration::from_millis(50);
-/// How soon a thread that gives way looks whether faults have become rare.
+/// Time after which a thread that gives way checks again if faults have become rare.
 const GIVE_WAY: Duration = Duration::from_millis(2);
 
 /// A session's part in the pool.
 #[derive(Debug)]
 pub(super) struct Filling {
     pub(super) shared: Arc<Shared>,
-    /// Why a chunk was refused most lately: reported when the fill gives up.
+    /// The latest reason for refusing a chunk, which is reported when the fill gives up.
     pub(super) refused: Mutex<Option<String>>,
-    /// Held for a look or a change, under the pool's lock.
+    /// The session's jobs. The lock is taken under the pool's lock, and held for one look or
+    /// change.
     queue: Mutex<Queue>,
 }
 
-/// The fill's window bounds the jobs: each holds a page of it at least.
+/// The jobs of a session. The fill's window bounds their number, because each holds at least one
+/// page of it.
 #[derive(Debug, Default)]
 struct Queue {
     jobs: VecDeque<Job>,
-    /// The session has no turn before.
+    /// The time before which the session has no turn.
     not_before: Option<Instant>,
     pause: Duration,
 }
@@ -46,37 +50,38 @@ impl Filling {
     }
 }
 
-/// See the module.
+/// The state of the pool, as the module describes it.
 #[derive(Debug)]
 struct Pool {
-    /// Sessions that have jobs, by their turns.
+    /// Sessions that have jobs, in the order of their turns.
     turns: VecDeque<Arc<Filling>>,
-    /// Fills at work.
+    /// Number of fills that are at work.
     fills: usize,
-    /// Threads, and those of them that give way to faults.
+    /// Number of all threads, and of those that give way to faults.
     threads: usize,
     giving_way: usize,
-    /// The process that these are of: a fork copies this record, and no thread.
+    /// The process that the threads belong to. A fork copies this record, but no thread.
     process: u32,
 }
 
-/// Held for a look at whose turn it is; never over an install.
+/// The one pool of the process. The lock is held to choose the next job, never during an install.
 static POOL: Mutex<Pool> = Mutex::new(Pool::EMPTY);
-/// There is a job, or the last fill has ended: for threads that give way, and for the others.
+/// Wake threads when a job is added, and when the last fill ends. The first is for threads that
+/// never give way, the second for those that do.
 static CHANGED: [Condvar; 2] = [Condvar::new(), Condvar::new()];
 
 fn pool() -> MutexGuard<'static, Pool> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keeps the pool's threads; a fill has one while it is at work.
+/// Keeps the pool's threads alive. A fill holds one while it is at work.
 #[derive(Debug)]
 pub(super) struct Membership(());
 
 /// Starts the threads that are missing.
 ///
 /// # Errors
-/// If there is no thread, and the process cannot start one.
+/// If the process cannot start a thread, and the pool has none that never gives way.
 pub(super) fn join() -> io::Result<Membership> {
     let mut pool = pool();
     let process = std::process::id();
@@ -85,7 +90,7 @@ pub(super) fn join() -> io::Result<Membership> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     while pool.threads < cores {
-        // The first half never gives way.
+        // The first half of the threads never gives way.
         let gives_way = pool.threads - pool.giving_way >= cores.div_ceil(2);
         let thread = std::thread::Builder::new().name("postcopy-install".into());
         match thread.spawn(move || Thread { gives_way, is_counted: true }.run()) {
@@ -108,7 +113,7 @@ impl Drop for Membership {
     }
 }
 
-/// Has a job done. Its session's fill must be a member.
+/// Adds a job. The session's fill must hold a [`Membership`].
 pub(super) fn add(filling: &Arc<Filling>, job: Job) {
     let mut pool = pool();
     let mut queue = filling.queue();
@@ -119,10 +124,10 @@ pub(super) fn add(filling: &Arc<Filling>, job: Job) {
     CHANGED.iter().for_each(Condvar::notify_one);
 }
 
-/// What a thread does next.
+/// The next action of a thread.
 enum Next {
     Install(Arc<Filling>, Job),
-    /// Wait for a change, until then at most.
+    /// Wait for a change, at most until this time.
     Wait(Option<Instant>),
     End,
 }
@@ -169,7 +174,8 @@ impl Pool {
         }
     }
 
-    /// A job is done, or an obstacle has stopped it: then it is tried again later.
+    /// Notes the outcome of a job. If an obstacle stopped it, `stopped` is its rest, which is
+    /// retried later.
     fn after(&mut self, filling: &Arc<Filling>, stopped: Option<Job>) {
         let mut queue = filling.queue();
         let Some(job) = stopped else {
@@ -214,7 +220,8 @@ impl Thread {
                     };
                 }
                 Next::End => {
-                    // Under the lock of the decision: a fill that joins later starts another thread.
+                    // The lock is held since the decision to end, so a fill that joins later starts
+                    // another thread.
                     pool.discount(self.gives_way);
                     self.is_counted = false;
                     return;
@@ -226,7 +233,7 @@ impl Thread {
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        // After a panic.
+        // A thread that is still counted here has panicked.
         if self.is_counted {
             pool().discount(self.gives_way);
         }

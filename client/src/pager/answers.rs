@@ -1,4 +1,4 @@
-//! From an answer to pages in memory.
+//! The handling of an answer, from its frame to resident pages.
 
 use super::ready::Obstacle;
 use super::waiters::Waiters;
@@ -18,7 +18,7 @@ use postcopy_proto::v1;
 use tokio::time::Instant;
 
 impl Pager {
-    /// Takes the answer for a chunk.
+    /// Handles the answer for a chunk.
     pub(super) fn answer(&mut self, answer: &v1::ChunkAnswer) {
         let chunk = ChunkIndex(answer.chunk);
         let Some((digest, _)) = self.requests.chunk(chunk) else { return };
@@ -39,19 +39,20 @@ impl Pager {
         self.install(chunk, frame);
     }
 
-    /// Learns from how long an answer has taken.
+    /// Updates the estimates of answer times with the time that this answer took.
     pub(super) fn noted(&mut self, chunk: ChunkIndex) {
         let now = Instant::now();
         let waited = self.requests.waited_for(chunk, now);
         self.spin.answered(waited);
-        // A server that was away for a while says nothing of how far away it is.
+        // The time is capped, because a server that was lost for a while says nothing about its
+        // distance.
         self.usual = (self.usual * 7 + waited.min(FAR)) / 8;
         if self.scattered.remove(&chunk)
             && let Some(asked_at) = now.checked_sub(waited)
         {
             self.ahead_pace.answered(asked_at.into_std(), now.into_std());
         }
-        // The fill looks at it, or not: then this one does not count.
+        // If the fill holds the lock, this sample is skipped.
         if let Ok(mut pace) = self.shared().pace.try_lock()
             && let Some(asked_at) = now.checked_sub(waited)
             && pace.answered(asked_at.into_std(), now.into_std())
@@ -86,7 +87,7 @@ impl Pager {
             let first = region.page_at(waiting_at).filter(|_| is_waiting);
             match self.install_in(&region, chunk, first, cause, stages) {
                 Installed::All => resolved(&mut self.waiters, &region, chunk),
-                // Whoever waits for it there touches it again, and has a deadline of his own.
+                // Waiters in other regions fault again, and each has its own deadline.
                 Installed::NoMemory if first.is_none() => region.wake_chunk(chunk),
                 installed => outcome = installed,
             }
@@ -107,8 +108,8 @@ impl Pager {
         self.shared().outcome.pages_changed();
     }
 
-    /// In record mode: installs the touched page of the chunk that was decoded last, and keeps the others at hand. Huge pages
-    /// come whole, and are recorded so.
+    /// Installs the faulting page of the chunk that was decoded last, in record mode, and keeps the
+    /// other pages. Huge pages are installed and recorded whole.
     fn install_recorded(
         &mut self,
         chunk: ChunkIndex,
@@ -122,7 +123,7 @@ impl Pager {
             None => self.install_one(waiting, chunk, &self.pages, page, stages),
         };
         for other in self.shared().of_chunk(chunk) {
-            // Those who wait for others of its pages touch them again.
+            // Waiters for other pages of the chunk fault again.
             if other.gathering().is_none()
                 || self.install_in(&other, chunk, None, Cause::Demand, stages) != Installed::All
             {
@@ -137,7 +138,7 @@ impl Pager {
         self.one_installed(waiting, chunk, page, installed);
     }
 
-    /// Installs the pages of the chunk that was decoded last, the touched one first.
+    /// Installs the pages of the chunk that was decoded last, the faulting page first.
     fn install_in(
         &self,
         region: &Region,
@@ -158,7 +159,8 @@ impl Pager {
         self.shared().installing(region, &pages, cause, stages, install)
     }
 
-    /// Installs the one page of a chunk that was touched; of huge pages all that it has.
+    /// Installs the faulting page of a chunk. In a region of huge pages it installs all pages of
+    /// the chunk.
     pub(super) fn install_one(
         &self,
         region: &Region,
@@ -176,12 +178,12 @@ impl Pager {
         self.shared().installing(region, &(page..page + 1), Cause::Demand, stages, install)
     }
 
-    /// Whether what is touched of a chunk is recorded, at the grain of the kernel's pages, and comes alone.
+    /// Returns true if the pages of a chunk are recorded and installed one by one.
     pub(super) fn is_recorded(&self, chunk: ChunkIndex) -> bool {
         self.shared().recorder.is_some() && !self.whole.contains(&chunk)
     }
 
-    /// One page of a chunk that is kept was to be installed.
+    /// Handles the outcome of installing one page of a kept chunk.
     pub(super) fn one_installed(
         &mut self,
         region: &Region,
@@ -199,7 +201,7 @@ impl Pager {
         self.shared().outcome.pages_changed();
     }
 
-    /// Defers the fault on a page that could not be installed.
+    /// Defers the fault on a page, unless its install has succeeded.
     pub(super) fn defer_install(&mut self, region: &Region, page: usize, installed: Installed) {
         let obstacle = match installed {
             Installed::All => return,
@@ -210,7 +212,8 @@ impl Pager {
         self.defer(&region.space, region.address(page), obstacle);
     }
 
-    /// Whether touches of a chunk's pages are waited for. Huge pages have taken all of it.
+    /// Returns true if a region without huge pages still has absent pages of the chunk. Regions
+    /// with huge pages have taken all of it.
     fn lacks_pages(&self, chunk: ChunkIndex) -> bool {
         self.shared().of_chunk(chunk).into_iter().filter(|region| region.gathering().is_none()).any(
             |region| {
@@ -235,7 +238,7 @@ impl Pager {
         self.shared().outcome.pages_changed();
     }
 
-    /// An answer was wrong or an error: ask again, or give up.
+    /// Handles a wrong answer or an error: requests the chunk again, or gives it up.
     pub(super) fn refuse(&mut self, chunk: ChunkIndex, reason: &str) {
         match self.requests.chunk_refused(chunk) {
             Refused::AskedAgain | Refused::Unknown => {}
@@ -257,15 +260,16 @@ impl Pager {
             };
         }
         for (region, page) in self.requests.segment_done(answer.index) {
-            // By address: it may have been moved, or removed.
+            // The fault is looked up by its address, because the region may have been moved or
+            // removed.
             self.fault(&region.space, region.address(page));
         }
     }
 }
 
-/// Nothing waits for a region's pages of a chunk any more.
+/// Removes the waiters for a region's pages of a chunk.
 fn resolved(waiters: &mut Waiters, region: &Region, chunk: ChunkIndex) {
-    // Of a page of 2 MiB other chunks may be missing.
+    // A page of 2 MiB may lack other chunks.
     if region.gathering().is_none()
         && let Some(pages) = region.pages_of(chunk)
     {

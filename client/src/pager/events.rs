@@ -1,10 +1,10 @@
-//! What a userfaultfd's events do to a session's spaces, regions and page states.
+//! The effects of a userfaultfd's events on a session's spaces, regions and page states.
 //!
-//! Whoever causes an event (madvise, munmap, mremap, fork) sleeps in the kernel until it is read, and as long as one
-//! waits to be read the kernel answers every install with EAGAIN. So when the pager, alone in the gate, has read all
-//! events and has done here what they say, the states are what the page tables are; but for what a thread has changed
-//! and not posted yet, which is answered with EAGAIN, too, and may be told of after what others have done since
-//! ([`Spaces`]).
+//! The causer of an event (madvise, munmap, mremap, fork) sleeps in the kernel until the event is
+//! read, and while an event is unread the kernel answers every install with EAGAIN. So when the
+//! pager, alone in the gate, has read all events and applied them, the page states match the page
+//! tables. The exception are changes that a thread has made and not posted yet. Installs meet
+//! EAGAIN for these, too, and their events may be read after those of later changes ([`Spaces`]).
 
 use crate::memory::{Change, PageState, Region, Space, Spaces};
 use crate::processes::{self, Call};
@@ -15,11 +15,12 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Why not all messages of a userfaultfd were read and done.
+/// The reason for which not all messages of a userfaultfd were read and applied.
 #[derive(Debug)]
 pub(crate) struct Stopped {
     pub(crate) reason: String,
-    /// The event is there still, and its causer waits: there is no descriptor or memory for it at the moment.
+    /// True if there is no descriptor or memory for the event at the moment. The event stays in the
+    /// queue, and its causer waits.
     pub(crate) may_pass: bool,
 }
 
@@ -29,11 +30,11 @@ impl From<String> for Stopped {
     }
 }
 
-/// Reads all messages of a space's userfaultfd, does what its events say, and adds the addresses of its faults to
-/// `faults`, and whether the page is write-protected. The gate is passed alone.
+/// Reads all messages of a space's userfaultfd and applies the events. Adds each fault to `faults`:
+/// its address, and true if the page is write-protected. The caller is alone in the gate.
 ///
 /// # Errors
-/// Why it has stopped.
+/// The reason for which reading has stopped.
 pub(crate) fn read(
     shared: &Shared,
     space: &Arc<Space>,
@@ -43,10 +44,11 @@ pub(crate) fn read(
     Ok(())
 }
 
-/// Reads at most `most` messages, and does what they say: whether there may be more.
+/// Reads at most `most` messages and applies them as [`read`] does. Returns true if there may be
+/// more.
 ///
 /// # Errors
-/// As [`read`].
+/// The same as those of [`read`].
 pub(crate) fn read_some(
     shared: &Shared,
     space: &Arc<Space>,
@@ -56,10 +58,11 @@ pub(crate) fn read_some(
     let has_shared = shared.spaces().has_shared();
     let callers = shared.callers.as_ref().filter(|_| has_shared);
     let most = if has_shared { 1 } else { most };
-    // What a madvise on shared memory asks for can be seen only before its event is read. So one message at a time;
-    // and as long as an event is under way, none without a look at who is in madvise. (Where none is, what can be
-    // read is a fault. It can go away again, if its page has just come, and an event come right then: that may end
-    // the session, by name.)
+    // The kind of a madvise on shared memory can be seen only before its event is read. So messages
+    // are read one at a time, and while an event is under way, the threads in madvise are listed
+    // before each. (Without an event, the next message is a fault. That fault can vanish, if its
+    // page has just been installed, and an event can take its place: that may end the session, with
+    // an error that names it.)
     let mut calls = None;
     if let Some(callers) = callers {
         if !space.uffd.is_readable().map_err(stopped)? {
@@ -76,7 +79,8 @@ pub(crate) fn read_some(
             event => apply(shared, space, event, calls.as_deref(), index + 1)?,
         }
     }
-    // A fork's message that there is no descriptor for ends a reading short, and the next one tells of it.
+    // A fork's message for which there is no descriptor ends a reading early, and the next reading
+    // reports the error.
     Ok(received > 0 && (received == most || space.uffd.tells_of_forks()))
 }
 
@@ -84,11 +88,11 @@ fn stopped(error: std::io::Error) -> Stopped {
     Stopped { may_pass: uffd::may_pass(&error), reason: format!("a userfaultfd cannot be read: {error}") }
 }
 
-/// Does what an event says, and writes down that so many of the messages received are done. `calls` are those of madvise
-/// that were in progress before it was read.
+/// Applies an event, and notes that the first `done` of the received messages are applied. `calls`
+/// are the madvise calls that were in progress before the event was read.
 ///
 /// # Errors
-/// Why the session cannot go on.
+/// The reason for which the session cannot continue.
 pub(crate) fn apply(
     shared: &Shared,
     space: &Arc<Space>,
@@ -100,10 +104,11 @@ pub(crate) fn apply(
     let id = space.id;
     match event {
         Event::Fault { .. } => {}
-        // The content is about to go: nothing of the image may be installed there any more.
+        // The kernel is about to drop the content: no byte of the image may be installed there from
+        // here on.
         Event::Remove { addresses } => {
-            // REMOVE is reported for mapped addresses only, so shared memory that was moved from here must still be
-            // mapped here.
+            // REMOVE is reported for mapped addresses only, so shared memory that was moved from
+            // here must still be mapped here. That region is restored first.
             if shared.spaces().can_take_back(id, &addresses) {
                 let change = Change::TakeBack { space: id, addresses: addresses.clone() };
                 shared.change(change, None).map_err(full)?;
@@ -127,16 +132,18 @@ pub(crate) fn apply(
             shared.change(change, Some(done)).map_err(full)?;
             wake(space, &addresses);
         }
-        // An old size of 0: it is mapped in both places now.
+        // An mremap with an old size of 0 maps shared memory in a second place.
         Event::Remap { from, to } if from.is_empty() => {
             let change = Change::MapAgain { space: id, from: from.start, to };
             shared.change(change, Some(done)).map_err(full)?;
         }
-        // What is left at the old place with MREMAP_DONTUNMAP is zero, or the same if it is shared.
+        // After MREMAP_DONTUNMAP the old place reads zeros, or the same content if the memory is
+        // shared.
         Event::Remap { from, to } => {
             let moved = to..to + from.len();
             shared.change(Change::Move { space: id, from: from.clone(), to }, Some(done)).map_err(full)?;
-            // It may have been moved before the session was attached, which registered it anew for tracking.
+            // The memory may have moved before the session was attached, which registered the old
+            // place for tracking. So the new place is registered here, too.
             for region in shared.spaces().overlapping(space, &moved) {
                 if region.removals().is_some() {
                     let _ = space.uffd.register(region.address(0), region.len());
@@ -151,7 +158,7 @@ pub(crate) fn apply(
     Ok(())
 }
 
-/// Adds the space of a child, whose userfaultfd came with its parent's event.
+/// Adds the space of a child, whose userfaultfd arrived with its parent's event.
 fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<(), StateError> {
     let child = parent.uffd.of_child(child);
     let id = shared.next_space_id();
@@ -160,7 +167,8 @@ fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<
     let mut spaces = shared.spaces();
     let forked = id.and_then(|id| {
         Arc::make_mut(&mut spaces).fork(parent.id, Arc::clone(&child))?;
-        // Where all pages have come the kernel empties them by itself.
+        // If all pages are resident or removed, the kernel itself empties what MADV_WIPEONFORK
+        // covers.
         if shared.looks_at_children() && !spaces.is_final(id) {
             child.set_undecided();
         }
@@ -170,16 +178,17 @@ fn fork(shared: &Shared, parent: &Space, child: OwnedFd, done: usize) -> Result<
         shared.set_spaces(Arc::clone(&spaces), &record, Some(done))
     });
     if forked.is_err() {
-        // Its message is not done: a successor takes it from there, and the descriptor must stay open.
+        // The message is not noted as applied, so a successor takes the descriptor over, and it
+        // must stay open.
         std::mem::forget(child);
     }
     forked
 }
 
-/// Whether shared memory keeps its content whose REMOVE event was read.
+/// Returns true if shared memory whose REMOVE event was read keeps its content.
 ///
 /// # Errors
-/// If that cannot be known, and matters: where pages are absent.
+/// The content is in doubt, and the pages include absent ones.
 fn keeps_content(
     shared: &Shared,
     region: &Region,
@@ -188,12 +197,13 @@ fn keeps_content(
     addresses: &Range<usize>,
 ) -> Result<bool, String> {
     let known = calls.and_then(|calls| processes::keeps_content(calls, addresses));
-    // It may have begun after the look before the reading; it goes on for a while.
-    // Where it was ambiguous it stays so: who is there still is not who is meant.
+    // The call may have begun after the list was made, and lasts a while, so the threads are listed
+    // again. If the first list was ambiguous, a second one is no help: a call that it still has
+    // need not be the event's.
     let seen = calls.is_some_and(|calls| processes::is_covered(calls, addresses));
     let look = || Some(shared.callers.as_ref()?.calls());
     let known = known.or_else(|| processes::keeps_content(&look().filter(|_| !seen)?, addresses));
-    // A resident page's next fault shows whether it is still there.
+    // The next fault of a resident page shows if its content is still there.
     let matters = region.next_run(pages.clone(), &[PageState::Absent, PageState::Poisoned]).is_some();
     known.or((!matters).then_some(true)).ok_or_else(|| {
         let (start, end) = (addresses.start, addresses.end);
@@ -203,14 +213,15 @@ fn keeps_content(
     })
 }
 
-/// Wakes those who sleep on these pages in any of their mappings.
+/// Wakes the waiters for these pages in all of their mappings.
 pub(crate) fn wake_mappings(spaces: &Spaces, region: &Region, pages: &Range<usize>) {
     for (space, addresses) in spaces.mappings(region, pages) {
         wake(&space, &addresses);
     }
 }
 
-/// Has those who sleep on pages of the range look again: what they wait for will not come, or not there.
+/// Wakes the waiters in the range, so that they repeat their accesses: no install at these
+/// addresses will wake them.
 fn wake(space: &Space, addresses: &Range<usize>) {
     space.uffd.wake(addresses.start, addresses.len());
 }

@@ -1,4 +1,4 @@
-//! From a fault to a request, or to what can be installed at once.
+//! The answer to a page fault: a request, or an install that can be done at once.
 
 use super::ready::Obstacle;
 use super::waiters::Wait;
@@ -29,7 +29,7 @@ impl Pager {
                 }
             }
         }
-        // Its memory is kept; poisoning may have read others.
+        // The buffer is reused; poisoning may have read more faults meanwhile.
         faults.append(&mut self.faults);
         self.faults = faults;
     }
@@ -44,13 +44,13 @@ impl Pager {
         }
     }
 
-    /// Sees to it that a touched page comes.
+    /// Answers a page fault, or requests its page.
     pub(super) fn fault(&mut self, space: &Arc<Space>, address: usize) {
         let spaces = self.shared().spaces();
         let Some((region, page)) = spaces.at(space, address) else {
             return self.fault_outside(space, address);
         };
-        // Of a page of 2 MiB parts may be removed, and absent ones be left.
+        // A page of 2 MiB may have removed parts beside absent ones.
         let absent = region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]);
         match absent.map_or_else(|| region.state(page), |_| PageState::Absent) {
             PageState::Absent => {
@@ -61,8 +61,9 @@ impl Pager {
                 self.waiters.add(space, at, Wait::Fault, Instant::now());
                 self.ask(&region, page);
             }
-            // A resident page is there: another thread's fault was answered since, and this one is woken. If it is not
-            // there, its owner has dropped it without being asked to tell, and it is zero, too.
+            // A resident page was installed since the fault, for another thread, and this fault's
+            // thread is woken. If it is not in the page tables, its owner dropped it without an
+            // event, and it reads zeros, too.
             PageState::Removed | PageState::Resident if region.gathering().is_some() => {
                 self.zero_huge(&region, page);
             }
@@ -80,20 +81,23 @@ impl Pager {
         }
     }
 
-    /// Somebody writes to a page that is protected: the page tables note that.
+    /// Answers the first write to a write-protected page: removes the protection, by which the page
+    /// tables note the write.
     pub(super) fn first_write(&mut self, space: &Arc<Space>, address: usize) {
         let spaces = self.shared().spaces();
         let page = spaces.at(space, address).map(|(region, page)| region.whole_addresses(page));
         let page = page.unwrap_or(address..address + PAGE_BYTES);
         match space.uffd.unprotect(page.clone()) {
             Outcome::OwnerGone => space.set_gone(),
-            // By a touch of what is there: that wakes, and the message comes again.
+            // A retry as a page fault finds the page present and wakes its waiters. The write then
+            // sends its message again.
             Outcome::Deferred => self.defer(space, address, Obstacle::Event),
             _ => space.uffd.wake(page.start, page.len()),
         }
     }
 
-    /// A fault on memory of no region: what a region has left behind, or has grown by, or what is not mapped any more.
+    /// Answers a fault in memory of no region: memory that a region has left or grown by, or that
+    /// is no longer mapped.
     pub(super) fn fault_outside(&mut self, space: &Arc<Space>, address: usize) {
         let spaces = self.shared().spaces();
         let page = address..address + PAGE_BYTES;
@@ -113,15 +117,16 @@ impl Pager {
         if self.broken.is_some() {
             return;
         }
-        // Not again: where other memory is now, nothing was taken back.
+        // The fault is looked up only once more: if other memory is mapped there, nothing was taken
+        // back.
         match self.shared().spaces().at(space, address) {
             Some(_) => self.fault(space, address),
             None => self.zero(space, address),
         }
     }
 
-    /// A fault on what shared memory has grown by, which the session was not told of: zeros would be so for all who have it
-    /// mapped.
+    /// Poisons a page by which shared memory has grown and which the session does not know. Zeros
+    /// there would be visible to all processes that map it.
     pub(super) fn lose_outside(&mut self, space: &Arc<Space>, address: usize) {
         let shared = Arc::clone(&self.on_exit.shared);
         let reason = format!("shared memory at {address:#x} is beyond what the session was told of");
@@ -141,13 +146,14 @@ impl Pager {
         space.uffd.wake(address, PAGE_BYTES);
     }
 
-    /// Installs a page of zeros at an address that nothing of the image belongs to.
+    /// Installs a zero page at an address that belongs to no region.
     pub(super) fn zero(&mut self, space: &Arc<Space>, address: usize) {
         match space.counted(space.uffd.zero(address, PAGE_BYTES)) {
             Outcome::Done | Outcome::Partial { .. } => {}
             Outcome::OwnerGone => space.set_gone(),
             Outcome::AlreadyPresent => {
-                // Or a mark is in the way that a child has inherited from memory that is tracked.
+                // Or a write-protect mark is in the way, which a child has inherited from tracked
+                // memory.
                 if self.shared().options.track_writes && !space.uffd.tracks() {
                     let _ = space.uffd.unprotect(address..address + PAGE_BYTES);
                 }
@@ -164,8 +170,8 @@ impl Pager {
         }
     }
 
-    /// The page of 2 MiB that may be at an address which is of no region: where memory of these was moved from, or has
-    /// grown, the kernel takes whole ones.
+    /// Returns the page of 2 MiB that may be at an address of no region. Where memory with such
+    /// pages was moved from or has grown, the kernel takes whole pages only.
     pub(super) fn huge_outside(&self, space: &Space, address: usize) -> Option<usize> {
         let spaces = self.shared().spaces();
         let first = address - address % HUGE_BYTES;
@@ -173,7 +179,7 @@ impl Pager {
         (spaces.has_huge() && is_free).then_some(first)
     }
 
-    /// The same for a page of 2 MiB.
+    /// Installs zeros for a page of 2 MiB.
     pub(super) fn zero_huge(&mut self, region: &Region, page: usize) {
         let space = &region.space;
         let addresses = region.whole_addresses(page);
@@ -181,7 +187,8 @@ impl Pager {
             Outcome::Done => {}
             Outcome::OwnerGone => space.set_gone(),
             Outcome::Gone => space.uffd.wake(addresses.start, addresses.len()),
-            // It is there, or there was none to be had: whoever waits for it tells.
+            // The page is resident, or the kernel had no huge page for it: `is_mapped` tells the
+            // two apart.
             Outcome::AlreadyPresent => {
                 space.uffd.wake(addresses.start, addresses.len());
                 if !region.is_mapped(page) {
@@ -197,7 +204,7 @@ impl Pager {
         }
     }
 
-    /// Asks for what an absent page needs, unless that has been done.
+    /// Requests the missing chunks of an absent page, unless they are outstanding.
     pub(super) fn ask(&mut self, region: &Region, page: usize) {
         let Some(gathering) = region.gathering() else { return self.ask_chunk(region, page) };
         let whole = region.whole(&(page..page + 1));
@@ -214,7 +221,7 @@ impl Pager {
         for page in &missing {
             self.ask_chunk(region, *page);
         }
-        // All had come, and could not be installed.
+        // All chunks have arrived, but an earlier install did not succeed.
         if missing.is_empty() {
             let install = || huge::install_gathered(region, whole.start);
             match self.shared().installing(region, &whole, Cause::Demand, Stages::default(), install) {
@@ -224,7 +231,7 @@ impl Pager {
         }
     }
 
-    /// Asks for the chunk of an absent page, unless that has been done.
+    /// Requests the chunk of an absent page, unless it is outstanding.
     pub(super) fn ask_chunk(&mut self, region: &Region, page: usize) {
         let chunk = region.chunk_of(page);
         let now = Instant::now();
@@ -236,7 +243,7 @@ impl Pager {
         }
     }
 
-    /// Asks for what lies ahead of a touched chunk, where touches go forward.
+    /// Requests read-ahead beyond a chunk with a fault, if the faults are sequential.
     pub(super) fn read_ahead(&mut self, region: &Region, touched: ChunkIndex, now: Instant) {
         let shared = Arc::clone(&self.on_exit.shared);
         let Some(ahead) = self.ahead.touched(touched.0) else {
@@ -246,7 +253,7 @@ impl Pager {
             return;
         };
         for chunk in ahead.map(ChunkIndex) {
-            // The region's end.
+            // The region ends here.
             let Some(pages) = region.pages_of(chunk) else { break };
             let is_wanted = region.next_run(pages.clone(), &[PageState::Absent]).is_some();
             if is_wanted
@@ -282,7 +289,7 @@ impl Pager {
         }
     }
 
-    /// Whether a chunk is kept; then its pages are at hand.
+    /// Returns true if a chunk is kept. Then its pages are decoded.
     fn has_kept(&mut self, region: &Region, chunk: ChunkIndex) -> bool {
         let Some(frame) = self.frame_cache.frame(chunk) else { return false };
         if self.frame_cache.pages(chunk).is_some() {
@@ -298,8 +305,8 @@ impl Pager {
         decoded.is_ok()
     }
 
-    /// Whether the fill has asked for a chunk, and it may come as soon as it would if it was asked for now. Where answers are near
-    /// it is asked for in any case.
+    /// Returns true if the fill has requested a chunk whose answer may arrive as soon as that of a
+    /// new request. If answers are fast, the chunk is requested in any case.
     pub(super) fn is_coming(&mut self, chunk: ChunkIndex, now: Instant) -> bool {
         if !self.shared().in_bulk.has(chunk) || self.usual < NEAR {
             return false;

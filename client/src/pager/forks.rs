@@ -1,10 +1,12 @@
-//! What a fork has emptied of a child's memory: MADV_WIPEONFORK.
+//! The pages that a fork has emptied in a child (MADV_WIPEONFORK).
 //!
-//! Absent pages of such mappings are zero in the child, and the FORK event does not tell of them. The event is answered
-//! first, because reading the mappings takes long (0.1 s where there are 20,000) and the forker waits. Until they have
-//! been looked at the child is *undecided*: nothing is installed in its memory ([`Entrance::enter`]), and its
-//! userfaultfd is not read, so that its faults and events wait in the kernel. One thread at most looks, as long as there
-//! are such children ([`Forks::begin`]). After [`LOOK`] a child is served as if nothing had been emptied, and counted.
+//! Absent pages of such mappings read zeros in the child, and the FORK event does not report them.
+//! The pager answers the event first, because reading the mappings takes long (0.1 s for 20,000)
+//! and the forker waits. Until the mappings have been read, the child is *undecided*: the session
+//! installs nothing in its memory ([`Entrance::enter`]) and does not read its userfaultfd, so the
+//! child's faults and events wait in the kernel. At most one thread reads mappings, while there are
+//! such children ([`Forks::begin`]). After [`LOOK`] the pager serves a child as if the fork had
+//! emptied nothing, and counts it.
 //!
 //! [`Entrance::enter`]: crate::install::Entrance::enter
 
@@ -21,12 +23,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-/// How long a child waits for the look at its mappings.
+/// The time that the search for a child and its mappings may take.
 const LOOK: Duration = Duration::from_secs(1);
-/// Results that wait for the pager; the thread that looks waits, too, then.
+/// The most results that wait for the pager. If there are more, the thread waits.
 const LOOKED: usize = 64;
 
-/// A child whose mappings are to be looked at.
+/// A child whose mappings are to be read.
 #[derive(Debug)]
 struct Look {
     parent: u32,
@@ -35,24 +37,24 @@ struct Look {
     until: Instant,
 }
 
-/// A child whose mappings have been looked at; None if they could not be.
+/// The result for a child, or `None` if its mappings could not be read.
 #[derive(Debug)]
 pub(super) struct Looked {
     space: u32,
     child: Option<Child>,
 }
 
-/// Held for an instant, never over a system call.
+/// The work of the thread. The lock is held for one look or change, never during a system call.
 #[derive(Debug, Default)]
 struct Queue {
     looks: VecDeque<Look>,
-    /// A thread takes them.
+    /// True while a thread takes entries from the queue.
     has_thread: bool,
-    /// By space.
+    /// The known process of each space.
     known: HashMap<u32, Process>,
 }
 
-/// See the module.
+/// The undecided children of a session, as the module describes them.
 #[derive(Debug)]
 pub(super) struct Forks {
     queue: Arc<Mutex<Queue>>,
@@ -62,7 +64,7 @@ pub(super) struct Forks {
 }
 
 impl Forks {
-    /// Of a session whose first process may be known.
+    /// Makes the state of a session whose first process is `owner`, if that is known.
     pub(super) fn new(owner: Option<Process>) -> Self {
         let (sender, looked) = mpsc::channel(LOOKED);
         let known = owner.into_iter().map(|owner| (0, owner)).collect();
@@ -70,19 +72,20 @@ impl Forks {
         Self { queue, sender, looked, undecided: Vec::new() }
     }
 
-    /// The next child that has been looked at.
+    /// Returns the next child whose mappings were read, or could not be.
     pub(super) async fn next(&mut self) -> Looked {
-        // It has a sender here, and so does not end.
+        // The channel never closes, because `self` holds a sender.
         self.looked.recv().await.unwrap_or(Looked { space: 0, child: None })
     }
 
-    /// Whether children wait to be looked at. Forgets those that have exited.
+    /// Returns true if a child is undecided. Forgets children that have exited.
     pub(super) fn has_undecided(&mut self) -> bool {
         self.undecided.retain(|(child, _)| !child.is_gone());
         !self.undecided.is_empty()
     }
 
-    /// Has the mappings of a child looked at that was forked at `since` (in ticks since boot) or later.
+    /// Queues the reading of the mappings of a child, which was forked at `since` (in ticks since
+    /// boot) or later.
     fn begin(&mut self, shared: &Arc<Shared>, parent: u32, child: &Arc<Space>, since: u64) {
         let until = Instant::now() + LOOK;
         self.undecided.push((Arc::clone(child), until));
@@ -93,12 +96,13 @@ impl Forks {
         }
         let (of_thread, sender, shared) = (Arc::clone(&self.queue), self.sender.clone(), Arc::clone(shared));
         let thread = std::thread::Builder::new().name("postcopy-forks".into());
-        // Without a thread the children wait until LOOK is over, or for the next fork's.
+        // Without a thread the children wait until `LOOK` is over, or until the next fork starts
+        // one.
         queue.has_thread = thread.spawn(move || work(&of_thread, &sender, &shared)).is_ok();
     }
 }
 
-/// Looks at children until there are none.
+/// Searches for the queued children until the queue is empty.
 fn work(queue: &Mutex<Queue>, sender: &mpsc::Sender<Looked>, shared: &Shared) {
     let lock = || queue.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
@@ -114,7 +118,7 @@ fn work(queue: &Mutex<Queue>, sender: &mpsc::Sender<Looked>, shared: &Shared) {
             let parent = queue.known.get(&look.parent).copied();
             (look, parent, known)
         };
-        // It may be newer than what was looked at before.
+        // The child may be newer than the spaces that were read above.
         let spaces = shared.spaces();
         let regions = spaces.regions_of(look.child.id).map(|region| region.addresses()).collect();
         let search = Search { parent, since: look.since, regions, until: look.until };
@@ -122,7 +126,7 @@ fn work(queue: &Mutex<Queue>, sender: &mpsc::Sender<Looked>, shared: &Shared) {
         if let Some(process) = child.as_ref().and_then(|child| child.process) {
             lock().known.insert(look.child.id, process);
         }
-        // The session may have ended.
+        // If the session has ended, there is no receiver.
         if sender.blocking_send(Looked { space: look.child.id, child }).is_err() {
             return;
         }
@@ -130,12 +134,12 @@ fn work(queue: &Mutex<Queue>, sender: &mpsc::Sender<Looked>, shared: &Shared) {
 }
 
 impl Pager {
-    /// Watches the spaces that there are; of children that `parent` has forked at `since` or later, as soon as their
-    /// mappings have been looked at.
+    /// Watches all new spaces. Undecided children of `parent`, which were forked at `since` or
+    /// later, are watched once their mappings have been read.
     pub(super) fn watch(&mut self, parent: u32, since: u64) -> io::Result<()> {
         let shared = Arc::clone(&self.on_exit.shared);
         let spaces = shared.spaces();
-        // They only come at the end.
+        // New spaces have the highest ids.
         let last = self.last_space;
         for space in spaces.spaces().filter(|space| last.is_none_or(|last| space.id > last)) {
             self.last_space = Some(space.id);
@@ -153,7 +157,7 @@ impl Pager {
         Ok(())
     }
 
-    /// Serves a child whose mappings have been looked at.
+    /// Serves a child whose mappings were read, or could not be.
     pub(super) fn looked(&mut self, looked: Looked) {
         let undecided = &mut self.forks.undecided;
         let Some(index) = undecided.iter().position(|(child, _)| child.id == looked.space) else { return };
@@ -163,7 +167,7 @@ impl Pager {
         }
         let shared = Arc::clone(&self.on_exit.shared);
         match looked.child {
-            // Where it has exited nothing is left to be counted.
+            // If the child has exited, there is nothing to count.
             None if space.uffd.is_owner_gone() => {}
             None => add(&shared.counters.unseen_forks, 1),
             Some(child) => {
@@ -188,7 +192,7 @@ impl Pager {
         shared.outcome.pages_changed();
     }
 
-    /// Serves the children that could not be looked at in time.
+    /// Serves the children whose mappings were not read in time.
     pub(super) fn give_up_looks(&mut self) {
         let late: Vec<_> =
             self.forks.undecided.iter().filter(|(_, until)| Instant::now() > *until + LOOK / 4).collect();

@@ -1,31 +1,29 @@
-//! Which chunks are asked for before they are touched, because touches go forward: pure.
-//!
-//! Faults do not say which thread they are of. So touches are told apart by where they are: a touch of the chunk after the
-//! last one of a stream goes on with it. What is asked for ahead doubles each time that a stream has used up half of it; a
-//! touch elsewhere begins another stream, with nothing ahead. What has come ahead is not seen to be touched: the next
-//! touch that is seen lies behind it.
+//! Faults do not name their threads, so their addresses tell streams apart: a fault on the chunk
+//! after a stream's last one continues the stream. The window doubles each time that a stream has
+//! used up half of it. A fault elsewhere starts another stream, without a window. Accesses to
+//! prefetched pages cause no faults: the next fault of the stream lies behind them.
 
 use std::ops::Range;
 
-/// Streams that are told apart; the one that has not gone on for longest is given up.
+/// The most streams. A new one replaces the stream that has been idle longest.
 const STREAMS: usize = 16;
-/// The most that is asked for ahead, in plain bytes.
+/// The largest window, in plain bytes.
 const MOST_BYTES: usize = 2 << 20;
 
 #[derive(Debug)]
 struct Stream {
-    /// The chunk after the last that was seen to be touched.
+    /// The chunk after the stream's last fault.
     next: u64,
-    /// The chunk after the last that was asked for.
+    /// The chunk after the last that was requested.
     asked: u64,
-    /// How many are asked for ahead.
+    /// Number of chunks to request ahead.
     window: u64,
 }
 
-/// See the module.
+/// The streams of a session's faults, as the module describes them.
 #[derive(Debug)]
 pub(crate) struct ReadAhead {
-    /// The one that has gone on last comes last.
+    /// The streams, the one with the latest fault last.
     streams: Vec<Stream>,
     most: u64,
 }
@@ -35,9 +33,10 @@ impl ReadAhead {
         Self { streams: Vec::with_capacity(STREAMS), most: (MOST_BYTES / chunk_bytes).max(1) as u64 }
     }
 
-    /// A chunk is touched: which ones to ask for now, beside it; None where it goes on with no stream.
+    /// Notes a fault on a chunk. Returns the chunks to request ahead, or `None` if the fault
+    /// continues no stream.
     pub(crate) fn touched(&mut self, chunk: u64) -> Option<Range<u64>> {
-        // Another page of the last one says nothing.
+        // A fault on another page of the last chunk does not move the stream.
         let place = self.streams.iter().rposition(|s| (s.next - 1..=s.asked).contains(&chunk));
         let Some(place) = place else {
             if self.streams.len() == STREAMS {
@@ -73,7 +72,7 @@ mod tests {
         let (mut asked, mut sizes) = (Vec::new(), Vec::new());
         for chunk in 100..1000 {
             let range = ahead.touched(chunk).unwrap_or_default();
-            // What is touched without having been read ahead is asked for by the touch.
+            // A chunk that was not read ahead is requested for its fault.
             if !asked.contains(&chunk) {
                 asked.push(chunk);
             }
@@ -97,7 +96,7 @@ mod tests {
             assert_eq!(range, touch + 1..touch + 1 + size);
             touch = range.end;
         }
-        // It goes elsewhere.
+        // The scan continues elsewhere.
         assert_eq!(ahead.touched(900), None);
         assert_eq!(ahead.touched(901), Some(902..903));
     }

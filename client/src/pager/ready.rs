@@ -1,13 +1,15 @@
-//! Installs that are ready and could not be done yet.
+//! Deferred faults and installs: what the pager must try again.
 //!
-//! An unread event keeps the kernel from installing (EAGAIN), and reading the event lets its causer go on and post the
-//! next one. So nothing here waits for a timer: the pager reads all events and installs all that is ready at once, and
-//! again, until that gets through ([`Pager::install_ready`]). Three and more threads that cause events without a pause
-//! can overtake that for ever, because there is always one that has not run since its event was read: after
-//! [`HOLD_AFTER`] the pager holds the causers where they return to user mode ([`Held`]), if it may, and lets them go
-//! after the install.
+//! An unread event blocks installs (EAGAIN), and reading the event lets its causer continue and
+//! post the next one. So the pager uses no timer for them: it reads all events, tries all deferred
+//! work at once, and repeats both until the installs succeed ([`Pager::install_ready`]). Three and
+//! more threads that cause events without a pause can block installs for ever, because one of them
+//! always has not run since its event was read. After [`HOLD_AFTER`] the pager holds the causers
+//! where they return to user mode ([`Held`]), if the session permits it, and releases them after
+//! the install.
 //!
-//! Installers hand over what they meet an event with. What the kernel has no memory for waits for a timer, ever longer.
+//! Installers hand over an install that an event blocks. An install for which the kernel lacks
+//! memory waits for a timer, with back-off.
 
 use super::Pager;
 use super::hold::Held;
@@ -22,65 +24,67 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long installs and events take turns before the causers of events are held. Two threads in madvise without a
-/// pause let an install through within a millisecond, mostly.
+/// Time for which installs and events alternate before the pager holds the events' causers. Two
+/// threads in madvise without a pause mostly let an install through within a millisecond.
 pub(super) const HOLD_AFTER: Duration = Duration::from_millis(3);
-/// Where no event is under way for so long, the kernel defers an install for another reason: a memory cgroup at its
-/// limit answers so.
+/// Time without an event after which the pager takes it that EAGAIN has another reason: a memory
+/// cgroup at its limit causes it, too.
 const NO_EVENT: Duration = Duration::from_millis(1);
-/// How long the pager does nothing else in one go.
+/// The longest time for which the pager does nothing but read events and install.
 const TURN: Duration = Duration::from_millis(6);
-/// The same once causers are held: all of them are in the kernel's way until then.
+/// The longest such time while causers are held. It is longer because every causer blocks installs
+/// until it is held.
 const HELD_TURN: Duration = Duration::from_millis(60);
-/// The first pause before an install is tried again that the kernel has no memory for, and the longest.
+/// The first and the longest pause before the retry of an install for which the kernel lacks
+/// memory.
 const MEMORY_PAUSE: std::ops::Range<Duration> = Duration::from_millis(1)..Duration::from_millis(100);
-/// How soon it is looked whether the fill has brought a page.
+/// Pause before the pager checks again if the fill has installed a page.
 const FILL_PAUSE: Duration = Duration::from_millis(1);
 
-/// What keeps an install from being done.
+/// The reason for which an install is deferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Obstacle {
-    /// An event that has not been read, or whose causer has not run since.
+    /// An event that is unread, or whose causer has not run since it was read.
     Event,
-    /// The kernel has no memory.
+    /// A lack of memory in the kernel.
     Memory,
-    /// The fill has asked for the page's chunk.
+    /// A request of the fill for the page's chunk.
     Fill,
 }
 
-/// A fault whose answer is known, or will be looked for again.
+/// A deferred fault, with the reason.
 #[derive(Debug)]
 struct Deferred {
     space: Arc<Space>,
     obstacle: Obstacle,
 }
 
-/// See the module.
+/// The deferred work of a pager, as the module describes it.
 #[derive(Debug, Default)]
 pub(super) struct Ready {
-    /// By space and address.
+    /// The deferred faults, by space and address.
     faults: BTreeMap<(u32, usize), Deferred>,
-    /// Handed over by installers.
+    /// The installs that installers have handed over.
     handed_over: Vec<HandedOver>,
-    /// Before the next attempt where there was no memory.
+    /// The current pause after a lack of memory, and the time of the next attempt.
     memory_pause: Duration,
     memory_at: Option<Instant>,
     fill_at: Option<Instant>,
 }
 
 impl Ready {
-    /// Defers a fault.
+    /// Adds a deferred fault.
     pub(super) fn defer(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
         self.faults.insert((space.id, address), Deferred { space: Arc::clone(space), obstacle });
         self.wait_for(obstacle);
     }
 
-    /// What keeps a fault from being answered.
+    /// Returns the reason for which the fault at an address of a space is deferred.
     pub(super) fn obstacle(&self, at: (u32, usize)) -> Option<Obstacle> {
         self.faults.get(&at).map(|deferred| deferred.obstacle)
     }
 
-    /// Notes that something cannot be installed because of this.
+    /// Starts the timer for a kind of obstacle, if it has one.
     pub(super) fn wait_for(&mut self, obstacle: Obstacle) {
         match obstacle {
             Obstacle::Event => {}
@@ -97,22 +101,22 @@ impl Ready {
         self.handed_over.push(work);
     }
 
-    /// Whether an event is in the way of something.
+    /// Returns true if an event blocks any of the deferred work.
     pub(super) fn is_behind_events(&self) -> bool {
         !self.handed_over.is_empty() || self.faults.values().any(|fault| fault.obstacle == Obstacle::Event)
     }
 
-    /// When to try again what a timer is for.
+    /// Returns the time of the next attempt at work that waits for a timer.
     pub(super) fn next_attempt(&self) -> Option<Instant> {
         [self.memory_at, self.fill_at].into_iter().flatten().min()
     }
 
-    /// What has come of the kernel's lack of memory: the next pause is short again.
+    /// Makes the next pause short again, after an install has succeeded.
     pub(super) fn has_memory(&mut self) {
         self.memory_pause = Duration::ZERO;
     }
 
-    /// Takes the faults that can be tried now.
+    /// Takes the faults whose answer can be tried now.
     fn take(&mut self, now: Instant) -> Vec<(usize, Arc<Space>)> {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let (memory, fill) = (is_due(self.memory_at), is_due(self.fill_at));
@@ -129,7 +133,8 @@ impl Ready {
         due.into_iter().map(|((_, address), fault)| (address, fault.space)).collect()
     }
 
-    /// Takes it that the kernel's lack of memory is in the way, and no event.
+    /// Treats faults that wait for events as lacking memory, and returns handed-over installs to
+    /// their installers.
     fn suspect_memory(&mut self) {
         let mut is_in_the_way = !self.handed_over.is_empty();
         for fault in self.faults.values_mut().filter(|fault| fault.obstacle == Obstacle::Event) {
@@ -138,13 +143,13 @@ impl Ready {
         if is_in_the_way {
             self.wait_for(Obstacle::Memory);
         }
-        // Their installers try again after a while.
+        // The installers retry after a pause.
         self.handed_over.drain(..).for_each(|work| work.done(Installed::NoMemory));
     }
 }
 
 impl Pager {
-    /// Defers a fault that an outcome of the kernel is in the way of.
+    /// Defers a fault whose answer the kernel could not take.
     pub(super) fn defer(&mut self, space: &Arc<Space>, address: usize, obstacle: Obstacle) {
         if obstacle == Obstacle::Memory {
             add(&self.shared().counters.memory_waits, 1);
@@ -153,12 +158,13 @@ impl Pager {
         self.ready.defer(space, address, obstacle);
     }
 
-    /// Whether installs wait for nothing but events.
+    /// Returns true if events block any deferred work.
     pub(super) fn has_ready(&self) -> bool {
         self.ready.is_behind_events() || self.requests.has_ready()
     }
 
-    /// Reads events and installs all that is ready, again and again, until all is installed or other work has its turn.
+    /// Reads events and tries all deferred work, alternately. Returns when all is installed, or
+    /// when other work has its turn.
     pub(super) fn install_ready(&mut self) {
         let started = Instant::now();
         let (mut held, mut last_event): (Option<Held>, _) = (None, started);
@@ -185,7 +191,8 @@ impl Pager {
         self.let_go(held);
     }
 
-    /// Holds the threads that cause events, if the session may do so and knows their processes.
+    /// Holds the threads that cause events, if the options permit it and the session knows their
+    /// processes.
     pub(super) fn hold_causers(&self) -> Option<Held> {
         let shared = self.shared();
         let held = Held::hold_causers(shared)?;
@@ -193,7 +200,8 @@ impl Pager {
         Some(held)
     }
 
-    /// Lets held threads go: they stop when the calls are over whose events are read here.
+    /// Releases held threads. A thread may still be in a system call whose event must be read here;
+    /// it stops after that.
     pub(super) fn let_go(&mut self, held: Option<Held>) {
         let Some(mut held) = held else { return };
         let since = Instant::now();
@@ -204,17 +212,18 @@ impl Pager {
         self.lingering.extend(held.into_threads());
     }
 
-    /// Lets threads go that did not stop in time when they were to be held.
+    /// Releases threads that did not stop in time while the pager tried to hold them.
     pub(super) fn release_lingering(&mut self) {
         let mut held = Held::of(std::mem::take(&mut self.lingering));
         held.release();
         self.lingering = held.into_threads();
     }
 
-    /// Reads one message of each space that has one, and tries all that is ready after each. Two causers share a core
-    /// with each other, or with this thread: the kernel lets an install through only in the microseconds in which both
-    /// have run since their events were read, and none has caused another one. So nothing is done in between.
-    /// Gives whether there was a message, or an event is under way.
+    /// Reads one message of each space that has one, and tries all deferred work after each. Two
+    /// causers may share a core with each other or with this thread. Then the kernel admits an
+    /// install only in the microseconds in which both have run since their events were read, and
+    /// neither has caused another event. So the pager does nothing else in between. Returns true if
+    /// there was a message, or if an event is under way.
     fn read_in_turns(&mut self) -> bool {
         let mut is_under_way = false;
         let shared = Arc::clone(&self.on_exit.shared);
@@ -225,7 +234,7 @@ impl Pager {
                 continue;
             }
             is_under_way = true;
-            // Installers are inside, for a piece of 64 KiB each; new ones wait.
+            // Installers are inside the gate, each for a piece of 64 KiB; new ones wait.
             let Some(pass) = shared.map.gate.try_enter_alone() else { break };
             let read = self.read_some(space, 1);
             drop(pass);
@@ -233,8 +242,9 @@ impl Pager {
             if let Err(stopped) = read {
                 self.unreadable = self.stopped(stopped);
             }
-            // At one time or another after the reading: a fixed one could miss the causers' windows for ever. More
-            // attempts keep the causers out, which need the same locks.
+            // The attempt follows the reading at random, because a fixed order could miss the
+            // causers' windows for ever. More attempts block the causers, which need the same
+            // locks.
             if fastrand::bool() {
                 self.try_ready();
             }
@@ -245,7 +255,7 @@ impl Pager {
         is_under_way
     }
 
-    /// Tries all that is ready once, and what a timer is over for.
+    /// Tries all deferred work once, but for work whose timer is not due.
     pub(super) fn try_ready(&mut self) {
         let now = Instant::now();
         for (address, space) in self.ready.take(now) {
@@ -267,7 +277,7 @@ impl Pager {
     fn install_handed_over(&mut self, work: HandedOver) {
         let spaces = self.shared().spaces();
         if work.deadline <= Instant::now().into_std() || !spaces.holds(&work.region) {
-            // Another pass brings what is left.
+            // Another pass installs the rest.
             return work.done(Installed::All);
         }
         let install = || work.install();

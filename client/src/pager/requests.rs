@@ -92,8 +92,8 @@ pub(crate) struct Requests {
     ahead_to_ask: Vec<ChunkIndex>,
     /// Number of chunks that were requested ahead and have neither an answer nor a waiter.
     ahead_under_way: usize,
-    /// Chunks that were requested ahead and have a waiter, with the time at which to request them as
-    /// DEMAND.
+    /// Chunks that were requested ahead and have a waiter, with the time at which to request them
+    /// as DEMAND.
     late_ahead: Vec<(Instant, ChunkIndex)>,
     /// The set of all requested chunks, for the fill.
     underway: Arc<Underway>,
@@ -165,8 +165,8 @@ impl Requests {
         self.chunks_to_ask.extend(unanswered.map(|(wanted, chunk)| (wanted.attempt, chunk)));
     }
 
-    /// Returns the number of outstanding chunks that were requested ahead; None if no other is to be
-    /// requested.
+    /// Returns the number of outstanding chunks that were requested ahead; None if no other is to
+    /// be requested.
     pub(crate) fn ahead_under_way(&self) -> Option<usize> {
         (!self.ahead_to_ask.is_empty()).then_some(self.ahead_under_way)
     }
@@ -218,8 +218,8 @@ impl Requests {
             || (ahead > 0 && !self.ahead_to_ask.is_empty())
     }
 
-    /// Returns the next message: as many of the pending requests as one message may hold, with at most
-    /// `ahead` chunks of read-ahead.
+    /// Returns the next message: as many of the pending requests as one message may hold, with at
+    /// most `ahead` chunks of read-ahead.
     pub(crate) fn message(&mut self, now: Instant, ahead: usize) -> v1::FetchChunksRequest {
         self.last_id += 1;
         if self.chunks_to_ask.is_empty() && self.segments_to_ask.is_empty() {
@@ -373,8 +373,8 @@ impl Requests {
         }
     }
 
-    /// Returns the time of the next install of a frame that lacked memory, or of the next request for a
-    /// late chunk.
+    /// Returns the time of the next install of a frame that lacked memory, or of the next request
+    /// for a late chunk.
     pub(crate) fn next_attempt(&self) -> Option<Instant> {
         let frames = self.chunks.values().filter(|_| self.arrived > 0);
         let frames = frames.filter_map(|wanted| wanted.frame.as_ref()?.1);
@@ -549,7 +549,7 @@ mod tests {
         (any_region(&any_space(0), 0, file, 0..32, PAGE_BYTES), 0)
     }
 
-    /// Read-ahead of chunks 5 to 8 of which two were sent, and when.
+    /// Requests read-ahead of chunks 5 to 8, of which two are sent. Returns the time of that, too.
     fn two_of_four_ahead() -> (Requests, Instant) {
         let (mut requests, now) = (Requests::new(Arc::default()), Instant::now());
         for chunk in 5..9 {
@@ -566,7 +566,7 @@ mod tests {
         let (mut requests, now) = two_of_four_ahead();
         assert_eq!(requests.ahead_under_way(), Some(2));
         assert!(!requests.has_message(0) && requests.has_message(1));
-        // One is answered, another one waited for, and one is lost.
+        // One chunk is answered, another one gets a waiter, and the lane loses one.
         requests.answered(ChunkIndex(5), now);
         requests.chunk_done(ChunkIndex(5));
         assert_eq!(requests.ahead_under_way(), Some(1));
@@ -590,7 +590,7 @@ mod tests {
         let message = requests.message(now + 20 * MILLI, 0);
         assert_eq!(message.runs, [v1::ChunkRun { first: 6, count: 1 }]);
         assert_eq!((message.class(), message.attempt), (v1::RequestClass::Demand, 0));
-        // The other one comes in time.
+        // The answer to the other chunk arrives in time.
         requests.answered(ChunkIndex(5), now + 50 * MILLI);
         assert!(requests.waits_for(ChunkIndex(6), &waiting(), now + 70 * MILLI, MILLI));
         requests.ask_late(now + 70 * MILLI);

@@ -1,8 +1,10 @@
-//! Which process a fork has made, and which of its mappings MADV_WIPEONFORK has emptied.
+//! The search for the process that a fork has made, and for its mappings that MADV_WIPEONFORK has
+//! emptied.
 //!
-//! A userfaultfd tells of a fork before the child has a pid. So a child is looked for afterwards: among the children of
-//! its parent, where that is known, else among all processes; started since the fork was told of, with the session's
-//! regions registered at the same addresses. Several that match are taken for it if their mappings say the same.
+//! A userfaultfd reports a fork before the child has a pid, so the search follows afterwards. It
+//! covers the parent's children if the parent is known, else all processes. A match was started
+//! since the fork was reported, and has the session's regions registered at the same addresses.
+//! Several matches are accepted if they have the same mappings emptied.
 
 use super::{Process, all_parents, children_of, start_of};
 use std::collections::{BTreeMap, HashSet};
@@ -11,55 +13,58 @@ use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Pauses between looks for a child that has not been found.
+/// The first and the longest pause between attempts to find a child.
 const PAUSES: Range<Duration> = Duration::from_micros(100)..Duration::from_millis(10);
-/// How soon a child that its parent does not have is looked for among all processes.
+/// Time after which the search covers all processes, because the parent may not have the child.
 const ELSEWHERE: Duration = Duration::from_millis(5);
-/// USER_HZ, which is 100 on all machines that userfaultfd is served on.
+/// The ticks of a second (USER_HZ): 100 on all machines that support userfaultfd.
 const TICKS_PER_SECOND: u64 = 100;
 
-/// The time in the ticks of [`start_of`].
+/// Returns the time since boot in ticks, as [`start_of`] does.
 pub(crate) fn ticks() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let part = now.tv_nsec.cast_unsigned() / (1_000_000_000 / TICKS_PER_SECOND);
     now.tv_sec.cast_unsigned() * TICKS_PER_SECOND + part
 }
 
-/// Whether a process's mappings can be read with their flags, so that those of its children probably can.
+/// Returns true if the mappings of a process can be read with their flags. Those of its children
+/// probably can, too.
 pub(crate) fn can_read_mappings(Process { pid, start }: Process) -> bool {
     File::open(format!("/proc/{pid}/smaps")).is_ok() && start_of(pid) == Some(start)
 }
 
-/// A child that is looked for.
+/// A search for a child.
 #[derive(Debug)]
 pub(crate) struct Search {
-    /// Its parent, if that is known.
+    /// The child's parent, if that is known.
     pub(crate) parent: Option<Process>,
-    /// It was started then or later ([`ticks`]).
+    /// The earliest time at which the child was started, in ticks ([`ticks`]).
     pub(crate) since: u64,
-    /// Addresses that are registered with its userfaultfd, in order.
+    /// The addresses that are registered with the child's userfaultfd, in order.
     pub(crate) regions: Vec<Range<usize>>,
-    /// When to give up.
+    /// The time at which to give up.
     pub(crate) until: Instant,
 }
 
 /// A child that was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Child {
-    /// None: several match, and their mappings say the same.
+    /// The child's process, or `None` if several match with the same mappings emptied.
     pub(crate) process: Option<Process>,
-    /// Addresses that were emptied at the fork, in order.
+    /// The addresses that the fork has emptied, in order.
     pub(crate) wiped: Vec<Range<usize>>,
 }
 
 impl Search {
-    /// Looks for the child, which is none of `known`, until it is found, has exited, or it is too late.
+    /// Searches for the child until it is found, has exited, or the time is over. Processes in
+    /// `known` are not the child.
     ///
     /// # Blocking
-    /// Until then. Reading 20,000 mappings takes 60 to 110 ms.
+    /// Blocks until then. Reading 20,000 mappings takes 60 to 110 ms.
     pub(crate) fn find(&self, known: &HashSet<Process>, has_exited: impl Fn() -> bool) -> Option<Child> {
         let (started, mut pause) = (Instant::now(), PAUSES.start);
-        // Their mappings are looked at once: what they emptied later says nothing of the fork.
+        // Each process's mappings are read only once, because a later change says nothing about the
+        // fork.
         let mut seen: BTreeMap<Process, Option<Vec<Range<usize>>>> = BTreeMap::new();
         loop {
             for process in self.candidates(started.elapsed() > ELSEWHERE) {
@@ -87,7 +92,7 @@ impl Search {
         }
     }
 
-    /// The processes that may be the child.
+    /// Returns the processes that may be the child.
     fn candidates(&self, elsewhere: bool) -> Vec<Process> {
         let parent = self.parent.filter(|parent| start_of(parent.pid) == Some(parent.start));
         let pids = match parent {
@@ -98,7 +103,8 @@ impl Search {
         pids.into_iter().filter_map(process).collect()
     }
 
-    /// What was emptied of a process's mappings at the fork; None if it does not have the regions.
+    /// Returns the addresses of a process that the fork has emptied, or `None` if it does not have
+    /// the regions.
     fn look_at(&self, Process { pid, start }: Process) -> Option<Vec<Range<usize>>> {
         let smaps = BufReader::with_capacity(64 << 10, File::open(format!("/proc/{pid}/smaps")).ok()?);
         let (mut registered, mut wiped) = (Vec::new(), Vec::new());
@@ -111,7 +117,7 @@ impl Search {
             }
         })?;
         let all: usize = self.regions.iter().map(Range::len).sum();
-        // It may have unmapped some since.
+        // The process may have unmapped some regions since.
         let is_it = start_of(pid) == Some(start) && common_bytes(&self.regions, &registered) > all / 2;
         is_it.then_some(wiped)
     }
@@ -135,13 +141,14 @@ pub(super) fn registered(pid: u32) -> Vec<Range<usize>> {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Flags {
-    /// A userfaultfd gets its faults.
+    /// True if a userfaultfd receives the mapping's faults.
     registered: bool,
-    /// A fork empties it.
+    /// True if a fork empties the mapping in the child.
     wiped: bool,
 }
 
-/// Gives the mappings of /proc/PID/smaps, with their flags. None: it cannot be read, or not in time.
+/// Calls `give` with each mapping of /proc/PID/smaps and its flags. Returns `None` if the file
+/// cannot be read, or not in time.
 fn read_mappings(
     mut smaps: impl BufRead,
     until: Instant,
@@ -166,14 +173,14 @@ fn read_mappings(
     }
 }
 
-/// The addresses that a mapping's first line begins with.
+/// Returns the addresses at the start of a mapping's first line.
 fn addresses_of(line: &[u8]) -> Option<Range<usize>> {
     let line = std::str::from_utf8(line.split(|byte| *byte == b' ').next()?).ok()?;
     let (start, end) = line.split_once('-')?;
     Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
 
-/// How many addresses are in both, each of which is in order.
+/// Returns the number of addresses that both lists contain. Each list is in order.
 fn common_bytes(one: &[Range<usize>], other: &[Range<usize>]) -> usize {
     let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
     let mut common = 0;

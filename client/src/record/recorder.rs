@@ -1,9 +1,11 @@
-//! What a session's restore touches, in order, for the server to make a working set of.
+//! The recording of a session's restore: its first-touch order, from which the server makes a
+//! working set.
 //!
-//! The pager notes each page at its first touch, and then installs that page alone, so that a touch of its neighbours is
-//! seen, too. What is brought without a touch (a working set, a background fill) is noted as such: nobody can say whether it would have
-//! been touched. A background task sends what has been noted, when it is asked to, when nothing new was touched for a while, ever more
-//! rarely, and at the session's end.
+//! The pager notes each page at its first fault, and then installs that page alone, so that
+//! accesses to its neighbours cause faults, too. Pages that a working set or a background fill
+//! installs are noted as prefetched, because it stays unknown if the program would have accessed
+//! them. A background task sends the notes: when the session asks for it, when there was no new
+//! fault for a while (ever more rarely), and at the session's end.
 
 use crate::background;
 use crate::bits::Bits;
@@ -21,62 +23,62 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long nothing new must be touched before what there is is sent.
+/// Time without a new fault after which the recording is sent.
 const QUIET: Duration = Duration::from_secs(3);
-/// The longest time from one sending to the next one.
+/// The longest pause between two sendings.
 const MOST_PAUSE: Duration = Duration::from_secs(300);
-/// How often that is looked at.
+/// Interval at which the task checks if a sending is due.
 const LOOK: Duration = Duration::from_millis(250);
-/// Spans of one message: at most 18 bytes each.
+/// The most spans of one message: each has at most 18 bytes.
 const SPANS: usize = 65_536;
 
-/// Runs of pages that are told as not seen. Where these are more, each file is told as not seen from the first to the last
-/// of its own.
+/// The most runs of pages that are sent as not seen. If there are more, each file has one run, from
+/// the first to the last of its own.
 const MOST_UNSEEN: usize = 1 << 20;
-/// How long the last sending is tried again.
+/// Time for which the last sending is retried.
 const LAST_ATTEMPTS: Duration = Duration::from_secs(8);
 
-/// What is known of a file's pages.
+/// The known accesses to a file's pages.
 #[derive(Debug)]
 struct Seen {
     touched: Bits,
     brought: Bits,
 }
 
-/// See the module.
+/// The recorder of a session, as the module describes it.
 #[derive(Debug)]
 pub(crate) struct Recorder {
-    /// This restore's, so that the server replaces what it was told before.
+    /// The id of this restore, by which the server replaces its earlier recording.
     id: [u8; 16],
-    /// By the files' places in the image; None of those that the session has no memory of.
+    /// The files by their index in the image; `None` for those that the session has not mapped.
     files: Box<[OnceLock<Seen>]>,
-    /// Pages by file and number, touched since the recorder's task has taken them last. Held for adding one and taking
-    /// all of them, never over a touch of a region: the pager waits for it.
+    /// Pages by file and number that were accessed since the recorder's task last took them. The
+    /// lock is held to add one page or take all, never during an access to a region, because the
+    /// pager waits for it.
     noted: Mutex<Vec<(u32, u32)>>,
-    /// How many pages may be noted still. Later ones count as not seen: a set of more is not made.
+    /// Number of pages that may still be noted. Later ones count as not seen, because no set is
+    /// made of more.
     room: AtomicU32,
-    /// How many pages have been brought.
+    /// Number of pages that were prefetched.
     brought: AtomicUsize,
-    /// Held for a look or a change.
+    /// The progress of the sending. The lock is held for one look or change.
     sent: Mutex<Sent>,
 }
 
-/// How far sending is.
+/// The progress of the sending.
 #[derive(Debug, Default)]
 struct Sent {
-    /// Nothing will be sent any more.
+    /// True once nothing more will be sent.
     has_ended: bool,
-    /// Why it could not be done the last time.
+    /// The error of the last sending.
     error: Option<String>,
-    /// How often it was asked for, and which of that has been done.
+    /// Number of requests to send, and number of those that are done.
     asked: u64,
     answered: u64,
 }
 
 impl Recorder {
-    /// For a session that is filled from `image`.
-    ///
-    /// It notes at most so many touched pages.
+    /// Makes a recorder for a session of `image`. It notes at most `most` accessed pages.
     pub(crate) fn new(image: &Image, most: u32) -> Self {
         let files = image.files().iter().map(|_| OnceLock::new()).collect();
         Self {
@@ -89,7 +91,7 @@ impl Recorder {
         }
     }
 
-    /// What is known of the pages of a region's file.
+    /// Returns the known accesses to the pages of a region's file.
     fn seen(&self, image: &Image, region: &Region) -> &Seen {
         self.files[image.place_of(region.file())].get_or_init(|| {
             let pages = to_usize(region.file().size_bytes).div_ceil(PAGE_BYTES);
@@ -105,7 +107,7 @@ impl Recorder {
         self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Pages of a region are touched.
+    /// Notes accesses to pages of a region.
     pub(crate) fn touched(&self, image: &Image, region: &Region, pages: Range<usize>) {
         let (place, seen) = (image.place_of(region.file()), self.seen(image, region));
         for page in region.file_pages(pages) {
@@ -123,14 +125,15 @@ impl Recorder {
         }
     }
 
-    /// Pages of a region came without having been touched, if they have not been.
+    /// Notes that pages of a region were prefetched. Pages with a noted access stay accessed.
     pub(crate) fn brought(&self, image: &Image, region: &Region, pages: Range<usize>) {
         let seen = self.seen(image, region);
         let new = region.file_pages(pages).filter(|page| seen.brought.set(*page)).count();
         self.brought.fetch_add(new, Ordering::Relaxed);
     }
 
-    /// The session has these regions now. What is there has been brought by who served the memory before.
+    /// Adds regions of the session. Their resident pages count as prefetched, because the memory's
+    /// previous owner installed them.
     pub(crate) fn has(&self, image: &Image, regions: impl Iterator<Item = Region>) {
         for region in regions {
             let region = &region;
@@ -143,20 +146,21 @@ impl Recorder {
         }
     }
 
-    /// Adds what has been touched since the last time to `order`.
+    /// Moves the accesses since the last call to the end of `order`.
     fn take_noted(&self, order: &mut Vec<(u32, u32)>) {
         let noted = std::mem::take(&mut *self.noted());
         order.extend(noted);
     }
 
-    /// What has been seen so far, as messages: these pages were touched, in this order.
+    /// Returns the recording as messages. `order` has the accessed pages in first-touch order.
     fn messages(&self, image: &Image, order: &[(u32, u32)]) -> Vec<RecordRequest> {
         let (touched, mut unseen) = (spans(order.iter().copied()), Vec::new());
         let short = |n: usize| u32::try_from(n).expect("files have at most 16 TiB");
         for (place, (file, seen)) in image.files().iter().zip(&self.files).enumerate() {
             let pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
             let Some(seen) = seen.get() else {
-                // It may be another process's memory, whose session tells of it.
+                // Another process may have mapped the file, and that process's session reports its
+                // pages.
                 if pages > 0 {
                     let count = u32::try_from(pages).unwrap_or(u32::MAX);
                     unseen.push(PageSpan { file: short(place), first: 0, count });
@@ -179,7 +183,7 @@ impl Recorder {
         std::iter::once(first).chain(touched).chain(unseen).collect()
     }
 
-    /// Sends what has been touched so far.
+    /// Sends the recording up to now.
     async fn send(&self, sender: &Sender, order: &[(u32, u32)]) -> Result<(), RemoteError> {
         let messages = self.messages(&sender.image, order);
         let address = &sender.address;
@@ -189,36 +193,37 @@ impl Recorder {
         sent.map_err(address.status("a recording")).map(drop)
     }
 
-    /// What has been touched so far is to be sent now: the number of this request.
+    /// Requests a sending of the accesses up to now. Returns the number of the request.
     pub(crate) fn ask(&self) -> u64 {
         let mut sent = self.sent();
         sent.asked += 1;
         sent.asked
     }
 
-    /// Once that has been done, or nothing more is: whether all that was touched before has been sent.
+    /// Returns the result of request `number` once it is done, or once nothing more will be sent.
     pub(crate) fn answer(&self, number: u64) -> Option<Result<(), String>> {
         let sent = self.sent();
         let is_done = sent.has_ended || sent.answered >= number;
         is_done.then(|| sent.error.clone().map_or(Ok(()), Err))
     }
 
-    /// Once nothing more is to be sent: whether all that was touched has been.
+    /// Returns the result of the last sending once nothing more will be sent.
     pub(crate) fn outcome(&self) -> Option<Result<(), String>> {
         let sent = self.sent();
         sent.has_ended.then(|| sent.error.clone().map_or(Ok(()), Err))
     }
 }
 
-/// When something is sent before the session's end: once nothing new was touched for [`QUIET`], and with a pause that doubles
-/// each time, because all is sent again, and the server makes the set anew.
+/// The times of sendings before the session's end: after [`QUIET`] without a new fault, and with a
+/// pause that doubles each time. Each sending repeats the whole recording, and the server makes the
+/// set anew.
 #[derive(Debug)]
 struct Sendings {
-    /// When something new was touched last.
+    /// Time of the last new fault.
     touched: Instant,
-    /// Nothing is sent before.
+    /// The time before which nothing is sent.
     not_before: Instant,
-    /// After the next one.
+    /// The pause after the next sending.
     pause: Duration,
 }
 
@@ -235,14 +240,14 @@ impl Sendings {
         now >= self.not_before && now.saturating_duration_since(self.touched) > QUIET
     }
 
-    /// It was tried, well or not.
+    /// Notes an attempt to send, whether it succeeded or not.
     fn sent(&mut self, now: Instant) {
         self.not_before = now + self.pause;
         self.pause = (2 * self.pause).min(MOST_PAUSE);
     }
 }
 
-/// Puts neighbours that follow one another together.
+/// Joins consecutive pages into spans.
 fn spans(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageSpan> {
     let mut spans: Vec<PageSpan> = Vec::new();
     for (file, page) in pages {
@@ -254,7 +259,7 @@ fn spans(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageSpan> {
     spans
 }
 
-/// One span for each file, from the first to the last of its own.
+/// Returns one span for each file, from the first to the last of its own.
 fn by_file(mut spans: Vec<PageSpan>) -> Vec<PageSpan> {
     spans.sort_unstable_by_key(|span| (span.file, span.first));
     spans.dedup_by(|next, last| {
@@ -267,7 +272,7 @@ fn by_file(mut spans: Vec<PageSpan>) -> Vec<PageSpan> {
     spans
 }
 
-/// The values that the task needs that sends a recording.
+/// The values that the task needs to send a recording.
 #[derive(Debug)]
 pub(crate) struct Sender {
     pub(crate) recorder: Arc<Recorder>,
@@ -279,7 +284,7 @@ pub(crate) struct Sender {
 /// Starts the task that sends a session's recording.
 ///
 /// # Errors
-/// If the process cannot start the thread of such tasks.
+/// If the process cannot start the thread of the background tasks.
 pub(crate) fn start(sender: Sender) -> io::Result<()> {
     background::spawn(async move { run(&sender).await })
 }
@@ -292,14 +297,15 @@ async fn run(sender: &Sender) {
         if outcome.has_ended() {
             ended_at.get_or_insert_with(Instant::now);
         }
-        // Looked at first: what was touched before is taken then.
+        // The request is read first, so that its sending includes all accesses before it.
         let asked = recorder.sent().asked;
         let before = order.len();
         recorder.take_noted(&mut order);
         if order.len() > before {
             sendings.touched(Instant::now());
         }
-        // What has been brought since is not to count as absent and untouched.
+        // A prefetch since the last sending makes another one due: the server must not count those
+        // pages as absent and not accessed.
         let known = (order.len(), recorder.brought.load(Ordering::Relaxed));
         let is_asked = asked > recorder.sent().answered;
         let is_due = ended_at.is_some() || is_asked || sendings.is_due(Instant::now());
@@ -322,7 +328,7 @@ async fn run(sender: &Sender) {
             tokio::time::sleep(backoff.pause()).await;
             continue;
         }
-        // Too early is a look more.
+        // A wake-up that is too early costs one check more.
         let _ = tokio::time::timeout(LOOK, outcome.ended.notified()).await;
     }
     recorder.sent().has_ended = true;
@@ -339,7 +345,7 @@ mod tests {
 
     const SPAN: fn(u32, u32, u32) -> PageSpan = |file, first, count| PageSpan { file, first, count };
 
-    /// An image of two files of 10 pages, and a region of the second one.
+    /// Makes an image of two files of 10 pages, and a region of the second one.
     fn image_and_region() -> (Image, Region) {
         let mut manifest = ManifestBuilder::new(ChunkSize::MIN);
         for path in [&b"a"[..], b"b"] {
@@ -372,7 +378,7 @@ mod tests {
     fn what_is_too_much_to_keep_counts_as_not_seen() {
         let (image, region) = image_and_region();
         let (recorder, mut order) = (Recorder::new(&image, 3), Vec::new());
-        // A page that is touched again takes no room.
+        // Another access to a noted page takes no room.
         for page in [1, 1, 7, 3, 5, 6, 1] {
             recorder.touched(&image, &region, page..page + 1);
         }
@@ -397,7 +403,7 @@ mod tests {
         let start = Instant::now();
         let mut sendings = Sendings::new(start);
         let mut sent = Vec::new();
-        // Something new every 4 s, for an hour.
+        // There is a new fault every 4 s for an hour.
         for second in 0..3600 {
             let now = start + Duration::from_secs(second);
             if second % 4 == 0 {
@@ -410,7 +416,7 @@ mod tests {
         let pauses: Vec<_> = sent.windows(2).map(|pair| pair[1] - pair[0]).collect();
         assert_eq!(pauses[..8], [4, 8, 12, 24, 48, 96, 192, 300]);
         assert!(pauses[8..].iter().all(|pause| *pause == 300), "{pauses:?}");
-        // And never while it is touching.
+        // It is never due while new faults occur.
         let now = start + Duration::from_secs(7200);
         sendings.touched(now);
         assert!(!sendings.is_due(now + QUIET));

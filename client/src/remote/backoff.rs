@@ -1,13 +1,14 @@
-//! The pauses between attempts at a server that fails: one rule for all lanes and tasks.
+//! The back-off between attempts at a server that fails: one rule for all lanes and tasks.
 
 use std::time::Duration;
 
-/// The first pause, and the longest. A server that restarts is found soon, and one that is away costs little.
+/// The first pause and the longest. The client finds a restarted server soon, and attempts at a
+/// lost one cost little.
 const FIRST: Duration = Duration::from_millis(10);
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Pauses that double from 10 ms to 1 s. Each varies at random by half, so that the clients of a server that was lost
-/// do not return all at once.
+/// A back-off from 10 ms to 1 s that doubles with each attempt. Each pause varies at random by
+/// half, so that the clients of a lost server do not all return at once.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     next: Duration,
@@ -25,7 +26,7 @@ impl Backoff {
         pause
     }
 
-    /// The server has answered: the next pause is short again.
+    /// Makes the next pause short again, after the server has answered.
     pub(crate) fn reset(&mut self) {
         self.next = FIRST;
     }

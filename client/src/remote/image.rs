@@ -1,4 +1,4 @@
-//! An image as a client knows it: the root, and the segments that have come so far.
+//! An image as a client knows it: the root, and the segments that have arrived.
 
 use crate::remote::{Remote, RemoteError, ServerAddress};
 use bytes::Bytes;
@@ -9,17 +9,18 @@ use postcopy_proto::reference::Reference;
 use postcopy_proto::set_frame::Expected;
 use std::sync::{Arc, OnceLock};
 
-/// An image's manifest, filled in as segments arrive; each is checked against the root before it is kept.
+/// An image's manifest, which is filled in as segments arrive. Each segment is checked against the
+/// root before it is kept.
 #[derive(Debug)]
 pub struct Image {
     root: Root,
-    /// The regular files, in the manifest's order: a working set names them by their place here.
+    /// The regular files, in the manifest's order. A working set names files by their index here.
     files: Box<[FileEntry]>,
     segments: Box<[OnceLock<Segment>]>,
 }
 
 impl Image {
-    /// The image of which `root` is the root; no segments yet.
+    /// Makes an image of its root, without segments.
     #[must_use]
     pub fn new(root: Root) -> Self {
         let segments = root.segment_digests().iter().map(|_| OnceLock::new()).collect();
@@ -27,15 +28,17 @@ impl Image {
         Self { root, files, segments }
     }
 
-    /// Opens an image of a server's, with all of its manifest that the server has at hand.
+    /// Opens an image on a server, and fetches its manifest as far as the server has it at hand.
     ///
     /// # Errors
-    /// [`RemoteError`]: the server cannot be reached, does not have it, or sent something else.
+    /// [`RemoteError`]: the client cannot reach the server, the server does not have the image, or
+    /// it sent wrong data.
     pub async fn open(address: &ServerAddress, reference: &Reference) -> Result<Arc<Self>, RemoteError> {
         Self::open_with(address, reference, true).await
     }
 
-    /// The same; segments can also be left to be asked for when they are needed.
+    /// Opens an image as [`Image::open`] does. Without `all_segments`, the pager requests missing
+    /// segments when it needs them.
     pub(crate) async fn open_with(
         address: &ServerAddress,
         reference: &Reference,
@@ -47,57 +50,58 @@ impl Image {
         if all_segments {
             segments?;
         }
-        // What has come unasked and was wrong is asked for when it is needed.
+        // Without `all_segments`, an error is ignored, because the pager requests missing segments
+        // later.
         Ok(image)
     }
 
-    /// The image's digest.
+    /// Returns the image's digest.
     #[must_use]
     pub fn digest(&self) -> Digest {
         self.root.image()
     }
 
-    /// The root of the manifest.
+    /// Returns the root of the manifest.
     #[must_use]
     pub fn root(&self) -> &Root {
         &self.root
     }
 
-    /// The regular file at `path`.
+    /// Returns the regular file at `path`.
     #[must_use]
     pub fn file(&self, path: &[u8]) -> Option<FileEntry> {
         self.root.files().find(|(p, _)| p.as_bytes() == path).map(|(_, file)| *file)
     }
 
-    /// The place of a file that has pages among the regular files.
+    /// Returns the index among the regular files of a file that has pages.
     pub(crate) fn place_of(&self, file: &FileEntry) -> usize {
-        // Empty ones begin with the same chunk as the next one, and come before it.
+        // An empty file has the same first chunk as the next file, and precedes it.
         self.files.partition_point(|other| other.first_chunk <= file.first_chunk) - 1
     }
 
-    /// The regular files, in the manifest's order.
+    /// Returns the regular files, in the manifest's order.
     pub(crate) fn files(&self) -> &[FileEntry] {
         &self.files
     }
 
-    /// Takes segment `index` in, after checking it.
+    /// Adds segment `index` after checking it.
     ///
     /// # Errors
-    /// [`ManifestError`] if the bytes are not that segment's; nothing is kept then.
+    /// [`ManifestError`] if the bytes are not that segment's; then nothing is kept.
     pub fn add_segment(&self, index: u32, bytes: &Bytes) -> Result<(), ManifestError> {
         let segment = self.root.check_segment(index, bytes)?;
-        // If it was there already, it was the same: its digest is the root's.
+        // A segment that was added before is the same, because the root has its digest.
         let _ = self.segments[index as usize].set(segment);
         Ok(())
     }
 
-    /// Segment `index`, once it has come.
+    /// Returns segment `index` if it has arrived.
     #[must_use]
     pub fn segment(&self, index: u32) -> Option<&Segment> {
         self.segments.get(index as usize)?.get()
     }
 
-    /// What a chunk holds.
+    /// Returns the content of a chunk, as far as it is known.
     #[must_use]
     pub fn content(&self, chunk: ChunkIndex) -> Content {
         let (index, place) = Root::segment_of(chunk);
@@ -132,26 +136,26 @@ impl Expected for Image {
     }
 }
 
-/// What is known of a chunk.
+/// The known content of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Nothing but zeros.
+    /// Zeros in all bytes.
     Zero,
     /// The bytes with this digest.
     Data(Digest),
-    /// Its segment has not come yet.
+    /// Unknown, because this segment has not arrived.
     SegmentMissing(u32),
-    /// The image has no such chunk.
+    /// None, because the image has no such chunk.
     OutOfRange,
 }
 
-/// What a session is filled from.
+/// The image that fills a session.
 #[derive(Clone, Debug)]
 pub enum ImageSource {
-    /// What the server has under this reference.
+    /// The image that this reference stands for on the server.
     Named(Reference),
-    /// An image of the server's that was opened before ([`Image::open`]). The session begins without a word from the
-    /// server; faults wait until it is there.
+    /// An image of the server that was opened before ([`Image::open`]). The session starts without
+    /// an answer of the server. Until the server can be reached, faults wait.
     Opened(Arc<Image>),
 }
 

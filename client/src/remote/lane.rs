@@ -1,4 +1,4 @@
-//! The lanes that pages come over: one bidirectional stream each, on a connection of its own.
+//! The lanes that deliver pages: each is one bidirectional stream, on a connection of its own.
 
 use crate::remote::{Lane, RemoteError, ServerAddress, page_client, within};
 use bytes::Bytes;
@@ -9,10 +9,10 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
-/// Requests that may wait to be sent; more wait with who makes them.
+/// The most requests that wait in a lane's queue to be sent.
 const QUEUE: usize = 64;
 
-/// The demand lane: requests for chunks and segments that faults wait for.
+/// The demand lane: requests for chunks and segments that faults wait for, and for read-ahead.
 #[derive(Debug)]
 pub(crate) struct DemandLane {
     pub(crate) requests: mpsc::Sender<v1::FetchChunksRequest>,
@@ -23,23 +23,25 @@ type DemandStream = tonic::Streaming<v1::FetchChunksResponse>;
 
 #[derive(Debug)]
 enum DemandAnswers {
-    /// The server has not said yet that it takes the stream. The task ends with this.
+    /// The server has not accepted the stream yet. Dropping this ends the task.
     Opening(JoinSet<Result<DemandStream, RemoteError>>),
     Open(Box<DemandStream>),
 }
 
 impl DemandLane {
-    /// Connects and binds the stream to `image`, in the current runtime; the server has it.
+    /// Connects and binds the stream to `image`, in the current runtime. Returns once the server
+    /// has accepted the stream.
     ///
     /// # Errors
-    /// [`RemoteError`] if the server cannot be reached or does not have the image.
+    /// [`RemoteError`] if the client cannot reach the server or the server does not have the image.
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
         let mut lane = Self::over(address.connect(Lane::Demand).await?, address, image);
         lane.opened().await?;
         Ok(lane)
     }
 
-    /// The same over a connection that there is, without waiting for what the server says: requests can be made at once.
+    /// Opens the lane over an existing connection, without waiting for the server: the caller can
+    /// send requests at once.
     pub(crate) fn over(channel: Channel, address: &ServerAddress, image: &Digest) -> Self {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::FetchChunksRequest { image: (*image).into(), ..Default::default() };
@@ -56,7 +58,7 @@ impl DemandLane {
         Self { requests, answers: DemandAnswers::Opening(task) }
     }
 
-    /// Waits until the server has taken the stream.
+    /// Waits until the server has accepted the stream.
     async fn opened(&mut self) -> Result<(), RemoteError> {
         if let DemandAnswers::Opening(task) = &mut self.answers
             && let Some(Ok(opened)) = task.join_next().await
@@ -66,18 +68,18 @@ impl DemandLane {
         Ok(())
     }
 
-    /// The next answer; None if the lane is lost. May be dropped at any time.
+    /// Returns the next answer, or `None` if the lane is lost. Cancel safe.
     pub(crate) async fn answer(&mut self) -> Option<v1::FetchChunksResponse> {
         self.opened().await.ok()?;
         match &mut self.answers {
             DemandAnswers::Open(stream) => stream.message().await.ok()?,
-            // It was refused before.
+            // The server refused the stream before.
             DemandAnswers::Opening(_) => None,
         }
     }
 }
 
-/// The bulk lane: runs of chunks that nobody waits for.
+/// The bulk lane: runs of chunks that no fault waits for.
 #[derive(Debug)]
 pub(crate) struct BulkLane {
     pub(crate) requests: mpsc::Sender<v1::StreamChunksRequest>,
@@ -88,15 +90,16 @@ impl BulkLane {
     /// Connects and binds the stream to `image`, in the current runtime.
     ///
     /// # Errors
-    /// As [`DemandLane::open`].
+    /// The same as those of [`DemandLane::open`].
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
         Self::over(address.connect(Lane::Bulk).await?, address, image, None).await
     }
 
-    /// The same over a connection that there is, with a first request, which does not wait for the stream's beginning.
+    /// Opens the lane over an existing connection. Sends the first request, if there is one,
+    /// without waiting for the server to accept the stream.
     ///
     /// # Errors
-    /// As there.
+    /// The same as those of [`DemandLane::open`].
     pub(crate) async fn over(
         channel: Channel,
         address: &ServerAddress,
@@ -115,18 +118,18 @@ impl BulkLane {
     }
 }
 
-/// Why there is no frame in an answer.
+/// The reason for an answer to hold no frame.
 #[derive(Debug)]
 pub(crate) struct NoFrame {
     pub(crate) reason: String,
-    /// The server says that something else went wrong, which may pass.
+    /// True for a server's error that another request may not meet.
     pub(crate) may_pass: bool,
 }
 
-/// The frame in an answer for a chunk that the manifest says has that digest.
+/// Returns the frame in the answer for a chunk whose digest the manifest says is `digest`.
 ///
 /// # Errors
-/// [`NoFrame`]: a server's error, or an answer that cannot be.
+/// [`NoFrame`]: the server's error, or an invalid answer.
 pub(crate) fn frame_of<'a>(answer: &'a v1::ChunkAnswer, digest: &Digest) -> Result<&'a Bytes, NoFrame> {
     let wrong = |reason| Err(NoFrame { reason, may_pass: false });
     match &answer.result {
@@ -141,12 +144,12 @@ pub(crate) fn frame_of<'a>(answer: &'a v1::ChunkAnswer, digest: &Digest) -> Resu
     }
 }
 
-/// Whether asking again may help, although the server has looked.
+/// Returns true if another request may succeed, although the server has searched for the data.
 pub(crate) fn may_pass(error: &v1::Error) -> bool {
     !matches!(error.code(), v1::ErrorCode::OutOfRange | v1::ErrorCode::NotFound | v1::ErrorCode::DataLoss)
 }
 
-/// Puts ascending chunk numbers together into runs.
+/// Joins ascending chunk numbers into runs.
 pub(crate) fn runs_of(chunks: impl IntoIterator<Item = u64>) -> Vec<v1::ChunkRun> {
     let mut runs: Vec<v1::ChunkRun> = Vec::new();
     for chunk in chunks {
