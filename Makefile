@@ -12,7 +12,7 @@ help:
 	@echo "make demo    push a large file and use it lazily (FILE=... for one of yours); restore a Redis, where CRIU runs"
 	@echo "make test    all tests"
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
-	@echo "make lint    formatting and clippy"
+	@echo "make lint    formatting, clippy, and the words of comments"
 	@echo "make bench   real programs restored over a network, into docs/BENCHMARKS.md; make bench-full: all figures there"
 	@echo "make look    a report of a trace, looked at in Chromium; pictures in target/look"
 	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
@@ -46,6 +46,7 @@ lint:
 	@tests/setup build
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- --deny warnings
+	@tests/words
 
 # Reports of real traces, in a browser without a network.
 look: build

@@ -115,6 +115,8 @@ pub(crate) struct Pager {
     ahead_pace: Pace,
     /// The outstanding chunks of such faults.
     scattered: HashSet<ChunkIndex>,
+    /// The number of them that were answered in a row, and the time of the last answer.
+    scattered_run: (usize, Option<Instant>),
     /// The usual latency of an answer of late.
     usual: Duration,
     /// Chunks that the fill has requested and that have waiters, with the time since which they
@@ -245,6 +247,7 @@ impl Pager {
             ahead: ReadAhead::new(shared.image.root().chunk_size().bytes()),
             ahead_pace: Pace::new(shared.image.root().chunk_size().bytes()),
             scattered: HashSet::new(),
+            scattered_run: (0, None),
             usual: Duration::ZERO,
             behind: HashMap::new(),
             broken: None,

@@ -340,10 +340,10 @@ mod tests {
         let start = start_of(child.id()).unwrap();
         assert!(!Callers::of(Process { pid: child.id(), start: start - 1 }).signal(Signal::KILL));
         assert!(child.try_wait().unwrap().is_none(), "it is another process");
-        assert!(Callers::of(Process { pid: child.id(), start: start }).signal(Signal::KILL));
+        assert!(Callers::of(Process { pid: child.id(), start }).signal(Signal::KILL));
         assert!(!child.wait().unwrap().success());
         assert!(
-            !Callers::of(Process { pid: child.id(), start: start }).signal(Signal::KILL),
+            !Callers::of(Process { pid: child.id(), start }).signal(Signal::KILL),
             "it has exited"
         );
     }

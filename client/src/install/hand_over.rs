@@ -107,7 +107,8 @@ impl ToPager {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take().expect("a session has one pager")
     }
 
-    /// Sends an install unless the queue is full. Returns whether it was sent, or the pager has ended.
+    /// Sends an install unless the queue is full. Returns whether it was sent, or the pager has
+    /// ended.
     pub(crate) fn send(&self, work: HandedOver) -> bool {
         !matches!(self.sender.try_send(work), Err(mpsc::error::TrySendError::Full(_)))
     }

@@ -151,8 +151,8 @@ impl Space {
         self.pagemap.is_some()
     }
 
-    /// Returns the first run of guard pages in a range of addresses. Returns None, too, if this process
-    /// cannot read the page tables.
+    /// Returns the first run of guard pages in a range of addresses. Returns None, too, if this
+    /// process cannot read the page tables.
     pub(crate) fn first_guard(&self, addresses: &Range<usize>) -> Option<Range<usize>> {
         let pagemap = self.pagemap.as_ref().or(self.own.as_ref()).filter(|_| guards_are_seen())?;
         pagemap.first_guard(addresses)

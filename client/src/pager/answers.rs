@@ -8,6 +8,7 @@ use crate::install::{self, Installed};
 use crate::memory::ChunkPages;
 use crate::memory::{PageState, Region};
 use crate::options::add;
+use crate::pager::read_ahead::STREAMS;
 use crate::pager::requests::Refused;
 use crate::record::trace::{Cause, Stages};
 use crate::remote::lane::{frame_of, may_pass};
@@ -15,7 +16,11 @@ use crate::remote::{SegmentRefused, take_segment};
 use bytes::Bytes;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1;
+use std::time::Duration;
 use tokio::time::Instant;
+
+/// Scattered faults that are further apart are no run: as for the pace.
+const SCATTERED_APART: Duration = Duration::from_millis(100);
 
 impl Pager {
     /// Handles the answer for a chunk.
@@ -47,10 +52,8 @@ impl Pager {
         // The time is capped, because a server that was lost for a while says nothing about its
         // distance.
         self.usual = (self.usual * 7 + waited.min(FAR)) / 8;
-        if self.scattered.remove(&chunk)
-            && let Some(asked_at) = now.checked_sub(waited)
-        {
-            self.ahead_pace.answered(asked_at.into_std(), now.into_std());
+        if self.scattered.remove(&chunk) {
+            self.scattered_answered(waited, now);
         }
         // If the fill holds the lock, this sample is skipped.
         if let Ok(mut pace) = self.shared().pace.try_lock()
@@ -58,6 +61,21 @@ impl Pager {
             && pace.answered(asked_at.into_std(), now.into_std())
         {
             self.shared().fill_may_go_on.notify_one();
+        }
+    }
+
+    /// Paces read-ahead by the answer for a fault that goes on with no stream, where there is a run
+    /// of these: the first faults of streams look the same, and as many streams as are told apart
+    /// may begin at once.
+    fn scattered_answered(&mut self, waited: Duration, now: Instant) {
+        let (run, last) = self.scattered_run;
+        let goes_on = last.is_some_and(|last| now.saturating_duration_since(last) < SCATTERED_APART);
+        let run = if goes_on { run + 1 } else { 1 };
+        self.scattered_run = (run, Some(now));
+        if run > STREAMS
+            && let Some(asked_at) = now.checked_sub(waited)
+        {
+            self.ahead_pace.answered(asked_at.into_std(), now.into_std());
         }
     }
 

@@ -11,7 +11,7 @@ use crate::memory::{PageState, Region, Space};
 use crate::options::{LossPolicy, add};
 use crate::outcome::{FailureEnd, FailureKind};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
-use rustix::process::{Signal, getpid, kill_process};
+use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -215,10 +215,15 @@ impl Pager {
     /// Kills or stops the process of a space. Returns false if that process is not known for
     /// certain.
     fn signal(&self, space: &Arc<Space>, policy: LossPolicy) -> bool {
-        let signal = if policy == LossPolicy::Kill { Signal::KILL } else { Signal::STOP };
         if !self.is_foreign {
-            return kill_process(getpid(), signal).is_ok();
+            use nix::sys::signal::{
+                Signal::{SIGKILL, SIGSTOP},
+                raise,
+            };
+            // To this thread: a stop takes effect before another thread learns of the loss.
+            return raise(if policy == LossPolicy::Kill { SIGKILL } else { SIGSTOP }).is_ok();
         }
+        let signal = if policy == LossPolicy::Kill { Signal::KILL } else { Signal::STOP };
         self.identify();
         space.process().is_some_and(|process| process.signal(signal))
     }

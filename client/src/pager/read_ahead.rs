@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 /// The most streams. A new one replaces the stream that has been idle longest.
-const STREAMS: usize = 16;
+pub(crate) const STREAMS: usize = 16;
 /// The largest window, in plain bytes.
 const MOST_BYTES: usize = 2 << 20;
 

@@ -95,8 +95,8 @@ impl<'a> Hosted<'a> {
         self.session.shared.spaces().has_huge()
     }
 
-    /// Sends a signal to the process that owns the memory, and to those of its descendants that have
-    /// memory registered with a userfaultfd. Returns false if the process is unknown
+    /// Sends a signal to the process that owns the memory, and to those of its descendants that
+    /// have memory registered with a userfaultfd. Returns false if the process is unknown
     /// ([`ForeignMemory::pid`](crate::ForeignMemory::pid)).
     pub fn signal_owners(self, signal: Signal) -> bool {
         self.session.shared.signal_owners(signal)

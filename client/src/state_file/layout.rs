@@ -21,9 +21,9 @@ pub(super) const AT_ENDED: usize = 9;
 pub(super) const AT_OWNER: usize = 10;
 pub(super) const AT_REGISTERED: usize = 11;
 pub(super) const AT_OWNER_START: usize = 12;
-/// 0 in files of versions that had no such limit.
+/// 0 in files of versions without this limit.
 pub(super) const AT_RECORD_PAGES: usize = 13;
-/// The same.
+/// Likewise 0 in files of versions without this limit.
 pub(super) const AT_RECORD_CACHE_MIB: usize = 14;
 pub(super) const AT_COMMIT: usize = 16;
 pub(super) const AT_MESSAGES_OF: usize = 24;
