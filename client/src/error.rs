@@ -91,3 +91,18 @@ pub enum LossError {
     #[error("some pages were still absent after {0:?}")]
     TimedOut(Duration),
 }
+
+/// The reason why the server does not have a session's recording.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordingError {
+    /// The session does not record: see [`crate::Options::record`].
+    #[error("page faults of this session are not recorded")]
+    NotRecorded,
+    /// The last attempt to send it failed. The session tries again.
+    #[error("{0}")]
+    NotSent(String),
+    /// The server did not have it within the caller's time-out. The session goes on sending.
+    #[error("the server did not have the recording within {0:?}")]
+    TimedOut(Duration),
+}

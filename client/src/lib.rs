@@ -40,7 +40,7 @@ pub mod state_file;
 mod sync;
 mod transfer;
 
-pub use error::{LossError, SessionError};
+pub use error::{LossError, RecordingError, SessionError};
 pub use options::{LossPolicy, Options, Progress};
 pub use outcome::{Failure, FailureEnd, FailureKind, Failures};
 pub use processes::{signal_process_tree, with_descendants};

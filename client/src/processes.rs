@@ -342,10 +342,7 @@ mod tests {
         assert!(child.try_wait().unwrap().is_none(), "it is another process");
         assert!(Callers::of(Process { pid: child.id(), start }).signal(Signal::KILL));
         assert!(!child.wait().unwrap().success());
-        assert!(
-            !Callers::of(Process { pid: child.id(), start }).signal(Signal::KILL),
-            "it has exited"
-        );
+        assert!(!Callers::of(Process { pid: child.id(), start }).signal(Signal::KILL), "it has exited");
     }
 
     proptest! {

@@ -15,7 +15,7 @@ pub use changes::Changes;
 pub use region::Region;
 pub use shared_pager::SharedPager;
 
-use crate::error::{LossError, SessionError};
+use crate::error::{LossError, RecordingError, SessionError};
 use crate::fill;
 use crate::memory::{self, Object, ObjectKind, states_for};
 use crate::options::{Options, Progress};
@@ -388,33 +388,32 @@ impl Session {
     /// growing intervals, and a last time when it ends. This call waits for that last time.
     ///
     /// # Errors
-    /// The reason why the recording could not be sent, or a message that `timeout` has passed.
+    /// [`RecordingError::NotSent`], [`RecordingError::TimedOut`].
     ///
     /// # Blocking
     /// Blocks for up to `timeout`: the server rebuilds the working set before it answers.
-    pub fn wait_recorded(&self, timeout: Duration) -> Result<(), String> {
+    pub fn wait_recorded(&self, timeout: Duration) -> Result<(), RecordingError> {
         let Some(recorder) = &self.shared.recorder else { return Ok(()) };
         let deadline = Instant::now().checked_add(timeout);
         let outcome = self.shared.outcome.wait(deadline, |_| recorder.outcome());
-        outcome.unwrap_or_else(|| Err(format!("the recording was not complete within {timeout:?}")))
+        outcome.unwrap_or(Err(RecordingError::TimedOut(timeout)))
     }
 
     /// Sends the recording so far ([`Options::record`]) to the server now, and waits at most for
     /// `timeout`.
     ///
     /// # Errors
-    /// A message that the session does not record; the reason why the recording could not be sent;
-    /// or a message that `timeout` has passed. After a failure the session sends the recording
-    /// again, as [`Session::wait_recorded`] describes.
+    /// [`RecordingError`]. After a failure the session sends the recording again, as
+    /// [`Session::wait_recorded`] describes.
     ///
     /// # Blocking
     /// Blocks for up to `timeout`: if it can do so quickly, the server rebuilds the working set
     /// before it answers.
-    pub fn send_recording(&self, timeout: Duration) -> Result<(), String> {
-        let recorder = self.shared.recorder.as_ref().ok_or("what it touches is not recorded")?;
+    pub fn send_recording(&self, timeout: Duration) -> Result<(), RecordingError> {
+        let recorder = self.shared.recorder.as_ref().ok_or(RecordingError::NotRecorded)?;
         let (number, deadline) = (recorder.ask(), Instant::now().checked_add(timeout));
         let outcome = self.shared.outcome.wait(deadline, |_| recorder.answer(number));
-        outcome.unwrap_or_else(|| Err(format!("the server did not have the recording within {timeout:?}")))
+        outcome.unwrap_or(Err(RecordingError::TimedOut(timeout)))
     }
 
     /// Returns the session's counters, and its pages by state.

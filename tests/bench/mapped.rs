@@ -94,7 +94,7 @@ impl<'a> Pushed<'a> {
         ensure!(resolve(&region, &names)? == expected, "wrong bytes");
         drop(region);
         ensure!(session.close(PATIENCE), "it does not end");
-        session.wait_recorded(PATIENCE).map_err(anyhow::Error::msg)
+        Ok(session.wait_recorded(PATIENCE)?)
     }
 
     fn run(&self, way: Way, network: Network, seed: u64) -> Result<Run> {

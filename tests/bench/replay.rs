@@ -55,7 +55,7 @@ impl Pushed {
         drop(region);
         ensure!(session.close(PATIENCE), "it does not end");
         if record {
-            session.wait_recorded(PATIENCE).map_err(anyhow::Error::msg)?;
+            session.wait_recorded(PATIENCE)?;
         }
         Ok(seconds)
     }

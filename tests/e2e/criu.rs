@@ -210,7 +210,7 @@ fn a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost() {
         daemon.assert_says("tasks have been restored");
         let broken = daemon.break_state(restored.pid());
         daemon.kill_worker();
-        daemon.assert_says("it is something else; trying again");
+        daemon.assert_says("it does not begin as a state file does; trying again");
         daemon.kill_worker();
         std::thread::park_timeout(Duration::from_secs(1));
         broken.mend();
@@ -235,7 +235,7 @@ fn a_task_whose_session_cannot_be_resumed_is_tried_again_and_then_lost() {
         daemon.assert_says("tasks have been restored");
         let _broken = daemon.break_state(restored.pid());
         daemon.kill_worker();
-        daemon.assert_says("it is something else; trying again");
+        daemon.assert_says("it does not begin as a state file does; trying again");
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(3));
         daemon.assert_says("was killed, because its memory could not be made safe");

@@ -3,7 +3,7 @@
 use crate::map::random_pages;
 use crate::session::{Source, give_back};
 use bytes::Bytes;
-use postcopy::{LossPolicy, Options, Region, Session, Sharing};
+use postcopy::{LossPolicy, Options, RecordingError, Region, Session, Sharing};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
@@ -267,7 +267,7 @@ fn what_was_touched_is_told_when_it_is_asked_for() {
     within(WATCHDOG, || {
         let source = start();
         let unrecorded = source.open(REPLAYING);
-        assert_eq!(unrecorded.send_recording(MINUTE), Err("what it touches is not recorded".into()));
+        assert_eq!(unrecorded.send_recording(MINUTE), Err(RecordingError::NotRecorded));
         let session = source.open(RECORDING);
         let region = session.map("mem").unwrap();
         session.send_recording(MINUTE).unwrap();

@@ -7,7 +7,7 @@ use crate::uffd::{Outcome, Uffd};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// The address space of one process, see the module.
 #[derive(Debug)]
@@ -32,7 +32,24 @@ pub(crate) struct Space {
     /// ticks since boot.
     forked: Option<(u32, u64)>,
     /// The page tables of this process, for guard pages of its own memory.
-    own: Option<Pagemap>,
+    own: Option<Arc<Pagemap>>,
+}
+
+/// The page tables of this process, shared by its sessions, with the pid that they are of. Held for
+/// a look or for opening them.
+static OWN: Mutex<(u32, Weak<Pagemap>)> = Mutex::new((0, Weak::new()));
+
+/// Returns the page tables of this process, if it can read them.
+fn own_pagemap() -> Option<Arc<Pagemap>> {
+    let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    // A child has inherited those of its parent.
+    let pid = std::process::id();
+    if let Some(pagemap) = own.1.upgrade().filter(|_| own.0 == pid) {
+        return Some(pagemap);
+    }
+    let pagemap = Arc::new(Pagemap::open().ok()?);
+    *own = (pid, Arc::downgrade(&pagemap));
+    Some(pagemap)
 }
 
 impl Space {
@@ -126,7 +143,7 @@ impl Space {
 
     /// Returns the space as one of this process.
     pub(crate) fn of_this_process(self) -> Self {
-        Self { own: Pagemap::open().ok(), ..self }
+        Self { own: own_pagemap(), ..self }
     }
 
     /// Passes to `give` each range of addresses that the program wrote to since the last protection
@@ -154,7 +171,7 @@ impl Space {
     /// Returns the first run of guard pages in a range of addresses. Returns None, too, if this
     /// process cannot read the page tables.
     pub(crate) fn first_guard(&self, addresses: &Range<usize>) -> Option<Range<usize>> {
-        let pagemap = self.pagemap.as_ref().or(self.own.as_ref()).filter(|_| guards_are_seen())?;
+        let pagemap = self.pagemap.as_ref().or(self.own.as_deref()).filter(|_| guards_are_seen())?;
         pagemap.first_guard(addresses)
     }
 

@@ -9,6 +9,7 @@
 
 use crate::background;
 use crate::bits::Bits;
+use crate::error::RecordingError;
 use crate::memory::{PageState, Region};
 use crate::outcome::Outcome;
 use crate::remote::Image;
@@ -201,16 +202,17 @@ impl Recorder {
     }
 
     /// Returns the result of request `number` once it is done, or once nothing more will be sent.
-    pub(crate) fn answer(&self, number: u64) -> Option<Result<(), String>> {
+    pub(crate) fn answer(&self, number: u64) -> Option<Result<(), RecordingError>> {
         let sent = self.sent();
         let is_done = sent.has_ended || sent.answered >= number;
-        is_done.then(|| sent.error.clone().map_or(Ok(()), Err))
+        is_done.then(|| sent.error.clone().map_or(Ok(()), |reason| Err(RecordingError::NotSent(reason))))
     }
 
     /// Returns the result of the last sending once nothing more will be sent.
-    pub(crate) fn outcome(&self) -> Option<Result<(), String>> {
+    pub(crate) fn outcome(&self) -> Option<Result<(), RecordingError>> {
         let sent = self.sent();
-        sent.has_ended.then(|| sent.error.clone().map_or(Ok(()), Err))
+        sent.has_ended
+            .then(|| sent.error.clone().map_or(Ok(()), |reason| Err(RecordingError::NotSent(reason))))
     }
 }
 
