@@ -306,7 +306,7 @@ fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
         drop((vmm, other, daemon));
         let quiet = snapshot.daemon(&[]);
         let vmm = snapshot.vmm(&["small:32"]);
-        let refused = format!("process {}: what it touches is not recorded", vmm.pid());
+        let refused = format!("process {}: page faults of this session are not recorded", vmm.pid());
         assert!(fail(server, send(vmm.pid(), &quiet)).contains(&refused));
     });
 }
