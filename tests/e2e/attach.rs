@@ -853,6 +853,27 @@ fn a_loss_kills_the_process_that_waits_and_no_other() {
     });
 }
 
+/// The same by a pager in a process of its own.
+#[test]
+fn a_pager_of_its_own_kills_the_process_that_waits_and_no_other() {
+    const TEST: &str = "a_pager_of_its_own_kills_the_process_that_waits_and_no_other";
+    with_faulter(TEST, |source, mut faulter| {
+        let chaos = without_chunk(&source, 2);
+        let regions =
+            [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
+        let how = Serving { alone: true, kill: true, ..Serving::default() };
+        let address = chaos.address().to_string();
+        let _keeper = Keeper::start(&address, "app", how, &faulter, &regions);
+        faulter.let_go();
+        let (mut waits, mut goes_on) = (faulter.fork(), faulter.fork());
+        std::thread::park_timeout(SECOND);
+        waits.tell(&format!("read {} 1", faulter.at(1, 40)));
+        assert_eq!(waits.answer(), None, "it is killed");
+        goes_on.assert_reads(faulter.at(1, 0), source.pages(3, 29));
+        faulter.assert_reads(1, 0, source.pages(3, 29));
+    });
+}
+
 /// A process that has a pid which was another one's, if the kernel gives it.
 fn with_pid(pid: u32) -> Option<std::process::Child> {
     for _ in 0..100 {

@@ -149,6 +149,7 @@ impl World {
             record: scenario.record,
             track,
             alone: false,
+            kill: false,
         };
         let mut keeper = Keeper::start(server, image, how, &faulter, &regions);
         if track {

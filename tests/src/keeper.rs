@@ -26,6 +26,8 @@ pub struct Serving {
     pub track: bool,
     /// Without a state file: no other one comes when it ends, in whatever way.
     pub alone: bool,
+    /// Where what waits for a page for longer than a second is killed.
+    pub kill: bool,
 }
 
 /// See the module. It, and who serves, are killed when it is dropped.
@@ -67,7 +69,7 @@ impl Keeper {
         let text = serde_json::to_string(&(
             server,
             reference,
-            (how.fill, how.working_set, how.record, how.track, how.alone),
+            (how.fill, how.working_set, how.record, how.track, how.alone, how.kill),
             regions,
             faulter.main.pid,
         ));

@@ -1,7 +1,7 @@
 //! What outlives a pager: a process that shares its table of descriptors with the one that serves, and starts another
 //! one when that has died.
 //!
-//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, [fill, working set, record, track, alone],
+//! `postcopy-keeper SOCKET` gets a userfaultfd over the socket, with a line of JSON: `[server, reference, [fill, working set, record, track, alone, kill],
 //! [[address, length, page size, path, offset, shared object or null]…], pid]`. It gives back the state file, says `worker PID` for each process that it starts to serve this, and
 //! `ended` when one has ended in order, or alone in any way but by a signal, which is `killed`. Asked for `changes` the one that serves answers with these, `[written, removed]`.
 
@@ -35,6 +35,7 @@ struct Work {
     record: bool,
     track: bool,
     alone: bool,
+    kill: bool,
     regions: Vec<ForeignRegion>,
     pid: u32,
 }
@@ -56,8 +57,8 @@ impl Work {
             .fill(self.fill)
             .working_set(self.working_set)
             .record(self.record)
-            .fault_deadline(Duration::from_secs(20))
-            .on_loss(LossPolicy::Poison)
+            .fault_deadline(Duration::from_secs(if self.kill { 1 } else { 20 }))
+            .on_loss(if self.kill { LossPolicy::Kill } else { LossPolicy::Poison })
             .track_writes(self.track);
         let memory = ForeignMemory {
             uffd: self.uffd.as_fd(),
@@ -161,7 +162,7 @@ fn in_place_of_another() {
 fn main() -> Result<()> {
     let mut socket = UnixStream::connect(std::env::args().nth(1).context("SOCKET")?)?;
     let (uffd, text) = descriptors::receive(&socket);
-    let (server, reference, (fill, working_set, record, track, alone), regions, pid) =
+    let (server, reference, (fill, working_set, record, track, alone, kill), regions, pid) =
         serde_json::from_str(&text)?;
     /// Address, length, page size, path, offset, shared object.
     type Region = (usize, usize, usize, String, u64, Option<u32>);
@@ -173,7 +174,8 @@ fn main() -> Result<()> {
     let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into();
     let regions = regions.into_iter().map(region).collect();
     descriptors::send(&socket, state.as_fd(), "state");
-    let work = Work { uffd, state, server, reference, fill, working_set, record, track, alone, regions, pid };
+    let work =
+        Work { uffd, state, server, reference, fill, working_set, record, track, alone, kill, regions, pid };
     // Tests have a pager call it: kept, though nobody here does.
     std::hint::black_box(in_place_of_another as fn());
     loop {
