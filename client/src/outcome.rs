@@ -190,6 +190,11 @@ impl Outcome {
         }
     }
 
+    /// Returns whether a reason is reported for which the session cannot go on.
+    pub(crate) fn has_session_failed(&self) -> bool {
+        self.so_far().newest.iter().any(|failure| failure.kind == FailureKind::Session)
+    }
+
     /// Returns whether failures go on.
     pub(crate) fn has_open(&self) -> bool {
         self.so_far().open > 0

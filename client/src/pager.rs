@@ -105,6 +105,8 @@ pub(crate) struct Pager {
     ready: Ready,
     /// The faults and calls that wait for pages.
     waiters: Waiters,
+    /// The time of the next search for the processes of children.
+    identify_at: Instant,
     handed_over: mpsc::Receiver<HandedOver>,
     /// Threads that did not stop in time while the pager tried to hold them. They are still to be
     /// released.
@@ -240,6 +242,7 @@ impl Pager {
             requests: Requests::new(Arc::clone(&shared.on_demand)),
             lane_error: None,
             waiters: Waiters::new(shared.options.fault_deadline),
+            identify_at: Instant::now(),
             ready: Ready::default(),
             handed_over,
             lingering: Vec::new(),
@@ -413,7 +416,12 @@ impl Pager {
         self.clear_final_children();
         if matches!(shared.options.on_loss, LossPolicy::Kill | LossPolicy::Pause) {
             // A process is harder to find once its parent has exited.
-            self.identify();
+            let now = Instant::now();
+            if self.identify_at <= now {
+                self.identify();
+                // The pager reads mappings of processes for at most a twentieth of its time.
+                self.identify_at = now + now.elapsed() * 20;
+            }
         }
         self.watched.retain(|watched| !watched.space.is_gone());
         self.forks.has_undecided() || !self.watched.is_empty()

@@ -303,6 +303,7 @@ impl Pager {
         let shared = Arc::clone(&self.on_exit.shared);
         let patience = shared.options.fault_deadline;
         let (started, mut held) = (Instant::now(), None);
+        let addresses = region.address(pages.start)..region.address(pages.end);
         let poisoned = install::poison(&shared.map, region, pages, patience, || {
             if held.is_none() && started.elapsed() > HOLD_AFTER {
                 held = self.hold_causers();
@@ -320,6 +321,8 @@ impl Pager {
         self.let_go(held);
         if !poisoned {
             shared.outcome.report("a lost page could not be poisoned; its faults wait");
+            // They fault again, and each fault on a page of this state poisons it again.
+            region.space.wake(&addresses);
         }
         self.faults();
     }

@@ -110,7 +110,7 @@ impl Drop for OnExit {
     fn drop(&mut self) {
         let shared = &self.shared;
         shared.map.gate.close();
-        if self.is_open && !self.in_order && shared.outcome.error().is_none() {
+        if self.is_open && !self.in_order && !shared.outcome.has_session_failed() {
             shared.outcome.report("the pager panicked; stderr has the message");
         }
         if !self.in_order && (shared.has_successor() || self.leaves && shared.state.has_file()) {
