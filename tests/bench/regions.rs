@@ -1,4 +1,4 @@
-//! How much page faults, forks and attaching cost with many regions, beside few.
+//! The cost of page faults, forks and attaching with many regions, beside few.
 
 use crate::{Figure, median};
 use anyhow::Result;
@@ -79,7 +79,7 @@ pub(crate) fn measure() -> Result<Vec<Figure>> {
     ])
 }
 
-/// How much longer a fork takes with many regions than one of a process without a userfaultfd of ours.
+/// The time by which a fork with many regions exceeds one without a userfaultfd.
 fn forks() -> (f64, Vec<f64>) {
     let mut served = ManyRegions::start(FORKED, FORKED, 0, PAGE_BYTES, 96);
     // Without features, and registered memory that stays absent: the kernel tells of no fork.

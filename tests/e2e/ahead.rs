@@ -176,7 +176,7 @@ fn the_fill_leaves_touches_their_way_over_a_narrow_link_and_a_long_one() {
     });
 }
 
-/// How long touches of scattered chunks of the upper half take, while another thread goes through the lower half or not.
+/// Fault latencies in scattered chunks of the upper half, with or without a scan of the lower half.
 fn scattered_waits(source: &Source, is_scanned: bool) -> Vec<Duration> {
     let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: 12.5e6 };
     let link = Link::to(&source.server.address().to_string(), quality);

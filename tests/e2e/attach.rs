@@ -294,7 +294,7 @@ fn children_are_served_their_own_view_to_any_depth() {
     });
 }
 
-/// What is wiped at a fork: some that has come, some that has not, and what a child gets of it.
+/// Checks memory that a fork wipes, resident and absent, in children.
 fn assert_wiped_in_children(source: &Source, faulter: &mut Faulter) {
     let (wiped, kept, zeros) = (faulter.at(0, 105), faulter.at(0, 60), vec![0; 20 * PAGE]);
     let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
@@ -402,8 +402,8 @@ fn guards_and_forks_are_seen_by_a_pager_in_a_process_of_its_own() {
             let near = faulter.at(1, 42);
             faulter.main.does(&format!("advise {GUARD_INSTALL} {near} 2"));
             faulter.assert_reads(1, 44, source.pages(47, 1));
-            // The pager installs the neighbours after the page that was accessed: a guard that is lifted before is one that
-            // the pager cannot see. Nothing tells this process when that is over.
+            // The pager installs the neighbours after the accessed page. It cannot see a guard that is
+            // lifted before, and this process cannot see when the pager is done.
             faulter.assert_reads(1, 29, source.pages(32, 13));
             std::thread::park_timeout(Duration::from_millis(300));
             faulter.main.does(&format!("advise {GUARD_REMOVE} {near} 2"));
@@ -823,7 +823,8 @@ fn who_does_not_wait_any_more_loses_nothing() {
     });
 }
 
-/// Of a parent that has exited and its two children the one that waits is killed, and nobody who has got a pid since.
+/// A parent has exited, and another process has its pid. Of its two children, the pager kills the
+/// one that waits.
 #[test]
 fn a_loss_kills_the_process_that_waits_and_no_other() {
     with_faulter("a_loss_kills_the_process_that_waits_and_no_other", |source, mut faulter| {
@@ -888,8 +889,8 @@ fn with_pid(pid: u32) -> Option<std::process::Child> {
     None
 }
 
-/// Two children that two threads fork at the same time. Whether they can be told apart depends on how near their forks
-/// were: if not, neither is killed.
+/// Two threads fork at the same time. If the forks are too close for the pager to tell the children
+/// apart, it kills neither.
 #[test]
 fn of_children_that_are_forked_at_once_none_is_killed_by_mistake() {
     with_faulter("of_children_that_are_forked_at_once_none_is_killed_by_mistake", |source, mut faulter| {

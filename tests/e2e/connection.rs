@@ -282,7 +282,7 @@ fn each_outage_is_a_failure_and_ends_when_the_server_is_back() {
             wait_until("it has ended", || session.failures().open == 0);
             assert_eq!(session.failures().last.unwrap().end.unwrap().0, FailureEnd::Recovered);
         }
-        // What has healed is no reason to give up.
+        // A failure that has ended does not end the wait.
         session.fill().unwrap();
         session.wait_resident(Duration::from_secs(30)).unwrap();
         assert!(*region == source.bytes[..], "a wrong byte");

@@ -479,7 +479,7 @@ fn a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come() {
     });
 }
 
-/// The answer of a fault lies in the worker's socket, and the worker does not run until after the fault deadline.
+/// The answer to a fault lies in the worker's socket while the worker is stopped past the deadline.
 #[test]
 fn a_worker_that_was_stopped_past_the_deadline_loses_nothing() {
     with_root("a_worker_that_was_stopped_past_the_deadline_loses_nothing", || {
