@@ -306,10 +306,13 @@ impl Uffd {
         // whole pages. But then it refuses the range of 2 MiB, too.
         let small = self.map_cached(address, PAGE_BYTES);
         let huge = self.map_cached(address - address % HUGE_BYTES, HUGE_BYTES);
-        match small {
-            Err(Errno::NOENT) => Err(Errno::NOENT.into()),
-            Err(Errno::AGAIN | Errno::SRCH) => Ok(None),
-            Err(Errno::INVAL) => Ok(Some(!matches!(huge, Err(Errno::INVAL | Errno::NOENT)))),
+        match (small, huge) {
+            (Err(Errno::NOENT), _) => Err(Errno::NOENT.into()),
+            (Err(Errno::AGAIN | Errno::SRCH), _) => Ok(None),
+            // An event may come between the two calls.
+            (Err(Errno::INVAL), Err(Errno::AGAIN | Errno::SRCH)) => Ok(None),
+            (Err(Errno::INVAL), Err(Errno::INVAL | Errno::NOENT)) => Ok(Some(false)),
+            (Err(Errno::INVAL), _) => Ok(Some(true)),
             _ => Ok(Some(false)),
         }
     }
