@@ -74,7 +74,8 @@ impl Keeper {
             faulter.main.pid,
         ));
         let text = text.expect("plain data");
-        descriptors::send(&socket, faulter.uffd(), &text);
+        descriptors::send(&socket, faulter.uffd(), "uffd");
+        writeln!(&socket, "{text}").expect("it listens");
         let state = descriptors::receive(&socket).0.into();
         let mut keeper = Self { child, lines: BufReader::new(socket), worker: Pid::from_raw(0), state };
         keeper.next_worker();

@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 
 pub(super) const MAX_PROCESSES: usize = 5;
+/// The regions of [`Variant::Many`].
+pub(super) const MANY: usize = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
@@ -12,6 +14,7 @@ pub(super) enum Kind {
     Write,
     KernelWrite,
     Remove,
+    Storm,
     Free,
     Punch,
     Changes,
@@ -30,15 +33,16 @@ pub(super) enum Kind {
 }
 
 /// How likely each is, and how often it must have been done in [`OPERATIONS`].
-pub(super) const KINDS: [(u32, Kind, usize); 21] = [
+pub(super) const KINDS: [(u32, Kind, usize); 22] = [
     (40, Kind::Read, 4000),
     (10, Kind::KernelRead, 500),
     (6, Kind::RemoteRead, 300),
     (14, Kind::Write, 500),
     (6, Kind::KernelWrite, 200),
     (14, Kind::Remove, 500),
+    (3, Kind::Storm, 100),
     (4, Kind::Free, 100),
-    (10, Kind::Punch, 50),
+    (14, Kind::Punch, 50),
     (6, Kind::Changes, 100),
     (3, Kind::PageOut, 100),
     (4, Kind::Cover, 100),
@@ -50,7 +54,7 @@ pub(super) const KINDS: [(u32, Kind, usize); 21] = [
     (10, Kind::Regrow, 200),
     (4, Kind::Fork, 100),
     (3, Kind::Thread, 100),
-    (2, Kind::Exit, 50),
+    (4, Kind::Exit, 50),
     (5, Kind::Kill, 200),
 ];
 
@@ -88,6 +92,8 @@ pub(super) struct Scenario {
     pub(super) record: bool,
     pub(super) source: PageSource,
     pub(super) variant: Variant,
+    /// Processes that exit leave their pids to those that are forked later.
+    pub(super) reap: bool,
     pub(super) batches: Vec<Batch>,
 }
 
@@ -102,6 +108,8 @@ pub(super) enum Variant {
     Tracked,
     /// The second region is shared memory, which is mapped twice.
     Shared,
+    /// One mapping that is [`MANY`] regions of a page each, from all over the file.
+    Many,
     /// The process fills its own memory, and wants to be told as if it were tracked. Nothing is done that its owner could
     /// not know of, and nobody can succeed it.
     Own,
@@ -123,12 +131,13 @@ impl Variant {
                     | Kind::Write
                     | Kind::KernelWrite
                     | Kind::Remove
+                    | Kind::Storm
                     | Kind::Free
                     | Kind::Changes
                     | Kind::PageOut
                     | Kind::Thread
             ),
-            Self::Private | Self::Shared => kind != Kind::Changes,
+            Self::Private | Self::Shared | Self::Many => kind != Kind::Changes,
         }
     }
 }
@@ -149,29 +158,35 @@ pub(super) enum PageSource {
     Large,
 }
 
-pub(super) fn any_scenario() -> impl Strategy<Value = Scenario> {
+/// The variants of scenarios, in turns.
+const VARIANTS: [Variant; 9] = [
+    Variant::Private,
+    Variant::Many,
+    Variant::Shared,
+    Variant::Tracked,
+    Variant::RemovesOnly,
+    Variant::Private,
+    Variant::Shared,
+    Variant::Tracked,
+    Variant::Own,
+];
+
+/// Returns random scenarios of the variant whose turn it is.
+pub(super) fn any_scenario(case: u64) -> impl Strategy<Value = Scenario> {
+    let variant = VARIANTS[usize::try_from(case).unwrap() % VARIANTS.len()];
     let batch = (prop::bool::weighted(0.4), prop::collection::vec(any_operation(), 1..6))
         .prop_map(|(together, operations)| Batch { together, operations });
     let batches = prop::collection::vec(batch, 100..300);
     let source = prop::sample::select(vec![PageSource::Quick, PageSource::Late, PageSource::Large]);
-    let variant = prop::sample::select(vec![
-        Variant::Private,
-        Variant::Private,
-        Variant::RemovesOnly,
-        Variant::Tracked,
-        Variant::Tracked,
-        Variant::Shared,
-        Variant::Shared,
-        Variant::Own,
-    ]);
     let record = prop::bool::weighted(0.2);
-    (any::<bool>(), any::<bool>(), record, source, variant, batches).prop_map(
-        |(fill, working_set, record, source, variant, batches)| Scenario {
+    (any::<bool>(), any::<bool>(), record, source, any::<bool>(), batches).prop_map(
+        move |(fill, working_set, record, source, reap, batches)| Scenario {
             fill,
             working_set,
             record,
             source,
             variant,
+            reap,
             batches,
         },
     )

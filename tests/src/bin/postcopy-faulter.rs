@@ -12,11 +12,13 @@
 //! | `write ADDRESS COUNT BYTE`, `kernel-write …` | `done`: by stores, or by read(2) |
 //! | `add ADDRESS` | the former value of the u64 there, one is added atomically |
 //! | `advise ADVICE ADDRESS COUNT` | `done`: madvise, by number |
+//! | `advise-often ADVICE ADDRESS COUNT TIMES` | `done`: the same, so many times |
 //! | `unmap ADDRESS COUNT`, `cover ADDRESS COUNT` | `done`: munmap, or new memory mapped over it |
 //! | `remap ADDRESS COUNT NEW_COUNT FLAGS TO` | the new address: mremap, to a fixed address if that is not 0 |
 //! | `populate COUNT` | `done`: so much private memory is there, which no userfaultfd has |
 //! | `mappings COUNT` | `done`: there are so many mappings more, which no userfaultfd has |
 //! | `reserve COUNT` | the address of so much that is mapped nowhere |
+//! | `reap` | `done`: children that exit leave their pids at once |
 //! | `fork`, `thread` | `done`: the child, or the thread, connects to the socket and says its pid |
 //! | `dump-to FOLDER` | `done`: a core dump goes there |
 //! | `open SERVER IMAGE FILL SET RECORD` | the address of its file `mem`: this process's own session fills it, and tracks writes |
@@ -210,6 +212,14 @@ fn fork(socket: &Path) -> Result<()> {
     }
 }
 
+/// Has the kernel reap children itself, so that new processes may get their pids.
+#[expect(unsafe_code, reason = "signal(2)")]
+fn reap() -> Result<()> {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: no handler runs.
+    Ok(unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.map(drop)?)
+}
+
 fn connect(socket: &Path) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(socket)?;
     writeln!(stream, "{}", std::process::id())?;
@@ -251,6 +261,10 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
         "kernel-write" => kernel_write(number(1)?, pages(2)?, u8::try_from(number(3)?)?).map(|()| done())?,
         "add" => add(number(1)?).to_string(),
         "advise" => advise(number(2)?, pages(3)?, i32::try_from(number(1)?)?).map(|()| done())?,
+        "advise-often" => {
+            let advice = i32::try_from(number(1)?)?;
+            (0..number(4)?).try_for_each(|_| advise(number(2)?, pages(3)?, advice)).map(|()| done())?
+        }
         // Gives pages back for ever, without a pause, in a thread of its own.
         "storm" => {
             let (start, len) = (number(1)?, pages(2)?);
@@ -266,6 +280,7 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
         "populate" => populate(pages(1)?).map(|()| done())?,
         "mappings" => mappings(number(1)?).map(|()| done())?,
         "reserve" => reserve(pages(1)?)?.to_string(),
+        "reap" => reap().map(|()| done())?,
         "fork" => fork(socket).map(|()| done())?,
         "thread" => {
             let socket = socket.to_owned();
