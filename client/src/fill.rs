@@ -156,7 +156,7 @@ impl Fill {
                     (lane, channel) = (None, None);
                 }
                 drop(spaces);
-                self.shared.fill_work.notified().await;
+                self.work_or_end().await;
                 progressed = Instant::now();
                 continue;
             }
@@ -165,7 +165,7 @@ impl Fill {
                 Err(error) => {
                     let reason = format!("no thread for the background fill: {error}");
                     self.shared.outcome.add(FailureKind::Fill, &reason, None);
-                    let _ = tokio::time::timeout(GIVEN_UP_RETRY, self.shared.fill_work.notified()).await;
+                    let _ = tokio::time::timeout(GIVEN_UP_RETRY, self.work_or_end()).await;
                     continue;
                 }
             };
@@ -208,7 +208,7 @@ impl Fill {
             drop(spaces);
             // New regions end the pause. After it the fill retries, because a lost server may
             // return.
-            let _ = tokio::time::timeout(pause, self.shared.fill_work.notified()).await;
+            let _ = tokio::time::timeout(pause, self.work_or_end()).await;
         }
     }
 
@@ -271,6 +271,14 @@ impl Fill {
     /// Waits while `condition` holds for the session's memory. Returns when the session ends, too.
     async fn wait_while(&self, condition: impl Fn(&Spaces) -> bool) {
         while !self.shared.has_ended() && condition(&self.shared.spaces()) {
+            self.work_or_end().await;
+        }
+    }
+
+    /// Waits for new work, or for the session's end. The end notifies once, and an earlier wait may
+    /// have taken that notification.
+    async fn work_or_end(&self) {
+        if !self.shared.has_ended() {
             self.shared.fill_work.notified().await;
         }
     }
@@ -525,7 +533,8 @@ impl Fill {
     /// demand lane.
     fn plan(&self, region: &Region, next: &mut u64, most: usize, leaves: &mut bool) -> Plan {
         let image = &self.shared.image;
-        let most = most.max(image.root().chunk_size().bytes() / PAGE_BYTES);
+        let chunk_pages = image.root().chunk_size().bytes() / PAGE_BYTES;
+        let most = most.max(chunk_pages);
         let (mut chunks, mut pages) = (Vec::new(), 0);
         let mut zeros: Option<Range<u64>> = None;
         let end = region.chunks().end.min(next.saturating_add(LOOK_CHUNKS));
@@ -544,11 +553,14 @@ impl Fill {
                 Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, STUCK) => {
                     *leaves = true
                 }
+                // Its answer is installed in all regions.
+                Content::Data(_) if wanted && self.shared.in_bulk.has(chunk) => {}
                 Content::Data(_) if wanted => {
-                    if zeros.is_some() || (!chunks.is_empty() && pages + here.len() > most) {
+                    if zeros.is_some() || (!chunks.is_empty() && pages + chunk_pages > most) {
                         break;
                     }
-                    pages += here.len();
+                    // The answer is the whole chunk, however small the region's part of it is.
+                    pages += chunk_pages;
                     chunks.push(chunk.0);
                 }
                 // The chunk is resident. A run of zeros may include it; a run of data skips it.

@@ -18,6 +18,7 @@
 
 mod answers;
 pub(crate) mod attach;
+mod bring;
 mod events;
 mod faults;
 mod forks;
@@ -55,6 +56,7 @@ use crate::remote::{Lane, RemoteError, ServerAddress};
 use crate::shared::{Command, Shared};
 use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
+use bring::Brings;
 use events::Stopped;
 use forks::Forks;
 use postcopy_proto::digest::Digest;
@@ -105,6 +107,7 @@ pub(crate) struct Pager {
     ready: Ready,
     /// The faults and calls that wait for pages.
     waiters: Waiters,
+    brings: Brings,
     /// The time of the next search for the processes of children.
     identify_at: Instant,
     handed_over: mpsc::Receiver<HandedOver>,
@@ -242,6 +245,7 @@ impl Pager {
             requests: Requests::new(Arc::clone(&shared.on_demand)),
             lane_error: None,
             waiters: Waiters::new(shared.options.fault_deadline),
+            brings: Brings::default(),
             identify_at: Instant::now(),
             ready: Ready::default(),
             handed_over,
@@ -288,6 +292,7 @@ impl Pager {
             if let Some(reason) = &self.broken {
                 return shared.outcome.report(reason);
             }
+            self.bring_more();
             self.send();
             let behind = self.behind.values().copied().max();
             shared.cores.waits(self.requests.wait_since().max(behind).map(Instant::into_std));
@@ -533,35 +538,8 @@ impl Pager {
             }
             Command::End | Command::Leave => unreachable!("the loop ends with it"),
             Command::Unmap { region, memory } => self.unmap(&region, memory),
-            Command::Bring { region, pages } => {
-                let recorder = self.shared().recorder.is_some();
-                let mut next = pages.start;
-                while let Some(run) = region.next_run(next..pages.end, &[PageState::Absent]) {
-                    let chunk = region.chunk_of(run.start);
-                    if recorder {
-                        self.bring_recorded(&region, chunk, &pages);
-                    }
-                    let at = region.whole_addresses(run.start).start;
-                    self.waiters.add(&region.space, at, Wait::Call, Instant::now());
-                    self.ask(&region, run.start);
-                    // One page requests its whole chunk.
-                    next = region.pages_of(chunk).map_or(run.end, |pages| pages.end);
-                }
-            }
+            Command::Bring { region, pages } => self.bring(region, pages),
         }
-    }
-
-    /// Notes these pages as accessed, as far as the chunk has them, and has the chunk installed
-    /// whole. For record mode.
-    fn bring_recorded(&mut self, region: &Region, chunk: ChunkIndex, pages: &std::ops::Range<usize>) {
-        let of_chunk = region.pages_of(chunk).expect("a page of the region");
-        if let Some(recorder) = &self.shared().recorder {
-            let image = &self.shared().image;
-            recorder.touched(image, region, of_chunk.start.max(pages.start)..of_chunk.end.min(pages.end));
-            recorder.brought(image, region, of_chunk);
-        }
-        self.frame_cache.forget(chunk);
-        self.whole.insert(chunk);
     }
 
     /// Unregisters a region and gives its memory to the reaper. Memory is never unmapped while it

@@ -13,6 +13,8 @@ use postcopy_tests::mounts::Swap;
 use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip};
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -22,6 +24,75 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+#[test]
+fn a_long_range_is_brought_in_windows_beside_a_short_one() {
+    within(WATCHDOG, || {
+        const CHUNKS: usize = 700;
+        let source = Source::start(memory_like(CHUNKS * CHUNK, 81), CHUNK);
+        let answered = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&answered);
+        let lies = Lies::default().late(Duration::from_millis(150), Duration::ZERO).chunk(move |_, answer| {
+            count.fetch_add(1, Ordering::AcqRel);
+            vec![answer]
+        });
+        let chaos = Chaos::start(source.server.address(), lies);
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let region = session.map("mem").unwrap();
+        let start = region.as_ptr().addr();
+        session.hosted().bring(&(start..start + region.len() - CHUNK));
+        // The last chunk is requested at once, and not behind all others.
+        let mut last = vec![0; CHUNK];
+        region.read_at(region.len() - CHUNK, &mut last).unwrap();
+        assert_eq!(last, source.bytes[source.bytes.len() - CHUNK..]);
+        assert!(chaos.asked().demand().len() < CHUNKS, "the short range was behind the long one");
+        let mut most = 0;
+        while !session.is_resident() {
+            let asked = chaos.asked().demand().len();
+            most = most.max(asked.saturating_sub(answered.load(Ordering::Acquire)));
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        let window = (16 << 20) / CHUNK;
+        assert!(most > window / 4 && most <= window + 1, "{most} chunks were outstanding");
+        assert_eq!(*region, *source.bytes);
+    });
+}
+
+#[test]
+fn a_fill_requests_a_chunk_once_for_all_of_its_regions() {
+    if !is_root() {
+        return skip(
+            "scale::a_fill_requests_a_chunk_once_for_all_of_its_regions",
+            "a userfaultfd for all faults needs root",
+        );
+    }
+    within(WATCHDOG, || {
+        const PAGES: usize = 4000;
+        let source = Source::start(memory_like(PAGES * PAGE, 82), CHUNK);
+        let chaos = Chaos::start(source.server.address(), Lies::default());
+        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{PAGES}")]);
+        let region = |page: usize| {
+            let whole = faulter.region(0, "mem", (page * PAGE) as u64);
+            ForeignRegion { address: whole.address + page * PAGE, len: PAGE, ..whole }
+        };
+        let regions: Vec<_> = (0..PAGES).map(region).collect();
+        let memory = ForeignMemory {
+            uffd: faulter.uffd(),
+            regions: &regions,
+            state: None,
+            pid: None,
+            is_registered: true,
+        };
+        let options = Options::DEFAULT.fill(true);
+        let session = Session::attach(chaos.address(), &"app".parse().unwrap(), options, &memory).unwrap();
+        faulter.let_go();
+        session.wait_resident(MINUTE).unwrap();
+        let asked: u32 = chaos.asked().bulk().values().sum();
+        let chunks = u32::try_from((PAGES * PAGE).div_ceil(CHUNK)).unwrap();
+        assert!(asked <= chunks + chunks / 10, "{asked} requests for {chunks} chunks");
+        faulter.assert_reads(0, 0, &source.bytes);
+    });
 }
 
 #[test]

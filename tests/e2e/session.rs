@@ -28,7 +28,7 @@ const GUARD_INSTALL: i32 = 102;
 const GUARD_REMOVE: i32 = 103;
 const MINUTE: Duration = Duration::from_secs(60);
 /// Tells this program, started again by a test of it, where the server is whose page it is to touch.
-const CHILD: &str = "POSTCOPY_TESTS_CHILD";
+pub(crate) const CHILD: &str = "POSTCOPY_TESTS_CHILD";
 const FILLING: Options = Options::DEFAULT.fill(true);
 
 /// A server that has the image `app` of one file, `mem`.
@@ -500,7 +500,7 @@ fn ranges_beyond_the_file_and_unknown_files_are_errors() {
 }
 
 /// Starts this program again to run the test of that name, as a child that does what [`CHILD`] tells it.
-fn as_child(test: &str, told: &str) -> ExitStatus {
+pub(crate) fn as_child(test: &str, told: &str) -> ExitStatus {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let status =
         command.args([test, "--exact", "--nocapture"]).env(CHILD, told).stdout(Stdio::null()).status();
@@ -581,7 +581,7 @@ fn a_program_whose_own_page_is_lost_is_killed_or_stopped_if_it_asked_for_that() 
 }
 
 /// How many entries a directory of /proc/self has.
-fn count_of(directory: &str) -> usize {
+pub(crate) fn count_of(directory: &str) -> usize {
     std::fs::read_dir(format!("/proc/self/{directory}")).unwrap().count()
 }
 

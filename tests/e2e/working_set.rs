@@ -1,7 +1,7 @@
 //! Working sets: what a restore has touched comes ahead in the next one, proved page by page, and in nobody's way.
 
 use crate::map::random_pages;
-use crate::session::{Source, give_back};
+use crate::session::{CHILD, Source, as_child, count_of, give_back};
 use bytes::Bytes;
 use postcopy::{LossPolicy, Options, RecordingError, Region, Session, Sharing};
 use postcopy_tests::chaos::{Chaos, Lies, within};
@@ -116,6 +116,29 @@ fn what_was_touched_comes_ahead_the_next_time() {
         let removed = postcopy(source.server.address(), ["working-set", "rm", "app"]).status().unwrap();
         assert!(removed.success());
         assert_eq!(run(source.server.address(), ["working-set", "ls"]), Value::Array(Vec::new()));
+    });
+}
+
+#[test]
+fn sessions_that_end_while_their_set_is_under_way_leave_nothing_open() {
+    const SESSIONS: usize = 300;
+    let test = "working_set::sessions_that_end_while_their_set_is_under_way_leave_nothing_open";
+    if let Ok(server) = std::env::var(CHILD) {
+        let (server, reference) = (server.parse().unwrap(), "app".parse().unwrap());
+        let open = || {
+            let session = Session::open(&server, &reference, REPLAYING).unwrap();
+            (session.map("mem").unwrap(), session)
+        };
+        drop(open());
+        let before = count_of("fd");
+        (0..SESSIONS).for_each(|_| drop(open()));
+        return wait_until("all descriptors are closed", || count_of("fd") <= before + 10);
+    }
+    within(WATCHDOG, move || {
+        let source = start();
+        record(&source, RECORDING, &some_pages(&source));
+        let status = as_child(test, &source.server.address().to_string());
+        assert!(status.success(), "{status}");
     });
 }
 
