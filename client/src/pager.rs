@@ -37,8 +37,8 @@ use crate::error::SessionError;
 use crate::install::hand_over::HandedOver;
 use crate::memory::ChunkPages;
 use crate::memory::{Change, PageState, Region, Space};
+use crate::options::Options;
 use crate::options::add;
-use crate::options::{LossPolicy, Options};
 use crate::pace::Pace;
 use crate::pager::attach::Owner;
 use crate::pager::frame_cache::FrameCache;
@@ -108,8 +108,6 @@ pub(crate) struct Pager {
     /// The faults and calls that wait for pages.
     waiters: Waiters,
     brings: Brings,
-    /// The time of the next search for the processes of children.
-    identify_at: Instant,
     handed_over: mpsc::Receiver<HandedOver>,
     /// Threads that did not stop in time while the pager tried to hold them. They are still to be
     /// released.
@@ -246,7 +244,6 @@ impl Pager {
             lane_error: None,
             waiters: Waiters::new(shared.options.fault_deadline),
             brings: Brings::default(),
-            identify_at: Instant::now(),
             ready: Ready::default(),
             handed_over,
             lingering: Vec::new(),
@@ -419,15 +416,6 @@ impl Pager {
             self.change(Change::Forget { space: space.id });
         }
         self.clear_final_children();
-        if matches!(shared.options.on_loss, LossPolicy::Kill | LossPolicy::Pause) {
-            // A process is harder to find once its parent has exited.
-            let now = Instant::now();
-            if self.identify_at <= now {
-                self.identify();
-                // The pager reads mappings of processes for at most a twentieth of its time.
-                self.identify_at = now + now.elapsed() * 20;
-            }
-        }
         self.watched.retain(|watched| !watched.space.is_gone());
         self.forks.has_undecided() || !self.watched.is_empty()
     }

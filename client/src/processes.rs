@@ -7,7 +7,7 @@
 
 mod children;
 
-pub(crate) use children::{Child, Search, can_read_mappings, ticks};
+pub(crate) use children::{Candidate, Candidates, Mappings, can_read_mappings, join, ticks};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -87,9 +87,9 @@ impl Process {
         start_of(self.pid) == Some(self.start) && rustix::process::pidfd_send_signal(&pidfd, signal).is_ok()
     }
 
-    /// Returns its children, in the order of their forks where it has one thread.
-    pub(crate) fn children(self) -> Vec<Self> {
-        children_of(self.pid).into_iter().filter_map(Self::of).collect()
+    /// Returns whether it has a thread left.
+    pub(crate) fn is_alive(self) -> bool {
+        start_of(self.pid) == Some(self.start) && is_alive(self.pid)
     }
 
     /// Returns its number of threads; 0 where /proc does not tell.
@@ -97,10 +97,10 @@ impl Process {
         std::fs::read_dir(format!("/proc/{}/task", self.pid)).map_or(0, Iterator::count)
     }
 
-    /// Returns the addresses at which its memory is registered with a userfaultfd for missing
-    /// pages, in order. Reads /proc/PID/smaps, some 5 us a mapping.
-    pub(crate) fn registered(self) -> Vec<Range<usize>> {
-        children::registered(self.pid)
+    /// Returns whether memory of it is registered with a userfaultfd for missing pages. Reads
+    /// /proc/PID/smaps, some 5 us a mapping.
+    fn has_registered(self) -> bool {
+        Mappings::of(self.pid).is_some_and(|mappings| !mappings.registered.is_empty())
     }
 }
 
@@ -184,7 +184,7 @@ impl Callers {
     /// reached any.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
         let all = self.processes().into_iter().map(|(pid, start)| Process { pid, start });
-        let has_memory = |process: &Process| *process == self.owner || !process.registered().is_empty();
+        let has_memory = |process: &Process| *process == self.owner || process.has_registered();
         all.filter(has_memory).filter(|process| process.signal(signal)).count() > 0
     }
 

@@ -386,6 +386,27 @@ fn a_child_waits_for_the_look_at_20_000_mappings_and_its_parent_does_not() {
     );
 }
 
+/// Reading their mappings takes longer than the search for one child may.
+#[test]
+fn what_forks_wipe_is_zero_in_each_child_of_a_burst() {
+    with_faulter("what_forks_wipe_is_zero_in_each_child_of_a_burst", |source, mut faulter| {
+        const CHILDREN: usize = 16;
+        let session = source.attach_known(&faulter, Options::default());
+        faulter.let_go();
+        let wiped = faulter.at(0, 20);
+        faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 20"));
+        faulter.main.does("mappings 20000");
+        let mut children: Vec<_> = (0..CHILDREN).map(|_| faulter.fork()).collect();
+        for child in &mut children {
+            child.tell(&format!("read {wiped} 20"));
+        }
+        for child in &mut children {
+            child.assert_answers(wiped, &[0; 20 * PAGE]);
+        }
+        assert_eq!((session.error(), session.progress().unseen_forks), (None, 0));
+    });
+}
+
 /// The pager is in a process of its own here, whose program `tests/planted` changes.
 #[test]
 fn guards_and_forks_are_seen_by_a_pager_in_a_process_of_its_own() {

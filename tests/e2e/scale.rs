@@ -33,10 +33,11 @@ fn a_long_range_is_brought_in_windows_beside_a_short_one() {
         let source = Source::start(memory_like(CHUNKS * CHUNK, 81), CHUNK);
         let answered = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&answered);
-        let lies = Lies::default().late(Duration::from_millis(150), Duration::ZERO).chunk(move |_, answer| {
-            count.fetch_add(1, Ordering::AcqRel);
-            vec![answer]
-        });
+        let lies =
+            Lies::default().late(Duration::from_millis(150), Duration::ZERO).chunk(move |_, answer| {
+                count.fetch_add(1, Ordering::AcqRel);
+                vec![answer]
+            });
         let chaos = Chaos::start(source.server.address(), lies);
         let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::default()).unwrap();
         let region = session.map("mem").unwrap();

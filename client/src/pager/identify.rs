@@ -9,7 +9,7 @@
 //! otherwise the child stays unidentified.
 
 use crate::memory::{Space, Spaces};
-use crate::processes::Process;
+use crate::processes::{Candidate, Process};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,20 +31,22 @@ struct Child {
     next_fork: u64,
 }
 
-/// Finds the processes of children whose process is unknown. Returns the spaces that it has found
-/// one for.
-pub(super) fn identify(spaces: &Spaces) -> Vec<Arc<Space>> {
-    let known: BTreeSet<u32> =
-        spaces.spaces().filter_map(|space| space.process()).map(|process| process.pid).collect();
+/// Finds the processes of children whose process is unknown, among candidates in the order of their
+/// forks. Returns the spaces that it has found one for.
+pub(super) fn identify(spaces: &Spaces, candidates: &[Candidate]) -> Vec<Arc<Space>> {
+    let known: BTreeSet<Process> = spaces.spaces().filter_map(|space| space.process()).collect();
     let mut found = Vec::new();
     for parent in spaces.spaces() {
         let children = children_of(spaces, parent.id);
         let Some(process) = parent.process().filter(|_| !children.is_empty()) else { continue };
         let forked = children[0].forked.saturating_sub(SLACK_TICKS);
-        let is_candidate = |child: &Process| child.start >= forked && !known.contains(&child.pid);
-        let candidates: Vec<_> = process.children().into_iter().filter(is_candidate).take(MOST).collect();
-        let candidates: Vec<_> =
-            candidates.into_iter().map(|process| (process, process.registered())).collect();
+        let is_candidate = |of: &&Candidate| {
+            of.parent == process.pid
+                && of.process.start >= forked
+                && !known.contains(&of.process)
+                && of.process.is_alive()
+        };
+        let candidates: Vec<&Candidate> = candidates.iter().filter(is_candidate).take(MOST).collect();
         for (space, process) in matches(spaces, &children, &candidates, process.threads() == 1) {
             space.set_process(process);
             found.push(space);
@@ -73,26 +75,26 @@ fn children_of(spaces: &Spaces, parent: u32) -> Vec<Child> {
 fn matches(
     spaces: &Spaces,
     children: &[Child],
-    candidates: &[(Process, Vec<Range<usize>>)],
+    candidates: &[&Candidate],
     is_single: bool,
 ) -> Vec<(Arc<Space>, Process)> {
-    let may_be = |child: &Child, (process, registered): &(Process, Vec<Range<usize>>)| {
+    let may_be = |child: &Child, of: &Candidate| {
         let times = child.forked.saturating_sub(SLACK_TICKS)..=child.next_fork;
-        times.contains(&process.start) && has_regions(spaces, &child.space, registered)
+        times.contains(&of.process.start) && has_regions(spaces, &child.space, &of.mappings.registered)
     };
     let of_child = |child: &Child| -> Vec<Process> {
-        candidates.iter().filter(|candidate| may_be(child, candidate)).map(|(process, _)| *process).collect()
+        candidates.iter().filter(|of| may_be(child, of)).map(|of| of.process).collect()
     };
     let possible: Vec<Vec<Process>> = children.iter().map(of_child).collect();
-    let all: Vec<&Process> =
-        candidates.iter().filter(|c| children.iter().any(|child| may_be(child, c))).map(|(p, _)| p).collect();
+    let is_of_any = |of: &&&Candidate| children.iter().any(|child| may_be(child, of));
+    let all: Vec<Process> = candidates.iter().filter(is_of_any).map(|of| of.process).collect();
     let is_only =
         |process: &Process| possible.iter().filter(|possible| possible.contains(process)).count() == 1;
     let in_order = is_single && all.len() == children.len();
     let found = children.iter().zip(&possible).enumerate().filter_map(|(at, (child, possible))| {
         let process = match possible.as_slice() {
             [only] if is_only(only) => *only,
-            _ if in_order && possible.contains(all[at]) => *all[at],
+            _ if in_order && possible.contains(&all[at]) => all[at],
             _ => return None,
         };
         Some((Arc::clone(&child.space), process))
@@ -116,6 +118,7 @@ mod tests {
     use super::*;
     use crate::memory::tests::{any_space, spaces_with};
     use crate::memory::{ObjectKind, Place};
+    use crate::processes::Mappings;
     use crate::state_file::State;
     use crate::uffd::{EVENT_UNMAP, Uffd};
     use postcopy_proto::manifest::FileEntry;
@@ -143,19 +146,20 @@ mod tests {
         spaces
     }
 
-    fn processes(starts: &[u64]) -> Vec<(Process, Vec<Range<usize>>)> {
-        let registered = ADDRESS..ADDRESS + PAGES * PAGE_BYTES;
-        let of = |(pid, start): (u32, &u64)| (Process { pid, start: *start }, vec![registered.clone()]);
-        (100..).zip(starts).map(of).collect()
+    fn candidate(pid: u32, start: u64, pages: usize) -> Candidate {
+        let registered = (pages > 0).then_some(ADDRESS..ADDRESS + pages * PAGE_BYTES);
+        let mappings = Mappings { registered: registered.into_iter().collect(), wiped: Vec::new() };
+        Candidate { process: Process { pid, start }, parent: 1, mappings: Arc::new(mappings) }
+    }
+
+    fn processes(starts: &[u64]) -> Vec<Candidate> {
+        (100..).zip(starts).map(|(pid, start)| candidate(pid, *start, PAGES)).collect()
     }
 
     /// The pid that each child is found to have, by the child's id.
-    fn found(
-        spaces: &Spaces,
-        candidates: &[(Process, Vec<Range<usize>>)],
-        is_single: bool,
-    ) -> Vec<(u32, u32)> {
-        let found = matches(spaces, &children_of(spaces, 0), candidates, is_single);
+    fn found(spaces: &Spaces, candidates: &[Candidate], is_single: bool) -> Vec<(u32, u32)> {
+        let candidates: Vec<&Candidate> = candidates.iter().collect();
+        let found = matches(spaces, &children_of(spaces, 0), &candidates, is_single);
         found.into_iter().map(|(space, process)| (space.id, process.pid)).collect()
     }
 
@@ -180,10 +184,9 @@ mod tests {
     #[test]
     fn a_program_that_was_started_by_exec_is_no_candidate() {
         let spaces = family(&[1000]);
-        let mut candidates = processes(&[1001, 1002]);
-        candidates[0].1.clear();
+        let mut candidates = vec![candidate(100, 1001, 0), candidate(101, 1002, PAGES)];
         assert_eq!(found(&spaces, &candidates, true), [(1, 101)]);
-        candidates[1].1 = std::iter::once(ADDRESS..ADDRESS + PAGE_BYTES).collect();
+        candidates[1] = candidate(101, 1002, 1);
         assert_eq!(found(&spaces, &candidates, true), []);
     }
 }

@@ -1,7 +1,6 @@
 //! Deadlines and losses: the pager carries out the loss policy for waiters whose page does not
 //! arrive.
 
-use super::identify::identify;
 use super::ready::{HOLD_AFTER, Obstacle};
 use super::requests::{LOST_RETRY, Waiting};
 use super::waiters::{Key, Wait, Waiter, Waiters};
@@ -224,16 +223,18 @@ impl Pager {
             return raise(if policy == LossPolicy::Kill { SIGKILL } else { SIGSTOP }).is_ok();
         }
         let signal = if policy == LossPolicy::Kill { Signal::KILL } else { Signal::STOP };
-        self.identify();
+        if space.process().is_none() {
+            for space in self.forks.identify(&self.shared().spaces()) {
+                self.note_process(&space);
+            }
+        }
         space.process().is_some_and(|process| process.signal(signal))
     }
 
-    /// Identifies the processes of children, and notes them for a successor.
-    pub(super) fn identify(&self) {
-        for space in identify(&self.shared().spaces()) {
-            if let Some(process) = space.process() {
-                self.shared().note_process(space.id, process);
-            }
+    /// Keeps the process of a child that was identified for a successor.
+    pub(super) fn note_process(&self, space: &Space) {
+        if let Some(process) = space.process() {
+            self.shared().note_process(space.id, process);
         }
     }
 

@@ -1,22 +1,18 @@
-//! The search for the process that a fork has made, and for its mappings that MADV_WIPEONFORK has
-//! emptied.
+//! The processes that forks have made, and their mappings.
 //!
 //! A userfaultfd reports a fork before the child has a pid, so the search follows afterwards. It
-//! covers the parent's children if the parent is known, else all processes. A match was started
-//! since the fork was reported, and has the session's regions registered at the same addresses.
-//! Several matches are accepted if they have the same mappings emptied.
+//! covers the children of the session's processes, and if need be all processes.
 
 use super::{Process, all_parents, children_of, start_of};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The first and the longest pause between attempts to find a child.
-const PAUSES: Range<Duration> = Duration::from_micros(100)..Duration::from_millis(10);
-/// Time after which the search covers all processes, because the parent may not have the child.
-const ELSEWHERE: Duration = Duration::from_millis(5);
+/// The time that reading the mappings of one process may take. 20,000 take 60 to 110 ms.
+const READ: Duration = Duration::from_secs(5);
 /// The ticks of a second (USER_HZ): 100 on all machines that support userfaultfd.
 const TICKS_PER_SECOND: u64 = 100;
 
@@ -33,110 +29,135 @@ pub(crate) fn can_read_mappings(Process { pid, start }: Process) -> bool {
     File::open(format!("/proc/{pid}/smaps")).is_ok() && start_of(pid) == Some(start)
 }
 
-/// A search for a child.
-#[derive(Debug)]
-pub(crate) struct Search {
-    /// The child's parent, if that is known.
-    pub(crate) parent: Option<Process>,
-    /// The earliest time at which the child was started, in ticks ([`ticks`]).
-    pub(crate) since: u64,
-    /// The addresses that are registered with the child's userfaultfd, in order.
-    pub(crate) regions: Vec<Range<usize>>,
-    /// The time at which to give up.
-    pub(crate) until: Instant,
-}
-
-/// A child that was found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Child {
-    /// The child's process, or `None` if several match with the same mappings emptied.
-    pub(crate) process: Option<Process>,
-    /// The addresses that the fork has emptied, in order.
+/// The mappings of a process that matter here.
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Mappings {
+    /// The addresses that are registered with a userfaultfd for missing pages, in order;
+    /// neighbours are joined.
+    pub(crate) registered: Vec<Range<usize>>,
+    /// The addresses that the process's fork has emptied (MADV_WIPEONFORK), in order; neighbours
+    /// are joined.
     pub(crate) wiped: Vec<Range<usize>>,
 }
 
-impl Search {
-    /// Searches for the child until it is found, has exited, or the time is over. Processes in
-    /// `known` are not the child.
-    ///
-    /// # Blocking
-    /// Blocks until then. Reading 20,000 mappings takes 60 to 110 ms.
-    pub(crate) fn find(&self, known: &HashSet<Process>, has_exited: impl Fn() -> bool) -> Option<Child> {
-        let (started, mut pause) = (Instant::now(), PAUSES.start);
-        // Each process's mappings are read only once, because a later change says nothing about the
-        // fork.
-        let mut seen: BTreeMap<Process, Option<Vec<Range<usize>>>> = BTreeMap::new();
-        loop {
-            for process in self.candidates(started.elapsed() > ELSEWHERE) {
-                if !known.contains(&process) {
-                    seen.entry(process).or_insert_with(|| self.look_at(process));
-                }
-            }
-            if has_exited() {
-                return None;
-            }
-            let mut matching = seen.iter().filter_map(|(process, wiped)| Some((*process, wiped.as_ref()?)));
-            if let Some((process, wiped)) = matching.next() {
-                let others: Vec<_> = matching.map(|(_, other)| other).collect();
-                let process = others.is_empty().then_some(process);
-                return others
-                    .iter()
-                    .all(|other| *other == wiped)
-                    .then(|| Child { process, wiped: wiped.clone() });
-            }
-            if Instant::now() + pause > self.until {
-                return None;
-            }
-            std::thread::park_timeout(pause);
-            pause = (pause * 2).min(PAUSES.end);
-        }
-    }
-
-    /// Returns the processes that may be the child.
-    fn candidates(&self, elsewhere: bool) -> Vec<Process> {
-        let parent = self.parent.filter(|parent| start_of(parent.pid) == Some(parent.start));
-        let pids = match parent {
-            Some(parent) if !elsewhere => children_of(parent.pid),
-            _ => all_parents().into_iter().map(|(pid, _)| pid).collect(),
-        };
-        let process = |pid| Process::of(pid).filter(|process| process.start >= self.since);
-        pids.into_iter().filter_map(process).collect()
-    }
-
-    /// Returns the addresses of a process that the fork has emptied, or `None` if it does not have
-    /// the regions.
-    fn look_at(&self, Process { pid, start }: Process) -> Option<Vec<Range<usize>>> {
+impl Mappings {
+    /// Reads the mappings of a process, or returns `None` if that is impossible.
+    pub(super) fn of(pid: u32) -> Option<Self> {
         let smaps = BufReader::with_capacity(64 << 10, File::open(format!("/proc/{pid}/smaps")).ok()?);
-        let (mut registered, mut wiped) = (Vec::new(), Vec::new());
-        read_mappings(smaps, self.until, |addresses, flags| {
+        let mut mappings = Self::default();
+        read_mappings(smaps, Instant::now() + READ, |addresses, flags| {
             if flags.registered {
-                registered.push(addresses.clone());
+                join(&mut mappings.registered, addresses.clone());
             }
             if flags.wiped {
-                wiped.push(addresses);
+                join(&mut mappings.wiped, addresses);
             }
         })?;
-        let all: usize = self.regions.iter().map(Range::len).sum();
-        // The process may have unmapped some regions since.
-        let is_it = start_of(pid) == Some(start) && common_bytes(&self.regions, &registered) > all / 2;
-        is_it.then_some(wiped)
+        Some(mappings)
+    }
+
+    /// Returns true if more than half of these addresses are registered. The process may have
+    /// unmapped some since its fork.
+    pub(crate) fn have_most(&self, regions: &[Range<usize>]) -> bool {
+        let all: usize = regions.iter().map(Range::len).sum();
+        common_bytes(regions, &self.registered) > all / 2
     }
 }
 
-/// Returns the addresses at which a process's memory is registered for missing pages, in order;
-/// neighbours are joined.
-pub(super) fn registered(pid: u32) -> Vec<Range<usize>> {
-    let Ok(smaps) = File::open(format!("/proc/{pid}/smaps")) else { return Vec::new() };
-    let mut found: Vec<Range<usize>> = Vec::new();
-    let until = Instant::now() + Duration::from_secs(1);
-    let _ = read_mappings(BufReader::with_capacity(64 << 10, smaps), until, |addresses, flags| {
-        match found.last_mut().filter(|last| last.end == addresses.start) {
-            Some(last) if flags.registered => last.end = addresses.end,
-            _ if flags.registered => found.push(addresses),
-            _ => {}
+/// Adds a range behind the others, or extends the last one.
+pub(crate) fn join(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
+    match ranges.last_mut().filter(|last| last.end == range.start) {
+        Some(last) => last.end = range.end,
+        None => ranges.push(range),
+    }
+}
+
+/// A process that may be the child of a fork.
+#[derive(Clone, Debug)]
+pub(crate) struct Candidate {
+    pub(crate) process: Process,
+    /// The pid of its parent.
+    pub(crate) parent: u32,
+    /// Its mappings when they were read. Processes with equal mappings share them.
+    pub(crate) mappings: Arc<Mappings>,
+}
+
+/// The processes that may be children of forks. The mappings of each are read once: a later change
+/// says nothing about its fork.
+#[derive(Debug, Default)]
+pub(crate) struct Candidates {
+    /// In the order in which they were found. Those of a parent with one thread are in the order
+    /// of their forks.
+    list: Vec<Candidate>,
+    /// The processes that were read, also those without a result.
+    read: HashSet<Process>,
+    mappings: HashSet<Arc<Mappings>>,
+}
+
+impl Candidates {
+    /// Returns the candidates.
+    pub(crate) fn list(&self) -> &[Candidate] {
+        &self.list
+    }
+
+    /// Reads the mappings of new processes: children of `parents`, or all processes if that is
+    /// `None`. They were started at `since` or later, in ticks, and are not in `known`. Calls
+    /// `progress` after each process. Returns true if there were new processes.
+    ///
+    /// # Blocking
+    /// Reading 20,000 mappings takes 60 to 110 ms.
+    pub(crate) fn read_new(
+        &mut self,
+        parents: Option<&[u32]>,
+        since: u64,
+        known: &HashSet<Process>,
+        progress: impl Fn(),
+    ) -> bool {
+        let pids = match parents {
+            Some(parents) => {
+                let of = |parent: &u32| {
+                    let parent = *parent;
+                    children_of(parent).into_iter().map(move |pid| (pid, parent))
+                };
+                parents.iter().flat_map(of).collect()
+            }
+            None => all_parents(),
+        };
+        let mut has_new = false;
+        for (pid, parent) in pids {
+            let process = Process::of(pid).filter(|process| process.start >= since);
+            let Some(process) = process.filter(|process| !known.contains(process)) else { continue };
+            if !self.read.insert(process) {
+                continue;
+            }
+            has_new = true;
+            // The pid may have gone to another process meanwhile.
+            if let Some(mappings) = Mappings::of(pid).filter(|_| start_of(pid) == Some(process.start)) {
+                let mappings = self.share(mappings);
+                self.list.push(Candidate { process, parent, mappings });
+            }
+            progress();
         }
-    });
-    found
+        has_new
+    }
+
+    fn share(&mut self, mappings: Mappings) -> Arc<Mappings> {
+        match self.mappings.get(&mappings) {
+            Some(shared) => Arc::clone(shared),
+            None => {
+                let shared = Arc::new(mappings);
+                self.mappings.insert(Arc::clone(&shared));
+                shared
+            }
+        }
+    }
+
+    /// Forgets processes that have exited.
+    pub(crate) fn forget_exited(&mut self) {
+        self.read.retain(|process| start_of(process.pid) == Some(process.start));
+        self.list.retain(|candidate| self.read.contains(&candidate.process));
+        self.mappings.retain(|mappings| Arc::strong_count(mappings) > 1);
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -241,18 +262,31 @@ VmFlags: rd wr mr mw me wf \n";
     }
 
     #[test]
-    fn a_process_without_the_regions_is_not_the_child() {
+    fn a_process_is_read_once_and_forgotten_when_it_has_exited() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let parent = std::process::id();
-        let search = Search {
-            parent: Process::of(parent),
-            since: start_of(child.id()).unwrap(),
-            regions: vec![0x1000..0x2000, 0x3000..0x4000],
-            until: Instant::now() + Duration::from_millis(50),
-        };
-        assert!(search.since <= ticks());
-        assert!(search.candidates(false).iter().any(|process| process.pid == child.id()));
-        assert_eq!(search.find(&HashSet::new(), || false), None);
+        let process = Process::of(child.id()).unwrap();
+        assert!(process.start <= ticks());
+        let (mut candidates, known) = (Candidates::default(), HashSet::new());
+        let parents = [std::process::id()];
+        assert!(candidates.read_new(Some(&parents), process.start, &known, || {}));
+        let found = candidates.list().iter().find(|candidate| candidate.process == process).unwrap();
+        assert_eq!(found.parent, std::process::id());
+        assert!(!found.mappings.have_most(&[0x1000..0x2000, 0x3000..0x4000]));
+        assert!(candidates.read.contains(&process));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        candidates.forget_exited();
+        assert!(candidates.list().iter().all(|candidate| candidate.process != process));
+    }
+
+    #[test]
+    fn known_and_earlier_processes_are_no_candidates() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let process = Process::of(child.id()).unwrap();
+        let mut candidates = Candidates::default();
+        candidates.read_new(None, process.start, &HashSet::from([process]), || {});
+        candidates.read_new(None, process.start + 1, &HashSet::new(), || {});
+        assert!(candidates.list().iter().all(|candidate| candidate.process != process));
         child.kill().unwrap();
         child.wait().unwrap();
     }
