@@ -210,8 +210,6 @@ pub(crate) struct Counters {
     pub(crate) working_set_pages: AtomicU64,
     pub(crate) frame_bytes: AtomicU64,
     pub(crate) holds: AtomicU64,
-    /// The number of waiters that the loss policy was applied to.
-    pub(crate) losses: AtomicU64,
     /// The number of faults that were deferred because the kernel had no memory for their pages.
     pub(crate) memory_waits: AtomicU64,
     /// The number of children whose mappings were not read in time.

@@ -27,10 +27,10 @@ use crate::options::Options;
 use crate::processes::{Call, Process};
 use crate::uffd::{Event, Uffd};
 use layout::{
-    ANSWERS, AT_ANSWERS, AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_LOGS, AT_MAGIC,
-    AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_OWNER_START, AT_RECORD_CACHE_MIB, AT_RECORD_PAGES,
-    AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit, FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC,
-    MAX_CALLS, ON_LOSS, VERSION, log_range,
+    ANSWERS, AT_ANSWERS, AT_CALLS, AT_COMMIT, AT_DEADLINE_MS, AT_ENDED, AT_FILL, AT_IMAGE, AT_LOGS,
+    AT_LOSSES, AT_MAGIC, AT_MESSAGES, AT_MESSAGES_OF, AT_ON_LOSS, AT_OWNER, AT_OWNER_START,
+    AT_RECORD_CACHE_MIB, AT_RECORD_PAGES, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit,
+    FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC, MAX_CALLS, ON_LOSS, VERSION, log_range,
 };
 use log::{ObjectRecord, RegionRecord};
 use postcopy_proto::digest::Digest;
@@ -212,6 +212,17 @@ impl State {
     /// Records that the session has ended in order: no successor may take it over.
     pub(crate) fn end(&self) {
         self.set(AT_ENDED, 1);
+    }
+
+    /// Counts waiters whose page is lost. The pager calls this before it carries out the loss
+    /// policy, because it may be killed at any step.
+    pub(crate) fn count_losses(&self, waiters: usize) {
+        self.header[AT_LOSSES].fetch_add(waiters as u64, Ordering::AcqRel);
+    }
+
+    /// Returns the number of waiters whose page was lost, since the session was attached.
+    pub(crate) fn losses(&self) -> u64 {
+        self.header[AT_LOSSES].load(Ordering::Acquire)
     }
 
     /// Records the madvise calls in progress, before the pager receives messages: after the read,
@@ -409,17 +420,31 @@ fn words_of(spaces: &Spaces, next_space: u32) -> Vec<u64> {
 /// # Errors
 /// [`StateError`], except [`StateError::Ended`].
 pub fn answers(state: impl AsFd) -> Result<impl Iterator<Item = (&'static str, u64)>, StateError> {
-    let file = MappedFile::map(state).map_err(StateError::Map)?;
-    match Contents::read(file.words()) {
-        Ok(_) | Err(StateError::Ended) => {}
-        Err(error) => return Err(error),
-    }
+    let file = map_counts(state)?;
     let counts: Vec<_> = file.words()[AT_ANSWERS..]
         .iter()
         .map(|word| word.load(Ordering::Relaxed))
         .take(ANSWERS.len())
         .collect();
     Ok(ANSWERS.into_iter().zip(counts))
+}
+
+/// Returns how often faults were lost, so that the loss policy applied, since the session was
+/// attached. Works with a live session, and with one that has ended.
+///
+/// # Errors
+/// [`StateError`], except [`StateError::Ended`].
+pub fn losses(state: impl AsFd) -> Result<u64, StateError> {
+    Ok(map_counts(state)?.words()[AT_LOSSES].load(Ordering::Acquire))
+}
+
+/// Maps the file of a session, which may have ended.
+fn map_counts(state: impl AsFd) -> Result<MappedFile, StateError> {
+    let file = MappedFile::map(state).map_err(StateError::Map)?;
+    match Contents::read(file.words()) {
+        Ok(_) | Err(StateError::Ended) => Ok(file),
+        Err(error) => Err(error),
+    }
 }
 
 /// Returns the descriptors that a successor of the session needs: its userfaultfds, and those of

@@ -11,6 +11,7 @@
 //! finds connections in the table of descriptors ([`leftovers`]), and unread handshakes in their
 //! sockets. It finds sessions by the names of their state files ([`runtime_dir`]).
 
+mod accepting;
 mod control;
 pub(crate) mod criu;
 pub(crate) mod firecracker;
@@ -27,6 +28,7 @@ pub(crate) mod surroundings;
 
 pub(crate) use control::{ask_to_drain, ask_to_record};
 
+use accepting::Accepting;
 use anyhow::{Context, Result};
 use guardian::Turn;
 use leases::Leases;
@@ -279,12 +281,14 @@ impl Connection {
         Ok(SessionName { kind: kind.into(), pid: self.peer, start, cookie: self.cookie })
     }
 
-    /// Returns whether an unread userfaultfd of the peer is in the socket. Returns false once the
-    /// peer has hung up.
+    /// Returns whether an unread userfaultfd of the peer is in the socket, which receives nothing
+    /// after that. Returns false once the peer has hung up.
     fn has_sent_userfaultfd(&self) -> bool {
+        let has_hung_up = self.has_hung_up();
+        let _ = self.stream.shutdown(std::net::Shutdown::Read);
         let peeked = inbox::peek(&self.stream, inbox::MAX_LOOK).unwrap_or_default();
         let is_userfaultfd = |fd: &OwnedFd| leftovers::is_userfaultfd(fd.as_raw_fd());
-        !self.has_hung_up() && peeked.fds.iter().any(is_userfaultfd)
+        !has_hung_up && peeked.fds.iter().any(is_userfaultfd)
     }
 
     /// Returns whether the peer, which has hung up, has exited. A process closes its descriptors
@@ -418,8 +422,9 @@ impl Worker {
         if guardian.is_none() {
             self.guardian_has_died();
         }
+        let mut accepting = Accepting::new(&self.setup);
         loop {
-            self.next(&signals, &mut guardian)?;
+            self.next(&signals, &mut guardian, &mut accepting);
             if let Some(status) = self.status.get() {
                 return Ok(*status);
             }
@@ -429,7 +434,8 @@ impl Worker {
                 return Ok(status);
             }
             let past = self.deadline.get().is_some_and(|deadline| Instant::now() > *deadline + served_end());
-            if self.is_stopping() && (self.threads.load(Ordering::Acquire) == 0 || past) {
+            let is_idle = self.threads.load(Ordering::Acquire) == 0;
+            if self.is_stopping() && (is_idle && accepting.is_over() || past) {
                 self.sessions().iter().for_each(|served| served.give_up());
                 return Ok(0);
             }
@@ -437,18 +443,18 @@ impl Worker {
     }
 
     /// Waits for the next event, and handles it.
-    fn next(self: &Arc<Self>, signals: &SignalFd, guardian: &mut Option<OwnedFd>) -> Result<()> {
-        let listeners: &[_] = if self.is_stopping() { &[] } else { &self.setup.listeners };
+    fn next(self: &Arc<Self>, signals: &SignalFd, guardian: &mut Option<OwnedFd>, accepting: &mut Accepting) {
+        let sockets = accepting.sockets(&self.setup);
         let mut fds = vec![
             PollFd::new(signals, PollFlags::IN),
             PollFd::new(&self.changed, PollFlags::IN),
             PollFd::new(&self.setup.control, PollFlags::IN),
         ];
-        fds.extend(listeners.iter().map(|(listener, _)| PollFd::new(listener, PollFlags::IN)));
+        fds.extend(sockets.iter().map(|(_, listener)| PollFd::new(listener, PollFlags::IN)));
         if let Some(guardian) = guardian.as_ref() {
             fds.push(PollFd::new(guardian, PollFlags::IN));
         }
-        poll_for(&mut fds, LOOK);
+        poll_for(&mut fds, accepting.timeout(LOOK));
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         if ready[0] {
@@ -465,31 +471,20 @@ impl Worker {
             && let Ok((stream, _)) = self.setup.control.accept()
         {
             let worker = Arc::clone(self);
-            let answer = move || {
-                control::answer(&worker, stream);
-                None
-            };
-            self.spawn("control", answer).unwrap_or_else(|error| tracing::error!("a request: {error:#}"));
+            let answer = move || control::answer(&worker, stream);
+            start_thread("control", answer).unwrap_or_else(|error| tracing::error!("a request: {error:#}"));
         }
-        for (index, (listener, _)) in listeners.iter().enumerate().filter(|(index, _)| ready[3 + index]) {
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    // An error of one connection must not end the others.
-                    self.serve(stream, index)
-                        .unwrap_or_else(|error| tracing::error!("a connection: {error:#}"));
-                }
-                // The process may be out of descriptors, for example, and sessions may free some.
-                Err(error) => {
-                    tracing::error!("a connection cannot be accepted: {error}");
-                    std::thread::park_timeout(PAUSE);
-                }
+        for ((index, listener), _) in sockets.into_iter().zip(&ready[3..]).filter(|(_, is_ready)| **is_ready)
+        {
+            if let Some(stream) = accepting.accept(index, listener) {
+                // An error of one connection must not end the others.
+                self.serve(stream, index).unwrap_or_else(|error| tracing::error!("a connection: {error:#}"));
             }
         }
         if guardian.is_some() && ready.last() == Some(&true) {
             *guardian = None;
             self.guardian_has_died();
         }
-        Ok(())
     }
 
     /// Starts a thread that serves a connection.
@@ -505,28 +500,25 @@ impl Worker {
         self.spawn("connection", move || worker.program.serve(&worker, connection))
     }
 
-    /// Starts a thread that runs `work`. Some of `work` ends the daemon with that status.
+    /// Starts a thread that runs `work`, and that the worker's end waits for. Some of `work` ends
+    /// the daemon with that status.
     fn spawn(
         self: &Arc<Self>,
         name: &str,
         work: impl FnOnce() -> Option<i32> + Send + 'static,
     ) -> Result<()> {
-        let worker = Arc::clone(self);
-        self.threads.fetch_add(1, Ordering::AcqRel);
-        let thread = std::thread::Builder::new().name(format!("postcopy-{name}"));
-        let started = thread.spawn(move || {
-            // Sessions would be left without a thread that watches them: a successor takes all of
-            // them over.
-            let Ok(status) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) else {
-                std::process::abort();
-            };
-            if let Some(status) = status {
-                let _ = worker.status.set(status);
+        let busy = self.busy();
+        start_thread(name, move || {
+            if let Some(status) = work() {
+                let _ = busy.0.status.set(status);
             }
-            worker.threads.fetch_sub(1, Ordering::AcqRel);
-            signal(&worker.changed);
-        });
-        started.map(drop).context("a thread")
+        })
+    }
+
+    /// Delays the worker's end until the result is dropped.
+    fn busy(self: &Arc<Self>) -> Busy {
+        self.threads.fetch_add(1, Ordering::AcqRel);
+        Busy(Arc::clone(self))
     }
 
     /// Takes over the connections and sessions that the last worker has left.
@@ -563,8 +555,8 @@ impl Worker {
         if self.deadline.set(since + grace).is_err() {
             return;
         }
-        for (_, path) in &self.setup.listeners {
-            let _ = std::fs::remove_file(path);
+        for (listener, path) in &self.setup.listeners {
+            accepting::close(listener, path);
         }
         signal(&self.stop);
         tracing::info!("ending: new connections are refused, and sessions have {grace:?} to become resident");
@@ -623,6 +615,30 @@ impl Worker {
         fds.extend(stream.map(|stream| PollFd::new(stream, PollFlags::IN)));
         poll_for(&mut fds, timeout);
     }
+}
+
+/// Work that the worker's end waits for.
+#[derive(Debug)]
+struct Busy(Arc<Worker>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.threads.fetch_sub(1, Ordering::AcqRel);
+        signal(&self.0.changed);
+    }
+}
+
+/// Starts a thread of the worker.
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(format!("postcopy-{name}"));
+    let started = thread.spawn(move || {
+        // Sessions would be left without a thread that watches them: a successor takes all of them
+        // over.
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+            std::process::abort();
+        }
+    });
+    started.map(drop).context("a thread")
 }
 
 /// Returns the time that ending a session takes at most.

@@ -7,7 +7,7 @@ use super::waiters::{Key, Wait, Waiter, Waiters};
 use super::{Pager, TICK};
 use crate::install;
 use crate::memory::{PageState, Region, Space};
-use crate::options::{LossPolicy, add};
+use crate::options::LossPolicy;
 use crate::outcome::{FailureEnd, FailureKind};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use rustix::process::Signal;
@@ -166,7 +166,7 @@ impl Pager {
     fn lose_waiters(&mut self, waiters: Vec<(Key, Waiter)>, kind: FailureKind, reason: &str) {
         let shared = Arc::clone(&self.on_exit.shared);
         let policy = shared.options.on_loss;
-        add(&shared.counters.losses, waiters.len());
+        shared.state.count_losses(waiters.len());
         let is_signalled = self.signal_waiters(&waiters, policy);
         // Before poison: a program that sees the poison must find the reason.
         shared.outcome.add(kind.clone(), reason, None);

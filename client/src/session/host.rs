@@ -75,11 +75,11 @@ impl<'a> Hosted<'a> {
         shared.has_ended() && shared.is_left_open.load(Ordering::Acquire)
     }
 
-    /// Returns how often faults were lost, so that the loss policy applied, since the session began
-    /// or was resumed.
+    /// Returns how often faults were lost, so that the loss policy applied, since the session
+    /// began. With a state file this includes the losses before [`Session::resume`].
     #[must_use]
     pub fn losses(self) -> u64 {
-        self.session.shared.counters.losses.load(Ordering::Relaxed)
+        self.session.shared.state.losses()
     }
 
     /// Returns how often a fault was put off because the kernel had no memory for its page, since

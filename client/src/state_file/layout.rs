@@ -25,6 +25,8 @@ pub(super) const AT_OWNER_START: usize = 12;
 pub(super) const AT_RECORD_PAGES: usize = 13;
 /// Likewise 0 in files of versions without this limit.
 pub(super) const AT_RECORD_CACHE_MIB: usize = 14;
+/// Likewise 0 in files of versions without this count.
+pub(super) const AT_LOSSES: usize = 15;
 pub(super) const AT_COMMIT: usize = 16;
 pub(super) const AT_MESSAGES_OF: usize = 24;
 pub(super) const AT_MESSAGES: usize = 32;

@@ -18,17 +18,22 @@ use std::time::{Duration, Instant};
 
 /// The longest line, in bytes.
 const MAX_LINE: u64 = 64 << 10;
+/// The longest time in which a peer sends nothing of its line.
+const SILENCE: Duration = Duration::from_secs(10);
 /// The longest wait between two checks of a session's progress.
 const LOOK: Duration = Duration::from_millis(250);
 /// The pause between two attempts to reach a daemon, whose worker may have died.
 const PATIENCE: Duration = Duration::from_millis(20);
 const ATTEMPTS: u32 = 100;
 
-/// Reads one line and answers it.
+/// Reads one line and answers it. The worker's end waits for the answer, and not for a line that
+/// has not arrived.
 pub(crate) fn answer(worker: &Arc<Worker>, stream: UnixStream) {
     let mut line = String::new();
     let mut lines = BufReader::new(std::io::Read::take(&stream, MAX_LINE));
-    let said = lines.read_line(&mut line).map_err(anyhow::Error::from).and_then(|_| carry_out(worker, &line));
+    let read = stream.set_read_timeout(Some(SILENCE)).and_then(|()| lines.read_line(&mut line));
+    let _busy = worker.busy();
+    let said = read.map_err(anyhow::Error::from).and_then(|_| carry_out(worker, &line));
     let text = said.unwrap_or_else(|error| format!("error {error:#}").replace('\n', " "));
     // The caller may have closed the connection.
     let _ = writeln!(&stream, "{text}");

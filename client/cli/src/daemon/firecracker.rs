@@ -10,7 +10,7 @@ use super::served::{self, Served, Status};
 use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::proto::digest::Digest;
-use postcopy::{ForeignRegion, Image, Sharing};
+use postcopy::{ForeignRegion, Image, LossPolicy, Sharing};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::Deserialize;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -221,11 +221,15 @@ impl Firecracker {
 
 /// Applies the loss policy to a process whose handshake was refused. It has registered memory that
 /// no daemon serves, and its snapshot load waits for that memory. A process that has sent no
-/// userfaultfd does not wait for memory, so it is left alone.
+/// userfaultfd does not wait for memory, so it is left alone. Under `wait` no other worker serves
+/// the process either, so that is recorded as a loss.
 fn refuse(worker: &Worker, connection: &Connection) {
     if let Ok(name) = connection.session(KIND)
         && connection.has_sent_userfaultfd()
     {
+        if worker.setup.options.on_loss == LossPolicy::Wait {
+            worker.setup.runtime.note_loss(&name, "was left without its memory");
+        }
         served::lose_unserved(&worker.setup, &name);
     }
 }

@@ -66,6 +66,7 @@ pub(crate) fn guard(
 ) -> Result<i32> {
     let threads = std::fs::read_dir("/proc/self/task").context("/proc/self/task")?.count();
     ensure!(threads == 1, "the guardian has {threads} threads, and can have one only");
+    kernel::watch_children().context("SIGCHLD")?;
     let signals = signals();
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None).context("blocking signals")?;
     let mut turn =

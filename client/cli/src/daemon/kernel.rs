@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "system calls")]
 
 use nix::libc;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::Pid;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -26,6 +27,17 @@ pub(crate) unsafe fn fork_sharing_descriptors() -> io::Result<Option<Pid>> {
         0 => Ok(None),
         child => Ok(Some(Pid::from_raw(child))),
     }
+}
+
+/// Makes the kernel report the end of a child, and keep its exit status until waitpid(2). With the
+/// inherited disposition SIG_IGN it does neither: see sigaction(2), SA_NOCLDWAIT.
+///
+/// # Errors
+/// Any error of sigaction(2).
+pub(crate) fn watch_children() -> io::Result<()> {
+    // SAFETY: the default disposition runs no handler.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    Ok(())
 }
 
 /// Ends the process with all of its threads. Runs no exit handler and flushes no buffer.

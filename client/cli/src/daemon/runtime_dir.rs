@@ -12,14 +12,14 @@
 use anyhow::{Context, Result, ensure};
 use postcopy::state_file::StateError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -28,6 +28,9 @@ use std::str::FromStr;
 pub(crate) struct RuntimeDir {
     path: PathBuf,
     _lock: File,
+    /// The list of losses, open from the start: to record or read a loss takes neither room in the
+    /// file system nor a descriptor.
+    lost: File,
 }
 
 /// The name of a session.
@@ -151,7 +154,9 @@ impl RuntimeDir {
         };
         let path = (0..).find_map(directory).expect("some number is free")?;
         let lock = lock(&path)?.context("its lock is taken")?;
-        Ok(Self { path, _lock: lock })
+        let lost = list_of_losses(&path.join(LOSSES));
+        let lost = lost.with_context(|| format!("{}: the list of losses", path.display()))?;
+        Ok(Self { path, _lock: lock, lost })
     }
 
     /// Returns the directory's path.
@@ -171,18 +176,25 @@ impl RuntimeDir {
             return;
         }
         let line = format!("{session} {what}\n");
-        let path = self.path.join(LOSSES);
-        let written = File::options().create(true).append(true).open(&path);
-        if let Err(error) = written.and_then(|mut file| file.write_all(line.as_bytes())) {
-            tracing::error!("{}: {error}", path.display());
+        if let Err(error) = (&self.lost).write_all(line.as_bytes()) {
+            tracing::error!("{}: {error}", self.path.join(LOSSES).display());
         }
     }
 
     /// Returns the lines of [`RuntimeDir::note_loss`], one for each process. A line begins with the
     /// name of the session.
     pub(crate) fn losses(&self) -> Vec<String> {
-        let lines = fs::read_to_string(self.path.join(LOSSES)).unwrap_or_default();
-        lines.lines().map(str::to_owned).collect()
+        let read = self.lost.metadata().and_then(|lost| {
+            let mut lines = vec![0; postcopy::proto::page::to_usize(lost.len())];
+            // By offset: the workers share the descriptor's position.
+            self.lost.read_exact_at(&mut lines, 0)?;
+            Ok(lines)
+        });
+        let lines = read.unwrap_or_else(|error| {
+            tracing::error!("{}: {error}", self.path.join(LOSSES).display());
+            Vec::new()
+        });
+        String::from_utf8_lossy(&lines).lines().map(str::to_owned).collect()
     }
 
     /// Opens the state file of a session, and creates it if it does not exist.
@@ -232,6 +244,10 @@ impl RuntimeDir {
 
 /// The name of the file that lists losses.
 const LOSSES: &str = "lost";
+/// The room that the file system allocates to that file at the start: about 600 lines. If the list
+/// becomes longer in a full file system, later lines are missing, and the exit status is still that
+/// of a loss.
+const LOSSES_BYTES: u64 = 64 << 10;
 const TMPFS_MAGIC: i128 = 0x0102_1994;
 const RAMFS_MAGIC: i128 = 0x8584_58f6;
 
@@ -246,6 +262,14 @@ fn lock(directory: &Path) -> Result<Option<File>> {
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
         Err(error) => Err(error).with_context(|| path.display().to_string()),
     }
+}
+
+/// Creates the list of losses, with room for its lines.
+fn list_of_losses(path: &Path) -> io::Result<File> {
+    let file = File::options().create_new(true).read(true).append(true).mode(0o600).open(path)?;
+    // The file stays empty.
+    fallocate(&file, FallocateFlags::KEEP_SIZE, 0, LOSSES_BYTES)?;
+    Ok(file)
 }
 
 fn sessions_in(directory: &Path) -> io::Result<Vec<SessionName>> {

@@ -122,6 +122,9 @@ impl Served {
     /// As [`Session::resume`].
     pub(crate) fn resume(setup: &Arc<Setup>, name: SessionName, turn: Turn) -> Result<Option<Self>> {
         let state = setup.runtime.state(&name).with_context(|| format!("the state file {name}"))?;
+        // The earlier worker may have died between a loss and its record. A file that cannot be
+        // read is an error of the attempt to resume.
+        note_losses(setup, &name, state_file::losses(&state).unwrap_or(0));
         let session = match resume(setup, &state) {
             Ok(session) => session,
             Err(SessionError::State(StateError::Empty)) => return Ok(None),
@@ -173,6 +176,8 @@ impl Served {
     /// Checks the session, and resumes it if it has failed.
     pub(crate) fn look(&self) -> Status {
         let session = self.session();
+        let has_ended = session.wait_end(Duration::ZERO);
+        // A session that has ended has counted all of its losses.
         self.note_losses(&session);
         self.tell_of_shortage(&session);
         self.log_failures(&session);
@@ -180,7 +185,7 @@ impl Served {
             self.bring_back();
             return Status::Serving;
         }
-        match session.wait_end(Duration::ZERO) {
+        match has_ended {
             true => Status::Ended,
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
@@ -266,16 +271,11 @@ impl Served {
         }
     }
 
-    /// Records a loss once the pager has applied the loss policy.
+    /// Records a loss that the session has counted.
     fn note_losses(&self, session: &Session) {
-        let what = match self.setup.options.on_loss {
-            LossPolicy::Kill => "was killed",
-            LossPolicy::Pause => "was stopped",
-            LossPolicy::Poison => "lost pages, which are SIGBUS",
-            LossPolicy::Wait => return,
-        };
-        if session.hosted().losses() > 0 && !self.has_noted.swap(true, Ordering::Relaxed) {
-            self.setup.runtime.note_loss(&self.name, what);
+        let losses = session.hosted().losses();
+        if losses > 0 && !self.has_noted.swap(true, Ordering::Relaxed) {
+            note_losses(&self.setup, &self.name, losses);
         }
     }
 
@@ -411,6 +411,19 @@ impl Served {
             return;
         }
         self.traced();
+    }
+}
+
+/// Records a loss, if a session has counted losses and the loss policy acts on them.
+fn note_losses(setup: &Setup, name: &SessionName, losses: u64) {
+    let what = match setup.options.on_loss {
+        LossPolicy::Kill => "was killed",
+        LossPolicy::Pause => "was stopped",
+        LossPolicy::Poison => "lost pages, which are SIGBUS",
+        LossPolicy::Wait => return,
+    };
+    if losses > 0 {
+        setup.runtime.note_loss(name, what);
     }
 }
 
