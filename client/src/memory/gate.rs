@@ -90,8 +90,8 @@ impl Gate {
         Some(PagerPass(self))
     }
 
-    /// Admits installers again after a [`Gate::try_enter_alone`] that returned None and that the
-    /// pager does not repeat.
+    /// Admits installers again when the pager gives up a [`Gate::try_enter_alone`] that returned
+    /// None.
     pub(crate) fn stop_waiting(&self) {
         let mut state = self.state();
         if state.pager == Pager::Waiting {
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_pager_is_told_when_the_installers_have_left() {
+    async fn the_pager_is_notified_when_the_installers_have_left() {
         let gate = Gate::default();
         let (a, b) = (gate.enter(), gate.enter());
         drop(a);
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_enters_a_closed_gate() {
+    fn a_closed_gate_admits_no_installer() {
         let gate = Gate::default();
         let installer = gate.enter();
         std::thread::scope(|scope| {

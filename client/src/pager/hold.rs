@@ -1,11 +1,11 @@
 //! Holds threads of other processes where they return to user mode, by ptrace(2): PTRACE_SEIZE and
 //! PTRACE_INTERRUPT.
 //!
-//! A thread in madvise finishes the call first, for which the pager must read its event. The one
-//! side effect on a held thread is that some sleeping system calls return EINTR, as after a stop by
-//! SIGSTOP. Therefore only threads are held that run, or are in a call that causes events. A thread
-//! with another tracer is left alone. When the pager's process dies, the kernel releases the
-//! threads.
+//! A thread in madvise(2) stops only when the call returns, so the pager must read the call's event
+//! first. The one side effect on a held thread is that some sleeping system calls return EINTR, as
+//! after a stop by SIGSTOP. Therefore only threads are held that run, or are in a call that causes
+//! events. A thread with another tracer is left alone. When the pager's process dies, the kernel
+//! releases the threads.
 
 use crate::shared::Shared;
 use nix::errno::Errno;
@@ -50,10 +50,10 @@ impl Held {
             let stopped_by = |signal: Signal| (signal != Signal::SIGTRAP).then_some(signal);
             let signal = match waitpid(*thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => return true,
-                // The requested stop. If SIGSTOP stops the process as well, the kernel has recorded
-                // that signal already.
+                // PTRACE_INTERRUPT stopped the thread. A SIGSTOP in addition stays recorded in the
+                // kernel.
                 Ok(WaitStatus::PtraceEvent(..)) => None,
-                // A signal that is being delivered.
+                // The thread stopped to receive a signal; the detach delivers it.
                 Ok(WaitStatus::Stopped(_, signal)) => stopped_by(signal),
                 // The thread has ended.
                 _ => return false,

@@ -6,11 +6,12 @@ use crate::install;
 use crate::memory::{Change, Object, Region, Space};
 use crate::pager::events;
 use crate::pager::hold::Held;
+use crate::pager::ready::HOLD_AFTER;
 use crate::shared::Shared;
 use crate::state_file::StateError;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Poisoned regions, by space, address, length and object. The map keeps the regions, so that no
 /// new object gets the address of a poisoned one.
@@ -20,9 +21,6 @@ fn key(region: &Region) -> (u32, usize, usize, *const Object) {
     (region.space.id, region.address(0), region.len(), Arc::as_ptr(&region.object))
 }
 
-/// Time for which poison and events take turns before the threads that cause events are held, as in
-/// the pager.
-const HOLD_AFTER: Duration = Duration::from_millis(3);
 /// A bound above all addresses of a process.
 const ADDRESSES: usize = 1 << 57;
 
@@ -30,8 +28,7 @@ const ADDRESSES: usize = 1 << 57;
 #[derive(Debug)]
 pub(crate) struct OnExit {
     pub(crate) shared: Arc<Shared>,
-    /// False while the session is being opened, because its opener still holds the descriptors,
-    /// too.
+    /// False while the session is being opened: the opening thread also holds the descriptors.
     pub(crate) is_open: bool,
     pub(crate) in_order: bool,
     /// True if the pager was asked to leave everything to a successor.
@@ -129,8 +126,8 @@ impl Drop for OnExit {
             let spaces = shared.spaces();
             for region in spaces.regions() {
                 // Poison outlasts the registration. While the range is registered, an munmap blocks
-                // until its event is read. This call waits for a fork that is copying; the event of
-                // its child follows.
+                // until its event is read. UFFDIO_UNREGISTER waits for a fork that copies page
+                // tables; the loop below reads its FORK event.
                 let _ = region.space.uffd.unregister(region.address(0), region.len());
             }
             for space in spaces.spaces() {

@@ -24,8 +24,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Time for which installs and events alternate before the pager holds the events' causers. Two
-/// threads in madvise without a pause mostly let an install through within a millisecond.
+/// Time for which installs and events alternate before the pager holds the events' causers, and for
+/// which poison and events alternate on its way out. Two threads in madvise without a pause mostly
+/// let an install through within a millisecond.
 pub(super) const HOLD_AFTER: Duration = Duration::from_millis(3);
 /// Time without an event after which the pager takes it that EAGAIN has another reason: a memory
 /// cgroup at its limit causes it, too.

@@ -18,14 +18,14 @@ const READ_BYTES: usize = 4 << 20;
 /// A file of an image as memory: private to this process, filled on access, and writable.
 ///
 /// Dereferences to the bytes of the file, or of the part that was mapped. The first access to a
-/// page waits until the page is installed. If a page is lost, an access raises SIGBUS, or as
-/// [`crate::LossPolicy`] says; [`Region::read_at`] returns an error instead. Forked children do not
-/// have the region. A program must not move it with mremap(2).
+/// page waits until the page is installed. If a page is lost, an access raises SIGBUS, unless
+/// [`crate::LossPolicy`] says otherwise; [`Region::read_at`] returns an error instead. Forked
+/// children do not have the region. A program must not move the region with mremap(2).
 ///
 /// # Blocking
 /// An access to an absent page waits for the network. Do not access the region while you hold a
 /// lock that the serving thread needs, nor on an async worker. Do not access it in a signal handler
-/// that may have interrupted a call of this library, because such a call holds locks for moments.
+/// that may have interrupted a call of this library, because such a call holds locks briefly.
 #[derive(Debug)]
 pub struct Region {
     // None for an empty span, which has no memory, and after the drop.
@@ -82,7 +82,7 @@ impl Region {
     pub fn read_at(&self, offset: usize, buffer: &mut [u8]) -> Result<(), LossError> {
         let end = offset.checked_add(buffer.len()).filter(|end| *end <= self.len());
         let end = end.ok_or(LossError::OutOfRange { offset, len: buffer.len(), region_bytes: self.len() })?;
-        // In pieces, because the fault deadline covers all pages of one request.
+        // Requests one piece at a time, because one fault deadline covers all pages of a request.
         for (at, buffer) in (offset..end).step_by(READ_BYTES).zip(buffer.chunks_mut(READ_BYTES)) {
             let end = at + buffer.len();
             let pages = at / PAGE_BYTES..end.div_ceil(PAGE_BYTES);
