@@ -56,7 +56,7 @@ pub enum RemoteError {
         reason: String,
     },
     /// The server answered with an error, or the connection was lost.
-    #[error("server {server}: {what}: {} ({})", status.message(), status.code())]
+    #[error("server {server}: {what}: {}", reason(status))]
     Status {
         /// The server's address.
         server: String,
@@ -82,6 +82,30 @@ impl RemoteError {
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Status { status, .. } if status.code() == tonic::Code::NotFound)
+    }
+
+    /// Returns true if the other end accepted the connection and did not answer as a server of
+    /// images does: another program listens there, or the connection was lost.
+    #[must_use]
+    pub fn is_no_answer(&self) -> bool {
+        let Self::Status { status, .. } = self else { return false };
+        is_of_connection(status) || status.code() == tonic::Code::Unimplemented
+    }
+}
+
+/// Returns whether the connection caused a status. Only the client's own statuses have a source.
+fn is_of_connection(status: &tonic::Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
+/// Returns the reason for a failure in words.
+fn reason(status: &tonic::Status) -> String {
+    if is_of_connection(status) {
+        return format!("the connection failed ({})", innermost(status));
+    }
+    match status.message() {
+        "" => status.code().to_string(),
+        message => message.to_owned(),
     }
 }
 
@@ -204,6 +228,12 @@ impl Remote {
     #[must_use]
     pub fn address(&self) -> &ServerAddress {
         &self.address
+    }
+
+    /// Returns a function that makes the error of a request, which `what` describes, from the
+    /// server's status.
+    pub fn failed(&self, what: impl Into<String>) -> impl FnOnce(tonic::Status) -> RemoteError {
+        self.address.status(what)
     }
 
     /// Returns the generated client of the server's working set service.

@@ -124,13 +124,16 @@ impl FromStr for Reference {
     type Err = ReferenceError;
 
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
+        // The error shows the whole text, also if a part of it is empty.
+        let whole = |part: ReferenceError| error(text, part.reason);
         if let Some((name, digest)) = text.split_once('@') {
             let reason = "after the `@` there must be `blake3:` and 64 lower-case hex digits";
             let image = digest.parse().map_err(|_| error(text, reason))?;
-            return Ok(Self::Digest { name: name.parse()?, image });
+            return Ok(Self::Digest { name: name.parse().map_err(whole)?, image });
         }
         let (name, tag) = text.split_once(':').unwrap_or((text, "latest"));
-        Ok(Self::Tag(TagReference { name: name.parse()?, tag: tag.parse()? }))
+        let (name, tag) = (name.parse().map_err(whole)?, tag.parse().map_err(whole)?);
+        Ok(Self::Tag(TagReference { name, tag }))
     }
 }
 
@@ -197,6 +200,14 @@ mod tests {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?}");
         }
         assert!(format!("a:{}", "t".repeat(129)).parse::<Reference>().is_err());
+    }
+
+    #[test]
+    fn an_error_shows_the_whole_reference() {
+        for (text, reason) in [("demo:", "the tag is empty"), (":v1", "the name is empty")] {
+            let shown = text.parse::<Reference>().unwrap_err().to_string();
+            assert_eq!(shown, format!("reference {text:?}: {reason}"));
+        }
     }
 
     #[test]

@@ -11,6 +11,8 @@ use postcopy_tests::{is_root, skip};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
 const COMMANDS: [&str; 12] = [
@@ -202,6 +204,65 @@ fn a_server_that_is_not_there_or_no_address_is_an_error_that_says_what_to_do() {
     }
 }
 
+#[test]
+fn a_server_that_is_no_postcopyd_is_named_with_what_to_do() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address: ServerAddress = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+    std::thread::spawn(move || {
+        // Every other connection is closed without an answer.
+        for (number, stream) in listener.incoming().flatten().enumerate() {
+            let mut stream = stream;
+            let _ = stream.read(&mut [0; 1024]);
+            if number % 2 == 0 {
+                let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n");
+            }
+        }
+    });
+    for args in [&["ls"][..], &["push", "/etc/hostname", "app"], &["inspect", "app"], &["rm", "app"]] {
+        for _ in 0..2 {
+            let text = fail(&address, args);
+            assert!(text.contains(&format!("server {address}: ")), "{text}");
+            assert!(
+                text.contains("Does a postcopyd answer there? Check --server or POSTCOPY_SERVER"),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_next_step_follows_from_the_kind_of_an_error_and_not_from_its_words() {
+    let server = Server::start();
+    let text = fail(server.address(), ["inspect", "userfaultfd"]);
+    assert!(text.contains("userfaultfd:latest is not in the store\n  `postcopy ls`"), "{text}");
+    let text = fail(server.address(), ["working-set", "rm", "userfaultfd"]);
+    assert!(text.contains("`postcopy working-set ls`") && !text.contains("doctor"), "{text}");
+    push_small(&server);
+    let text = fail(server.address(), ["pull", "app", "/does/not/exist", "--only", "userfaultfd*"]);
+    assert!(
+        text.contains("no file of app:latest matches 'userfaultfd*' (--only)\n  `postcopy inspect`"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_list_of_no_images_says_how_to_store_one() {
+    let server = Server::start();
+    let output = postcopy(server.address(), ["ls"]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).trim_end(),
+        "no images yet: `postcopy push PATH NAME` stores one"
+    );
+}
+
+/// Stores a small file as `app`.
+fn push_small(server: &Server) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    fs::write(&path, memory_like(64 << 10, 104)).unwrap();
+    let _ = run(server.address(), [OsStr::new("push"), path.as_os_str(), OsStr::new("app")]);
+}
+
 fn run_without_server(address: &str) -> std::process::Output {
     output("postcopy", &["--server", address, "doctor"])
 }
@@ -281,6 +342,15 @@ fn doctor_says_whether_files_can_be_mapped_here() {
         assert!(!finding["found"].as_str().unwrap().is_empty(), "{finding}");
         assert!(finding["ok"].as_bool().unwrap() || !finding["advice"].is_null(), "no advice: {finding}");
     }
+}
+
+#[test]
+fn doctor_refuses_a_process_that_does_not_exist() {
+    // Above the largest pid that Linux can be configured to have (PID_MAX_LIMIT).
+    let output = output("postcopy", &["doctor", "--pid", "2147483647"]);
+    let text = shown(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("process 2147483647 does not exist"), "{text}");
 }
 
 #[test]

@@ -160,7 +160,7 @@ fn a_checked_heap_of_256_mib_is_restored_from_images_that_lack_it() {
         restored.assert_runs();
         assert_all_right(&status, &restored);
         assert_eq!(daemon.wait().code(), Some(0), "all has come");
-        daemon.assert_says("all of its memory is there");
+        daemon.assert_says("all of its memory is resident");
         // It needs nobody any more, and nothing is left of who served it.
         assert_all_right(&status, &restored);
         assert!(fs::read_dir(daemon.root()).unwrap().next().is_none());
@@ -182,7 +182,7 @@ fn workers_are_killed_at_any_moment_of_a_restore() {
             // From before the first handshake on to long after the last one.
             for kill in 0..4 {
                 std::thread::park_timeout(Duration::from_millis(fastrand::u64(..40) * (kill + 1)));
-                if daemon.has_said("all of its memory is there") {
+                if daemon.has_said("all of its memory is resident") {
                     break;
                 }
                 daemon.kill_worker();
@@ -287,7 +287,7 @@ fn a_tree_of_processes_that_fork_move_and_unmap_is_restored() {
         for fill in ["all", "nothing"] {
             let (mut daemon, mut restored) = bench.restore_lazily(&format!("lazy-{fill}"), &["--fill", fill]);
             go_on(20);
-            if !daemon.has_said("all of its memory is there") {
+            if !daemon.has_said("all of its memory is resident") {
                 daemon.kill_worker();
             }
             go_on(60);
@@ -318,7 +318,7 @@ fn python_goes_on_in_the_middle_of_a_computation_with_threads() {
         assert_eq!(fs::read_to_string(&result).unwrap(), expected);
         fs::remove_file(&result).unwrap();
         let (mut daemon, mut restored) = bench.restore_lazily("lazy", &[]);
-        if !daemon.has_said("all of its memory is there") {
+        if !daemon.has_said("all of its memory is resident") {
             daemon.kill_worker();
         }
         wait_until("the end", || restored.has_ended());
@@ -524,6 +524,7 @@ fn shared_memory_is_said_not_to_be_lazy() {
             told.contains("not lazy: 8.") && told.contains("of shared memory (pagemap-shmem-*.img"),
             "{told}"
         );
+        assert!(told.contains(" of it now), "), "the lazy memory is not written: {told}");
     });
 }
 
@@ -731,7 +732,7 @@ fn redis_keeps_all_of_its_keys_and_takes_new_ones() {
         drop(plain);
         for fill in ["all", "nothing"] {
             let (mut daemon, _restored) = bench.restore_lazily(&format!("lazy-{fill}"), &["--fill", fill]);
-            if !daemon.has_said("all of its memory is there") {
+            if !daemon.has_said("all of its memory is resident") {
                 daemon.kill_worker();
             }
             assert_whole(0);

@@ -224,7 +224,7 @@ fn a_daemon_that_is_asked_to_end_fills_its_machines_first_and_leaves_nothing_beh
         assert_eq!(vmm.ask("balloon 500 100"), "done");
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
-        daemon.assert_says("all of its memory is there");
+        daemon.assert_says("all of its memory is resident");
         assert!(!snapshot.socket().exists());
         let left: Vec<_> = std::fs::read_dir(daemon.root()).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
@@ -250,11 +250,19 @@ fn a_daemon_that_cannot_fill_in_time_says_which_machines_sleep_and_how_to_wake_t
         vmm.tell("touch 8 5");
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(3));
-        let pid = vmm.pid().to_string();
-        daemon.assert_says(&format!("postcopy firecracker --adopt {pid} --image vm"));
+        let said =
+            format!("sleeps until it is taken over: postcopy firecracker --adopt {} --image vm@", vmm.pid());
+        daemon.assert_says(&said);
+        // As it is said, also where the tag names another image and the variables another server.
+        let line = daemon.said().into_iter().find(|line| line.contains(&said)).unwrap();
+        let (_, command) = line.split_once("taken over: postcopy ").unwrap();
+        let place = format!(" --runtime-dir {}", daemon.root().display());
+        let command = command.strip_suffix(&place).unwrap();
+        snapshot.move_tag();
         server = Server::on(&store, &listen);
-        let args = ["firecracker", "--adopt", &pid, "--image", "vm"];
-        let _adopter = Daemon::start_in(daemon.root(), server.address(), args);
+        let nowhere = "http://127.0.0.1:1".parse().unwrap();
+        let _adopter = Daemon::start_in(daemon.root(), &nowhere, command.split(' '));
+        assert_eq!(server.address().to_string(), listen);
         assert_eq!(vmm.touches().wrong, 0);
         vmm.assert_right();
         snapshot.server.kill();
@@ -308,7 +316,10 @@ fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
         drop((vmm, other, daemon));
         let quiet = snapshot.daemon(&[]);
         let vmm = snapshot.vmm(&["small:32"]);
-        let refused = format!("process {}: page faults of this session are not recorded", vmm.pid());
+        let refused = format!(
+            "process {}: page faults of this session are not recorded. Start the daemon with --record",
+            vmm.pid()
+        );
         assert!(fail(server, send(vmm.pid(), &quiet)).contains(&refused));
     });
 }
@@ -449,7 +460,7 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
             daemon.kill_worker();
             daemon.terminate();
             assert_eq!(daemon.wait().code(), Some(3));
-            daemon.assert_says("ended with status 3: 1 processes lost memory");
+            daemon.assert_says("ended with status 3: 1 process was left or lost memory");
             let what = match policy {
                 "kill" => "was killed",
                 "pause" => "was stopped",
@@ -472,7 +483,7 @@ fn a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come() {
         daemon.terminate();
         pager.assert_killed();
         assert_eq!(daemon.wait().code(), Some(0));
-        daemon.assert_says("all of its memory is there, but its session does not end");
+        daemon.assert_says("all of its memory is resident, but its session does not end");
         daemon.assert_says("ended: nothing was lost");
         vmm.assert_right();
     });

@@ -269,7 +269,7 @@ fn what_is_no_trace_is_named() {
         let told = |path: &Path| fail(source.server.address(), ["report", path.to_str().unwrap()]);
         assert!(told(&path).contains("no-trace: No such file"));
         std::fs::write(&path, "{\"trace\":1}\n").unwrap();
-        assert!(told(&path).contains("no-trace: line 1: no trace: missing field `image`"));
+        assert!(told(&path).contains("no-trace: not a trace\n  Write one with --trace"));
         let nowhere = folder.path().join("nowhere/trace");
         let args = ["bench", "app", "mem", "--no-eager", "--trace", nowhere.to_str().unwrap()];
         assert!(fail(source.server.address(), args).contains("nowhere/trace: No such file"));

@@ -21,6 +21,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
+/// The heading of the options that all commands have.
+const GLOBAL: &str = "Global options";
+
 /// Restore memory before its pages have arrived: push, inspect, pull and try page images
 #[derive(Debug, Parser)]
 #[command(name = "postcopy", version, max_term_width = 100)]
@@ -29,10 +32,10 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 )]
 struct Cli {
     /// The server: http://host:port or unix:/path
-    #[arg(long, global = true, env = "POSTCOPY_SERVER", default_value = DEFAULT_SERVER)]
+    #[arg(long, global = true, env = "POSTCOPY_SERVER", default_value = DEFAULT_SERVER, help_heading = GLOBAL)]
     server: String,
     /// Print JSON instead of text
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     json: bool,
     #[command(subcommand)]
     command: Command,
@@ -136,7 +139,7 @@ enum Command {
     Doctor {
         /// Also report if this shell is outside of the memory cgroup and the freezer of this
         /// process
-        #[arg(long)]
+        #[arg(long, value_parser = pid)]
         pid: Option<u32>,
     },
     /// Print a completion script for a shell
@@ -150,6 +153,10 @@ enum Command {
 fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     let bytes = text.parse().map_err(|_| "it must be a number of bytes, for example 65536".to_owned())?;
     ChunkSize::new(bytes).map_err(|e| e.to_string())
+}
+
+fn pid(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "it must be a process id, for example 4711".to_owned())
 }
 
 /// Runs the command. Returns success only if all of it was done and every byte was right.

@@ -129,14 +129,15 @@ impl Setup {
         })
     }
 
-    /// Returns the user's name of an image. Without a digest it returns the name of the only image,
-    /// or None if the daemon has several.
-    fn reference_of(&self, image: Option<Digest>) -> Option<&str> {
+    /// Returns the reference NAME@DIGEST of an image, which stays valid when the tag moves. Without
+    /// a digest it returns that of the only image, or None if the daemon has several.
+    fn reference_of(&self, image: Option<Digest>) -> Option<String> {
         let is_it = |other: &Arc<Image>| image.is_none_or(|image| other.digest() == image);
         let is_clear =
             image.is_some() || self.images.windows(2).all(|two| two[0].digest() == two[1].digest());
         let found = self.images.iter().position(is_it).filter(|_| is_clear)?;
-        Some(&self.references[found])
+        let name = self.references[found].split([':', '@']).next().unwrap_or_default();
+        Some(format!("{name}@{}", self.images[found].digest()))
     }
 
     /// Listens for programs at `path`, and replaces a socket there that has no listener.
@@ -210,7 +211,11 @@ impl Setup {
             return status;
         }
         let status = if status == 0 { LOSS_STATUS } else { status };
-        tracing::error!("ended with status {status}: {} processes lost memory", losses.len());
+        let lost = match losses.len() {
+            1 => "1 process was left or lost memory".to_owned(),
+            several => format!("{several} processes were left or lost memory"),
+        };
+        tracing::error!("ended with status {status}: {lost}");
         for loss in &losses {
             let (name, what) = loss.split_once(' ').unwrap_or((loss, ""));
             let pid =

@@ -159,6 +159,9 @@ pub enum TraceError {
     /// The file could not be read.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// The first line is not the header of a trace.
+    #[error("not a trace")]
+    NotATrace,
     /// A line is invalid.
     #[error("line {line}: {reason}")]
     Line {
@@ -189,7 +192,7 @@ impl Trace {
     /// wrote the line.
     ///
     /// # Errors
-    /// Returns [`TraceError`], which names the line.
+    /// Returns [`TraceError::NotATrace`], or [`TraceError::Line`], which names the line.
     ///
     /// # Blocking
     /// Reads all of the input; holds at most 64 bytes for each of at most ten million events.
@@ -205,9 +208,8 @@ impl Trace {
                 _ => Ok(None),
             }
         };
-        let (_, first) = next()?.ok_or_else(|| wrong(1, "there is none"))?;
-        let header: Header =
-            serde_json::from_slice(&first).map_err(|e| wrong(1, format!("no trace: {e}")))?;
+        let (_, first) = next()?.ok_or(TraceError::NotATrace)?;
+        let header: Header = serde_json::from_slice(&first).map_err(|_| TraceError::NotATrace)?;
         if header.trace != VERSION {
             return Err(wrong(1, format!("format {}, and this program reads {VERSION}", header.trace)));
         }
@@ -330,7 +332,7 @@ mod tests {
             let read = Trace::read(&whole.as_bytes()[..cut]);
             let lines = whole[..cut].matches('\n').count();
             match lines {
-                0 => prop_assert_eq!(read.unwrap_err().to_string(), "line 1: there is none"),
+                0 => prop_assert_eq!(read.unwrap_err().to_string(), "not a trace"),
                 _ => {
                     let read = read.unwrap();
                     prop_assert_eq!(read.touches.len() + read.came.len() + read.withheld.len(), lines - 1);
@@ -351,6 +353,7 @@ mod tests {
             match Trace::read(text.as_slice()) {
                 Ok(read) => prop_assert!(read.came.iter().all(|came| came.page + came.pages <= 100)),
                 Err(TraceError::Line { line, .. }) => prop_assert!((1..=events.len() + 22).contains(&line)),
+                Err(TraceError::NotATrace) => {}
                 Err(TraceError::Io(error)) => panic!("{error}"),
             }
         }
@@ -369,6 +372,6 @@ mod tests {
         let other = Header { trace: 2, ..header() };
         let error = Trace::read(text(&other, &[]).as_bytes()).unwrap_err();
         assert_eq!(error.to_string(), "line 1: format 2, and this program reads 1");
-        assert_eq!(Trace::read(&b""[..]).unwrap_err().to_string(), "line 1: there is none");
+        assert_eq!(Trace::read(&b""[..]).unwrap_err().to_string(), "not a trace");
     }
 }

@@ -203,12 +203,9 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
 fn collect_below(root: &Path, prefix: &[u8], sources: &mut Vec<Source>) -> Result<(), PushError> {
     let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
     for entry in walkdir::WalkDir::new(root).min_depth(1).follow_root_links(true) {
-        let entry = entry.map_err(|e| {
-            let path = e.path().unwrap_or(root).to_owned();
-            file_error(&path, e.into())
-        })?;
+        let entry = entry.map_err(|e| walk_error(root, e))?;
         let from = entry.path().to_owned();
-        let metadata = entry.metadata().map_err(|e| file_error(&from, e.into()))?;
+        let metadata = entry.metadata().map_err(|e| walk_error(root, e))?;
         let relative = from.strip_prefix(root).expect("walkdir stays below its root");
         let path = [prefix, relative.as_os_str().as_bytes()].concat();
         if metadata.is_symlink() && is_criu_parent(&from) {
@@ -233,6 +230,14 @@ fn collect_below(root: &Path, prefix: &[u8], sources: &mut Vec<Source>) -> Resul
         sources.push(Source { path: ImagePath::try_from(&path[..])?, from, kind });
     }
     Ok(())
+}
+
+/// Returns the error of a walk below `root`, with the path that it concerns.
+fn walk_error(root: &Path, error: walkdir::Error) -> PushError {
+    let path = error.path().unwrap_or(root).to_owned();
+    // walkdir's other error is a loop of links, and its own text would repeat the path.
+    let source = error.into_io_error().unwrap_or_else(|| rustix::io::Errno::LOOP.into());
+    PushError::File { path, source }
 }
 
 /// Returns true for the link from CRIU's incremental images to their parents, which the push
@@ -668,4 +673,20 @@ async fn commit(
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error;
+
+    #[test]
+    fn an_error_of_a_walk_names_the_path_once() {
+        let root = Path::new("/does/not/exist");
+        let error = walkdir::WalkDir::new(root).into_iter().next().unwrap().unwrap_err();
+        let error = walk_error(root, error);
+        let source = error.source().expect("the operating system's error").to_string();
+        assert!(error.to_string().contains("/does/not/exist"), "{error}");
+        assert!(!source.contains("/does/not/exist"), "{source}");
+    }
 }

@@ -1,6 +1,6 @@
 //! `postcopy bench`: maps a file lazily, measures the fault latency, and checks every byte.
 
-use super::output::{Output, bytes, time};
+use super::output::{Advised, INSPECT, Output, bytes, time};
 use anyhow::{Context, Result, bail};
 use postcopy::proto::manifest::{ChunkContent, FileEntry};
 use postcopy::proto::page::{PAGE_BYTES, is_zero, to_usize};
@@ -104,6 +104,7 @@ pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> R
         n => lazy.touches[(n - 1) * p / 100],
     };
     let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+    let lacks_set = args.working_set && lazy.progress.working_set_pages == 0;
     let report = Report {
         reference: args.reference.to_string(),
         image: image.digest().to_string(),
@@ -128,17 +129,27 @@ pub(crate) fn bench(server: ServerAddress, args: BenchArgs, output: Output) -> R
         eager_ms: eager.map(ms),
         eager_to_first_byte: eager.map(|eager| eager.as_secs_f64() / lazy.first_byte.as_secs_f64()),
     };
-    output.show(&report, || text(&report, &lazy, eager, percentile))?;
+    output.show(&report, || text(&report, &lazy, lacks_set, eager, percentile))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn text(r: &Report, lazy: &Lazy, eager: Option<Duration>, percentile: impl Fn(usize) -> Duration) -> String {
+fn text(
+    r: &Report,
+    lazy: &Lazy,
+    lacks_set: bool,
+    eager: Option<Duration>,
+    percentile: impl Fn(usize) -> Duration,
+) -> String {
+    let hint = match lacks_set {
+        true => ": `postcopy working-set ls` lists the images that have one, --record makes one",
+        false => "",
+    };
     let mut text = format!(
         "{} of {}: {}, every byte right\n\
          \x20 first byte     {} after the start: connect, open, map, touch\n\
          \x20 touch          p50 {}  p90 {}  p99 {}  ({} touches of absent pages, {} threads, seed {})\n\
          \x20 faults         {}, answered with {} chunks on demand ({} of them read ahead), {} in the background\n\
-         \x20 working set    {} pages\n\
+         \x20 working set    {} pages{hint}\n\
          \x20 on the wire    {} of frames for {} of memory\n\
          \x20 all touched    {}\n",
         r.file,
@@ -176,9 +187,9 @@ fn manifest(server: &ServerAddress, reference: &Reference, path: &str) -> Result
         let remote = Remote::connect(server.clone()).await?;
         let (image, segments) = remote.open(reference, &[path.as_bytes()], false).await?;
         segments.all_into(&image).await?;
-        let file = image
-            .file(path.as_bytes())
-            .with_context(|| format!("path {path:?} is no regular file of the image {reference}"))?;
+        let text = || format!("path {path:?} is no regular file of the image {reference}");
+        let file = image.file(path.as_bytes());
+        let file = file.ok_or_else(|| Advised { text: text(), next: INSPECT })?;
         Ok((image, file))
     })
 }

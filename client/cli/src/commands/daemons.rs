@@ -21,7 +21,7 @@ use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 /// The pages that a session fetches besides those of page faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Fill {
-    /// No prefetch: a page is fetched on its first page fault
+    /// Only faults, with the rest of their chunk and read-ahead
     Nothing,
     /// The image's working set: the pages that earlier restores accessed, in first-touch order
     WorkingSet,
@@ -171,7 +171,7 @@ pub(crate) struct FirecrackerArgs {
     #[arg(long, value_name = "PATH")]
     file: Vec<String>,
     /// Take over the microVM of this Firecracker process, whose daemon has died altogether
-    #[arg(long, value_name = "PID", conflicts_with = "socket")]
+    #[arg(long, value_name = "PID", conflicts_with = "socket", value_parser = super::pid)]
     adopt: Option<u32>,
     /// Assert, for --adopt without a state file, that no balloon or the like has given back a page
     #[arg(long, requires = "adopt")]
@@ -271,6 +271,7 @@ pub(crate) enum CriuCommand {
     Drain {
         /// The processes, and all that they have forked. In a script of `criu dump`: the process
         /// that is dumped
+        #[arg(value_parser = super::pid)]
         pids: Vec<u32>,
         /// The directory of the state that outlives daemons' workers
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
@@ -309,7 +310,8 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let name = reference.to_string();
     let images = open_images(&server, &[reference])?;
     let options = args.common.options(args.ahead, Fill::All);
-    let criu = Criu::new(Arc::clone(&images[0]), &args.images_dir, options.fill, args.wait_for_restore)?;
+    let image = Arc::clone(&images[0]);
+    let criu = Criu::new(image, &name, &args.images_dir, options.fill, args.wait_for_restore)?;
     // The daemon starts the fill once all tasks are restored.
     let options = options.fill(false);
     let status = args.status_fd.map(status_file).transpose()?;
@@ -378,7 +380,7 @@ fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
         pids.push(pid.parse().with_context(|| format!("CRTOOLS_INIT_PID is {pid:?}"))?);
     }
     for pid in &pids {
-        ensure!(Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is not there");
+        ensure!(Path::new(&format!("/proc/{pid}")).exists(), "process {pid} does not exist");
     }
     ask_to_drain(root, &postcopy::with_descendants(pids))?;
     Ok(ExitCode::SUCCESS)

@@ -39,7 +39,7 @@ struct Report {
 
 pub(crate) fn doctor(pid: Option<u32>, output: Output) -> Result<ExitCode> {
     let mut report = examine();
-    report.findings.extend(daemons(pid));
+    report.findings.extend(daemons(pid)?);
     output.show(&report, || text(&report))?;
     Ok(if report.can_map { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -209,16 +209,18 @@ fn transparent_huge_pages() -> Finding {
 }
 
 /// Returns the findings for a daemon that this shell would start.
-fn daemons(pid: Option<u32>) -> Vec<Finding> {
-    let outside = pid.map(surroundings::is_outside_of).unwrap_or_default();
+///
+/// # Errors
+/// As [`surroundings::is_outside_of`].
+fn daemons(pid: Option<u32>) -> Result<Vec<Finding>> {
+    let outside = pid.map(surroundings::is_outside_of).transpose()?.unwrap_or_default();
     let finding = |found: surroundings::Finding| {
-        let advice =
-            if found.is_good { "" } else { "daemons that restore other programs are safer with this" };
+        let advice = if found.is_good { "" } else { found.advice };
         Finding { what: found.what, ok: found.is_good, found: found.text, advice: advice.to_owned() }
     };
     // This process ends soon, so the protections that it gives itself show those that a daemon
     // would get.
-    surroundings::prepare().into_iter().chain(outside).map(finding).collect()
+    Ok(surroundings::prepare().into_iter().chain(outside).map(finding).collect())
 }
 
 fn is_capable() -> bool {

@@ -1,6 +1,6 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
-use super::output::{Output, bytes, time};
+use super::output::{Advised, INSPECT, Output, bytes, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
@@ -17,6 +17,7 @@ use serde::Serialize;
 use std::ffi::OsStr;
 use std::fmt::Write;
 use std::future::Future;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -30,11 +31,6 @@ pub(super) fn with_remote<T, W: Future<Output = Result<T>>>(
 ) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("a runtime")?;
     runtime.block_on(async { work(Remote::connect(server).await?).await })
-}
-
-/// Returns the error for a request that the server refused.
-pub(super) fn refused(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{} ({})", status.message(), status.code())
 }
 
 pub(super) fn digest(bytes: &[u8]) -> String {
@@ -91,16 +87,17 @@ pub(crate) fn push(
         ratio: report.ratio(),
         seconds: report.elapsed.as_secs_f64(),
     };
+    let sent = match report.sent_bytes {
+        0 => "nothing: the server had all chunks already".to_owned(),
+        sent => format!("{} as {} ({:.2} : 1)", bytes(sent), bytes(report.pack_bytes), report.ratio()),
+    };
     output.show(&pushed, || {
         format!(
-            "{reference} is {}\n  size         {}\n  zero         {}\n  deduplicated {}\n  sent         {} as {} ({:.2} : 1)\n  time         {}",
+            "{reference} is {}\n  size         {}\n  zero         {}\n  deduplicated {}\n  sent         {sent}\n  time         {}",
             report.image,
             bytes(report.size_bytes),
             bytes(report.zero_bytes),
             bytes(report.deduplicated_bytes),
-            bytes(report.sent_bytes),
-            bytes(report.pack_bytes),
-            report.ratio(),
             time(report.elapsed),
         )
     })?;
@@ -113,6 +110,8 @@ struct NotLazy {
     /// Bytes of the shared memory in pagemap-shmem-*.img.
     shared_bytes: u64,
     private_bytes: u64,
+    /// Bytes of files that the pull has written: these amounts, and all but the pages.
+    written_bytes: u64,
 }
 
 fn show_pulled(
@@ -141,7 +140,8 @@ fn show_pulled(
     };
     output.show(&pulled, || {
         let PullReport { image, entries, size_bytes, chunks, frame_bytes } = report;
-        let not_lazy = not_lazy.map_or(String::new(), |NotLazy { shared_bytes, private_bytes }| {
+        let written = not_lazy.map_or(String::new(), |part| format!(" ({} of it now)", bytes(part.written_bytes)));
+        let not_lazy = not_lazy.map_or(String::new(), |NotLazy { shared_bytes, private_bytes, .. }| {
             let shared = match shared_bytes {
                 0 => String::new(),
                 _ => format!(
@@ -152,7 +152,7 @@ fn show_pulled(
             format!("\n  not lazy: {shared}{} of private memory", bytes(private_bytes))
         });
         format!(
-            "{what}: {image}, {entries} entries, {}, {chunks} chunks verified, {} over the wire{not_lazy}",
+            "{what}: {image}, {entries} entries, {}{written}, {chunks} chunks verified, {} over the wire{not_lazy}",
             bytes(*size_bytes),
             bytes(*frame_bytes)
         )
@@ -164,8 +164,8 @@ fn show_pulled(
 #[derive(Debug)]
 pub(crate) enum Part {
     All,
-    /// The files whose paths match.
-    Only(GlobSet),
+    /// The files whose paths match, and the patterns as the user wrote them.
+    Only(GlobSet, String),
     /// CRIU's images without the lazy memory.
     Criu,
 }
@@ -175,13 +175,19 @@ impl Part {
         if globs.is_empty() {
             return Ok(Self::All);
         }
+        let shown = globs.iter().map(|glob| format!("'{glob}'")).collect::<Vec<_>>().join(" or ");
         let mut only = GlobSetBuilder::new();
         for glob in globs {
             // Each glob keeps its meaning, except that `*` does not match a `/`.
             only.add(GlobBuilder::new(glob.glob()).literal_separator(true).build()?);
         }
-        Ok(Self::Only(only.build()?))
+        Ok(Self::Only(only.build()?, shown))
     }
+}
+
+/// Returns the bytes in these extents.
+fn length(extents: &[(ImagePath, Range<u64>)]) -> u64 {
+    extents.iter().map(|(_, bytes)| bytes.end - bytes.start).sum()
 }
 
 async fn pull_part(
@@ -191,23 +197,29 @@ async fn pull_part(
     part: &Part,
 ) -> Result<(PullReport, Option<NotLazy>)> {
     let is_wanted = |path: &ImagePath| match part {
-        Part::Only(globs) => globs.is_match(OsStr::from_bytes(path.as_bytes())),
+        Part::Only(globs, _) => globs.is_match(OsStr::from_bytes(path.as_bytes())),
         Part::All | Part::Criu => true,
     };
     let mut pulling = Pulling::begin(remote, reference, directory, is_wanted).await?;
     if !matches!(part, Part::Criu) {
         let all = pulling.extents_of(|_| true);
-        anyhow::ensure!(!all.is_empty() || matches!(part, Part::All), "no file of {reference} matches");
+        if let Part::Only(_, globs) = part
+            && all.is_empty()
+        {
+            let text = format!("no file of {reference} matches {globs} (--only)");
+            return Err(Advised { text, next: INSPECT }.into());
+        }
         pulling.fetch(all).await?;
         return Ok((pulling.finish()?, None));
     }
-    let prefix = criu::prefix_in(pulling.image())?;
+    let prefix = criu::prefix_in(pulling.image(), &reference.to_string())?;
     let is_pages = |path: &ImagePath| {
         let path = path.to_string();
         let name = path.rsplit('/').next().unwrap_or_default();
         path.starts_with(&prefix) && name.starts_with("pages-") && name.ends_with(".img")
     };
     let rest = pulling.extents_of(|path| !is_pages(path));
+    let mut written_bytes = length(&rest);
     pulling.fetch(rest).await?;
     let dump = criu::Dump::read(&pulling.directory().join(&prefix))?;
     let eager = dump.eager().map(|(file, bytes)| {
@@ -215,9 +227,10 @@ async fn pull_part(
         Ok((ImagePath::try_from(&path[..])?, bytes))
     });
     let eager = eager.collect::<Result<Vec<_>>>()?;
+    written_bytes += length(&eager);
     pulling.fetch(eager).await?;
     let (shared_bytes, private_bytes) = dump.not_lazy_bytes();
-    Ok((pulling.finish()?, Some(NotLazy { shared_bytes, private_bytes })))
+    Ok((pulling.finish()?, Some(NotLazy { shared_bytes, private_bytes, written_bytes })))
 }
 
 pub(crate) fn pull(
@@ -277,7 +290,8 @@ pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
         let mut page_token = String::new();
         loop {
             let request = v1::ListImagesRequest { page_size: 0, page_token };
-            let page = remote.images().list_images(request).await.map_err(refused)?.into_inner();
+            let page = remote.images().list_images(request).await;
+            let page = page.map_err(remote.failed("listing the images"))?.into_inner();
             images.extend(page.images.into_iter().map(Summary::from));
             page_token = page.next_page_token;
             if page_token.is_empty() {
@@ -287,6 +301,9 @@ pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
     })?;
     let damaged = images.iter().any(|image| !image.damage.is_empty());
     output.show(&images, || {
+        if images.is_empty() {
+            return "no images yet: `postcopy push PATH NAME` stores one".to_owned();
+        }
         let width = images.iter().map(|image| image.reference.len()).max().unwrap_or(0).max(9);
         let mut text =
             format!("{:width$}  {:>12}  {:>6}  {:>10}  IMAGE\n", "REFERENCE", "SIZE", "FILES", "CHUNK");
@@ -307,8 +324,8 @@ pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
 pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
     let (answer, image) = with_remote(server, |remote| async move {
         let request = v1::GetImageRequest { reference: reference.to_string() };
-        let answer = remote.images().get_image(request).await.map_err(refused)?;
-        let answer = answer.into_inner();
+        let answer = remote.images().get_image(request).await;
+        let answer = answer.map_err(remote.failed(format!("reading {reference}")))?.into_inner();
         let (image, _) = remote.open(reference, &[], false).await?;
         Ok((answer, image))
     })?;
@@ -391,7 +408,8 @@ struct Pointed {
 pub(crate) fn remove(server: ServerAddress, reference: &TagReference, output: Output) -> Result<ExitCode> {
     with_remote(server, |remote| async move {
         let request = v1::DeleteImageRequest { reference: reference.to_string() };
-        remote.images().delete_image(request).await.map_err(refused)?;
+        let answer = remote.images().delete_image(request).await;
+        answer.map_err(remote.failed(format!("removing {reference}")))?;
         Ok(())
     })?;
     let removed = Pointed { reference: reference.to_string(), image: None };
@@ -407,7 +425,8 @@ pub(crate) fn tag(
 ) -> Result<ExitCode> {
     let image = with_remote(server, |remote| async move {
         let request = v1::TagImageRequest { source: source.to_string(), target: target.to_string() };
-        let answer = remote.images().tag_image(request).await.map_err(refused)?;
+        let answer = remote.images().tag_image(request).await;
+        let answer = answer.map_err(remote.failed(format!("tagging {source}")))?;
         Ok(digest(&answer.into_inner().image))
     })?;
     let tagged = Pointed { reference: target.to_string(), image: Some(image.clone()) };

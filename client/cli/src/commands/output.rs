@@ -1,6 +1,11 @@
 //! Output of results: text for people, JSON for programs.
 
+use postcopy::pull::PullError;
+use postcopy::push::PushError;
+use postcopy::{RemoteError, SessionError};
 use serde::Serialize;
+use std::error::Error;
+use std::fmt;
 use std::io::Write;
 
 /// The format of results.
@@ -38,30 +43,70 @@ impl Output {
             println!("{}", serde_json::json!({ "error": chain }));
         }
         eprintln!("postcopy: {chain}");
-        if let Some(next) = next_step(&chain) {
+        if let Some(next) = error.chain().find_map(next_step) {
             eprintln!("  {next}");
         }
     }
 }
 
-fn next_step(error: &str) -> Option<&'static str> {
-    if error.contains("cannot be reached") {
-        Some(
-            "Is it running? Start one with `postcopyd serve`, or name another with --server or POSTCOPY_SERVER.",
-        )
-    } else if error.contains("userfaultfd") {
-        Some("`postcopy doctor` lists what this machine allows, and how to get what is missing.")
-    } else if error.contains("of the image") && !error.contains("of the image's chunks") {
-        Some("`postcopy inspect` lists the paths of an image.")
-    } else if error.contains("a working set of") {
-        Some(
-            "Record a restore with --record. `postcopy working-set ls` lists the images that have a working set.",
-        )
-    } else if error.contains("entity was not found") || error.contains("no such reference") {
-        Some("`postcopy ls` lists the server's references.")
-    } else {
-        None
+/// An error of a command that knows the user's next step.
+#[derive(Debug)]
+pub(crate) struct Advised {
+    pub(crate) text: String,
+    pub(crate) next: &'static str,
+}
+
+impl fmt::Display for Advised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.text.fmt(f)
     }
+}
+
+impl Error for Advised {}
+
+/// The next step after an error about a path that the image lacks.
+pub(crate) const INSPECT: &str = "`postcopy inspect` lists the paths of an image.";
+/// The next step after an error about a working set that the server lacks.
+pub(crate) const RECORD: &str =
+    "Record a restore with --record. `postcopy working-set ls` lists the images that have a working set.";
+
+/// Returns the next step for the user after one error of a chain.
+fn next_step(error: &(dyn Error + 'static)) -> Option<&'static str> {
+    if let Some(advised) = error.downcast_ref::<Advised>() {
+        return Some(advised.next);
+    }
+    if let Some(remote) = remote_error(error) {
+        return match remote {
+            RemoteError::Connect { .. } => Some(
+                "Is it running? Start one with `postcopyd serve`, or name another with --server or POSTCOPY_SERVER.",
+            ),
+            _ if remote.is_no_answer() => {
+                Some("Does a postcopyd answer there? Check --server or POSTCOPY_SERVER.")
+            }
+            _ if remote.is_not_found() => {
+                Some("`postcopy ls` lists the server's references, `postcopy inspect` the paths of an image.")
+            }
+            _ => None,
+        };
+    }
+    match error.downcast_ref() {
+        Some(SessionError::Uffd(_)) => {
+            Some("`postcopy doctor` lists what this machine allows, and how to get what is missing.")
+        }
+        Some(SessionError::NoSuchFile { .. }) => Some(INSPECT),
+        _ => None,
+    }
+}
+
+/// Returns the error about a server that `error` is, or that it shows in its place.
+fn remote_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a RemoteError> {
+    let shown = match (error.downcast_ref(), error.downcast_ref(), error.downcast_ref()) {
+        (Some(SessionError::Remote(remote)), ..)
+        | (_, Some(PushError::Remote(remote)), _)
+        | (.., Some(PullError::Remote(remote))) => Some(remote),
+        _ => None,
+    };
+    shown.or_else(|| error.downcast_ref())
 }
 
 /// Formats bytes for people: `1.50 MiB`.

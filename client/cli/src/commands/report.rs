@@ -4,11 +4,11 @@ mod arrivals;
 mod page;
 mod waits;
 
-use super::output::{Output, bytes, printable, time};
+use super::output::{Advised, Output, bytes, printable, time};
 use anyhow::{Context, Result};
 use arrivals::Arrivals;
 use postcopy::proto::page::PAGE_BYTES;
-use postcopy::trace::{Cause, Trace};
+use postcopy::trace::{Cause, Trace, TraceError};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -119,7 +119,15 @@ struct Told {
 pub(crate) fn report(args: &ReportArgs, output: Output) -> Result<ExitCode> {
     let path = || args.trace.display().to_string();
     let file = File::open(&args.trace).with_context(path)?;
-    let told = Told::new(Trace::read(BufReader::new(file)).with_context(path)?);
+    let trace = Trace::read(BufReader::new(file)).map_err(|error| match error {
+        TraceError::NotATrace => Advised {
+            text: format!("{}: {error}", path()),
+            next: "Write one with --trace of bench, firecracker or criu.",
+        }
+        .into(),
+        _ => anyhow::Error::new(error).context(path()),
+    });
+    let told = Told::new(trace?);
     let report = told.report();
     if let Some(to) = &args.output {
         std::fs::write(to, page::html(&told, &report)).with_context(|| to.display().to_string())?;
@@ -277,7 +285,7 @@ fn estimate(report: &Report) -> Option<String> {
         ),
         brought => format!(
             "an estimate: {least:.0} to {most:.0} % of what it brought was touched (of {} pages that were withheld at \
-             random {} were, and {brought} came otherwise before that)",
+             random, {} were accessed, and {brought} were installed for another cause first)",
             e.withheld, e.touched
         ),
     })

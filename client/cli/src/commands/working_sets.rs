@@ -1,15 +1,15 @@
 //! `postcopy working-set`: lists, draws, sends and removes working sets.
 
 use super::heat_map::HeatMap;
-use super::images::{digest, refused, with_remote};
-use super::output::{Output, bytes};
+use super::images::{digest, with_remote};
+use super::output::{Advised, Output, RECORD, bytes};
 use crate::daemon::{ask_to_record, runtime_dir};
 use anyhow::{Context, Result, ensure};
 use clap::Subcommand;
-use postcopy::ServerAddress;
 use postcopy::proto::page::PAGE_BYTES;
 use postcopy::proto::reference::Reference;
 use postcopy::proto::v1;
+use postcopy::{Remote, RemoteError, ServerAddress};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,7 +32,7 @@ pub(crate) enum WorkingSetCommand {
     #[command(after_help = "Example:\n  postcopy working-set send 4711")]
     Send {
         /// Process ids; processes that these have forked are included
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = super::pid)]
         pids: Vec<u32>,
         /// The directory in which the daemons keep the state that outlives their workers
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
@@ -91,18 +91,27 @@ pub(crate) fn run(server: ServerAddress, command: WorkingSetCommand, output: Out
         }
         WorkingSetCommand::Rm { reference } => with_remote(server, |remote| async move {
             let request = v1::DeleteWorkingSetRequest { reference: reference.to_string() };
-            remote.working_sets().delete_working_set(request).await.map_err(refused)?;
+            let answer = remote.working_sets().delete_working_set(request).await;
+            answer.map_err(|status| lacks(&remote, &reference, status))?;
             Ok(())
         })?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
+/// Returns the error of a request for an image's working set.
+fn lacks(remote: &Remote, reference: &Reference, status: tonic::Status) -> anyhow::Error {
+    let error: RemoteError = remote.failed(format!("the working set of {reference}"))(status);
+    match error.is_not_found() {
+        true => Advised { text: error.to_string(), next: RECORD }.into(),
+        false => error.into(),
+    }
+}
+
 fn list(server: ServerAddress, output: Output) -> Result<()> {
     let sets = with_remote(server, |remote| async move {
-        let listed =
-            remote.working_sets().list_working_sets(v1::ListWorkingSetsRequest {}).await.map_err(refused)?;
-        Ok(listed.into_inner().working_sets)
+        let listed = remote.working_sets().list_working_sets(v1::ListWorkingSetsRequest {}).await;
+        Ok(listed.map_err(remote.failed("listing the working sets"))?.into_inner().working_sets)
     })?;
     let shown: Vec<Shown> = sets.iter().map(Shown::from).collect();
     let text = || match shown.is_empty() {
@@ -119,9 +128,10 @@ fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, outp
             image.root().files().map(|(path, file)| (path.to_string(), file.size_bytes)).collect();
         let pages: u64 = files.iter().map(|(_, bytes)| bytes.div_ceil(PAGE_BYTES as u64)).sum();
         let request = v1::GetWorkingSetRequest { reference: reference.to_string() };
-        let mut parts = remote.working_sets().get_working_set(request).await.map_err(refused)?.into_inner();
+        let failed = |status| lacks(&remote, reference, status);
+        let mut parts = remote.working_sets().get_working_set(request).await.map_err(failed)?.into_inner();
         let (mut set, mut spans) = (None, Vec::new());
-        while let Some(part) = parts.message().await.map_err(refused)? {
+        while let Some(part) = parts.message().await.map_err(failed)? {
             set = set.or(part.working_set);
             spans.extend(part.pages);
             ensure!(spans.len() as u64 <= pages, "the server lists more pages than the image has");

@@ -1,6 +1,6 @@
 //! The daemon for CRIU. `criu restore --lazy-pages` connects to `lazy-pages.socket` in its work
-//! directory. Every task that it restores sends its pid and its userfaultfd. After the last task
-//! `criu restore` sends a message, and only from then on all of the tasks' memory is registered.
+//! directory. Every task that it restores sends its pid and its userfaultfd. After the last task,
+//! `criu restore` sends a message. All memory of the tasks is registered only from then on.
 //! This daemon replaces `criu lazy-pages`; docs/CRIU.md tells how to use it.
 
 mod images;
@@ -45,7 +45,7 @@ pub(crate) struct Criu {
     /// The start and the length of the wait for `criu restore` to connect. None: the wait has no
     /// end.
     patience: Option<(Instant, Duration)>,
-    /// The daemon serves a restore, and accepts no other.
+    /// True once a restore has connected; the daemon accepts no other.
     is_taken: AtomicBool,
 }
 
@@ -55,7 +55,7 @@ struct Tasks {
     served: Vec<Arc<Served>>,
     /// The tasks that an earlier worker has left, and that are still to be resumed.
     resuming: Vec<Resuming>,
-    /// All tasks have been restored.
+    /// True once all tasks have been restored.
     is_restored: bool,
 }
 
@@ -68,8 +68,8 @@ impl Tasks {
         self.served.is_empty() && self.resuming.is_empty()
     }
 
-    /// Waits until the first task is resident or gone, or the next check of all is due. The first
-    /// is enough, because the tasks end only together.
+    /// Waits until the first task is resident or gone, or the next check of all is due. Waiting for
+    /// one task suffices, because the loop ends only when all tasks have ended.
     fn wait(&self, worker: &Worker) {
         let next_attempt = self.resuming.iter().map(Resuming::until_next).min();
         let timeout = next_attempt.map_or(EXIT_LOOK, |next| next.min(EXIT_LOOK));
@@ -129,7 +129,7 @@ fn parse(peeked: &mut inbox::Peeked) -> Result<Option<Message>> {
             if peeked.bytes.len() < TASK_BYTES {
                 return Ok(None);
             }
-            // The descriptors of later tasks may have arrived, too.
+            // `fds` may hold descriptors of later tasks, too.
             ensure!(!peeked.fds.is_empty(), "it sends task {image_pid} without a userfaultfd");
             let uffd = peeked.fds.swap_remove(0);
             let sender = peeked
@@ -142,17 +142,18 @@ fn parse(peeked: &mut inbox::Peeked) -> Result<Option<Message>> {
 }
 
 impl Criu {
-    /// Reads the images in `directory`, which the image was made from.
+    /// Reads CRIU's files in `directory` and compares its pagemaps with those of `image`.
     ///
     /// # Errors
-    /// The image holds other images than the directory; or the directory cannot be read.
+    /// They differ, or `directory` cannot be read.
     pub(crate) fn new(
         image: Arc<Image>,
+        reference: &str,
         directory: &Path,
         fill: bool,
         wait_for_restore: Option<Duration>,
     ) -> Result<Self> {
-        let prefix = prefix_in(&image)?;
+        let prefix = prefix_in(&image, reference)?;
         let dump = Dump::read(directory)?;
         for entry in fs::read_dir(directory)?.flatten() {
             let name = entry.file_name();
@@ -196,8 +197,8 @@ impl Criu {
         let marker = worker.setup.runtime.finished(connection.cookie);
         if !marker.exists() {
             self.take_tasks(worker, connection, &mut tasks)?;
-            // The marker is written before the message is taken, because a successor needs one of
-            // the two.
+            // Writes the marker before it takes the message: a successor recognises the end of the
+            // restore by either.
             fs::write(&marker, []).with_context(|| marker.display().to_string())?;
         }
         inbox::take(&connection.stream, PID_BYTES)?;
@@ -241,11 +242,7 @@ impl Criu {
                     // message.
                     if !tasks.has(&name) {
                         let regions = self.regions(image_pid)?;
-                        let outside = surroundings::is_outside_of(pid);
-                        outside
-                            .iter()
-                            .filter(|finding| !finding.is_good)
-                            .for_each(surroundings::Finding::log);
+                        surroundings::log_if_inside_of(pid);
                         let attach = || {
                             let (setup, uffd) = (&worker.setup, uffd.as_fd());
                             Served::attach(setup, name.clone(), &self.image, uffd, &regions, false)
@@ -281,8 +278,8 @@ impl Criu {
 
     /// Watches over tasks until each is resident or gone.
     fn complete(&self, worker: &Worker, mut tasks: Tasks) {
-        // Sessions that have ended, but whose recording or trace may be unfinished. The others do
-        // not wait for these.
+        // Ended sessions whose recording or trace may be incomplete. `served::finish` waits for
+        // these; the loop does not.
         let mut ended = Vec::new();
         while !tasks.is_empty() {
             tasks.resume(worker);
@@ -299,10 +296,11 @@ impl Criu {
                 match served.look() {
                     Status::Serving if worker.is_past_deadline() => {
                         if served.end() {
-                            let text = format!("left: process {pid}; what of its memory had not arrived is SIGBUS from here on");
+                            let text =
+                                format!("left: process {pid}; accesses to its absent pages raise SIGBUS");
                             tracing::warn!("{text}");
                             say(&text);
-                            let what = "was left; what of its memory had not arrived is SIGBUS";
+                            let what = "was left; accesses to its absent pages raise SIGBUS";
                             worker.setup.runtime.note_loss(&served.name, what);
                         }
                         worker.remove(&served.name);
@@ -312,9 +310,11 @@ impl Criu {
                     Status::Serving => return true,
                     Status::Resident => {
                         let _ = served.end();
-                        tracing::info!("process {pid}: all of its memory is there");
+                        tracing::info!("process {pid}: all of its memory is resident");
                     }
-                    Status::Ended => tracing::info!("process {pid}: is gone, or was drained"),
+                    Status::Ended => {
+                        tracing::info!("process {pid}: has exited, or all of its memory is resident")
+                    }
                 }
                 if served.session().progress().poisoned_pages > 0 {
                     worker.setup.runtime.note_loss(&served.name, "lost pages, which are SIGBUS");
@@ -337,7 +337,8 @@ impl Program for Criu {
             Ok(()) => Some(0),
             Err(error) => {
                 tracing::error!("criu restore (process {}): {error:#}", connection.peer);
-                // No code serves these tasks from here on, and those that live must not read zeros.
+                // The daemon poisons the memory of these tasks or kills them, because it no longer
+                // serves them and they would read zeros.
                 let sessions = worker.sessions();
                 sessions.iter().for_each(|served| {
                     let _ = served.end();
@@ -352,8 +353,8 @@ impl Program for Criu {
     }
 
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
-        // A connection stays open while its sessions are served. So this session's connection is
-        // one that a worker could not serve again.
+        // The connection of a served session stays open. An earlier worker failed to serve this
+        // session's connection.
         let is_restored = worker.setup.runtime.finished(session.cookie).exists();
         let tasks = Tasks { is_restored, ..Tasks::left([session]) };
         self.complete(worker, tasks);
@@ -395,11 +396,12 @@ fn bring_arguments(served: &Served) {
     served.session().hosted().bring(&(environment..environment_end));
 }
 
-/// Returns the directory of CRIU's files in an image.
+/// Returns the directory of CRIU's files in an image. Errors name the image by `reference`.
 ///
 /// # Errors
 /// The image has no such directory, or several.
-pub(crate) fn prefix_in(image: &Image) -> Result<String> {
+pub(crate) fn prefix_in(image: &Image, reference: &str) -> Result<String> {
+    let lacks = |file| format!("{reference} has no {file}: it is not an image of a CRIU dump");
     let is_parent = |prefix: &str| prefix.split('/').any(|part| part == "parent");
     let prefixes: BTreeSet<String> = image
         .root()
@@ -408,8 +410,11 @@ pub(crate) fn prefix_in(image: &Image) -> Result<String> {
         .filter(|prefix| (prefix.is_empty() || prefix.ends_with('/')) && !is_parent(prefix))
         .collect();
     let mut prefixes = prefixes.into_iter();
-    let first = prefixes.next().context("there is no pstree.img in the image: it is not of CRIU's images")?;
-    ensure!(prefixes.next().is_none(), "the image has several directories of CRIU's images");
+    let first = prefixes.next().with_context(|| lacks("pstree.img"))?;
+    ensure!(prefixes.next().is_none(), "{reference} has several directories of CRIU's images");
+    let is_pagemap =
+        |path: &str| path.strip_prefix(&first).is_some_and(|name| images::pid_of_pagemap(name).is_some());
+    ensure!(image.root().files().any(|(path, _)| is_pagemap(&path.to_string())), lacks("pagemap-PID.img"));
     Ok(first)
 }
 

@@ -188,7 +188,7 @@ impl Firecracker {
                 Status::Resident if worker.is_stopping() => {
                     let _ = served.end();
                     served::finish([served]);
-                    tracing::info!("vm {pid}: all of its memory is there; it needs nobody any more");
+                    tracing::info!("vm {pid}: all of its memory is resident");
                     return worker.remove(&served.name);
                 }
                 _ => {}
@@ -236,14 +236,27 @@ fn refuse(worker: &Worker, connection: &Connection) {
 
 /// Reports that a machine is left, and the command that takes it over.
 pub(crate) fn say_left(worker: &Worker, name: &SessionName, image: Option<Digest>) {
-    let (pid, reference) = (name.pid, worker.setup.reference_of(image).unwrap_or("REF"));
+    let (pid, setup) = (name.pid, &worker.setup);
+    let reference = setup.reference_of(image).unwrap_or_else(|| "REF".to_owned());
+    // Names both places, because another shell may have other variables.
     let text = format!(
         "left: vm {pid}, which sleeps until it is taken over: \
-         postcopy firecracker --adopt {pid} --image {reference}"
+         postcopy firecracker --adopt {pid} --image {reference} --server {} --runtime-dir {}",
+        quoted(&setup.address.to_string()),
+        quoted(&setup.runtime.root().display().to_string())
     );
     tracing::warn!("{text}");
     say(&text);
-    worker.setup.runtime.note_loss(name, "was left without memory that had not arrived");
+    setup.runtime.note_loss(name, "was left without memory that had not arrived");
+}
+
+/// Returns a word as a shell reads it.
+fn quoted(word: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/:.,_-@=+".contains(&byte);
+    match word.bytes().all(is_plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
 }
 
 fn attach(
@@ -255,7 +268,7 @@ fn attach(
 ) -> Result<Arc<Served>> {
     let file = memory_file(backing, mappings)?;
     let regions: Vec<_> = mappings.iter().map(|mapping| mapping.region(&file)).collect::<Result<_>>()?;
-    surroundings::is_outside_of(name.pid).iter().filter(|finding| !finding.is_good).for_each(|f| f.log());
+    surroundings::log_if_inside_of(name.pid);
     let served = Served::attach(&worker.setup, name, &backing.image, uffd, &regions, true)?;
     let (pid, bytes) = (served.name.pid, mappings.iter().map(|mapping| mapping.size).sum::<u64>());
     tracing::info!("vm {pid}: {} MiB of {} in {} regions", bytes >> 20, backing.reference, regions.len());
@@ -353,8 +366,8 @@ pub(crate) fn adopt(
     }
     ensure!(
         nothing_was_removed,
-        "there is no state file of process {pid} below {}: pages that its balloon gave back cannot be told from absent \
-         ones. Say --nothing-was-removed if there were none",
+        "there is no state file of process {pid} below {}. Is --runtime-dir that of the daemon that died? Only if the \
+         machine has no balloon: --nothing-was-removed",
         root.display()
     );
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).context("its mappings")?;
@@ -376,7 +389,9 @@ fn uffd_of(pid: u32) -> Result<OwnedFd> {
     let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_uffd);
     match *numbers.collect::<Vec<RawFd>>().as_slice() {
         [number] => pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).context("its userfaultfd"),
-        [] => bail!("process {pid} has no userfaultfd"),
+        [] => bail!(
+            "process {pid} has no userfaultfd: it is not a Firecracker that was restored with backend Uffd"
+        ),
         _ => bail!("process {pid} has several userfaultfds"),
     }
 }
@@ -441,6 +456,15 @@ mod tests {
 
     const HUGE: u64 = 2 << 20;
     const RECORDED: &str = r#"[{"base_host_virt_addr":139975064551424,"size":536870912,"offset":0,"page_size":4096,"page_size_kib":4096}]"#;
+
+    #[test]
+    fn a_shell_reads_a_quoted_word_as_it_was() {
+        for word in ["http://host:7070", "unix:/run/a b.sock", "/it's/$HOME", "a;b", "`id`", "*"] {
+            let script = format!("printf %s {}", quoted(word));
+            let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stdout), word);
+        }
+    }
 
     #[test]
     fn what_firecracker_sends_is_understood_in_all_its_versions() {

@@ -159,6 +159,12 @@ impl RuntimeDir {
         Ok(Self { path, _lock: lock, lost })
     }
 
+    /// Returns the directory that holds those of all daemons, as an absolute path.
+    pub(crate) fn root(&self) -> PathBuf {
+        let root = self.path.parent().unwrap_or(&self.path);
+        std::path::absolute(root).unwrap_or_else(|_| root.to_owned())
+    }
+
     /// Returns the directory's path.
     pub(crate) fn path(&self) -> &Path {
         &self.path

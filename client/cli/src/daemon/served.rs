@@ -8,7 +8,8 @@ use anyhow::{Context, Result, anyhow};
 use postcopy::state_file::{self, StateError};
 use postcopy::trace::TraceWriter;
 use postcopy::{
-    FailureEnd, ForeignMemory, ForeignRegion, Image, LossError, LossPolicy, Session, SessionError,
+    FailureEnd, ForeignMemory, ForeignRegion, Image, LossError, LossPolicy, RecordingError, Session,
+    SessionError,
 };
 use rustix::process::Signal;
 use std::fs::File;
@@ -348,7 +349,7 @@ impl Served {
             kill_unsafe(&self.setup, &self.name, &reason);
         } else if !is_closed {
             tracing::warn!(
-                "process {}: all of its memory is there, but its session does not end",
+                "process {}: all of its memory is resident, but its session does not end",
                 self.name.pid
             );
         }
@@ -375,7 +376,11 @@ impl Served {
     /// As [`Session::send_recording`].
     pub(crate) fn send_recording(&self) -> Result<()> {
         let sent = self.session().send_recording(RECORDED);
-        sent.map_err(|reason| anyhow!("process {}: {reason}", self.name.pid))
+        let next = match sent {
+            Err(RecordingError::NotRecorded) => ". Start the daemon with --record",
+            _ => "",
+        };
+        sent.map_err(|reason| anyhow!("process {}: {reason}{next}", self.name.pid))
     }
 
     /// Returns whether a session that has ended needs no more work: its recording is sent and its

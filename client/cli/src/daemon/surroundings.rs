@@ -4,6 +4,8 @@
 //! Each measure is applied as far as the system allows. The daemon logs the ones that failed, and
 //! `postcopy doctor` prints all of them on demand.
 
+use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::fs;
@@ -14,11 +16,13 @@ pub(crate) struct Finding {
     pub(crate) what: &'static str,
     pub(crate) is_good: bool,
     pub(crate) text: String,
+    /// The way to make it good.
+    pub(crate) advice: &'static str,
 }
 
 impl Finding {
-    fn new(what: &'static str, is_good: bool, text: impl Into<String>) -> Self {
-        Self { what, is_good, text: text.into() }
+    fn new(what: &'static str, is_good: bool, text: impl Into<String>, advice: &'static str) -> Self {
+        Self { what, is_good, text: text.into(), advice }
     }
 
     /// Writes the finding to the log.
@@ -50,7 +54,8 @@ fn raise_descriptors() -> Finding {
     }
     let now = getrlimit(Resource::Nofile).current;
     let text = now.map_or("no limit".to_owned(), |now| format!("up to {now}"));
-    Finding::new(WHAT, now.is_none_or(|now| now >= 4096), text)
+    const ADVICE: &str = "each session needs several: raise the hard limit (ulimit -Hn)";
+    Finding::new(WHAT, now.is_none_or(|now| now >= 4096), text, ADVICE)
 }
 
 /// Lowers the OOM score, so that the kernel kills other processes first.
@@ -60,12 +65,11 @@ fn lower_oom_score() -> Finding {
     let lowered = fs::write(path, "-1000");
     let now = fs::read_to_string(path).unwrap_or_default();
     let now = now.trim();
-    match lowered {
-        Ok(()) => Finding::new(WHAT, true, format!("{now}: others are killed first")),
-        Err(error) => {
-            Finding::new(WHAT, false, format!("{now}: cannot be lowered ({error}; CAP_SYS_RESOURCE)"))
-        }
-    }
+    let text = match &lowered {
+        Ok(()) => format!("{now}: the kernel kills other processes before a daemon"),
+        Err(error) => format!("{now}: cannot be lowered ({error})"),
+    };
+    Finding::new(WHAT, lowered.is_ok(), text, "give the daemon CAP_SYS_RESOURCE")
 }
 
 /// Locks this process's own pages in memory, so that serving a fault never waits for swap.
@@ -76,30 +80,60 @@ fn lock_memory() -> Finding {
     let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
     let may = limit.maximum.is_none() || rustix::process::geteuid().is_root();
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
-    match may.then(|| mlockall(flags)) {
-        Some(Ok(())) => Finding::new(WHAT, true, "its resident pages are never swapped out"),
-        Some(Err(error)) => Finding::new(WHAT, false, format!("memory may be swapped out ({error})")),
-        None => Finding::new(WHAT, false, "memory may be swapped out (ulimit -l is not unlimited)"),
-    }
+    let locked = may.then(|| mlockall(flags));
+    let text = match locked {
+        Some(Ok(())) => "a daemon's pages are never swapped out".to_owned(),
+        Some(Err(error)) => format!("a daemon's pages may be swapped out ({error})"),
+        None => "a daemon's pages may be swapped out (ulimit -l is not unlimited)".to_owned(),
+    };
+    Finding::new(
+        WHAT,
+        locked == Some(Ok(())),
+        text,
+        "run ulimit -l unlimited before the daemon, or run it as root",
+    )
 }
 
 /// Returns whether this process is outside of the memory cgroup and the freezer of another process.
 /// Inside, it would be stopped or killed with that process, and could not serve it.
-pub(crate) fn is_outside_of(pid: u32) -> Vec<Finding> {
-    let read = |of: &str| fs::read_to_string(format!("/proc/{of}/cgroup")).unwrap_or_default();
-    let (own, target) = (read("self"), read(&pid.to_string()));
+///
+/// # Errors
+/// The process does not exist, or its cgroups cannot be read.
+pub(crate) fn is_outside_of(pid: u32) -> Result<Vec<Finding>> {
+    let read = |path: String| match fs::read_to_string(&path) {
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => {
+            bail!("process {pid} does not exist")
+        }
+        read => read.context(path),
+    };
+    let target = read(format!("/proc/{pid}/cgroup"))?;
+    let own = fs::read_to_string("/proc/self/cgroup").context("/proc/self/cgroup")?;
     let finding = |(what, controller): (&'static str, &str)| {
         let (own, target) = (group_of(&own, controller), group_of(&target, controller));
         let is_inside = is_inside(&own, &target);
-        let text = match is_inside {
-            true => {
+        let text = match (is_inside, own.as_str(), target.as_str()) {
+            (true, ..) => {
                 format!("inside of process {pid}'s, {target}: events that stop that process stop its pager")
             }
-            false => format!("outside of process {pid}'s ({own}, not in {target})"),
+            (false, "/", "/") => {
+                "both are in the root cgroup, which has no limit and is never frozen".to_owned()
+            }
+            (false, _, "/") => {
+                format!("process {pid} is in the root cgroup, which has no limit and is never frozen")
+            }
+            (false, ..) => format!("outside of process {pid}'s ({own}, not in {target})"),
         };
-        Finding::new(what, !is_inside, text)
+        Finding::new(what, !is_inside, text, "start the daemon outside of that cgroup")
     };
-    [("memory cgroup", "memory"), ("freezer", "freezer")].map(finding).into()
+    Ok([("memory cgroup", "memory"), ("freezer", "freezer")].map(finding).into())
+}
+
+/// Logs if this process could be stopped or killed with another one.
+pub(crate) fn log_if_inside_of(pid: u32) {
+    match is_outside_of(pid) {
+        Ok(findings) => findings.iter().filter(|finding| !finding.is_good).for_each(Finding::log),
+        Err(error) => tracing::warn!("{error:#}"),
+    }
 }
 
 /// Returns the cgroup of a process for a controller: the one of version 1, or else that of version

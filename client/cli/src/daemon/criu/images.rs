@@ -194,7 +194,7 @@ impl Dump {
         }
         ensure!(
             !tasks.is_empty(),
-            "{}: there is no pagemap-PID.img: not a directory of CRIU's images",
+            "{} has no pagemap-PID.img: it is not a directory of CRIU's images",
             shown()
         );
         Ok(Self { tasks, shared })
