@@ -48,6 +48,9 @@ pub enum ListenError {
     /// Another server is listening at the socket.
     #[error("unix:{}: another server is listening there", .0.display())]
     InUse(PathBuf),
+    /// The path of the socket has a file of another kind.
+    #[error("unix:{}: exists and is not a socket. Move it away, or name another path", .0.display())]
+    NotASocket(PathBuf),
     /// The operating system refuses.
     #[error("{address}")]
     Io {
@@ -102,7 +105,7 @@ impl Listener {
     ///
     /// # Errors
     /// Returns [`ListenError::Insecure`] for an address beyond loopback unless `insecure` is set,
-    /// [`ListenError::InUse`], or [`ListenError::Io`].
+    /// [`ListenError::InUse`], [`ListenError::NotASocket`], or [`ListenError::Io`].
     ///
     /// # Blocking
     /// Connects to an existing Unix socket, to see if a server answers.
@@ -141,9 +144,13 @@ fn bind_unix(path: &Path) -> Result<Listener, ListenError> {
     let error = |source| ListenError::Io { address: format!("unix:{}", path.display()), source };
     match StdUnixStream::connect(path) {
         Ok(_) => return Err(ListenError::InUse(path.to_owned())),
-        // The socket's server was killed. Only a socket refuses connections, so no other file is
-        // lost.
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
+        Err(_) if !is_socket(path) => {
+            if path.symlink_metadata().is_ok() {
+                return Err(ListenError::NotASocket(path.to_owned()));
+            }
+        }
+        // The socket's server was killed.
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(error)?;
         }
         Err(_) => {}
@@ -218,7 +225,7 @@ mod tests {
         drop(live);
         assert!(!path.exists(), "removed at the end");
         std::fs::write(&path, "a file").unwrap();
-        assert!(matches!(Listener::bind(&address, false), Err(ListenError::Io { .. })));
+        assert!(matches!(Listener::bind(&address, false), Err(ListenError::NotASocket(_))));
         assert_eq!(std::fs::read(&path).unwrap(), b"a file");
     }
 }

@@ -4,6 +4,7 @@ use postcopy::ServerAddress;
 use postcopy_tests::binary;
 use postcopy_tests::cgroup::MemoryCgroup;
 use postcopy_tests::cli::{fail, postcopy, run};
+use postcopy_tests::daemon::runtime_root;
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{StoreDir, flip, shown};
@@ -253,6 +254,43 @@ fn a_list_of_no_images_says_how_to_store_one() {
         String::from_utf8_lossy(&output.stdout).trim_end(),
         "no images yet: `postcopy push PATH NAME` stores one"
     );
+}
+
+#[test]
+fn a_daemon_that_does_not_start_leaves_nothing_behind() {
+    let (server, root) = (Server::start(), runtime_root());
+    push_small(&server);
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, file) = (folder.path().join("socket"), folder.path().join("file"));
+    fs::write(&file, "a file").unwrap();
+    let root = root.path().to_str().unwrap();
+    let daemon = |more: &[&str]| {
+        let args = ["firecracker", "--image", "app", "--runtime-dir", root];
+        let text = fail(server.address(), args.iter().chain(more));
+        assert_eq!(fs::read_dir(root).unwrap().count(), 0, "{text}");
+        text
+    };
+    let (first, second) = (socket.to_str().unwrap(), file.to_str().unwrap());
+    let text = daemon(&["--socket", first, "--socket", second]);
+    assert!(text.contains("file: exists and is not a socket. Move it away"), "{text}");
+    assert!(!socket.exists());
+    let pid = std::process::id().to_string();
+    let text = daemon(&["--adopt", &pid]);
+    let reason = format!("process {pid} has no userfaultfd: it is not a Firecracker");
+    assert!(text.contains(&reason) && !text.contains("doctor"), "{text}");
+}
+
+#[test]
+fn a_file_in_the_place_of_a_server_s_socket_is_kept_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, file) = (folder.path().join("store"), folder.path().join("file"));
+    fs::write(&file, "a file").unwrap();
+    let listen = format!("unix:{}", file.display());
+    let output = output("postcopyd", &["serve", "--store", store.to_str().unwrap(), "--listen", &listen]);
+    let text = shown(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains(&format!("{listen}: exists and is not a socket. Move it away")), "{text}");
+    assert_eq!(fs::read(&file).unwrap(), b"a file");
 }
 
 /// Stores a small file as `app`.

@@ -412,7 +412,7 @@ fn what_else_connects_to_a_daemon_s_socket_is_in_nobody_s_way() {
         let args = ["criu", "-D", images.to_str().unwrap(), "--image", "app", "--runtime-dir"];
         let root = root.path().to_str().unwrap();
         let said = fail(bench.server.address(), args.into_iter().chain([root]));
-        assert!(said.contains("somebody listens there already"), "{said}");
+        assert!(said.contains("another daemon listens at"), "{said}");
         daemon.kill_worker();
         assert_all_right(&status, &restored);
         daemon.hang_up();

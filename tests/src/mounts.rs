@@ -117,7 +117,10 @@ impl Tmpfs {
     #[must_use]
     pub fn of_bytes(bytes: usize) -> Self {
         let tmpfs = Self { folder: tempfile::tempdir().expect("a folder") };
-        run("mount", &["-t", "tmpfs", "-o", &format!("size={bytes}"), "postcopy-tests", tmpfs.text()]);
+        run(
+            "mount",
+            &["-t", "tmpfs", "-o", &format!("size={bytes},mode=700"), "postcopy-tests", tmpfs.text()],
+        );
         tmpfs
     }
 

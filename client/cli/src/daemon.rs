@@ -43,6 +43,7 @@ use rustix::process::PidfdFlags;
 use served::Served;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -143,19 +144,26 @@ impl Setup {
     /// Listens for programs at `path`, and replaces a socket there that has no listener.
     ///
     /// # Errors
-    /// Another process listens at `path`, or the socket cannot be created.
+    /// Another process listens at `path`, another file is there, or the socket cannot be created.
     pub(crate) fn listen(&mut self, path: &Path) -> Result<()> {
         let shown = || path.display().to_string();
         // The probe has another socket type, so a listener at that path does not see a connection.
         let probed = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
         if probed.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::PROTOTYPE)) {
-            anyhow::bail!("{}: somebody listens there already", shown());
+            anyhow::bail!("another daemon listens at {}", shown());
         }
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(shown);
+        match std::fs::symlink_metadata(path) {
+            Ok(found) => {
+                let is_socket = found.file_type().is_socket();
+                anyhow::ensure!(
+                    is_socket,
+                    "{}: exists and is not a socket. Move it away, or name another path",
+                    shown()
+                );
+                std::fs::remove_file(path).with_context(shown)?;
             }
-            _ => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(shown),
         }
         let listener = UnixListener::bind(path).with_context(shown)?;
         // Accepted connections inherit this option, and so do those that wait in the backlog.
@@ -197,7 +205,7 @@ impl Setup {
                 }
             }
         });
-        setup.clean_up();
+        // The drop of the setup cleans up.
         status
     }
 
@@ -231,6 +239,13 @@ impl Setup {
             let _ = std::fs::remove_file(path);
         }
         self.runtime.leave();
+    }
+}
+
+impl Drop for Setup {
+    /// Cleans up after a daemon that has ended or could not start. Workers exit without drops.
+    fn drop(&mut self) {
+        self.clean_up();
     }
 }
 

@@ -9,7 +9,7 @@
 //! - a state file for each session, named `KIND-PID-START-COOKIE`: the process, its start time, and
 //!   the connection (SO_COOKIE) that the session belongs to. These are the same for every worker.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use postcopy::state_file::StateError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock};
@@ -19,7 +19,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -134,12 +134,14 @@ impl RuntimeDir {
     /// Creates a directory below `root`, and removes the useless ones of daemons that have died.
     ///
     /// # Errors
-    /// The directory cannot be created, or is not in memory.
+    /// The directory cannot be created, is not in memory, or other users could change it.
     pub(crate) fn create(root: &Path, name: &str) -> Result<Self> {
         let shown = root.display();
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(root).with_context(|| shown.to_string())?;
+        let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
+        created.map_err(|error| anyhow!("{shown}: {error}. {ANOTHER}"))?;
+        ensure_private(root)?;
         let in_memory = is_in_memory(root).with_context(|| shown.to_string())?;
-        ensure!(in_memory, "{shown} is not on tmpfs: page states are kept there (--runtime-dir)");
+        ensure!(in_memory, "{shown} is not on tmpfs, where page states must be. {ANOTHER}");
         // Other daemons that are creating their directories do not hold their own locks yet.
         let all = File::open(root).with_context(|| shown.to_string())?;
         flock(&all, FlockOperation::LockExclusive).with_context(|| shown.to_string())?;
@@ -248,6 +250,36 @@ impl RuntimeDir {
     }
 }
 
+impl Drop for RuntimeDir {
+    /// Removes the directory of a daemon that could not start. Workers exit without drops.
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// The next step after an error about the directory.
+const ANOTHER: &str = "Name a directory of yours on tmpfs with --runtime-dir";
+
+/// Checks that no other user can put files into `root` or in its place: state files and control
+/// sockets decide about the memory of other programs. In a directory like /dev/shm another user may
+/// create `root` first, as a directory or as a link.
+fn ensure_private(root: &Path) -> Result<()> {
+    let shown = root.display();
+    let (link, directory) = (fs::symlink_metadata(root), fs::metadata(root));
+    let (link, directory) =
+        (link.with_context(|| shown.to_string())?, directory.with_context(|| shown.to_string())?);
+    let own = rustix::process::geteuid().as_raw();
+    for uid in [link.uid(), directory.uid()] {
+        ensure!(uid == own, "{shown} belongs to user {uid}, and this is user {own}. {ANOTHER}");
+    }
+    let mode = directory.mode() & 0o777;
+    ensure!(
+        mode & 0o022 == 0,
+        "{shown}: other users may write to it (mode {mode:o}). {ANOTHER}, or run chmod go-w"
+    );
+    Ok(())
+}
+
 /// The name of the file that lists losses.
 const LOSSES: &str = "lost";
 /// The room that the file system allocates to that file at the start: about 600 lines. If the list
@@ -283,9 +315,21 @@ fn sessions_in(directory: &Path) -> io::Result<Vec<SessionName>> {
     Ok(names.filter_map(|name| name.to_str()?.parse().ok()).collect())
 }
 
-/// Returns the directories of all daemons, including those that have died.
+/// Returns the directories of all daemons, including those that have died. Leaves out what else is
+/// in `root`, because the directories of dead daemons are removed.
 pub(crate) fn all(root: &Path) -> Vec<PathBuf> {
-    fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    let entries = fs::read_dir(root).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_name))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// Returns whether a directory has the name of a daemon's: PROGRAM-PID-NUMBER.
+fn is_name(name: &str) -> bool {
+    let words: Vec<_> = name.split('-').collect();
+    let is_number = |word: &str| word.parse::<u32>().is_ok();
+    matches!(words.as_slice(), ["firecracker" | "criu", pid, number] if is_number(pid) && is_number(number))
 }
 
 /// Removes useless files of daemons that have died: state files of programs that have exited, and
@@ -335,6 +379,7 @@ pub(crate) fn take_over(root: &Path, pid: u32, to: &RuntimeDir) -> Result<Option
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn this_process_is_alive_and_its_pid_at_another_time_is_not() {
@@ -343,6 +388,49 @@ mod tests {
         assert!(name.is_alive());
         assert!(!SessionName { start: name.start + 1, ..name.clone() }.is_alive());
         assert_eq!(name.to_string().parse(), Ok(name));
+    }
+
+    fn root() -> tempfile::TempDir {
+        tempfile::tempdir_in("/dev/shm").unwrap()
+    }
+
+    #[test]
+    fn a_root_that_another_user_owns_or_may_write_to_is_refused() {
+        let folder = root();
+        let refusal = |path: &Path| RuntimeDir::create(path, "criu").unwrap_err().to_string();
+        for mode in [0o777, 0o770, 0o1777] {
+            fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).unwrap();
+            assert!(refusal(folder.path()).contains("other users may write to it"), "{mode:o}");
+        }
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        drop(RuntimeDir::create(folder.path(), "criu").unwrap());
+        if rustix::process::geteuid().is_root() {
+            let link = folder.path().join("link");
+            std::os::unix::fs::symlink(folder.path(), &link).unwrap();
+            std::os::unix::fs::lchown(&link, Some(4711), None).unwrap();
+            assert!(
+                refusal(&link).contains("belongs to user 4711"),
+                "a link of theirs to a directory of ours"
+            );
+            std::os::unix::fs::chown(folder.path(), Some(4711), None).unwrap();
+            assert!(refusal(folder.path()).contains("belongs to user 4711"));
+        }
+        assert_eq!(all(folder.path()), [] as [PathBuf; 0]);
+    }
+
+    #[test]
+    fn only_directories_of_dead_daemons_are_removed() {
+        let folder = root();
+        let [dead, strange] = ["firecracker-1-0", "user"].map(|name| folder.path().join(name));
+        for path in [&dead, &strange] {
+            fs::create_dir(path).unwrap();
+        }
+        let live = RuntimeDir::create(folder.path(), "criu").unwrap();
+        let next = RuntimeDir::create(folder.path(), "criu").unwrap();
+        assert!(!dead.exists() && strange.exists() && live.path().exists());
+        let path = live.path().to_owned();
+        drop((live, next));
+        assert!(!path.exists(), "its daemon has not started");
     }
 
     proptest! {
