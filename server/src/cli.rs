@@ -74,8 +74,8 @@ struct Serve {
 struct Gc {
     #[command(flatten)]
     store: StoreArgs,
-    /// Time from condemning an object to its deletion, longer than a push takes (s, m, h, d)
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    /// Time from condemning an object to its deletion, longer than a push takes, such as 90s or 7d
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
     grace: Duration,
     /// Do not wait: delete only objects that an earlier run condemned at least the grace time ago
     #[arg(long)]
@@ -97,22 +97,6 @@ struct Verify {
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
-}
-
-/// Parses `90s`, `10m`, `1h`, `7d`; a bare number is seconds.
-fn duration(text: &str) -> Result<Duration, String> {
-    let (number, unit) = match text.strip_suffix(['s', 'm', 'h', 'd']) {
-        Some(number) => (number, text.as_bytes()[number.len()]),
-        None => (text, b's'),
-    };
-    let seconds = match unit {
-        b'm' => 60,
-        b'h' => 3600,
-        b'd' => 86_400,
-        _ => 1,
-    };
-    let number: u64 = number.parse().map_err(|_| "it must be a time, for example 90s, 10m, 1h or 7d")?;
-    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())
 }
 
 impl Cli {

@@ -2,11 +2,12 @@
 
 mod cli;
 
+use anyhow::Context;
 use clap::Parser;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
-use tracing_subscriber::EnvFilter;
+use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 
 /// Time that the runtime's threads may take to finish a file operation at the end.
 const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
@@ -14,9 +15,12 @@ const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     let json = cli.json();
-    let filter = EnvFilter::try_from_env("POSTCOPY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = match log_level() {
+        Ok(level) => level,
+        Err(error) => return fail(&error, json),
+    };
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
@@ -27,6 +31,18 @@ fn main() -> ExitCode {
     let outcome = runtime.block_on(cli.run());
     runtime.shutdown_timeout(RUNTIME_TIMEOUT);
     outcome.unwrap_or_else(|error| fail(&error, json))
+}
+
+/// Returns the log level that POSTCOPY_LOG names, or else that of information.
+fn log_level() -> anyhow::Result<LevelFilter> {
+    let named = std::env::var_os("POSTCOPY_LOG").unwrap_or_default();
+    if named.is_empty() {
+        return Ok(LevelFilter::INFO);
+    }
+    let level = named.to_str().and_then(|named| named.parse().ok());
+    // Release builds leave the levels below information out.
+    let level = level.filter(|level| *level <= STATIC_MAX_LEVEL);
+    level.with_context(|| format!("POSTCOPY_LOG is {named:?}: it must be error, warn or info"))
 }
 
 fn fail(error: &anyhow::Error, json: bool) -> ExitCode {

@@ -14,6 +14,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 const COMMANDS: [&str; 12] = [
@@ -291,6 +292,30 @@ fn a_file_in_the_place_of_a_server_s_socket_is_kept_and_named() {
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains(&format!("{listen}: exists and is not a socket. Move it away")), "{text}");
     assert_eq!(fs::read(&file).unwrap(), b"a file");
+}
+
+#[test]
+fn a_log_level_that_does_not_exist_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = folder.path().join("store");
+    let store = store.to_str().unwrap();
+    drop(Server::on(Path::new(store), "127.0.0.1:0"));
+    for (program, args) in [("postcopy", &["doctor"][..]), ("postcopyd", &["verify", "--store", store])] {
+        let logging = |level: &str| {
+            let mut command = Command::new(binary(program));
+            command.args(args).env("POSTCOPY_LOG", level).output().unwrap()
+        };
+        for wrong in ["loud", "postcopy=info", "-1"] {
+            let output = logging(wrong);
+            let text = shown(&output);
+            assert_eq!(output.status.code(), Some(1), "{text}");
+            let reason = format!("{program}: POSTCOPY_LOG is {wrong:?}: it must be error, warn or info\n");
+            assert_eq!(String::from_utf8_lossy(&output.stderr), reason);
+        }
+        for right in ["error", "warn", "info", ""] {
+            assert!(!shown(&logging(right)).contains("POSTCOPY_LOG"), "{right}");
+        }
+    }
 }
 
 /// Stores a small file as `app`.

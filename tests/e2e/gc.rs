@@ -338,3 +338,16 @@ fn a_push_whose_chunks_are_collected_between_asking_and_committing_sends_them_ag
     assert!(rpc.read_file("app", "mem").unwrap() == bytes);
     store.assert_sound();
 }
+
+#[test]
+fn a_grace_time_has_units_and_a_bare_number_is_refused() {
+    let server = Server::start();
+    let store = StoreDir::of(&server);
+    for grace in ["90s", "1h 30m", "7d"] {
+        let _ = store.gc(&["--grace", grace, "--no-wait"]);
+    }
+    let output = store.postcopyd("gc", &["--grace", "90", "--no-wait"]);
+    let text = shown(&output);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("--grace") && text.contains("time unit needed"), "{text}");
+}

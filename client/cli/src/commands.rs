@@ -19,6 +19,7 @@ use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::{DEFAULT_SERVER, ServerAddress};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// The heading of the options that all commands have.
@@ -159,26 +160,44 @@ fn pid(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "it must be a process id, for example 4711".to_owned())
 }
 
+/// Returns the log level that POSTCOPY_LOG names, or else `default`.
+fn log_level(default: LevelFilter) -> Result<LevelFilter> {
+    let named = std::env::var_os("POSTCOPY_LOG").unwrap_or_default();
+    if named.is_empty() {
+        return Ok(default);
+    }
+    let level = named.to_str().and_then(|named| named.parse().ok());
+    // Release builds leave the levels below information out.
+    let level = level.filter(|level| *level <= STATIC_MAX_LEVEL);
+    level.with_context(|| format!("POSTCOPY_LOG is {named:?}: it must be error, warn or info"))
+}
+
 /// Runs the command. Returns success only if all of it was done and every byte was right.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
-    let level = match &cli.command {
-        Command::Firecracker(_) => "info",
-        Command::Criu(args) => daemons::log_level(args.verbosity),
-        _ => "error",
+    let output = Output { json: cli.json };
+    let (level, is_logged_to_file) = match &cli.command {
+        Command::Firecracker(_) => (LevelFilter::INFO, false),
+        Command::Criu(args) => (daemons::log_level(args.verbosity), args.log_file.is_some()),
+        _ => (LevelFilter::ERROR, false),
+    };
+    let level = match log_level(level) {
+        Ok(level) => level,
+        Err(error) => {
+            output.error(&error);
+            return ExitCode::FAILURE;
+        }
     };
     let is_daemon = matches!(cli.command, Command::Firecracker(_) | Command::Criu(_));
     let writer = if is_daemon { BoxMakeWriter::new(|| Log) } else { BoxMakeWriter::new(std::io::stderr) };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("POSTCOPY_LOG");
     tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| level.into()))
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_max_level(level)
+        .with_ansi(!is_logged_to_file && std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         // Reporting such an error would panic once the reader of stderr has gone.
         .log_internal_errors(false)
         .with_writer(writer)
         .init();
-    let output = Output { json: cli.json };
     match run(cli, output) {
         Ok(code) => code,
         Err(error) => {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
+use tracing::level_filters::LevelFilter;
 
 /// The pages that a session fetches besides those of page faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -252,8 +252,9 @@ pub(crate) struct CriuArgs {
     daemon: bool,
     /// Write the log to this file
     #[arg(short = 'o', long, value_name = "FILE")]
-    log_file: Option<PathBuf>,
-    /// Log level from 0 to 4, or as many v's: errors, warnings, information, debugging
+    pub(crate) log_file: Option<PathBuf>,
+    /// Log level from 0 to 4, or as many v's: 0 and 1 errors, 2 warnings, 3 and 4 information
+    /// [default: 3]
     #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "1", value_parser = verbosity)]
     pub(crate) verbosity: Option<u8>,
     #[command(flatten)]
@@ -291,13 +292,11 @@ fn verbosity(text: &str) -> Result<u8, String> {
 }
 
 /// Returns the log level that corresponds to a level of CRIU.
-pub(crate) fn log_level(verbosity: Option<u8>) -> &'static str {
+pub(crate) fn log_level(verbosity: Option<u8>) -> LevelFilter {
     match verbosity {
-        Some(0 | 1) => "error",
-        Some(2) => "warn",
-        // Most builds leave the debug level out.
-        Some(4..) if LevelFilter::DEBUG <= STATIC_MAX_LEVEL => "debug",
-        None | Some(_) => "info",
+        Some(0 | 1) => LevelFilter::ERROR,
+        Some(2) => LevelFilter::WARN,
+        None | Some(_) => LevelFilter::INFO,
     }
 }
 
