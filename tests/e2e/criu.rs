@@ -9,6 +9,7 @@ use postcopy_tests::criu::{
 };
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::server::Server;
+use postcopy_tests::store::shown;
 use postcopy_tests::{is_root, resident_kib, skip, wait_until};
 use prost::Message;
 use std::ffi::OsStr;
@@ -454,6 +455,60 @@ fn image_file(magic: u32, messages: &[&[u8]]) -> Vec<u8> {
         bytes.extend(*message);
     }
     bytes
+}
+
+/// Stores a dump of one task with lazy memory, which no criu has written, as `made`; its directory.
+fn made_dump(server: &Server, folder: &Path) -> PathBuf {
+    let dump = folder.join("made");
+    fs::create_dir(&dump).unwrap();
+    // pages_id 1; vaddr 0x10000, compat_nr_pages 2, flags PRESENT | LAZY, nr_pages 2.
+    let pagemap: [&[u8]; 2] = [&[0x08, 1], &[0x08, 0x80, 0x80, 0x04, 0x10, 2, 0x20, 6, 0x28, 2]];
+    fs::write(dump.join("inventory.img"), image_file(0x5831_3116, &[])).unwrap();
+    fs::write(dump.join("pstree.img"), image_file(0x5027_3030, &[])).unwrap();
+    fs::write(dump.join("pagemap-7.img"), image_file(0x5608_4025, &pagemap)).unwrap();
+    fs::write(dump.join("pages-1.img"), [7; 2 * 4096]).unwrap();
+    let _ = run(server.address(), [OsStr::new("push"), dump.as_os_str(), OsStr::new("made")]);
+    dump
+}
+
+#[test]
+fn a_daemon_in_the_background_is_ready_when_its_command_returns() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (images, root) = (made_dump(&server, folder.path()), postcopy_tests::daemon::runtime_root());
+    let (dump, root) = (images.to_str().unwrap(), root.path().to_str().unwrap());
+    for more in [&[][..], &["-o", "log"]] {
+        let args = ["criu", "-D", dump, "--image", "made", "--runtime-dir", root, "-d", "--pidfile", "pid"];
+        // The output ends although the daemon lives on.
+        let output = postcopy(server.address(), args.iter().chain(more)).output().unwrap();
+        assert!(output.status.success(), "{}", shown(&output));
+        let pid = fs::read_to_string(images.join("pid")).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+        assert!(images.join("lazy-pages.socket").exists());
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        wait_until("its end", || !images.join("pid").exists());
+        assert!(fs::read_dir(root).unwrap().next().is_none());
+    }
+    let log = fs::read_to_string(images.join("log")).unwrap();
+    assert!(log.contains("ended: nothing was lost"), "{log}");
+}
+
+#[test]
+fn a_daemon_in_the_background_that_cannot_start_fails_with_its_error() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (images, root) = (made_dump(&server, folder.path()), postcopy_tests::daemon::runtime_root());
+    let (dump, root) = (images.to_str().unwrap(), root.path().to_str().unwrap());
+    let cases = [
+        (["-o", "/does/not/exist/log"], "/does/not/exist/log: No such file"),
+        (["--pidfile", "/does/not/exist/pid"], "/does/not/exist/pid: No such file"),
+        (["--image", "none"], "none:latest is not in the store"),
+    ];
+    for (more, reason) in cases {
+        let image = if more[0] == "--image" { [].as_slice() } else { &["--image", "made"] };
+        let args = ["criu", "-D", dump, "--runtime-dir", root, "-d"];
+        let said = fail(server.address(), args.iter().chain(image).chain(&more));
+        assert!(said.contains(reason), "{said}");
+        assert!(!images.join("lazy-pages.socket").exists() && fs::read_dir(root).unwrap().next().is_none());
+    }
 }
 
 #[test]

@@ -24,6 +24,7 @@ pub(crate) mod log;
 mod resuming;
 pub(crate) mod runtime_dir;
 mod served;
+pub(crate) mod starter;
 pub(crate) mod surroundings;
 
 pub(crate) use control::{ask_to_drain, ask_to_record};

@@ -3,14 +3,13 @@
 use crate::daemon::criu::Criu;
 use crate::daemon::firecracker::{self, Backing, Firecracker};
 use crate::daemon::runtime_dir::{self, RuntimeDir};
-use crate::daemon::{Program, Setup, ask_to_drain, kernel};
+use crate::daemon::starter::Starter;
+use crate::daemon::{Program, Setup, ask_to_drain};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use postcopy::proto::reference::Reference;
 use postcopy::{Image, LossPolicy, Options, ServerAddress};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -305,6 +304,11 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
         let root = runtime_dir.clone().unwrap_or_else(runtime_dir::default_root);
         return drain(&root, pids);
     }
+    // Before anything is opened: the process that leaves has nothing to clean up.
+    let mut starter = Starter::new(args.status_fd)?;
+    if args.daemon {
+        starter.detach()?;
+    }
     let (server, reference) = (server()?, args.image.clone().context("--image")?);
     let name = reference.to_string();
     let images = open_images(&server, &[reference])?;
@@ -313,7 +317,6 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let criu = Criu::new(image, &name, &args.images_dir, options.fill, args.wait_for_restore)?;
     // The daemon starts the fill once all tasks are restored.
     let options = options.fill(false);
-    let status = args.status_fd.map(status_file).transpose()?;
     let root = std::path::absolute(args.common.root())?;
     let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
     // Relative paths begin at the work directory, as those of criu do.
@@ -325,42 +328,21 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
         RuntimeDir::create(&root, "criu")?,
     )?;
     setup.listen(Path::new("lazy-pages.socket"))?;
-    if args.daemon {
-        // The parent exits after the socket exists, so its caller can connect.
-        nix::unistd::daemon(true, false).context("going on in the background")?;
-    }
-    if let Some(path) = &args.log_file {
-        let log = File::create(path).with_context(|| path.display().to_string())?;
-        rustix::stdio::dup2_stderr(&log).with_context(|| path.display().to_string())?;
-    }
     if let Some(path) = &args.pidfile {
         std::fs::write(path, std::process::id().to_string()).with_context(|| path.display().to_string())?;
     }
-    let mut status = status;
+    if let Some(path) = &args.log_file {
+        starter.log_to(path).with_context(|| path.display().to_string())?;
+    }
     let on_ready = || {
         tell_systemd();
-        if let Some(mut status) = status.take() {
-            // The reader of the descriptor may have gone.
-            let _ = status.write_all(&[0]);
-        }
+        starter.tell_ready();
     };
     let ended = setup.run(Arc::new(criu), on_ready);
     if let Some(path) = &args.pidfile {
         let _ = std::fs::remove_file(path);
     }
-    Ok(exit_code(ended?))
-}
-
-/// Takes ownership of the caller's --status-fd. It is closed after the report.
-fn status_file(fd: RawFd) -> Result<File> {
-    let path = format!("/proc/self/fd/{fd}");
-    ensure!(
-        fd > 2 && std::fs::symlink_metadata(path).is_ok(),
-        "--status-fd {fd}: it is not open, or not for this"
-    );
-    #[expect(unsafe_code, reason = "a descriptor by number")]
-    // SAFETY: the descriptor is open, and was given to this process for this purpose alone.
-    Ok(unsafe { kernel::own_number(fd) }.into())
+    starter.ended(ended).map(exit_code)
 }
 
 /// Drains processes for a user, or as a script of `criu dump`, which passes its action and process
