@@ -39,7 +39,7 @@ pub(crate) use object::{Object, ObjectKind};
 pub(crate) use page_states::{PageState, PageStates, runs_in_use, table_words};
 pub(crate) use region::Region;
 pub(crate) use space::Space;
-pub(crate) use spaces::{Change, Place, Spaces, hull, states_for, union};
+pub(crate) use spaces::{Change, Place, Spaces, hull, states_for};
 pub(crate) use words::{FixedWords, MappedFile, Words};
 
 use std::sync::{Arc, Mutex, PoisonError};

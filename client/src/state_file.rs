@@ -12,6 +12,7 @@
 //! A session that no successor can take over has no file. Its page states lie in the memory of its
 //! process.
 
+mod compaction;
 mod contents;
 mod layout;
 mod log;
@@ -34,7 +35,6 @@ use layout::{
     AT_RECORD_CACHE_MIB, AT_RECORD_PAGES, AT_REGISTERED, AT_STATES, AT_VERSION, CALL_WORDS, Commit,
     FILE_WORDS, HEADER_WORDS, LOG_WORDS, MAGIC, MAX_CALLS, ON_LOSS, VERSION, log_range,
 };
-use log::{ObjectRecord, RegionRecord};
 use postcopy_proto::digest::Digest;
 use std::io;
 use std::os::fd::{AsFd, RawFd};
@@ -338,7 +338,7 @@ impl State {
             self.done(messages_done);
             return Ok(());
         };
-        let words = words_of(spaces, next_space);
+        let words = compaction::words_of(spaces, next_space);
         let log = 1 - committed.log;
         let mut written = logs.written();
         logs.write(&mut written, log, 0, &words)?;
@@ -381,38 +381,6 @@ impl Logs {
         }
         Ok(())
     }
-}
-
-/// Returns a log of the current records.
-fn words_of(spaces: &Spaces, next_space: u32) -> Vec<u64> {
-    let mut words = Vec::new();
-    Record::NextSpace { id: next_space }.write(&mut words);
-    for space in spaces.spaces() {
-        let id = space.id;
-        Record::Space { id, fd: space.uffd.number() }.write(&mut words);
-        if let Some(process) = space.process().filter(|_| id != 0) {
-            Record::Process { space: id, process }.write(&mut words);
-        }
-        for (object_id, object) in spaces.objects_of(id) {
-            let record = ObjectRecord {
-                space: id,
-                id: object_id,
-                table_at: object.states().table_at(),
-                pages: object.states().pages(),
-                first_page: object.first_page(),
-                file_first_chunk: object.file.first_chunk.0,
-                file_bytes: object.file.size_bytes,
-                is_shared: object.kind().is_shared,
-                is_huge: object.kind().is_huge,
-            };
-            Record::Object(record).write(&mut words);
-        }
-        for (place, object, region) in spaces.places_of(id) {
-            let (address, file_pages) = (region.address(0), region.file_pages(0..region.pages()));
-            Record::Region(RegionRecord { space: id, object, place, address, file_pages }).write(&mut words);
-        }
-    }
-    words
 }
 
 /// Yields how often the kernel gave each answer, by name, since the session was attached. The

@@ -62,6 +62,17 @@ impl Object {
         Ok(Self::new(self.file, self.first_page, states, kind, self.chunk_pages * PAGE_BYTES))
     }
 
+    /// Returns whether a fork makes one of these objects of the other one: they differ at most in
+    /// their states.
+    pub(crate) fn is_related(&self, other: &Self) -> bool {
+        let shape = |object: &Self| {
+            let kind = ObjectKind { tracks_removals: false, ..object.kind };
+            (object.file, object.first_page, object.states.pages(), kind)
+        };
+        let is_same = self.states.table_at() == other.states.table_at();
+        shape(self) == shape(other) && (is_same || !self.kind.is_shared)
+    }
+
     pub(crate) fn states(&self) -> &PageStates {
         &self.states
     }

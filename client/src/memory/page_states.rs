@@ -53,6 +53,8 @@ pub(crate) struct PageStates {
     /// The table's first word in the arena.
     table_at: usize,
     pages: usize,
+    /// The number of pages that no region has had. They stay absent.
+    unused: usize,
     /// The numbers of absent and of poisoned pages among those that regions have. A poisoned page
     /// that becomes resident counts in neither.
     absent: AtomicU64,
@@ -76,28 +78,42 @@ impl PageStates {
     pub(crate) fn new(arena: &Arc<Arena>, pages: usize, covered: usize) -> Result<Self, ArenaFull> {
         let table_at = arena.allocate(blocks_of(pages))?;
         let (absent, poisoned) = (AtomicU64::new(covered as u64), AtomicU64::new(0));
-        Ok(Self { arena: Arc::clone(arena), table_at, pages, absent, poisoned })
+        Ok(Self { arena: Arc::clone(arena), table_at, pages, unused: pages - covered, absent, poisoned })
     }
 
-    /// Returns the states that a predecessor left in the table at `table_at`. Before this call the
-    /// arena must have adopted the table's [`runs_in_use`]; after it the caller must call
-    /// [`PageStates::recount`].
-    pub(crate) fn left(arena: &Arc<Arena>, table_at: usize, pages: usize) -> Self {
+    /// Returns the states that a predecessor left in the table at `table_at`. No region has had
+    /// `unused` of the pages. Before this call the arena must have adopted the table's
+    /// [`runs_in_use`].
+    pub(crate) fn left(arena: &Arc<Arena>, table_at: usize, pages: usize, unused: usize) -> Self {
         let (absent, poisoned) = (AtomicU64::new(0), AtomicU64::new(0));
-        let states = Self { arena: Arc::clone(arena), table_at, pages, absent, poisoned };
+        let states = Self { arena: Arc::clone(arena), table_at, pages, unused, absent, poisoned };
         for entry in states.table() {
             let at = entry.load(Ordering::Acquire) & !SHARED;
             let is_shared = at != 0 && arena.is_shared(to_usize(at));
             entry.store(if is_shared { at | SHARED } else { at }, Ordering::Release);
         }
+        states.recount();
         states
     }
 
-    /// Recounts the unresolved pages among `covered`. The runs of `covered` must be disjoint.
-    pub(crate) fn recount(&self, covered: impl Iterator<Item = Range<usize>> + Clone) {
-        let count = |state| covered.clone().map(|pages| self.count(pages, state) as u64).sum::<u64>();
-        self.absent.store(count(PageState::Absent), Ordering::Release);
-        self.poisoned.store(count(PageState::Poisoned), Ordering::Release);
+    /// Recounts the unresolved pages. Unmapped pages are removed, so only unused ones do not count.
+    fn recount(&self) {
+        let block_pages = block_words(self.pages) * WORD_PAGES;
+        let (mut absent, mut poisoned) = (0, 0);
+        for (block, entry) in self.table().iter().enumerate() {
+            let start = (block * block_pages).min(self.pages);
+            let pages = start..(start + block_pages).min(self.pages);
+            match entry.load(Ordering::Acquire) {
+                0 => absent += pages.len(),
+                _ => {
+                    absent += self.count(pages.clone(), PageState::Absent);
+                    poisoned += self.count(pages, PageState::Poisoned);
+                }
+            }
+        }
+        // A damaged file may have other numbers.
+        self.absent.store(absent.saturating_sub(self.unused) as u64, Ordering::Release);
+        self.poisoned.store(poisoned as u64, Ordering::Release);
     }
 
     /// Returns the states for a child that has just been forked: equal to these, and independent
@@ -112,6 +128,7 @@ impl PageStates {
             arena: Arc::clone(&self.arena),
             table_at,
             pages: self.pages,
+            unused: self.unused,
             absent: count(&self.absent),
             poisoned: count(&self.poisoned),
         };
@@ -136,6 +153,11 @@ impl PageStates {
     /// Returns the number of pages.
     pub(crate) fn pages(&self) -> usize {
         self.pages
+    }
+
+    /// Returns the number of pages that no region has had.
+    pub(crate) fn unused(&self) -> usize {
+        self.unused
     }
 
     /// Returns the number of absent pages that regions have.

@@ -5,6 +5,8 @@
 //! take logarithmic time in the number of regions. Snapshots share the nodes of trees that a change
 //! leaves alone, and so do a parent and its child.
 
+mod relatives;
+
 use super::arena::{Arena, ArenaFull};
 use super::object::Object;
 use super::overlaps::Overlaps;
@@ -70,6 +72,8 @@ struct Held {
 #[derive(Clone, Debug)]
 struct AddressSpace {
     space: Arc<Space>,
+    /// The id of an earlier space that this one has much in common with, see [`relatives`].
+    relative: Option<u32>,
     /// The regions by first address. No two overlap.
     regions: OrdMap<usize, Placed>,
     /// The first addresses of the same regions, by page of the image. These pages are numbered over
@@ -97,6 +101,7 @@ impl AddressSpace {
     fn new(space: Arc<Space>) -> Self {
         Self {
             space,
+            relative: None,
             regions: OrdMap::new(),
             by_page: Overlaps::default(),
             objects: OrdMap::new(),
@@ -263,6 +268,16 @@ impl AddressSpace {
         taken
     }
 
+    /// Returns the regions at places that they were moved from, in the order in which these were
+    /// recorded.
+    fn other_places(&self) -> Vec<(Place, usize, Placed)> {
+        let moved = self.moved.iter().map(|(at, tag, placed)| (tag, Place::Moved, at, *placed));
+        let displaced = self.displaced.iter().map(|(at, tag, placed)| (tag, Place::Displaced, at, *placed));
+        let mut places: Vec<_> = moved.chain(displaced).collect();
+        places.sort_unstable_by_key(|(tag, ..)| *tag);
+        places.into_iter().map(|(_, place, at, placed)| (place, to_usize(at), placed)).collect()
+    }
+
     fn views(&self, parts: &[(usize, Placed)]) -> Vec<Region> {
         parts.iter().map(|(at, placed)| self.view(*at, placed)).collect()
     }
@@ -358,40 +373,6 @@ impl AddressSpace {
         }
         !near.is_empty()
     }
-
-    /// Returns the records of a child, whose space is `child`. `fork` makes its private objects.
-    ///
-    /// # Errors
-    /// [`ArenaFull`].
-    fn fork(
-        &self,
-        child: Arc<Space>,
-        mut fork: impl FnMut(u32, &Arc<Object>) -> Result<Arc<Object>, ArenaFull>,
-    ) -> Result<Self, ArenaFull> {
-        let mut forked = Self { space: child, displaced: Overlaps::default(), ..self.clone() };
-        // The child gets no outstanding reports of its parent. Of the moved memory, only shared
-        // memory may still be mapped at its old place in the child.
-        forked.moved = Overlaps::default();
-        let unheld = self.displaced.iter().chain(self.moved.iter());
-        unheld.for_each(|(.., placed)| forked.release(placed.object));
-        let objects: Vec<_> =
-            forked.objects.iter().map(|(id, held)| (*id, Arc::clone(&held.object))).collect();
-        for (id, object) in objects {
-            if !object.kind().is_shared {
-                forked.objects.get_mut(&id).expect("it was listed").object = fork(id, &object)?;
-            }
-        }
-        for (at, _, placed) in self.moved.iter() {
-            // The old place may have been the object's last holder.
-            let held = self.objects.get(&placed.object).expect("a region's object is held");
-            if held.object.kind().is_shared {
-                let object = Arc::clone(&held.object);
-                forked.objects.entry(placed.object).or_insert(Held { object, regions: 0 });
-                forked.add_place(Place::Moved, to_usize(at), *placed);
-            }
-        }
-        Ok(forked)
-    }
 }
 
 impl Spaces {
@@ -469,10 +450,14 @@ impl Spaces {
             Change::MapAgain { from, to, .. } => self.address_space(*space).map_again(*from, *to),
             Change::TakeBack { addresses, .. } => drop(self.address_space(*space).take_back(addresses)),
             Change::Clear { .. } => {
+                self.leave_children(*space);
                 let space = self.address_space(*space);
                 *space = AddressSpace::new(Arc::clone(&space.space));
             }
-            Change::Forget { .. } => drop(self.spaces.remove(space)),
+            Change::Forget { .. } => {
+                self.leave_children(*space);
+                self.spaces.remove(space);
+            }
         }
         Vec::new()
     }
@@ -490,33 +475,15 @@ impl Spaces {
         })
     }
 
-    /// Adds the space of a child that `parent` has just forked. Only the pager calls this, alone in
-    /// the gate.
-    ///
-    /// # Errors
-    /// [`ArenaFull`]; nothing has changed.
-    pub(crate) fn fork(&mut self, parent: u32, child: Arc<Space>) -> Result<(), ArenaFull> {
-        self.fork_with(parent, child, |_, object| object.fork().map(Arc::new))
-    }
-
-    /// Adds the space of a forked child. `fork` returns the child's object for the id and the
-    /// object of its parent.
-    ///
-    /// # Errors
-    /// The error of `fork`.
-    pub(crate) fn fork_with(
-        &mut self,
-        parent: u32,
-        child: Arc<Space>,
-        fork: impl FnMut(u32, &Arc<Object>) -> Result<Arc<Object>, ArenaFull>,
-    ) -> Result<(), ArenaFull> {
-        let Some(parent) = self.spaces.get(&parent) else {
-            self.add_space(child);
-            return Ok(());
+    /// Drops objects that no region names. Only a damaged state file has any.
+    pub(crate) fn drop_unheld(&mut self) {
+        let of = |(id, space): (&u32, &Arc<AddressSpace>)| {
+            let unheld = space.objects.iter().filter(|(_, held)| held.regions == 0);
+            unheld.map(|(object, _)| (*id, *object)).collect::<Vec<_>>()
         };
-        let (id, forked) = (child.id, parent.fork(child, fork)?);
-        self.spaces.insert(id, Arc::new(forked));
-        Ok(())
+        for (space, object) in self.spaces.iter().flat_map(of).collect::<Vec<_>>() {
+            self.address_space(space).objects.remove(&object);
+        }
     }
 
     /// Replaces each object by the result of `replace`.
@@ -564,17 +531,9 @@ impl Spaces {
     }
 
     /// Yields the regions of one space, moved and displaced ones included, with their objects' ids.
+    #[cfg(test)]
     pub(crate) fn places_of(&self, space: u32) -> impl Iterator<Item = (Place, u32, Region)> {
-        let space = self.spaces.get(&space);
-        space.into_iter().flat_map(|space| {
-            let of =
-                |place: Place| move |(at, _, placed): (u64, u64, &Placed)| (place, to_usize(at), *placed);
-            let here = space.regions.iter().map(|(at, placed)| (Place::Here, *at, *placed));
-            let moved = space.moved.iter().map(of(Place::Moved));
-            let displaced = space.displaced.iter().map(of(Place::Displaced));
-            let all = here.chain(moved).chain(displaced);
-            all.map(|(place, at, placed)| (place, placed.object, space.view(at, &placed)))
-        })
+        self.differences(space, None).regions.into_iter()
     }
 
     /// Returns the number of pages of all regions.
@@ -725,7 +684,7 @@ pub(crate) fn hull(ranges: impl Iterator<Item = Range<usize>>) -> Option<Range<u
 }
 
 /// Returns disjoint runs that together have all pages of `runs`.
-pub(crate) fn union(runs: impl IntoIterator<Item = Range<usize>>) -> Vec<Range<usize>> {
+fn union(runs: impl IntoIterator<Item = Range<usize>>) -> Vec<Range<usize>> {
     let mut all: Vec<_> = runs.into_iter().filter(|run| !run.is_empty()).collect();
     all.sort_unstable_by_key(|run| run.start);
     let mut union: Vec<Range<usize>> = Vec::new();

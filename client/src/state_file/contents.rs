@@ -150,9 +150,16 @@ fn records(log: &[AtomicU64]) -> Result<Vec<Record>, StateError> {
 fn spaces(records: &[Record]) -> Result<(BTreeMap<u32, RawFd>, u32), StateError> {
     let (mut spaces, mut next) = (BTreeMap::new(), 0);
     for record in records {
+        if let Record::Fork { parent: base, child: id, .. } | Record::Copy { base, space: id, .. } = record
+            && id <= base
+        {
+            return wrong(format!("its log makes space {id} of space {base}, which has no lower id"));
+        }
         match record {
             Record::NextSpace { id } => next = (*id).max(next),
-            Record::Space { id, fd } | Record::Fork { child: id, fd, .. } => {
+            Record::Space { id, fd }
+            | Record::Fork { child: id, fd, .. }
+            | Record::Copy { space: id, fd, .. } => {
                 next = next.max(id.saturating_add(1));
                 if spaces.insert(*id, *fd).is_some() {
                     return wrong(format!("its log creates space {id} twice"));

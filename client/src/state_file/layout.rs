@@ -6,7 +6,7 @@ use crate::uffd::{Event, MESSAGE_WORDS};
 use std::ops::Range;
 
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"postcopy");
-pub(super) const VERSION: u64 = 2;
+pub(super) const VERSION: u64 = 3;
 
 /// The largest number of messages that the pager reads at once.
 pub(crate) const MESSAGES: usize = 32;

@@ -23,6 +23,7 @@ const FORGET: u64 = 9;
 const FORK: u64 = 10;
 const CLEAR: u64 = 11;
 const PROCESS: u64 = 12;
+const COPY: u64 = 13;
 
 const KIND_BITS: u32 = 8;
 const SHARED: u64 = 1;
@@ -40,6 +41,8 @@ pub(crate) struct ObjectRecord {
     pub(crate) pages: usize,
     /// The file's page that the first state describes.
     pub(crate) first_page: usize,
+    /// The number of pages that no region has had.
+    pub(crate) unused_pages: usize,
     pub(crate) file_first_chunk: u64,
     pub(crate) file_bytes: u64,
     pub(crate) is_shared: bool,
@@ -85,6 +88,15 @@ pub(crate) enum Record {
         fd: RawFd,
         tables: Vec<(u32, usize)>,
     },
+    /// A space that begins as a copy of an earlier one, the base. `tables` has the private objects
+    /// of the base by id, with the copy's tables, or 0 for objects that the space does not keep.
+    /// The differences follow as further records.
+    Copy {
+        base: u32,
+        space: u32,
+        fd: RawFd,
+        tables: Vec<(u32, usize)>,
+    },
 }
 
 fn place_number(place: Place) -> u64 {
@@ -120,10 +132,10 @@ impl Record {
             }
             Self::Object(object) => {
                 let flags = if object.is_shared { SHARED } else { 0 } | if object.is_huge { HUGE } else { 0 };
-                let [table, pages, first] =
-                    [object.table_at, object.pages, object.first_page].map(|n| n as u64);
-                let ids = pair(object.space, object.id);
-                words.extend([ids, table, pages, first, object.file_first_chunk, object.file_bytes, flags]);
+                words.push(pair(object.space, object.id));
+                let numbers = [object.table_at, object.pages, object.first_page, object.unused_pages];
+                words.extend(numbers.map(|n| n as u64));
+                words.extend([object.file_first_chunk, object.file_bytes, flags]);
                 OBJECT
             }
             Self::Region(region) => {
@@ -141,9 +153,12 @@ impl Record {
             }
             Self::Change(change) => write_change(change, words),
             Self::Fork { parent, child, fd, tables } => {
-                words.extend([pair(*parent, *child), u64::from(fd.cast_unsigned())]);
-                words.extend(tables.iter().flat_map(|(id, at)| [u64::from(*id), *at as u64]));
+                write_copy(*parent, *child, *fd, tables, words);
                 FORK
+            }
+            Self::Copy { base, space, fd, tables } => {
+                write_copy(*base, *space, *fd, tables, words);
+                COPY
             }
         };
         words[at] = kind | ((words.len() - at) as u64) << KIND_BITS;
@@ -170,8 +185,8 @@ impl Record {
             PROCESS => 3,
             UNMAP | MAP_AGAIN | TAKE_BACK => 4,
             MOVE | REGION => 5,
-            OBJECT => 8,
-            FORK => 3 + (len.max(3) - 3) / 2 * 2,
+            OBJECT => 9,
+            FORK | COPY => 3 + (len.max(3) - 3) / 2 * 2,
             _ => return wrong(format!("the record at word {at} of its log has the unknown kind {kind}")),
         };
         if len != expected {
@@ -183,6 +198,7 @@ impl Record {
             RawFd::try_from(word & u64::from(u32::MAX))
                 .or_else(|_| wrong("its log names a descriptor with a negative number"))
         };
+        let tables = || (2..len - 1).step_by(2).map(|i| (unpair(of(i)).1, to_usize(of(i + 1)))).collect();
         let record = match kind {
             NEXT_SPACE => Self::NextSpace { id: unpair(of(0)).1 },
             PROCESS => Self::Process {
@@ -196,22 +212,31 @@ impl Record {
                 table_at: to_usize(of(1)),
                 pages: to_usize(of(2)),
                 first_page: to_usize(of(3)),
-                file_first_chunk: of(4),
-                file_bytes: of(5),
-                is_shared: of(6) & SHARED != 0,
-                is_huge: of(6) & HUGE != 0,
+                unused_pages: to_usize(of(4)),
+                file_first_chunk: of(5),
+                file_bytes: of(6),
+                is_shared: of(7) & SHARED != 0,
+                is_huge: of(7) & HUGE != 0,
             }),
             REGION => Self::Region(read_region([of(0), of(1), of(2), of(3)])?),
             FORK => Self::Fork {
                 parent: unpair(of(0)).0,
                 child: unpair(of(0)).1,
                 fd: fd(of(1))?,
-                tables: (2..len - 1).step_by(2).map(|i| (unpair(of(i)).1, to_usize(of(i + 1)))).collect(),
+                tables: tables(),
             },
+            COPY => {
+                Self::Copy { base: unpair(of(0)).0, space: unpair(of(0)).1, fd: fd(of(1))?, tables: tables() }
+            }
             _ => Self::Change(read_change(kind, [of(0), of(1), of(2), of(3)])?),
         };
         Ok((record, next))
     }
+}
+
+fn write_copy(base: u32, space: u32, fd: RawFd, tables: &[(u32, usize)], words: &mut Vec<u64>) {
+    words.extend([pair(base, space), u64::from(fd.cast_unsigned())]);
+    words.extend(tables.iter().flat_map(|(id, at)| [u64::from(*id), *at as u64]));
 }
 
 fn write_change(change: &Change, words: &mut Vec<u64>) -> u64 {

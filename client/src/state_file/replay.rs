@@ -6,15 +6,17 @@
 
 use super::log::{ObjectRecord, Record, RegionRecord};
 use super::{Contents, State, StateError, wrong};
-use crate::memory::{
-    Arena, ArenaFull, Object, ObjectKind, PageStates, Space, Spaces, Words, runs_in_use, union,
-};
+use crate::memory::{Arena, ArenaFull, Object, ObjectKind, PageStates, Space, Spaces, Words, runs_in_use};
 use crate::remote::Image;
 use postcopy_proto::manifest::FileEntry;
 use postcopy_proto::page::{PAGE_BYTES, to_usize};
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// Returns the object of a copy, for the id and the object of the base.
+type ForkObject<'a> = dyn FnMut(u32, &Arc<Object>) -> Result<Arc<Object>, ArenaFull> + 'a;
 
 /// A replay in progress.
 struct Replay<'a> {
@@ -82,6 +84,7 @@ impl Replay<'_> {
                 Ok(())
             }
             Record::Fork { parent, child, tables, .. } => self.fork(*parent, *child, tables),
+            Record::Copy { base, space, tables, .. } => self.copy(*base, *space, tables),
         }
     }
 
@@ -94,17 +97,19 @@ impl Replay<'_> {
         })
     }
 
+    /// Returns a stand-in for an object of these pages of a file. No region has had `unused` of the
+    /// pages.
     fn stand_in(
         &mut self,
         file: FileEntry,
-        first_page: usize,
-        pages: usize,
+        pages: Range<usize>,
+        unused: usize,
         kind: ObjectKind,
         table_at: usize,
     ) -> Result<Arc<Object>, StateError> {
-        let states = PageStates::new(&self.arena, pages, pages)?;
+        let states = PageStates::new(&self.arena, pages.len(), pages.len() - unused)?;
         let chunk_bytes = self.image.root().chunk_size().bytes();
-        let object = Arc::new(Object::new(file, first_page, states, kind, chunk_bytes));
+        let object = Arc::new(Object::new(file, pages.start, states, kind, chunk_bytes));
         self.tables.insert(Arc::as_ptr(&object), table_at);
         self.objects.push(Arc::clone(&object));
         Ok(object)
@@ -118,13 +123,14 @@ impl Replay<'_> {
             return wrong(format!("the image has no file that begins with chunk {chunk}"));
         };
         let file_pages = to_usize(file.size_bytes).div_ceil(PAGE_BYTES);
-        let end = record.first_page.checked_add(record.pages);
-        if record.pages == 0 || end.is_none_or(|end| end > file_pages) {
-            let (pages, first) = (record.pages, record.first_page);
+        let (first, pages, unused) = (record.first_page, record.pages, record.unused_pages);
+        let end = first.checked_add(pages).filter(|end| pages > 0 && *end <= file_pages);
+        let Some(end) = end.filter(|_| unused <= pages) else {
             return wrong(format!(
-                "its log has an object of {pages} pages from page {first} of a file of {file_pages} pages"
+                "its log has an object of {pages} pages, {unused} unused, from page {first} of a file of \
+                 {file_pages} pages"
             ));
-        }
+        };
         if self.spaces.space(record.space).is_none() || self.spaces.object(record.space, record.id).is_some()
         {
             return wrong(format!(
@@ -153,7 +159,7 @@ impl Replay<'_> {
                     record.table_at
                 ));
             }
-            None => self.stand_in(file, record.first_page, record.pages, kind, record.table_at)?,
+            None => self.stand_in(file, first..end, unused, kind, record.table_at)?,
         };
         if record.is_shared {
             self.shared.insert(record.table_at, Arc::clone(&object));
@@ -193,22 +199,39 @@ impl Replay<'_> {
     }
 
     fn fork(&mut self, parent: u32, child: u32, tables: &[(u32, usize)]) -> Result<(), StateError> {
-        if self.spaces.space(child).is_some() {
-            return wrong(format!("space {parent} forks to space {child}, which exists already"));
+        self.make(child, tables, |spaces, child, object| spaces.fork_with(parent, child, object))
+    }
+
+    fn copy(&mut self, base: u32, space: u32, tables: &[(u32, usize)]) -> Result<(), StateError> {
+        if self.spaces.space(base).is_none() {
+            return wrong(format!("space {space} is a copy of space {base}, which does not exist"));
         }
-        let space = self.process(child);
-        let mut spaces = self.spaces.clone();
-        let forked = spaces.fork_with(parent, space, |id, object| {
-            let table = tables.iter().find(|(of, _)| *of == id).map(|(_, at)| *at).ok_or(ArenaFull)?;
+        self.make(space, tables, |spaces, space, object| spaces.copy_with(base, space, object))
+    }
+
+    /// Adds a space that `make` makes of another one. `tables` has the tables of page states of its
+    /// private objects, by id.
+    fn make(
+        &mut self,
+        id: u32,
+        tables: &[(u32, usize)],
+        make: impl FnOnce(&mut Spaces, Arc<Space>, &mut ForkObject) -> Result<(), ArenaFull>,
+    ) -> Result<(), StateError> {
+        if self.spaces.space(id).is_some() {
+            return wrong(format!("its log makes space {id} of another one, but it exists already"));
+        }
+        let space = self.process(id);
+        let tables: HashMap<u32, usize> = tables.iter().copied().collect();
+        let mut spaces = std::mem::take(&mut self.spaces);
+        let made = make(&mut spaces, space, &mut |id, object| {
+            let table = *tables.get(&id).ok_or(ArenaFull)?;
             let kind = ObjectKind { tracks_removals: false, ..object.kind() };
-            let (file, first, pages) = (object.file, object.first_page(), object.states().pages());
-            self.stand_in(file, first, pages, kind, table).map_err(|_| ArenaFull)
+            let (first, states) = (object.first_page(), object.states());
+            let pages = first..first + states.pages();
+            self.stand_in(object.file, pages, states.unused(), kind, table).map_err(|_| ArenaFull)
         });
-        if forked.is_err() {
-            return wrong(format!("space {child} has no page states for an object of its parent"));
-        }
         self.spaces = spaces;
-        Ok(())
+        made.or_else(|_| wrong(format!("space {id} lacks page states for an object of its relative")))
     }
 
     /// Gives the remaining objects their page states, which lie in the file.
@@ -217,6 +240,7 @@ impl Replay<'_> {
         if !self.spaces.spaces().map(|space| space.id).eq(left.iter().copied()) {
             return wrong("its log and its replay end with different spaces");
         }
+        self.spaces.drop_unheld();
         let mut live: HashMap<*const Object, Arc<Object>> = HashMap::new();
         for id in left {
             let objects =
@@ -233,35 +257,22 @@ impl Replay<'_> {
             }
             used.extend(runs_in_use(at, pages, |at| words[at].load(Ordering::Acquire)));
         }
-        if state.arena().adopt(used).is_err() {
+        // Several objects may name a block, but not a table.
+        let mut tables = live.keys().map(|pointer| self.tables[pointer]);
+        if state.arena().adopt(used).is_err() || tables.any(|at| state.arena().is_shared(at)) {
             return wrong("page states overlap one another");
         }
         let mut made: HashMap<*const Object, Arc<Object>> = HashMap::new();
         let chunk_bytes = self.image.root().chunk_size().bytes();
         for (pointer, object) in &live {
-            let states = PageStates::left(state.arena(), self.tables[pointer], object.states().pages());
+            let (table, pages, unused) =
+                (self.tables[pointer], object.states().pages(), object.states().unused());
+            let states = PageStates::left(state.arena(), table, pages, unused);
             let object = Object::new(object.file, object.first_page(), states, object.kind(), chunk_bytes);
             made.insert(*pointer, Arc::new(object));
         }
         let mut spaces = std::mem::take(&mut self.spaces);
         spaces.replace_objects(|object| Arc::clone(&made[&Arc::as_ptr(object)]));
-        recount(&spaces);
         Ok(spaces)
-    }
-}
-
-/// Counts the unresolved pages of all regions.
-fn recount(spaces: &Spaces) {
-    let mut covered: HashMap<*const Object, (Arc<Object>, Vec<std::ops::Range<usize>>)> = HashMap::new();
-    let ids: Vec<_> = spaces.spaces().map(|space| space.id).collect();
-    for (_, _, region) in ids.iter().flat_map(|id| spaces.places_of(*id)) {
-        let of = covered
-            .entry(Arc::as_ptr(&region.object))
-            .or_insert_with(|| (Arc::clone(&region.object), Vec::new()));
-        of.1.push(region.placed(0..region.pages()));
-    }
-    for (object, runs) in covered.into_values() {
-        let runs = union(runs);
-        object.states().recount(runs.iter().cloned());
     }
 }
