@@ -524,6 +524,13 @@ impl Spaces {
         space.into_iter().flat_map(|space| space.regions.iter().map(|(at, placed)| space.view(*at, placed)))
     }
 
+    /// Returns the range from the first address of a space's regions to the last one.
+    pub(crate) fn hull_of(&self, space: u32) -> Option<Range<usize>> {
+        let regions = &self.spaces.get(&space)?.regions;
+        let ((first, _), (last, placed)) = regions.get_min().zip(regions.get_max())?;
+        Some(*first..AddressSpace::end(*last, placed))
+    }
+
     /// Yields the objects of one space, with their ids.
     pub(crate) fn objects_of(&self, space: u32) -> impl Iterator<Item = (u32, &Arc<Object>)> {
         let space = self.spaces.get(&space);

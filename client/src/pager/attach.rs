@@ -172,7 +172,9 @@ fn take_over(
         spaces.insert(*id, Arc::new(if contents.is_registered { space } else { space.unregistered() }));
     }
     let spaces = replay(&state, contents, &image, spaces)?;
-    spaces.regions().for_each(|region| region.complete_huge_pages());
+    if spaces.has_huge() {
+        spaces.regions().for_each(|region| region.complete_huge_pages());
+    }
     let (options, next_space) = (contents.options, contents.next_space);
     let shared = Shared::new(address, image, options, spaces, next_space, state, contents.owner);
     if let Err(error) = catch_up(&shared, contents, uffds) {
@@ -248,13 +250,14 @@ fn unprotect_removed(region: &Region) -> Result<bool, StateError> {
     Ok(true)
 }
 
-/// Wakes all waiters, so that faults that a dead pager had read reach this one.
+/// Wakes all waiters, so that faults that a dead pager had read reach this one. The second range is
+/// for processes of which the kernel refuses the first, or that have regions above it.
 fn wake_everybody(spaces: &Spaces) {
     for space in spaces.spaces() {
         space.uffd.wake_all();
-    }
-    for region in spaces.regions() {
-        region.space.wake(&region.addresses());
+        if let Some(addresses) = spaces.hull_of(space.id) {
+            space.wake(&addresses);
+        }
     }
 }
 
