@@ -178,6 +178,24 @@ fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
     });
 }
 
+/// Memory that stays registered at the end would block its thread at the next move, because nobody reads the event.
+#[test]
+fn a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time() {
+    let test = "a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time";
+    for round in 0..20 {
+        with_faulter(test, move |source, mut faulter| {
+            let session = source.attach_known(&faulter, Options::default().hold_causers(true));
+            faulter.main.does(&format!("shuttle {} 8", faulter.at(0, 16)));
+            faulter.assert_reads(1, 13, source.pages(16, 16));
+            assert!(session.end(Duration::from_secs(30)), "round {round}");
+            // This process has the descriptor still, so the kernel waits for a reader.
+            let before: usize = faulter.main.ask("moves").parse().unwrap();
+            wait_until("it moves on", || faulter.main.ask("moves").parse::<usize>().unwrap() > before + 200);
+            faulter.assert_reads(1, 13, source.pages(16, 16));
+        });
+    }
+}
+
 #[test]
 fn a_lost_page_is_sigbus_in_the_other_process() {
     with_faulter("a_lost_page_is_sigbus_in_the_other_process", |source, mut faulter| {

@@ -101,6 +101,28 @@ fn four_and_eight_threads_in_madvise_are_held_and_keep_no_page_out() {
     });
 }
 
+/// Threads that sleep in a page fault when others are held go on once it is resolved, and cause the next event.
+#[test]
+fn many_threads_that_access_what_they_give_back_keep_no_page_out() {
+    let test = "progress::many_threads_that_access_what_they_give_back_keep_no_page_out";
+    if !is_root() {
+        return skip(test, "attaching and ptrace need root");
+    }
+    within(WATCHDOG, || {
+        for threads in [12, 64] {
+            let mut storm = Storm::start(0, holding(), EVENT_REMOVE, None);
+            for thread in 0..threads {
+                let first = storm.faulter.at(0, PAGES - 4 * (thread + 1));
+                storm.faulter.main.does(&format!("churn {first} 4"));
+            }
+            let took = storm.touch(60);
+            let holds = storm.session.progress().holds;
+            println!("{threads} threads, {holds} holds: median {:?}, longest {:?}", took[30], took[59]);
+            assert_eq!(storm.session.error(), None);
+        }
+    });
+}
+
 #[test]
 fn a_fill_gets_through_threads_in_madvise() {
     if !is_root() {

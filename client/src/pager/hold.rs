@@ -7,46 +7,73 @@
 //! events. A thread with another tracer is left alone. When the pager's process dies, the kernel
 //! releases the threads.
 
+use crate::options::add;
 use crate::shared::Shared;
 use nix::errno::Errno;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use std::time::{Duration, Instant};
+
+/// Time for which installs (or poison) and events alternate before the pager holds the events'
+/// causers. Two threads in madvise without a pause mostly let an install through within a
+/// millisecond.
+const HOLD_AFTER: Duration = Duration::from_millis(3);
+/// The time from one search for causers to the next, while events still block installs. A thread
+/// that slept in a page fault continues once the fault is resolved, and may cause the next event.
+const SEARCH_AGAIN: Duration = Duration::from_millis(2);
 
 /// Threads that are stopped, or about to stop.
 #[derive(Debug)]
-pub(crate) struct Held(Vec<Pid>);
+pub(crate) struct Held {
+    threads: Vec<Pid>,
+    next_search: Instant,
+}
 
 impl Held {
-    /// Stops the threads that cause events, if the session may do so and knows their processes.
-    /// Returns `None` if there are none.
-    pub(crate) fn hold_causers(shared: &Shared) -> Option<Self> {
-        let callers = shared.callers.as_ref().filter(|_| shared.options.hold_causers)?;
-        Some(Self::hold(callers.causers())).filter(|held| !held.0.is_empty())
+    /// Begins without threads. The first search for causers is due after [`HOLD_AFTER`].
+    pub(crate) fn new() -> Self {
+        Self::of(Vec::new())
     }
 
-    /// Stops these threads. Threads that cannot be traced continue.
-    fn hold(threads: Vec<i32>) -> Self {
+    /// Stops the threads that cause events, if a search is due, the session may do so and knows
+    /// their processes.
+    pub(crate) fn hold_causers(&mut self, shared: &Shared) {
+        if Instant::now() < self.next_search {
+            return;
+        }
+        let Some(callers) = shared.callers.as_ref().filter(|_| shared.options.hold_causers) else { return };
+        let was_empty = self.threads.is_empty();
+        // Threads that cannot be traced continue, and so do threads that are held already.
         let seize = |thread: &Pid| {
             ptrace::seize(*thread, ptrace::Options::empty()).is_ok() && ptrace::interrupt(*thread).is_ok()
         };
-        Self(threads.into_iter().map(Pid::from_raw).filter(seize).collect())
+        self.threads.extend(callers.causers().into_iter().map(Pid::from_raw).filter(seize));
+        if was_empty && !self.threads.is_empty() {
+            add(&shared.counters.holds, 1);
+        }
+        self.next_search = Instant::now() + SEARCH_AGAIN;
+    }
+
+    /// Returns true if no thread is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.threads.is_empty()
     }
 
     /// Wraps threads that an earlier call has seized.
     pub(crate) fn of(threads: Vec<Pid>) -> Self {
-        Self(threads)
+        Self { threads, next_search: Instant::now() + HOLD_AFTER }
     }
 
     pub(crate) fn into_threads(self) -> Vec<Pid> {
-        self.0
+        self.threads
     }
 
     /// Releases the threads that have stopped. Returns true once all are released; the caller
     /// repeats the call until then.
     pub(crate) fn release(&mut self) -> bool {
-        self.0.retain(|thread| {
+        self.threads.retain(|thread| {
             let stopped_by = |signal: Signal| (signal != Signal::SIGTRAP).then_some(signal);
             let signal = match waitpid(*thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => return true,
@@ -61,6 +88,6 @@ impl Held {
             let _ = ptrace::detach(*thread, signal);
             false
         });
-        self.0.is_empty()
+        self.is_empty()
     }
 }

@@ -1,7 +1,8 @@
 //! Deadlines and losses: the pager carries out the loss policy for waiters whose page does not
 //! arrive.
 
-use super::ready::{HOLD_AFTER, Obstacle};
+use super::hold::Held;
+use super::ready::Obstacle;
 use super::requests::{LOST_RETRY, Waiting};
 use super::waiters::{Key, Wait, Waiter, Waiters};
 use super::{Pager, TICK};
@@ -303,12 +304,10 @@ impl Pager {
     pub(super) fn poison(&mut self, region: &Region, pages: Range<usize>) {
         let shared = Arc::clone(&self.on_exit.shared);
         let patience = shared.options.fault_deadline;
-        let (started, mut held) = (Instant::now(), None);
+        let mut held = Held::new();
         let addresses = region.address(pages.start)..region.address(pages.end);
         let poisoned = install::poison(&shared.map, region, pages, patience, || {
-            if held.is_none() && started.elapsed() > HOLD_AFTER {
-                held = self.hold_causers();
-            }
+            held.hold_causers(&shared);
             // While installers are in the gate, the next attempt follows when they have left; new
             // ones wait.
             let Some(_pass) = shared.map.gate.try_enter_alone() else { return };

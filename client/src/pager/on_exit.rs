@@ -6,19 +6,23 @@ use crate::install;
 use crate::memory::{Change, Object, Region, Space};
 use crate::pager::events;
 use crate::pager::hold::Held;
-use crate::pager::ready::HOLD_AFTER;
 use crate::shared::Shared;
 use crate::state_file::StateError;
+use crate::uffd::Uffd;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Poisoned regions, by space, address, length and object. The map keeps the regions, so that no
-/// new object gets the address of a poisoned one.
-type Done = HashMap<(u32, usize, usize, *const Object), Region>;
+/// Poisoned regions, by space, addresses, object and its page. The map keeps the regions, so that
+/// no new object gets the address of a poisoned one.
+type Done = HashMap<Key, Region>;
 
-fn key(region: &Region) -> (u32, usize, usize, *const Object) {
-    (region.space.id, region.address(0), region.len(), Arc::as_ptr(&region.object))
+type Key = (u32, Range<usize>, *const Object, usize);
+
+fn key(region: &Region) -> Key {
+    let first_page = region.file_pages(0..region.pages()).start;
+    (region.space.id, region.addresses(), Arc::as_ptr(&region.object), first_page)
 }
 
 /// A bound above all addresses of a process.
@@ -38,7 +42,7 @@ pub(crate) struct OnExit {
 impl OnExit {
     /// Poisons the absent pages of all regions, also of processes that are forked meanwhile.
     /// Returns false if that is impossible.
-    fn poison(&self, done: &mut Done) -> bool {
+    fn poison(&self, done: &mut Done, held: &mut Held) -> bool {
         let shared = &self.shared;
         loop {
             // Moved shared memory may still be mapped at its old address.
@@ -53,21 +57,20 @@ impl OnExit {
             }
             for region in left {
                 let patience = shared.options.fault_deadline;
-                let (started, mut held) = (Instant::now(), None);
                 let poisoned = install::poison(&shared.map, &region, 0..region.pages(), patience, || {
-                    if held.is_none() && started.elapsed() > HOLD_AFTER {
-                        held = Held::hold_causers(shared);
-                    }
+                    held.hold_causers(shared);
                     self.read(&region.space);
                 });
-                self.let_go(held);
                 if !poisoned {
                     shared.outcome.report(
                         "memory could not be poisoned at the session's end; faults on it stay pending",
                     );
                     return false;
                 }
-                done.insert(key(&region), region);
+                // Memory that an event has moved meanwhile is poisoned at its new address.
+                if shared.spaces().holds(&region) {
+                    done.insert(key(&region), region);
+                }
             }
             for space in spaces.spaces() {
                 self.read(space);
@@ -75,9 +78,21 @@ impl OnExit {
         }
     }
 
+    /// Unregisters all regions. Poison outlasts the registration. While a range is registered, an
+    /// munmap blocks until its event is read. Returns false if an event was under way: only the
+    /// event tells where a thread in mremap has moved memory, and with it the registration.
+    fn unregister(&self) -> bool {
+        let spaces = self.shared.spaces();
+        for region in spaces.regions() {
+            // UFFDIO_UNREGISTER waits for a fork that copies page tables; its FORK event follows.
+            let _ = region.space.uffd.unregister(region.address(0), region.len());
+        }
+        let is_quiet = |uffd: &Uffd| !uffd.has_event() && !uffd.is_readable().unwrap_or(false);
+        spaces.spaces().all(|space| is_quiet(&space.uffd))
+    }
+
     /// Releases held threads. A thread stops only after the pager has read its event.
-    fn let_go(&self, held: Option<Held>) {
-        let Some(mut held) = held else { return };
+    fn let_go(&self, mut held: Held) {
         let started = Instant::now();
         while !held.release() && started.elapsed() < self.shared.options.fault_deadline {
             self.shared.spaces().spaces().for_each(|space| self.read(space));
@@ -117,25 +132,27 @@ impl Drop for OnExit {
         if !self.is_open {
             return shared.end();
         }
-        let mut done = Done::new();
-        loop {
-            if !self.poison(&mut done) {
-                shared.leave_open();
-                return shared.end();
+        // Threads stay held until the end: one that moves memory without a pause would move it
+        // between two steps.
+        let (mut done, mut held, started) = (Done::new(), Held::new(), Instant::now());
+        let is_safe = loop {
+            if !self.poison(&mut done, &mut held) {
+                break false;
             }
-            let spaces = shared.spaces();
-            for region in spaces.regions() {
-                // Poison outlasts the registration. While the range is registered, an munmap blocks
-                // until its event is read. UFFDIO_UNREGISTER waits for a fork that copies page
-                // tables; the loop below reads its FORK event.
-                let _ = region.space.uffd.unregister(region.address(0), region.len());
+            if self.unregister() {
+                break true;
             }
-            for space in spaces.spaces() {
-                self.read(space);
+            if started.elapsed() > shared.options.fault_deadline {
+                shared.outcome.report("memory that moves stays registered at the session's end");
+                break false;
             }
-            if shared.spaces().regions().all(|region| done.contains_key(&key(&region))) {
-                break;
-            }
+            held.hold_causers(shared);
+            shared.spaces().spaces().for_each(|space| self.read(space));
+        };
+        self.let_go(held);
+        if !is_safe {
+            shared.leave_open();
+            return shared.end();
         }
         // No region is left for a successor.
         shared.state.end();

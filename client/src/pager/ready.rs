@@ -4,7 +4,7 @@
 //! post the next one. So the pager uses no timer for them: it reads all events, tries all deferred
 //! work at once, and repeats both until the installs succeed ([`Pager::install_ready`]). Three and
 //! more threads that cause events without a pause can block installs for ever, because one of them
-//! always has not run since its event was read. After [`HOLD_AFTER`] the pager holds the causers
+//! always has not run since its event was read. After some milliseconds the pager holds the causers
 //! where they return to user mode ([`Held`]), if the session permits it, and releases them after
 //! the install.
 //!
@@ -24,13 +24,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Time for which installs and events alternate before the pager holds the events' causers, and for
-/// which poison and events alternate on its way out. Two threads in madvise without a pause mostly
-/// let an install through within a millisecond.
-pub(super) const HOLD_AFTER: Duration = Duration::from_millis(3);
 /// Time without an event after which the pager takes it that EAGAIN has another reason: a memory
 /// cgroup at its limit causes it, too.
 const NO_EVENT: Duration = Duration::from_millis(1);
+/// The least number of attempts without an event in that time. On busy cores the pager itself may
+/// not run for that time.
+const NO_EVENT_ATTEMPTS: u32 = 8;
 /// The longest time for which the pager does nothing but read events and install.
 const TURN: Duration = Duration::from_millis(6);
 /// The longest such time while causers are held. It is longer because every causer blocks installs
@@ -168,43 +167,33 @@ impl Pager {
     /// when other work has its turn.
     pub(super) fn install_ready(&mut self) {
         let started = Instant::now();
-        let (mut held, mut last_event): (Option<Held>, _) = (None, started);
+        let mut held = Held::new();
         self.try_ready();
+        let (mut last_event, mut quiet) = (started, 0);
         while self.has_ready() && self.broken.is_none() {
             if self.read_in_turns() {
-                last_event = Instant::now();
-            } else if last_event.elapsed() > NO_EVENT {
+                (last_event, quiet) = (Instant::now(), 0);
+            } else if quiet > NO_EVENT_ATTEMPTS && last_event.elapsed() > NO_EVENT {
                 self.ready.wait_for(Obstacle::Memory);
-                let at = self.ready.next_attempt().unwrap_or(last_event);
+                let at = self.ready.next_attempt().unwrap_or(started);
                 self.requests.suspect_memory(at);
                 self.ready.suspect_memory();
                 break;
             }
-            let turn = if held.is_some() { HELD_TURN } else { TURN };
+            let turn = if held.is_empty() { TURN } else { HELD_TURN };
             if !self.has_ready() || started.elapsed() > turn {
                 break;
             }
-            if held.is_none() && started.elapsed() > HOLD_AFTER {
-                held = self.hold_causers();
-            }
+            quiet += 1;
+            held.hold_causers(self.shared());
         }
         self.shared().map.gate.stop_waiting();
         self.let_go(held);
     }
 
-    /// Holds the threads that cause events, if the options permit it and the session knows their
-    /// processes.
-    pub(super) fn hold_causers(&self) -> Option<Held> {
-        let shared = self.shared();
-        let held = Held::hold_causers(shared)?;
-        add(&shared.counters.holds, 1);
-        Some(held)
-    }
-
     /// Releases held threads. A thread may still be in a system call whose event must be read here;
     /// it stops after that.
-    pub(super) fn let_go(&mut self, held: Option<Held>) {
-        let Some(mut held) = held else { return };
+    pub(super) fn let_go(&mut self, mut held: Held) {
         let since = Instant::now();
         while !held.release() && since.elapsed() < HELD_TURN {
             self.read_in_turns();

@@ -38,7 +38,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
 const PAGE: usize = 4096;
@@ -272,6 +272,30 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
                 .spawn(move || while advise(start, len, libc::MADV_DONTNEED).is_ok() {})?;
             done()
         }
+        // The same, and accesses each page again.
+        "churn" => {
+            let (start, len) = (number(1)?, pages(2)?);
+            let churn = move || {
+                while advise(start, len, libc::MADV_DONTNEED).is_ok() {
+                    std::hint::black_box(bytes(start, len).iter().step_by(PAGE).max());
+                }
+            };
+            std::thread::Builder::new().spawn(churn)?;
+            done()
+        }
+        // Moves pages between two places for ever, without a pause, in a thread of its own.
+        "shuttle" => {
+            let (mut from, len) = (number(1)?, pages(2)?);
+            let mut to = reserve(len)?;
+            std::thread::Builder::new().spawn(move || {
+                while remap(from, len, len, libc::MREMAP_MAYMOVE, to).is_ok() {
+                    std::mem::swap(&mut from, &mut to);
+                    MOVES.fetch_add(1, Ordering::Relaxed);
+                }
+            })?;
+            done()
+        }
+        "moves" => MOVES.load(Ordering::Relaxed).to_string(),
         "unmap" => unmap(number(1)?, pages(2)?).map(|()| done())?,
         "cover" => cover(number(1)?, pages(2)?).map(|()| done())?,
         "remap" => {
@@ -305,6 +329,9 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
         other => bail!("{other} is not known"),
     })
 }
+
+/// The number of moves by the threads of `shuttle`.
+static MOVES: AtomicUsize = AtomicUsize::new(0);
 
 /// What this process fills itself, as long as it lives.
 static OWN: OnceLock<(Session, Region)> = OnceLock::new();
