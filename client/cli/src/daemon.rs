@@ -65,6 +65,9 @@ const EXIT: Duration = Duration::from_millis(100);
 /// The interval between two checks of the sessions.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// The most connections that wait for the daemon to accept them: the kernel's own default bound
+/// (net.core.somaxconn).
+const BACKLOG: i32 = 4096;
 /// A daemon's settings and sockets, which are created before its first worker starts.
 #[derive(Debug)]
 pub(crate) struct Setup {
@@ -166,7 +169,7 @@ impl Setup {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(shown),
         }
-        let listener = UnixListener::bind(path).with_context(shown)?;
+        let listener = bind(path).with_context(shown)?;
         // Accepted connections inherit this option, and so do those that wait in the backlog.
         rustix::net::sockopt::set_socket_passcred(&listener, true).with_context(shown)?;
         self.listeners.push((listener, path.to_owned()));
@@ -253,6 +256,18 @@ impl Drop for Setup {
 /// The part of a daemon that differs between the programs that are restored.
 pub(crate) trait Program: std::fmt::Debug + Send + Sync {
     /// Serves a connection to its end. Some: the daemon ends with this status.
+/// Listens at `path`. The socket is for the daemon's user alone (mode 0600), whatever the umask:
+/// whoever connects gets the image's memory.
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The path gets the mode of the socket: see unix(7) and unix_bind() of Linux.
+    rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32>;
 
     /// Serves a session that has no connection any more. Some: the daemon ends with this status.

@@ -3,14 +3,16 @@
 use crate::daemon::criu::Criu;
 use crate::daemon::firecracker::{self, Backing, Firecracker};
 use crate::daemon::runtime_dir::{self, RuntimeDir};
-use crate::daemon::starter::Starter;
+use crate::daemon::starter::{self, Starter};
 use crate::daemon::{Program, Setup, ask_to_drain};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use postcopy::proto::reference::Reference;
 use postcopy::{Image, LossPolicy, Options, ServerAddress};
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::os::fd::RawFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -123,7 +125,8 @@ impl DaemonArgs {
     ) -> Result<Setup> {
         let traces = match &self.trace {
             Some(path) => {
-                let made = std::fs::create_dir_all(path).and_then(|()| std::path::absolute(path));
+                let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+                let made = made.and_then(|()| std::path::absolute(path));
                 Some(made.with_context(|| path.display().to_string())?)
             }
             None => None,
@@ -329,7 +332,9 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     )?;
     setup.listen(Path::new("lazy-pages.socket"))?;
     if let Some(path) = &args.pidfile {
-        std::fs::write(path, std::process::id().to_string()).with_context(|| path.display().to_string())?;
+        let written =
+            starter::create(path, 0o644).and_then(|mut file| write!(file, "{}", std::process::id()));
+        written.with_context(|| path.display().to_string())?;
     }
     if let Some(path) = &args.log_file {
         starter.log_to(path).with_context(|| path.display().to_string())?;
