@@ -301,9 +301,21 @@ pub(crate) struct Connection {
 impl Connection {
     fn new(stream: UnixStream, listener: usize) -> Result<Self> {
         let cookie = rustix::net::sockopt::socket_cookie(&stream).context("its number")?;
+/// Returns the start time of the process of this pid that has connected. A later process with its
+/// pid must not be taken for it: the loss policy kills and stops peers by pid and start time.
+///
+/// # Errors
+/// The process has exited.
+fn start_of_peer(stream: &UnixStream, pid: u32) -> std::io::Result<u64> {
+    let pidfd = kernel::peer_pidfd(stream)?;
+    let start = runtime_dir::start_of(pid)?;
+    // The peer still had its pid when its start time was read.
+    if runtime_dir::has_exited(&pidfd) { Err(Errno::SRCH.into()) } else { Ok(start) }
+}
+
         let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose it is")?.pid;
         let peer = peer.as_raw_nonzero().get().cast_unsigned();
-        let start = runtime_dir::start_of(peer).ok();
+        let start = start_of_peer(&stream, peer).ok();
         Ok(Self { stream, listener, cookie, peer, start })
     }
 
@@ -312,7 +324,7 @@ impl Connection {
     /// # Errors
     /// The process has exited, or its start time cannot be read.
     fn session(&self, kind: &str) -> Result<SessionName> {
-        let start = self.start.map_or_else(|| runtime_dir::start_of(self.peer), Ok);
+        let start = self.start.map_or_else(|| start_of_peer(&self.stream, self.peer), Ok);
         let start = start.context("its start cannot be read")?;
         Ok(SessionName { kind: kind.into(), pid: self.peer, start, cookie: self.cookie })
     }

@@ -3,9 +3,11 @@
 use super::{Snapshot, with_root};
 use postcopy_tests::cli::postcopy;
 use postcopy_tests::daemon::{Daemon, runtime_root};
+use postcopy_tests::vmm::Vmm;
+use rustix::process::{Signal, kill_process};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
@@ -43,5 +45,55 @@ fn another_user_reaches_neither_a_socket_nor_a_trace() {
         assert_eq!(written.collect::<Vec<_>>(), [0o600]);
         let state = super::files_of(&daemon, "").into_iter().filter(|path| path.is_file());
         assert!(state.map(|path| mode(&path)).all(|mode| mode == 0o600));
+    });
+}
+
+/// Starts a process that gets the pid, which is free.
+fn process_with_pid(pid: u32) -> Option<Child> {
+    for _ in 0..200 {
+        std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        if child.id() == pid {
+            return Some(child);
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    None
+}
+
+#[test]
+fn a_process_that_gets_the_pid_of_a_peer_that_has_exited_is_not_killed() {
+    let name = "strangers::a_process_that_gets_the_pid_of_a_peer_that_has_exited_is_not_killed";
+    with_root(name, || {
+        let snapshot = Snapshot::push(4);
+        let mut daemon = snapshot.daemon(&["--on-loss", "kill"]);
+        let worker = daemon.worker();
+        kill_process(worker, Signal::STOP).unwrap();
+        // A child of the peer keeps the connection, and sends a userfaultfd over it.
+        let script = "import ctypes, os, socket, sys
+stream = socket.socket(socket.AF_UNIX)
+stream.connect(sys.argv[1])
+if os.fork() == 0:
+    uffd = ctypes.CDLL(None).syscall(323, 1)
+    socket.send_fds(stream, [b'hello'], [uffd])
+    sys.stdin.read()";
+        let mut peer = Command::new("python3");
+        let mut peer =
+            peer.args(["-c", script]).arg(snapshot.socket()).stdin(Stdio::piped()).spawn().unwrap();
+        let stdin = peer.stdin.take();
+        assert!(peer.wait().unwrap().success());
+        let Some(mut victim) = process_with_pid(peer.id()) else {
+            kill_process(worker, Signal::CONT).unwrap();
+            return postcopy_tests::skip(name, "pids cannot be chosen");
+        };
+        kill_process(worker, Signal::CONT).unwrap();
+        daemon.assert_says(&format!("process {}: its handshake is not", victim.id()));
+        let mut vmm: Vmm = snapshot.vmm(&["small:4"]);
+        vmm.assert_right();
+        assert!(victim.try_wait().unwrap().is_none(), "{:#?}", daemon.said());
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        drop(stdin);
     });
 }

@@ -7,6 +7,9 @@ use nix::unistd::Pid;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+/// The option of [`peer_pidfd`]: asm-generic/socket.h.
+const SO_PEERPIDFD: libc::c_int = 77;
+
 /// Forks a child that shares the table of descriptors: each of the two processes sees the
 /// descriptors that the other opens or closes. The table exists as long as one of them lives.
 /// Returns None in the child. Allocates nothing.
@@ -71,6 +74,31 @@ pub(crate) unsafe fn own_number(fd: RawFd) -> OwnedFd {
 pub(crate) unsafe fn borrow_number<'a>(fd: RawFd) -> BorrowedFd<'a> {
     // SAFETY: as the caller has promised.
     unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// Returns a pidfd of the process that has connected to a socket (SO_PEERPIDFD, Linux 6.5). Unlike
+/// the pid, it never names a later process.
+///
+/// # Errors
+/// Any error of getsockopt(2); the process may have exited.
+pub(crate) fn peer_pidfd(socket: impl AsFd) -> io::Result<OwnedFd> {
+    let mut fd: libc::c_int = -1;
+    let mut len = libc::socklen_t::try_from(size_of_val(&fd)).expect("four bytes");
+    // SAFETY: the kernel writes an int to `fd`, and its length to `len`.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            std::ptr::from_mut(&mut fd).cast(),
+            &raw mut len,
+        )
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has opened the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Makes the next look at a socket's messages begin with the first byte (SO_PEEK_OFF). Each further

@@ -86,12 +86,13 @@ impl SessionName {
             Ok(start) => start != self.start,
             Err(error) => matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)),
         };
-        // A pidfd is readable when all threads have exited.
-        let has_exited = |pidfd: &OwnedFd| {
-            poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
-        };
         !is_another && !pidfd.as_ref().is_some_and(has_exited)
     }
+}
+
+/// Returns whether a process has exited. A pidfd is readable when all threads have exited.
+pub(crate) fn has_exited(pidfd: &OwnedFd) -> bool {
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
 }
 
 /// Returns the start time of a process in clock ticks since boot: field 22 of proc_pid_stat(5).
