@@ -24,6 +24,7 @@ pub(crate) mod log;
 mod resuming;
 pub(crate) mod runtime_dir;
 mod served;
+mod silent;
 pub(crate) mod starter;
 pub(crate) mod surroundings;
 
@@ -33,6 +34,7 @@ use accepting::Accepting;
 use anyhow::{Context, Result};
 use guardian::Turn;
 use leases::Leases;
+use log::Refusals;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getppid;
 use postcopy::proto::digest::Digest;
@@ -42,6 +44,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 use served::Served;
+use silent::Silent;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
@@ -62,12 +65,12 @@ const LOSS_STATUS: i32 = 3;
 const LEASES: Duration = Duration::from_secs(5);
 /// The longest time from when an exiting process closes its descriptors to its end.
 const EXIT: Duration = Duration::from_millis(100);
-/// The interval between two checks of the sessions.
-const LOOK: Duration = Duration::from_secs(1);
-
 /// The most connections that wait for the daemon to accept them: the kernel's own default bound
 /// (net.core.somaxconn).
 const BACKLOG: i32 = 4096;
+/// The interval between two checks of the sessions.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// A daemon's settings and sockets, which are created before its first worker starts.
 #[derive(Debug)]
 pub(crate) struct Setup {
@@ -253,9 +256,6 @@ impl Drop for Setup {
     }
 }
 
-/// The part of a daemon that differs between the programs that are restored.
-pub(crate) trait Program: std::fmt::Debug + Send + Sync {
-    /// Serves a connection to its end. Some: the daemon ends with this status.
 /// Listens at `path`. The socket is for the daemon's user alone (mode 0600), whatever the umask:
 /// whoever connects gets the image's memory.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
@@ -268,6 +268,9 @@ fn bind(path: &Path) -> std::io::Result<UnixListener> {
     Ok(socket.into())
 }
 
+/// The part of a daemon that differs between the programs that are restored.
+pub(crate) trait Program: std::fmt::Debug + Send + Sync {
+    /// Serves a connection to its end. Some: the daemon ends with this status.
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32>;
 
     /// Serves a session that has no connection any more. Some: the daemon ends with this status.
@@ -287,7 +290,7 @@ fn bind(path: &Path) -> std::io::Result<UnixListener> {
 /// A program that has connected.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    pub(crate) stream: UnixStream,
+    pub(crate) stream: Arc<UnixStream>,
     /// The index of the daemon's socket that the program has connected to.
     pub(crate) listener: usize,
     /// The socket's cookie (SO_COOKIE), which is the same for every worker.
@@ -298,9 +301,6 @@ pub(crate) struct Connection {
     start: Option<u64>,
 }
 
-impl Connection {
-    fn new(stream: UnixStream, listener: usize) -> Result<Self> {
-        let cookie = rustix::net::sockopt::socket_cookie(&stream).context("its number")?;
 /// Returns the start time of the process of this pid that has connected. A later process with its
 /// pid must not be taken for it: the loss policy kills and stops peers by pid and start time.
 ///
@@ -313,10 +313,13 @@ fn start_of_peer(stream: &UnixStream, pid: u32) -> std::io::Result<u64> {
     if runtime_dir::has_exited(&pidfd) { Err(Errno::SRCH.into()) } else { Ok(start) }
 }
 
+impl Connection {
+    fn new(stream: UnixStream, listener: usize) -> Result<Self> {
+        let cookie = rustix::net::sockopt::socket_cookie(&stream).context("its number")?;
         let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose it is")?.pid;
         let peer = peer.as_raw_nonzero().get().cast_unsigned();
         let start = start_of_peer(&stream, peer).ok();
-        Ok(Self { stream, listener, cookie, peer, start })
+        Ok(Self { stream: Arc::new(stream), listener, cookie, peer, start })
     }
 
     /// Returns the name of the session of this peer, which is a program of this kind.
@@ -412,6 +415,10 @@ pub(crate) struct Worker {
     threads: AtomicUsize,
     status: OnceLock<i32>,
     is_alone: AtomicBool,
+    /// The connections that have not sent a handshake yet.
+    silent: Silent,
+    /// The log of refused connections.
+    refusals: Refusals,
 }
 
 impl Worker {
@@ -428,6 +435,8 @@ impl Worker {
             threads: AtomicUsize::new(0),
             status: OnceLock::new(),
             is_alone: AtomicBool::new(false),
+            silent: Silent::default(),
+            refusals: Refusals::default(),
         })
     }
 
@@ -503,6 +512,7 @@ impl Worker {
             fds.push(PollFd::new(guardian, PollFlags::IN));
         }
         poll_for(&mut fds, accepting.timeout(LOOK));
+        self.refusals.report();
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         if ready[0] {
@@ -526,7 +536,8 @@ impl Worker {
         {
             if let Some(stream) = accepting.accept(index, listener) {
                 // An error of one connection must not end the others.
-                self.serve(stream, index).unwrap_or_else(|error| tracing::error!("a connection: {error:#}"));
+                self.serve(stream, index, true)
+                    .unwrap_or_else(|error| tracing::error!("a connection: {error:#}"));
             }
         }
         if guardian.is_some() && ready.last() == Some(&true) {
@@ -535,15 +546,20 @@ impl Worker {
         }
     }
 
-    /// Starts a thread that serves a connection.
-    fn serve(self: &Arc<Self>, stream: UnixStream, listener: usize) -> Result<()> {
+    /// Starts a thread that serves a connection. A new one may still lack its handshake.
+    fn serve(self: &Arc<Self>, stream: UnixStream, listener: usize, is_new: bool) -> Result<()> {
         let connection = match Connection::new(stream, listener) {
             Ok(connection) => connection,
             Err(error) => {
-                tracing::error!("a connection: {error:#}");
+                self.refusals.log(&format!("a connection: {error:#}"));
                 return Ok(());
             }
         };
+        if is_new && self.silent.add(&connection) {
+            let most = silent::MOST;
+            self.refusals
+                .log(&format!("more than {most} connections have sent no handshake: the oldest is closed"));
+        }
         let worker = Arc::clone(self);
         self.spawn("connection", move || worker.program.serve(&worker, connection))
     }
@@ -577,7 +593,7 @@ impl Worker {
         for (stream, listener) in connections {
             let cookie = rustix::net::sockopt::socket_cookie(&stream).unwrap_or(0);
             names.retain(|name| name.cookie != cookie);
-            self.serve(stream, listener)?;
+            self.serve(stream, listener, false)?;
         }
         if names.is_empty() && self.setup.adopted.is_some() {
             // The last worker died before it took over the process.

@@ -4,6 +4,7 @@ use super::{Snapshot, with_root};
 use postcopy_tests::cli::postcopy;
 use postcopy_tests::daemon::{Daemon, runtime_root};
 use postcopy_tests::vmm::Vmm;
+use postcopy_tests::wait_until;
 use rustix::process::{Signal, kill_process};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -45,6 +46,41 @@ fn another_user_reaches_neither_a_socket_nor_a_trace() {
         assert_eq!(written.collect::<Vec<_>>(), [0o600]);
         let state = super::files_of(&daemon, "").into_iter().filter(|path| path.is_file());
         assert!(state.map(|path| mode(&path)).all(|mode| mode == 0o600));
+    });
+}
+
+#[test]
+fn ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way() {
+    with_root("strangers::ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way", || {
+        let snapshot = Snapshot::push(4);
+        let mut daemon = snapshot.daemon(&[]);
+        let worker = daemon.worker().as_raw_nonzero();
+        // Its own processes, because one has not enough descriptors for all.
+        let script = "import socket, sys, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (20000, 20000))
+held = []
+for n in range(10000):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].connect(sys.argv[1])
+    if n % 2: held[-1].send(b'[')
+print('connected', flush=True)
+sys.stdin.read()";
+        let mut flood = Command::new("python3");
+        flood.args(["-c", script]).arg(snapshot.socket()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut flood = flood.spawn().unwrap();
+        let mut connected = [0; 9];
+        std::io::Read::read_exact(flood.stdout.as_mut().unwrap(), &mut connected).unwrap();
+        let count = |what: &str| std::fs::read_dir(format!("/proc/{worker}/{what}")).unwrap().count();
+        wait_until("few threads", || count("task") < 600);
+        assert!(count("fd") < 700, "{} descriptors", count("fd"));
+        let mut vmm = snapshot.vmm(&["small:4"]);
+        vmm.assert_right();
+        daemon.assert_says("more than 512 connections have sent no handshake");
+        let lines = daemon.said().len();
+        assert!(lines < 500, "{lines} lines");
+        flood.kill().unwrap();
+        flood.wait().unwrap();
+        daemon.assert_says("more connections were refused");
     });
 }
 

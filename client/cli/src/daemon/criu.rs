@@ -221,10 +221,10 @@ impl Criu {
         let is_another = worker.turn.is_successor && runtime.sessions().is_ok_and(|all| !all.is_empty());
         let is_first = !is_another && !self.is_taken.swap(true, Ordering::AcqRel);
         if !is_first {
-            tracing::error!(
+            worker.refusals.log(&format!(
                 "process {}: another restore is served here, and a daemon serves one",
                 connection.peer
-            );
+            ));
         }
         is_first
     }
@@ -333,6 +333,7 @@ impl Program for Criu {
         if !self.is_restore(worker, &connection) {
             return None;
         }
+        worker.silent.remove(&connection);
         match self.restore(worker, &connection) {
             Ok(()) => Some(0),
             Err(error) => {

@@ -148,6 +148,7 @@ impl Firecracker {
             let uffd = peeked.fds.pop().expect("one");
             Ok(Some((mappings, uffd, peeked.bytes.len())))
         })?;
+        worker.silent.remove(connection);
         let name = connection.session(KIND)?;
         let backing = &self.backings[connection.listener.min(self.backings.len() - 1)];
         let served = attach(worker, name, backing, &mappings, uffd.as_fd())?;
@@ -281,7 +282,7 @@ impl Program for Firecracker {
             Ok(Some(served)) => self.watch(worker, &served, Some(&connection.stream)),
             Ok(None) => {}
             Err(error) => {
-                tracing::error!("process {}: {error:#}", connection.peer);
+                worker.refusals.log(&format!("process {}: {error:#}", connection.peer));
                 refuse(worker, &connection);
             }
         }

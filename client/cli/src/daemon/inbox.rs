@@ -57,6 +57,11 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
         };
         for message in control.drain() {
             match message {
+                // A peer could fill this process's table of descriptors.
+                RecvAncillaryMessage::ScmRights(fds) if peeked.fds.len() + fds.len() > MAX_FDS => {
+                    let text = format!("it has sent more than {MAX_FDS} descriptors");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+                }
                 RecvAncillaryMessage::ScmRights(fds) => peeked.fds.extend(fds),
                 RecvAncillaryMessage::ScmCredentials(sender) => peeked.sender = Some(sender.pid),
                 _ => {}

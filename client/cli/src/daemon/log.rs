@@ -10,7 +10,8 @@ use rustix::io::{Errno, ReadWriteFlags, pwritev2, write};
 use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The size up to which a pipe accepts a write completely or not at all: PIPE_BUF of Linux.
 const WHOLE_BYTES: usize = 4096;
@@ -47,6 +48,45 @@ impl Write for Log {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The time in which the log has at most [`MOST_REFUSALS`] lines about refused connections.
+const REFUSALS: Duration = Duration::from_secs(10);
+/// A peer that connects again and again must not fill a disk with the log.
+const MOST_REFUSALS: u64 = 20;
+
+/// The log of refused connections, which counts lines beyond a bound instead of writing them.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals(Mutex<Option<Window>>);
+
+/// A time in which connections were refused.
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    refused: u64,
+}
+
+impl Refusals {
+    /// Logs the reason why a connection was refused.
+    pub(crate) fn log(&self, reason: &str) {
+        self.report();
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let window = window.get_or_insert_with(|| Window { since: Instant::now(), refused: 0 });
+        window.refused += 1;
+        if window.refused <= MOST_REFUSALS {
+            tracing::error!("{reason}");
+        }
+    }
+
+    /// Logs how many reasons were left out, once their time is over.
+    pub(crate) fn report(&self) {
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(over) = window.take_if(|window| window.since.elapsed() >= REFUSALS) else { return };
+        if over.refused > MOST_REFUSALS {
+            let more = over.refused - MOST_REFUSALS;
+            tracing::error!("{more} more connections were refused within {REFUSALS:?}");
+        }
     }
 }
 
