@@ -10,7 +10,7 @@ mod output;
 mod report;
 mod working_sets;
 
-use crate::daemon::log::Log;
+use crate::daemon::log::{self, Log};
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 use output::Output;
@@ -192,6 +192,7 @@ pub(crate) fn main() -> ExitCode {
     let writer = if is_daemon { BoxMakeWriter::new(|| Log) } else { BoxMakeWriter::new(std::io::stderr) };
     tracing_subscriber::fmt()
         .with_max_level(level)
+        .fmt_fields(tracing_subscriber::fmt::format::debug_fn(log::field))
         .with_ansi(!is_logged_to_file && std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         // Reporting such an error would panic once the reader of stderr has gone.

@@ -1,11 +1,12 @@
 //! Other users of the machine, and peers that are no machines.
 
 use super::{Snapshot, with_root};
-use postcopy_tests::cli::postcopy;
+use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::daemon::{Daemon, runtime_root};
 use postcopy_tests::vmm::Vmm;
 use postcopy_tests::wait_until;
 use rustix::process::{Signal, kill_process};
+use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -81,6 +82,21 @@ sys.stdin.read()";
         flood.kill().unwrap();
         flood.wait().unwrap();
         daemon.assert_says("more connections were refused");
+    });
+}
+
+#[test]
+fn a_path_of_an_image_does_not_forge_lines_of_the_log() {
+    with_root("strangers::a_path_of_an_image_does_not_forge_lines_of_the_log", || {
+        let snapshot = Snapshot::push(4);
+        let path = snapshot.folder.path().join("snapshot");
+        std::fs::write(path.join("odd\nvm 7: forged \x1b[2J"), "odd").unwrap();
+        let _ = run(snapshot.server.address(), [OsStr::new("push"), path.as_os_str(), OsStr::new("vm")]);
+        let daemon = snapshot.daemon(&[]);
+        let _vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:8"]);
+        daemon.assert_says("forged");
+        let forged = daemon.said().into_iter().find(|line| line.contains("forged")).unwrap();
+        assert!(forged.contains("the guest has") && !forged.contains('\x1b'), "{forged:?}");
     });
 }
 

@@ -1,6 +1,6 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
-use super::output::{Advised, INSPECT, Output, bytes, time};
+use super::output::{Advised, INSPECT, Output, bytes, printable, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
@@ -391,8 +391,9 @@ pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Outp
         );
         for entry in &inspected.entries {
             let size = entry.size_bytes.map_or_else(|| "-".to_owned(), bytes);
-            let target = entry.target.as_ref().map_or_else(String::new, |target| format!(" -> {target}"));
-            let _ = writeln!(text, "  {size:>12}  {}{target}", entry.path);
+            let target =
+                entry.target.as_ref().map_or_else(String::new, |target| format!(" -> {}", printable(target)));
+            let _ = writeln!(text, "  {size:>12}  {}{target}", printable(&entry.path));
         }
         text
     })?;

@@ -7,11 +7,13 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2, write};
+use std::fmt::{self, Write as _};
 use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tracing::field::Field;
 
 /// The size up to which a pipe accepts a write completely or not at all: PIPE_BUF of Linux.
 const WHOLE_BYTES: usize = 4096;
@@ -48,6 +50,30 @@ impl Write for Log {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Formats a field of an event. Escapes control characters, which a path or the text of a peer may
+/// have: an event is one line, and a terminal does not obey it.
+pub(crate) fn field(
+    to: &mut tracing_subscriber::fmt::format::Writer<'_>,
+    field: &Field,
+    value: &dyn fmt::Debug,
+) -> fmt::Result {
+    match field.name() {
+        "message" => write!(Escaping(to), "{value:?}"),
+        name => write!(Escaping(to), " {name}={value:?}"),
+    }
+}
+
+struct Escaping<'a, W>(&'a mut W);
+
+impl<W: fmt::Write> fmt::Write for Escaping<'_, W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|c| match c.is_control() {
+            true => write!(self.0, "{}", c.escape_default()),
+            false => self.0.write_char(c),
+        })
     }
 }
 
@@ -150,6 +176,13 @@ mod tests {
         assert!(try_write(writer.as_fd(), &[1; 1000], Duration::ZERO), "it has room again");
         drop(reader);
         assert!(!try_write(writer.as_fd(), &[1; 1000], Duration::ZERO), "its reader is gone");
+    }
+
+    #[test]
+    fn control_characters_do_not_make_lines() {
+        let (mut line, text) = (String::new(), "a\nERROR forged\x1b[2J\u{9b}é");
+        write!(Escaping(&mut line), "peer: {text}").unwrap();
+        assert_eq!(line, r"peer: a\nERROR forged\u{1b}[2J\u{9b}é");
     }
 
     #[test]
