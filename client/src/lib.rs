@@ -47,7 +47,7 @@ pub use processes::{signal_process_tree, with_descendants};
 pub use record::trace;
 pub use remote::{Content, DEFAULT_SERVER, Image, ImageSource, Remote, RemoteError, Segments, ServerAddress};
 pub use session::{Changes, ForeignMemory, ForeignRegion, Region, Session, SharedPager, Sharing, host};
-pub use transfer::{pull, push};
+pub use transfer::{beneath, criu, pull, push};
 
 pub use postcopy_proto as proto;
 pub use postcopy_uffd as uffd;

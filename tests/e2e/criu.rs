@@ -3,6 +3,7 @@
 use nix::sys::signal::Signal;
 use postcopy::Remote;
 use postcopy::push::{self, PushOptions};
+use postcopy_tests::chaos::within;
 use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::criu::{
     Criu, Program, Restored, assert_success, compile, compile_statically, numbers, status, wait_for_status,
@@ -509,6 +510,124 @@ fn a_daemon_in_the_background_that_cannot_start_fails_with_its_error() {
         assert!(said.contains(reason), "{said}");
         assert!(!images.join("lazy-pages.socket").exists() && fs::read_dir(root).unwrap().next().is_none());
     }
+}
+
+/// A made dump below `folder`, whose link `parent` leads to the directory `base` beside it, which holds
+/// one page of the dump and a file that is not CRIU's.
+fn made_incremental_dump(server: &Server, folder: &Path) -> (PathBuf, PathBuf) {
+    let (made, base) = (made_dump(server, folder), folder.join("base"));
+    fs::create_dir(&base).unwrap();
+    for name in ["inventory.img", "pagemap-7.img", "pages-1.img"] {
+        fs::copy(made.join(name), base.join(name)).unwrap();
+    }
+    fs::write(base.join("id_ed25519"), "secret").unwrap();
+    symlink("../base", made.join("parent")).unwrap();
+    (made, base)
+}
+
+#[test]
+fn a_push_stores_the_images_of_parents_only_and_no_parents_of_others() {
+    if !is_root() {
+        return skip(
+            "criu::a_push_stores_the_images_of_parents_only_and_no_parents_of_others",
+            "it needs root",
+        );
+    }
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (made, base) = made_incremental_dump(&server, folder.path());
+    let push = [OsStr::new("push"), made.as_os_str(), OsStr::new("chain")];
+    let _ = run(server.address(), push);
+    let inspected = run(server.address(), ["inspect", "chain"]);
+    let paths: Vec<_> = inspected["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["path"].as_str().unwrap())
+        .collect();
+    assert!(
+        paths.contains(&"parent/pages-1.img") && !paths.iter().any(|path| path.contains("id_")),
+        "{paths:?}"
+    );
+    // Another user owns the dump, and may have made the link.
+    std::os::unix::fs::chown(&made, Some(4711), None).unwrap();
+    let said = fail(server.address(), push);
+    assert!(said.contains("user 4711 controls this link") && said.contains("user 0"), "{said}");
+    std::os::unix::fs::chown(&base, Some(4711), None).unwrap();
+    let _ = run(server.address(), push);
+    std::os::unix::fs::lchown(made.join("parent"), Some(4712), None).unwrap();
+    assert!(fail(server.address(), push).contains("user 4712 controls this link"));
+    // The link leads to files that are not CRIU's.
+    fs::remove_file(made.join("parent")).unwrap();
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("disk.img"), "secret").unwrap();
+    std::os::unix::fs::chown(&other, Some(4711), None).unwrap();
+    symlink(&other, made.join("parent")).unwrap();
+    let said = fail(server.address(), push);
+    assert!(said.contains("without CRIU's images"), "{said}");
+}
+
+#[test]
+fn a_fifo_among_images_is_refused_and_not_waited_for() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let made = made_dump(&server, folder.path());
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let fifo = made.join("core-7.img");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let said = within(Duration::from_secs(60), move || {
+        fail(server.address(), [OsStr::new("push"), made.as_os_str(), OsStr::new("fifo")])
+    });
+    assert!(said.contains("core-7.img") && said.contains("no file, directory or symbolic link"), "{said}");
+}
+
+#[test]
+fn an_archive_whose_parent_link_leads_out_is_refused() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (made, base) = made_incremental_dump(&server, folder.path());
+    fs::remove_file(made.join("parent")).unwrap();
+    let archive = folder.path().join("app.tar");
+    for (target, is_within) in [(base.to_str().unwrap(), false), ("../base", true)] {
+        symlink(target, made.join("parent")).unwrap();
+        let mut tar = Command::new("tar");
+        tar.arg("-cf").arg(&archive).arg("-C").arg(folder.path()).args(["made", "base"]);
+        assert!(tar.status().unwrap().success());
+        let push = [OsStr::new("push"), archive.as_os_str(), OsStr::new("app")];
+        if is_within {
+            let _ = run(server.address(), push);
+        } else {
+            let said = fail(server.address(), push);
+            assert!(said.contains("made/parent leads out of the archive"), "{said}");
+        }
+        fs::remove_file(made.join("parent")).unwrap();
+    }
+}
+
+#[test]
+fn files_of_a_daemon_are_not_written_through_links() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (made, root) = (made_dump(&server, folder.path()), postcopy_tests::daemon::runtime_root());
+    let precious = folder.path().join("precious");
+    fs::write(&precious, "precious").unwrap();
+    symlink(&precious, made.join("restore.log")).unwrap();
+    let (dump, root) = (made.to_str().unwrap(), root.path().to_str().unwrap());
+    for option in ["-o", "--pidfile"] {
+        let args =
+            ["criu", "-D", dump, "--image", "made", "--runtime-dir", root, "-d", option, "restore.log"];
+        let said = fail(server.address(), args);
+        assert!(said.contains("restore.log: it is a symbolic link"), "{said}");
+    }
+    // The image would bring the link to the machine that restores.
+    let _ = run(server.address(), [OsStr::new("push"), made.as_os_str(), OsStr::new("made")]);
+    let target = folder.path().join("lazy");
+    let pull = [OsStr::new("pull"), OsStr::new("made"), target.as_os_str(), OsStr::new("--criu")];
+    let said = fail(server.address(), pull);
+    assert!(said.contains("restore.log is a symbolic link that leads out"), "{said}");
+    assert!(!target.exists());
+    fs::remove_file(made.join("restore.log")).unwrap();
+    symlink("pages-1.img", made.join("within")).unwrap();
+    let _ = run(server.address(), [OsStr::new("push"), made.as_os_str(), OsStr::new("made")]);
+    let _ = run(server.address(), pull);
+    assert_eq!(fs::read(&precious).unwrap(), b"precious");
 }
 
 #[test]

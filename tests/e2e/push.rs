@@ -4,6 +4,7 @@ use postcopy::Remote;
 use postcopy::proto::digest::Digest;
 use postcopy::proto::page::ChunkSize;
 use postcopy::proto::v1::{self, upload_pack_request};
+use postcopy::pull::Pulling;
 use postcopy::push::{PushOptions, push};
 use postcopy_tests::binary;
 use postcopy_tests::cli::{fail, postcopy, run};
@@ -458,6 +459,51 @@ fn pull_fills_an_empty_directory_in_place_and_keeps_clear_of_left_overs() {
     let output = shell.output().unwrap();
     assert!(output.status.success(), "{}", shown(&output));
     assert!(tree(&folder.path().join("new")) == tree(&source), "and nothing of what was left over");
+}
+
+#[test]
+fn what_a_pull_writes_is_for_its_owner_alone() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    fs::create_dir_all(source.join("sub/empty")).unwrap();
+    fs::write(source.join("sub/file"), "content").unwrap();
+    fs::write(source.join("run"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(source.join("run"), fs::Permissions::from_mode(0o755)).unwrap();
+    push_cli(&server, &source, "app");
+    pull_cli(&server, "app", &target);
+    for (path, mode) in
+        [("", 0o700), ("sub", 0o700), ("sub/empty", 0o700), ("sub/file", 0o600), ("run", 0o700)]
+    {
+        assert_eq!(fs::metadata(target.join(path)).unwrap().mode() & 0o777, mode, "{path:?}");
+    }
+}
+
+/// The owner of the directory around the target replaces names in it during the pull.
+#[test]
+fn a_pull_writes_nowhere_else_when_its_directory_is_replaced() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let [source, precious, around] = ["source", "precious", "around"].map(|name| folder.path().join(name));
+    for path in [&source, &precious, &around] {
+        fs::create_dir(path).unwrap();
+    }
+    fs::write(source.join("mem"), noise(CHUNK, 51)).unwrap();
+    fs::write(precious.join("mem"), [1; CHUNK]).unwrap();
+    push_cli(&server, &source, "app");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let error = runtime.block_on(async {
+        let remote = Remote::connect(server.address().clone()).await.unwrap();
+        let (reference, target) = ("app".parse().unwrap(), around.join("target"));
+        let mut pulling = Pulling::begin(&remote, &reference, &target, |_| true).await.unwrap();
+        let partial = fs::read_dir(&around).unwrap().next().unwrap().unwrap().path();
+        fs::rename(&partial, around.join("away")).unwrap();
+        symlink(&precious, &partial).unwrap();
+        let all = pulling.extents_of(|_| true);
+        pulling.fetch(all).await.unwrap();
+        pulling.finish().unwrap_err()
+    });
+    assert!(error.to_string().contains("target.partial-"), "{error}");
+    assert!(fs::read(precious.join("mem")).unwrap() == [1; CHUNK]);
+    assert!(!around.join("target").exists());
 }
 
 /// An upload that waits for the server's memory must not take the way of those beside it that have some.

@@ -1,20 +1,26 @@
 //! Writes images from a server to files, and checks images without keeping them.
+//!
+//! Another user may own the directory around the target, and may swap names in it at any time. So a
+//! pull reaches its files by open directories only ([`super::beneath`]). An image does not tell who
+//! may read its files, and memory holds secrets: the files that a pull writes are for their owner
+//! alone.
 
 use crate::memory::ChunkPages;
 use crate::remote::{Content, Image};
 use crate::remote::{Remote, RemoteError};
+use crate::transfer::beneath::Directory;
 use crate::transfer::fetch::{Damage, data_chunks, fetch};
 use postcopy_proto::manifest::{Entry, EntryKind};
 use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::path::ImagePath;
 use postcopy_proto::reference::Reference;
+use rustix::fs::Mode;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -75,7 +81,8 @@ pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport
     Ok(report)
 }
 
-/// Writes the files of an image to the directory `target`, which must not exist or be empty.
+/// Writes the files of an image to the directory `target`, which must not exist or be empty. Only
+/// their owner may read them: files have mode 0600 or 0700, new directories 0700.
 ///
 /// # Errors
 /// Returns [`PullError`]; the target is then unchanged.
@@ -99,7 +106,6 @@ pub struct Pulling {
     remote: Remote,
     image: Arc<Image>,
     partial: Partial,
-    target: PathBuf,
     wanted: Vec<Entry>,
     report: PullReport,
 }
@@ -116,19 +122,17 @@ impl Pulling {
         target: &Path,
         is_wanted: impl Fn(&ImagePath) -> bool,
     ) -> Result<Self, PullError> {
-        let occupied = match fs::read_dir(target) {
-            Ok(mut entries) => entries.next().is_some(),
-            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        let existing = match Directory::open(target) {
+            Ok(directory) if directory.names().next().is_none() => Some(directory),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            _ => return Err(PullError::Exists(target.to_owned())),
         };
-        if occupied {
-            return Err(PullError::Exists(target.to_owned()));
-        }
         let (image, segments) = remote.open(reference, &[], true).await?;
         segments.all_into(&image).await?;
         let wanted: Vec<_> =
             image.root().entries().iter().filter(|entry| is_wanted(&entry.path)).cloned().collect();
-        let partial = Partial::create(target)?;
-        create_entries(&wanted, &partial.0)?;
+        let partial = Partial::create(target, existing)?;
+        create_entries(&wanted, &partial)?;
         let size_bytes = wanted.iter().map(size_of_entry).sum();
         let report = PullReport {
             image: image.digest(),
@@ -137,7 +141,7 @@ impl Pulling {
             chunks: 0,
             frame_bytes: 0,
         };
-        Ok(Self { remote: remote.clone(), image, partial, target: target.to_owned(), wanted, report })
+        Ok(Self { remote: remote.clone(), image, partial, wanted, report })
     }
 
     /// Returns the image that is pulled.
@@ -148,8 +152,27 @@ impl Pulling {
 
     /// Returns the directory in which the files lie until [`Pulling::finish`].
     #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.partial.0
+    pub fn directory(&self) -> &Directory {
+        &self.partial.directory
+    }
+
+    /// Returns the first created symbolic link that leads out of the image and that `is_meant`
+    /// selects.
+    ///
+    /// # Errors
+    /// Returns [`PullError::File`] if a link cannot be examined.
+    pub fn link_that_leads_out(
+        &self,
+        is_meant: impl Fn(&ImagePath) -> bool,
+    ) -> Result<Option<&ImagePath>, PullError> {
+        let is_link = |entry: &&Entry| matches!(entry.kind, EntryKind::SymbolicLink(_));
+        for entry in self.wanted.iter().filter(is_link).filter(|entry| is_meant(&entry.path)) {
+            let path = local(&entry.path);
+            if self.partial.directory.leads_out(path).map_err(self.partial.error(path))? {
+                return Ok(Some(&entry.path));
+            }
+        }
+        Ok(None)
     }
 
     /// Returns the full extents of the created files that `is_meant` selects.
@@ -188,11 +211,10 @@ impl Pulling {
                 Content::OutOfRange => unreachable!("bounded by the file's length"),
             }
         }
-        let directory = self.partial.0.clone();
+        let directory = Arc::clone(&self.partial.directory);
         // Each chunk opens its file anew: an image may have more files than a process may open.
         let sink = move |path: &ImagePath, offset: u64, pages: &ChunkPages| {
-            let file =
-                File::options().write(true).open(local(&directory, path)).map_err(|e| e.to_string())?;
+            let file = directory.file_to_write(local(path)).map_err(|e| e.to_string())?;
             for (at, bytes) in pages.held_bytes() {
                 let start = offset + at as u64;
                 for part in &parts[path] {
@@ -214,10 +236,11 @@ impl Pulling {
     /// Returns [`PullError::File`] if a file could not be synced or moved.
     pub fn finish(self) -> Result<PullReport, PullError> {
         for entry in self.wanted.iter().filter(|entry| matches!(entry.kind, EntryKind::File(_))) {
-            let path = local(&self.partial.0, &entry.path);
-            File::open(&path).and_then(|file| file.sync_all()).map_err(file_error(&path))?;
+            let path = local(&entry.path);
+            let file = self.partial.directory.file(path);
+            file.and_then(|file| file.sync_all()).map_err(self.partial.error(path))?;
         }
-        self.partial.rename(&self.target)?;
+        self.partial.rename()?;
         Ok(self.report)
     }
 }
@@ -251,43 +274,81 @@ async fn fetch_into(
 /// A directory beside the target, or in it if the target exists. Dropping it removes the directory,
 /// unless it has become the target.
 #[derive(Debug)]
-struct Partial(PathBuf);
+struct Partial {
+    directory: Arc<Directory>,
+    /// The directory that holds it.
+    parent: Directory,
+    name: OsString,
+    /// Its path, for messages.
+    path: PathBuf,
+    /// The absolute path of the target.
+    target: PathBuf,
+    is_within: bool,
+}
 
 impl Partial {
-    fn create(target: &Path) -> Result<Self, PullError> {
+    /// Creates the directory. An `existing` target may be a mount point, so the files are created
+    /// within it.
+    fn create(target: &Path, existing: Option<Directory>) -> Result<Self, PullError> {
         // `.` and the like have no name.
         let target = std::path::absolute(target).map_err(file_error(target))?;
-        // An empty target may be a mount point, so the files are created within it.
-        let parent = if target.exists() { &target } else { target.parent().unwrap_or(&target) };
-        fs::create_dir_all(parent).map_err(file_error(parent))?;
-        let name = target.file_name().unwrap_or(OsStr::new("image"));
+        let is_within = existing.is_some();
+        let above = if is_within { Some(&*target) } else { target.parent() };
+        let above = above.unwrap_or(&target).to_owned();
+        let parent = match existing {
+            Some(existing) => existing,
+            None => std::fs::create_dir_all(&above)
+                .and_then(|()| Directory::open(&above))
+                .map_err(file_error(&above))?,
+        };
+        let base = target.file_name().unwrap_or(OsStr::new("image"));
         for n in 0u32.. {
-            let mut name = name.to_owned();
+            let mut name = base.to_owned();
             name.push(format!(".partial-{}-{n}", std::process::id()));
-            let partial = parent.join(name);
-            match fs::create_dir(&partial) {
+            let path = above.join(&name);
+            match parent.new_directory(&name) {
                 // An earlier pull left this directory behind, or another program made it.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                created => return created.map(|()| Self(partial.clone())).map_err(file_error(&partial)),
+                Err(error) => return Err(file_error(&path)(error)),
+                Ok(directory) => {
+                    return Ok(Self {
+                        directory: Arc::new(directory),
+                        parent,
+                        name,
+                        path,
+                        target,
+                        is_within,
+                    });
+                }
             }
         }
         unreachable!("some number is free")
+    }
+
+    /// Returns the error about the file at `path` in this directory.
+    fn error(&self, path: &Path) -> impl FnOnce(io::Error) -> PullError + use<> {
+        let path = self.path.join(path);
+        move |source| PullError::File { path, source }
     }
 
     /// Moves the files to the target.
     ///
     /// An empty target directory is kept, because it may be a working directory or a mount point.
     /// Files that appeared in it meanwhile are not overwritten.
-    fn rename(self, target: &Path) -> Result<(), PullError> {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        if self.0.parent() != std::path::absolute(target).ok().as_deref() {
-            return fs::rename(&self.0, target).map_err(file_error(target));
+    fn rename(self) -> Result<(), PullError> {
+        if !self.is_within {
+            let name = self.target.file_name().unwrap_or_default();
+            if !self.directory.is_at(&self.parent, &self.name).map_err(file_error(&self.path))? {
+                let replaced = io::Error::other("it was replaced during the pull");
+                return Err(file_error(&self.path)(replaced));
+            }
+            let renamed = self.parent.rename(&self.name, &self.parent, name, false);
+            return renamed.map_err(file_error(&self.target));
         }
-        for entry in fs::read_dir(&self.0).map_err(file_error(&self.0))? {
-            let entry = entry.map_err(file_error(&self.0))?;
-            let to = target.join(entry.file_name());
-            let moved = renameat_with(CWD, entry.path(), CWD, &to, RenameFlags::NOREPLACE);
-            moved.map_err(|e| file_error(&to)(e.into()))?;
+        for name in self.directory.names() {
+            let name = name.map_err(file_error(&self.path))?;
+            let moved = self.directory.rename(&name, &self.parent, &name, true);
+            moved.map_err(file_error(&self.target.join(&name)))?;
         }
         Ok(())
     }
@@ -295,33 +356,35 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // After the rename the path does not exist.
-        let _ = fs::remove_dir_all(&self.0);
+        // After the rename the name does not exist.
+        let _ = self.parent.remove_all(&self.name);
     }
 }
 
-/// Returns the path of an image's file below `directory`. An [`ImagePath`] leads nowhere else. No
-/// part of it is a link: a manifest has no entry below another, and the directory is new.
-fn local(directory: &Path, path: &ImagePath) -> PathBuf {
-    directory.join(OsStr::from_bytes(path.as_bytes()))
+/// Returns the path of an image's file below the directory of a pull.
+fn local(path: &ImagePath) -> &Path {
+    Path::new(OsStr::from_bytes(path.as_bytes()))
 }
 
-fn create_entries(entries: &[Entry], directory: &Path) -> Result<(), PullError> {
-    for entry in entries {
-        let path = local(directory, &entry.path);
-        let parent = path.parent().unwrap_or(directory);
-        fs::create_dir_all(parent).map_err(file_error(parent))?;
-        match &entry.kind {
-            EntryKind::EmptyDirectory => fs::create_dir(&path).map_err(file_error(&path))?,
-            EntryKind::SymbolicLink(target) => {
-                std::os::unix::fs::symlink(OsStr::from_bytes(target), &path).map_err(file_error(&path))?;
-            }
-            EntryKind::File(file) => {
-                let mode = if file.executable { 0o777 } else { 0o666 };
-                let created = File::options().write(true).create_new(true).mode(mode).open(&path);
-                created.and_then(|created| created.set_len(file.size_bytes)).map_err(file_error(&path))?;
-            }
+fn create_entries(entries: &[Entry], partial: &Partial) -> Result<(), PullError> {
+    entries.iter().try_for_each(|entry| {
+        let path = local(&entry.path);
+        create_entry(&partial.directory, path, &entry.kind).map_err(partial.error(path))
+    })
+}
+
+fn create_entry(directory: &Directory, path: &Path, kind: &EntryKind) -> io::Result<()> {
+    if matches!(kind, EntryKind::EmptyDirectory) {
+        return directory.make_directory(path).map(drop);
+    }
+    let parent = directory.make_directory(path.parent().unwrap_or(Path::new("")))?;
+    let name = path.file_name().unwrap_or_default();
+    match kind {
+        EntryKind::EmptyDirectory => Ok(()),
+        EntryKind::SymbolicLink(target) => parent.new_link(name, OsStr::from_bytes(target)),
+        EntryKind::File(file) => {
+            let mode = if file.executable { Mode::RWXU } else { Mode::RUSR | Mode::WUSR };
+            parent.new_file(name, mode)?.set_len(file.size_bytes)
         }
     }
-    Ok(())
 }

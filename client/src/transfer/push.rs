@@ -7,6 +7,8 @@
 //! the manifest.
 
 use crate::remote::{Remote, RemoteError};
+use crate::transfer::beneath::{Directory, FileId};
+use crate::transfer::criu;
 use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
@@ -19,8 +21,9 @@ use postcopy_proto::v1::commit_response::Outcome;
 use postcopy_proto::v1::{self, commit_request, upload_pack_request};
 use postcopy_proto::{MAX_FIND_MISSING, MAX_PART_BYTES};
 use rayon::prelude::*;
+use rustix::fs::FileType;
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
@@ -121,6 +124,11 @@ pub enum PushError {
     /// A chain of CRIU's incremental images that leads back to itself.
     #[error("{0}: the `parent` links of incremental images form a cycle")]
     Parents(PathBuf),
+    /// A link `parent` beside CRIU's images that leads to something else.
+    #[error(
+        "{0} leads to a directory without CRIU's images, which is not stored. If the dump is not incremental, remove the link"
+    )]
+    NoParent(PathBuf),
     /// The entries do not form a valid manifest.
     #[error("the files do not form a valid image")]
     Manifest(#[from] ManifestError),
@@ -141,7 +149,9 @@ pub type OnProgress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 ///
 /// Keeps symbolic links, empty directories and the executable bit, but no owners and times. Stores
 /// a single file under its own name. In a directory of CRIU's images, follows the link `parent` and
-/// stores its target as the directory `parent`.
+/// stores the images in its target (*.img) as the directory `parent`, unless another user made the
+/// link to a directory that is not theirs. Follows no other link, also if another user changes the
+/// tree meanwhile.
 ///
 /// # Errors
 /// Returns [`PushError`]; the reference is then unchanged.
@@ -167,31 +177,72 @@ pub async fn push(
 /// An entry to push: its path in the image, and its path on this host.
 struct Source {
     path: ImagePath,
-    from: PathBuf,
+    root: Arc<Root>,
+    /// The path below the root.
+    below: PathBuf,
     kind: SourceKind,
 }
 
+/// A directory that a push has entered, and its path.
+struct Root {
+    directory: Directory,
+    path: PathBuf,
+}
+
 enum SourceKind {
-    File { size_bytes: u64, executable: bool },
+    File { id: FileId, size_bytes: u64, executable: bool },
     SymbolicLink,
     EmptyDirectory,
 }
 
+impl Source {
+    /// Returns the path on this host, for messages.
+    fn from(&self) -> PathBuf {
+        self.root.path.join(&self.below)
+    }
+}
+
+impl SourceKind {
+    fn file(metadata: &Metadata) -> Self {
+        Self::File {
+            id: FileId::of(metadata),
+            size_bytes: metadata.len(),
+            executable: metadata.mode() & 0o100 != 0,
+        }
+    }
+}
+
+impl Root {
+    fn open(path: &Path) -> Result<Arc<Self>, PushError> {
+        let directory = Directory::open(path).map_err(file_error(path))?;
+        Ok(Arc::new(Self { directory, path: path.to_owned() }))
+    }
+}
+
+fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PushError {
+    let path = path.to_owned();
+    move |source| PushError::File { path, source }
+}
+
 /// Returns the entries to push, in bytewise order of path.
 fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
-    let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
-    let metadata = root.metadata().map_err(|e| file_error(root, e))?;
+    let metadata = root.metadata().map_err(file_error(root))?;
     if metadata.is_file() {
-        let root = root.canonicalize().map_err(|e| file_error(root, e))?;
-        let name = root.file_name().map(OsStrExt::as_bytes).unwrap_or_default();
-        let kind = SourceKind::File { size_bytes: metadata.len(), executable: metadata.mode() & 0o100 != 0 };
-        return Ok(vec![Source { path: ImagePath::try_from(name)?, from: root, kind }]);
+        let path = root.canonicalize().map_err(file_error(root))?;
+        let name = path.file_name().unwrap_or_default();
+        let source = Source {
+            path: ImagePath::try_from(name.as_bytes())?,
+            root: Root::open(path.parent().unwrap_or(&path))?,
+            below: name.into(),
+            kind: SourceKind::file(&metadata),
+        };
+        return Ok(vec![source]);
     }
     if !metadata.is_dir() {
         return Err(PushError::Kind(root.to_owned()));
     }
     let mut sources = Vec::new();
-    collect_below(root, &[], &mut sources)?;
+    collect_below(&Root::open(root)?, &mut sources)?;
     if sources.is_empty() {
         return Err(PushError::Empty(root.to_owned()));
     }
@@ -199,35 +250,32 @@ fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
     Ok(sources)
 }
 
-/// Adds the entries below a directory; `prefix` is put before their paths.
-fn collect_below(root: &Path, prefix: &[u8], sources: &mut Vec<Source>) -> Result<(), PushError> {
-    let file_error = |path: &Path, source: io::Error| PushError::File { path: path.to_owned(), source };
-    for entry in walkdir::WalkDir::new(root).min_depth(1).follow_root_links(true) {
-        let entry = entry.map_err(|e| walk_error(root, e))?;
-        let from = entry.path().to_owned();
-        let metadata = entry.metadata().map_err(|e| walk_error(root, e))?;
-        let relative = from.strip_prefix(root).expect("walkdir stays below its root");
-        let path = [prefix, relative.as_os_str().as_bytes()].concat();
-        if metadata.is_symlink() && is_criu_parent(&from) {
-            if path.len() > MAX_PATH_BYTES {
-                return Err(PushError::Parents(from));
-            }
-            from.metadata().map_err(|e| file_error(&from, e))?;
-            collect_below(&from, &[&path[..], b"/"].concat(), sources)?;
+/// Adds the entries below the directory to push.
+fn collect_below(root: &Arc<Root>, sources: &mut Vec<Source>) -> Result<(), PushError> {
+    for entry in walkdir::WalkDir::new(&root.path).min_depth(1).follow_root_links(true) {
+        let entry = entry.map_err(|e| walk_error(&root.path, e))?;
+        let from = entry.path();
+        let metadata = entry.metadata().map_err(|e| walk_error(&root.path, e))?;
+        let below = from.strip_prefix(&root.path).expect("walkdir stays below its root");
+        if metadata.is_symlink() && is_criu_parent(root, below) {
+            let holder = below.parent().unwrap_or(Path::new(""));
+            let holder = root.directory.directory(holder).map_err(file_error(from))?;
+            collect_parent(&holder, from, below.as_os_str().as_bytes(), sources)?;
             continue;
         }
         let kind = if metadata.is_file() {
-            SourceKind::File { size_bytes: metadata.len(), executable: metadata.mode() & 0o100 != 0 }
+            SourceKind::file(&metadata)
         } else if metadata.is_symlink() {
             SourceKind::SymbolicLink
         } else if !metadata.is_dir() {
-            return Err(PushError::Kind(from));
-        } else if from.read_dir().map_err(|e| file_error(&from, e))?.next().is_none() {
+            return Err(PushError::Kind(from.to_owned()));
+        } else if from.read_dir().map_err(file_error(from))?.next().is_none() {
             SourceKind::EmptyDirectory
         } else {
             continue;
         };
-        sources.push(Source { path: ImagePath::try_from(&path[..])?, from, kind });
+        let path = ImagePath::try_from(below.as_os_str().as_bytes())?;
+        sources.push(Source { path, root: Arc::clone(root), below: below.to_owned(), kind });
     }
     Ok(())
 }
@@ -242,8 +290,48 @@ fn walk_error(root: &Path, error: walkdir::Error) -> PushError {
 
 /// Returns true for the link from CRIU's incremental images to their parents, which the push
 /// includes.
-fn is_criu_parent(link: &Path) -> bool {
-    link.file_name().is_some_and(|name| name == "parent") && link.with_file_name("inventory.img").exists()
+fn is_criu_parent(root: &Root, link: &Path) -> bool {
+    let inventory = || root.directory.file(&link.with_file_name("inventory.img"));
+    link.file_name().is_some_and(|name| name == "parent")
+        && inventory().is_ok_and(|file| criu::is_image(&file))
+}
+
+/// Adds the images in the directory that the link `parent` in `holder` leads to, and in its
+/// parents, as the directory `path`; `link` is the path of the link. Other files of these
+/// directories are not CRIU's: whoever made the link must not choose what the user stores.
+fn collect_parent(
+    holder: &Directory,
+    link: &Path,
+    path: &[u8],
+    sources: &mut Vec<Source>,
+) -> Result<(), PushError> {
+    if path.len() > MAX_PATH_BYTES {
+        return Err(PushError::Parents(link.to_owned()));
+    }
+    let directory = holder.follow("parent").map_err(file_error(link))?;
+    let root = Arc::new(Root { directory, path: link.to_owned() });
+    let (mut has_images, mut has_parent) = (false, false);
+    for name in root.directory.names() {
+        let name = name.map_err(file_error(link))?;
+        let from = link.join(&name);
+        has_parent |= name == "parent";
+        let kind = root.directory.kind_of(&name).map_err(file_error(&from))?;
+        if !name.as_bytes().ends_with(b".img") || kind != FileType::RegularFile {
+            continue;
+        }
+        let file = root.directory.file(Path::new(&name)).map_err(file_error(&from))?;
+        has_images |= criu::is_image(&file);
+        let path = ImagePath::try_from(&[path, b"/", name.as_bytes()].concat()[..])?;
+        let kind = SourceKind::file(&file.metadata().map_err(file_error(&from))?);
+        sources.push(Source { path, root: Arc::clone(&root), below: name.into(), kind });
+    }
+    if !has_images {
+        return Err(PushError::NoParent(link.to_owned()));
+    }
+    if has_parent {
+        collect_parent(&root.directory, &link.join("parent"), &[path, b"/parent"].concat(), sources)?;
+    }
+    Ok(())
 }
 
 /// A batch of chunks that were read together.
@@ -463,17 +551,20 @@ impl Places {
 }
 
 fn open(source: &Source, builder: &mut ManifestBuilder) -> Result<Option<OpenFile>, PushError> {
-    let error = |e| PushError::File { path: source.from.clone(), source: e };
+    let directory = &source.root.directory;
+    let error = |e| file_error(&source.from())(e);
     match source.kind {
         SourceKind::EmptyDirectory => builder.empty_directory(&source.path),
         SourceKind::SymbolicLink => {
-            let target = std::fs::read_link(&source.from).map_err(error)?;
-            builder.symbolic_link(&source.path, target.as_os_str().as_bytes());
+            builder.symbolic_link(&source.path, &directory.link(&source.below).map_err(error)?);
         }
-        SourceKind::File { size_bytes, executable } => {
+        SourceKind::File { id, size_bytes, executable } => {
             builder.file(&source.path, size_bytes, executable);
-            let file = File::open(&source.from).map_err(error)?;
-            let file = Arc::new((file, source.from.clone()));
+            let file = directory.file(&source.below).map_err(error)?;
+            if FileId::of(&file.metadata().map_err(error)?) != id {
+                return Err(PushError::Changed(source.from()));
+            }
+            let file = Arc::new((file, source.from()));
             return Ok(Some(OpenFile { file, size_bytes, next: 0, data: 0..0 }));
         }
     }
@@ -679,6 +770,38 @@ async fn commit(
 mod tests {
     use super::*;
     use std::error::Error;
+
+    #[test]
+    fn a_file_that_is_replaced_before_it_is_read_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, secret) = (folder.path().join("root"), folder.path().join("secret"));
+        let file = root.join("in/file");
+        std::fs::create_dir_all(root.join("in")).unwrap();
+        std::fs::write(&secret, "secret").unwrap();
+        let replace: [(&str, &dyn Fn()); 4] = [
+            ("link", &|| std::os::unix::fs::symlink(&secret, &file).unwrap()),
+            ("file", &|| std::fs::hard_link(&secret, &file).unwrap()),
+            ("fifo", &|| {
+                let mode = rustix::fs::Mode::RUSR;
+                rustix::fs::mknodat(rustix::fs::CWD, &file, FileType::Fifo, mode, 0).unwrap();
+            }),
+            ("directory", &|| {
+                std::fs::rename(root.join("in"), root.join("was")).unwrap();
+                std::fs::rename(&secret, folder.path().join("file")).unwrap();
+                std::os::unix::fs::symlink(folder.path(), root.join("in")).unwrap();
+            }),
+        ];
+        for (what, replace) in replace {
+            let _ = std::fs::remove_file(&file);
+            std::fs::write(&file, "public").unwrap();
+            let sources = collect(&root).unwrap();
+            std::fs::rename(&file, root.join("old")).unwrap();
+            replace();
+            let opened = open(&sources[0], &mut ManifestBuilder::new(ChunkSize::DEFAULT));
+            assert!(opened.is_err(), "a {what}");
+            std::fs::remove_file(root.join("old")).unwrap();
+        }
+    }
 
     #[test]
     fn an_error_of_a_walk_names_the_path_once() {

@@ -2,6 +2,7 @@
 //! their metadata.
 
 use anyhow::{Context, Result, ensure};
+use postcopy::beneath::Directory;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
@@ -74,6 +75,20 @@ fn unpack_into(reader: impl Read, folder: &Path) -> Result<()> {
         }
         let is_within = entry.unpack_in(folder).with_context(|| path.display().to_string())?;
         ensure!(is_within, "{} leads out of the archive", path.display());
+    }
+    ensure_parents_within(folder)
+}
+
+/// Checks that links to the parents of CRIU's images, which a push follows, stay in the archive:
+/// its author must not choose other files of this machine.
+fn ensure_parents_within(folder: &Path) -> Result<()> {
+    let directory = Directory::open(folder)?;
+    for entry in walkdir::WalkDir::new(folder) {
+        let entry = entry?;
+        let path = entry.path().strip_prefix(folder).expect("walkdir stays below its root");
+        if entry.path_is_symlink() && entry.file_name() == "parent" {
+            ensure!(!directory.leads_out(path)?, "{} leads out of the archive", path.display());
+        }
     }
     Ok(())
 }

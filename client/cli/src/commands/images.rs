@@ -2,7 +2,7 @@
 
 use super::output::{Advised, INSPECT, Output, bytes, printable, time};
 use crate::daemon::criu;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 use indicatif::{ProgressBar, ProgressStyle};
 use postcopy::proto::digest::Digest;
@@ -213,6 +213,12 @@ async fn pull_part(
         return Ok((pulling.finish()?, None));
     }
     let prefix = criu::prefix_in(pulling.image(), &reference.to_string())?;
+    // `criu restore` and the daemon write their logs and sockets into this directory.
+    if let Some(link) = pulling.link_that_leads_out(|path| path.to_string().starts_with(&prefix))? {
+        bail!(
+            "{link} is a symbolic link that leads out of {reference}. Pull it without --criu to look into it"
+        );
+    }
     let is_pages = |path: &ImagePath| {
         let path = path.to_string();
         let name = path.rsplit('/').next().unwrap_or_default();
@@ -221,7 +227,8 @@ async fn pull_part(
     let rest = pulling.extents_of(|path| !is_pages(path));
     let mut written_bytes = length(&rest);
     pulling.fetch(rest).await?;
-    let dump = criu::Dump::read(&pulling.directory().join(&prefix))?;
+    let directory = pulling.directory().directory(Path::new(&prefix)).with_context(|| prefix.clone())?;
+    let dump = criu::Dump::read(&directory, Path::new(&prefix))?;
     let eager = dump.eager().map(|(file, bytes)| {
         let path = [prefix.as_bytes(), file.as_os_str().as_bytes()].concat();
         Ok((ImagePath::try_from(&path[..])?, bytes))

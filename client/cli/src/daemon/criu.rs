@@ -13,6 +13,7 @@ use super::runtime_dir::{self, SessionName};
 use super::served::{self, Served, Status};
 use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
 use anyhow::{Context, Result, ensure};
+use postcopy::beneath::Directory;
 use postcopy::proto::digest::Digest;
 use postcopy::{Content, ForeignRegion, Image, Sharing};
 use std::collections::BTreeSet;
@@ -154,19 +155,21 @@ impl Criu {
         wait_for_restore: Option<Duration>,
     ) -> Result<Self> {
         let prefix = prefix_in(&image, reference)?;
-        let dump = Dump::read(directory)?;
-        for entry in fs::read_dir(directory)?.flatten() {
-            let name = entry.file_name();
-            if name.to_str().is_some_and(|name| images::pid_of_pagemap(name).is_some()) {
-                let path = [prefix.as_bytes(), name.as_bytes()].concat();
-                let bytes = fs::read(entry.path())?;
-                ensure!(
-                    is_same(&image, &path, &bytes),
-                    "{} is not that of image {}: pull that one's with `postcopy pull --criu`",
-                    entry.path().display(),
-                    image.digest()
-                );
-            }
+        let opened = Directory::open(directory).with_context(|| directory.display().to_string())?;
+        let dump = Dump::read(&opened, directory)?;
+        for name in opened.names() {
+            let name = name.with_context(|| directory.display().to_string())?;
+            let Some(name) = name.to_str().filter(|name| images::pid_of_pagemap(name).is_some()) else {
+                continue;
+            };
+            let shown = || directory.join(name).display().to_string();
+            let bytes = images::read_pagemap(&opened, name).with_context(shown)?;
+            ensure!(
+                is_same(&image, format!("{prefix}{name}").as_bytes(), &bytes),
+                "{} is not that of image {}: pull that one's with `postcopy pull --criu`",
+                shown(),
+                image.digest()
+            );
         }
         let patience = wait_for_restore.map(|patience| (Instant::now(), patience));
         Ok(Self { image, prefix, dump, fill, patience, is_taken: AtomicBool::new(false) })

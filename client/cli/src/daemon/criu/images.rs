@@ -6,19 +6,19 @@
 //! wiki, "Images".
 
 use anyhow::{Context, Result, bail, ensure};
+use postcopy::beneath::{Directory, read_at_most};
+use postcopy::criu::{IMG_COMMON_MAGIC, PAGEMAP_MAGIC, is_image};
 use prost::{Message, decode_length_delimiter};
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
-const PAGEMAP_MAGIC: u32 = 0x5608_4025;
-const INVENTORY_MAGIC: u32 = 0x5831_3116;
 const PAGE: u64 = 4096;
 /// The most dumps that a dump may be built upon. More of them mean a loop of links.
 const MAX_PARENTS: usize = 64;
+/// The most bytes of a pagemap: an entry has some 20 bytes, and covers a page or more.
+const MAX_PAGEMAP_BYTES: u64 = 256 << 20;
 
 const PE_PARENT: u32 = 1;
 const PE_LAZY: u32 = 2;
@@ -175,20 +175,20 @@ pub(crate) struct Dump {
 }
 
 impl Dump {
-    /// Reads the images in `directory`.
+    /// Reads the images in `directory`, whose path is `path`.
     ///
     /// # Errors
     /// The file that is missing or malformed.
-    pub(crate) fn read(directory: &Path) -> Result<Self> {
-        let shown = || directory.display().to_string();
+    pub(crate) fn read(directory: &Directory, path: &Path) -> Result<Self> {
+        let shown = || path.display().to_string();
         let (mut tasks, mut shared) = (BTreeMap::new(), Vec::new());
-        for entry in fs::read_dir(directory).with_context(shown)? {
-            let name = entry.with_context(shown)?.file_name();
+        for name in directory.names() {
+            let name = name.with_context(shown)?;
             let Some(name) = name.to_str() else { continue };
             if let Some(pid) = pid_of_pagemap(name) {
-                tasks.insert(pid, read_chain(directory, name)?);
+                tasks.insert(pid, read_chain(directory, path, name)?);
             } else if name.starts_with("pagemap-shmem-") && name.ends_with(".img") {
-                let extents = read_chain(directory, name)?;
+                let extents = read_chain(directory, path, name)?;
                 shared.extend(extents.into_iter().map(|extent| Extent { is_lazy: false, ..extent }));
             }
         }
@@ -225,10 +225,10 @@ pub(crate) fn pid_of_pagemap(name: &str) -> Option<u32> {
     name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
 }
 
-/// Checks that a pagemap lists as many pages as its file holds.
-fn ensure_length(directory: &Path, name: &str, pagemap: &Pagemap) -> Result<()> {
-    let (path, expected) = (directory.join(&pagemap.pages_file), pagemap.pages_bytes);
-    let found = match fs::metadata(&path) {
+/// Checks that a pagemap lists as many pages as its file in `directory` holds.
+fn ensure_length(directory: &Directory, shown: &Path, name: &str, pagemap: &Pagemap) -> Result<()> {
+    let (path, expected) = (shown.join(&pagemap.pages_file), pagemap.pages_bytes);
+    let found = match directory.file(Path::new(&pagemap.pages_file)).and_then(|file| file.metadata()) {
         Ok(metadata) => metadata.len(),
         Err(error) if error.kind() == io::ErrorKind::NotFound && expected == 0 => 0,
         Err(error) => return Err(error).with_context(|| format!("{}, the pages of {name}", path.display())),
@@ -248,23 +248,26 @@ fn ensure_length(directory: &Path, name: &str, pagemap: &Pagemap) -> Result<()> 
 /// # Errors
 /// The directory or file, and the part that it lacks.
 pub(crate) fn ensure_whole(root: &Path) -> Result<()> {
+    // The code that reads all files reports those that cannot be read.
+    let Ok(directory) = Directory::open(root) else { return Ok(()) };
     // Parents are checked with the dumps that are built upon them.
     let is_parent = |entry: &walkdir::DirEntry| entry.depth() > 0 && entry.file_name() == "parent";
     let walk = walkdir::WalkDir::new(root).follow_root_links(true).into_iter();
     let walk =
         walk.filter_entry(|entry| (entry.depth() == 0 || entry.file_type().is_dir()) && !is_parent(entry));
-    // The code that reads all files reports those that cannot be read.
-    for directory in walk.flatten().filter(|entry| entry.path().is_dir()) {
-        ensure_whole_directory(directory.path())?;
+    for entry in walk.flatten() {
+        let below = entry.path().strip_prefix(root).expect("walkdir stays below its root");
+        let Ok(directory) = directory.directory(below) else { continue };
+        ensure_whole_directory(&directory, entry.path())?;
     }
     Ok(())
 }
 
-fn ensure_whole_directory(directory: &Path) -> Result<()> {
+fn ensure_whole_directory(directory: &Directory, path: &Path) -> Result<()> {
     let (mut some, mut has_inventory, mut has_pagemap) = (None, false, false);
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        if name.ends_with(".img") && is_of_criu(&entry.path()) {
+    for name in directory.names().flatten() {
+        let Ok(name) = name.into_string() else { continue };
+        if name.ends_with(".img") && directory.file(Path::new(&name)).is_ok_and(|file| is_image(&file)) {
             has_inventory |= name == "inventory.img";
             has_pagemap |= pid_of_pagemap(&name).is_some();
             some = Some(name);
@@ -275,49 +278,54 @@ fn ensure_whole_directory(directory: &Path) -> Result<()> {
         format!(
             "{}: there is {some} of CRIU, and no {what}: the dump has failed, or this is a part of one. Look into its log, \
              and dump again",
-            directory.display()
+            path.display()
         )
     };
     ensure!(has_inventory, lacks("inventory.img"));
     ensure!(has_pagemap, lacks("pagemap-PID.img"));
-    Dump::read(directory).map(drop)
+    Dump::read(directory, path).map(drop)
 }
 
-/// Returns whether a file begins with one of CRIU's magic numbers.
-fn is_of_criu(path: &Path) -> bool {
-    let mut magic = [0; 4];
-    let read = fs::File::open(path).and_then(|mut file| io::Read::read_exact(&mut file, &mut magic));
-    read.is_ok() && [IMG_COMMON_MAGIC, PAGEMAP_MAGIC, INVENTORY_MAGIC].contains(&u32::from_ne_bytes(magic))
+/// Reads a pagemap of `directory`. A pagemap is a regular file.
+///
+/// # Errors
+/// Returns the error of the system call, or the file is too long.
+pub(crate) fn read_pagemap(directory: &Directory, name: &str) -> io::Result<Vec<u8>> {
+    read_at_most(&directory.file(Path::new(name))?, MAX_PAGEMAP_BYTES)
 }
 
 /// Reads a pagemap and its namesakes in the dumps that this dump is built upon. Returns the extents
 /// of all its pages.
-fn read_chain(directory: &Path, name: &str) -> Result<Vec<Extent>> {
+fn read_chain(directory: &Directory, path: &Path, name: &str) -> Result<Vec<Extent>> {
     let mut chain = Vec::new();
     let mut below = PathBuf::new();
+    let mut parent = None;
     loop {
-        let path = directory.join(&below).join(name);
-        let shown = path.display().to_string();
-        match fs::read(&path) {
+        let here = parent.as_ref().unwrap_or(directory);
+        let shown = path.join(&below);
+        match read_pagemap(here, name) {
             Ok(bytes) => {
-                let pagemap = parse_pagemap(&bytes).context(shown)?;
-                ensure_length(&directory.join(&below), name, &pagemap)?;
+                let pagemap =
+                    parse_pagemap(&bytes).with_context(|| shown.join(name).display().to_string())?;
+                ensure_length(here, &shown, name, &pagemap)?;
                 chain.push((below.clone(), pagemap));
             }
             // The task did not exist when the parent was dumped.
             Err(error) if error.kind() == io::ErrorKind::NotFound && !chain.is_empty() => break,
-            Err(error) => return Err(error).context(shown),
+            Err(error) => return Err(error).with_context(|| shown.join(name).display().to_string()),
         }
         below = below.join("parent");
-        if !directory.join(&below).exists() {
-            break;
-        }
-        ensure!(chain.len() < MAX_PARENTS, "{}: more than {MAX_PARENTS} parents", directory.display());
+        parent = match here.follow("parent") {
+            Ok(next) => Some(next),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Err(error) => return Err(error).with_context(|| path.join(&below).display().to_string()),
+        };
+        ensure!(chain.len() < MAX_PARENTS, "{}: more than {MAX_PARENTS} parents", path.display());
     }
     let mut extents = Vec::new();
     for run in &chain[0].1.runs {
         resolve(&chain, run.address, run.pages, run.is_lazy, &mut extents)
-            .with_context(|| format!("{}: {name}", directory.display()))?;
+            .with_context(|| format!("{}: {name}", path.display()))?;
     }
     // CRIU writes a separate entry for the content of each pipe.
     extents.dedup_by(|next, last: &mut Extent| {
@@ -375,7 +383,9 @@ fn resolve(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use postcopy::criu::INVENTORY_MAGIC;
     use proptest::prelude::*;
+    use std::fs;
 
     fn image(magic: &[u32], messages: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes: Vec<u8> = magic.iter().flat_map(|magic| magic.to_ne_bytes()).collect();
@@ -396,6 +406,10 @@ mod tests {
             nr_pages: Some(pages),
         };
         entry.encode_to_vec()
+    }
+
+    fn read(path: &Path) -> Result<Dump> {
+        Dump::read(&Directory::open(path)?, path)
     }
 
     /// Creates a file of so many pages.
@@ -425,7 +439,7 @@ mod tests {
         pages(folder.path(), 3, 9);
         pages(folder.path(), 4, 5);
         pages(&parent, 1, 18);
-        let dump = Dump::read(folder.path()).unwrap();
+        let dump = read(folder.path()).unwrap();
         let found: Vec<_> = dump
             .task(7)
             .unwrap()
@@ -452,13 +466,13 @@ mod tests {
     fn what_a_parent_lacks_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("pagemap-7.img"), pagemap(1, &[entry(10, 4, PE_PARENT)])).unwrap();
-        let error = format!("{:#}", Dump::read(folder.path()).unwrap_err());
+        let error = format!("{:#}", read(folder.path()).unwrap_err());
         assert!(error.contains("parent that is not there"), "{error}");
         fs::create_dir(folder.path().join("parent")).unwrap();
         fs::write(folder.path().join("parent/pagemap-7.img"), pagemap(1, &[entry(10, 3, PE_PRESENT)]))
             .unwrap();
         pages(&folder.path().join("parent"), 1, 3);
-        let error = format!("{:#}", Dump::read(folder.path()).unwrap_err());
+        let error = format!("{:#}", read(folder.path()).unwrap_err());
         assert!(error.contains("0xd000") && error.contains("lacks it"), "{error}");
     }
 
@@ -476,7 +490,7 @@ mod tests {
     fn pages_that_are_not_as_many_as_their_file_has_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("pagemap-7.img"), pagemap(3, &[entry(10, 4, PE_PRESENT)])).unwrap();
-        let error = || format!("{:#}", Dump::read(folder.path()).unwrap_err());
+        let error = || format!("{:#}", read(folder.path()).unwrap_err());
         assert!(error().contains("pages-3.img, the pages of pagemap-7.img: No such file"), "{}", error());
         for len in [3, 5] {
             pages(folder.path(), 3, len);
@@ -486,7 +500,7 @@ mod tests {
             assert!(said.contains(&expected), "{said}");
         }
         pages(folder.path(), 3, 4);
-        assert!(Dump::read(folder.path()).is_ok());
+        assert!(read(folder.path()).is_ok());
     }
 
     #[test]
