@@ -87,7 +87,8 @@ impl OnExit {
             // UFFDIO_UNREGISTER waits for a fork that copies page tables; its FORK event follows.
             let _ = region.space.uffd.unregister(region.address(0), region.len());
         }
-        let is_quiet = |uffd: &Uffd| !uffd.has_event() && !uffd.is_readable().unwrap_or(false);
+        let is_quiet =
+            |uffd: &Uffd| uffd.is_owner_gone() || !uffd.has_event() && !uffd.is_readable().unwrap_or(false);
         spaces.spaces().all(|space| is_quiet(&space.uffd))
     }
 
