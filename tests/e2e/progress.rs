@@ -109,7 +109,7 @@ fn many_threads_that_access_what_they_give_back_keep_no_page_out() {
         return skip(test, "attaching and ptrace need root");
     }
     within(WATCHDOG, || {
-        for threads in [12, 64] {
+        for threads in [12, 32] {
             let mut storm = Storm::start(0, holding(), EVENT_REMOVE, None);
             for thread in 0..threads {
                 let first = storm.faulter.at(0, PAGES - 4 * (thread + 1));

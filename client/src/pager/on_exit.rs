@@ -68,7 +68,7 @@ impl OnExit {
                     return false;
                 }
                 // Memory that an event has moved meanwhile is poisoned at its new address.
-                if shared.spaces().holds(&region) {
+                if region.space.is_gone() || shared.spaces().holds(&region) {
                     done.insert(key(&region), region);
                 }
             }
