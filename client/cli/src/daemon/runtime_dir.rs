@@ -211,13 +211,22 @@ impl RuntimeDir {
     /// # Errors
     /// Any error of open(2).
     pub(crate) fn state(&self, session: &SessionName) -> io::Result<File> {
-        File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(self.path.join(session.to_string()))
+        self.open_state(session, true)
+    }
+
+    /// Opens the state file of a session that this worker serves. The file of a session that has
+    /// ended does not exist.
+    ///
+    /// # Errors
+    /// Any error of open(2).
+    pub(crate) fn existing_state(&self, session: &SessionName) -> io::Result<File> {
+        self.open_state(session, false)
+    }
+
+    fn open_state(&self, session: &SessionName, may_create: bool) -> io::Result<File> {
+        let mut options = File::options();
+        options.read(true).write(true).create(may_create).truncate(false).mode(0o600);
+        options.open(self.path.join(session.to_string()))
     }
 
     /// Returns the sessions that have a state file.

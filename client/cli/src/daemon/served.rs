@@ -75,7 +75,6 @@ struct Logged {
 pub(crate) struct Served {
     pub(crate) name: SessionName,
     setup: Arc<Setup>,
-    state: File,
     /// Locked only to read or replace the session.
     session: Mutex<Arc<Session>>,
     /// The times of the first and the last failure in a series of failures.
@@ -109,7 +108,7 @@ impl Served {
         let state = setup.runtime.state(&name).with_context(|| format!("the state file {name}"))?;
         let memory = ForeignMemory { uffd, regions, state: Some(&state), pid: Some(name.pid), is_registered };
         match Session::attach(&setup.address, Arc::clone(image), setup.options, &memory) {
-            Ok(session) => Ok(Self::new(setup, name, state, session)),
+            Ok(session) => Ok(Self::new(setup, name, session)),
             Err(error) => {
                 setup.runtime.remove(&name);
                 Err(error.into())
@@ -136,19 +135,18 @@ impl Served {
             }
             Err(error) => return Err(error).with_context(|| format!("session {name}")),
         };
-        let served = Self::new(setup, name, state, session);
+        let served = Self::new(setup, name, session);
         if turn.is_last_resort && setup.options.on_loss == LossPolicy::Poison {
             served.lose();
         }
         Ok(Some(served))
     }
 
-    fn new(setup: &Arc<Setup>, name: SessionName, state: File, session: Session) -> Self {
+    fn new(setup: &Arc<Setup>, name: SessionName, session: Session) -> Self {
         let trace = write_trace(setup, &name, &session);
         Self {
             name,
             setup: Arc::clone(setup),
-            state,
             session: Mutex::new(Arc::new(session)),
             failing: Mutex::default(),
             shortage: Mutex::default(),
@@ -288,7 +286,8 @@ impl Served {
         let since = follows.map_or(now, |(first, _)| first);
         *failing = Some((since, now));
         std::thread::park_timeout(PAUSE);
-        match resume(&self.setup, &self.state) {
+        let state = self.setup.runtime.existing_state(&self.name).map_err(anyhow::Error::from);
+        match state.and_then(|state| Ok(resume(&self.setup, &state)?)) {
             Ok(session) => {
                 tracing::warn!("process {}: its session has failed, and was resumed", self.name.pid);
                 let session = Arc::new(session);
@@ -301,7 +300,6 @@ impl Served {
                 }
             }
             Err(error) => {
-                let error = anyhow::Error::from(error);
                 tracing::error!(
                     "process {}: its session has failed, and cannot be resumed: {error:#}",
                     self.name.pid
