@@ -9,6 +9,7 @@ use postcopy_tests::daemon::Daemon;
 use postcopy_tests::descriptors;
 use postcopy_tests::faulter::{EVENT_REMOVE, Faulter};
 use postcopy_tests::fixtures::memory_like;
+use postcopy_tests::mounts::Tmpfs;
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::StoreDir;
@@ -665,6 +666,27 @@ fn memory_is_taken_on_when_there_are_descriptors_again() {
             vmm.kill();
             daemon.assert_says(&format!("vm {pid}: is gone"));
         }
+    });
+}
+
+#[test]
+fn memory_is_taken_on_when_there_is_room_for_its_state_again() {
+    with_root("memory_is_taken_on_when_there_is_room_for_its_state_again", || {
+        let snapshot = Snapshot::push(4);
+        let tmpfs = Tmpfs::of_bytes(4 << 20);
+        let args = snapshot.args(&snapshot.socket(), &[]);
+        let mut daemon = Daemon::start_in(tmpfs.path(), snapshot.server.address(), args);
+        let worker = daemon.worker();
+        let path = tmpfs.path().join("rest");
+        let mut rest = File::create(&path).unwrap();
+        while rest.write(&[1; 4096]).is_ok() {}
+        let mut vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:4"]);
+        daemon.assert_says("No space left on device");
+        std::fs::remove_file(path).unwrap();
+        drop(rest);
+        vmm.loaded();
+        vmm.assert_right();
+        assert_eq!(daemon.worker(), worker, "no worker was killed by a store");
     });
 }
 

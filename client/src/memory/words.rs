@@ -2,10 +2,9 @@
 //! maps.
 
 use postcopy_proto::page::to_usize;
-use rustix::fs::FallocateFlags;
 use std::io;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
@@ -17,51 +16,39 @@ const FIRST_SEGMENT: usize = 8192;
 /// words in total.
 const SEGMENTS: usize = 24;
 
-/// The mapped file that holds a session's state.
+/// The mapped file that holds a session's state. The mapping needs no descriptor of the file, so
+/// that a session with nothing to do keeps none.
 #[derive(Debug)]
-pub(crate) struct MappedFile {
-    words: SharedWords,
-    file: OwnedFd,
-}
+pub(crate) struct MappedFile(SharedWords);
 
 impl MappedFile {
     /// Maps the whole file.
     ///
     /// # Errors
-    /// The error of mmap(2) or fcntl(2).
+    /// The error of mmap(2).
     pub(crate) fn map(file: impl AsFd) -> io::Result<Self> {
-        let words = SharedWords::map(&file)?;
-        Ok(Self { words, file: file.as_fd().try_clone_to_owned()? })
+        Ok(Self(SharedWords::map(file)?))
     }
 
     pub(crate) fn words(&self) -> &[AtomicU64] {
-        &self.words
+        &self.0
     }
 
     /// Allocates memory for these words in the file system. Without it, a store raises SIGBUS if
     /// the file system is full.
     ///
     /// # Errors
-    /// The error of fallocate(2).
+    /// As [`SharedWords::reserve`].
     pub(crate) fn reserve(&self, range: &Range<usize>) -> io::Result<()> {
-        self.fallocate(FallocateFlags::empty(), range)
+        self.0.reserve(range)
     }
 
     /// Returns the memory of these words to the file system. They read as 0 afterwards.
     ///
     /// # Errors
-    /// The error of fallocate(2).
+    /// As [`SharedWords::give_back`].
     pub(crate) fn give_back(&self, range: &Range<usize>) -> io::Result<()> {
-        self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range)
-    }
-
-    fn fallocate(&self, flags: FallocateFlags, range: &Range<usize>) -> io::Result<()> {
-        let bytes = |words: usize| (words * size_of::<u64>()) as u64;
-        let (start, len) = (bytes(range.start), bytes(range.len()));
-        if len == 0 {
-            return Ok(());
-        }
-        Ok(rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, start, len))?)
+        self.0.give_back(range)
     }
 }
 
@@ -92,7 +79,7 @@ impl Words {
     /// Ensures that these words have memory. They must lie in one segment.
     ///
     /// # Errors
-    /// The error of mmap(2) or fallocate(2).
+    /// The error of mmap(2), or as [`SharedWords::reserve`].
     pub(crate) fn reserve(&self, range: &Range<usize>) -> io::Result<()> {
         match self {
             Self::Mapped(file) => file.reserve(range),

@@ -1,11 +1,16 @@
 //! Mappings of this process: memory to be filled, and words that several processes share.
 
+use super::PAGE_BYTES;
 use rustix::fd::AsFd;
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::atomic::AtomicU64;
+
+/// The number of words in a page.
+const PAGE_WORDS: usize = PAGE_BYTES / size_of::<u64>();
 
 /// Private anonymous memory whose pages are absent. The drop unmaps it.
 ///
@@ -139,6 +144,52 @@ impl SharedWords {
         // SAFETY: a new mapping, placed by the kernel where nothing is.
         let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, flags, file, 0) }?;
         Ok(Self { start, words })
+    }
+
+    /// Allocates memory for these words in the file system. Without it, a store raises SIGBUS if
+    /// the file system is full. Needs no descriptor of the file.
+    ///
+    /// # Errors
+    /// ENOSPC: the file system is full. Other errors of madvise(2), MADV_POPULATE_WRITE.
+    ///
+    /// # Panics
+    /// If the words do not lie in the mapping.
+    pub fn reserve(&self, range: &Range<usize>) -> io::Result<()> {
+        match self.advise(range, Advice::LinuxPopulateWrite) {
+            // A store there would raise SIGBUS.
+            Err(Errno::FAULT) => Err(Errno::NOSPC.into()),
+            reserved => Ok(reserved?),
+        }
+    }
+
+    /// Returns the memory of these words to the file system. They read as 0 afterwards. The range
+    /// must begin and end with a page.
+    ///
+    /// # Errors
+    /// EINVAL if the range does not begin with a page. Other errors of madvise(2), MADV_REMOVE.
+    ///
+    /// # Panics
+    /// As [`SharedWords::reserve`].
+    pub fn give_back(&self, range: &Range<usize>) -> io::Result<()> {
+        if !range.end.is_multiple_of(PAGE_WORDS) || !range.start.is_multiple_of(PAGE_WORDS) {
+            return Err(Errno::INVAL.into());
+        }
+        Ok(self.advise(range, Advice::LinuxRemove)?)
+    }
+
+    /// Gives an advice on the pages that hold these words. The advice must not change the words
+    /// that other callers use.
+    fn advise(&self, range: &Range<usize>, advice: Advice) -> rustix::io::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.words, "within the mapping");
+        if range.is_empty() {
+            return Ok(());
+        }
+        let first = range.start / PAGE_WORDS * PAGE_WORDS;
+        let start = self.start.wrapping_byte_add(first * size_of::<u64>());
+        let bytes = (range.end - first) * size_of::<u64>();
+        // SAFETY: the pages lie in this mapping. Its words are atomic, and the advice unmaps no
+        // address: at most the words read as 0.
+        rustix::io::retry_on_intr(|| unsafe { rustix::mm::madvise(start, bytes, advice) })
     }
 }
 
