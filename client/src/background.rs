@@ -2,8 +2,8 @@
 //! recordings.
 //!
 //! [`spawn`] starts the thread with the first task; the thread ends with the last one. A thread for
-//! each session would cost a runtime with four descriptors each, and a process may have hundreds of
-//! sessions. A task must not block.
+//! each session would cost a runtime with three descriptors each, and a process may have hundreds
+//! of sessions. A task must not block.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};

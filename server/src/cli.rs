@@ -1,5 +1,6 @@
 //! The command line of postcopyd.
 
+use crate::end_signals;
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use postcopy_server::listen::{Address, Listener};
@@ -10,7 +11,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Keep page images and serve their pages over gRPC
 #[derive(Debug, Parser)]
@@ -109,6 +109,11 @@ impl Cli {
         }
     }
 
+    /// Returns true for the command that serves until a signal ends it.
+    pub(crate) fn serves(&self) -> bool {
+        matches!(self.command, Command::Serve(_))
+    }
+
     /// Runs the command.
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
@@ -141,10 +146,7 @@ impl Serve {
     async fn run(self) -> anyhow::Result<ExitCode> {
         let address: Address = self.listen.parse()?;
         let dir = self.store.dir()?;
-        // Both signals are handled before the store is opened, so that a signal during a long
-        // opening ends the process in order.
-        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+        let end = end_signals::first().context("a thread for signals")?;
         let listener = Listener::bind(&address, self.insecure)?;
         let url = listener.url().context("the listener's own address")?;
         let opened = dir.clone();
@@ -153,13 +155,7 @@ impl Serve {
         tracing::info!(store = %dir.display(), %url, "serving");
         // The parent process reads this line, if it still exists.
         let _ = writeln!(io::stdout(), "postcopyd listening on {url}");
-        let signal = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
-        serve(store, listener, self.working_set_share, signal).await?;
+        serve(store, listener, self.working_set_share, end).await?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -1,6 +1,7 @@
 //! postcopyd: keeps page images and serves their pages over gRPC.
 
 mod cli;
+mod end_signals;
 
 use anyhow::Context;
 use clap::Parser;
@@ -24,6 +25,11 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    if cli.serves()
+        && let Err(error) = end_signals::block()
+    {
+        return fail(&error.into(), json);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into(), json),
