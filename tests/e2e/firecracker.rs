@@ -1,6 +1,7 @@
 //! `postcopy firecracker`, against a stand-in for Firecracker: every byte of guests that run, with workers that are killed.
 
 mod ends;
+mod idle;
 mod strangers;
 
 use postcopy_tests::chaos::{Chaos, Lies};

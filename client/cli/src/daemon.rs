@@ -3,9 +3,9 @@
 //!
 //! A daemon is two processes: a guardian ([`guardian`]) and the worker that it starts. The worker
 //! is here: [`Worker::run`] waits for connections and for a request to end. A thread for each
-//! connection reads the handshake ([`inbox`]), creates a session from it ([`served`]), and watches
-//! over that session until the program has exited. [`firecracker`] and [`criu`] hold the
-//! differences between the programs.
+//! connection reads the handshake ([`inbox`]) and creates a session from it ([`served`]). The main
+//! thread watches the sessions of machines until they need work ([`watching`]). [`firecracker`] and
+//! [`criu`] hold the differences between the programs.
 //!
 //! A worker's own state is lost with it, and its successor does not need that state. The successor
 //! finds connections in the table of descriptors ([`leftovers`]), and unread handshakes in their
@@ -27,6 +27,7 @@ mod served;
 mod silent;
 pub(crate) mod starter;
 pub(crate) mod surroundings;
+mod watching;
 
 pub(crate) use control::{ask_to_drain, ask_to_record};
 
@@ -53,6 +54,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
+use watching::{ToWatch, Watching};
 
 /// The time that a peer has for its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -270,10 +272,11 @@ fn bind(path: &Path) -> std::io::Result<UnixListener> {
 
 /// The part of a daemon that differs between the programs that are restored.
 pub(crate) trait Program: std::fmt::Debug + Send + Sync {
-    /// Serves a connection to its end. Some: the daemon ends with this status.
+    /// Serves a connection, to its end or until the main thread watches its session. Some: the
+    /// daemon ends with this status.
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32>;
 
-    /// Serves a session that has no connection any more. Some: the daemon ends with this status.
+    /// Serves a session that has no connection any more, as [`Program::serve`] does.
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32>;
 
     /// Reports that the daemon is ready, and serves a session that needs no connection. The first
@@ -406,11 +409,13 @@ pub(crate) struct Worker {
     pub(crate) turn: Turn,
     /// The sessions that this worker serves. Locked only to read or change the map.
     sessions: Mutex<BTreeMap<SessionName, Arc<Served>>>,
+    /// The sessions that other threads hand over to the main thread.
+    to_watch: ToWatch,
     /// Readable from the request to end.
     stop: OwnedFd,
     /// The time by which the sessions are to have ended. Set with the request to end.
     deadline: OnceLock<Instant>,
-    /// Readable after a thread has ended.
+    /// Readable after a thread has ended, or has handed a session over to the main thread.
     changed: OwnedFd,
     threads: AtomicUsize,
     status: OnceLock<i32>,
@@ -429,6 +434,7 @@ impl Worker {
             program,
             turn,
             sessions: Mutex::default(),
+            to_watch: ToWatch::default(),
             stop: event()?,
             deadline: OnceLock::new(),
             changed: event()?,
@@ -479,9 +485,9 @@ impl Worker {
         if guardian.is_none() {
             self.guardian_has_died();
         }
-        let mut accepting = Accepting::new(&self.setup);
+        let (mut accepting, mut watching) = (Accepting::new(&self.setup), Watching::new());
         loop {
-            self.next(&signals, &mut guardian, &mut accepting);
+            self.next(&signals, &mut guardian, &mut accepting, &mut watching);
             if let Some(status) = self.status.get() {
                 return Ok(*status);
             }
@@ -500,7 +506,14 @@ impl Worker {
     }
 
     /// Waits for the next event, and handles it.
-    fn next(self: &Arc<Self>, signals: &SignalFd, guardian: &mut Option<OwnedFd>, accepting: &mut Accepting) {
+    fn next(
+        self: &Arc<Self>,
+        signals: &SignalFd,
+        guardian: &mut Option<OwnedFd>,
+        accepting: &mut Accepting,
+        watching: &mut Watching,
+    ) {
+        watching.begin(self);
         let sockets = accepting.sockets(&self.setup);
         let mut fds = vec![
             PollFd::new(signals, PollFlags::IN),
@@ -508,10 +521,11 @@ impl Worker {
             PollFd::new(&self.setup.control, PollFlags::IN),
         ];
         fds.extend(sockets.iter().map(|(_, listener)| PollFd::new(listener, PollFlags::IN)));
+        fds.extend(watching.streams().map(|stream| PollFd::new(stream, PollFlags::IN)));
         if let Some(guardian) = guardian.as_ref() {
             fds.push(PollFd::new(guardian, PollFlags::IN));
         }
-        poll_for(&mut fds, accepting.timeout(LOOK));
+        poll_for(&mut fds, accepting.timeout(watching.timeout()));
         self.refusals.report();
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
@@ -532,8 +546,8 @@ impl Worker {
             let answer = move || control::answer(&worker, stream);
             start_thread("control", answer).unwrap_or_else(|error| tracing::error!("a request: {error:#}"));
         }
-        for ((index, listener), _) in sockets.into_iter().zip(&ready[3..]).filter(|(_, is_ready)| **is_ready)
-        {
+        let (of_sockets, of_streams) = ready[3..].split_at(sockets.len());
+        for ((index, listener), _) in sockets.into_iter().zip(of_sockets).filter(|(_, is_ready)| **is_ready) {
             if let Some(stream) = accepting.accept(index, listener) {
                 // An error of one connection must not end the others.
                 self.serve(stream, index, true)
@@ -544,6 +558,7 @@ impl Worker {
             *guardian = None;
             self.guardian_has_died();
         }
+        watching.look(self, of_streams.iter().copied());
     }
 
     /// Starts a thread that serves a connection. A new one may still lack its handshake.

@@ -7,6 +7,7 @@ use super::log::say;
 use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, RuntimeDir, SessionName};
 use super::served::{self, Served, Status};
+use super::watching::Watched;
 use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::proto::digest::Digest;
@@ -14,7 +15,6 @@ use postcopy::{ForeignRegion, Image, LossPolicy, Sharing};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::Deserialize;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -167,44 +167,42 @@ impl Firecracker {
         let uffd = worker.setup.adopted.as_ref().context("its userfaultfd")?;
         attach(worker, name, &self.backings[0], mappings, uffd.borrow())
     }
+}
 
-    /// Watches over a machine until it is gone.
-    fn watch(&self, worker: &Worker, served: &Served, mut stream: Option<&UnixStream>) {
-        let pid = served.name.pid;
-        loop {
-            worker.wait(stream, LOOK);
-            if let Some(socket) = stream {
-                let taken = inbox::take(socket, MAX_HANDSHAKE).unwrap_or(0);
-                // The userfaultfd reports the machine's end; the socket reports it sooner.
-                if taken == 0 && inbox::peek(socket, 1).is_ok_and(|peeked| peeked.ended) {
-                    stream = None;
-                }
+/// Does the work that a machine needs: see [`Tend`](super::watching::Tend).
+fn tend(worker: &Worker, machine: &mut Watched) -> bool {
+    let served = Arc::clone(&machine.served);
+    let pid = served.name.pid;
+    loop {
+        machine.receive();
+        match served.look() {
+            Status::Ended => {
+                served::finish([&*served]);
+                tracing::info!("vm {pid}: is gone");
+                worker.remove(&served.name);
+                return false;
             }
-            match served.look() {
-                Status::Ended => {
-                    served::finish([served]);
-                    tracing::info!("vm {pid}: is gone");
-                    return worker.remove(&served.name);
-                }
-                Status::Resident if worker.is_stopping() => {
-                    let _ = served.end();
-                    served::finish([served]);
-                    tracing::info!("vm {pid}: all of its memory is resident");
-                    return worker.remove(&served.name);
-                }
-                _ => {}
+            Status::Resident if worker.is_stopping() => {
+                let _ = served.end();
+                served::finish([&*served]);
+                tracing::info!("vm {pid}: all of its memory is resident");
+                worker.remove(&served.name);
+                return false;
             }
-            if !worker.is_stopping() {
-                // The machine is gone, unless it has only closed its connection. This check tells
-                // at once.
-                if stream.is_none() && !served.name.is_alive() {
-                    let _ = served.end();
-                    served::finish([served]);
-                    tracing::info!("vm {pid}: is gone");
-                    return worker.remove(&served.name);
-                }
-                continue;
+            _ => {}
+        }
+        if !worker.is_stopping() {
+            if machine.has_exited() {
+                let _ = served.end();
+                served::finish([&*served]);
+                tracing::info!("vm {pid}: is gone");
+                worker.remove(&served.name);
+                return false;
             }
+            if machine.is_idle() {
+                return true;
+            }
+        } else {
             // The fill must be complete before the daemon ends: a fault on an absent page would
             // wait for ever.
             if let Err(error) = served.fill() {
@@ -213,10 +211,11 @@ impl Firecracker {
             if worker.is_past_deadline() {
                 served.leave();
                 say_left(worker, &served.name, Some(served.session().image().digest()));
-                served::finish([served]);
-                return;
+                served::finish([&*served]);
+                return false;
             }
         }
+        worker.wait(machine.stream.as_deref(), LOOK);
     }
 }
 
@@ -279,7 +278,7 @@ fn attach(
 impl Program for Firecracker {
     fn serve(&self, worker: &Arc<Worker>, connection: Connection) -> Option<i32> {
         match self.open(worker, &connection) {
-            Ok(Some(served)) => self.watch(worker, &served, Some(&connection.stream)),
+            Ok(Some(served)) => worker.watch(served, Some(connection.stream), tend, None),
             Ok(None) => {}
             Err(error) => {
                 worker.refusals.log(&format!("process {}: {error:#}", connection.peer));
@@ -310,25 +309,20 @@ impl Program for Firecracker {
             (Ok(None), _) => Ok(None),
             (Err(error), _) => Err(error),
         };
-        let is_served = match served {
+        // A daemon that takes over a machine serves no other.
+        let ends_with = |status| self.adopted.is_some().then_some(status);
+        match served {
             Ok(Some(served)) => {
                 if self.adopted.is_some() && !worker.turn.is_successor {
                     say(&format!("ready: vm {pid} is served again"));
                 }
-                self.watch(worker, &served, None);
-                true
+                worker.watch(served, None, tend, ends_with(0));
+                return None;
             }
-            Ok(None) => {
-                tracing::error!("vm {pid}: its state file shows no session, or one that has ended");
-                false
-            }
-            Err(error) => {
-                tracing::error!("vm {pid}: {error:#}");
-                false
-            }
-        };
-        // A daemon that takes over a machine serves no other.
-        self.adopted.is_some().then_some(i32::from(!is_served))
+            Ok(None) => tracing::error!("vm {pid}: its state file shows no session, or one that has ended"),
+            Err(error) => tracing::error!("vm {pid}: {error:#}"),
+        }
+        ends_with(1)
     }
 
     fn begin(&self, worker: &Arc<Worker>) -> Result<()> {

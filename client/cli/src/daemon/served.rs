@@ -176,11 +176,7 @@ impl Served {
     /// Checks the session, and resumes it if it has failed.
     pub(crate) fn look(&self) -> Status {
         let session = self.session();
-        let has_ended = session.wait_end(Duration::ZERO);
-        // A session that has ended has counted all of its losses.
-        self.note_losses(&session);
-        self.tell_of_shortage(&session);
-        self.log_failures(&session);
+        let has_ended = self.report(&session);
         if session.hosted().is_left() {
             self.bring_back();
             return Status::Serving;
@@ -190,6 +186,22 @@ impl Served {
             false if session.is_resident() => Status::Resident,
             false => Status::Serving,
         }
+    }
+
+    /// Returns whether the session serves, and reports its failures as [`Served::look`] does. Does
+    /// not block.
+    pub(crate) fn is_serving(&self) -> bool {
+        !self.report(&self.session())
+    }
+
+    /// Reports failures and losses of the session. Returns whether it has ended.
+    fn report(&self, session: &Session) -> bool {
+        let has_ended = session.wait_end(Duration::ZERO);
+        // A session that has ended has counted all of its losses.
+        self.note_losses(session);
+        self.tell_of_shortage(session);
+        self.log_failures(session);
+        has_ended
     }
 
     /// Makes the session fetch all absent pages in the background. Asks each session once: each
