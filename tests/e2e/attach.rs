@@ -178,7 +178,7 @@ fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
     });
 }
 
-/// Memory that stays registered at the end would block its thread at the next move, because nobody reads the event.
+/// If memory stayed registered after the end, the next mremap of it would wait for ever: no pager reads its event.
 #[test]
 fn a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time() {
     let test = "a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time";

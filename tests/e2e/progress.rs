@@ -101,7 +101,8 @@ fn four_and_eight_threads_in_madvise_are_held_and_keep_no_page_out() {
     });
 }
 
-/// Threads that sleep in a page fault when others are held go on once it is resolved, and cause the next event.
+/// A thread that sleeps in a page fault when others are held continues when the fault is resolved, and causes the
+/// next event. Prints the times; a bound on them would fail on a busy machine.
 #[test]
 fn many_threads_that_access_what_they_give_back_keep_no_page_out() {
     let test = "progress::many_threads_that_access_what_they_give_back_keep_no_page_out";

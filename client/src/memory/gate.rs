@@ -90,8 +90,8 @@ impl Gate {
         Some(PagerPass(self))
     }
 
-    /// Admits installers again when the pager gives up a [`Gate::try_enter_alone`] that returned
-    /// None.
+    /// Admits installers again, after [`Gate::try_enter_alone`] has returned `None` and the pager
+    /// does not try again.
     pub(crate) fn stop_waiting(&self) {
         let mut state = self.state();
         if state.pager == Pager::Waiting {
