@@ -539,12 +539,17 @@ impl Worker {
         if ready[1] {
             let _ = rustix::io::read(&self.changed, &mut [0; 8]);
         }
-        if ready[2]
-            && let Ok((stream, _)) = self.setup.control.accept()
-        {
-            let worker = Arc::clone(self);
-            let answer = move || control::answer(&worker, stream);
-            start_thread("control", answer).unwrap_or_else(|error| tracing::error!("a request: {error:#}"));
+        if ready[2] {
+            match self.setup.control.accept() {
+                Ok((stream, _)) => {
+                    let worker = Arc::clone(self);
+                    let answer = move || control::answer(&worker, stream);
+                    start_thread("control", answer)
+                        .unwrap_or_else(|error| tracing::error!("a request: {error:#}"));
+                }
+                // The peer waits, and the socket stays readable, until there is a descriptor.
+                Err(_) => std::thread::park_timeout(accepting::PAUSE),
+            }
         }
         let (of_sockets, of_streams) = ready[3..].split_at(sockets.len());
         for ((index, listener), _) in sockets.into_iter().zip(of_sockets).filter(|(_, is_ready)| **is_ready) {

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The pause after a connection could not be accepted. Until then, sessions may free descriptors.
-const PAUSE: Duration = Duration::from_millis(100);
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
 
 /// Refuses further connections to a socket, and removes its path. The connections in its backlog
 /// can still be accepted.
