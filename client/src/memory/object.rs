@@ -85,6 +85,11 @@ impl Object {
         self.first_page
     }
 
+    /// Returns the number of the file's first page, counted over all files of the image.
+    pub(crate) fn first_image_page(&self) -> u64 {
+        self.file.first_chunk.0 * self.chunk_pages as u64
+    }
+
     /// Returns the number of 4 KiB pages in a chunk.
     pub(crate) fn chunk_pages(&self) -> usize {
         self.chunk_pages

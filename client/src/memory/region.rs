@@ -98,6 +98,12 @@ impl Region {
         (offset < self.len()).then_some(offset / PAGE_BYTES)
     }
 
+    /// Returns the region's pages, numbered over all files of the image.
+    pub(crate) fn image_pages(&self) -> Range<u64> {
+        let first = self.object.first_image_page() + self.first_page as u64;
+        first..first + self.pages as u64
+    }
+
     /// Returns the pages that overlap a range of addresses.
     pub(crate) fn pages_in(&self, addresses: &Range<usize>) -> Range<usize> {
         let page = |address: usize| (address.saturating_sub(self.start) / PAGE_BYTES).min(self.pages);

@@ -15,7 +15,7 @@ use super::region::Region;
 use super::space::Space;
 use imbl::OrdMap;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, to_usize};
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::sync::Arc;
 
 /// A change of the address spaces that an event or a page fault causes. It is deterministic:
@@ -127,7 +127,7 @@ impl AddressSpace {
     /// Returns the image's pages of a region.
     fn image_pages(&self, placed: &Placed) -> Range<u64> {
         let object = &self.objects.get(&placed.object).expect("a region's object is held").object;
-        let first = object.file.first_chunk.0 * object.chunk_pages() as u64 + placed.first_page;
+        let first = object.first_image_page() + placed.first_page;
         first..first + u64::from(placed.pages)
     }
 
@@ -504,6 +504,12 @@ impl Spaces {
         self.spaces.values().map(|space| &space.space)
     }
 
+    /// Yields the spaces with a greater id, or all spaces, ordered by id.
+    pub(crate) fn spaces_after(&self, id: Option<u32>) -> impl Iterator<Item = &Arc<Space>> {
+        let after = (id.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        self.spaces.range(after).map(|(_, space)| &space.space)
+    }
+
     pub(crate) fn space(&self, id: u32) -> Option<&Arc<Space>> {
         self.spaces.get(&id).map(|space| &space.space)
     }
@@ -567,9 +573,9 @@ impl Spaces {
             let pages = pages.clone();
             space.by_page.near(pages.clone()).filter_map(move |(_, at, ())| {
                 let at = to_usize(at);
-                let placed = space.regions.get(&at)?;
-                let here = space.image_pages(placed);
-                (here.start < pages.end && pages.start < here.end).then(|| space.view(at, placed))
+                let region = space.view(at, space.regions.get(&at)?);
+                let here = region.image_pages();
+                (here.start < pages.end && pages.start < here.end).then_some(region)
             })
         })
     }
@@ -577,8 +583,7 @@ impl Spaces {
     /// Returns all mappings of these pages' memory: each one's space, and the pages' addresses in
     /// it.
     pub(crate) fn mappings(&self, region: &Region, pages: &Range<usize>) -> Vec<(Arc<Space>, Range<usize>)> {
-        let chunk_pages = region.object.chunk_pages() as u64;
-        let first = region.file().first_chunk.0 * chunk_pages + region.file_pages(pages.clone()).start as u64;
+        let first = region.image_pages().start + pages.start as u64;
         let others = self.of_image_pages(first..first + pages.len() as u64);
         let addresses = others.map(|other| (Arc::clone(&other.space), other.same_memory(region, pages)));
         addresses.filter(|(_, addresses)| !addresses.is_empty()).collect()
@@ -587,8 +592,8 @@ impl Spaces {
     /// Returns the region and its page at an address.
     pub(crate) fn at(&self, space: &Space, address: usize) -> Option<(Region, usize)> {
         let space = self.spaces.get(&space.id)?;
-        let (at, placed) = space.overlapping(&(address..address + 1)).next()?;
-        let region = space.view(at, &placed);
+        let (at, placed) = space.regions.get_prev(&address)?;
+        let region = space.view(*at, placed);
         let page = region.page_at(address)?;
         Some((region, page))
     }

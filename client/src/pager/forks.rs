@@ -314,8 +314,7 @@ impl Pager {
         let shared = Arc::clone(&self.on_exit.shared);
         let spaces = shared.spaces();
         // New spaces have the highest ids.
-        let last = self.last_space;
-        for space in spaces.spaces().filter(|space| last.is_none_or(|last| space.id > last)) {
+        for space in spaces.spaces_after(self.last_space) {
             self.last_space = Some(space.id);
             match space.is_undecided() {
                 true => self.forks.begin(&shared, parent, space, since),
