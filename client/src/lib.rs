@@ -39,6 +39,7 @@ mod shared;
 pub mod state_file;
 mod sync;
 mod transfer;
+mod usual;
 
 pub use error::{LossError, RecordingError, SessionError};
 pub use options::{LossPolicy, Options, Progress};

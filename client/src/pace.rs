@@ -9,6 +9,7 @@
 //! Where the cores are the bottleneck, decompressing and installing prefetched pages delays faults,
 //! too: see [`Cores`].
 
+use crate::usual::Usual;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -58,8 +59,8 @@ pub(crate) struct Pace {
     pause: Vec<f64>,
     /// Seconds that an answer usually takes in pauses.
     alone: Option<f64>,
-    /// Seconds that it takes of late, outside of pauses: about the median.
-    usual: f64,
+    /// The usual time of an answer of late, outside of pauses.
+    usual: Usual,
     /// Answers since the last decision.
     answers: u32,
     /// The last answer.
@@ -80,7 +81,7 @@ impl Pace {
             decisions: 0,
             pause: Vec::new(),
             alone: None,
-            usual: 0.0,
+            usual: Usual::new(Duration::ZERO, STEP),
             answers: 0,
             answered_at: None,
             more_at: None,
@@ -107,7 +108,7 @@ impl Pace {
         match self.window {
             0 => self.answered_alone(took.as_secs_f64()),
             _ => {
-                self.answered_beside(took.as_secs_f64());
+                self.answered_beside(took);
                 false
             }
         }
@@ -122,7 +123,7 @@ impl Pace {
         let median = self.pause[ANSWERS_ALONE / 2];
         self.pause.clear();
         if self.alone.is_none() {
-            self.usual = median;
+            self.usual = Usual::new(Duration::from_secs_f64(median), STEP);
         }
         self.alone = Some(match self.alone {
             // No window makes answers faster than none: the latency alone was learned at a bad
@@ -134,13 +135,13 @@ impl Pace {
         true
     }
 
-    fn answered_beside(&mut self, took: f64) {
-        self.usual *= if took > self.usual { 1.0 + STEP } else { 1.0 - STEP };
+    fn answered_beside(&mut self, took: Duration) {
+        self.usual.note(took);
         self.answers += 1;
         let enough = if self.window == self.least { ANSWERS_LEAST } else { ANSWERS };
         let Some(alone) = self.alone.filter(|_| self.answers >= enough) else { return };
         self.decisions += 1;
-        let is_too_much = self.usual > alone * TOLERANCE;
+        let is_too_much = self.usual.time().as_secs_f64() > alone * TOLERANCE;
         if is_too_much && self.window == self.least {
             self.begin_pause(self.least);
         } else if is_too_much {

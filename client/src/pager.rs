@@ -56,6 +56,7 @@ use crate::remote::{Lane, RemoteError, ServerAddress};
 use crate::shared::{Command, Shared};
 use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
+use crate::usual::Usual;
 use bring::Brings;
 use events::Stopped;
 use forks::Forks;
@@ -84,8 +85,9 @@ const READ_AGAIN: Duration = Duration::from_millis(20);
 /// The latency of answers below which the pager requests a chunk although the fill has requested
 /// it.
 const NEAR: Duration = Duration::from_millis(1);
-/// The highest latency of an answer that counts as normal.
-const FAR: Duration = Duration::from_millis(200);
+/// The latency of answers that a new pager assumes, and the share by which each answer moves it.
+const ASSUMED: Duration = Duration::from_micros(50);
+const USUAL_STEP: f64 = 0.125;
 
 /// The pager of a session, as the module describes it.
 #[derive(Debug)]
@@ -121,7 +123,7 @@ pub(crate) struct Pager {
     /// The number of them that were answered in a row, and the time of the last answer.
     scattered_run: (usize, Option<Instant>),
     /// The usual latency of an answer of late.
-    usual: Duration,
+    usual: Usual,
     /// Chunks that the fill has requested and that have waiters, with the time since which they
     /// wait.
     behind: HashMap<ChunkIndex, Instant>,
@@ -252,7 +254,7 @@ impl Pager {
             ahead_pace: Pace::new(shared.image.root().chunk_size().bytes()),
             scattered: HashSet::new(),
             scattered_run: (0, None),
-            usual: Duration::ZERO,
+            usual: Usual::new(ASSUMED, USUAL_STEP),
             behind: HashMap::new(),
             broken: None,
             unreadable: None,

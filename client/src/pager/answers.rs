@@ -1,8 +1,8 @@
 //! The handling of an answer, from its frame to resident pages.
 
+use super::Pager;
 use super::ready::Obstacle;
 use super::waiters::Waiters;
-use super::{FAR, Pager};
 use crate::install::chunk::decode;
 use crate::install::{self, Installed};
 use crate::memory::ChunkPages;
@@ -48,10 +48,7 @@ impl Pager {
     pub(super) fn noted(&mut self, chunk: ChunkIndex) {
         let now = Instant::now();
         let waited = self.requests.waited_for(chunk, now);
-        self.spin.answered(waited);
-        // The time is capped, because a server that was lost for a while says nothing about its
-        // distance.
-        self.usual = (self.usual * 7 + waited.min(FAR)) / 8;
+        self.usual.note(waited);
         if self.scattered.remove(&chunk) {
             self.scattered_answered(waited, now);
         }

@@ -235,7 +235,7 @@ impl Pager {
     pub(super) fn ask_chunk(&mut self, region: &Region, page: usize) {
         let chunk = region.chunk_of(page);
         let now = Instant::now();
-        if !self.requests.waits_for(chunk, &(region.clone(), page), now, self.usual) {
+        if !self.requests.waits_for(chunk, &(region.clone(), page), now, self.usual.time()) {
             self.ask_anew(region, chunk, page, now);
         }
         if self.shared().recorder.is_none() && region.gathering().is_none() {
@@ -281,7 +281,7 @@ impl Pager {
             }
             Content::Data(digest) => {
                 self.requests.add_chunk(chunk, digest, waiting, now);
-                self.spin.asked(now);
+                self.spin.asked(now, self.usual.time());
             }
             Content::Zero => self.install_zeros(region, chunk, page),
             Content::SegmentMissing(index) => self.requests.add_segment(index, waiting, now),
@@ -308,10 +308,10 @@ impl Pager {
     /// Returns true if the fill has requested a chunk whose answer may arrive as soon as that of a
     /// new request. If answers are fast, the chunk is requested in any case.
     pub(super) fn is_coming(&mut self, chunk: ChunkIndex, now: Instant) -> bool {
-        if !self.shared().in_bulk.has(chunk) || self.usual < NEAR {
+        if !self.shared().in_bulk.has(chunk) || self.usual.time() < NEAR {
             return false;
         }
         let since = *self.behind.entry(chunk).or_insert(now);
-        now.saturating_duration_since(since) < self.usual.min(self.shared().options.fault_deadline / 4)
+        now.saturating_duration_since(since) < self.usual.time().min(self.shared().options.fault_deadline / 4)
     }
 }

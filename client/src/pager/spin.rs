@@ -16,29 +16,21 @@ const TRY_AGAIN: u32 = 32;
 #[derive(Debug)]
 pub(crate) struct Spin {
     until: Option<Instant>,
-    /// Moving average of the recent answer times.
-    usual: Duration,
-    /// Requests since the average exceeded [`AWAKE`].
+    /// Requests since the usual time of an answer exceeded [`AWAKE`].
     far_requests: u32,
 }
 
 impl Spin {
     pub(crate) fn new() -> Self {
-        Self { until: None, usual: Duration::ZERO, far_requests: 0 }
+        Self { until: None, far_requests: 0 }
     }
 
-    /// Notes a request, and starts polling if that may pay.
-    pub(crate) fn asked(&mut self, now: Instant) {
-        self.far_requests = if self.usual <= AWAKE { 0 } else { self.far_requests + 1 };
+    /// Notes a request, and starts polling if that may pay. An answer usually takes `usual`.
+    pub(crate) fn asked(&mut self, now: Instant, usual: Duration) {
+        self.far_requests = if usual <= AWAKE { 0 } else { self.far_requests + 1 };
         if self.far_requests.is_multiple_of(TRY_AGAIN) {
             self.until = Some(now + AWAKE);
         }
-    }
-
-    /// Notes an answer and its time since the request.
-    pub(crate) fn answered(&mut self, after: Duration) {
-        // A cap, so that one very slow answer counts no more than a slow one.
-        self.usual = (self.usual * 7 + after.min(4 * AWAKE)) / 8;
     }
 
     /// Returns true while the pager should poll. It applies only while a request is outstanding.
@@ -52,27 +44,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_stays_awake_for_a_moment_where_answers_are_near() {
+    fn it_polls_for_a_moment_if_answers_are_near() {
         let mut now = Instant::now();
         let mut spin = Spin::new();
-        assert!(!spin.is_on(now), "nothing was asked for");
-        spin.asked(now);
+        assert!(!spin.is_on(now), "there was no request");
+        spin.asked(now, AWAKE / 2);
         assert!(spin.is_on(now));
         assert!(!spin.is_on(now + AWAKE));
 
-        // Later answers: the pager sleeps, except for a try now and then.
-        (0..8).for_each(|_| spin.answered(10 * AWAKE));
+        // With later answers the pager sleeps, except for a try now and then.
         let mut tries = 0;
         for _ in 0..10 * TRY_AGAIN {
             now += 10 * AWAKE;
-            spin.asked(now);
+            spin.asked(now, 10 * AWAKE);
             tries += u32::from(spin.is_on(now));
-            spin.answered(10 * AWAKE);
         }
         assert_eq!(tries, 10);
 
-        (0..16).for_each(|_| spin.answered(AWAKE / 2));
-        spin.asked(now);
+        spin.asked(now, AWAKE / 2);
         assert!(spin.is_on(now));
     }
 }
