@@ -6,39 +6,31 @@
 //! connection are busy at once. Only missing chunks are compressed and sent. The last step commits
 //! the manifest.
 
+mod encoding;
+mod reading;
+mod sources;
+
 use crate::remote::{Remote, RemoteError};
-use crate::transfer::beneath::{Directory, FileId};
-use crate::transfer::criu;
+use encoding::{Encoded, Encoders, encode};
 use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::frame::FrameEncoder;
 use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder, ManifestError};
 use postcopy_proto::pack::PackBuilder;
-use postcopy_proto::page::{ChunkSize, is_zero};
-use postcopy_proto::path::{ImagePath, PathError};
+use postcopy_proto::page::ChunkSize;
+use postcopy_proto::path::PathError;
 use postcopy_proto::reference::TagReference;
 use postcopy_proto::v1::commit_response::Outcome;
 use postcopy_proto::v1::{self, commit_request, upload_pack_request};
 use postcopy_proto::{MAX_FIND_MISSING, MAX_PART_BYTES};
-use rayon::prelude::*;
-use rustix::fs::FileType;
+use reading::{Chunk, NewChunk, Places, spawn_read};
+use sources::{Source, SourceKind, collect};
 use std::collections::HashSet;
-use std::fs::{File, Metadata};
 use std::io;
-use std::ops::Range;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, JoinSet};
 
-/// Plain bytes of a batch, which is read, hashed and compressed together. Three batches are in
-/// memory at a time.
-const BATCH_BYTES: usize = 16 << 20;
-/// Most files of a batch. Three batches hold their files open at most, below the usual limit of
-/// 1,024.
-const BATCH_FILES: usize = 128;
 /// Length at which a pack is closed. It is large enough for few files and small enough for a
 /// server's memory. It also keeps the rest short that the server verifies after the last upload.
 const PACK_BYTES: usize = 16 << 20;
@@ -46,8 +38,6 @@ const PACK_BYTES: usize = 16 << 20;
 const UPLOADS: usize = 3;
 /// Most attempts of a commit whose chunks were collected as garbage meanwhile.
 const COMMITS: usize = 4;
-/// Length at which a path of `parent` links counts as a loop.
-const MAX_PATH_BYTES: usize = 1024;
 
 /// The options of a push.
 #[derive(Clone, Copy, Debug)]
@@ -172,194 +162,6 @@ pub async fn push(
         }
     }
     Err(PushError::Lost)
-}
-
-/// An entry to push: its path in the image, and its path on this host.
-struct Source {
-    path: ImagePath,
-    root: Arc<Root>,
-    /// The path below the root.
-    below: PathBuf,
-    kind: SourceKind,
-}
-
-/// A directory that a push has entered, and its path.
-struct Root {
-    directory: Directory,
-    path: PathBuf,
-}
-
-enum SourceKind {
-    File { id: FileId, size_bytes: u64, executable: bool },
-    SymbolicLink,
-    EmptyDirectory,
-}
-
-impl Source {
-    /// Returns the path on this host, for messages.
-    fn from(&self) -> PathBuf {
-        self.root.path.join(&self.below)
-    }
-}
-
-impl SourceKind {
-    fn file(metadata: &Metadata) -> Self {
-        Self::File {
-            id: FileId::of(metadata),
-            size_bytes: metadata.len(),
-            executable: metadata.mode() & 0o100 != 0,
-        }
-    }
-}
-
-impl Root {
-    fn open(path: &Path) -> Result<Arc<Self>, PushError> {
-        let directory = Directory::open(path).map_err(file_error(path))?;
-        Ok(Arc::new(Self { directory, path: path.to_owned() }))
-    }
-}
-
-fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PushError {
-    let path = path.to_owned();
-    move |source| PushError::File { path, source }
-}
-
-/// Returns the entries to push, in bytewise order of path.
-fn collect(root: &Path) -> Result<Vec<Source>, PushError> {
-    let metadata = root.metadata().map_err(file_error(root))?;
-    if metadata.is_file() {
-        let path = root.canonicalize().map_err(file_error(root))?;
-        let name = path.file_name().unwrap_or_default();
-        let source = Source {
-            path: ImagePath::try_from(name.as_bytes())?,
-            root: Root::open(path.parent().unwrap_or(&path))?,
-            below: name.into(),
-            kind: SourceKind::file(&metadata),
-        };
-        return Ok(vec![source]);
-    }
-    if !metadata.is_dir() {
-        return Err(PushError::Kind(root.to_owned()));
-    }
-    let mut sources = Vec::new();
-    collect_below(&Root::open(root)?, &mut sources)?;
-    if sources.is_empty() {
-        return Err(PushError::Empty(root.to_owned()));
-    }
-    sources.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(sources)
-}
-
-/// Adds the entries below the directory to push.
-fn collect_below(root: &Arc<Root>, sources: &mut Vec<Source>) -> Result<(), PushError> {
-    for entry in walkdir::WalkDir::new(&root.path).min_depth(1).follow_root_links(true) {
-        let entry = entry.map_err(|e| walk_error(&root.path, e))?;
-        let from = entry.path();
-        let metadata = entry.metadata().map_err(|e| walk_error(&root.path, e))?;
-        let below = from.strip_prefix(&root.path).expect("walkdir stays below its root");
-        if metadata.is_symlink() && is_criu_parent(root, below) {
-            let holder = below.parent().unwrap_or(Path::new(""));
-            let holder = root.directory.directory(holder).map_err(file_error(from))?;
-            collect_parent(&holder, from, below.as_os_str().as_bytes(), sources)?;
-            continue;
-        }
-        let kind = if metadata.is_file() {
-            SourceKind::file(&metadata)
-        } else if metadata.is_symlink() {
-            SourceKind::SymbolicLink
-        } else if !metadata.is_dir() {
-            return Err(PushError::Kind(from.to_owned()));
-        } else if from.read_dir().map_err(file_error(from))?.next().is_none() {
-            SourceKind::EmptyDirectory
-        } else {
-            continue;
-        };
-        let path = ImagePath::try_from(below.as_os_str().as_bytes())?;
-        sources.push(Source { path, root: Arc::clone(root), below: below.to_owned(), kind });
-    }
-    Ok(())
-}
-
-/// Returns the error of a walk below `root`, with the path that it concerns.
-fn walk_error(root: &Path, error: walkdir::Error) -> PushError {
-    let path = error.path().unwrap_or(root).to_owned();
-    // walkdir's other error is a loop of links, and its own text would repeat the path.
-    let source = error.into_io_error().unwrap_or_else(|| rustix::io::Errno::LOOP.into());
-    PushError::File { path, source }
-}
-
-/// Returns true for the link from CRIU's incremental images to their parents, which the push
-/// includes.
-fn is_criu_parent(root: &Root, link: &Path) -> bool {
-    let inventory = || root.directory.file(&link.with_file_name("inventory.img"));
-    link.file_name().is_some_and(|name| name == "parent")
-        && inventory().is_ok_and(|file| criu::is_image(&file))
-}
-
-/// Adds the images in the directory that the link `parent` in `holder` leads to, and in its
-/// parents, as the directory `path`; `link` is the path of the link. Other files of these
-/// directories are not CRIU's: whoever made the link must not choose what the user stores.
-fn collect_parent(
-    holder: &Directory,
-    link: &Path,
-    path: &[u8],
-    sources: &mut Vec<Source>,
-) -> Result<(), PushError> {
-    if path.len() > MAX_PATH_BYTES {
-        return Err(PushError::Parents(link.to_owned()));
-    }
-    let directory = holder.follow("parent").map_err(file_error(link))?;
-    let root = Arc::new(Root { directory, path: link.to_owned() });
-    let (mut has_images, mut has_parent) = (false, false);
-    for name in root.directory.names() {
-        let name = name.map_err(file_error(link))?;
-        let from = link.join(&name);
-        has_parent |= name == "parent";
-        let kind = root.directory.kind_of(&name).map_err(file_error(&from))?;
-        if !name.as_bytes().ends_with(b".img") || kind != FileType::RegularFile {
-            continue;
-        }
-        let file = root.directory.file(Path::new(&name)).map_err(file_error(&from))?;
-        has_images |= criu::is_image(&file);
-        let path = ImagePath::try_from(&[path, b"/", name.as_bytes()].concat()[..])?;
-        let kind = SourceKind::file(&file.metadata().map_err(file_error(&from))?);
-        sources.push(Source { path, root: Arc::clone(&root), below: name.into(), kind });
-    }
-    if !has_images {
-        return Err(PushError::NoParent(link.to_owned()));
-    }
-    if has_parent {
-        collect_parent(&root.directory, &link.join("parent"), &[path, b"/parent"].concat(), sources)?;
-    }
-    Ok(())
-}
-
-/// A batch of chunks that were read together.
-struct Batch {
-    chunks: Vec<Chunk>,
-    /// The plain bytes of all chunks except holes, one after another. Batches reuse the buffer,
-    /// because fresh memory costs more than reading into it.
-    bytes: Vec<u8>,
-}
-
-/// A chunk that has been read.
-struct Chunk {
-    content: ChunkContent,
-    len: usize,
-    /// The chunk's place in the bytes of the batch; empty for a hole.
-    bytes: Range<usize>,
-}
-
-/// A chunk to send: its digest, and its place in the bytes of the batch.
-type NewChunk = (Digest, Range<usize>);
-
-/// The place of a chunk in a file.
-struct Place {
-    file: Arc<(File, PathBuf)>,
-    offset: u64,
-    len: usize,
-    /// True for a hole of the file: the chunk is zeros, and is not read.
-    hole: bool,
 }
 
 struct Push {
@@ -509,181 +311,8 @@ impl Push {
     }
 }
 
-/// The places of the chunks of all files, in order.
-struct Places {
-    chunk_size: ChunkSize,
-    sources: std::vec::IntoIter<Source>,
-    current: Option<OpenFile>,
-}
-
-struct OpenFile {
-    file: Arc<(File, PathBuf)>,
-    size_bytes: u64,
-    next: u64,
-    /// The extent of data that was found last.
-    data: Range<u64>,
-}
-
-impl Places {
-    /// Returns the next chunks, at most a batch, and adds the entries that they belong to.
-    fn batch(&mut self, builder: &mut ManifestBuilder) -> Result<Vec<Place>, PushError> {
-        let (mut places, mut data_bytes, mut files) = (Vec::new(), 0, 0);
-        // Holes cost no reading, but the second bound covers them, too.
-        while data_bytes < BATCH_BYTES && places.len() < MAX_FIND_MISSING {
-            let Some(file) = &mut self.current else {
-                if files >= BATCH_FILES && !places.is_empty() {
-                    break;
-                }
-                let Some(source) = self.sources.next() else { break };
-                self.current = open(&source, builder)?;
-                files += usize::from(self.current.is_some());
-                continue;
-            };
-            let Some(place) = file.next_place(self.chunk_size) else {
-                self.current = None;
-                continue;
-            };
-            data_bytes += if place.hole { 0 } else { place.len };
-            places.push(place);
-        }
-        Ok(places)
-    }
-}
-
-fn open(source: &Source, builder: &mut ManifestBuilder) -> Result<Option<OpenFile>, PushError> {
-    let directory = &source.root.directory;
-    let error = |e| file_error(&source.from())(e);
-    match source.kind {
-        SourceKind::EmptyDirectory => builder.empty_directory(&source.path),
-        SourceKind::SymbolicLink => {
-            builder.symbolic_link(&source.path, &directory.link(&source.below).map_err(error)?);
-        }
-        SourceKind::File { id, size_bytes, executable } => {
-            builder.file(&source.path, size_bytes, executable);
-            let file = directory.file(&source.below).map_err(error)?;
-            if FileId::of(&file.metadata().map_err(error)?) != id {
-                return Err(PushError::Changed(source.from()));
-            }
-            let file = Arc::new((file, source.from()));
-            return Ok(Some(OpenFile { file, size_bytes, next: 0, data: 0..0 }));
-        }
-    }
-    Ok(None)
-}
-
-impl OpenFile {
-    fn next_place(&mut self, chunk_size: ChunkSize) -> Option<Place> {
-        let offset = self.next;
-        if offset >= self.size_bytes {
-            return None;
-        }
-        let len = chunk_size.chunk_len(self.size_bytes, offset / chunk_size.bytes() as u64);
-        self.next += len as u64;
-        if self.data.end <= offset {
-            self.data = self.data_after(offset);
-        }
-        let hole = self.data.start >= self.next;
-        Some(Place { file: Arc::clone(&self.file), offset, len, hole })
-    }
-
-    /// Returns the next extent of data; the rest of the file if the file system cannot tell.
-    fn data_after(&self, offset: u64) -> Range<u64> {
-        use rustix::fs::{SeekFrom, seek};
-        match seek(&self.file.0, SeekFrom::Data(offset)) {
-            Ok(start) => start..seek(&self.file.0, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1),
-            // ENXIO: no data up to the end. The file may have been cut; reading its last byte shows
-            // that.
-            Err(rustix::io::Errno::NXIO) => self.size_bytes - 1..u64::MAX,
-            Err(_) => offset..u64::MAX,
-        }
-    }
-}
-
 fn worker(error: tokio::task::JoinError) -> PushError {
     PushError::Worker(error.to_string())
-}
-
-fn spawn_read(places: Vec<Place>, buffer: Vec<u8>) -> JoinHandle<Result<Batch, PushError>> {
-    tokio::task::spawn_blocking(move || read_batch(&places, buffer))
-}
-
-fn read_batch(places: &[Place], mut buffer: Vec<u8>) -> Result<Batch, PushError> {
-    let bytes_of = |place: &Place| if place.hole { 0 } else { place.len };
-    buffer.resize(places.iter().map(bytes_of).sum(), 0);
-    let (mut rest, mut end) = (&mut buffer[..], 0);
-    let mut parts = Vec::with_capacity(places.len());
-    for place in places {
-        let (part, after) = rest.split_at_mut(bytes_of(place));
-        rest = after;
-        let start = end;
-        end += part.len();
-        parts.push((place, part, start..end));
-    }
-    let read = |(place, part, bytes)| read(place, part, bytes);
-    let chunks = parts.into_par_iter().map(read).collect::<Result<_, _>>()?;
-    Ok(Batch { chunks, bytes: buffer })
-}
-
-/// Reads a chunk into `buffer`, which is the range `bytes` of the batch.
-fn read(place: &Place, buffer: &mut [u8], bytes: Range<usize>) -> Result<Chunk, PushError> {
-    let (file, path) = &*place.file;
-    if !place.hole {
-        file.read_exact_at(buffer, place.offset).map_err(|source| match source.kind() {
-            io::ErrorKind::UnexpectedEof => PushError::Changed(path.clone()),
-            _ => PushError::File { path: path.clone(), source },
-        })?;
-    }
-    let zero = place.hole || is_zero(buffer);
-    let content = if zero { ChunkContent::Zero } else { ChunkContent::Data(Digest::of(buffer)) };
-    Ok(Chunk { content, len: place.len, bytes })
-}
-
-/// Idle compressors. Making one costs as much as compressing several chunks.
-struct Encoders {
-    level: i32,
-    /// Locked only to take or to return an encoder.
-    idle: Mutex<Vec<FrameEncoder>>,
-}
-
-/// An encoder that returns to the idle ones when it is dropped.
-struct Borrowed<'a>(&'a Encoders, Option<FrameEncoder>);
-
-impl Encoders {
-    fn borrow(&self) -> Borrowed<'_> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Borrowed(self, Some(idle.unwrap_or_else(|| FrameEncoder::new(self.level))))
-    }
-}
-
-impl Borrowed<'_> {
-    fn encode(&mut self, plain: &[u8]) -> Vec<u8> {
-        let mut frame = Vec::new();
-        if let Some(encoder) = &mut self.1 {
-            encoder.encode(plain, &mut frame);
-        }
-        frame
-    }
-}
-
-impl Drop for Borrowed<'_> {
-    fn drop(&mut self) {
-        self.0.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(self.1.take());
-    }
-}
-
-/// A batch, and the frames of its missing chunks: digest, plain length, frame.
-struct Encoded {
-    frames: Vec<(Digest, u64, Vec<u8>)>,
-    batch: Batch,
-}
-
-fn encode(batch: Batch, chunks: Vec<NewChunk>, encoders: &Encoders) -> Encoded {
-    let frame = |encoder: &mut Borrowed<'_>, (digest, range): NewChunk| {
-        let plain_bytes = range.len() as u64;
-        (digest, plain_bytes, encoder.encode(&batch.bytes[range]))
-    };
-    let frames = chunks.into_par_iter().map_init(|| encoders.borrow(), frame).collect();
-    Encoded { frames, batch }
 }
 
 async fn find_missing(remote: &Remote, digests: &[Digest]) -> Result<HashSet<Digest>, PushError> {
@@ -764,52 +393,4 @@ async fn commit(
         }
     }
     Ok(None)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::error::Error;
-
-    #[test]
-    fn a_file_that_is_replaced_before_it_is_read_is_an_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, secret) = (folder.path().join("root"), folder.path().join("secret"));
-        let file = root.join("in/file");
-        std::fs::create_dir_all(root.join("in")).unwrap();
-        std::fs::write(&secret, "secret").unwrap();
-        let replace: [(&str, &dyn Fn()); 4] = [
-            ("link", &|| std::os::unix::fs::symlink(&secret, &file).unwrap()),
-            ("file", &|| std::fs::hard_link(&secret, &file).unwrap()),
-            ("fifo", &|| {
-                let mode = rustix::fs::Mode::RUSR;
-                rustix::fs::mknodat(rustix::fs::CWD, &file, FileType::Fifo, mode, 0).unwrap();
-            }),
-            ("directory", &|| {
-                std::fs::rename(root.join("in"), root.join("was")).unwrap();
-                std::fs::rename(&secret, folder.path().join("file")).unwrap();
-                std::os::unix::fs::symlink(folder.path(), root.join("in")).unwrap();
-            }),
-        ];
-        for (what, replace) in replace {
-            let _ = std::fs::remove_file(&file);
-            std::fs::write(&file, "public").unwrap();
-            let sources = collect(&root).unwrap();
-            std::fs::rename(&file, root.join("old")).unwrap();
-            replace();
-            let opened = open(&sources[0], &mut ManifestBuilder::new(ChunkSize::DEFAULT));
-            assert!(opened.is_err(), "a {what}");
-            std::fs::remove_file(root.join("old")).unwrap();
-        }
-    }
-
-    #[test]
-    fn an_error_of_a_walk_names_the_path_once() {
-        let root = Path::new("/does/not/exist");
-        let error = walkdir::WalkDir::new(root).into_iter().next().unwrap().unwrap_err();
-        let error = walk_error(root, error);
-        let source = error.source().expect("the operating system's error").to_string();
-        assert!(error.to_string().contains("/does/not/exist"), "{error}");
-        assert!(!source.contains("/does/not/exist"), "{source}");
-    }
 }
