@@ -4,9 +4,9 @@
 //! ended in order. `record PID…` sends the pages that they have accessed so far to the server. The
 //! answer is `ok`, `unknown` (the daemon serves none of them) or `error REASON`.
 
-use super::Worker;
 use super::runtime_dir;
 use super::served::{Served, Status};
+use super::worker::Worker;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
 use std::collections::BTreeSet;

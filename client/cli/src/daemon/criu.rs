@@ -7,11 +7,13 @@ mod images;
 
 pub(crate) use images::{Dump, ensure_whole};
 
+use super::connection::Connection;
 use super::log::say;
 use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, SessionName};
 use super::served::{self, Served, Status};
-use super::{Connection, LOOK, Program, Worker, inbox, surroundings};
+use super::worker::Worker;
+use super::{LOOK, Program, inbox, surroundings};
 use anyhow::{Context, Result, ensure};
 use postcopy::beneath::Directory;
 use postcopy::proto::digest::Digest;

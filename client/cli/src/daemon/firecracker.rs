@@ -3,12 +3,14 @@
 //! userfaultfd. It never reads from that socket, and closes it when it exits. docs/FIRECRACKER.md
 //! tells how to use it.
 
+use super::connection::Connection;
 use super::log::say;
 use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, RuntimeDir, SessionName};
 use super::served::{self, Served, Status};
 use super::watching::Watched;
-use super::{Adopted, Connection, LOOK, Program, Setup, Worker, inbox, surroundings};
+use super::worker::Worker;
+use super::{Adopted, LOOK, Program, Setup, inbox, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::proto::digest::Digest;
 use postcopy::{ForeignRegion, Image, LossPolicy, Sharing};

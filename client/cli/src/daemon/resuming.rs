@@ -7,10 +7,10 @@
 //! stopped. Without a session its memory cannot be poisoned, so `poison` kills, too. `wait`
 //! continues the attempts.
 
-use super::Worker;
 use super::firecracker;
 use super::runtime_dir::SessionName;
 use super::served::{self, Served};
+use super::worker::Worker;
 use anyhow::Result;
 use postcopy::LossPolicy;
 use rustix::io::Errno;

@@ -4,7 +4,8 @@
 //! send theirs as soon as they have connected. So beyond a bound the daemon closes the oldest of
 //! these connections, and other programs are still served.
 
-use super::{Connection, poll_for};
+use super::connection::Connection;
+use super::poll_for;
 use rustix::event::{PollFd, PollFlags};
 use std::collections::VecDeque;
 use std::net::Shutdown;

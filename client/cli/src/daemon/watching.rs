@@ -8,7 +8,8 @@
 //! serves again.
 
 use super::served::Served;
-use super::{Busy, LOOK, Worker, inbox, start_thread};
+use super::worker::{Busy, Worker, start_thread};
+use super::{LOOK, inbox};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
