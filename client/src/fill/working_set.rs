@@ -1,0 +1,140 @@
+//! The working set: its frames, received on the bulk lane and installed by the pool.
+
+use super::installer::{Arrived, Job};
+use super::{Fill, WINDOW_BYTES, pool};
+use crate::memory::Spaces;
+use crate::remote::Lane::Bulk;
+use crate::remote::lane::BulkLane;
+use crate::remote::{MAX_ATTEMPTS, RemoteError, within};
+use bytes::Bytes;
+use postcopy_proto::page::PAGE_BYTES;
+use postcopy_proto::set_frame::SetFrame;
+use postcopy_proto::v1;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+use tonic::transport::Channel;
+
+/// Time for which attempts at the working set fail before the fill logs a warning.
+const SET_SILENCE: Duration = Duration::from_secs(1);
+
+/// The failed attempts at the working set.
+#[derive(Debug, Default)]
+pub(super) struct WorkingSet {
+    pub(super) failures: u32,
+    /// Number of attempts that failed by a wrong answer. The fill gives up after [`MAX_ATTEMPTS`]
+    /// of them.
+    wrong: u32,
+    /// Time of the first failure.
+    since: Option<Instant>,
+    is_reported: bool,
+}
+
+/// The outcome of an attempt at the working set.
+pub(super) enum Set {
+    Came(Box<BulkLane>),
+    /// The server has answered wrongly [`MAX_ATTEMPTS`] times, or the process has no thread to
+    /// install.
+    GivenUp,
+    /// The attempt failed, for example because the server cannot be reached. The fill retries as
+    /// long as the session lives.
+    TriedAgain,
+}
+
+impl Fill {
+    /// Receives the working set and returns its lane for reuse. Until the set has arrived, page
+    /// faults fetch its pages.
+    pub(super) async fn bring_working_set(&self, channel: Option<Channel>, attempts: &mut WorkingSet) -> Set {
+        let threads = match pool::join() {
+            Ok(threads) => threads,
+            Err(error) => {
+                tracing::warn!("no thread for the working set: {error}");
+                return Set::GivenUp;
+            }
+        };
+        self.shared.set_filling(true);
+        let received = self.receive_working_set(channel).await;
+        self.all_installed().await;
+        drop(threads);
+        self.shared.set_filling(false);
+        let image = self.shared.image.digest();
+        let error = match received {
+            Ok(lane) => {
+                let refused = self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(reason) = refused {
+                    tracing::warn!("{reason}: its pages come as they are touched");
+                }
+                return Set::Came(Box::new(lane));
+            }
+            Err(error) => error,
+        };
+        let is_wrong = matches!(error, RemoteError::Wrong { .. });
+        let set = attempts;
+        set.failures += 1;
+        set.wrong += u32::from(is_wrong);
+        let since = *set.since.get_or_insert_with(Instant::now);
+        let is_given_up = set.wrong >= MAX_ATTEMPTS;
+        if (is_given_up || since.elapsed() > SET_SILENCE) && !set.is_reported && !self.shared.has_ended() {
+            set.is_reported = true;
+            let next = if is_given_up { "page faults fetch its pages" } else { "the fill tries again" };
+            tracing::warn!("the working set of image {image} does not come: {error}; {next}");
+        }
+        if is_given_up { Set::GivenUp } else { Set::TriedAgain }
+    }
+
+    async fn receive_working_set(&self, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {
+        let server = &self.shared.address;
+        // The request is sent at once. Frames that arrive before the session has memory wait in the
+        // lane's window.
+        let ask = async {
+            let request = v1::StreamChunksRequest { working_set: true, ..Default::default() };
+            let channel = match channel {
+                Some(channel) => channel,
+                None => server.connect(Bulk).await?,
+            };
+            BulkLane::over(channel, server, &self.shared.image.digest(), Some(request)).await
+        };
+        let prepare = async {
+            self.wait_while(Spaces::is_empty).await;
+            // Frames are verified against segments, which may not have arrived yet.
+            self.bring_segments(&self.shared.spaces()).await?;
+            self.wait_while(|spaces| !spaces.spaces().all(|space| space.is_registered())).await;
+            Ok(())
+        };
+        let (lane, prepared) = tokio::join!(ask, prepare);
+        let (mut lane, ()) = (lane?, prepared?);
+        // The limit is the number of pages of the image, because a server could send frames for
+        // ever.
+        let mut left = self
+            .shared
+            .image
+            .root()
+            .files()
+            .map(|(_, file)| file.size_bytes.div_ceil(PAGE_BYTES as u64))
+            .sum::<u64>();
+        loop {
+            let message = within(server, "working set", lane.answers.message());
+            let Some(message) = self.unless_ended(message).await else { return Ok(lane) };
+            let message = message?.map_err(server.status("the working set"))?;
+            let message = message.ok_or_else(|| server.wrong("working set", "the stream has ended"))?;
+            if message.working_set_ended {
+                return Ok(lane);
+            }
+            let frames = message.working_set_frames;
+            if frames.is_empty() || frames.iter().map(Bytes::len).sum::<usize>() > WINDOW_BYTES / 2 {
+                return Err(server.wrong("working set", "a message that holds nothing, or too much"));
+            }
+            // An invalid frame counts as one page, because a server could send such frames for
+            // ever.
+            let pages_of = |frame: &Bytes| SetFrame::parse(frame).map_or(1, |frame| frame.pages().max(1));
+            let pages = frames.iter().map(pages_of).sum::<usize>();
+            left = left
+                .checked_sub(pages as u64)
+                .ok_or_else(|| server.wrong("working set", "more pages than the image has"))?;
+            let pages = pages.max(frames.iter().map(Bytes::len).sum::<usize>() / PAGE_BYTES);
+            let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
+            let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
+            let permit = permit.expect("the window is never closed");
+            self.job(Job::new(Arrived::WorkingSet(frames.into()), permit, Duration::ZERO));
+        }
+    }
+}
