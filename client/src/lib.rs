@@ -21,7 +21,6 @@
 #![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
 
 mod background;
-mod bits;
 mod error;
 mod fill;
 mod install;
@@ -39,6 +38,7 @@ mod shared;
 pub mod state_file;
 mod sync;
 mod transfer;
+mod underway;
 mod usual;
 
 pub use error::{LossError, RecordingError, SessionError};

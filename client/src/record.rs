@@ -2,5 +2,6 @@
 //! ([`recorder`]), and a trace with times ([`trace`]). The pager and the installers note both. A
 //! background task sends the first, a thread writes the second.
 
+mod bit_set;
 pub(crate) mod recorder;
 pub mod trace;

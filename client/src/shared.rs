@@ -1,7 +1,6 @@
 //! The state that a session's pager, its installers and the program's threads have in common:
 //! [`Shared`].
 
-use crate::bits::Underway;
 use crate::error::LossError;
 use crate::install::Installed;
 use crate::install::hand_over::ToPager;
@@ -16,6 +15,7 @@ use crate::remote::Image;
 use crate::remote::ServerAddress;
 use crate::state_file::{Record, State, StateError};
 use crate::uffd::memory::Memory;
+use crate::underway::Underway;
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES};
 use std::io;
 use std::ops::Range;

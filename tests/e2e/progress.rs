@@ -101,6 +101,35 @@ fn four_and_eight_threads_in_madvise_are_held_and_keep_no_page_out() {
     });
 }
 
+/// Each event that is read makes room for the next one of its causer, so that a pager that reads until there is none
+/// would do nothing else.
+#[test]
+fn a_child_s_page_comes_while_sixty_four_threads_of_its_parent_are_in_madvise() {
+    let test = "progress::a_child_s_page_comes_while_sixty_four_threads_of_its_parent_are_in_madvise";
+    if !is_root() {
+        return skip(test, "attaching and ptrace need root");
+    }
+    within(WATCHDOG, || {
+        let mut storm = Storm::start(0, holding(), ALL_EVENTS, None);
+        let mut child = storm.faulter.fork();
+        for thread in 0..64 {
+            let first = storm.faulter.at(0, PAGES - 4 * (thread + 1));
+            storm.faulter.main.does(&format!("storm {first} 4"));
+        }
+        let mut took = Vec::new();
+        for index in 0..30 {
+            let page = index * 97;
+            let started = Instant::now();
+            let at = storm.faulter.at(0, page);
+            child.assert_reads(at, &storm.source.bytes[page * PAGE..][..PAGE]);
+            took.push(started.elapsed());
+        }
+        took.sort_unstable();
+        println!("{} holds: median {:?}, longest {:?}", storm.session.progress().holds, took[15], took[29]);
+        assert_eq!(storm.session.error(), None);
+    });
+}
+
 /// A thread that sleeps in a page fault when others are held continues when the fault is resolved, and causes the
 /// next event. Prints the times; a bound on them would fail on a busy machine.
 #[test]

@@ -176,13 +176,13 @@ impl Setup {
         self.base = leftovers::open_descriptors()?;
         let setup = Arc::new(self);
         let patience = setup.options.fault_deadline;
-        let status = guardian::guard(patience, on_ready, |turn| {
-            let worker = Worker::new(Arc::clone(&setup), Arc::clone(&program), turn);
+        let status = guardian::guard(patience, on_ready, |start| {
+            let worker = Worker::new(Arc::clone(&setup), Arc::clone(&program), start);
             let status = worker.and_then(|worker| Arc::new(worker).run());
             match status {
                 Ok(status) => {
                     let status = setup.close(status);
-                    if getppid() != turn.guardian {
+                    if getppid() != start.guardian {
                         // The guardian has died, so this process cleans up.
                         setup.clean_up();
                     }
@@ -193,7 +193,7 @@ impl Setup {
                     // An error must not end sessions: the guardian starts another worker, which
                     // tries again.
                     let serves =
-                        turn.is_successor || setup.runtime.sessions().is_ok_and(|all| !all.is_empty());
+                        start.is_successor || setup.runtime.sessions().is_ok_and(|all| !all.is_empty());
                     if serves { std::process::abort() } else { 1 }
                 }
             }

@@ -84,7 +84,7 @@ impl PageStates {
     /// Returns the states that a predecessor left in the table at `table_at`. No region has had
     /// `unused` of the pages. Before this call the arena must have adopted the table's
     /// [`runs_in_use`].
-    pub(crate) fn left(arena: &Arc<Arena>, table_at: usize, pages: usize, unused: usize) -> Self {
+    pub(crate) fn of_predecessor(arena: &Arc<Arena>, table_at: usize, pages: usize, unused: usize) -> Self {
         let (absent, poisoned) = (AtomicU64::new(0), AtomicU64::new(0));
         let states = Self { arena: Arc::clone(arena), table_at, pages, unused, absent, poisoned };
         for entry in states.table() {

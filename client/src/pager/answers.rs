@@ -30,7 +30,7 @@ impl Pager {
         let is_ahead = self.requests.is_ahead(chunk);
         self.requests.answered(chunk, Instant::now());
         if !is_ahead {
-            self.noted(chunk);
+            self.note_latency(chunk);
         }
         let frame = match frame_of(answer, &digest) {
             Ok(frame) => frame.clone(),
@@ -45,7 +45,7 @@ impl Pager {
     }
 
     /// Updates the estimates of answer times with the time that this answer took.
-    pub(super) fn noted(&mut self, chunk: ChunkIndex) {
+    pub(super) fn note_latency(&mut self, chunk: ChunkIndex) {
         let now = Instant::now();
         let waited = self.requests.waited_for(chunk, now);
         self.usual.note(waited);

@@ -2,11 +2,11 @@
 //! faults need. It also selects those that the next message requests. It knows nothing of the lane
 //! or of memory, and takes the time from its caller.
 
-use crate::bits::Underway;
 use crate::memory::{Region, Spaces};
 use crate::record::trace::Stages;
 use crate::remote::MAX_ATTEMPTS;
 use crate::remote::lane::runs_of;
+use crate::underway::Underway;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::page::{ChunkIndex, to_usize};

@@ -7,8 +7,8 @@
 //! them. A background task sends the notes: when the session asks for it, when there was no new
 //! fault for a while (ever more rarely), and at the session's end.
 
+use super::bit_set::AtomicBitSet;
 use crate::background;
-use crate::bits::Bits;
 use crate::error::RecordingError;
 use crate::memory::{PageState, Region};
 use crate::outcome::Outcome;
@@ -42,8 +42,8 @@ const LAST_ATTEMPTS: Duration = Duration::from_secs(8);
 /// The known accesses to a file's pages.
 #[derive(Debug)]
 struct Seen {
-    touched: Bits,
-    brought: Bits,
+    touched: AtomicBitSet,
+    brought: AtomicBitSet,
 }
 
 /// The recorder of a session, as the module describes it.
@@ -96,7 +96,7 @@ impl Recorder {
     fn seen(&self, image: &Image, region: &Region) -> &Seen {
         self.files[image.place_of(region.file())].get_or_init(|| {
             let pages = to_usize(region.file().size_bytes).div_ceil(PAGE_BYTES);
-            Seen { touched: Bits::new(pages), brought: Bits::new(pages) }
+            Seen { touched: AtomicBitSet::new(pages), brought: AtomicBitSet::new(pages) }
         })
     }
 

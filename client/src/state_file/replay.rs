@@ -267,7 +267,7 @@ impl Replay<'_> {
         for (pointer, object) in &live {
             let (table, pages, unused) =
                 (self.tables[pointer], object.states().pages(), object.states().unused());
-            let states = PageStates::left(state.arena(), table, pages, unused);
+            let states = PageStates::of_predecessor(state.arena(), table, pages, unused);
             let object = Object::new(object.file, object.first_page(), states, object.kind(), chunk_bytes);
             made.insert(*pointer, Arc::new(object));
         }

@@ -63,7 +63,7 @@ struct Tasks {
 }
 
 impl Tasks {
-    fn left(names: impl IntoIterator<Item = SessionName>) -> Self {
+    fn of_predecessor(names: impl IntoIterator<Item = SessionName>) -> Self {
         Self { resuming: names.into_iter().map(Resuming::new).collect(), ..Self::default() }
     }
 
@@ -197,7 +197,7 @@ impl Criu {
 
     /// Serves the tasks of a restore until all of them are resident or gone.
     fn restore(&self, worker: &Arc<Worker>, connection: &Connection) -> Result<()> {
-        let mut tasks = Tasks::left(worker.left_by(connection.cookie));
+        let mut tasks = Tasks::of_predecessor(worker.left_by(connection.cookie));
         tasks.resume(worker);
         let marker = worker.setup.runtime.finished(connection.cookie);
         if !marker.exists() {
@@ -223,7 +223,7 @@ impl Criu {
             return true;
         }
         // Sessions that an earlier worker has left belong to another connection.
-        let is_another = worker.turn.is_successor && runtime.sessions().is_ok_and(|all| !all.is_empty());
+        let is_another = worker.start.is_successor && runtime.sessions().is_ok_and(|all| !all.is_empty());
         let is_first = !is_another && !self.is_taken.swap(true, Ordering::AcqRel);
         if !is_first {
             worker.refusals.log(&format!(
@@ -362,7 +362,7 @@ impl Program for Criu {
         // The connection of a served session stays open. An earlier worker failed to serve this
         // session's connection.
         let is_restored = worker.setup.runtime.finished(session.cookie).exists();
-        let tasks = Tasks { is_restored, ..Tasks::left([session]) };
+        let tasks = Tasks { is_restored, ..Tasks::of_predecessor([session]) };
         self.complete(worker, tasks);
         Some(0)
     }

@@ -293,8 +293,8 @@ impl Program for Firecracker {
     fn serve_again(&self, worker: &Arc<Worker>, session: SessionName) -> Option<i32> {
         let pid = session.pid;
         // A person waits for the first attempt to take over a machine, so this reports its failure.
-        let resumed = if self.adopted.is_some() && !worker.turn.is_successor {
-            Served::resume(&worker.setup, session.clone(), worker.turn)
+        let resumed = if self.adopted.is_some() && !worker.start.is_successor {
+            Served::resume(&worker.setup, session.clone(), worker.start)
         } else {
             match Resuming::new(session.clone()).resume(worker) {
                 Attempt::Served(served) => Ok(Some(*served)),
@@ -315,7 +315,7 @@ impl Program for Firecracker {
         let ends_with = |status| self.adopted.is_some().then_some(status);
         match served {
             Ok(Some(served)) => {
-                if self.adopted.is_some() && !worker.turn.is_successor {
+                if self.adopted.is_some() && !worker.start.is_successor {
                     say(&format!("ready: vm {pid} is served again"));
                 }
                 worker.watch(served, None, tend, ends_with(0));

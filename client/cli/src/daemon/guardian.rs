@@ -33,7 +33,7 @@ const APART: Duration = Duration::from_secs(5);
 
 /// The parameters of a worker's start.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Turn {
+pub(crate) struct WorkerStart {
     /// Another worker served before this one.
     pub(crate) is_successor: bool,
     /// Workers have failed for longer than a fault may take: the loss policy applies to all
@@ -62,28 +62,28 @@ pub(crate) fn signals() -> SigSet {
 pub(crate) fn guard(
     patience: Duration,
     mut on_ready: impl FnMut(),
-    mut work: impl FnMut(Turn) -> i32,
+    mut work: impl FnMut(WorkerStart) -> i32,
 ) -> Result<i32> {
     let threads = std::fs::read_dir("/proc/self/task").context("/proc/self/task")?.count();
     ensure!(threads == 1, "the guardian has {threads} threads, and can have one only");
     kernel::watch_children().context("SIGCHLD")?;
     let signals = signals();
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None).context("blocking signals")?;
-    let mut turn =
-        Turn { is_successor: false, is_last_resort: false, stopping_since: None, guardian: getpid() };
+    let mut start =
+        WorkerStart { is_successor: false, is_last_resort: false, stopping_since: None, guardian: getpid() };
     let mut pause = PAUSES.start;
     let mut failing_since = None;
     let mut is_ready = false;
     let mut killed: Option<Pid> = None;
     loop {
-        let worker = match start(turn, &mut work) {
+        let worker = match spawn(start, &mut work) {
             Ok(worker) => {
                 if let Some(killed) = killed.take() {
                     log_successor(killed, worker);
                 }
                 worker
             }
-            Err(error) if !turn.is_successor => return Err(error),
+            Err(error) if !start.is_successor => return Err(error),
             // Processes or memory may become available again.
             Err(_) => {
                 std::thread::park_timeout(PAUSES.end);
@@ -101,7 +101,7 @@ pub(crate) fn guard(
                     }
                 }
                 end if ENDS.contains(&end) => {
-                    turn.stopping_since.get_or_insert_with(Instant::now);
+                    start.stopping_since.get_or_insert_with(Instant::now);
                     // If the worker has died already, its successor gets `stopping_since`.
                     let _ = kill(worker, Signal::SIGTERM);
                 }
@@ -129,11 +129,11 @@ pub(crate) fn guard(
         }
         // A last-resort worker that has served has applied the loss policy; one that died before
         // may not.
-        if turn.is_last_resort && has_served {
+        if start.is_last_resort && has_served {
             failing_since = None;
         }
         let is_last_resort = failing_since.is_some_and(|since: Instant| since.elapsed() > patience);
-        turn = Turn { is_successor: true, is_last_resort, ..turn };
+        start = WorkerStart { is_successor: true, is_last_resort, ..start };
     }
 }
 
@@ -148,14 +148,14 @@ fn log_successor(killed: Pid, worker: Pid) {
     }
 }
 
-fn start(turn: Turn, work: &mut impl FnMut(Turn) -> i32) -> Result<Pid> {
+fn spawn(start: WorkerStart, work: &mut impl FnMut(WorkerStart) -> i32) -> Result<Pid> {
     #[expect(unsafe_code, reason = "a fork")]
     // SAFETY: this process has one thread, which `guard` has seen to.
     let child = unsafe { kernel::fork_sharing_descriptors() };
     if let Some(worker) = child.context("starting a worker")? {
         return Ok(worker);
     }
-    let work = AssertUnwindSafe(|| work(turn));
+    let work = AssertUnwindSafe(|| work(start));
     match std::panic::catch_unwind(work) {
         Ok(status) => kernel::exit_at_once(status),
         // The worker aborts as if it had been killed: a successor takes over its sessions.
@@ -164,7 +164,7 @@ fn start(turn: Turn, work: &mut impl FnMut(Turn) -> i32) -> Result<Pid> {
 }
 
 /// Reports to the guardian that this worker serves.
-pub(crate) fn tell_ready(turn: Turn) {
+pub(crate) fn tell_ready(start: WorkerStart) {
     // The guardian may have died.
-    let _ = kill(turn.guardian, Signal::SIGUSR1);
+    let _ = kill(start.guardian, Signal::SIGUSR1);
 }

@@ -96,7 +96,7 @@ impl Resuming {
             return Attempt::Failed;
         }
         let name = &self.name;
-        let error = match Served::resume(&worker.setup, name.clone(), worker.turn) {
+        let error = match Served::resume(&worker.setup, name.clone(), worker.start) {
             Ok(Some(served)) => return Attempt::Served(Box::new(served)),
             Ok(None) => return Attempt::Nothing,
             Err(error) => error,

@@ -1,7 +1,7 @@
 //! The daemon's view of a session, which it resumes after a failure.
 
 use super::Setup;
-use super::guardian::Turn;
+use super::guardian::WorkerStart;
 use super::kernel;
 use super::runtime_dir::SessionName;
 use anyhow::{Context, Result, anyhow};
@@ -121,7 +121,7 @@ impl Served {
     ///
     /// # Errors
     /// As [`Session::resume`].
-    pub(crate) fn resume(setup: &Arc<Setup>, name: SessionName, turn: Turn) -> Result<Option<Self>> {
+    pub(crate) fn resume(setup: &Arc<Setup>, name: SessionName, start: WorkerStart) -> Result<Option<Self>> {
         let state = setup.runtime.state(&name).with_context(|| format!("the state file {name}"))?;
         // The earlier worker may have died between a loss and its record. A file that cannot be
         // read is an error of the attempt to resume.
@@ -136,7 +136,7 @@ impl Served {
             Err(error) => return Err(error).with_context(|| format!("session {name}")),
         };
         let served = Self::new(setup, name, session);
-        if turn.is_last_resort && setup.options.on_loss == LossPolicy::Poison {
+        if start.is_last_resort && setup.options.on_loss == LossPolicy::Poison {
             served.lose();
         }
         Ok(Some(served))

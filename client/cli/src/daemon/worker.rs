@@ -7,7 +7,7 @@
 
 use super::accepting::{self, Accepting};
 use super::connection::{Connection, PAUSE};
-use super::guardian::{self, Turn};
+use super::guardian::{self, WorkerStart};
 use super::leases::Leases;
 use super::log::Refusals;
 use super::runtime_dir::SessionName;
@@ -34,7 +34,7 @@ const LEASES: Duration = Duration::from_secs(5);
 pub(crate) struct Worker {
     pub(crate) setup: Arc<Setup>,
     pub(super) program: Arc<dyn Program>,
-    pub(crate) turn: Turn,
+    pub(crate) start: WorkerStart,
     /// The sessions that this worker serves. Locked only to read or change the map.
     pub(super) sessions: Mutex<BTreeMap<SessionName, Arc<Served>>>,
     /// The sessions that other threads hand over to the main thread.
@@ -55,12 +55,12 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(setup: Arc<Setup>, program: Arc<dyn Program>, turn: Turn) -> Result<Self> {
+    pub(super) fn new(setup: Arc<Setup>, program: Arc<dyn Program>, start: WorkerStart) -> Result<Self> {
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("an eventfd");
         Ok(Self {
             setup,
             program,
-            turn,
+            start,
             sessions: Mutex::default(),
             to_watch: ToWatch::default(),
             stop: event()?,
@@ -76,16 +76,16 @@ impl Worker {
 
     /// Serves until all sessions have ended, and returns the daemon's exit status.
     pub(super) fn run(self: Arc<Self>) -> Result<i32> {
-        if self.turn.is_last_resort {
+        if self.start.is_last_resort {
             // This runs before any step that may have killed the workers before this one.
             served::lose_all(&self.setup)?;
         }
         let signals =
             SignalFd::with_flags(&guardian::signals(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
                 .context("signals")?;
-        let guardian = rustix::process::Pid::from_raw(self.turn.guardian.as_raw()).context("a pid")?;
+        let guardian = rustix::process::Pid::from_raw(self.start.guardian.as_raw()).context("a pid")?;
         let guardian = rustix::process::pidfd_open(guardian, PidfdFlags::empty()).ok();
-        if self.turn.is_successor {
+        if self.start.is_successor {
             self.take_over(
                 &[&signals.as_fd(), &self.stop.as_fd(), &self.changed.as_fd()],
                 guardian.as_ref(),
@@ -94,7 +94,7 @@ impl Worker {
         // After `take_over`, which would take a lease's connection for one that the last worker
         // left.
         let leases = Leases::hold(&self.setup).context("the leases of the images");
-        if !self.turn.is_successor {
+        if !self.start.is_successor {
             // The leases protect the images before the daemon reports that it serves them.
             leases?.wait(LEASES);
             self.program.begin(&self)?;
@@ -102,11 +102,11 @@ impl Worker {
             tracing::error!("{error:#}");
         }
         let findings = surroundings::prepare();
-        if !self.turn.is_successor {
+        if !self.start.is_successor {
             findings.iter().for_each(surroundings::Finding::log);
         }
-        guardian::tell_ready(self.turn);
-        if let Some(since) = self.turn.stopping_since {
+        guardian::tell_ready(self.start);
+        if let Some(since) = self.start.stopping_since {
             self.stop(since);
         }
         let mut guardian = guardian;
@@ -308,7 +308,7 @@ impl Worker {
 
     /// Returns the sessions of a connection that an earlier worker has left.
     pub(crate) fn left_by(&self, cookie: u64) -> Vec<SessionName> {
-        if !self.turn.is_successor {
+        if !self.start.is_successor {
             return Vec::new();
         }
         let names = self.setup.runtime.sessions().unwrap_or_default();
