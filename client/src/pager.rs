@@ -58,7 +58,7 @@ use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
 use crate::usual::Usual;
 use bring::Brings;
-use events::Stopped;
+use events::{READINGS, Stopped};
 use forks::Forks;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
@@ -129,6 +129,8 @@ pub(crate) struct Pager {
     behind: HashMap<ChunkIndex, Instant>,
     /// The reason for which the session cannot continue, for example an event that it cannot apply.
     broken: Option<String>,
+    /// True if a reading has left messages, which the runtime does not report again.
+    has_more: bool,
     /// The time since which an event cannot be read, and the reason.
     unreadable: Option<(Instant, String)>,
     /// Faults that were read and not yet handled: space, address, and true if the page is
@@ -257,6 +259,7 @@ impl Pager {
             usual: Usual::new(ASSUMED, USUAL_STEP),
             behind: HashMap::new(),
             broken: None,
+            has_more: false,
             unreadable: None,
             faults: Vec::new(),
             pages: ChunkPages::default(),
@@ -341,6 +344,8 @@ impl Pager {
                 looked = self.forks.next() => self.looked(looked),
                 () = tokio::time::sleep_until(later), if attempt.is_some() => self.try_ready(),
                 () = tokio::task::yield_now(), if is_ready => {}
+                // Other spaces, answers and commands have their turn in between.
+                () = tokio::task::yield_now(), if self.has_more => self.read_again(),
                 _ = again.tick(), if self.unreadable.is_some() => self.read_again(),
                 _ = look.tick(), if self.is_foreign => {
                     self.give_up_looks();
@@ -359,9 +364,15 @@ impl Pager {
         }
     }
 
-    /// Reads all messages of a space, and collects its faults. The caller is alone in the gate.
+    /// Reads the messages of a space, and collects its faults. Notes it in `has_more` if there may
+    /// be more messages after [`READINGS`]. The caller is alone in the gate.
     fn read(&mut self, space: &Arc<Space>) -> Result<(), Stopped> {
-        while self.read_some(space, MESSAGES)? {}
+        for _ in 0..READINGS {
+            if !self.read_some(space, MESSAGES)? {
+                return Ok(());
+            }
+        }
+        self.has_more = true;
         Ok(())
     }
 
@@ -398,14 +409,16 @@ impl Pager {
     fn read_again(&mut self) {
         let shared = Arc::clone(&self.on_exit.shared);
         let Some(pass) = shared.map.gate.try_enter_alone() else { return };
+        self.has_more = false;
         let spaces: Vec<_> = self.watched.iter().map(|watched| Arc::clone(&watched.space)).collect();
-        let read = spaces.iter().try_for_each(|space| self.read(space));
+        // A space whose messages are unreadable keeps no other from being read.
+        let mut stopped = None;
+        for space in &spaces {
+            stopped = stopped.or(self.read(space).err());
+        }
         drop(pass);
         self.faults();
-        self.unreadable = match read {
-            Ok(()) => None,
-            Err(stopped) => self.stopped(stopped),
-        };
+        self.unreadable = stopped.and_then(|stopped| self.stopped(stopped));
     }
 
     /// Forgets the memory of processes that have exited. Returns true if others are left.

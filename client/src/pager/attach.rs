@@ -222,7 +222,7 @@ fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
         // An unread event is in the way. It may move or cut regions. Faults that this reads fault
         // again after the wake.
         for space in spaces.spaces() {
-            match events::read(shared, space, &mut Vec::new()) {
+            match events::read(shared, space) {
                 Err(stopped) if !stopped.may_pass || started.elapsed() > shared.options.fault_deadline => {
                     return Err(StateError::Wrong(stopped.reason));
                 }

@@ -103,7 +103,7 @@ impl OnExit {
 
     /// Reads a space's events. Faults are dropped, because poisoning wakes them.
     fn read(&self, space: &Arc<Space>) {
-        let _ = events::read(&self.shared, space, &mut Vec::new());
+        let _ = events::read(&self.shared, space);
     }
 }
 
