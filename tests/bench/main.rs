@@ -2,9 +2,9 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, kills, machines, criu, criu-remote; and, where
-//! they are named, programs, programs-full, mapped, chunks, restores, threads. Prints a table in Markdown and,
-//! with `--json FILE`, the raw values.
+//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, scale,
+//! kills, machines, criu, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
+//! restores, threads. Prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
 //! (`taskset -c 0`).
@@ -25,6 +25,7 @@ mod push;
 mod regions;
 mod replay;
 mod report;
+mod scale;
 mod sweeps;
 mod symbols;
 mod touch;
@@ -95,6 +96,9 @@ fn main() -> Result<()> {
     }
     if wanted("regions") {
         figures.extend(regions::measure()?);
+    }
+    if wanted("scale") {
+        figures.extend(scale::measure()?);
     }
     if wanted("kills") {
         figures.push(daemons::kills()?);

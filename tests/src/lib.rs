@@ -21,6 +21,7 @@ pub mod proxy;
 pub mod server;
 pub mod stopped_pager;
 pub mod store;
+pub mod stored;
 pub mod vmm;
 
 use rustix::event::{PollFd, PollFlags, Timespec};

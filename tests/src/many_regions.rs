@@ -1,11 +1,12 @@
-//! A process with one mapping that is served as many regions of one page each, from all over a file.
+//! A process with one mapping that is served as many regions, from all over a file.
 
-use crate::cli::run;
 use crate::faulter::{ALL_EVENTS, Faulter};
 use crate::fixtures::memory_like;
-use crate::server::Server;
-use postcopy::{ForeignMemory, ForeignRegion, Options, Session};
+use crate::stored::StoredFile;
+use postcopy::{ForeignMemory, ForeignRegion, Options, Session, SharedPager};
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -21,30 +22,47 @@ pub struct ManyRegions {
     pub regions: usize,
     /// How long attaching took.
     pub attached: Duration,
-    /// Of the file, whose pages regions have in an order of their own.
-    bytes: Vec<u8>,
-    _server: Server,
+    region_pages: usize,
+    state: File,
+    /// The file, whose parts regions have in an order of their own.
+    source: Arc<StoredFile>,
+}
+
+/// The layout of a mapping.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// How many regions.
+    pub regions: usize,
+    /// The length of each.
+    pub region_pages: usize,
+    /// The pages beyond all regions, which are registered.
+    pub beyond: usize,
 }
 
 impl ManyRegions {
-    /// Starts it: regions of a file of `file_pages` pages, at least as many, in chunks of so many bytes.
+    /// Starts it: regions of one page, of a file of `file_pages` pages, at least as many, in chunks of so many bytes.
     ///
     /// # Panics
     /// If it cannot be attached.
     #[must_use]
     pub fn start(regions: usize, file_pages: usize, beyond: usize, chunk_bytes: usize, seed: u64) -> Self {
-        let bytes = memory_like(file_pages * PAGE, seed);
-        let folder = tempfile::tempdir().expect("a scratch folder");
-        let path = folder.path().join("mem");
-        std::fs::write(&path, &bytes).expect("there is room");
-        let (server, chunk_bytes) = (Server::start(), chunk_bytes.to_string());
-        let push = ["push".as_ref(), path.as_os_str(), "app".as_ref()];
-        let _ =
-            run(server.address(), push.into_iter().chain(["--chunk-size".as_ref(), chunk_bytes.as_ref()]));
-        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{}", regions + beyond)]);
+        let source = StoredFile::start(memory_like(file_pages * PAGE, seed), chunk_bytes);
+        Self::attach(&Arc::new(source), Layout { regions, region_pages: 1, beyond }, None)
+    }
+
+    /// Starts one whose regions are parts of this file, served by a thread of its own or by that pager.
+    ///
+    /// # Panics
+    /// If it cannot be attached.
+    #[must_use]
+    pub fn attach(source: &Arc<StoredFile>, layout: Layout, pager: Option<&SharedPager>) -> Self {
+        let Layout { regions, region_pages, beyond } = layout;
+        let pages = regions * region_pages + beyond;
+        let mut faulter = Faulter::start(ALL_EVENTS, &[&format!("private:{pages}")]);
         let region = |index: usize| {
-            let whole = faulter.region(0, "mem", (Self::place(index, file_pages) * PAGE) as u64);
-            ForeignRegion { address: whole.address + index * PAGE, len: PAGE, ..whole }
+            let whole = faulter.region(0, "mem", place(source, region_pages, index) as u64);
+            let len = region_pages * PAGE;
+            ForeignRegion { address: whole.address + index * len, len, ..whole }
         };
         let listed: Vec<_> = (0..regions).map(region).collect();
         let state: File = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)
@@ -58,21 +76,46 @@ impl ManyRegions {
             is_registered: true,
         };
         let (reference, started) = ("app".parse().expect("a reference"), Instant::now());
-        let session = Session::attach(server.address(), &reference, Options::default(), &memory);
+        let (address, options) = (source.server.address(), Options::default());
+        let session = match pager {
+            Some(pager) => pager.attach(address, &reference, options, &memory),
+            None => Session::attach(address, &reference, options, &memory),
+        };
         let session = session.expect("it can be attached");
         let attached = started.elapsed();
         faulter.let_go();
-        Self { faulter, session, regions, attached, bytes, _server: server }
-    }
-
-    /// The page of the file that a region has.
-    fn place(index: usize, file_pages: usize) -> usize {
-        index * 7919 % file_pages
+        let source = Arc::clone(source);
+        Self { faulter, session, regions, attached, region_pages, state, source }
     }
 
     /// The bytes of a region.
     #[must_use]
     pub fn bytes_of(&self, index: usize) -> &[u8] {
-        &self.bytes[Self::place(index, self.bytes.len() / PAGE) * PAGE..][..PAGE]
+        let start = place(&self.source, self.region_pages, index);
+        &self.source.bytes[start..][..self.region_pages * PAGE]
     }
+
+    /// Reads the first page of a region, and sees that it has its bytes.
+    ///
+    /// # Panics
+    /// If it has not.
+    pub fn assert_reads(&mut self, index: usize) {
+        let page = self.bytes_of(index)[..PAGE].to_vec();
+        self.faulter.assert_reads(0, index * self.region_pages, &page);
+    }
+
+    /// The memory that the state file takes, in bytes.
+    ///
+    /// # Panics
+    /// If the kernel does not say.
+    #[must_use]
+    pub fn state_bytes(&self) -> u64 {
+        self.state.metadata().expect("an open file").blocks() * 512
+    }
+}
+
+/// The part of the file that a region has, by its first byte.
+fn place(source: &StoredFile, region_pages: usize, index: usize) -> usize {
+    let region_bytes = region_pages * PAGE;
+    index * 7919 % (source.bytes.len() / region_bytes) * region_bytes
 }
