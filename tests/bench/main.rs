@@ -2,7 +2,7 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, scale,
+//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, scale, progress,
 //! kills, machines, criu, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
 //! restores, threads. Prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
@@ -21,6 +21,7 @@ mod memory;
 mod pace;
 mod plot;
 mod programs;
+mod progress;
 mod push;
 mod regions;
 mod replay;
@@ -99,6 +100,9 @@ fn main() -> Result<()> {
     }
     if wanted("scale") {
         figures.extend(scale::measure()?);
+    }
+    if wanted("progress") {
+        figures.extend(progress::measure()?);
     }
     if wanted("kills") {
         figures.push(daemons::kills()?);

@@ -1,6 +1,6 @@
 //! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
-use crate::{binary, descriptors, is_readable};
+use crate::{binary, descriptors, is_readable, is_readable_within};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use postcopy::{ForeignRegion, Sharing};
@@ -105,6 +105,22 @@ impl Toucher {
         assert!(bytes.len().is_multiple_of(PAGE), "whole pages");
         self.tell(&format!("read {address} {}", bytes.len() / PAGE));
         self.assert_answers(address, bytes);
+    }
+
+    /// Has it touch a page, sees that the page has these bytes, and returns the time that the touch took, by the process's
+    /// own clock; None if it takes longer than `patience`.
+    ///
+    /// # Panics
+    /// If the page has other bytes, or the process dies of it.
+    pub fn timed_read(&mut self, address: usize, page: &[u8], patience: Duration) -> Option<Duration> {
+        self.tell(&format!("timed-read {address}"));
+        if !is_readable_within(&self.stream, patience) {
+            return None;
+        }
+        let answer = self.answer().unwrap_or_else(|| panic!("it has died of the page at {address:#x}"));
+        let (nanoseconds, digest) = answer.split_once(' ').expect("a time and a digest");
+        assert_eq!(digest, page_digest(page), "the page at {address:#x}: other bytes");
+        Some(Duration::from_nanos(nanoseconds.parse().expect("a time")))
     }
 
     /// Sees that the pages that it was told to touch have these bytes.

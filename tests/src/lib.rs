@@ -22,12 +22,14 @@ pub mod server;
 pub mod stopped_pager;
 pub mod store;
 pub mod stored;
+pub mod storm;
 pub mod vmm;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::io::{BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The workspace's binary of that name, beside the test's own. `make` builds it first: cargo does not, across
 /// packages.
@@ -47,9 +49,14 @@ pub fn binary(name: &str) -> PathBuf {
 
 /// Whether a line, or the end, can be read.
 pub(crate) fn is_readable(lines: &BufReader<UnixStream>) -> bool {
+    is_readable_within(lines, Duration::ZERO)
+}
+
+/// Waits until a line, or the end, can be read, and returns whether it can within this time.
+pub(crate) fn is_readable_within(lines: &BufReader<UnixStream>, patience: Duration) -> bool {
     let mut fds = [PollFd::new(lines.get_ref(), PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    !lines.buffer().is_empty() || rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    let patience = Timespec::try_from(patience).expect("not too long");
+    !lines.buffer().is_empty() || rustix::event::poll(&mut fds, Some(&patience)).is_ok_and(|ready| ready > 0)
 }
 
 /// Says loudly that a test cannot run here, and why. In CI (`CI=true`) that is a failure.

@@ -8,11 +8,13 @@
 //! | | |
 //! |---|---|
 //! | `read ADDRESS COUNT` | the beginning of each page's BLAKE3 digest |
+//! | `timed-read ADDRESS` | how many nanoseconds a touch of that page took, and the beginning of its digest |
 //! | `kernel-read ADDRESS COUNT` | the same, of what write(2) takes from there |
 //! | `write ADDRESS COUNT BYTE`, `kernel-write …` | `done`: by stores, or by read(2) |
 //! | `add ADDRESS` | the former value of the u64 there, one is added atomically |
 //! | `advise ADVICE ADDRESS COUNT` | `done`: madvise, by number |
 //! | `advise-often ADVICE ADDRESS COUNT TIMES` | `done`: the same, so many times |
+//! | `advise-each ADVICE ADDRESS COUNT` | `done`: the same for each page, one after another |
 //! | `unmap ADDRESS COUNT`, `cover ADDRESS COUNT` | `done`: munmap, or new memory mapped over it |
 //! | `remap ADDRESS COUNT NEW_COUNT FLAGS TO` | the new address: mremap, to a fixed address if that is not 0 |
 //! | `populate COUNT` | `done`: so much private memory is there, which no userfaultfd has |
@@ -39,6 +41,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
 const PAGE: usize = 4096;
@@ -103,6 +106,15 @@ fn bytes_mut(address: usize, len: usize) -> &'static mut [u8] {
 fn digests(bytes: &[u8]) -> String {
     let digest = |page: &[u8]| Digest::of(page).hex()[..16].to_owned();
     bytes.chunks(PAGE).map(digest).collect::<Vec<_>>().join(" ")
+}
+
+#[expect(unsafe_code, reason = "memory that somebody else fills")]
+fn timed_read(address: usize) -> String {
+    let started = Instant::now();
+    // SAFETY: as in `bytes`. Volatile, so that it is between the two readings of the clock.
+    unsafe { pointer(address).cast::<u8>().read_volatile() };
+    let took = started.elapsed();
+    format!("{} {}", took.as_nanos(), digests(bytes(address, PAGE)))
 }
 
 fn kernel_read(address: usize, len: usize) -> Result<String> {
@@ -253,6 +265,7 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
     let done = || "done".to_owned();
     Ok(match words[0] {
         "read" => digests(bytes(number(1)?, pages(2)?)),
+        "timed-read" => timed_read(number(1)?),
         "kernel-read" => kernel_read(number(1)?, pages(2)?)?,
         "write" => {
             bytes_mut(number(1)?, pages(2)?).fill(u8::try_from(number(3)?)?);
@@ -264,6 +277,10 @@ fn obey(line: &str, socket: &Path) -> Result<String> {
         "advise-often" => {
             let advice = i32::try_from(number(1)?)?;
             (0..number(4)?).try_for_each(|_| advise(number(2)?, pages(3)?, advice)).map(|()| done())?
+        }
+        "advise-each" => {
+            let (start, advice) = (number(2)?, i32::try_from(number(1)?)?);
+            (0..number(3)?).try_for_each(|page| advise(start + page * PAGE, PAGE, advice)).map(|()| done())?
         }
         // Gives pages back for ever, without a pause, in a thread of its own.
         "storm" => {
