@@ -5,6 +5,7 @@ use crate::cpu::Placement;
 use crate::{Figure, PAIRS, aa, median};
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
+use postcopy::ServerAddress;
 use postcopy_tests::cli::run;
 use postcopy_tests::criu::{Criu, Program, Restored, compile, status, wait_for_status};
 use postcopy_tests::daemon::Daemon;
@@ -12,7 +13,7 @@ use postcopy_tests::link::{Link, Quality};
 use postcopy_tests::server::Server;
 use serde_json::json;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -21,9 +22,14 @@ const OTHER: u64 = 3 * 40_503;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A program that was dumped.
-struct Dumped {
-    criu: Criu,
+pub(crate) struct Dumped {
+    pub(crate) criu: Criu,
     folder: TempDir,
+}
+
+/// A heap that was dumped.
+struct Heap {
+    dumped: Dumped,
     pages: u64,
     /// The page that touching begins with.
     start: u64,
@@ -38,21 +44,29 @@ struct Times {
 }
 
 impl Dumped {
-    fn new(mib: u32) -> Result<Self> {
+    /// Starts a program of tests/programs with these arguments, of which STATUS is its status file, and dumps it when it says
+    /// that it runs.
+    pub(crate) fn new(program: &str, arguments: &[&str]) -> Result<Self> {
         let criu = Criu::find().map_err(anyhow::Error::msg)?;
         let folder = tempfile::tempdir()?;
-        let mut command = Command::new(compile("heap", folder.path()));
-        command.arg(mib.to_string()).arg(folder.path().join("status")).arg("0");
+        let dumped = Self { criu, folder };
+        let mut command = Command::new(compile(program, dumped.folder.path()));
+        for argument in arguments {
+            match *argument {
+                "STATUS" => command.arg(dumped.status()),
+                argument => command.arg(argument),
+            };
+        }
         let mut program = Program::start(&command);
-        wait_for_status(&folder.path().join("status"));
-        criu.dump(program.pid(), &folder.path().join("images"));
+        wait_for_status(&dumped.status());
+        dumped.criu.dump(program.pid(), &dumped.images());
         program.wait();
-        Ok(Self { criu, folder, pages: u64::from(mib) << 8, start: 0 })
+        Ok(dumped)
     }
 
     /// A server that has it.
-    fn push(&self) -> Server {
-        let (server, images) = (Server::start(), self.path("images"));
+    pub(crate) fn push(&self) -> Server {
+        let (server, images) = (Server::start(), self.images());
         let args = ["push".as_ref(), images.as_os_str(), "app".as_ref()];
         let _ = run(server.address(), args);
         server
@@ -62,16 +76,52 @@ impl Dumped {
         self.folder.path().join(name)
     }
 
-    /// With criu's own daemon.
-    fn by_criu(&self, times: &mut Times) -> Result<()> {
-        let images = self.path("images");
+    pub(crate) fn images(&self) -> PathBuf {
+        self.path("images")
+    }
+
+    pub(crate) fn status(&self) -> PathBuf {
+        self.path("status")
+    }
+
+    /// Starts criu's own daemon.
+    pub(crate) fn daemon_of_criu(&self) -> Result<Child> {
+        let images = self.images();
         let socket = images.join("lazy-pages.socket");
         let _ = std::fs::remove_file(&socket);
         let mut command = self.criu.command("usr/sbin/criu");
-        command.args(["lazy-pages", "-D"]).arg(&images).stderr(std::process::Stdio::null());
-        let mut daemon = command.spawn()?;
+        command.args(["lazy-pages", "-D"]).arg(&images).stderr(Stdio::null());
+        let daemon = command.spawn()?;
         wait(|| socket.exists())?;
-        let (_restored, started) = self.restore(&images, &["--lazy-pages"], times)?;
+        Ok(daemon)
+    }
+
+    /// Starts ours with what that server has, and returns it with a directory of this name to restore from.
+    pub(crate) fn daemon_of_ours(
+        &self,
+        server: &ServerAddress,
+        name: &str,
+        more: &[&str],
+    ) -> (PathBuf, Daemon) {
+        let images = self.path(name);
+        let args = ["pull".as_ref(), "app".as_ref(), images.as_os_str(), "--criu".as_ref()];
+        let _ = run(server, args);
+        let args = ["criu", "-D", images.to_str().expect("a path of ours"), "--image", "app"];
+        let daemon = Daemon::start(server, args.iter().chain(more));
+        (images, daemon)
+    }
+}
+
+impl Heap {
+    fn new(mib: u32) -> Result<Self> {
+        let dumped = Dumped::new("heap", &[&mib.to_string(), "STATUS", "0"])?;
+        Ok(Self { dumped, pages: u64::from(mib) << 8, start: 0 })
+    }
+
+    /// With criu's own daemon.
+    fn by_criu(&self, times: &mut Times) -> Result<()> {
+        let mut daemon = self.dumped.daemon_of_criu()?;
+        let (_restored, started) = self.restore(&self.dumped.images(), &["--lazy-pages"], times)?;
         daemon.wait()?;
         times.drained.push(started.elapsed().as_secs_f64());
         Ok(())
@@ -79,11 +129,7 @@ impl Dumped {
 
     /// With ours, and what that server has. One that records brings no more than is touched, and ends with its program.
     fn by_us(&self, server: &Server, name: &str, more: &[&str], times: &mut Times) -> Result<()> {
-        let images = self.path(name);
-        let args = ["pull".as_ref(), "app".as_ref(), images.as_os_str(), "--criu".as_ref()];
-        let _ = run(server.address(), args);
-        let args = ["criu", "-D", images.to_str().expect("a path of ours"), "--image", "app"];
-        let mut daemon = Daemon::start(server.address(), args.iter().chain(more));
+        let (images, mut daemon) = self.dumped.daemon_of_ours(server.address(), name, more);
         let (restored, started) = self.restore(&images, &["--lazy-pages"], times)?;
         if more.is_empty() {
             daemon.wait();
@@ -96,11 +142,11 @@ impl Dumped {
 
     /// Restores and measures the time to the first heartbeat, and until a quarter of the pages has been touched.
     fn restore(&self, images: &Path, more: &[&str], times: &mut Times) -> Result<(Restored, Instant)> {
-        let path = self.path("status");
+        let path = self.dumped.status();
         let file = std::fs::File::options().write(true).open(&path)?;
         std::os::unix::fs::FileExt::write_all_at(&file, &[0; 8], 0)?;
         let started = Instant::now();
-        let restored = self.criu.restore_here(images, more);
+        let restored = self.dumped.criu.restore_here(images, more);
         wait(|| status::<1>(&path)[0] != 0)?;
         times.heartbeat.push(started.elapsed().as_secs_f64());
         let [_, _, _, quarters] = status(&path);
@@ -113,7 +159,8 @@ impl Dumped {
     }
 }
 
-fn wait(mut done: impl FnMut() -> bool) -> Result<()> {
+/// Waits until `done` says so.
+pub(crate) fn wait(mut done: impl FnMut() -> bool) -> Result<()> {
     let started = Instant::now();
     while !done() {
         ensure!(started.elapsed() < PATIENCE, "it hangs");
@@ -124,27 +171,27 @@ fn wait(mut done: impl FnMut() -> bool) -> Result<()> {
 
 /// Local images in the page cache.
 pub(crate) fn local() -> Result<Vec<Figure>> {
-    let (mut dumped, empty) = (Dumped::new(256)?, Dumped::new(1)?);
-    let server = dumped.push();
+    let (mut heap, empty) = (Heap::new(256)?, Heap::new(1)?);
+    let server = heap.dumped.push();
     let new = Times::default;
     let (mut ours, mut theirs, mut plain, mut nothing) = (new(), new(), new(), new());
     for round in 0..PAIRS {
-        drop(empty.restore(&empty.path("images"), &[], &mut nothing)?);
-        drop(dumped.restore(&dumped.path("images"), &[], &mut plain)?);
-        dumped.by_criu(&mut theirs)?;
-        dumped.by_us(&server, &format!("lazy-{round}"), &[], &mut ours)?;
+        drop(empty.restore(&empty.dumped.images(), &[], &mut nothing)?);
+        drop(heap.restore(&heap.dumped.images(), &[], &mut plain)?);
+        heap.by_criu(&mut theirs)?;
+        heap.by_us(&server, &format!("lazy-{round}"), &[], &mut ours)?;
     }
     // What one restore has touched, for the next ones, which touch the same, or others: a quarter of them the same.
-    dumped.by_us(&server, "recorded", &["--record"], &mut new())?;
+    heap.by_us(&server, "recorded", &["--record"], &mut new())?;
     let (mut same, mut other) = (new(), new());
     let (mut theirs_same, mut theirs_other) = (new(), new());
     for round in 0..PAIRS {
-        dumped.start = 0;
-        dumped.by_criu(&mut theirs_same)?;
-        dumped.by_us(&server, &format!("same-{round}"), &[], &mut same)?;
-        dumped.start = OTHER * dumped.pages / 16;
-        dumped.by_criu(&mut theirs_other)?;
-        dumped.by_us(&server, &format!("other-{round}"), &[], &mut other)?;
+        heap.start = 0;
+        heap.by_criu(&mut theirs_same)?;
+        heap.by_us(&server, &format!("same-{round}"), &[], &mut same)?;
+        heap.start = OTHER * heap.pages / 16;
+        heap.by_criu(&mut theirs_other)?;
+        heap.by_us(&server, &format!("other-{round}"), &[], &mut other)?;
     }
     let more_ms = (median(&mut ours.heartbeat) - median(&mut nothing.heartbeat)) * 1000.0;
     let heartbeat = Figure {
@@ -194,10 +241,10 @@ pub(crate) fn local() -> Result<Vec<Figure>> {
 
 /// A store that is 1 ms away, over 1 Gbit/s.
 pub(crate) fn remote() -> Result<Vec<Figure>> {
-    let dumped = Dumped::new(256)?;
-    let server = dumped.push();
+    let heap = Heap::new(256)?;
+    let server = heap.dumped.push();
     let quality = Quality { round_trip: Duration::from_millis(1), bytes_per_second: 125e6 };
-    let images = dumped.path("images");
+    let images = heap.dumped.images();
     let bytes: u64 =
         std::fs::read_dir(&images)?.map(|entry| Ok(entry?.metadata()?.len())).sum::<Result<u64>>()?;
     let (mut ours, mut copied, mut wire) = (Vec::new(), Vec::new(), Vec::new());
@@ -206,19 +253,15 @@ pub(crate) fn remote() -> Result<Vec<Figure>> {
         let started = Instant::now();
         copy(bytes, quality, Placement::Any)?;
         let copying = started.elapsed().as_secs_f64();
-        drop(dumped.restore(&images, &[], &mut times)?);
+        drop(heap.restore(&images, &[], &mut times)?);
         copied.push(copying + times.heartbeat[0]);
 
         let link = Link::to(&server.address().to_string(), quality);
-        let lazy = dumped.path(&format!("remote-{round}"));
         let started = Instant::now();
-        let args = ["pull".as_ref(), "app".as_ref(), lazy.as_os_str(), "--criu".as_ref()];
-        let _ = run(link.address(), args);
-        let args = ["criu", "-D", lazy.to_str().expect("a path of ours"), "--image", "app"];
-        let mut daemon = Daemon::start(link.address(), args);
+        let (lazy, mut daemon) = heap.dumped.daemon_of_ours(link.address(), &format!("remote-{round}"), &[]);
         let before = started.elapsed().as_secs_f64();
         let mut times = Times::default();
-        let (restored, _) = dumped.restore(&lazy, &["--lazy-pages"], &mut times)?;
+        let (restored, _) = heap.restore(&lazy, &["--lazy-pages"], &mut times)?;
         ours.push(before + times.heartbeat[0]);
         daemon.wait();
         drop(restored);

@@ -3,7 +3,7 @@
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
 //! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, scale, progress,
-//! kills, machines, criu, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
+//! kills, machines, criu, children, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
 //! restores, threads. Prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
@@ -11,6 +11,7 @@
 
 mod arms;
 mod changes;
+mod children;
 mod cpu;
 mod criu;
 mod daemons;
@@ -112,6 +113,9 @@ fn main() -> Result<()> {
     }
     if wanted("criu") {
         figures.extend(criu::local()?);
+    }
+    if wanted("children") {
+        figures.extend(children::measure()?);
     }
     if wanted("criu-remote") {
         figures.extend(criu::remote()?);
