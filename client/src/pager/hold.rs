@@ -17,9 +17,9 @@ use nix::unistd::Pid;
 use std::time::{Duration, Instant};
 
 /// Time for which installs (or poison) and events alternate before the pager holds the events'
-/// causers. Two threads in madvise without a pause mostly let an install through within a
-/// millisecond.
-const HOLD_AFTER: Duration = Duration::from_millis(3);
+/// causers. Two threads in madvise without a pause mostly let an install through within
+/// that time.
+const HOLD_AFTER: Duration = Duration::from_millis(1);
 /// The time from one search for causers to the next, while events still block installs. A thread
 /// that slept in a page fault continues once the fault is resolved, and may cause the next event.
 const SEARCH_AGAIN: Duration = Duration::from_millis(2);

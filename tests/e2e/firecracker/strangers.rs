@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
@@ -50,6 +51,18 @@ fn another_user_reaches_neither_a_socket_nor_a_trace() {
     });
 }
 
+/// Returns the context switches that the threads of a process have made of their own accord.
+fn switches(pid: i32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    // A thread may end during the reading.
+    let statuses = tasks.flat_map(|task| std::fs::read_to_string(task.path().join("status")));
+    let of = |status: String| {
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    statuses.map(of).sum()
+}
+
 #[test]
 fn ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way() {
     with_root("strangers::ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way", || {
@@ -74,6 +87,12 @@ sys.stdin.read()";
         let count = |what: &str| std::fs::read_dir(format!("/proc/{worker}/{what}")).unwrap().count();
         wait_until("few threads", || count("task") < 600);
         assert!(count("fd") < 700, "{} descriptors", count("fd"));
+        // The threads of handshakes that have begun look ever more rarely for the rest.
+        std::thread::sleep(Duration::from_secs(1));
+        let before = switches(worker.get());
+        std::thread::sleep(Duration::from_secs(1));
+        let switches = switches(worker.get()).saturating_sub(before);
+        assert!(switches < 20_000, "{switches} context switches a second");
         let mut vmm = snapshot.vmm(&["small:4"]);
         vmm.assert_right();
         daemon.assert_says("more than 512 connections have sent no handshake");

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The pause between two reads of a handshake that has arrived in part.
 pub(super) const PAUSE: Duration = Duration::from_millis(2);
+/// The longest such pause, while no more of the handshake arrives.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest time from when an exiting process closes its descriptors to its end.
 const EXIT: Duration = Duration::from_millis(100);
 
@@ -102,6 +104,7 @@ impl Connection {
         mut parse: impl FnMut(&mut inbox::Peeked) -> Result<Option<T>>,
     ) -> Result<T> {
         let started = Instant::now();
+        let (mut had, mut pause) = (0, PAUSE);
         loop {
             let mut peeked = inbox::peek(&self.stream, most)?;
             if let Some(found) = parse(&mut peeked)? {
@@ -122,8 +125,10 @@ impl Connection {
                 anyhow::ensure!(!worker.is_stopping(), "the daemon ends");
             } else {
                 // The socket stays readable while the bytes are in it, so a poll would return at
-                // once.
-                std::thread::park_timeout(PAUSE);
+                // once. Many peers that stop within their handshakes must not occupy the cores.
+                pause = if bytes > had { PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
+                had = bytes;
+                std::thread::park_timeout(pause);
             }
         }
     }
