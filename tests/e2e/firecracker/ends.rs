@@ -13,7 +13,7 @@ use std::process::Command;
 
 #[test]
 fn machines_in_the_backlog_at_the_end_are_served_and_later_ones_refused() {
-    with_root("ends::machines_in_the_backlog_at_the_end_are_served_and_later_ones_refused", || {
+    with_root("machines_in_the_backlog_at_the_end_are_served_and_later_ones_refused", || {
         const MACHINES: usize = 5;
         let snapshot = Snapshot::push(4);
         let mut daemon = snapshot.daemon(&["--grace", "30s"]);
@@ -41,7 +41,7 @@ fn machines_in_the_backlog_at_the_end_are_served_and_later_ones_refused() {
 
 #[test]
 fn a_machine_that_was_refused_and_waits_counts_as_lost() {
-    with_root("ends::a_machine_that_was_refused_and_waits_counts_as_lost", || {
+    with_root("a_machine_that_was_refused_and_waits_counts_as_lost", || {
         let snapshot = Snapshot::push(4);
         let mut daemon = snapshot.daemon(&["--on-loss", "wait"]);
         let vmm = Vmm::start(&snapshot.socket(), &snapshot.memory(), "new", &["small:8"]);
@@ -54,7 +54,7 @@ fn a_machine_that_was_refused_and_waits_counts_as_lost() {
 
 #[test]
 fn a_peer_of_the_control_socket_that_sends_nothing_delays_no_end() {
-    with_root("ends::a_peer_of_the_control_socket_that_sends_nothing_delays_no_end", || {
+    with_root("a_peer_of_the_control_socket_that_sends_nothing_delays_no_end", || {
         let snapshot = Snapshot::push(4);
         let mut daemon = snapshot.daemon(&[]);
         let control = super::files_of(&daemon, "control").pop().unwrap();
@@ -76,7 +76,7 @@ fn a_peer_of_the_control_socket_that_sends_nothing_delays_no_end() {
 /// A shell that ignores SIGCHLD, and then `exec`, leave it ignored.
 #[test]
 fn a_daemon_that_is_started_with_sigchld_ignored_replaces_its_worker() {
-    with_root("ends::a_daemon_that_is_started_with_sigchld_ignored_replaces_its_worker", || {
+    with_root("a_daemon_that_is_started_with_sigchld_ignored_replaces_its_worker", || {
         let snapshot = Snapshot::push(16);
         let root = postcopy_tests::daemon::runtime_root();
         let with_default = postcopy(snapshot.server.address(), snapshot.args(&snapshot.socket(), &[]));
@@ -97,7 +97,7 @@ fn a_daemon_that_is_started_with_sigchld_ignored_replaces_its_worker() {
 
 #[test]
 fn a_loss_counts_if_the_runtime_directory_is_full() {
-    with_root("ends::a_loss_counts_if_the_runtime_directory_is_full", || {
+    with_root("a_loss_counts_if_the_runtime_directory_is_full", || {
         let mut snapshot = Snapshot::push(16);
         let tmpfs = Tmpfs::of_bytes(8 << 20);
         let args = snapshot.args(&snapshot.socket(), &["--on-loss", "kill", "--fault-deadline", "300ms"]);

@@ -66,7 +66,7 @@ fn sum(counts: &BTreeMap<String, usize>) -> usize {
 
 #[test]
 fn an_idle_machine_costs_one_thread_and_seven_descriptors() {
-    with_root("idle::an_idle_machine_costs_one_thread_and_seven_descriptors", || {
+    with_root("an_idle_machine_costs_one_thread_and_seven_descriptors", || {
         let snapshot = Snapshot::push(1);
         let mut daemon = snapshot.daemon(&[]);
         let worker = daemon.worker().as_raw_pid();

@@ -29,7 +29,7 @@ fn daemon_with_umask_0(snapshot: &Snapshot, root: &Path, more: &[&str]) -> Daemo
 
 #[test]
 fn another_user_reaches_neither_a_socket_nor_a_trace() {
-    with_root("strangers::another_user_reaches_neither_a_socket_nor_a_trace", || {
+    with_root("another_user_reaches_neither_a_socket_nor_a_trace", || {
         let (snapshot, root) = (Snapshot::push(4), runtime_root());
         std::fs::set_permissions(snapshot.folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let traces = snapshot.folder.path().join("traces");
@@ -65,7 +65,7 @@ fn switches(pid: i32) -> u64 {
 
 #[test]
 fn ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way() {
-    with_root("strangers::ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way", || {
+    with_root("ten_thousand_connections_that_say_nothing_are_in_no_machine_s_way", || {
         let snapshot = Snapshot::push(4);
         let mut daemon = snapshot.daemon(&[]);
         let worker = daemon.worker().as_raw_nonzero();
@@ -106,7 +106,7 @@ sys.stdin.read()";
 
 #[test]
 fn a_path_of_an_image_does_not_forge_lines_of_the_log() {
-    with_root("strangers::a_path_of_an_image_does_not_forge_lines_of_the_log", || {
+    with_root("a_path_of_an_image_does_not_forge_lines_of_the_log", || {
         let snapshot = Snapshot::push(4);
         let path = snapshot.folder.path().join("snapshot");
         std::fs::write(path.join("odd\nvm 7: forged \x1b[2J"), "odd").unwrap();
@@ -135,7 +135,7 @@ fn process_with_pid(pid: u32) -> Option<Child> {
 
 #[test]
 fn a_process_that_gets_the_pid_of_a_peer_that_has_exited_is_not_killed() {
-    let name = "strangers::a_process_that_gets_the_pid_of_a_peer_that_has_exited_is_not_killed";
+    let name = "a_process_that_gets_the_pid_of_a_peer_that_has_exited_is_not_killed";
     with_root(name, || {
         let snapshot = Snapshot::push(4);
         let mut daemon = snapshot.daemon(&["--on-loss", "kill"]);
