@@ -1,14 +1,13 @@
 //! `postcopyd gc`, beside servers and pushes that go on.
 
 use postcopy::proto::digest::Digest;
-use postcopy::proto::frame::FrameEncoder;
-use postcopy::proto::pack::PackBuilder;
-use postcopy::proto::v1::{self, upload_pack_request::Part};
+use postcopy::proto::v1;
 use postcopy::{Options, Session};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, StoreDir, shown};
+use postcopy_tests::uploads::{frame_of, pack_of, upload_whole};
 use postcopy_tests::wait_until;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -301,20 +300,10 @@ fn a_push_whose_chunks_are_collected_between_asking_and_committing_sends_them_ag
     let bytes = noise(3 * CHUNK, 76);
     let chunks: Vec<_> = bytes.chunks(CHUNK).map(Digest::of).collect();
     // The chunks of a push that never committed.
-    let mut builder = PackBuilder::default();
-    for chunk in bytes.chunks(CHUNK) {
-        let mut frame = Vec::new();
-        assert!(FrameEncoder::new(1).encode(chunk, &mut frame));
-        builder.push(Digest::of(chunk), &frame);
-    }
-    let pack = builder.finish();
+    let frames: Vec<_> = bytes.chunks(CHUNK).map(|chunk| (Digest::of(chunk), frame_of(chunk))).collect();
+    let pack = pack_of(&frames);
     let rpc = Rpc::connect(server.address());
-    let upload = || {
-        let begin = v1::UploadPackBegin { digest: Digest::of(&pack).into(), size_bytes: pack.len() as u64 };
-        let parts = [Part::Begin(begin), Part::Data(pack.clone().into())];
-        let parts = parts.map(|part| v1::UploadPackRequest { part: Some(part) });
-        rpc.wait(rpc.images().upload_pack(tokio_stream::iter(parts))).unwrap();
-    };
+    let upload = || upload_whole(&rpc, &pack).unwrap();
     upload();
 
     // Asked for after the condemning: pardoned, and kept.

@@ -5,7 +5,6 @@ mod chunks;
 mod manifests;
 
 use crate::map::push;
-use postcopy::proto::frame::FrameEncoder;
 use postcopy::{Options, Session};
 use postcopy_tests::chaos::{Chaos, Lies};
 use postcopy_tests::fixtures::memory_like;
@@ -47,10 +46,4 @@ impl Truth {
 
 fn open(chaos: &Chaos, options: Options) -> Session {
     Session::open(chaos.address(), &"app".parse().unwrap(), options).unwrap()
-}
-
-fn frame_of(bytes: &[u8]) -> Vec<u8> {
-    let mut frame = Vec::new();
-    assert!(FrameEncoder::new(3).encode(bytes, &mut frame));
-    frame
 }

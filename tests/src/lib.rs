@@ -23,6 +23,7 @@ pub mod stopped_pager;
 pub mod store;
 pub mod stored;
 pub mod storm;
+pub mod uploads;
 pub mod vmm;
 
 use rustix::event::{PollFd, PollFlags, Timespec};

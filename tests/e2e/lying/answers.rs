@@ -1,12 +1,13 @@
 //! Answers that were not asked for, that are left out, late, or given twice.
 
 use super::chunks::chunk_lies;
-use super::{CHUNK, CHUNKS, IMPATIENT, PATIENT, Truth, WATCHDOG, frame_of, open};
+use super::{CHUNK, CHUNKS, IMPATIENT, PATIENT, Truth, WATCHDOG, open};
 use postcopy::LossPolicy;
 use postcopy::proto::v1::chunk_answer::Result as Answer;
 use postcopy::proto::v1::{self, ChunkAnswer};
 use postcopy_tests::chaos::{Lane, Lies, within};
 use postcopy_tests::fixtures::noise;
+use postcopy_tests::uploads::frame_of;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};

@@ -1,11 +1,12 @@
 //! Chunks with other contents than the image's.
 
-use super::{CHUNK, CHUNKS, IMPATIENT, PATIENT, Truth, WATCHDOG, frame_of, open};
+use super::{CHUNK, CHUNKS, IMPATIENT, PATIENT, Truth, WATCHDOG, open};
 use postcopy::proto::v1::chunk_answer::Result as Answer;
 use postcopy::proto::v1::{self, ChunkAnswer};
 use postcopy_tests::chaos::{Lane, Lies, within};
 use postcopy_tests::cli::fail;
 use postcopy_tests::fixtures::noise;
+use postcopy_tests::uploads::frame_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
