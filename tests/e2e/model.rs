@@ -75,6 +75,96 @@ fn make_working_set(source: &Source, name: &str) {
     wait_until("it is made", || sets() > before);
 }
 
+/// Returns the content of the image: compressible pages, and a run of zeros.
+fn image_bytes() -> Vec<u8> {
+    let mut bytes = memory_like(IMAGE_PAGES * PAGE, 90);
+    bytes[300 * PAGE..420 * PAGE].fill(0);
+    bytes
+}
+
+/// The servers of scenarios. Each repeats some of its answers.
+struct Servers {
+    quick: Chaos,
+    late: Chaos,
+    less_late: Chaos,
+    /// The frames of working sets that all of them have sent.
+    frames: Arc<AtomicUsize>,
+}
+
+impl Servers {
+    fn start(source: &Source) -> Self {
+        let frames = Arc::new(AtomicUsize::new(0));
+        let twice = |lies: Lies| {
+            let frames = Arc::clone(&frames);
+            let lies = lies.set_frame(move |frame| {
+                frames.fetch_add(1, Ordering::Relaxed);
+                frame
+            });
+            lies.chunk(|_, answer| vec![answer.clone(); 1 + usize::from(fastrand::u8(..8) == 0)])
+        };
+        let ms = Duration::from_millis;
+        let chaos = |lies| Chaos::start(source.server.address(), twice(lies));
+        let (quick, late) = (chaos(Lies::default()), chaos(Lies::default().late(ms(2), ms(200))));
+        let less_late = chaos(Lies::default().late(ms(3), ms(3)));
+        Self { quick, late, less_late, frames }
+    }
+
+    /// Returns the server of a scenario, and its image.
+    fn of(&self, source: PageSource) -> (&Chaos, &'static str) {
+        match source {
+            PageSource::Quick => (&self.quick, "app"),
+            PageSource::Late => (&self.late, "app"),
+            PageSource::Large => (&self.less_late, "large"),
+        }
+    }
+}
+
+/// The settings of a run, from the environment.
+struct Settings {
+    soak: Option<Duration>,
+    seed: u64,
+    shrink: u32,
+}
+
+impl Settings {
+    fn new() -> Self {
+        let variable = |name| std::env::var(name).ok();
+        let soak = variable("POSTCOPY_SOAK_SECONDS").map(|s| Duration::from_secs(s.parse().unwrap()));
+        let seed = variable("POSTCOPY_SEED").map_or_else(|| fastrand::u64(..), |s| s.parse().unwrap());
+        let shrink = if std::env::var_os("POSTCOPY_NO_SHRINKING").is_some() { 0 } else { 200 };
+        Self { soak, seed, shrink }
+    }
+
+    /// Returns the runner of one case. The seed and the case determine its scenario.
+    fn runner(&self, case: u64) -> TestRunner {
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&[self.seed.to_le_bytes(), case.to_le_bytes()].concat());
+        let config = Config {
+            cases: 1,
+            failure_persistence: None,
+            max_shrink_time: 60_000,
+            max_shrink_iters: self.shrink,
+            ..Config::default()
+        };
+        TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
+    }
+}
+
+/// Asserts that the scenarios together did each operation, and got each answer, often enough.
+fn assert_enough(seen: &Seen, frames: usize) {
+    assert!(frames >= FRAMES, "{frames} frames of working sets of at least {FRAMES}");
+    assert!(seen.many >= MANY_SCENARIOS, "{} scenarios with many regions", seen.many);
+    assert!(seen.reused_pids >= REUSED_PIDS, "{} pids were given again", seen.reused_pids);
+    for (_, kind, least) in KINDS {
+        let count = seen.operations.get(&kind).copied().unwrap_or(0);
+        assert!(count >= least, "{kind:?}: {count} of at least {least}");
+    }
+    for (name, least) in ANSWERS {
+        let count = seen.answers[name];
+        assert!(count >= least, "the kernel's {name:?}: {count} of at least {least}");
+    }
+}
+
 #[test]
 fn random_operations_leave_what_the_model_says() {
     if !is_root() {
@@ -83,39 +173,20 @@ fn random_operations_leave_what_the_model_says() {
             "forks are followed for root alone",
         );
     }
-    let soak = std::env::var("POSTCOPY_SOAK_SECONDS").ok().map(|s| Duration::from_secs(s.parse().unwrap()));
-    let seed = std::env::var("POSTCOPY_SEED").ok().map_or_else(|| fastrand::u64(..), |s| s.parse().unwrap());
+    let settings = Settings::new();
+    let seed = settings.seed;
     println!("POSTCOPY_SEED={seed}");
-    let shrink = if std::env::var_os("POSTCOPY_NO_SHRINKING").is_some() { 0 } else { 200 };
-    let mut bytes = memory_like(IMAGE_PAGES * PAGE, 90);
-    bytes[300 * PAGE..420 * PAGE].fill(0);
+    let bytes = image_bytes();
     let image: Vec<_> = bytes.chunks(PAGE).map(page_digest).collect();
     let source = Source::start(bytes, CHUNK);
     source.push_again("large", LARGE_CHUNK);
     for name in ["app", "large"] {
         make_working_set(&source, name);
     }
-    let frames = Arc::new(AtomicUsize::new(0));
-    let twice = |lies: Lies| {
-        let frames = Arc::clone(&frames);
-        let lies = lies.set_frame(move |frame| {
-            frames.fetch_add(1, Ordering::Relaxed);
-            frame
-        });
-        lies.chunk(|_, answer| vec![answer.clone(); 1 + usize::from(fastrand::u8(..8) == 0)])
-    };
-    let ms = Duration::from_millis;
-    let chaos = |lies| Chaos::start(source.server.address(), twice(lies));
-    let (quick, late) = (chaos(Lies::default()), chaos(Lies::default().late(ms(2), ms(200))));
-    let less_late = chaos(Lies::default().late(ms(3), ms(3)));
+    let servers = Servers::start(&source);
     let seen = Mutex::new(Seen::default());
-
     let scenario = |scenario: Scenario| {
-        let (chaos, name) = match scenario.source {
-            PageSource::Quick => (&quick, "app"),
-            PageSource::Late => (&late, "app"),
-            PageSource::Large => (&less_late, "large"),
-        };
+        let (chaos, name) = servers.of(scenario.source);
         let mut world = World::start(&chaos.address().to_string(), name, &scenario);
         for batch in &scenario.batches {
             world.batch(batch, &image, &seen);
@@ -126,38 +197,14 @@ fn random_operations_leave_what_the_model_says() {
     let started = Instant::now();
     for case in 0u64.. {
         let operations: usize = seen.lock().unwrap().operations.values().sum();
-        if operations >= OPERATIONS && soak.is_none_or(|soak| started.elapsed() >= soak) {
+        if operations >= OPERATIONS && settings.soak.is_none_or(|soak| started.elapsed() >= soak) {
             break;
         }
-        let mut bytes = [0; 32];
-        bytes[..16].copy_from_slice(&[seed.to_le_bytes(), case.to_le_bytes()].concat());
-        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-        let (max_shrink_time, max_shrink_iters) = (60_000, shrink);
-        let config = Config {
-            cases: 1,
-            failure_persistence: None,
-            max_shrink_time,
-            max_shrink_iters,
-            ..Config::default()
-        };
-        let result = TestRunner::new_with_rng(config, rng).run(&any_scenario(case), scenario);
+        let result = settings.runner(case).run(&any_scenario(case), scenario);
         result.unwrap_or_else(|error| panic!("POSTCOPY_SEED={seed}, case {case}: {error}"));
     }
     let seen = seen.into_inner().unwrap();
-    let frames = frames.load(Ordering::Relaxed);
+    let frames = servers.frames.load(Ordering::Relaxed);
     println!("{seen:?}, {frames} frames of working sets in {:?}", started.elapsed());
-    assert!(frames >= FRAMES, "{frames} frames of working sets of at least {FRAMES}");
-    assert!(seen.many >= MANY_SCENARIOS, "{} scenarios with many regions", seen.many);
-    assert!(seen.reused_pids >= REUSED_PIDS, "{} pids were given again", seen.reused_pids);
-    for (_, kind, least) in KINDS {
-        let count = seen.operations.get(&kind).copied().unwrap_or(0);
-        assert!(count >= least, "{kind:?}: {count} of at least {least}");
-    }
-    for (name, least) in ANSWERS {
-        assert!(
-            seen.answers[name] >= least,
-            "the kernel's {name:?}: {} of at least {least}",
-            seen.answers[name]
-        );
-    }
+    assert_enough(&seen, frames);
 }

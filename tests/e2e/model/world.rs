@@ -214,6 +214,32 @@ impl World {
         if let Some((process, pages)) = round.remote.take() {
             self.remote_read(process, &pages, &round, image);
         }
+        let (child, exited) = self.take_answers(&mut round, image, seen);
+        self.take_effects(round.effects);
+        if round.kill {
+            // What was removed in this very batch may have been so before.
+            let owner = self.processes.iter_mut().find(|process| process.is_owner);
+            owner.into_iter().for_each(|owner| owner.memory.forget_told());
+        }
+        self.processes.extend(child);
+        for process in exited.into_iter().rev() {
+            let process = self.processes.remove(process);
+            if !process.is_owner {
+                self.exited.push(process.threads[0].pid);
+            }
+        }
+        if round.changes {
+            self.take_changes();
+        }
+    }
+
+    /// Takes the answer of each thread, and compares. Returns the child that was forked, and the processes that exited.
+    fn take_answers(
+        &mut self,
+        round: &mut Round,
+        image: &[String],
+        seen: &Mutex<Seen>,
+    ) -> (Option<Process>, Vec<usize>) {
         let (mut child, mut exited) = (None, Vec::new());
         for Told { process, thread, expected } in std::mem::take(&mut round.told) {
             let toucher = &mut self.processes[process].threads[thread];
@@ -230,32 +256,17 @@ impl World {
                 Expected::Digests(pages) => {
                     let answer = toucher.answer().expect("it lives");
                     let digests: Vec<_> = answer.split_whitespace().map(ToOwned::to_owned).collect();
-                    self.compare(process, pages, &digests, &round, image);
+                    self.compare(process, pages, &digests, round, image);
                 }
                 Expected::Thread => {
                     let other = self.faulter.started(toucher);
                     self.processes[process].threads.push(other);
                 }
-                Expected::Child => child = Some(self.forked(process, thread, &round, seen)),
+                Expected::Child => child = Some(self.forked(process, thread, round, seen)),
             }
         }
-        self.take_effects(round.effects);
-        if round.kill {
-            // What was removed in this very batch may have been so before.
-            let owner = self.processes.iter_mut().find(|process| process.is_owner);
-            owner.into_iter().for_each(|owner| owner.memory.forget_told());
-        }
-        self.processes.extend(child);
         exited.sort_unstable();
-        for process in exited.into_iter().rev() {
-            let process = self.processes.remove(process);
-            if !process.is_owner {
-                self.exited.push(process.threads[0].pid);
-            }
-        }
-        if round.changes {
-            self.take_changes();
-        }
+        (child, exited)
     }
 
     fn forked(&mut self, parent: usize, thread: usize, round: &Round, seen: &Mutex<Seen>) -> Process {
