@@ -31,7 +31,8 @@ fn start() -> Source {
 
 impl Source {
     fn attach(&self, faulter: &Faulter, options: Options) -> Result<Session, SessionError> {
-        // Two regions, as a guest above 3 GiB has them, not in the order of the file, within chunks.
+        // Two regions, as a guest above 3 GiB has them. Their order is not that of the file, and
+        // they begin within chunks.
         let regions =
             [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
         let reference = "app".parse().unwrap();
@@ -49,7 +50,7 @@ impl Source {
         &self.bytes[first * PAGE..(first + count) * PAGE]
     }
 
-    /// The same, where it is known whose memory it is.
+    /// Attaches as [`Self::attach`] does, and names the process of the memory.
     fn attach_known(&self, faulter: &Faulter, options: Options) -> Session {
         let regions =
             [faulter.region(0, "mem", 103 * PAGE as u64), faulter.region(1, "mem", 3 * PAGE as u64)];
@@ -68,7 +69,8 @@ fn faulter() -> Faulter {
     Faulter::start(ALL_EVENTS, &["private:197", "private:100"])
 }
 
-/// Runs a test with a server and a process. Serving another process takes the right to serve the kernel's faults.
+/// Runs a test with a server and a process. Serving another process takes the right to serve the
+/// kernel's faults.
 fn with_faulter(test: &str, work: impl FnOnce(Source, Faulter) + Send + 'static) {
     if !is_root() {
         return skip(test, "a userfaultfd for all faults needs root");

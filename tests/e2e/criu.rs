@@ -1,4 +1,5 @@
-//! `postcopy criu`, with the real CRIU: programs that are dumped, stored, and restored while their memory arrives.
+//! `postcopy criu`, with the real CRIU: programs that are dumped, stored, and restored while their
+//! memory arrives.
 
 mod daemons;
 mod drain;
@@ -33,7 +34,7 @@ fn with_criu(test: &str, work: impl FnOnce(&Bench)) {
     }
 }
 
-/// What a test works with.
+/// The CRIU, the server and the scratch folder of a test.
 struct Bench {
     criu: Criu,
     server: Server,
@@ -90,14 +91,14 @@ impl Bench {
         (daemon, restored)
     }
 
-    /// The same where it can be dumped again, with nothing but what is touched.
+    /// Restores `app` lazily where it can be dumped again. The daemon fetches accessed pages only.
     fn restore_lazily_here(&self, name: &str) -> (Daemon, Restored) {
         let (images, _) = self.pull("app", name);
         let daemon = self.daemon(&images, "app", &["--fill", "nothing"]);
         (daemon, self.criu.restore_here(&images, ["--lazy-pages"]))
     }
 
-    /// Dumps with the script that docs/CRIU.md tells of; the daemon has its runtime directory in `root`.
+    /// Dumps with the script of docs/CRIU.md. `root` holds the runtime directory of the daemon.
     fn dump_with_script(&self, pid: u32, name: &str, root: &Path) -> Output {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/cli/scripts/postcopy-criu-drain");
         let programs = postcopy_tests::binary("postcopy").parent().unwrap().to_owned();
@@ -111,7 +112,7 @@ impl Bench {
         self.heap_that_touches(mib, 200)
     }
 
-    /// One that touches so many pages in each turn.
+    /// Starts a heap program that touches this number of pages in each turn.
     fn heap_that_touches(&self, mib: u32, pages: u32) -> Heap {
         let program = compile("heap", self.folder.path());
         let status = self.path("status");
@@ -129,9 +130,9 @@ struct Heap {
     status: PathBuf,
 }
 
-/// Has it check all of its memory.
+/// Makes the program check all of its memory, and asserts that no page is wrong.
 fn assert_all_right(path: &Path, restored: &Restored) {
-    // What is there may be of another one that was restored before it.
+    // The status may be that of a process that was restored earlier.
     wait_for_status(path);
     let [_, _, checks_before] = status(path);
     restored.signal(Signal::SIGUSR1);

@@ -1,4 +1,5 @@
-//! Stores that are damaged: an error names the damaged object, no wrong byte is served, and the server goes on.
+//! Stores that are damaged: an error names the damaged object, no wrong byte is served, and the
+//! server goes on.
 
 use postcopy::proto::digest::Digest;
 use postcopy::proto::frame::{ChunkFrame, FrameDecoder};
@@ -22,7 +23,8 @@ use tonic::Code;
 
 const CHUNK: usize = 64 << 10;
 
-/// A store of two images, `bad` (to be damaged) and `good` (never), that share nothing, and no server.
+/// A store of two images, `bad` (to be damaged) and `good` (never), that share nothing. No server
+/// runs.
 struct Sick {
     folder: TempDir,
     store: StoreDir,
@@ -60,8 +62,8 @@ impl Sick {
         self.store.root_of(&self.image).segment_digests()[0]
     }
 
-    /// Reads `bad` in every way there is; each gives the right bytes or an error with one of these texts. How many
-    /// errors there were.
+    /// Reads `bad` in every way. Each gives the right bytes or an error with one of these texts.
+    /// Returns the number of errors.
     fn read_bad(&self, server: &Server, named: &[String]) -> usize {
         let mut errors = 0;
         let mut error = |how: &str, text: String| {
@@ -99,7 +101,8 @@ impl Sick {
         errors
     }
 
-    /// Reads all chunks of a region; why some could not be had. Nobody may wait for ever.
+    /// Reads all chunks of a region, and returns why some could not be read. No read may wait for
+    /// ever.
     fn read_region(&self, region: Region, session: Session) -> Option<String> {
         let bytes = self.bytes.clone();
         let (done, finished) = std::sync::mpsc::sync_channel(1);
@@ -136,7 +139,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 type Harm<'a> = &'a dyn Fn(&mut Vec<u8>);
 
-/// Each kind of damage, one after another, on a server that is started on the damage and on one that runs already.
+/// Does each kind of damage, one after another, to a server that is started on it and to one that
+/// runs already.
 fn every_way(sick: &Sick, path: &Path, harms: &[(&str, Harm<'_>)], named: &[String], in_verify: &str) {
     for (what, harm) in harms {
         let good = fs::read(path).expect("the object");
@@ -289,8 +293,8 @@ fn a_store_of_another_format_and_other_directories_are_refused() {
     assert!(text.contains("letter.txt"), "{text}");
 }
 
-/// The server maps packs; touching a page beyond a cut file's end is SIGBUS. So the cuts come while three readers
-/// keep it decoding: in the middle of frames, too.
+/// The server maps packs, and an access beyond the end of a cut file is SIGBUS. So the test cuts
+/// packs while three readers keep the server decoding, also in the middle of frames.
 #[test]
 fn cutting_and_deleting_packs_under_a_server_that_reads_them_does_not_kill_it() {
     let sick = Sick::new();

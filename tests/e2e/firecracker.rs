@@ -1,4 +1,5 @@
-//! `postcopy firecracker`, against a stand-in for Firecracker: every byte of guests that run, with workers that are killed.
+//! `postcopy firecracker`, against a stand-in for Firecracker: every byte of running guests, with
+//! killed workers.
 
 mod ends;
 mod handshakes;

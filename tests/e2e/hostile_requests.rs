@@ -37,8 +37,8 @@ impl Target {
         Self { server, rpc, store, image: digest(&pushed["image"]), bytes }
     }
 
-    /// Runs `attack`, which must be refused with this code and a text that names the thing, and see that nothing came
-    /// of it.
+    /// Runs `attack`, which the server must refuse with this code and a text that names the thing.
+    /// Nothing of it may be stored.
     fn refused<T: std::fmt::Debug>(
         &self,
         code: Code,
@@ -177,7 +177,7 @@ fn hostile_chunk_requests_are_refused_by_name() {
     let many = (0..100_000).map(|_| v1::ChunkRun { first: 0, count: 1 }).collect::<Vec<_>>();
     target.refused(invalid, "run", fetch(vec![request(&image, many)]));
 
-    // What is out of range is an error of its own answer, and the others are served.
+    // A run that is out of range is an error of its own answer, and the others are served.
     let runs = [run(2, 1), run(1, 1), run(u64::MAX, 1), run(1 << 40, 1)].concat();
     let (answers, end) = target.rpc.fetch(vec![request(&image, runs.clone())]);
     end.unwrap();
@@ -430,7 +430,8 @@ fn hostile_commits_are_refused_by_name() {
     assert_eq!(missing.segment_digests[..], Digest::of(b"no segment").as_bytes()[..]);
     assert_eq!(target.store.files(""), before, "a commit that lacks something stores nothing");
 
-    // Segments that are stored but do not fit the root: too few chunks, and chunks that nobody has.
+    // Segments that are stored but do not fit the root: too few chunks, and chunks that the store
+    // lacks.
     let store_segment = |digests: &[Digest]| -> Digest {
         let kind = Some(v1::segment_run::Kind::ChunkDigests(Digest::concat(digests)));
         let segment = v1::Segment { runs: vec![v1::SegmentRun { kind }] }.encode_to_vec();
@@ -448,7 +449,8 @@ fn hostile_commits_are_refused_by_name() {
         panic!("committed")
     };
     assert_eq!(missing.chunk_digests.len(), 64, "both chunks are missing");
-    // Chunks of another length than the manifest says: the store has such a digest, and it must not be served short.
+    // Chunks of another length than the manifest says. The store has such a digest, and must not
+    // serve it short.
     for segment in [vec![], vec![0; 5000], noise(700_000, 42)] {
         target.refused(invalid, "segment", |rpc| {
             let request = v1::UploadSegmentRequest { segment: segment.clone().into() };

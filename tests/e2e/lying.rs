@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 24;
-/// Longer than anything here takes, so that what ends a test is not the deadline.
+/// Longer than any test here takes, so that no test ends by the deadline.
 const PATIENT: Options = Options::DEFAULT.fault_deadline(Duration::from_secs(60));
 /// For answers that are none, so that the deadline has to decide.
 const IMPATIENT: Options = PATIENT.fault_deadline(Duration::from_secs(1));

@@ -1,9 +1,11 @@
-//! Random operations of several processes and threads on memory that is being filled, compared with a model of it.
+//! Random operations of several processes and threads on memory that is being filled, compared with
+//! a model of it.
 //!
-//! Operations come in batches: those of a batch are done at once, by threads of their own, and never two that change
-//! the same page; so what memory must be after a batch is known. The source of pages holds answers back, has them
-//! overtake each other, and sends some twice. The pager is killed now and then, and replaced. Some scenarios have
-//! memory of 10,000 regions, and in some of them new processes get the pids of those that have exited.
+//! Threads do the operations of a batch at once, and no two of a batch change the same page. So the
+//! model knows the content of memory after each batch. The source of pages holds answers back,
+//! reorders them, and sends some twice. The test kills and replaces the pager now and then. Some
+//! scenarios have memory of 10,000 regions. In some of these, new processes get the pids of those
+//! that have exited.
 
 mod claims;
 mod operations;
@@ -26,22 +28,25 @@ use std::time::{Duration, Instant};
 use world::{IMAGE_PAGES, Seen, World};
 
 const PAGE: usize = 4096;
-/// Chunks of the image `app`, and of `large`, whose installing takes long enough for both lanes to meet.
+/// The chunk sizes of the image `app`, and of `large`, whose chunks take so long to install that
+/// both lanes meet.
 const CHUNK: usize = 32 << 10;
 const LARGE_CHUNK: usize = 1 << 20;
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What `make test` does at least. `POSTCOPY_SOAK_SECONDS` goes on for so long, `POSTCOPY_SEED` repeats a run as far as
-/// its operations go, `POSTCOPY_NO_SHRINKING` shows the first failure as it came.
+/// The least number of operations in `make test`. `POSTCOPY_SOAK_SECONDS` makes the test longer,
+/// `POSTCOPY_SEED` repeats the operations of a run, `POSTCOPY_NO_SHRINKING` shows the first failure
+/// unchanged.
 const OPERATIONS: usize = 20_000;
 
-/// How many frames of working sets must have come.
+/// The least number of frames of working sets that the servers must send.
 const FRAMES: usize = 20;
-/// How many scenarios with many regions there must have been, and children with the pid of a process that had exited.
+/// The least number of scenarios with many regions, and of children with the pid of a process that
+/// has exited.
 const MANY_SCENARIOS: usize = 2;
 const REUSED_PIDS: usize = 5;
 
-/// How often the kernel must have answered or told what.
+/// The least number of each of the kernel's answers and events.
 const ANSWERS: [(&str, u64); 9] = [
     ("done", 1000),
     ("present", 100),
@@ -54,7 +59,7 @@ const ANSWERS: [(&str, u64); 9] = [
     ("fork", 100),
 ];
 
-/// Has the server make a working set of some of the image's pages, in an order of their own.
+/// Makes the server store a working set of some of the image's pages, in an order of their own.
 fn make_working_set(source: &Source, name: &str) {
     let sets = || {
         let Value::Array(sets) = run(source.server.address(), ["working-set", "ls"]) else {

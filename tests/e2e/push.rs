@@ -28,7 +28,7 @@ fn number(report: &Value, field: &str) -> u64 {
     report[field].as_u64().unwrap_or_else(|| panic!("{field} is no number in {report}"))
 }
 
-/// What stands at a path, as far as images keep it.
+/// An entry of a directory, as far as images keep it.
 #[derive(Debug, PartialEq, Eq)]
 enum Found {
     File { bytes: Vec<u8>, executable: bool },

@@ -1,4 +1,4 @@
-//! What the library promises of sessions and regions.
+//! The promises of the library about sessions and regions.
 
 mod contents;
 mod costs;
@@ -20,7 +20,8 @@ const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const WATCHDOG: Duration = Duration::from_secs(110);
 const MINUTE: Duration = Duration::from_secs(60);
-/// Tells this program, started again by a test of it, where the server is whose page it is to touch.
+/// The variable that gives a child, which a test starts from this program, the address of its
+/// server.
 pub(crate) const CHILD: &str = "POSTCOPY_TESTS_CHILD";
 const FILLING: Options = Options::DEFAULT.fill(true);
 
@@ -50,7 +51,7 @@ impl Source {
         Session::open(self.server.address(), &"app".parse().unwrap(), options).unwrap()
     }
 
-    /// The same for memory of another process, which has nobody else then.
+    /// Attaches to memory of another process, which no other holder of its userfaultfd serves then.
     pub(crate) fn attach_regions(
         &self,
         faulter: &mut Faulter,
@@ -71,7 +72,7 @@ impl Source {
 pub(crate) fn give_back(region: &mut Region, range: Range<usize>) {
     assert!(range.start.is_multiple_of(PAGE) && range.end <= region.len(), "whole pages of the region");
     let start = region[range.clone()].as_mut_ptr();
-    // SAFETY: the region is borrowed exclusively, so nobody holds a slice whose bytes change.
+    // SAFETY: the region is borrowed exclusively, so no slice exists whose bytes change.
     unsafe { rustix::mm::madvise(start.cast(), range.len(), Advice::LinuxDontNeed) }.unwrap();
 }
 
@@ -82,7 +83,7 @@ fn assert_pages(region: &[u8], expected: &[u8], what: &str) {
     assert_eq!(wrong, Vec::<usize>::new(), "{what}: pages with wrong bytes");
 }
 
-/// Starts this program again to run the test of that name, as a child that does what [`CHILD`] tells it.
+/// Runs the test of that name in a child of this program, with `told` in the variable [`CHILD`].
 pub(crate) fn as_child(test: &str, told: &str) -> ExitStatus {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let status =
@@ -90,7 +91,7 @@ pub(crate) fn as_child(test: &str, told: &str) -> ExitStatus {
     status.unwrap()
 }
 
-/// How many entries a directory of /proc/self has.
+/// Returns the number of entries that a directory of /proc/self has.
 pub(crate) fn count_of(directory: &str) -> usize {
     std::fs::read_dir(format!("/proc/self/{directory}")).unwrap().count()
 }

@@ -1,4 +1,5 @@
-//! Children of forks, and the marks on memory that they inherit or that no event reports: MADV_WIPEONFORK, guard pages.
+//! Children of forks, and the marks on memory that they inherit or that no event reports:
+//! MADV_WIPEONFORK, guard pages.
 
 use super::{DONTNEED, FILLING, FIRST_PAGES, PAGE, with_faulter};
 use crate::session::Source;
@@ -58,7 +59,8 @@ fn children_are_served_their_own_view_to_any_depth() {
         faulter.main.does(&format!("advise {DONTNEED} {b} 10"));
         faulter.main.does(&format!("write {c} 5 7"));
         let mut child = faulter.fork();
-        // What the parent does from here on is its own affair, and the other way round.
+        // From here on, the parent does not see changes by the child, nor the child those by the
+        // parent.
         faulter.main.does(&format!("advise {DONTNEED} {d} 10"));
         child.does(&format!("advise {DONTNEED} {e} 10"));
         let mut grandchild = faulter.start_another(&mut child, "fork");
@@ -213,8 +215,8 @@ fn guards_and_forks_are_seen_by_a_pager_in_a_process_of_its_own() {
             let near = faulter.at(1, 42);
             faulter.main.does(&format!("advise {GUARD_INSTALL} {near} 2"));
             faulter.assert_reads(1, 44, source.pages(47, 1));
-            // The pager installs the neighbours after the accessed page. It cannot see a guard that is
-            // lifted before, and this process cannot see when the pager is done.
+            // The pager installs the neighbours after the accessed page. It cannot see a guard that
+            // is lifted before, and this process cannot see when the pager is done.
             faulter.assert_reads(1, 29, source.pages(32, 13));
             std::thread::park_timeout(Duration::from_millis(300));
             faulter.main.does(&format!("advise {GUARD_REMOVE} {near} 2"));

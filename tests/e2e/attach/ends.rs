@@ -30,7 +30,8 @@ fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
     });
 }
 
-/// If memory stayed registered after the end, the next mremap of it would wait for ever: no pager reads its event.
+/// If memory stayed registered after the end, the next mremap of it would wait for ever, because no
+/// pager reads its event.
 #[test]
 fn a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time() {
     let test = "a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time";

@@ -12,7 +12,7 @@ use std::time::Duration;
 fn another_process_s_memory_is_filled_as_it_touches_it() {
     with_faulter("another_process_s_memory_is_filled_as_it_touches_it", |source, first| {
         for (options, mut faulter) in [(Options::default(), first), (FILLING, faulter())] {
-            // A touch that waits already when somebody comes.
+            // A fault that waits already when the session attaches.
             let waits = faulter.at(0, 50);
             faulter.main.tell(&format!("read {waits} 1"));
             let session = source.attach(&faulter, options).unwrap();

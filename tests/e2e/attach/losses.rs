@@ -35,7 +35,7 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
     });
 }
 
-/// A server whose answers for one chunk never come.
+/// Starts a server that never answers for one chunk.
 fn without_chunk(source: &Source, chunk: u64) -> Chaos {
     let lies =
         Lies::default().chunk(move |_, answer| if answer.chunk == chunk { Vec::new() } else { vec![answer] });
@@ -61,7 +61,7 @@ fn who_does_not_wait_any_more_loses_nothing() {
         let session = attach_to(&chaos, &faulter, options);
         let mut thread = faulter.thread();
         faulter.let_go();
-        // A page of chunk 2 is wanted, and given back before it comes.
+        // A page of chunk 2 faults, and is given back before it arrives.
         let address = faulter.at(1, 40);
         thread.tell(&format!("read {address} 1"));
         wait_until("it is asked for", || session.progress().faults > 0);
@@ -83,7 +83,7 @@ fn a_loss_kills_the_process_that_waits_and_no_other() {
         let session = attach_to(&chaos, &faulter, options);
         faulter.let_go();
         let (mut waits, mut goes_on) = (faulter.fork(), faulter.fork());
-        // As long as it takes to find out which process is which.
+        // The pager needs this time to identify the processes.
         std::thread::park_timeout(SECOND);
         let owner = faulter.main.pid;
         faulter.kill();
@@ -125,7 +125,7 @@ fn a_pager_of_its_own_kills_the_process_that_waits_and_no_other() {
     });
 }
 
-/// A process that has a pid which was another one's, if the kernel gives it.
+/// Starts a process with the pid of one that has exited, if the kernel assigns it.
 fn with_pid(pid: u32) -> Option<std::process::Child> {
     for _ in 0..100 {
         std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;

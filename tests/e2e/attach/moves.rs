@@ -28,7 +28,7 @@ fn memory_that_is_moved_cut_and_grown_stays_right() {
         main.assert_reads(start, image(0, 2));
         main.assert_reads(start + 42 * PAGE, image(42, 58));
         main.assert_reads(start + 108 * PAGE, image(108, 20));
-        // What is left behind is zero, what it grows by, too.
+        // The pages left behind are zero, and so are those that the mapping grows by.
         let rest = start + 108 * PAGE;
         let away = main.ask(&format!("remap {rest} 30 30 {} 0", MAYMOVE | DONTUNMAP)).parse().unwrap();
         main.assert_reads(rest, &[0; 30 * PAGE]);
@@ -39,7 +39,7 @@ fn memory_that_is_moved_cut_and_grown_stays_right() {
         main.assert_reads(grown + 6 * PAGE, &[image(196, 1), &[0; 43 * PAGE]].concat());
         main.assert_reads(grown, image(190, 6));
         assert_eq!(session.error(), None);
-        // And what is filled in the background goes to where it belongs now.
+        // The background fill installs pages at their new addresses.
         session.fill().unwrap();
         session.wait_resident(Duration::from_secs(30)).unwrap();
         main.assert_reads(rest + 30 * PAGE, image(138, 52));
@@ -47,8 +47,8 @@ fn memory_that_is_moved_cut_and_grown_stays_right() {
     });
 }
 
-/// Events are posted after the kernel has let go of its lock: a fork can be told of before a move that came first, and is in
-/// the child.
+/// The kernel posts events after it has released its lock. So the pager may read a fork before an
+/// earlier move, which the child has.
 #[test]
 fn a_child_forked_during_a_move_has_it_in_one_place() {
     with_faulter("a_child_forked_during_a_move_has_it_in_one_place", |source, mut faulter| {

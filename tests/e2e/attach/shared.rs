@@ -8,7 +8,8 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::{is_root, skip};
 use std::time::Duration;
 
-/// A process with shared memory: region 0 and 1 are the same, 1 and 2 apart from each other in the file.
+/// Runs a test with a process that has shared memory. Regions 0 and 1 are the same memory; 1 and 2
+/// are apart from each other in the file.
 fn with_shared(test: &str, work: impl FnOnce(Source, Faulter, Session) + Send + 'static) {
     if !is_root() {
         return skip(test, "a userfaultfd for all faults needs root");
@@ -48,7 +49,7 @@ fn shared_memory_is_one_wherever_it_is_mapped() {
         child.assert_reads(faulter.at(0, 20), image(20, 20));
         child.does(&format!("write {} 1 42", faulter.at(1, 25)));
         faulter.assert_reads(0, 25, &[42; PAGE]);
-        // What is absent is brought for all who wait for it, wherever.
+        // One install of an absent page wakes all waiters, in each process and mapping.
         let waiting = [(0, 60), (1, 60), (0, 61)];
         for (region, page) in waiting {
             child.tell(&format!("read {} 1", faulter.at(region, page)));
@@ -90,22 +91,23 @@ fn shared_memory_is_moved_and_unmapped_by_each_for_himself() {
         child.does(&format!("unmap {at} 30"));
         faulter.main.assert_reads(to + 20 * PAGE, image(20, 20));
         child.assert_reads(at + 30 * PAGE, image(30, 10));
-        // What is left behind is the same memory still.
+        // The mapping left behind is still the same memory.
         let kept = at + 100 * PAGE;
         let both = faulter.main.ask(&format!("remap {kept} 20 20 {} 0", MAYMOVE | DONTUNMAP));
         let both: usize = both.parse().unwrap();
         faulter.main.does(&format!("write {both} 1 9"));
         faulter.main.assert_reads(kept, &[&[9; PAGE], image(101, 19)].concat());
         faulter.main.assert_reads(both + PAGE, image(101, 19));
-        // And is moved from there another time.
+        // A mapping that was left behind can be moved, too.
         let third = faulter.main.ask(&format!("remap {} 5 5 {} 0", kept + 10 * PAGE, MAYMOVE | DONTUNMAP));
         faulter.main.assert_reads(third.parse().unwrap(), image(110, 5));
-        // Also if nobody has touched it at the old place.
+        // So can one whose pages were never accessed at the old address.
         let kept = at + 130 * PAGE;
         faulter.main.ask(&format!("remap {kept} 12 12 {} 0", MAYMOVE | DONTUNMAP));
         let third = faulter.main.ask(&format!("remap {} 5 5 {} 0", kept + 4 * PAGE, MAYMOVE | DONTUNMAP));
         faulter.main.assert_reads(third.parse().unwrap(), image(134, 5));
-        // What is dropped at the old place, which nobody has touched since, is dropped at the new one.
+        // Pages that are dropped at the old address, where none was accessed since, are dropped at
+        // the new one.
         let kept = at + 150 * PAGE;
         let both = faulter.main.ask(&format!("remap {kept} 20 20 {} 0", MAYMOVE | DONTUNMAP));
         let both: usize = both.parse().unwrap();
@@ -120,7 +122,8 @@ fn a_session_s_end_poisons_each_mapping_of_shared_memory() {
     with_shared("a_session_s_end_poisons_each_mapping_of_shared_memory", |source, mut faulter, session| {
         let mut child = faulter.fork();
         faulter.assert_reads(0, 0, source.pages(3, 3));
-        // Mapped at its old place still, which nobody has touched since (MREMAP_MAYMOVE | MREMAP_DONTUNMAP).
+        // Still mapped at the old address, without an access since (MREMAP_MAYMOVE |
+        // MREMAP_DONTUNMAP).
         let old = faulter.at(2, 50);
         let mut other = faulter.fork();
         other.ask(&format!("remap {old} 20 20 5 0"));
@@ -214,7 +217,7 @@ fn shared_memory_that_the_session_was_not_told_of_is_sigbus() {
         faulter.let_go();
         faulter.assert_reads(0, 90, source.pages(90, 10));
         let read = |page| read_from_outside(faulter.main.pid, faulter.at(0, page), PAGE);
-        // Zeros would be in the memory for all who have it.
+        // Zeros would appear in every mapping of the memory.
         assert_eq!((read(100), read(150)), (Err(nix::Error::EFAULT), Err(nix::Error::EFAULT)));
         assert!(session.error().unwrap().contains("is beyond what the session was told of"));
         assert!(read(50).unwrap() == source.pages(50, 1));

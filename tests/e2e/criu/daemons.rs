@@ -1,5 +1,5 @@
-//! The daemon of a restore: workers that are killed, sessions that cannot be resumed, strangers at its socket, its start
-//! and its end.
+//! The daemon of a restore: killed workers, sessions that cannot be resumed, strangers at its
+//! socket, its start and its end.
 
 use super::made::made_dump;
 use super::{Heap, assert_all_right, with_criu};
@@ -38,7 +38,7 @@ fn workers_are_killed_at_any_moment_of_a_restore() {
             restored.assert_runs();
             assert_all_right(&status, &restored);
             if fill == "nothing" {
-                // What it never touches would be waited for.
+                // With this fill, the daemon waits for the pages that the program never accesses.
                 daemon.terminate();
             }
             assert_eq!(daemon.wait().code(), Some(0), "round {round}");
@@ -233,7 +233,8 @@ fn a_daemon_that_cannot_fill_in_time_leaves_sigbus_and_no_zeros() {
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(3));
         daemon.assert_says("left: process");
-        // It writes its status all the time, and checks nothing; what it touches for that may be what it dies of.
+        // The program writes its status all the time, and checks nothing. An access to the status
+        // or to the code for it may raise the SIGBUS.
         wait_until("its end", || {
             let runs = !restored.has_ended();
             if runs {

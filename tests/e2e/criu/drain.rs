@@ -15,18 +15,18 @@ fn a_dump_before_all_has_arrived_loses_memory_unless_it_is_drained() {
             let pages = pages.filter(|entry| entry.file_name().to_str().unwrap().starts_with("pages-"));
             pages.map(|entry| entry.metadata().unwrap().len()).sum::<u64>()
         };
-        // Without: criu says nothing, and memory is lost.
+        // Without the script, criu reports nothing, and memory is lost.
         let (daemon, restored) = bench.restore_lazily_here("lazy-1");
         let dumped = bench.criu.try_dump(restored.pid(), &bench.path("lost"), &[], &[]);
         assert_success(&dumped, &bench.path("lost"));
         assert!(size(&bench.path("lost")) < 60 << 20, "{}", size(&bench.path("lost")));
         drop((daemon, restored));
-        // With the script it fails where nobody can bring it,
+        // With the script, the dump fails if no daemon can fetch the memory,
         let (mut daemon, restored) = bench.restore_lazily_here("lazy-2");
         let elsewhere = postcopy_tests::daemon::runtime_root();
         let refused = bench.dump_with_script(restored.pid(), "no", elsewhere.path());
         assert!(!refused.status.success());
-        // and is whole where somebody does.
+        // and is complete if a daemon does.
         let dumped = bench.dump_with_script(restored.pid(), "whole", daemon.root());
         assert_success(&dumped, &bench.path("whole"));
         assert_eq!(daemon.wait().code(), Some(0));

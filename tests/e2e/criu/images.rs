@@ -56,8 +56,8 @@ struct PagemapEntry {
     nr_pages: Option<u64>,
 }
 
-/// Moves every other entry of a dump's pagemap, and its pages, to a parent: what an incremental dump looks like, of which
-/// this kernel cannot make one.
+/// Moves every other entry of a dump's pagemap, and its pages, to a parent. The result has the form
+/// of an incremental dump, which this kernel cannot make.
 fn split(images: &Path, parent: &Path) {
     const PARENT: u32 = 1;
     fs::create_dir(parent).unwrap();

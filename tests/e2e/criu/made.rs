@@ -17,7 +17,8 @@ pub(super) fn image_file(magic: u32, messages: &[&[u8]]) -> Vec<u8> {
     bytes
 }
 
-/// Stores a dump of one task with lazy memory, which no criu has written, as `made`; its directory.
+/// Stores a dump of one task with lazy memory, which no criu has written, as `made`. Returns its
+/// directory.
 pub(super) fn made_dump(server: &Server, folder: &Path) -> PathBuf {
     let dump = folder.join("made");
     fs::create_dir(&dump).unwrap();
@@ -31,8 +32,8 @@ pub(super) fn made_dump(server: &Server, folder: &Path) -> PathBuf {
     dump
 }
 
-/// A made dump below `folder`, whose link `parent` leads to the directory `base` beside it, which holds
-/// one page of the dump and a file that is not CRIU's.
+/// Makes a dump below `folder`, whose link `parent` leads to the directory `base` beside it. `base`
+/// holds one page of the dump and a file that is not CRIU's.
 pub(super) fn made_incremental_dump(server: &Server, folder: &Path) -> (PathBuf, PathBuf) {
     let (made, base) = (made_dump(server, folder), folder.join("base"));
     fs::create_dir(&base).unwrap();

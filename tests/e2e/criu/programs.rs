@@ -1,4 +1,5 @@
-//! Single programs, restored while their memory arrives: a heap that checks itself, and Python with threads.
+//! Single programs, restored while their memory arrives: a heap that checks itself, and Python with
+//! threads.
 
 use super::{Heap, assert_all_right, with_criu};
 use nix::sys::signal::Signal;
@@ -29,7 +30,7 @@ fn a_checked_heap_of_256_mib_is_restored_from_images_that_lack_it() {
         assert_all_right(&status, &restored);
         assert_eq!(daemon.wait().code(), Some(0), "all has come");
         daemon.assert_says("all of its memory is resident");
-        // It needs nobody any more, and nothing is left of who served it.
+        // The program needs no daemon any more, and the daemon has left no file.
         assert_all_right(&status, &restored);
         assert!(fs::read_dir(daemon.root()).unwrap().next().is_none());
         assert!(!images.join("lazy-pages.socket").exists());
@@ -43,7 +44,8 @@ fn one_image_is_restored_many_times_at_once() {
         bench.dump(program);
         let mut all: Vec<_> = (0..4).map(|n| bench.restore_lazily(&format!("lazy-{n}"), &[])).collect();
         for (daemon, restored) in &mut all {
-            // They all write to the same file: what counts is that each of them goes on, and finds nothing wrong.
+            // All of them write to the same file. So the test asserts only that each one continues
+            // and finds nothing wrong.
             assert_eq!(daemon.wait().code(), Some(0));
             restored.signal(Signal::SIGUSR1);
             assert!(!restored.has_ended());

@@ -22,7 +22,8 @@ fn what_a_restore_has_touched_comes_ahead_the_next_time() {
         };
         let (mut daemon, restored) = bench.restore_lazily("recorded", &["--record"]);
         touch_a_quarter(&restored);
-        // When it is asked for; and in any case when the processes are gone, or when it is told to end.
+        // The daemon sends the recording on request, and also when the processes are gone or when
+        // it is asked to end.
         let (pid, root) = (restored.pid().to_string(), daemon.root().to_str().unwrap());
         let send = ["working-set", "send", &pid, "--runtime-dir", root];
         assert!(postcopy(bench.server.address(), send).status().unwrap().success());

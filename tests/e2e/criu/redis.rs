@@ -7,7 +7,8 @@ use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// Gives commands to Redis over its socket, all at once; each answer is a line, or the text that it announces.
+/// Gives commands to Redis over its socket, all at once. Each answer is a line, or the text that
+/// the line announces.
 fn redis(socket: &Path, commands: &[Vec<String>]) -> Vec<String> {
     let stream = UnixStream::connect(socket).unwrap();
     let mut writer = BufWriter::new(stream.try_clone().unwrap());

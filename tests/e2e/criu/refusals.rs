@@ -170,7 +170,7 @@ fn images_whose_pages_are_stored_in_another_form_are_refused_by_name() {
         fs::write(dump.join("pages-1.img"), vec![7; pages * 4096]).unwrap();
         let said = fail(server.address(), [OsStr::new("push"), dump.as_os_str(), OsStr::new(name)]);
         assert!(said.contains(reason), "push: {said}");
-        // Stored all the same: by somebody who looks at no images.
+        // The library stores the dump all the same, because it does not look at images.
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(async {
             let remote = Remote::connect(server.address().clone()).await.unwrap();

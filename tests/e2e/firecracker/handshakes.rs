@@ -70,7 +70,7 @@ fn handshakes_that_cannot_be_are_refused_by_the_name_of_their_process() {
         let daemon = snapshot.daemon(&[]);
         let socket = snapshot.socket();
         let mut good = snapshot.vmm(&["small:4"]);
-        // One that says nothing is in nobody's way.
+        // A connection that sends nothing delays no other one.
         let silent = UnixStream::connect(&socket).unwrap();
         let faulter = Faulter::start(EVENT_REMOVE, &["private:1024"]);
         let address = faulter.at(0, 0);

@@ -25,7 +25,7 @@ fn a_tag_that_moves_changes_nothing_for_a_daemon_that_runs() {
     });
 }
 
-/// Whether a server holds the lease of an image.
+/// Returns whether a server holds the lease of an image.
 fn has_lease(store: &StoreDir) -> bool {
     let leases = store.domain().join("leases");
     let files = std::fs::read_dir(leases).into_iter().flatten().flatten();

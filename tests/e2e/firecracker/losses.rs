@@ -23,7 +23,7 @@ fn a_daemon_that_is_asked_to_end_fills_its_machines_first_and_leaves_nothing_beh
         assert!(!snapshot.socket().exists());
         let left: Vec<_> = std::fs::read_dir(daemon.root()).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
-        // Nobody serves it, and it needs nobody.
+        // No daemon serves the machine, and it needs none.
         vmm.assert_right();
         assert_eq!(vmm.ask("balloon 100 1000"), "done");
         vmm.assert_right();
@@ -94,7 +94,7 @@ fn a_loss_is_dealt_with_as_was_asked_for() {
     });
 }
 
-/// Whatever an end waits for: here for a thread that does not run.
+/// The session's end waits for a thread that does not run.
 #[test]
 fn a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come() {
     with_root("a_machine_whose_memory_is_complete_outlives_an_end_that_does_not_come", || {

@@ -1,4 +1,5 @@
-//! Machines that run while their memory arrives: on small and huge pages, from one image and from several.
+//! Machines that run while their memory arrives: on small and huge pages, from one image and from
+//! several.
 
 use super::{Snapshot, with_root};
 use postcopy_tests::cli::{fail, postcopy, run};
@@ -63,7 +64,7 @@ fn a_pool_of_huge_pages_that_is_short_is_told_of_when_it_begins_and_ends() {
         assert!(!daemon.has_said("huge page"), "{:#?}", daemon.said());
         vmm.tell("check");
         daemon.assert_says(&format!("process {}: no free huge page of 2 MiB: its fault waits", vmm.pid()));
-        // It lasts, and is told of once.
+        // The shortage lasts, and the log reports it once.
         std::thread::park_timeout(Duration::from_secs(3));
         pool.set_free(8);
         assert_eq!(vmm.answer(), "wrong 0");
@@ -144,7 +145,7 @@ fn systemd_is_told_when_it_serves() {
         let mut said = [0; 100];
         let len = systemd.recv(&mut said).unwrap();
         assert_eq!(std::str::from_utf8(&said[..len]).unwrap().trim(), "READY=1");
-        // Who has connected by then is served.
+        // A machine that connects before this is served.
         snapshot.vmm(&["small:4"]).assert_right();
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));

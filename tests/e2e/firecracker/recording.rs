@@ -40,14 +40,14 @@ fn what_a_machine_has_touched_is_told_when_it_is_asked_for() {
         let sets = run(server, ["working-set", "ls"]);
         assert_eq!(sets[0]["recordings"], 1, "of one machine: {sets}");
         assert!(sets[0]["pages"].as_u64().is_some_and(|pages| pages >= 512), "{sets}");
-        // What another worker serves, too; the first one may have told of it before.
+        // A successor sends a recording, too. The first worker may have sent it before.
         let mut other = snapshot.vmm(&["small:32"]);
         daemon.kill_worker();
         other.tell("touch 8 5");
         assert_eq!(other.touches().wrong, 0);
         assert!(is_sent(send(other.pid(), &daemon)));
         assert!(run(server, ["working-set", "ls"])[0]["recordings"].as_u64() >= Some(2));
-        // And what nobody can tell is refused.
+        // A request for a process that is not served is refused.
         let stranger = daemon.guardian();
         assert!(fail(server, send(stranger, &daemon)).contains(&format!("serves process {stranger}")));
         drop((vmm, other, daemon));
@@ -73,7 +73,7 @@ fn what_a_machine_has_touched_comes_ahead_the_next_time() {
             assert_eq!(vmm.touches().wrong, 0);
         };
         touch(&mut vmm);
-        // Who takes over goes on recording: what was there before it counts as brought.
+        // The successor continues the recording: pages installed before it count as brought.
         daemon.kill_worker();
         vmm.tell("touch 8 4");
         assert_eq!(vmm.touches().wrong, 0);

@@ -69,7 +69,7 @@ fn a_session_that_cannot_be_resumed_by_the_deadline_is_lost_and_others_are_not()
             vmm.tell("touch 16 5");
             if policy == "pause" {
                 wait_until("it is stopped", || is_stopped(vmm.pid()));
-                // Who continues it has it served, if that can be done by then.
+                // A machine that is continued is served, if its session can be resumed by then.
                 broken.mend();
                 kill_process(Pid::from_raw(vmm.pid().cast_signed()).unwrap(), Signal::CONT).unwrap();
                 assert_eq!(vmm.touches().wrong, 0);

@@ -53,7 +53,7 @@ fn a_machine_without_a_state_file_is_adopted_only_if_nothing_was_removed() {
         let mut vmm = {
             let mut daemon = snapshot.daemon(&[]);
             let mut vmm = snapshot.vmm(&["small:32"]);
-            // With a fault that somebody has read who dies then.
+            // A worker that dies has read a fault.
             vmm.tell("touch 32 5");
             daemon.kill();
             vmm

@@ -69,7 +69,8 @@ fn a_server_that_never_stops_answering_what_was_not_asked_does_not_hold_up_a_fil
     });
 }
 
-/// Under [`LossPolicy::Wait`] a touch sleeps while the server lies, and sees the truth once it is told.
+/// Under [`LossPolicy::Wait`], a fault waits while the server lies, and gets the right bytes once
+/// the server sends them.
 #[test]
 fn a_touch_waits_until_the_truth_is_told() {
     within(WATCHDOG, || {
@@ -122,7 +123,8 @@ fn a_lie_that_is_told_once_harms_nothing() {
     });
 }
 
-/// The answer for one chunk never comes on the bulk lane; the second time that it is asked for, it does.
+/// The server leaves out the first answer for one chunk on the bulk lane, and answers the second
+/// request.
 #[test]
 fn an_answer_that_is_left_out_does_not_stop_the_fill() {
     within(WATCHDOG, || {

@@ -17,7 +17,7 @@ fn error(code: i32) -> Answer {
 
 pub(super) type ChunkLie = Arc<dyn Fn(ChunkAnswer) -> ChunkAnswer + Send + Sync>;
 
-/// What can be said instead of a chunk, by name.
+/// Returns the answers that a server can give instead of a chunk, by name.
 pub(super) fn chunk_lies(bytes: &Arc<Vec<u8>>) -> Vec<(&'static str, ChunkLie)> {
     let result = |result: Option<Answer>| -> ChunkLie {
         Arc::new(move |answer| ChunkAnswer { result: result.clone(), ..answer })
@@ -92,7 +92,8 @@ fn an_error_that_may_pass_is_final_only_after_the_deadline() {
     });
 }
 
-/// What a server says of pages that nobody waits for: a file must not be written with zeros, or an old neighbour, in it.
+/// `pull` and `verify` have no waiter for a page. A wrong answer must still not put zeros or
+/// another chunk into a file.
 #[test]
 fn pull_and_verify_take_no_less_and_nothing_else_than_they_asked_for() {
     within(WATCHDOG, || {

@@ -8,7 +8,7 @@ pub(super) struct Claims {
     pub(super) reads: Vec<(usize, Range<usize>)>,
     /// Removed or covered, which may be read meanwhile.
     pub(super) removes: Vec<(usize, Range<usize>)>,
-    /// Changed otherwise.
+    /// Pages that an operation changes in another way.
     pub(super) changes: Vec<(usize, Range<usize>)>,
     /// Processes that fork, and those that exit.
     pub(super) forks: Vec<usize>,

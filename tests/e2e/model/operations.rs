@@ -1,4 +1,4 @@
-//! Which operations there are, and random ones.
+//! The kinds of operations, and random ones.
 
 use proptest::prelude::*;
 
@@ -32,7 +32,7 @@ pub(super) enum Kind {
     Kill,
 }
 
-/// How likely each is, and how often it must have been done in [`OPERATIONS`].
+/// The weight of each kind, and how often [`OPERATIONS`] operations must include it.
 pub(super) const KINDS: [(u32, Kind, usize); 22] = [
     (40, Kind::Read, 4000),
     (10, Kind::KernelRead, 500),
@@ -58,7 +58,7 @@ pub(super) const KINDS: [(u32, Kind, usize); 22] = [
     (5, Kind::Kill, 200),
 ];
 
-/// An operation; what its numbers mean depends on what there is when it is done.
+/// An operation. The processes and memory at its time determine the meaning of its numbers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operation {
     pub(super) kind: Kind,
@@ -86,9 +86,9 @@ pub(super) fn any_operation() -> impl Strategy<Value = Operation> {
 #[derive(Clone, Debug)]
 pub(super) struct Scenario {
     pub(super) fill: bool,
-    /// The image's working set is brought, first or alone.
+    /// The session fetches the image's working set, first or alone.
     pub(super) working_set: bool,
-    /// What is touched is noted, and installed page by page.
+    /// The session records accessed pages, and installs page by page.
     pub(super) record: bool,
     pub(super) source: PageSource,
     pub(super) variant: Variant,
@@ -97,21 +97,21 @@ pub(super) struct Scenario {
     pub(super) batches: Vec<Batch>,
 }
 
-/// What the memory is, and what is asked for.
+/// The kind of memory, and the events of its userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Variant {
     /// Two private regions, and all events.
     Private,
     /// Only EVENT_REMOVE is asked for, as Firecracker does, and nothing is done that takes more.
     RemovesOnly,
-    /// What is written to and removed is to be told of.
+    /// The session reports pages that were written to and removed.
     Tracked,
     /// The second region is shared memory, which is mapped twice.
     Shared,
     /// One mapping that is [`MANY`] regions of a page each, from all over the file.
     Many,
-    /// The process fills its own memory, and wants to be told as if it were tracked. Nothing is done that its owner could
-    /// not know of, and nobody can succeed it.
+    /// The process fills its own memory, and tracks changes. It does nothing that its owner could
+    /// not know of, and has no successor.
     Own,
 }
 
@@ -142,15 +142,15 @@ impl Variant {
     }
 }
 
-/// What is done at once.
+/// Operations that are done at once.
 #[derive(Clone, Debug)]
 pub(super) struct Batch {
-    /// All at the same place, as far as they go together.
+    /// All are at the same place, as far as this is possible.
     pub(super) together: bool,
     pub(super) operations: Vec<Operation>,
 }
 
-/// Which image the memory is filled from, and how late its pages come.
+/// The image that the memory is filled from, and the delay of its pages.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum PageSource {
     Quick,

@@ -1,4 +1,4 @@
-//! A batch of operations under way: who is told to do what, and what must be answered.
+//! A batch of operations under way: the orders to threads, and the answers that they must give.
 
 use super::PAGE;
 use super::claims::{Claims, SHARED, overlap};
@@ -7,7 +7,7 @@ use super::world::{Effect, SLOT_PAGES, SLOTS, SLOTS_AT, THREADS};
 use postcopy_tests::model::Memory;
 use std::ops::Range;
 
-/// How often a storm gives its pages back.
+/// The number of times that a storm gives its pages back.
 const STORM: usize = 200;
 
 /// The answer that a thread must give.
@@ -31,12 +31,12 @@ pub(super) struct Told {
     pub(super) expected: Expected,
 }
 
-/// What one operation comes to, where it can be done.
+/// The way in which an operation is done, if it can be done.
 #[derive(Debug)]
 pub(super) enum Step {
-    /// A thread is told this, must answer so, and this is done to memory then.
+    /// A thread gets this order, must give this answer, and changes memory in this way.
     Tell(String, Expected, Option<Effect>),
-    /// It is done from here, when all threads have been told.
+    /// The test itself does the operation once all threads have their orders.
     Later,
 }
 
@@ -54,7 +54,8 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// Returns the target at `place`, which is `operation` or the first one of a batch at one place.
+    /// Returns the target at `place`: `operation` itself, or the first operation of a batch at one
+    /// place.
     pub(super) fn of(process: usize, memory: &Memory, place: &Operation, operation: &Operation) -> Self {
         let pages = memory.run(place.page, operation.pages, false);
         let of_one = memory.run(place.page, operation.pages, true);
@@ -64,7 +65,7 @@ impl Target {
     }
 }
 
-/// What the threads and processes of a target are at the moment.
+/// The threads and processes of a target.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Family {
     pub(super) processes: usize,
@@ -97,7 +98,8 @@ fn does(say: String, effect: impl Into<Option<Effect>>) -> Option<Step> {
 }
 
 impl Round {
-    /// Returns what an operation comes to, and claims its pages; `None` if it cannot be done beside those of the batch.
+    /// Returns the step of an operation, and claims its pages. `None` if the operation cannot be
+    /// done beside those of the batch.
     pub(super) fn step(&mut self, operation: &Operation, target: Target, family: Family) -> Option<Step> {
         if family.variant == Variant::Shared && self.contradicts(operation.kind) {
             return None;
@@ -121,8 +123,9 @@ impl Round {
         }
     }
 
-    /// Returns whether an operation says something different of shared memory than one before it. The pager sees from
-    /// the calls of madvise in progress whether content is kept or dropped, and two that differ end a session.
+    /// Returns whether an operation contradicts an earlier one on shared memory. The pager sees
+    /// from the calls of madvise in progress whether content is kept or dropped, and two that
+    /// differ end a session.
     fn contradicts(&self, kind: Kind) -> bool {
         match kind {
             Kind::Punch => !self.claims.removes.is_empty(),
@@ -151,7 +154,8 @@ impl Round {
 
     fn write(&mut self, operation: &Operation, target: Target) -> Option<Step> {
         let Target { process, pages, shared, is_lazy, .. } = target;
-        // Half of a page that may be dropped at any time would be gone for a thread that reads it then.
+        // Half of a page that may be dropped at any time would be gone for a thread that reads it
+        // then.
         let only_reads = operation.kind == Kind::PageOut && !is_lazy;
         let is_refused = pages.is_empty() || operation.kind == Kind::Free && !shared.is_empty();
         let may = !is_refused
@@ -223,8 +227,8 @@ impl Round {
         let grow = if matches!(kind, Kind::Grow | Kind::Regrow) { 1 + operation.other % 7 } else { 0 };
         let (len, new_len) = (of_one.len(), of_one.len() + grow);
         if kind == Kind::Regrow {
-            // As realloc does it: to a place of the kernel's, from where other memory may be moved or unmapped at the
-            // same time.
+            // As realloc does: to an address that the kernel chooses. Other memory may be moved or
+            // unmapped from there at the same time.
             let say = format!("remap {} {new_len} 1 0", at(&of_one));
             let may = self.claims.change(process, &of_one, &[]);
             return may.then_some(Step::Tell(say, Expected::Place(of_one, grow), None));
@@ -268,7 +272,7 @@ impl Round {
         }
     }
 
-    /// Returns whether a page may have been removed during the batch, so that both contents are right.
+    /// Returns whether a page may have been removed during the batch. Both contents are right then.
     pub(super) fn may_be_removed(&self, process: usize, page: usize, shared: &[usize]) -> bool {
         shared.iter().any(|page| overlap(&self.claims.removes, SHARED, &(*page..page + 1)))
             || overlap(&self.claims.removes, process, &(page..page + 1))

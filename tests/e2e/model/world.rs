@@ -82,7 +82,7 @@ fn place_of(index: usize) -> usize {
     index * 7919 % IMAGE_PAGES
 }
 
-/// Returns the kinds of memory of a variant, as the faulter is told them.
+/// Returns the kinds of memory of a variant, in the faulter's words.
 fn kinds_of(variant: Variant) -> Vec<String> {
     let [first, second] = REGIONS.map(|pages| pages.len());
     match variant {
@@ -163,7 +163,7 @@ impl World {
         self.next_mapping
     }
 
-    /// Does a batch of operations at once, and compares.
+    /// Does the operations of a batch at once, and compares the memory with the model.
     pub(super) fn batch(&mut self, batch: &Batch, image: &[String], seen: &Mutex<Seen>) {
         let mut round = Round::default();
         for operation in &batch.operations {
@@ -195,7 +195,7 @@ impl World {
         self.finish(round, image, seen);
     }
 
-    /// Has the next process that is forked get the pid of one that has exited.
+    /// Gives the next forked process the pid of one that has exited.
     fn offer_pid(&mut self) {
         if let Some(pid) = self.exited.last().filter(|_| self.reap) {
             std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).expect("root may");
@@ -204,7 +204,7 @@ impl World {
 
     fn finish(&mut self, mut round: Round, image: &[String], seen: &Mutex<Seen>) {
         if round.kill {
-            // While it reads what was just begun, or does it.
+            // The worker reads or does what was just begun.
             let until = Instant::now() + Duration::from_micros(fastrand::u64(..400));
             while Instant::now() < until {
                 std::hint::spin_loop();
@@ -217,7 +217,7 @@ impl World {
         let (child, exited) = self.take_answers(&mut round, image, seen);
         self.take_effects(round.effects);
         if round.kill {
-            // What was removed in this very batch may have been so before.
+            // A page that was removed in this batch may have been removed before the kill.
             let owner = self.processes.iter_mut().find(|process| process.is_owner);
             owner.into_iter().for_each(|owner| owner.memory.forget_told());
         }
@@ -233,7 +233,8 @@ impl World {
         }
     }
 
-    /// Takes the answer of each thread, and compares. Returns the child that was forked, and the processes that exited.
+    /// Takes the answer of each thread, and compares it. Returns the child that was forked, and the
+    /// processes that exited.
     fn take_answers(
         &mut self,
         round: &mut Round,
@@ -281,7 +282,7 @@ impl World {
         Process { memory, threads: vec![thread], is_owner: false, has_forked: false }
     }
 
-    /// Sees that what the first process has changed is told of.
+    /// Asserts that the session reports the changes by the first process.
     fn take_changes(&mut self) {
         let Some(owner) = self.processes.iter_mut().find(|process| process.is_owner) else { return };
         let (changes, at) = match &mut self.keeper {
@@ -318,7 +319,7 @@ impl World {
         }
     }
 
-    /// Reads from here, as a debugger does.
+    /// Reads from the test's process, as a debugger does.
     fn remote_read(&mut self, process: usize, pages: &Range<usize>, round: &Round, image: &[String]) {
         let pid = self.processes[process].threads[0].pid;
         let (address, len) = (pages.start * PAGE, pages.len() * PAGE);
@@ -328,7 +329,8 @@ impl World {
         self.compare(process, pages.clone(), &digests, round, image);
     }
 
-    /// What is unmapped and moved away first: something else may have gone there.
+    /// Applies the effects of a batch. Memory is unmapped and moved away first, because other
+    /// memory may be there then.
     fn take_effects(&mut self, effects: Vec<(usize, Effect)>) {
         let mut moved = Vec::new();
         for (process, effect) in effects {
@@ -406,7 +408,8 @@ fn attach(server: &str, image: &str, scenario: &Scenario, faulter: &Faulter) -> 
     let how = Serving { fill, working_set, record, track, alone: false, kill: false };
     let mut keeper = Keeper::start(server, image, how, faulter, &regions_of(scenario.variant, faulter));
     if track {
-        // Memory that was grown before is registered for tracking in part, and cannot be moved at once then.
+        // Memory that has grown is registered for tracking in part, so mremap cannot move it at
+        // once.
         assert_eq!(keeper.take_changes(), Changes::default());
     }
     keeper

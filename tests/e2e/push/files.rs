@@ -117,7 +117,8 @@ fn what_is_no_file_directory_or_link_is_refused_by_name() {
     assert_eq!(run(server.address(), ["ls"]), Value::Array(vec![]), "no reference was made");
 }
 
-/// The client looks at sizes first and reads later; a file that is cut between is no image of anything.
+/// The client looks at sizes first and reads later. A file that is cut in between has no consistent
+/// image.
 #[test]
 fn a_directory_without_anything_is_refused() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());

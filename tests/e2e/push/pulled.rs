@@ -21,14 +21,14 @@ fn pull_fills_an_empty_directory_in_place_and_keeps_clear_of_left_overs() {
     fs::create_dir_all(source.join("sub")).unwrap();
     fs::write(source.join("sub/file"), "content").unwrap();
     push_cli(&server, &source, "app");
-    // Where somebody is: it must stay the same directory.
+    // A process works in the directory, so it must stay the same one.
     fs::create_dir(&target).unwrap();
     let mut here = postcopy(server.address(), ["pull", "app", "."]);
     let output = here.current_dir(&target).output().unwrap();
     assert!(output.status.success(), "{}", shown(&output));
     assert!(tree(&target) == tree(&source));
     assert!(!here.output().unwrap().status.success(), "it is not empty any more");
-    // The name that a pull takes for a new directory, with somebody else's file in it.
+    // The name that a pull takes for a new directory, with a foreign file in it.
     let script = "mkdir new.partial-$$-0 && touch new.partial-$$-0/old && exec \"$@\"";
     let mut shell = Command::new("bash");
     shell.args(["-c", script, "-"]).arg(here.get_program()).args(["pull", "app", "new"]);

@@ -209,7 +209,8 @@ fn eight_clients_that_push_the_same_at_once_are_all_right() {
     push_at_once(8);
 }
 
-/// An upload that waits for the server's memory must not take the way of those beside it that have some.
+/// An upload that waits for the server's memory must not delay others on its connection that have
+/// memory.
 #[test]
 fn uploads_on_one_connection_do_not_starve_each_other() {
     let server = Server::start();

@@ -44,7 +44,7 @@ fn guard_pages_of_this_process_are_zero_once_they_are_lifted() {
             let region = session.map("mem").unwrap();
             let (start, len) = (region.as_ptr().wrapping_add(20 * PAGE), 30 * PAGE);
             let advise = |advice| {
-                // SAFETY: nobody reads these pages meanwhile.
+                // SAFETY: no thread reads these pages meanwhile.
                 let done = unsafe { libc::madvise(start.cast_mut().cast(), len, advice) };
                 assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
             };

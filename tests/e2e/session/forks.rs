@@ -106,7 +106,8 @@ fn fork_and_look(address: usize) -> std::io::Result<ExitStatus> {
     command.status()
 }
 
-/// Nobody would fill a region for a child of a fork: the child has no memory there, and a touch is SIGSEGV.
+/// No pager would fill a region for a child of a fork. So the child has no memory there, and an
+/// access is SIGSEGV.
 #[test]
 fn a_child_of_a_fork_does_not_have_the_region() {
     let source = Source::start(memory_like(16 * CHUNK, 15), CHUNK);

@@ -120,7 +120,8 @@ fn dropping_a_region_does_not_lose_the_faults_of_another() {
     });
 }
 
-/// madvise and mprotect of a part split the kernel's record of a region, and an ioctl is for one part alone.
+/// With madvise or mprotect of a part, the kernel splits its record of the region. An ioctl is for
+/// one part alone.
 #[test]
 fn a_region_in_parts_is_filled_and_lost_page_by_page_where_need_be() {
     within(WATCHDOG, || {
