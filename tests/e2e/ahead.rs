@@ -7,13 +7,12 @@ use postcopy_proto::v1::chunk_answer;
 use postcopy_tests::chaos::{Chaos, Lane, Lies, within};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::link::{Link, Quality};
-use postcopy_tests::wait_until;
+use postcopy_tests::{PAGE, wait_until};
 use std::collections::HashSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 512;
 const WATCHDOG: Duration = Duration::from_secs(100);

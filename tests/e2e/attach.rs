@@ -12,10 +12,9 @@ use postcopy::{ForeignMemory, Options, Session, SessionError};
 use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{PAGE, is_root, skip};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);

@@ -8,7 +8,7 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::pool::HugePool;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use rustix::mm::Advice;
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -17,7 +17,6 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const PAGES: usize = 400;
 const ZEROS: Range<usize> = 100..180;

@@ -6,14 +6,13 @@ use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::proxy::{Break, Direction, How, Proxy};
 use postcopy_tests::server::Server;
-use postcopy_tests::wait_until;
+use postcopy_tests::{PAGE, wait_until};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
 
-const PAGE: usize = 4096;
 const WATCHDOG: Duration = Duration::from_secs(120);
 
 fn deadline(fault_deadline: Duration) -> Options {

@@ -7,10 +7,9 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::pool::HugePool;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const HUGE_PAGES: usize = 512;
 /// Huge pages of the region.
 const COUNT: usize = 5;

@@ -4,11 +4,10 @@ use postcopy::{Options, Region, Session};
 use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::{memory_like, noise, sparse};
 use postcopy_tests::server::Server;
-use postcopy_tests::wait_until;
+use postcopy_tests::{PAGE, wait_until};
 use std::path::Path;
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 const GIB: usize = 1 << 30;

@@ -19,7 +19,7 @@ use postcopy_tests::chaos::{Chaos, Lies};
 use postcopy_tests::cli::run;
 use postcopy_tests::faulter::page_digest;
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::Value;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,7 +27,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use world::{IMAGE_PAGES, Seen, World};
 
-const PAGE: usize = 4096;
 /// The chunk sizes of the image `app`, and of `large`, whose chunks take so long to install that
 /// both lanes meet.
 const CHUNK: usize = 32 << 10;

@@ -7,7 +7,7 @@ use postcopy::{ForeignMemory, Options, Region, Session};
 use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::{memory_like, noise};
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{PAGE, is_root, skip};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::ops::Range;
@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 32;
 const WATCHDOG: Duration = Duration::from_secs(100);

@@ -7,10 +7,9 @@ use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::mounts::{Swap, Tmpfs};
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const PAGES: usize = 8 << 8;
 const WATCHDOG: Duration = Duration::from_secs(110);

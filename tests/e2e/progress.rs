@@ -6,10 +6,9 @@ use postcopy::{ForeignMemory, LossPolicy, Options, Session};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, EVENT_REMOVE, Faulter};
 use postcopy_tests::fixtures::noise;
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{PAGE, is_root, skip};
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const PAGES: usize = 4096;
 const WATCHDOG: Duration = Duration::from_secs(110);

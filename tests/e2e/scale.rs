@@ -11,13 +11,12 @@ use postcopy_tests::fixtures::{memory_like, noise, sparse};
 use postcopy_tests::many_regions::ManyRegions;
 use postcopy_tests::mounts::Swap;
 use postcopy_tests::server::Server;
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{PAGE, is_root, skip};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const WATCHDOG: Duration = Duration::from_secs(110);
 const MINUTE: Duration = Duration::from_secs(60);

@@ -9,13 +9,12 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::mounts::{Swap, Tmpfs};
 use postcopy_tests::pool::HugePool;
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{PAGE, is_root, skip};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const HUGE_PAGES: usize = 512;
 const PAGES: usize = 3 * HUGE_PAGES;
 const CHUNK: usize = 64 << 10;

@@ -8,6 +8,7 @@ mod regions;
 
 use crate::map::push;
 use postcopy::{ForeignMemory, ForeignRegion, Options, Region, Session};
+use postcopy_tests::PAGE;
 use postcopy_tests::faulter::Faulter;
 use postcopy_tests::server::Server;
 use rustix::mm::Advice;
@@ -16,7 +17,6 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const WATCHDOG: Duration = Duration::from_secs(110);
 const MINUTE: Duration = Duration::from_secs(60);

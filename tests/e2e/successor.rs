@@ -4,13 +4,12 @@ use crate::session::Source;
 use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
 use postcopy_tests::fixtures::memory_like;
-use postcopy_tests::is_root;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::stopped_pager::StoppedPager;
+use postcopy_tests::{PAGE, is_root};
 use postcopy_tests::{skip, wait_until};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 16 << 10;
 const PAGES: usize = 4096;
 const WATCHDOG: Duration = Duration::from_secs(110);

@@ -2,13 +2,13 @@
 
 use crate::map::{push, random_pages};
 use postcopy::{Options, Region, Session};
+use postcopy_tests::PAGE;
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::server::Server;
 use std::sync::Barrier;
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const THREADS: usize = 16;
 
 /// How the threads go through the pages.

@@ -9,7 +9,7 @@ use postcopy_tests::cli::{fail, run};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -19,7 +19,6 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 use tempfile::{NamedTempFile, TempDir};
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 const PAGES: usize = 4000;
 const WATCHDOG: Duration = Duration::from_secs(100);

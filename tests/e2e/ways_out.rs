@@ -11,11 +11,10 @@ use postcopy_tests::faulter::{ALL_EVENTS, Faulter, page_digest, read_from_outsid
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::keeper::{Keeper, Serving};
 use postcopy_tests::stopped_pager::{Functions, StoppedPager};
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 16 << 10;
 const PAGES: usize = 400;
 const WATCHDOG: Duration = Duration::from_secs(110);

@@ -11,13 +11,12 @@ use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::pool::HugePool;
 use postcopy_tests::proxy::{Break, Direction, How, Proxy};
 use postcopy_tests::server::Server;
-use postcopy_tests::{is_root, skip, wait_until};
+use postcopy_tests::{PAGE, is_root, skip, wait_until};
 use serde_json::Value;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
 const CHUNK: usize = 64 << 10;
 /// The last one has 100 bytes.
 const PAGES: usize = 2001;

@@ -1,6 +1,6 @@
 //! Processes whose memory is filled from here: `postcopy-faulter`, its userfaultfd, and what it says.
 
-use crate::{binary, descriptors, is_readable, is_readable_within};
+use crate::{PAGE, binary, descriptors, is_readable, is_readable_within};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use postcopy::{ForeignRegion, Sharing};
@@ -19,7 +19,6 @@ pub const EVENT_REMOVE: u64 = 1 << 3;
 /// The features that CRIU asks for: forks, remaps, removes, unmaps.
 pub const ALL_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
 
-const PAGE: usize = 4096;
 /// Nothing that a process is told takes so long.
 #[must_use]
 pub fn patience() -> Duration {

@@ -32,6 +32,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// The bytes of a page of this machine.
+pub const PAGE: usize = 4096;
+
 /// The workspace's binary of that name, beside the test's own. `make` builds it first: cargo does not, across
 /// packages.
 ///

@@ -1,5 +1,6 @@
 //! A process with one mapping that is served as many regions, from all over a file.
 
+use crate::PAGE;
 use crate::faulter::{ALL_EVENTS, Faulter};
 use crate::fixtures::memory_like;
 use crate::stored::StoredFile;
@@ -8,8 +9,6 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-const PAGE: usize = 4096;
 
 /// See the module. With a state file.
 #[derive(Debug)]

@@ -1,13 +1,13 @@
 //! Children of forks, and the marks on memory that they inherit or that no event reports:
 //! MADV_WIPEONFORK, guard pages.
 
-use super::{DONTNEED, FILLING, FIRST_PAGES, PAGE, with_faulter};
+use super::{DONTNEED, FILLING, FIRST_PAGES, with_faulter};
 use crate::session::Source;
 use postcopy::Options;
 use postcopy::uffd::pagemap::guards_are_seen;
 use postcopy_tests::faulter::{Faulter, read_from_outside};
 use postcopy_tests::keeper::{Keeper, Serving};
-use postcopy_tests::skip;
+use postcopy_tests::{PAGE, skip};
 use std::time::{Duration, Instant};
 
 const WIPEONFORK: i32 = 18;

@@ -1,8 +1,9 @@
 //! Memory of one process that is filled while the process reads it and gives it back.
 
-use super::{CHUNK, DONTNEED, FILLING, PAGE, faulter, with_faulter};
+use super::{CHUNK, DONTNEED, FILLING, faulter, with_faulter};
 use crate::session::Source;
 use postcopy::{ForeignMemory, Options, Session, SessionError};
+use postcopy_tests::PAGE;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
 use std::os::fd::AsFd;

@@ -1,13 +1,13 @@
 //! Pages that do not arrive by their deadline: the process that waits for them, and the others.
 
-use super::{DONTNEED, PAGE, SIGBUS, with_faulter};
+use super::{DONTNEED, SIGBUS, with_faulter};
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
 use postcopy::{FailureEnd, ForeignMemory, LossPolicy, Options, Session};
 use postcopy_tests::chaos::{Chaos, Lies};
 use postcopy_tests::faulter::Faulter;
 use postcopy_tests::keeper::{Keeper, Serving};
-use postcopy_tests::wait_until;
+use postcopy_tests::{PAGE, wait_until};
 use std::time::Duration;
 
 #[test]

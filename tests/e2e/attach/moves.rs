@@ -1,7 +1,8 @@
 //! Memory that mremap moves.
 
-use super::{DONTNEED, FIRST_PAGES, PAGE, with_faulter};
+use super::{DONTNEED, FIRST_PAGES, with_faulter};
 use postcopy::Options;
+use postcopy_tests::PAGE;
 use postcopy_tests::faulter::read_from_outside;
 use std::time::Duration;
 

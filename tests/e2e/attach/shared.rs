@@ -1,11 +1,11 @@
 //! Shared memory that several processes and mappings have.
 
-use super::{DONTNEED, PAGE, SIGBUS, WATCHDOG, start};
+use super::{DONTNEED, SIGBUS, WATCHDOG, start};
 use crate::session::Source;
 use postcopy::{ForeignMemory, Options, Session};
 use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter, read_from_outside};
-use postcopy_tests::{is_root, skip};
+use postcopy_tests::{PAGE, is_root, skip};
 use std::time::Duration;
 
 /// Runs a test with a process that has shared memory. Regions 0 and 1 are the same memory; 1 and 2

@@ -1,9 +1,9 @@
 //! A batch of operations under way: the orders to threads, and the answers that they must give.
 
-use super::PAGE;
 use super::claims::{Claims, SHARED, overlap};
 use super::operations::{Kind, MAX_PROCESSES, Operation, Variant};
 use super::world::{Effect, SLOT_PAGES, SLOTS, SLOTS_AT, THREADS};
+use postcopy_tests::PAGE;
 use postcopy_tests::model::Memory;
 use std::ops::Range;
 

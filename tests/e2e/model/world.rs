@@ -1,9 +1,9 @@
 //! The processes of a scenario, their memory as it must be, and the session that serves them.
 
-use super::PAGE;
 use super::operations::{Batch, Kind, MANY, Scenario, Variant};
 use super::rounds::{Expected, Family, Round, Step, Target, Told};
 use postcopy::{Changes, ForeignRegion};
+use postcopy_tests::PAGE;
 use postcopy_tests::chaos::within;
 use postcopy_tests::faulter::{
     ALL_EVENTS, EVENT_REMOVE, Faulter, Toucher, page_digest, patience, read_from_outside,

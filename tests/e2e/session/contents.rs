@@ -1,12 +1,12 @@
 //! The content of regions that the program changes while they are filled.
 
-use super::{CHUNK, FILLING, MINUTE, PAGE, Source, WATCHDOG, assert_pages, give_back};
+use super::{CHUNK, FILLING, MINUTE, Source, WATCHDOG, assert_pages, give_back};
 use crate::map::random_pages;
 use nix::libc;
 use postcopy::Options;
 use postcopy_tests::chaos::within;
 use postcopy_tests::fixtures::{memory_like, noise};
-use postcopy_tests::{skip, wait_until};
+use postcopy_tests::{PAGE, skip, wait_until};
 use userfaultfd::UffdBuilder;
 
 const GUARD_INSTALL: i32 = 102;

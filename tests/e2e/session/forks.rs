@@ -1,12 +1,12 @@
 //! Forks of a program that has regions.
 
-use super::{CHUNK, PAGE, Source, WATCHDOG};
+use super::{CHUNK, Source, WATCHDOG};
 use crate::map::random_pages;
 use postcopy::{Options, Session};
 use postcopy_tests::chaos::within;
 use postcopy_tests::fixtures::memory_like;
 use postcopy_tests::proxy::{Break, How, Proxy};
-use postcopy_tests::wait_until;
+use postcopy_tests::{PAGE, wait_until};
 use rustix::mm::Advice;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus};

@@ -1,12 +1,12 @@
 //! Regions: their ends, their addresses, and mappings that the program has cut into parts.
 
-use super::{CHUNK, FILLING, MINUTE, PAGE, Source, WATCHDOG, assert_pages};
+use super::{CHUNK, FILLING, MINUTE, Source, WATCHDOG, assert_pages};
 use crate::map::{push, random_pages};
 use postcopy::proto::v1::ChunkAnswer;
 use postcopy::{LossPolicy, Options, Region, Session};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::fixtures::{memory_like, noise};
-use postcopy_tests::wait_until;
+use postcopy_tests::{PAGE, wait_until};
 use rustix::mm::Advice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

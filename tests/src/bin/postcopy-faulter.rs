@@ -31,7 +31,7 @@ use anyhow::{Context, Result, bail};
 use nix::libc;
 use postcopy::proto::digest::Digest;
 use postcopy::{Options, Region, Session};
-use postcopy_tests::descriptors;
+use postcopy_tests::{PAGE, descriptors};
 use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::ffi::c_void;
@@ -44,7 +44,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
-const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
 
 fn pointer(address: usize) -> *mut c_void {

@@ -18,7 +18,7 @@
 //! What a page must hold it knows of each: what TRUTH says, zeros where it was given back, or what was written to it.
 
 use anyhow::{Context, Result, bail};
-use postcopy_tests::descriptors;
+use postcopy_tests::{PAGE, descriptors};
 use rustix::fd::BorrowedFd;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ffi::c_void;
@@ -31,7 +31,6 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
-const PAGE: usize = 4096;
 /// Pages that one lock is for.
 const SHARD: usize = 512;
 
