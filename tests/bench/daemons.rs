@@ -2,6 +2,7 @@
 
 use crate::{Figure, PAIRS, aa, median, percentile};
 use anyhow::{Result, ensure};
+use postcopy_tests::PAGE;
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::descriptors;
@@ -20,7 +21,6 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use userfaultfd::{Event, Uffd};
 
-const PAGE: usize = 4096;
 const KILLS: usize = 100;
 /// Of 512 MiB of `memory_like`, those that are not zero pages.
 const WITH_BYTES_MIB: usize = 512 * 10 / 11;

@@ -7,6 +7,7 @@ use crate::report::Report;
 use crate::{Figure, median};
 use anyhow::{Result, ensure};
 use postcopy::{Options, Region, ServerAddress, Session};
+use postcopy_tests::PAGE;
 use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::link::Link;
@@ -17,7 +18,6 @@ use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(300);
 /// In KiB.

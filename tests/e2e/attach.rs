@@ -20,7 +20,6 @@ const PAGES: usize = 300;
 const WATCHDOG: Duration = Duration::from_secs(100);
 const SIGBUS: i32 = 7;
 const DONTNEED: i32 = 4;
-const FILLING: Options = Options::DEFAULT.fill(true);
 
 fn start() -> Source {
     let mut bytes = memory_like(PAGES * PAGE, 70);

@@ -152,7 +152,7 @@ fn a_refused_connection_is_an_error_that_names_the_server() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address: ServerAddress = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
         drop(listener);
-        let error = open(&address, Options::default()).unwrap_err().to_string();
+        let error = open(&address, Options::DEFAULT).unwrap_err().to_string();
         assert!(error.contains(&address.to_string()) && error.contains("refused"), "{error}");
     });
 }
@@ -391,7 +391,7 @@ fn nobody_waits_for_the_demand_lane_s_first_word() {
         let source = Source::start(noise(8 * PAGE, 51));
         let permits = Arc::new(Semaphore::new(0));
         let chaos = Chaos::start(source.server.address(), Lies::default().taken(Arc::clone(&permits)));
-        let session = open(chaos.address(), Options::default()).unwrap();
+        let session = open(chaos.address(), Options::DEFAULT).unwrap();
         let region = session.map("mem").unwrap();
         std::thread::scope(|scope| {
             let toucher = scope.spawn(|| region[5 * PAGE..6 * PAGE] == source.bytes[5 * PAGE..6 * PAGE]);

@@ -173,7 +173,7 @@ fn an_image_that_a_session_is_filled_from_is_kept_without_a_reference() {
     let path = folder.path().join("mem");
     let old = noise(20 * CHUNK, 73);
     push(&server, &path, &old, "app:1");
-    let session = Session::open(server.address(), &"app:1".parse().unwrap(), Options::default()).unwrap();
+    let session = Session::open(server.address(), &"app:1".parse().unwrap(), Options::DEFAULT).unwrap();
     let region = session.map("mem").unwrap();
     assert_eq!(region[CHUNK], old[CHUNK]);
     // The same again, so that its files may be others, and then something else.

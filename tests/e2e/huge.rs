@@ -101,7 +101,7 @@ fn huge_memory_that_is_given_back_moved_and_forked_stays_right() {
         let page = |n: usize| source.huge(n * HUGE_PAGES, HUGE_PAGES);
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
             let (mut faulter, regions) = faulter(kind, sharing);
-            let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+            let session = source.attach_huge(&faulter, &regions, Options::DEFAULT).unwrap();
             faulter.let_go();
             let at = |n: usize| faulter.at(0, n * HUGE_PAGES);
             let (first, second, fourth, fifth) = (at(0), at(1), at(3), at(4));
@@ -171,7 +171,7 @@ fn an_empty_pool_is_waited_for_until_the_deadline() {
 fn zeros_of_a_huge_page_wait_for_the_pool_too() {
     with_pool("zeros_of_a_huge_page_wait_for_the_pool_too", 1, |source, pool| {
         let (mut faulter, regions) = faulter("huge", Sharing::Private);
-        let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+        let session = source.attach_huge(&faulter, &regions, Options::DEFAULT).unwrap();
         faulter.let_go();
         let second = faulter.at(0, HUGE_PAGES);
         faulter.main.does(&format!("advise {DONTNEED} {second} {HUGE_PAGES}"));
@@ -190,7 +190,7 @@ fn zeros_of_a_huge_page_wait_for_the_pool_too() {
 fn a_part_of_a_huge_page_can_be_removed() {
     with_pool("a_part_of_a_huge_page_can_be_removed", COUNT, |source, _| {
         let (mut faulter, regions) = faulter("huge-shared", Sharing::Shared(1));
-        let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+        let session = source.attach_huge(&faulter, &regions, Options::DEFAULT).unwrap();
         faulter.let_go();
         faulter.assert_reads(0, 0, source.huge(0, 1));
         // There; absent, with and without its beginning; all of it, in two parts.
@@ -214,7 +214,7 @@ fn huge_memory_that_the_session_was_not_told_of_is_zero_or_sigbus() {
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
             let (mut faulter, mut regions) = faulter(kind, sharing);
             regions[0].len = 2 * HUGE_PAGES * PAGE;
-            let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+            let session = source.attach_huge(&faulter, &regions, Options::DEFAULT).unwrap();
             faulter.let_go();
             faulter.assert_reads(0, 9, source.huge(9, 1));
             faulter.main.tell(&format!("read {} 1", faulter.at(0, 3 * HUGE_PAGES + 5)));
@@ -234,7 +234,7 @@ fn what_is_absent_of_huge_memory_is_sigbus_at_the_end() {
     with_pool("what_is_absent_of_huge_memory_is_sigbus_at_the_end", COUNT, |source, _| {
         for (kind, sharing) in [("huge", Sharing::Private), ("huge-shared", Sharing::Shared(1))] {
             let (mut faulter, regions) = faulter(kind, sharing);
-            let session = source.attach_huge(&faulter, &regions, Options::default()).unwrap();
+            let session = source.attach_huge(&faulter, &regions, Options::DEFAULT).unwrap();
             faulter.let_go();
             faulter.assert_reads(0, HUGE_PAGES, source.huge(HUGE_PAGES, 1));
             assert!(session.end(MINUTE));
@@ -288,7 +288,7 @@ fn memory_is_refused_that_is_not_what_was_said() {
             let is_huge = kind.starts_with("huge");
             let wrong = if is_huge { PAGE } else { 2 << 20 };
             let refused = |region: ForeignRegion| {
-                source.attach_huge(&faulter, &[region], Options::default()).unwrap_err().to_string()
+                source.attach_huge(&faulter, &[region], Options::DEFAULT).unwrap_err().to_string()
             };
             let error = refused(region(wrong));
             assert!(error.contains(&format!("pages of {wrong} bytes, and has such of")), "{kind}: {error}");
@@ -298,7 +298,7 @@ fn memory_is_refused_that_is_not_what_was_said() {
             let error = refused(elsewhere);
             assert!(error.contains("no memory registered"), "{error}");
             let right = region(if is_huge { 2 << 20 } else { PAGE });
-            drop(source.attach_huge(&faulter, &[right], Options::default()).unwrap());
+            drop(source.attach_huge(&faulter, &[right], Options::DEFAULT).unwrap());
         }
     });
 }

@@ -64,7 +64,7 @@ fn every_file_reads_as_its_source(chunk: usize) {
     push(&server, folder.path(), "files", chunk);
     let reference = "files".parse().unwrap();
 
-    let touched = Session::open(server.address(), &reference, Options::default()).unwrap();
+    let touched = Session::open(server.address(), &reference, Options::DEFAULT).unwrap();
     for (name, bytes) in &files {
         let region = touched.map(name).unwrap();
         assert_eq!(region.resident_pages(), 0, "{name} is there before it was touched");
@@ -148,7 +148,7 @@ fn a_sparse_gigabyte_reads_as_its_source(chunk: usize, every_page_by_touch: bool
     push(&server, &path, "sparse", chunk);
     let reference = "sparse".parse().unwrap();
 
-    let session = Session::open(server.address(), &reference, Options::default()).unwrap();
+    let session = Session::open(server.address(), &reference, Options::DEFAULT).unwrap();
     let segments = GIB.div_ceil(chunk).div_ceil(16_384);
     assert_eq!(session.image().root().segment_digests().len(), segments);
     let region = session.map("mem").unwrap();

@@ -29,7 +29,7 @@ fn with_region(test: &str, work: impl FnOnce(Region, Vec<u8>) + Send + 'static) 
     within(WATCHDOG, move || {
         let source = start();
         let session =
-            Session::open(source.server.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+            Session::open(source.server.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
         if !session.serves_kernel_faults() {
             return skip(&test, "the kernel's own touches are not served without root");
         }
@@ -197,7 +197,7 @@ fn a_core_dump_of_a_half_restored_process_has_what_was_there() {
             ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid, is_registered: true };
         let reference = "app".parse().unwrap();
         let address = source.server.address();
-        let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
+        let session = Session::attach(address, &reference, Options::DEFAULT, &memory).unwrap();
         faulter.let_go();
         let folder = tempfile::tempdir().unwrap();
         faulter.main.does(&format!("dump-to {}", folder.path().display()));

@@ -38,7 +38,7 @@ fn a_long_range_is_brought_in_windows_beside_a_short_one() {
                 vec![answer]
             });
         let chaos = Chaos::start(source.server.address(), lies);
-        let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
         let region = session.map("mem").unwrap();
         let start = region.as_ptr().addr();
         session.hosted().bring(&(start..start + region.len() - CHUNK));
@@ -105,7 +105,7 @@ fn five_hundred_sessions_share_a_few_threads() {
         let reference = "app".parse().unwrap();
         let open = |index: usize| {
             let pager = &pagers[index % pagers.len()];
-            let session = pager.open(source.server.address(), &reference, Options::default()).unwrap();
+            let session = pager.open(source.server.address(), &reference, Options::DEFAULT).unwrap();
             let region = session.map("mem").unwrap();
             (session, region)
         };
@@ -142,7 +142,7 @@ fn sessions_that_share_a_pager_are_lost_each_for_itself() {
         let liar = Chaos::start(source.server.address(), lies);
         let pager = SharedPager::new().unwrap();
         let reference = "app".parse().unwrap();
-        let open = |address| pager.open(address, &reference, Options::default()).unwrap();
+        let open = |address| pager.open(address, &reference, Options::DEFAULT).unwrap();
         let (good, bad) = (open(source.server.address()), open(liar.address()));
         let mut faulter = Faulter::start(ALL_EVENTS, &["private:64"]);
         let regions = [faulter.region(0, "mem", 0)];
@@ -153,8 +153,7 @@ fn sessions_that_share_a_pager_are_lost_each_for_itself() {
             pid: None,
             is_registered: true,
         };
-        let attached =
-            pager.attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
+        let attached = pager.attach(source.server.address(), &reference, Options::DEFAULT, &memory).unwrap();
         faulter.let_go();
         let (region, lost) = (good.map("mem").unwrap(), bad.map("mem").unwrap());
         let _ = lost.read_at(0, &mut [0]).unwrap_err();
@@ -194,7 +193,7 @@ impl Neighbours {
             };
             let reference = "app".parse().unwrap();
             let address = source.server.address();
-            let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
+            let session = Session::attach(address, &reference, Options::DEFAULT, &memory).unwrap();
             faulter.let_go();
             (faulter, session)
         };
@@ -320,7 +319,7 @@ fn ten_thousand_regions_are_served_forked_and_filled() {
         };
         let reference = "app".parse().unwrap();
         let address = source.server.address();
-        let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
+        let session = Session::attach(address, &reference, Options::DEFAULT, &memory).unwrap();
         faulter.let_go();
         let bytes_of = |index: usize| &source.bytes[place(index) * PAGE..(place(index) + 2) * PAGE];
         for index in (0..REGIONS).step_by(97) {
@@ -400,7 +399,7 @@ fn a_sparse_region_of_64_gib_takes_memory_for_what_is_touched() {
             line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() >> 10
         };
         let before = memory();
-        let session = Session::open(server.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let session = Session::open(server.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
         let region = session.map("mem").unwrap();
         for place in places {
             let place = usize::try_from(place).unwrap();

@@ -86,7 +86,7 @@ impl Source {
 fn events_of_a_process_and_its_child() {
     with_source("events_of_a_process_and_its_child", |source| {
         for kind in KINDS {
-            let (mut faulter, session) = source.attached(kind, Options::default());
+            let (mut faulter, session) = source.attached(kind, Options::DEFAULT);
             let half = PAGES / 2 / HUGE_PAGES * HUGE_PAGES;
             faulter.assert_reads(0, 0, source.of(0..half));
             let mut child = faulter.fork();
@@ -121,7 +121,7 @@ fn no_addition_of_many_threads_is_lost() {
     with_source("no_addition_of_many_threads_is_lost", |source| {
         const ADDITIONS: usize = 400;
         for (round, kind) in KINDS.into_iter().cycle().take(2 * KINDS.len()).enumerate() {
-            let (mut faulter, session) = source.attached(kind, Options::default());
+            let (mut faulter, session) = source.attached(kind, Options::DEFAULT);
             let mut threads = vec![faulter.thread(), faulter.thread()];
             threads.push(faulter.thread());
             // Every second time the fill races with them.
@@ -194,7 +194,7 @@ fn lost_pages_among_others_are_errors() {
         let chaos = Chaos::start(source.server.address(), lies);
         for kind in KINDS {
             let (mut faulter, region) = faulter(kind);
-            let session = attach(chaos.address(), &mut faulter, region, Options::default());
+            let session = attach(chaos.address(), &mut faulter, region, Options::DEFAULT);
             let is_huge = kind.starts_with("huge");
             for page in (5..PAGES).step_by(16).chain((6..PAGES).step_by(16)) {
                 let lost = match is_huge {

@@ -23,7 +23,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// The variable that gives a child, which a test starts from this program, the address of its
 /// server.
 pub(crate) const CHILD: &str = "POSTCOPY_TESTS_CHILD";
-const FILLING: Options = Options::DEFAULT.fill(true);
+pub(crate) const FILLING: Options = Options::DEFAULT.fill(true);
 
 /// A server that has the image `app` of one file, `mem`.
 pub(crate) struct Source {

@@ -27,7 +27,7 @@ fn each_chunk_is_fetched_once(len: usize, chunk: usize, order: Order, visit: fn(
     std::fs::write(&path, &bytes).unwrap();
     push(&server, &path, "app", chunk);
     let chaos = Chaos::start(server.address(), Lies::default());
-    let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+    let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
     let region = session.map("mem").unwrap();
 
     let begin = Barrier::new(THREADS);

@@ -82,7 +82,7 @@ fn each_touch_and_each_page_is_told_of_once() {
         // Not of chunks that follow one another: nothing is read ahead.
         touched.retain(|page| page / 16 % 2 == 0);
         touched.truncate(PAGES / 8);
-        let ((progress, image), path, _folder) = trace(&source, Options::default(), |session, region, _| {
+        let ((progress, image), path, _folder) = trace(&source, Options::DEFAULT, |session, region, _| {
             std::thread::scope(|scope| {
                 for pages in touched.chunks(touched.len() / 3 + 1) {
                     let source = &source;
@@ -126,7 +126,7 @@ fn what_comes_without_a_touch_is_told_apart() {
         let source = start();
         let scan =
             |_: &Session, region: &Region, _: &Path| (0..PAGES).for_each(|page| touch(region, &source, page));
-        let ((), path, _folder) = trace(&source, Options::default(), scan);
+        let ((), path, _folder) = trace(&source, Options::DEFAULT, scan);
         let report_of_scan = report(&source, &path);
         assert!(
             report_of_scan["pages"]["read_ahead"].as_u64().unwrap() > PAGES as u64 / 2,
@@ -247,7 +247,7 @@ fn what_cannot_be_written_harms_nobody() {
         assert_eq!(report(&source, file.path())["lost_events"], lost);
 
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let session = source.open(traced(Options::default()));
+        let session = source.open(traced(Options::DEFAULT));
         let writer = session.write_trace(full).unwrap();
         let region = session.map("mem").unwrap();
         (0..MANY).for_each(|page| touch(&region, &source, page));
@@ -255,7 +255,7 @@ fn what_cannot_be_written_harms_nobody() {
         assert!(session.close(MINUTE));
         assert_eq!(writer.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
         // Without one there is none to be had.
-        assert!(source.open(Options::default()).write_trace(io::sink()).is_err());
+        assert!(source.open(Options::DEFAULT).write_trace(io::sink()).is_err());
     });
 }
 
@@ -347,7 +347,7 @@ fn a_huge_page_for_which_there_was_none_free_is_told_of_when_it_comes() {
         let source = start();
         let mut faulter = Faulter::start(ALL_EVENTS, &["huge:1024"]);
         let regions = [faulter.huge_region(0, "mem", 0, Sharing::Private)];
-        let (session, writer, file) = attach(&source, &mut faulter, &regions, Options::default());
+        let (session, writer, file) = attach(&source, &mut faulter, &regions, Options::DEFAULT);
         faulter.assert_reads(0, 9, &source.bytes[9 * PAGE..10 * PAGE]);
         pool.set_free(0);
         let page = faulter.at(0, 600);

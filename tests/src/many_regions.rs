@@ -75,7 +75,7 @@ impl ManyRegions {
             is_registered: true,
         };
         let (reference, started) = ("app".parse().expect("a reference"), Instant::now());
-        let (address, options) = (source.server.address(), Options::default());
+        let (address, options) = (source.server.address(), Options::DEFAULT);
         let session = match pager {
             Some(pager) => pager.attach(address, &reference, options, &memory),
             None => Session::attach(address, &reference, options, &memory),

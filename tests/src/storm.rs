@@ -1,12 +1,12 @@
 //! A process of which some threads call madvise(MADV_DONTNEED) without a pause, while a session fills it.
 
+use crate::PAGE;
 use crate::faulter::Faulter;
 use crate::stored::StoredFile;
 use postcopy::{ForeignMemory, Options, ServerAddress, Session};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 /// The pages that each thread gives back again and again.
 const GIVEN_BACK: usize = 16;
 

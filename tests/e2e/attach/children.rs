@@ -1,7 +1,8 @@
 //! Children of forks, and the marks on memory that they inherit or that no event reports:
 //! MADV_WIPEONFORK, guard pages.
 
-use super::{DONTNEED, FILLING, FIRST_PAGES, with_faulter};
+use super::{DONTNEED, FIRST_PAGES, with_faulter};
+use crate::session::FILLING;
 use crate::session::Source;
 use postcopy::Options;
 use postcopy::uffd::pagemap::guards_are_seen;
@@ -22,7 +23,7 @@ fn guard_pages_stay_guards_and_are_zero_once_they_are_lifted() {
         if !guards_are_seen() {
             return skip(TEST, "guard pages are not seen before Linux 6.15");
         }
-        let session = source.attach_known(&faulter, Options::default());
+        let session = source.attach_known(&faulter, Options::DEFAULT);
         faulter.let_go();
         let (near, far) = (faulter.at(0, 42), faulter.at(1, 50));
         for at in [near, far] {
@@ -50,7 +51,7 @@ fn guard_pages_stay_guards_and_are_zero_once_they_are_lifted() {
 #[test]
 fn children_are_served_their_own_view_to_any_depth() {
     with_faulter("children_are_served_their_own_view_to_any_depth", |source, mut faulter| {
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.let_go();
         let at = |page| faulter.at(0, page);
         let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
@@ -121,7 +122,7 @@ fn what_a_fork_wipes_is_zero_in_the_child_and_never_the_image_s_bytes() {
     with_faulter(
         "what_a_fork_wipes_is_zero_in_the_child_and_never_the_image_s_bytes",
         |source, mut faulter| {
-            let session = source.attach_known(&faulter, Options::default());
+            let session = source.attach_known(&faulter, Options::DEFAULT);
             faulter.let_go();
             assert_wiped_in_children(&source, &mut faulter);
             session.fill().unwrap();
@@ -134,7 +135,7 @@ fn what_a_fork_wipes_is_zero_in_the_child_and_never_the_image_s_bytes() {
 #[test]
 fn what_a_fork_wipes_is_zero_while_the_fill_goes_on() {
     with_faulter("what_a_fork_wipes_is_zero_while_the_fill_goes_on", |source, mut faulter| {
-        let session = source.attach_known(&faulter, Options::default());
+        let session = source.attach_known(&faulter, Options::DEFAULT);
         faulter.let_go();
         let wiped = faulter.at(0, 20);
         faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 170"));
@@ -156,7 +157,7 @@ fn a_child_waits_for_the_look_at_20_000_mappings_and_its_parent_does_not() {
     with_faulter(
         "a_child_waits_for_the_look_at_20_000_mappings_and_its_parent_does_not",
         |source, mut faulter| {
-            let session = source.attach_known(&faulter, Options::default());
+            let session = source.attach_known(&faulter, Options::DEFAULT);
             faulter.let_go();
             let (wiped, mut had) = (faulter.at(0, 20), 0);
             faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 20"));
@@ -183,7 +184,7 @@ fn a_child_waits_for_the_look_at_20_000_mappings_and_its_parent_does_not() {
 fn what_forks_wipe_is_zero_in_each_child_of_a_burst() {
     with_faulter("what_forks_wipe_is_zero_in_each_child_of_a_burst", |source, mut faulter| {
         const CHILDREN: usize = 16;
-        let session = source.attach_known(&faulter, Options::default());
+        let session = source.attach_known(&faulter, Options::DEFAULT);
         faulter.let_go();
         let wiped = faulter.at(0, 20);
         faulter.main.does(&format!("advise {WIPEONFORK} {wiped} 20"));

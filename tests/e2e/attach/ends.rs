@@ -8,7 +8,7 @@ use std::time::Duration;
 #[test]
 fn the_owner_s_exit_ends_the_session_in_order() {
     with_faulter("the_owner_s_exit_ends_the_session_in_order", |source, mut faulter| {
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(3, 1));
         faulter.kill();
@@ -20,7 +20,7 @@ fn the_owner_s_exit_ends_the_session_in_order() {
 #[test]
 fn a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros() {
     with_faulter("a_session_s_end_leaves_right_bytes_or_sigbus_and_never_zeros", |source, mut faulter| {
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 13, source.pages(16, 16));
         assert!(session.end(Duration::from_secs(30)));
@@ -37,7 +37,7 @@ fn a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time() {
     let test = "a_session_s_end_leaves_no_memory_registered_that_moves_all_the_time";
     for round in 0..20 {
         with_faulter(test, move |source, mut faulter| {
-            let session = source.attach_known(&faulter, Options::default().hold_causers(true));
+            let session = source.attach_known(&faulter, Options::DEFAULT.hold_causers(true));
             faulter.main.does(&format!("shuttle {} 8", faulter.at(0, 16)));
             faulter.assert_reads(1, 13, source.pages(16, 16));
             assert!(session.end(Duration::from_secs(30)), "round {round}");

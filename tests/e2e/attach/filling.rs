@@ -1,6 +1,7 @@
 //! Memory of one process that is filled while the process reads it and gives it back.
 
-use super::{CHUNK, DONTNEED, FILLING, faulter, with_faulter};
+use super::{CHUNK, DONTNEED, faulter, with_faulter};
+use crate::session::FILLING;
 use crate::session::Source;
 use postcopy::{ForeignMemory, Options, Session, SessionError};
 use postcopy_tests::PAGE;
@@ -12,7 +13,7 @@ use std::time::Duration;
 #[test]
 fn another_process_s_memory_is_filled_as_it_touches_it() {
     with_faulter("another_process_s_memory_is_filled_as_it_touches_it", |source, first| {
-        for (options, mut faulter) in [(Options::default(), first), (FILLING, faulter())] {
+        for (options, mut faulter) in [(Options::DEFAULT, first), (FILLING, faulter())] {
             // A fault that waits already when the session attaches.
             let waits = faulter.at(0, 50);
             faulter.main.tell(&format!("read {waits} 1"));
@@ -37,7 +38,7 @@ fn another_process_s_memory_is_filled_as_it_touches_it() {
 #[test]
 fn what_the_owner_gives_back_stays_zero() {
     with_faulter("what_the_owner_gives_back_stays_zero", |source, mut faulter| {
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.let_go();
         faulter.assert_reads(0, 40, source.pages(143, 4));
         // Pages that are there, and some that never were.
@@ -76,7 +77,7 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         let address = source.server.address();
         let attach = |uffd, regions: &[_]| {
             let memory = ForeignMemory { uffd, regions, state: None, pid: None, is_registered: true };
-            Session::attach(address, &reference, Options::default(), &memory)
+            Session::attach(address, &reference, Options::DEFAULT, &memory)
         };
         for (regions, which, why) in cases {
             let error = attach(faulter.uffd(), &regions).unwrap_err().to_string();
@@ -91,12 +92,12 @@ fn an_attach_that_fails_names_why_and_loses_nothing() {
         let regions = std::slice::from_ref(&first);
         let memory =
             ForeignMemory { uffd: faulter.uffd(), regions, state: None, pid: None, is_registered: true };
-        Session::attach(&nowhere, &reference, Options::default(), &memory).unwrap_err();
+        Session::attach(&nowhere, &reference, Options::DEFAULT, &memory).unwrap_err();
 
         // A touch during all of that waits, and is right in the end.
         let waits = faulter.at(0, 9);
         faulter.main.tell(&format!("read {waits} 1"));
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.main.assert_answers(waits, source.pages(112, 1));
         drop(session);
     });
@@ -120,7 +121,7 @@ fn transparent_huge_pages_do_not_swallow_what_is_absent() {
             let pid = Some(faulter.main.pid);
             let memory = ForeignMemory { uffd, regions: &[region], state: None, pid, is_registered: true };
             let reference = "app".parse().unwrap();
-            let options = Options::default();
+            let options = Options::DEFAULT;
             let session = Session::attach(source.server.address(), &reference, options, &memory).unwrap();
             faulter.let_go();
             // All of 2 MiB aligned, but for one page; all; and a few.

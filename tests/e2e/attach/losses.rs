@@ -26,7 +26,7 @@ fn a_lost_page_is_sigbus_in_the_other_process() {
             pid: None,
             is_registered: true,
         };
-        let session = Session::attach(chaos.address(), &reference, Options::default(), &memory).unwrap();
+        let session = Session::attach(chaos.address(), &reference, Options::DEFAULT, &memory).unwrap();
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(0, 32));
         faulter.main.tell(&format!("read {} 1", faulter.at(1, 40)));

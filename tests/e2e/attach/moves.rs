@@ -11,7 +11,7 @@ fn memory_that_is_moved_cut_and_grown_stays_right() {
     with_faulter("memory_that_is_moved_cut_and_grown_stays_right", |source, mut faulter| {
         const MAYMOVE: i32 = 1;
         const DONTUNMAP: i32 = 4;
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.let_go();
         let image = |page, count| source.pages(FIRST_PAGES[0] + page, count);
         let start = faulter.at(0, 0);
@@ -54,7 +54,7 @@ fn memory_that_is_moved_cut_and_grown_stays_right() {
 fn a_child_forked_during_a_move_has_it_in_one_place() {
     with_faulter("a_child_forked_during_a_move_has_it_in_one_place", |source, mut faulter| {
         const TRIES: usize = 1500;
-        let session = source.attach(&faulter, Options::default()).unwrap();
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
         faulter.let_go();
         let mut other = faulter.thread();
         let slots: usize = faulter.main.ask(&format!("reserve {}", 2 * TRIES)).parse().unwrap();

@@ -31,7 +31,7 @@ fn with_shared(test: &str, work: impl FnOnce(Source, Faulter, Session) + Send + 
         };
         let reference = "app".parse().unwrap();
         let session =
-            Session::attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
+            Session::attach(source.server.address(), &reference, Options::DEFAULT, &memory).unwrap();
         faulter.let_go();
         work(source, faulter, session);
     });
@@ -156,7 +156,7 @@ fn a_removal_of_shared_memory_that_nobody_can_see_ends_the_session() {
             };
             let reference = "app".parse().unwrap();
             let session =
-                Session::attach(source.server.address(), &reference, Options::default(), &memory).unwrap();
+                Session::attach(source.server.address(), &reference, Options::DEFAULT, &memory).unwrap();
             blind.let_go();
             blind.assert_reads(0, 0, source.pages(0, 16));
             // Of pages that are there their next fault tells.
@@ -213,7 +213,7 @@ fn shared_memory_that_the_session_was_not_told_of_is_sigbus() {
         let memory =
             ForeignMemory { uffd: faulter.uffd(), regions: &[region], state: None, pid, is_registered: true };
         let (address, reference) = (source.server.address(), "app".parse().unwrap());
-        let session = Session::attach(address, &reference, Options::default(), &memory).unwrap();
+        let session = Session::attach(address, &reference, Options::DEFAULT, &memory).unwrap();
         faulter.let_go();
         faulter.assert_reads(0, 90, source.pages(90, 10));
         let read = |page| read_from_outside(faulter.main.pid, faulter.at(0, page), PAGE);

@@ -20,7 +20,7 @@ fn assert_zero(bytes: &[u8], what: &str) {
 fn memory_that_is_being_restored_takes_no_other_userfaultfd() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(1 << 20, 3), CHUNK);
-        let session = source.open(Options::default());
+        let session = source.open(Options::DEFAULT);
         let region = session.map("mem").unwrap();
         let other = UffdBuilder::new().user_mode_only(true).create().unwrap();
         let refused = other.register(region.as_ptr().cast_mut().cast(), 1 << 20);
@@ -39,7 +39,7 @@ fn guard_pages_of_this_process_are_zero_once_they_are_lifted() {
     }
     within(WATCHDOG, || {
         let source = Source::start(memory_like(1 << 20, 3), CHUNK);
-        for options in [Options::default(), Options::DEFAULT.track_writes(true)] {
+        for options in [Options::DEFAULT, Options::DEFAULT.track_writes(true)] {
             let session = source.open(options);
             let region = session.map("mem").unwrap();
             let (start, len) = (region.as_ptr().wrapping_add(20 * PAGE), 30 * PAGE);
@@ -63,7 +63,7 @@ fn guard_pages_of_this_process_are_zero_once_they_are_lifted() {
 fn what_was_given_back_reads_as_zeros() {
     within(WATCHDOG, || {
         let source = Source::start(noise(16 * CHUNK, 6), CHUNK);
-        let session = source.open(Options::default());
+        let session = source.open(Options::DEFAULT);
         let mut region = session.map("mem").unwrap();
         // Resident, absent, and across the border of both.
         assert_eq!(region[0], source.bytes[0]);

@@ -11,7 +11,7 @@ use std::time::Duration;
 fn progress_counts_pages_faults_and_chunks() {
     within(WATCHDOG, || {
         let source = Source::start(noise(32 * CHUNK + 1, 1), CHUNK);
-        let session = source.open(Options::default());
+        let session = source.open(Options::DEFAULT);
         assert_eq!(session.progress(), postcopy::Progress::default());
         let region = session.map("mem").unwrap();
         let total = 32 * 16 + 1;

@@ -28,7 +28,7 @@ fn a_fork_while_faults_are_outstanding_does_not_hang() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(16 * CHUNK, 13), CHUNK);
         let proxy = Proxy::start(source.server.address(), Break::Never);
-        let session = Session::open(proxy.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let session = Session::open(proxy.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
         let region = session.map("mem").unwrap();
         assert_eq!(region[0], source.bytes[0]);
         // No connection lives, and none can be made, until the forks are done.
@@ -64,7 +64,7 @@ fn a_fork_while_faults_are_outstanding_does_not_hang() {
 fn threads_that_fork_beside_threads_that_fault_do_not_hang() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(16 << 20, 14), PAGE);
-        let session = source.open(Options::default());
+        let session = source.open(Options::DEFAULT);
         let region = session.map("mem").unwrap();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -111,7 +111,7 @@ fn fork_and_look(address: usize) -> std::io::Result<ExitStatus> {
 #[test]
 fn a_child_of_a_fork_does_not_have_the_region() {
     let source = Source::start(memory_like(16 * CHUNK, 15), CHUNK);
-    let session = source.open(Options::default());
+    let session = source.open(Options::DEFAULT);
     let region = session.map("mem").unwrap();
     assert_eq!(region[CHUNK], source.bytes[CHUNK]);
     // Resident, absent.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 fn a_region_outlives_its_session() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(8 << 20, 2), CHUNK);
-        for options in [Options::default(), FILLING] {
+        for options in [Options::DEFAULT, FILLING] {
             let session = source.open(options);
             let first = session.map("mem").unwrap();
             let second = session.map("mem").unwrap();
@@ -126,7 +126,7 @@ fn dropping_a_region_does_not_lose_the_faults_of_another() {
 fn a_region_in_parts_is_filled_and_lost_page_by_page_where_need_be() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(40 * CHUNK + 5, 6), CHUNK);
-        for options in [Options::default(), FILLING] {
+        for options in [Options::DEFAULT, FILLING] {
             let session = source.open(options);
             let mut region = session.map("mem").unwrap();
             split(&mut region);
@@ -155,7 +155,7 @@ fn a_lost_region_in_parts_is_sigbus_everywhere() {
         let source = Source::start(memory_like(40 * CHUNK, 6), CHUNK);
         let lies = Lies::default().chunk(|_, answer| vec![ChunkAnswer { result: None, ..answer }]);
         let chaos = Chaos::start(source.server.address(), lies);
-        let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::default()).unwrap();
+        let session = Session::open(chaos.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
         let mut region = session.map("mem").unwrap();
         split(&mut region);
         for chunk in 0..40 {
@@ -172,7 +172,7 @@ fn a_lost_region_in_parts_is_sigbus_everywhere() {
 fn two_sessions_and_many_regions_side_by_side_are_right() {
     within(WATCHDOG, || {
         let source = Source::start(memory_like(4 << 20, 9), CHUNK);
-        let sessions = [source.open(Options::default()), source.open(FILLING)];
+        let sessions = [source.open(Options::DEFAULT), source.open(FILLING)];
         std::thread::scope(|scope| {
             for session in &sessions {
                 for _ in 0..4 {
@@ -193,7 +193,7 @@ fn two_sessions_and_many_regions_side_by_side_are_right() {
 #[test]
 fn ranges_beyond_the_file_and_unknown_files_are_errors() {
     let source = Source::start(noise(PAGE + 5, 10), CHUNK);
-    let session = source.open(Options::default());
+    let session = source.open(Options::DEFAULT);
     let error = session.map("no/such").unwrap_err().to_string();
     assert!(error.contains("no/such"), "{error}");
     let region = session.map("mem").unwrap();
