@@ -96,10 +96,14 @@ impl Pager {
         let is_ahead = self.requests.is_ahead(chunk);
         let cause = if is_ahead { Cause::ReadAhead } else { Cause::Demand };
         let mut outcome = Installed::All;
-        let waiting_at = waiting.address(*page);
+        let (waiting_at, waiting_space) = (waiting.address(*page), waiting.space.id);
         for region in shared.of_chunk(chunk) {
-            let is_waiting = region.space.id == waiting.space.id && !is_ahead;
-            let first = region.page_at(waiting_at).filter(|_| is_waiting);
+            let is_same_space = region.space.id == waiting_space;
+            // A process and its children each have a copy of the page. Most children access few.
+            if !is_same_space && !region.is_shared() && !has_waiters(&self.waiters, &region, chunk) {
+                continue;
+            }
+            let first = region.page_at(waiting_at).filter(|_| is_same_space && !is_ahead);
             match self.install_in(&region, chunk, first, cause, stages) {
                 Installed::All => resolved(&mut self.waiters, &region, chunk),
                 // Waiters in other regions fault again, and each has its own deadline.
@@ -280,6 +284,12 @@ impl Pager {
             self.fault(&region.space, region.address(page));
         }
     }
+}
+
+/// Returns true if any of a region's pages of a chunk has waiters.
+fn has_waiters(waiters: &Waiters, region: &Region, chunk: ChunkIndex) -> bool {
+    let has = |pages| waiters.has(&region.space, &region.addresses_of(&region.whole(&pages)));
+    region.pages_of(chunk).is_some_and(has)
 }
 
 /// Removes the waiters for a region's pages of a chunk.
