@@ -59,13 +59,17 @@ const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 /// is well above the time that 2 MiB of read-ahead take at 100 Mbit/s.
 const STUCK: Duration = Duration::from_secs(1);
 
+/// The time after a fork for which the fill leaves the child out. Many children end or call
+/// execve(2) within that time, and page faults fetch the pages that they access.
+const YOUNG: Duration = Duration::from_secs(1);
+
 /// The bulk lane, and its outstanding requests, in order.
 struct Stream {
     lane: BulkLane,
     asked: VecDeque<AskedFor>,
     last_id: u64,
     /// True if the pass has left out a chunk because the demand lane fetches it, or a space because
-    /// it is undecided.
+    /// it is undecided or young.
     leaves: bool,
 }
 
@@ -306,7 +310,7 @@ impl Fill {
         region: &Region,
         attempt: u32,
     ) -> Result<(), RemoteError> {
-        if region.space.is_undecided() {
+        if region.space.is_undecided() || region.space.is_younger(YOUNG) {
             stream.leaves = true;
             return Ok(());
         }
@@ -454,7 +458,7 @@ impl Fill {
                 Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, STUCK) => {
                     *leaves = true
                 }
-                // Its answer is installed in all regions.
+                // Its answer is installed in all regions, but in those of young children.
                 Content::Data(_) if wanted && self.shared.in_bulk.has(chunk) => {}
                 Content::Data(_) if wanted => {
                     if zeros.is_some() || (!chunks.is_empty() && pages + chunk_pages > most) {

@@ -7,7 +7,7 @@
 
 mod children;
 
-pub(crate) use children::{Candidate, Candidates, Mappings, can_read_mappings, join, ticks};
+pub(crate) use children::{Candidate, Candidates, Mappings, can_read_mappings, join, since, ticks};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};

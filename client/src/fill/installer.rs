@@ -1,6 +1,7 @@
 //! Decompresses, verifies and installs the frames that the bulk lane delivers, in a thread of the
 //! pool.
 
+use super::YOUNG;
 use super::pool::Filling;
 use crate::install::chunk::decode;
 use crate::install::hand_over::{HandedOver, Work};
@@ -271,7 +272,8 @@ impl<'a> Installer<'a> {
     fn install_chunk(&self, chunk: ChunkIndex) -> Result<(), Obstacle> {
         // Other regions of the same file get the pages, too, so the fill does not request the chunk
         // again for them.
-        for region in self.shared().of_chunk(chunk) {
+        let regions = self.shared().of_chunk(chunk).into_iter();
+        for region in regions.filter(|region| !region.space.is_younger(YOUNG)) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
             self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.tools.pages))?;
         }

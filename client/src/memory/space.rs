@@ -1,13 +1,14 @@
 //! Address spaces: the memory of one process, as its userfaultfd describes it.
 
 use super::AnswerCounts;
-use crate::processes::Process;
+use crate::processes::{self, Process};
 use crate::uffd::pagemap::{Pagemap, guards_are_seen};
 use crate::uffd::{Outcome, Uffd};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 /// The address space of one process, see the module.
 #[derive(Debug)]
@@ -124,6 +125,11 @@ impl Space {
     /// Returns the parent's space and the time of the fork, see [`Space::forked`].
     pub(crate) fn parent(&self) -> Option<(u32, u64)> {
         self.forked
+    }
+
+    /// Returns true for a child whose fork was read less than `age` ago.
+    pub(crate) fn is_younger(&self, age: Duration) -> bool {
+        self.forked.is_some_and(|(_, ticks)| processes::since(ticks) < age)
     }
 
     /// Notes that it is unknown which memory the fork has wiped.

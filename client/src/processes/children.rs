@@ -23,6 +23,11 @@ pub(crate) fn ticks() -> u64 {
     now.tv_sec.cast_unsigned() * TICKS_PER_SECOND + part
 }
 
+/// Returns the time since an earlier result of [`ticks`].
+pub(crate) fn since(earlier: u64) -> Duration {
+    Duration::from_millis(ticks().saturating_sub(earlier).saturating_mul(1000 / TICKS_PER_SECOND))
+}
+
 /// Returns true if the mappings of a process can be read with their flags. Those of its children
 /// probably can, too.
 pub(crate) fn can_read_mappings(Process { pid, start }: Process) -> bool {
