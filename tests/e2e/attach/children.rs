@@ -48,6 +48,23 @@ fn guard_pages_stay_guards_and_are_zero_once_they_are_lifted() {
     });
 }
 
+/// A hundred children would otherwise have a hundred copies of each page that one of them accesses.
+#[test]
+fn a_page_fault_brings_its_chunk_to_no_other_process() {
+    with_faulter("a_page_fault_brings_its_chunk_to_no_other_process", |source, mut faulter| {
+        let session = source.attach(&faulter, Options::DEFAULT).unwrap();
+        faulter.let_go();
+        let mut child = faulter.fork();
+        // The region begins with page 3 of the file, so its page 13 is the first one of chunk 1.
+        let (at, image) = (faulter.at(1, 13), source.pages(16, 16));
+        faulter.main.assert_reads(at, image);
+        assert_eq!(session.progress().resident_pages, 16);
+        child.assert_reads(at, image);
+        assert_eq!(session.progress().resident_pages, 32);
+        assert_eq!(session.error(), None);
+    });
+}
+
 #[test]
 fn children_are_served_their_own_view_to_any_depth() {
     with_faulter("children_are_served_their_own_view_to_any_depth", |source, mut faulter| {

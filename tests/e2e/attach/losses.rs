@@ -91,7 +91,8 @@ fn a_loss_kills_the_process_that_waits_and_no_other() {
         let address = faulter.at(1, 40);
         waits.tell(&format!("read {address} 1"));
         assert_eq!(waits.answer(), None, "it is killed");
-        wait_until("it is reported", || session.failures().count > 0);
+        let has_ended = || session.failures().last.is_some_and(|failure| failure.end.is_some());
+        wait_until("it is reported", has_ended);
         let failure = session.failures().last.unwrap();
         assert!(failure.reason.contains("chunk 2 of image"), "{failure:?}");
         assert_eq!(failure.end.unwrap().0, FailureEnd::Killed);
