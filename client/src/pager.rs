@@ -10,8 +10,8 @@
 //!    ([`Pager::ask`]), once.
 //! 3. [`Pager::answer`] takes the server's answer and verifies the chunk against the image's
 //!    digest.
-//! 4. [`Pager::install`] installs the pages in the processes that wait for them, in every region that
-//!    has them, which wakes the waiters.
+//! 4. [`Pager::install`] installs the pages in every region that has them, of the processes that
+//!    wait for them. That wakes the waiters.
 //!
 //! A faulting thread may hold any lock of the program. So the pager takes no lock that the program
 //! can hold, writes no log, and accesses no region's memory. However the pager ends, [`OnExit`]
