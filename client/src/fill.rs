@@ -15,7 +15,7 @@ mod working_set;
 
 use crate::background;
 use crate::install;
-use crate::memory::{Region, Spaces};
+use crate::memory::{Region, Space, Spaces};
 use crate::outcome::FailureKind;
 use crate::pace;
 use crate::remote::Content;
@@ -59,17 +59,12 @@ const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
 /// is well above the time that 2 MiB of read-ahead take at 100 Mbit/s.
 const STUCK: Duration = Duration::from_secs(1);
 
-/// The time after a fork for which the fill leaves the child out. Many children end or call
-/// execve(2) within that time, and page faults fetch the pages that they access.
-const YOUNG: Duration = Duration::from_secs(1);
-
 /// The bulk lane, and its outstanding requests, in order.
 struct Stream {
     lane: BulkLane,
     asked: VecDeque<AskedFor>,
     last_id: u64,
-    /// True if the pass has left out a chunk because the demand lane fetches it, or a space because
-    /// it is undecided or young.
+    /// True if the pass has left out a chunk because the demand lane fetches it.
     leaves: bool,
 }
 
@@ -149,8 +144,7 @@ impl Fill {
             }
             self.shared.cores.fill_behind();
             let spaces = self.shared.spaces();
-            let before = unresolved_pages(&spaces);
-            if before == 0 || !self.shared.fills() {
+            if unresolved_pages(&spaces, |_| true) == 0 || !self.shared.fills() {
                 self.shared.outcome.recovered(&FailureKind::Fill);
                 // The fill keeps its connections until the session has its first memory, and no
                 // longer.
@@ -159,6 +153,16 @@ impl Fill {
                 }
                 drop(spaces);
                 self.work_or_end().await;
+                progressed = Instant::now();
+                continue;
+            }
+            let ready: HashSet<u32> =
+                spaces.spaces().filter(|space| is_ready(space)).map(|space| space.id).collect();
+            let unresolved = || unresolved_pages(&spaces, |space| ready.contains(&space.id));
+            let before = unresolved();
+            if before == 0 {
+                // Forks and other changes do not end this pause.
+                let _ = tokio::time::timeout(RETRY_PASS, self.wait_while(|_| true)).await;
                 progressed = Instant::now();
                 continue;
             }
@@ -181,7 +185,7 @@ impl Fill {
             drop(threads);
             self.shared.in_bulk.clear();
             self.shared.set_filling(false);
-            if unresolved_pages(&spaces) < before {
+            if unresolved() < before {
                 (progressed, fruitless_passes, reported) = (Instant::now(), 0, None);
                 self.shared.outcome.recovered(&FailureKind::Fill);
                 backoff.reset();
@@ -310,8 +314,7 @@ impl Fill {
         region: &Region,
         attempt: u32,
     ) -> Result<(), RemoteError> {
-        if region.space.is_undecided() || region.space.is_younger(YOUNG) {
-            stream.leaves = true;
+        if !is_ready(&region.space) {
             return Ok(());
         }
         let Range { start: mut next, end } = region.chunks();
@@ -487,6 +490,12 @@ enum Plan {
     Ask { chunks: Vec<u64>, pages: usize },
 }
 
-fn unresolved_pages(spaces: &Spaces) -> usize {
-    spaces.unresolved(spaces.spaces().all(|space| space.uffd.can_poison()))
+/// Returns whether the fill may install pages in a space.
+fn is_ready(space: &Space) -> bool {
+    !space.is_undecided() && !space.is_young()
+}
+
+/// Returns the number of pages that are not final, in some of the spaces.
+fn unresolved_pages(spaces: &Spaces, is_one: impl Fn(&Space) -> bool) -> usize {
+    spaces.unresolved_in(spaces.spaces().all(|space| space.uffd.can_poison()), is_one)
 }

@@ -81,7 +81,7 @@ impl Pace {
             decisions: 0,
             pause: Vec::new(),
             alone: None,
-            usual: Usual::new(Duration::ZERO, STEP),
+            usual: Usual::known(Duration::ZERO, STEP),
             answers: 0,
             answered_at: None,
             more_at: None,
@@ -123,7 +123,7 @@ impl Pace {
         let median = self.pause[ANSWERS_ALONE / 2];
         self.pause.clear();
         if self.alone.is_none() {
-            self.usual = Usual::new(Duration::from_secs_f64(median), STEP);
+            self.usual = Usual::known(Duration::from_secs_f64(median), STEP);
         }
         self.alone = Some(match self.alone {
             // No window makes answers faster than none: the latency alone was learned at a bad

@@ -4,7 +4,7 @@
 //! connection, so that the way from reading a fault to UFFDIO_COPY crosses no thread. The way of a
 //! page:
 //!
-//! 1. [`Pager::read`] reads all messages: it applies events to the page states at once
+//! 1. [`Pager::read`] reads the messages: it applies events to the page states at once
 //!    ([`events`]), and collects faults.
 //! 2. [`Pager::fault`] looks up the page's state. It requests the chunk of an absent page
 //!    ([`Pager::ask`]), once.
@@ -257,7 +257,7 @@ impl Pager {
             ahead_pace: Pace::new(shared.image.root().chunk_size().bytes()),
             scattered: HashSet::new(),
             scattered_run: (0, None),
-            usual: Usual::new(ASSUMED, USUAL_STEP),
+            usual: Usual::assumed(ASSUMED, USUAL_STEP),
             behind: HashMap::new(),
             broken: None,
             has_more: false,

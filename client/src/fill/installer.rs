@@ -1,7 +1,6 @@
 //! Decompresses, verifies and installs the frames that the bulk lane delivers, in a thread of the
 //! pool.
 
-use super::YOUNG;
 use super::pool::Filling;
 use crate::install::chunk::decode;
 use crate::install::hand_over::{HandedOver, Work};
@@ -271,9 +270,9 @@ impl<'a> Installer<'a> {
 
     fn install_chunk(&self, chunk: ChunkIndex) -> Result<(), Obstacle> {
         // Other regions of the same file get the pages, too, so the fill does not request the chunk
-        // again for them.
+        // again for them. Young children are left out.
         let regions = self.shared().of_chunk(chunk).into_iter();
-        for region in regions.filter(|region| !region.space.is_younger(YOUNG)) {
+        for region in regions.filter(|region| region.is_shared() || !region.space.is_young()) {
             let pages = region.pages_of(chunk).expect("a region of the chunk");
             self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.tools.pages))?;
         }

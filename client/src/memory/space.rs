@@ -10,6 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
+/// The time after its fork for which a child is young. Many children end or call execve(2) within
+/// that time, and page faults fetch the pages that they access.
+const YOUNG: Duration = Duration::from_secs(1);
+
 /// The address space of one process, see the module.
 #[derive(Debug)]
 pub(crate) struct Space {
@@ -127,9 +131,9 @@ impl Space {
         self.forked
     }
 
-    /// Returns true for a child whose fork was read less than `age` ago.
-    pub(crate) fn is_younger(&self, age: Duration) -> bool {
-        self.forked.is_some_and(|(_, ticks)| processes::since(ticks) < age)
+    /// Returns true for a child in the first second after its fork. The fill leaves it out.
+    pub(crate) fn is_young(&self) -> bool {
+        self.forked.is_some_and(|(_, ticks)| processes::since(ticks) < YOUNG)
     }
 
     /// Notes that it is unknown which memory the fork has wiped.

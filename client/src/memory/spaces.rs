@@ -314,8 +314,13 @@ impl Spaces {
     /// Returns the number of unresolved pages: absent pages, and poisoned ones if poison can be
     /// undone. A page of shared memory counts once for each mapping.
     pub(crate) fn unresolved(&self, poison_can_be_undone: bool) -> usize {
+        self.unresolved_in(poison_can_be_undone, |_| true)
+    }
+
+    /// Returns the number of unresolved pages of some spaces.
+    pub(crate) fn unresolved_in(&self, poison_can_be_undone: bool, is_one: impl Fn(&Space) -> bool) -> usize {
         // A process that has exited has no waiters.
-        let spaces = self.spaces.values().filter(|space| !space.space.is_gone());
+        let spaces = self.spaces.values().filter(|space| !space.space.is_gone() && is_one(&space.space));
         spaces.map(|space| space.unresolved(poison_can_be_undone)).sum()
     }
 

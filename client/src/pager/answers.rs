@@ -92,15 +92,14 @@ impl Pager {
             let (region, page) = (waiting.clone(), *page);
             return self.install_recorded(chunk, &frame, &region, page, stages);
         }
-        self.whole.remove(&chunk);
         let is_ahead = self.requests.is_ahead(chunk);
         let cause = if is_ahead { Cause::ReadAhead } else { Cause::Demand };
         let mut outcome = Installed::All;
         let (waiting_at, waiting_space) = (waiting.address(*page), waiting.space.id);
         for region in shared.of_chunk(chunk) {
             let is_same_space = region.space.id == waiting_space;
-            // A process and its children each have a copy of the page. Most children access few.
-            if !is_same_space && !region.is_shared() && !has_waiters(&self.waiters, &region, chunk) {
+            // A process and its children each have a copy of a page, and most children access few.
+            if !is_same_space && !is_wanted(&self.waiters, &region, chunk) {
                 continue;
             }
             let first = region.page_at(waiting_at).filter(|_| is_same_space && !is_ahead);
@@ -113,6 +112,7 @@ impl Pager {
         }
         match outcome {
             Installed::All => {
+                self.whole.remove(&chunk);
                 self.ready.has_memory();
                 self.requests.chunk_done(chunk);
             }
@@ -249,9 +249,11 @@ impl Pager {
             let installed = self.install_one(region, chunk, &self.pages, page, Stages::default());
             return self.one_installed(region, chunk, page, installed);
         }
-        self.whole.remove(&chunk);
         match self.install_in(region, chunk, Some(page), Cause::Demand, Stages::default()) {
-            Installed::All => resolved(&mut self.waiters, region, chunk),
+            Installed::All => {
+                self.whole.remove(&chunk);
+                resolved(&mut self.waiters, region, chunk);
+            }
             installed => self.defer_install(region, page, installed),
         }
         self.shared().outcome.pages_changed();
@@ -286,10 +288,13 @@ impl Pager {
     }
 }
 
-/// Returns true if any of a region's pages of a chunk has waiters.
-fn has_waiters(waiters: &Waiters, region: &Region, chunk: ChunkIndex) -> bool {
-    let has = |pages| waiters.has(&region.space, &region.addresses_of(&region.whole(&pages)));
-    region.pages_of(chunk).is_some_and(has)
+/// Returns true if a chunk is to be installed in the region of a process that has not requested it:
+/// in shared memory, where a page has waiters, and where a page is poisoned.
+fn is_wanted(waiters: &Waiters, region: &Region, chunk: ChunkIndex) -> bool {
+    let Some(pages) = region.pages_of(chunk) else { return false };
+    region.is_shared()
+        || waiters.has(&region.space, &region.addresses_of(&region.whole(&pages)))
+        || region.next_run(pages, &[PageState::Poisoned]).is_some()
 }
 
 /// Removes the waiters for a region's pages of a chunk.

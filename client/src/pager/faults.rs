@@ -259,7 +259,7 @@ impl Pager {
             if is_wanted
                 && let Content::Data(digest) = shared.image.content(chunk)
                 && !self.requests.has_chunk(chunk)
-                && !shared.in_bulk.has(chunk)
+                && (region.space.is_young() || !shared.in_bulk.has(chunk))
             {
                 self.requests.add_ahead(chunk, digest, (region.clone(), pages.start), now);
             }
@@ -276,7 +276,7 @@ impl Pager {
         }
         let waiting = (region.clone(), page);
         match self.shared().image.content(chunk) {
-            Content::Data(_) if self.is_coming(chunk, now) => {
+            Content::Data(_) if self.is_coming(region, chunk, now) => {
                 self.defer(&region.space, region.address(page), Obstacle::Fill);
             }
             Content::Data(digest) => {
@@ -307,8 +307,9 @@ impl Pager {
 
     /// Returns true if the fill has requested a chunk whose answer may arrive as soon as that of a
     /// new request. If answers are fast, the chunk is requested in any case.
-    pub(super) fn is_coming(&mut self, chunk: ChunkIndex, now: Instant) -> bool {
-        if !self.shared().in_bulk.has(chunk) || self.usual.time() < NEAR {
+    pub(super) fn is_coming(&mut self, region: &Region, chunk: ChunkIndex, now: Instant) -> bool {
+        // The answer is not installed in a young child.
+        if region.space.is_young() || !self.shared().in_bulk.has(chunk) || self.usual.time() < NEAR {
             return false;
         }
         let since = *self.behind.entry(chunk).or_insert(now);

@@ -28,6 +28,8 @@ impl Pager {
         for (key, waiter) in self.waiters.due(now) {
             if !self.still_waits(key, &waiter) {
                 self.waiters.remove(key);
+                // Another mapping of the memory may have got the page.
+                waiter.space.wake(&self.page_at(&waiter.space, key.1));
                 continue;
             }
             match waiter.wait {

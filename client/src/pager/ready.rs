@@ -4,7 +4,7 @@
 //! post the next one. So the pager uses no timer for them: it reads all events, tries all deferred
 //! work at once, and repeats both until the installs succeed ([`Pager::install_ready`]). Three and
 //! more threads that cause events without a pause can block installs for ever, because one of them
-//! always has not run since its event was read. After some milliseconds the pager holds the causers
+//! always has not run since its event was read. After a millisecond the pager holds the causers
 //! where they return to user mode ([`Held`]), if the session permits it, and releases them after
 //! the install.
 //!
@@ -185,7 +185,10 @@ impl Pager {
                 break;
             }
             quiet += 1;
-            held.hold_causers(self.shared());
+            // Without an event, another reason blocks the install.
+            if last_event > started {
+                held.hold_causers(self.shared());
+            }
         }
         self.shared().map.gate.stop_waiting();
         self.let_go(held);

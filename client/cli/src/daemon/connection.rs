@@ -124,11 +124,12 @@ impl Connection {
                 worker.wait(Some(&self.stream), HANDSHAKE.saturating_sub(started.elapsed()));
                 anyhow::ensure!(!worker.is_stopping(), "the daemon ends");
             } else {
-                // The socket stays readable while the bytes are in it, so a poll would return at
-                // once. Many peers that stop within their handshakes must not occupy the cores.
+                // The socket stays readable while the bytes are in it, so a poll for more would
+                // return at once. Many peers that stop within their handshakes must not occupy the
+                // cores.
                 pause = if bytes > had { PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
                 had = bytes;
-                std::thread::park_timeout(pause);
+                poll_for(&mut [PollFd::new(&self.stream, PollFlags::RDHUP)], pause);
             }
         }
     }
