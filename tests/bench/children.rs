@@ -1,4 +1,5 @@
-//! Many children at once of a restored process with many extents: `postcopy criu` beside `criu lazy-pages`.
+//! A restored process with many extents that forks many children at once: `postcopy criu` beside
+//! `criu lazy-pages`.
 
 use crate::criu::{Dumped, wait};
 use crate::{Figure, aa, median, percentile};
@@ -23,8 +24,8 @@ const AT_TIME: usize = 2;
 const AT_TOUCHES: usize = 3;
 const AT_GO: usize = 4;
 
-/// What a daemon's restores took: the seconds until all children had ended, and the milliseconds of the touches of the other
-/// process until then.
+/// The measured times of one daemon's restores: the seconds until all children had ended, and the
+/// milliseconds of the other process's page faults until then.
 #[derive(Default)]
 struct Times {
     seconds: Vec<f64>,

@@ -1,4 +1,5 @@
-//! Page faults, the fill and poison while threads of the same process call madvise(MADV_DONTNEED) without a pause.
+//! Page faults, the fill and poison, while threads of the same process call madvise(MADV_DONTNEED)
+//! without a pause.
 
 use crate::{Figure, median, percentile};
 use anyhow::{Result, ensure};
@@ -30,7 +31,7 @@ const DEADLINE: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy)]
 struct Causers {
     threads: usize,
-    /// Whether the session may hold them.
+    /// True if the session may hold them.
     are_held: bool,
     /// The bars on the 99th percentile and on the longest touch.
     bars_ms: [f64; 2],

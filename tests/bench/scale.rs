@@ -1,4 +1,5 @@
-//! A million regions over many processes, and the memory that the state of regions and of pages takes.
+//! A million regions over many processes, and the memory that the state of regions and of pages
+//! takes.
 
 use crate::Figure;
 use anyhow::{Result, ensure};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 const CHUNK: usize = 64 << 10;
 const PROCESSES: usize = 64;
 const REGIONS: usize = 1_000_000;
-/// How many regions of each process are touched.
+/// The number of regions of each process that are accessed.
 const TOUCHED: usize = 64;
 
 const FEW: usize = 100;
@@ -23,7 +24,7 @@ const MANY: usize = 60_000;
 /// A region whose states take a whole block of the state file.
 const BLOCK_PAGES: usize = 16_384;
 const BLOCKS: usize = 1024;
-/// What is freed in the background after an attach is free by then.
+/// The time after which the memory that an attach frees in the background is free.
 const SETTLED: Duration = Duration::from_millis(300);
 
 /// The memory of sessions: what this process has allocated, and their state files.
@@ -51,7 +52,8 @@ impl Memory {
     }
 }
 
-/// Returns how many bytes this process has allocated and not freed, the allocator's own words included.
+/// Returns the number of bytes that this process has allocated and not freed, with the allocator's
+/// own data.
 fn heap_bytes() -> u64 {
     #[expect(unsafe_code, reason = "the allocator of the C library")]
     // SAFETY: it has no preconditions.
@@ -121,7 +123,8 @@ fn region_bytes() -> Figure {
     }
 }
 
-/// The bits that the states of a page take, where no block of states is left out: one page of each is there.
+/// Returns the bits that the state of a page takes if no block of states is left out: one page of
+/// each block is resident.
 fn page_bits() -> Figure {
     let source = Arc::new(StoredFile::start(memory_like(BLOCK_PAGES * PAGE_BYTES, 101), CHUNK));
     let start = |regions| {

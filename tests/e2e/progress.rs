@@ -1,4 +1,5 @@
-//! Pages are installed whatever events the program causes: threads in madvise without a pause, a balloon.
+//! Pages are installed whatever events the program causes: threads in madvise without a pause, a
+//! balloon.
 
 use crate::session::Source;
 use postcopy::proto::v1::ChunkAnswer;
@@ -14,7 +15,8 @@ const PAGES: usize = 4096;
 const WATCHDOG: Duration = Duration::from_secs(110);
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A process of which some threads give the last pages back without a pause, each others, and that is served.
+/// A process that a session fills. Some of its threads give the last pages back without a pause,
+/// each thread its own ones.
 struct Storm {
     source: Source,
     faulter: Faulter,
@@ -100,8 +102,8 @@ fn four_and_eight_threads_in_madvise_are_held_and_keep_no_page_out() {
     });
 }
 
-/// Each event that is read makes room for the next one of its causer, so that a pager that reads until there is none
-/// would do nothing else.
+/// The causer of an event that is read causes the next one. So a pager that reads until there is no
+/// event would do nothing else.
 #[test]
 fn a_child_s_page_comes_while_sixty_four_threads_of_its_parent_are_in_madvise() {
     let test = "progress::a_child_s_page_comes_while_sixty_four_threads_of_its_parent_are_in_madvise";
@@ -129,8 +131,8 @@ fn a_child_s_page_comes_while_sixty_four_threads_of_its_parent_are_in_madvise() 
     });
 }
 
-/// A thread that sleeps in a page fault when others are held continues when the fault is resolved, and causes the
-/// next event. Prints the times; a bound on them would fail on a busy machine.
+/// A thread that sleeps in a page fault when others are held continues when the fault is resolved,
+/// and causes the next event. Prints the times; a bound on them would fail on a busy machine.
 #[test]
 fn many_threads_that_access_what_they_give_back_keep_no_page_out() {
     let test = "progress::many_threads_that_access_what_they_give_back_keep_no_page_out";

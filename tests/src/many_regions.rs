@@ -10,14 +10,15 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// See the module. With a state file.
+/// The process and its session, which has a state file.
 #[derive(Debug)]
 pub struct ManyRegions {
-    /// The process. Its mapping goes on beyond the regions by as many pages as were asked for, which are registered.
+    /// The served process. Beyond the regions its mapping has the requested number of further pages,
+    /// which are registered.
     pub faulter: Faulter,
     /// The session that fills it.
     pub session: Session,
-    /// How many regions.
+    /// The number of regions.
     pub regions: usize,
     /// How long attaching took.
     pub attached: Duration,
@@ -30,7 +31,7 @@ pub struct ManyRegions {
 /// The layout of a mapping.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
-    /// How many regions.
+    /// The number of regions.
     pub regions: usize,
     /// The length of each.
     pub region_pages: usize,
@@ -39,7 +40,8 @@ pub struct Layout {
 }
 
 impl ManyRegions {
-    /// Starts it: regions of one page, of a file of `file_pages` pages, at least as many, in chunks of so many bytes.
+    /// Starts a process with regions of one page, of a file of `file_pages` pages, which must be at
+    /// least as many. The chunks have `chunk_bytes` bytes.
     ///
     /// # Panics
     /// If it cannot be attached.
@@ -49,7 +51,8 @@ impl ManyRegions {
         Self::attach(&Arc::new(source), Layout { regions, region_pages: 1, beyond }, None)
     }
 
-    /// Starts one whose regions are parts of this file, served by a thread of its own or by that pager.
+    /// Starts a process whose regions are parts of this file. Serves it with a thread of its own, or
+    /// with that pager.
     ///
     /// # Panics
     /// If it cannot be attached.

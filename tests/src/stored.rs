@@ -6,7 +6,7 @@ use crate::server::Server;
 /// A server with an image `app`, of one file `mem`.
 #[derive(Debug)]
 pub struct StoredFile {
-    /// The server.
+    /// The server that stores the file.
     pub server: Server,
     /// The file's bytes.
     pub bytes: Vec<u8>,

@@ -1,4 +1,5 @@
-//! A process of which some threads call madvise(MADV_DONTNEED) without a pause, while a session fills it.
+//! A process that a session fills, while some of its threads call madvise(MADV_DONTNEED) without a
+//! pause.
 
 use crate::PAGE;
 use crate::faulter::Faulter;
@@ -10,15 +11,15 @@ use std::time::{Duration, Instant};
 /// The pages that each thread gives back again and again.
 const GIVEN_BACK: usize = 16;
 
-/// See the module. It has the memory that Firecracker has: one region, private.
+/// The process and its session. Its memory is as Firecracker's: one private region.
 #[derive(Debug)]
 pub struct Storm {
-    /// The process.
+    /// The served process.
     pub faulter: Faulter,
     /// The session that fills it.
     pub session: Session,
     source: Arc<StoredFile>,
-    /// How many pages have been touched.
+    /// The number of pages that were accessed.
     touched: usize,
 }
 
@@ -26,7 +27,8 @@ impl Storm {
     /// Longer than any page may take, and than all of them together take.
     pub const PATIENCE: Duration = Duration::from_secs(10);
 
-    /// Starts it: memory that the file fills, whose second half is given back. The session asks `server`, or the file's own.
+    /// Starts a process with the file as its memory. The threads give back its end. The session
+    /// requests pages from `server`, or from the file's own server.
     ///
     /// # Panics
     /// If it cannot be attached.

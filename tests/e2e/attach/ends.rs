@@ -12,7 +12,7 @@ fn the_owner_s_exit_ends_the_session_in_order() {
         faulter.let_go();
         faulter.assert_reads(1, 0, source.pages(3, 1));
         faulter.kill();
-        assert!(session.wait_end(Duration::from_secs(30)), "somebody looks");
+        assert!(session.wait_end(Duration::from_secs(30)), "the pager looks for exited owners");
         assert_eq!(session.error(), None, "that is no loss");
     });
 }

@@ -8,7 +8,7 @@
 //! | | |
 //! |---|---|
 //! | `read ADDRESS COUNT` | the beginning of each page's BLAKE3 digest |
-//! | `timed-read ADDRESS` | how many nanoseconds a touch of that page took, and the beginning of its digest |
+//! | `timed-read ADDRESS` | the nanoseconds that reading that page took, and its digest's beginning |
 //! | `kernel-read ADDRESS COUNT` | the same, of what write(2) takes from there |
 //! | `write ADDRESS COUNT BYTE`, `kernel-write …` | `done`: by stores, or by read(2) |
 //! | `add ADDRESS` | the former value of the u64 there, one is added atomically |
@@ -90,13 +90,13 @@ fn memfd(len: usize) -> Result<OwnedFd> {
 }
 
 /// The bytes at an address, which the caller knows to be mapped.
-#[expect(unsafe_code, reason = "memory that somebody else fills")]
+#[expect(unsafe_code, reason = "memory that another process fills")]
 fn bytes(address: usize, len: usize) -> &'static [u8] {
     // SAFETY: whoever tells this process what to do knows what is mapped, and that nobody else writes there now.
     unsafe { std::slice::from_raw_parts(pointer(address).cast::<u8>(), len) }
 }
 
-#[expect(unsafe_code, reason = "memory that somebody else fills")]
+#[expect(unsafe_code, reason = "memory that another process fills")]
 fn bytes_mut(address: usize, len: usize) -> &'static mut [u8] {
     // SAFETY: as in `bytes`.
     unsafe { std::slice::from_raw_parts_mut(pointer(address).cast::<u8>(), len) }
@@ -107,7 +107,7 @@ fn digests(bytes: &[u8]) -> String {
     bytes.chunks(PAGE).map(digest).collect::<Vec<_>>().join(" ")
 }
 
-#[expect(unsafe_code, reason = "memory that somebody else fills")]
+#[expect(unsafe_code, reason = "memory that another process fills")]
 fn timed_read(address: usize) -> String {
     let started = Instant::now();
     // SAFETY: as in `bytes`. Volatile, so that it is between the two readings of the clock.
@@ -137,7 +137,7 @@ fn kernel_write(address: usize, len: usize, byte: u8) -> Result<()> {
     Ok(())
 }
 
-#[expect(unsafe_code, reason = "memory that somebody else fills")]
+#[expect(unsafe_code, reason = "memory that another process fills")]
 fn add(address: usize) -> u64 {
     // SAFETY: as in `bytes`, and aligned.
     let value = unsafe { AtomicU64::from_ptr(pointer(address).cast()) };
