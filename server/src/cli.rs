@@ -3,9 +3,11 @@
 use crate::end_signals;
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{Collected, Collector, Damage, Domain, Store, StoreError, Verified, verify};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +66,9 @@ struct Serve {
     /// Listen at an address that other machines can reach, without encryption or authentication
     #[arg(long)]
     insecure: bool,
+    /// Most connections; one client (an IP address, or a user of a Unix socket) may have half of them
+    #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(2..))]
+    max_connections: u32,
     /// Share of an image's recordings in which a page must have faulted to belong to the working
     /// set
     #[arg(long, value_name = "0..1", default_value_t = 0.5, value_parser = share)]
@@ -155,9 +160,28 @@ impl Serve {
         tracing::info!(store = %dir.display(), %url, "serving");
         // The parent process reads this line, if it still exists.
         let _ = writeln!(io::stdout(), "postcopyd listening on {url}");
-        serve(store, listener, self.working_set_share, end).await?;
+        let limits = Limits::default().with_connections(connections(self.max_connections));
+        serve(store, listener, limits, self.working_set_share, end).await?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Descriptors that the server needs besides those of connections: files of the store, locks, leases.
+const OTHER_DESCRIPTORS: u64 = 512;
+
+/// Raises the limit on descriptors to the hard limit. Returns the number of connections that the
+/// limit has room for, at most `wanted`.
+fn connections(wanted: u32) -> u32 {
+    let limit = getrlimit(Resource::Nofile);
+    // On failure the old limit stays, and is read below.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let room = descriptors.saturating_sub(OTHER_DESCRIPTORS).max(descriptors / 2).max(1);
+    let connections = u32::try_from(room).unwrap_or(u32::MAX).min(wanted);
+    if connections < wanted {
+        tracing::warn!("at most {connections} connections: the process may have {descriptors} descriptors");
+    }
+    connections
 }
 
 impl Gc {

@@ -1,13 +1,14 @@
 //! postcopyd as a library: keeps page images and serves their pages over gRPC.
 //!
-//! [`serve::serve`] answers requests ([`service`]) from a [`store`] until a signal ends it
-//! ([`shutdown`]).
+//! [`serve::serve`] answers requests ([`service`]) from a [`store`], within [`limits`], until a
+//! signal ends it ([`shutdown`]).
 
 #[cfg(test)]
 mod fixtures;
+pub mod limits;
 pub mod listen;
 pub mod serve;
 pub mod service;
 pub mod shutdown;
 pub mod store;
-mod written;
+mod transport;

@@ -12,7 +12,7 @@ use crate::service::chunks::{Chunks, check_runs, numbers};
 use crate::service::lanes::queue::{Choice, Queue, Turn, Urgency, Wanted};
 use crate::shutdown::{InFlight, shutting_down};
 use crate::store::{Store, chain, map};
-use crate::written::{Unwritten, Written};
+use crate::transport::unsent::{StreamUnsent, Unsent};
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
@@ -36,7 +36,7 @@ const MAX_LOADING_AHEAD: usize = 16;
 /// Limit on a demand stream's unwritten bytes, beyond which it sends only answers of class DEMAND.
 /// It is one incompressible frame of 64 KiB, which takes 5 ms at 100 Mbit/s. The socket behind it
 /// holds twice as much ([`crate::listen`]), so the connection stays busy.
-const MAX_UNWRITTEN_BYTES: u64 = 64 << 10;
+const MAX_UNSENT_BYTES: u64 = 64 << 10;
 
 /// Most bytes of a bulk message with more than one answer.
 const BULK_MESSAGE_BYTES: usize = 256 << 10;
@@ -111,13 +111,13 @@ enum Next {
 /// so many less urgent answers as keep the connection busy.
 pub(super) fn fetch_chunks(
     store: Arc<Store>,
-    written: Option<Written>,
+    stream: Option<StreamUnsent>,
     mut requests: Streaming<v1::FetchChunksRequest>,
     mut in_flight: InFlight,
 ) -> impl Stream<Item = Result<v1::FetchChunksResponse, Status>> {
     try_stream! {
         let mut ending = pin!(in_flight.ending());
-        let mut unwritten = Unwritten::new(written);
+        let mut unsent = Unsent::new(stream);
         let mut queue = Queue::default();
         let mut loading = FuturesUnordered::new();
         let mut bound: Option<Chunks> = None;
@@ -128,7 +128,7 @@ pub(super) fn fetch_chunks(
             }
             let loads = loading.len() + queue.held();
             let choice = queue.next(loads < MAX_LOADING_AHEAD).filter(|_| loads < MAX_LOADING);
-            let limit_bytes = if queue.has_demand() { u64::MAX } else { MAX_UNWRITTEN_BYTES };
+            let limit_bytes = if queue.has_demand() { u64::MAX } else { MAX_UNSENT_BYTES };
             let next = tokio::select! {
                 biased;
                 Some((urgency, answer)) = loading.next(), if !loading.is_empty() => Next::Loaded(urgency, answer),
@@ -139,7 +139,7 @@ pub(super) fn fetch_chunks(
                         Err(status) => Next::NoMoreRequests(Some(status)),
                     }
                 }
-                Some(choice) = async { unwritten.room(limit_bytes).await; choice }, if choice.is_some() => {
+                Some(choice) = async { unsent.room(limit_bytes).await; choice }, if choice.is_some() => {
                     Next::Answer(choice)
                 }
             };
@@ -184,9 +184,7 @@ pub(super) fn fetch_chunks(
                 }
             };
             if let Some(answer) = answer {
-                // This must not exceed the bytes that the connection writes for the answer: a
-                // surplus would add up, and never be written.
-                unwritten.give(answer.encoded_len());
+                unsent.give(answer.encoded_len());
                 yield answer;
             }
         }

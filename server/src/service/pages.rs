@@ -44,8 +44,8 @@ impl PageService for PageServer {
         request: Request<Streaming<v1::FetchChunksRequest>>,
     ) -> Result<Response<Self::FetchChunksStream>, Status> {
         let in_flight = self.drain.enter()?;
-        let written = request.extensions().get().cloned();
-        let answers = lanes::fetch_chunks(self.store.clone(), written, request.into_inner(), in_flight);
+        let stream = request.extensions().get().cloned();
+        let answers = lanes::fetch_chunks(self.store.clone(), stream, request.into_inner(), in_flight);
         Ok(Response::new(Box::pin(answers)))
     }
 

@@ -7,7 +7,6 @@ use crate::store::{Store, StoreError};
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::Stream;
-use postcopy_proto::MAX_PART_BYTES;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder, FrameError};
 use postcopy_proto::manifest::{ChunkContent, EntryKind, FileEntry, Root};
@@ -41,6 +40,9 @@ pub(super) async fn read_file(
     Ok(parts(store, root, file, range, in_flight))
 }
 
+/// Bytes of one answer. Each stream holds a piece of this size, or one chunk.
+const PIECE_BYTES: usize = 256 << 10;
+
 fn byte_range(request: &v1::ReadFileRequest, size_bytes: u64) -> Result<Range<u64>, Status> {
     let start = request.offset_bytes;
     let end = match request.length_bytes {
@@ -70,7 +72,7 @@ fn parts(
             let (store, root) = (store.clone(), root.clone());
             let mut piece = blocking(move || read_piece(&store, &root, &file, at..end)).await?;
             while !piece.is_empty() {
-                let data = piece.split_to(piece.len().min(MAX_PART_BYTES));
+                let data = piece.split_to(piece.len().min(PIECE_BYTES));
                 yield v1::ReadFileResponse { data };
             }
             at = end;
@@ -78,11 +80,11 @@ fn parts(
     }
 }
 
-/// Returns the end of a piece that begins at `at`: whole chunks of about 1 MiB, so that none is
+/// Returns the end of a piece that begins at `at`: whole chunks, of 256 KiB or one chunk, so that none is
 /// decoded twice.
 fn piece_end(root: &Root, at: u64, range_end: u64) -> u64 {
     let chunk = u64::from(root.chunk_size().bytes_u32());
-    let piece = chunk.max(MAX_PART_BYTES as u64);
+    let piece = chunk.max(PIECE_BYTES as u64);
     (at - at % chunk + piece).min(range_end)
 }
 

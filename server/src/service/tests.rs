@@ -1,6 +1,7 @@
 //! Tests of the services through a client, over a Unix socket.
 
 use crate::fixtures::Image;
+use crate::limits::Limits;
 use crate::listen::{Address, Listener};
 use crate::serve::{ServeError, serve};
 use crate::store::{Domain, Store};
@@ -43,7 +44,7 @@ impl Server {
         let listener = Listener::bind(&Address::Unix(socket.clone()), false).unwrap();
         let (stop, stopped) = oneshot::channel();
         let signal = async { stopped.await.unwrap_or(()) };
-        let served = tokio::spawn(serve(store.clone(), listener, 0.5, signal));
+        let served = tokio::spawn(serve(store.clone(), listener, Limits::default(), 0.5, signal));
         let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).unwrap();
         let channel = endpoint.connect().await.unwrap();
         Self { dir, store, channel, stop, served }

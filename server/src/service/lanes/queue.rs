@@ -5,10 +5,11 @@ use postcopy_proto::v1::{self, RequestClass};
 use std::collections::VecDeque;
 use std::iter::Peekable;
 
-/// Most requests that a stream reads ahead of its answers, each of at most 1,024 runs of 16 bytes:
-/// 2 MiB. Beyond that the stream is not read until a request is answered, and HTTP/2's window holds
-/// the client back.
+/// Most requests that a stream reads ahead of its answers, and the number of their runs, of 16 bytes
+/// each, from which on it reads no further. HTTP/2's window then holds the client back until a
+/// request is answered.
 const MAX_REQUESTS: usize = 128;
+const MAX_RUNS: usize = 1024;
 
 /// Of this many chunks, one is from the oldest less urgent request. A thread may wait for a chunk
 /// that was requested as PREFETCH, so DEMAND must not delay it for ever.
@@ -54,6 +55,7 @@ struct Request {
     arrival: u64,
     id: u64,
     attempt: u32,
+    runs: usize,
     wanted: Peekable<Box<dyn Iterator<Item = Wanted> + Send>>,
 }
 
@@ -82,6 +84,7 @@ impl Queue {
     /// Adds a request whose runs were checked.
     pub(super) fn push(&mut self, request: v1::FetchChunksRequest) {
         let urgency = Urgency::of(&request);
+        let runs = request.runs.len();
         let segment = request.segment.into_iter().map(Wanted::Segment);
         let wanted = segment.chain(numbers(request.runs).map(Wanted::Chunk));
         let wanted: Box<dyn Iterator<Item = Wanted> + Send> = Box::new(wanted);
@@ -89,7 +92,7 @@ impl Queue {
         if wanted.peek().is_some() {
             self.arrivals += 1;
             let (arrival, id, attempt) = (self.arrivals, request.id, request.attempt);
-            self.requests[urgency as usize].push_back(Request { arrival, id, attempt, wanted });
+            self.requests[urgency as usize].push_back(Request { arrival, id, attempt, runs, wanted });
         }
     }
 
@@ -110,7 +113,9 @@ impl Queue {
 
     /// Returns true if the stream must not be read any further.
     pub(super) fn is_full(&self) -> bool {
-        self.requests.iter().map(VecDeque::len).sum::<usize>() >= MAX_REQUESTS
+        let requests = || self.requests.iter().flatten();
+        requests().count() >= MAX_REQUESTS
+            || requests().map(|request| request.runs).sum::<usize>() >= MAX_RUNS
     }
 
     /// Returns true if a DEMAND request waits.
@@ -238,5 +243,7 @@ mod tests {
         assert!(queue.is_full());
         take(&mut queue);
         assert!(!queue.is_full());
+        queue.push(request(0, RequestClass::Demand, &[(0, 1); 1024]));
+        assert!(queue.is_full(), "by its runs");
     }
 }
