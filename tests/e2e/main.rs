@@ -4,6 +4,7 @@
 
 mod ahead;
 mod attach;
+mod bounds;
 mod changes;
 mod cli;
 mod connection;

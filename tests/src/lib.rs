@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod descriptors;
 pub mod faulter;
 pub mod fixtures;
+pub mod h2_client;
 pub mod keeper;
 pub mod link;
 pub mod many_regions;

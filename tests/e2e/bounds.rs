@@ -1,0 +1,222 @@
+//! Clients that take what a server gives them, and more: what the server holds for them is bounded,
+//! and the others are served.
+
+use postcopy::proto::v1;
+use postcopy_tests::cgroup::MemoryCgroup;
+use postcopy_tests::cli::run;
+use postcopy_tests::fixtures::noise;
+use postcopy_tests::h2_client::{H2Client, H2Stream, connect, framed};
+use postcopy_tests::server::Server;
+use postcopy_tests::store::{Rpc, digest};
+use postcopy_tests::{binary, is_root, skip, wait_until};
+use std::ffi::OsStr;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tokio::io::AsyncReadExt;
+
+const MIB: usize = 1 << 20;
+const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+/// The status codes of gRPC that appear here.
+const RESOURCE_EXHAUSTED: i32 = 8;
+
+/// Most memory of the server, with the page cache of its packs.
+const MEMORY: usize = 1 << 30;
+
+/// A server with an image `app` of one file `mem`.
+struct Target {
+    server: Server,
+    bytes: Vec<u8>,
+    image: bytes::Bytes,
+    /// Dropped after the server.
+    _memory: Option<MemoryCgroup>,
+}
+
+impl Target {
+    fn new(image_bytes: usize, arguments: &[&str]) -> Self {
+        let store = tempfile::tempdir().expect("a scratch folder").keep();
+        let mut command = Command::new(binary("postcopyd"));
+        command.arg("serve").arg("--store").arg(&store).args(["--listen", "127.0.0.1:0"]).args(arguments);
+        let server = Server::spawn(command, &store).expect("it starts");
+        let bytes = noise(image_bytes, 7);
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let path = folder.path().join("mem");
+        fs::write(&path, &bytes).expect("a file can be written");
+        let pushed = run(server.address(), [OsStr::new("push"), path.as_os_str(), OsStr::new("app")]);
+        Self { server, bytes, image: digest(&pushed["image"]).into(), _memory: None }
+    }
+
+    /// Has the kernel kill the server if it takes more than [`MEMORY`].
+    fn bound_memory(&mut self, test: &str) -> bool {
+        let cgroup = MemoryCgroup::new().filter(|_| is_root());
+        let Some(cgroup) = cgroup else {
+            skip(test, "needs root and memory cgroups of version 1");
+            return false;
+        };
+        cgroup.limit(MEMORY);
+        cgroup.add(self.server.pid());
+        self._memory = Some(cgroup);
+        true
+    }
+
+    /// Sees that another client reads the file, from first to last byte.
+    fn assert_serves_others(&self) {
+        let rpc = Rpc::connect(self.server.address());
+        assert!(rpc.read_file("app", "mem").expect("it is served") == self.bytes);
+    }
+
+    fn bulk(&self) -> bytes::Bytes {
+        let chunks = u32::try_from(self.bytes.len() >> 16).expect("few");
+        let runs = vec![v1::ChunkRun { first: 0, count: chunks }];
+        framed(&v1::StreamChunksRequest { image: self.image.clone(), runs, ..Default::default() })
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.server.kill();
+        let _ = fs::remove_dir_all(self.server.store());
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
+}
+
+/// Begins a request and sends these bytes of it.
+async fn request(client: &H2Client, path: &str, bytes: bytes::Bytes, is_last: bool) -> Option<H2Stream> {
+    let mut stream = client.begin(path).await.ok()?;
+    stream.send(bytes, is_last).ok()?;
+    Some(stream)
+}
+
+#[test]
+fn answers_that_nobody_reads_take_a_bounded_amount_of_memory() {
+    let mut target = Target::new(64 * MIB, &[]);
+    if !target.bound_memory("answers_that_nobody_reads_take_a_bounded_amount_of_memory") {
+        return;
+    }
+    let file = framed(&v1::ReadFileRequest {
+        reference: "app".into(),
+        path: b"mem"[..].into(),
+        ..Default::default()
+    });
+    let manifest =
+        framed(&v1::OpenImageRequest { reference: "app".into(), all_segments: true, ..Default::default() });
+    let runtime = runtime();
+    let (_clients, _streams) = runtime.block_on(async {
+        let (mut clients, mut streams) = (Vec::new(), Vec::new());
+        for _ in 0..20 {
+            let client = H2Client::connect(STRANGER, target.server.address()).await;
+            client.stop_reading();
+            for _ in 0..20 {
+                streams.push(request(&client, "PageService/ReadFile", file.clone(), true).await);
+                streams.push(request(&client, "PageService/OpenImage", manifest.clone(), true).await);
+            }
+            for _ in 0..60 {
+                streams.push(request(&client, "PageService/StreamChunks", target.bulk(), false).await);
+            }
+            clients.push(client);
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        (clients, streams)
+    });
+    target.assert_serves_others();
+}
+
+#[test]
+fn unfinished_messages_take_a_bounded_amount_of_memory() {
+    let mut target = Target::new(MIB, &[]);
+    if !target.bound_memory("unfinished_messages_take_a_bounded_amount_of_memory") {
+        return;
+    }
+    let message = bytes::Bytes::from([&[0, 0, 0x3f, 0xff, 0xff][..], &vec![8; 4 * MIB - 2]].concat());
+    let runtime = runtime();
+    let (_clients, codes) = runtime.block_on(async {
+        let (mut clients, mut streams) = (Vec::new(), Vec::new());
+        for _ in 0..20 {
+            let client = H2Client::connect(STRANGER, target.server.address()).await;
+            for _ in 0..50 {
+                streams.extend(request(&client, "PageService/StreamChunks", message.clone(), false).await);
+            }
+            streams.extend(request(&client, "ImageService/FindMissing", message.clone(), false).await);
+            clients.push(client);
+        }
+        let status = |stream: H2Stream| async {
+            match tokio::time::timeout(Duration::from_secs(10), stream.status()).await {
+                Ok(Ok((code, _))) => Some(code),
+                _ => None,
+            }
+        };
+        (clients, futures_util::future::join_all(streams.into_iter().map(status)).await)
+    });
+    let exhausted = codes.iter().filter(|code| **code == Some(RESOURCE_EXHAUSTED)).count();
+    assert!(exhausted > 500, "{exhausted} of {} are refused", codes.len());
+    target.assert_serves_others();
+}
+
+#[test]
+fn connections_that_say_nothing_end_and_shut_nobody_out() {
+    let target = Target::new(MIB, &["--max-connections", "8"]);
+    let runtime = runtime();
+    let silent = runtime.block_on(async {
+        let mut silent = Vec::new();
+        for _ in 0..30 {
+            silent.push(connect(STRANGER, target.server.address()).await.expect("it accepts"));
+        }
+        silent
+    });
+    target.assert_serves_others();
+    let started = Instant::now();
+    runtime.block_on(async {
+        for mut socket in silent {
+            let mut bytes = Vec::new();
+            let ended = tokio::time::timeout(Duration::from_secs(30), socket.read_to_end(&mut bytes)).await;
+            assert!(ended.is_ok(), "a silent connection is open after {:?}", started.elapsed());
+        }
+    });
+    target.assert_serves_others();
+}
+
+#[test]
+fn a_client_that_uses_its_connections_shuts_nobody_out() {
+    let target = Target::new(MIB, &["--max-connections", "8"]);
+    let runtime = runtime();
+    let bind = framed(&v1::StreamChunksRequest { image: target.image.clone(), ..Default::default() });
+    let used = runtime.block_on(async {
+        let mut used = Vec::new();
+        for _ in 0..4 {
+            let client = H2Client::connect(STRANGER, target.server.address()).await;
+            let stream = request(&client, "PageService/StreamChunks", bind.clone(), false).await;
+            used.push((client, stream.expect("the server answers")));
+        }
+        // A fifth connection of this client is refused.
+        let mut fifth = connect(STRANGER, target.server.address()).await.expect("the kernel accepts");
+        let end = tokio::time::timeout(Duration::from_secs(5), fifth.read_u8()).await;
+        assert!(end.is_ok_and(|end| end.is_err()), "the fifth connection stays open");
+        used
+    });
+    target.assert_serves_others();
+    drop(used);
+}
+
+#[test]
+fn the_server_raises_its_limit_on_descriptors() {
+    let store = tempfile::tempdir().expect("a scratch folder");
+    let mut command = Command::new("prlimit");
+    command.arg("--nofile=64:4096").arg(binary("postcopyd"));
+    command.args(["serve", "--listen", "127.0.0.1:0", "--store"]).arg(store.path());
+    let server = Server::spawn(command, store.path()).expect("it starts");
+    let runtime = runtime();
+    let _open = runtime.block_on(async {
+        let mut open = Vec::new();
+        for _ in 0..100 {
+            open.push(H2Client::connect(STRANGER, server.address()).await);
+        }
+        open
+    });
+    let descriptors = || fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("it runs").count();
+    wait_until("100 connections", || descriptors() > 100);
+}
