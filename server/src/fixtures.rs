@@ -1,6 +1,6 @@
 //! Fixtures of the tests: a store in a temporary directory, and small images.
 
-use crate::store::{CommitOutcome, Domain, Store};
+use crate::store::{Caller, CommitOutcome, Domain, Store};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
@@ -86,12 +86,14 @@ impl Image {
 
     fn try_push(&self, store: &Store, reference: &str) -> CommitOutcome {
         if !store.find_missing(self.data_chunks().into_iter()).unwrap().is_empty() {
-            store.put_pack(self.pack_digest(), self.pack.clone()).unwrap();
+            store.put_pack(self.pack_digest(), self.pack.clone(), &Caller::default()).unwrap();
         }
         for segment in &self.manifest.segments {
             store.put_segment(segment.clone()).unwrap();
         }
-        store.commit(&reference.parse().unwrap(), self.manifest.root_bytes.clone()).unwrap()
+        store
+            .commit(&reference.parse().unwrap(), self.manifest.root_bytes.clone(), &Caller::default())
+            .unwrap()
     }
 
     /// Stores the image under a reference.

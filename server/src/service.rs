@@ -2,7 +2,7 @@
 //!
 //! Services check a request here, once. Below them there are only digests, references and runs of
 //! chunks. A page passes [`pages`], then [`chunks`] (the chunks of the image, and their content),
-//! then the store. All work that may wait for a disk runs in [`blocking`]. A page whose frame is in
+//! then the store. All work that may wait for a disk runs in [`work`]. A page whose frame is in
 //! memory is answered in the task that read the request.
 
 mod chunks;
@@ -14,6 +14,7 @@ mod read_file;
 #[cfg(test)]
 mod tests;
 mod upload;
+mod work;
 mod working_sets;
 
 pub use images::ImageServer;
@@ -21,6 +22,7 @@ pub use pages::PageServer;
 pub use working_sets::WorkingSetServer;
 
 use crate::store::{StoreError, chain};
+use crate::transport::exhausted;
 use futures_util::Stream;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1;
@@ -30,17 +32,6 @@ use tonic::Status;
 /// A stream of answers.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Runs work that waits for a disk, or computes for long, outside of the async workers.
-async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Status>
-where
-    T: Send + 'static,
-    E: Into<Status> + Send + 'static,
-{
-    let done = tokio::task::spawn_blocking(work).await;
-    // The panic's message and place are on stderr.
-    done.map_err(|_| Status::internal("the server panicked on this request"))?.map_err(Into::into)
-}
-
 impl From<StoreError> for Status {
     fn from(error: StoreError) -> Self {
         let text = chain(&error);
@@ -49,6 +40,8 @@ impl From<StoreError> for Status {
             StoreError::Damaged { .. } => Self::data_loss(text),
             StoreError::Invalid { .. } => Self::invalid_argument(text),
             StoreError::Full(_) => Self::resource_exhausted(text),
+            StoreError::Busy(_) => exhausted(&text),
+            StoreError::Abandoned => Self::cancelled(text),
             StoreError::Io { .. } => {
                 tracing::error!("{text}");
                 Self::internal(text)
@@ -62,7 +55,11 @@ fn error_of(error: &StoreError) -> v1::Error {
     let code = match error {
         StoreError::NotFound(_) => v1::ErrorCode::NotFound,
         StoreError::Damaged { .. } => v1::ErrorCode::DataLoss,
-        StoreError::Invalid { .. } | StoreError::Full(_) | StoreError::Io { .. } => v1::ErrorCode::Internal,
+        StoreError::Invalid { .. }
+        | StoreError::Busy(_)
+        | StoreError::Abandoned
+        | StoreError::Full(_)
+        | StoreError::Io { .. } => v1::ErrorCode::Internal,
     };
     v1::Error { code: code.into(), message: chain(error) }
 }

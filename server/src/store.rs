@@ -10,6 +10,7 @@
 //! `spawn_blocking`. Several processes may use one store: see [`lock`].
 
 mod cache;
+mod caller;
 mod commit;
 mod condemned;
 mod error;
@@ -26,11 +27,13 @@ mod verify;
 mod walk;
 mod working_sets;
 
+pub use caller::{Caller, Waits};
 pub use commit::{CommitOutcome, Missing};
 pub use error::{OpenError, StoreError};
 pub use gc::{Collected, Collector};
 pub use layout::Domain;
 pub use lease::Lease;
+pub use manifests::StoredRoot;
 pub use verify::{Damage, Verified, verify};
 pub use working_sets::WorkingSet;
 
@@ -139,12 +142,13 @@ impl Store {
     /// # Blocking
     /// Decodes on all cores, for about a second for each GiB of plain bytes and core, and waits for
     /// the disk.
-    pub fn put_pack(&self, digest: Digest, bytes: Bytes) -> Result<(), StoreError> {
+    pub fn put_pack(&self, digest: Digest, bytes: Bytes, caller: &Caller) -> Result<(), StoreError> {
         let invalid = |reason: String| StoreError::Invalid { object: error::pack_name(&digest), reason };
-        let (actual, checked) = rayon::join(|| Digest::of(&bytes), || check_pack(&bytes));
+        let (actual, checked) = rayon::join(|| Digest::of(&bytes), || check_pack(&bytes, caller));
         if actual != digest {
             return Err(invalid(format!("the bytes have digest {actual}")));
         }
+        caller.check()?;
         checked.map_err(|e| invalid(e.to_string()))?;
         self.objects.put(&self.layout.pack(&digest), bytes)?;
         let _keep = StoreLock::keep_objects(&self.layout)?;
@@ -220,30 +224,19 @@ impl Store {
 
     /// Returns an image's root, if it is in memory. Does not block.
     #[must_use]
-    pub fn cached_root(&self, image: &Digest) -> Option<Arc<Root>> {
+    pub fn cached_root(&self, image: &Digest) -> Option<Arc<StoredRoot>> {
         self.manifests.cached_root(image)
     }
 
     /// Returns an image's root.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], [`StoreError::Damaged`].
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Busy`].
     ///
     /// # Blocking
     /// Reads a file, if it is not in memory.
-    pub fn root(&self, image: &Digest) -> Result<Arc<Root>, StoreError> {
+    pub fn root(&self, image: &Digest) -> Result<Arc<StoredRoot>, StoreError> {
         self.manifests.root(image)
-    }
-
-    /// Returns an image's root and its encoding.
-    ///
-    /// # Errors
-    /// Returns the errors of [`Store::root`].
-    ///
-    /// # Blocking
-    /// Reads a file.
-    pub fn read_root(&self, image: &Digest) -> Result<(Arc<Root>, Bytes), StoreError> {
-        self.manifests.read_root(image)
     }
 
     /// Returns segment `index` of an image, if it is in memory. Does not block.
@@ -261,6 +254,18 @@ impl Store {
     /// Reads a file, if it is not in memory.
     pub fn segment(&self, root: &Root, index: u32) -> Result<Arc<Segment>, StoreError> {
         self.manifests.segment(root, index)
+    }
+
+    /// Returns segment `index` of an image, for a reader of all segments: does not keep it in
+    /// memory.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`].
+    ///
+    /// # Blocking
+    /// Reads a file, if it is not in memory.
+    pub fn passing_segment(&self, root: &Root, index: u32) -> Result<Arc<Segment>, StoreError> {
+        self.manifests.passing_segment(root, index)
     }
 
     /// Returns the encoding of segment `index`.
@@ -338,12 +343,16 @@ fn open_layout(dir: &Path, domain: Domain) -> Result<Layout, OpenError> {
     Ok(layout)
 }
 
-/// Parses a pack and decodes every frame of it, on all cores.
-fn check_pack(pack: &[u8]) -> Result<PackIndex, postcopy_proto::pack::PackError> {
+/// Parses a pack and decodes every frame of it, on all cores. Stops early, without an error, when
+/// the caller leaves.
+fn check_pack(pack: &[u8], caller: &Caller) -> Result<PackIndex, postcopy_proto::pack::PackError> {
     let index = PackIndex::parse(pack)?;
     index.entries().par_iter().with_min_len(FRAMES_PER_TASK).try_for_each_init(
         || (FrameDecoder::default(), Vec::new()),
-        |(decoder, scratch), entry| check_frame(entry, pack, decoder, scratch),
+        |(decoder, scratch), entry| match caller.check() {
+            Ok(()) => check_frame(entry, pack, decoder, scratch),
+            Err(_) => Ok(()),
+        },
     )?;
     Ok(index)
 }
@@ -410,11 +419,28 @@ mod tests {
         for (digest, bytes) in
             [(digest, damaged), (digest, image.pack.to_vec()), (Digest::of(b""), Vec::new())]
         {
-            let outcome = store.put_pack(digest, bytes.into());
+            let outcome = store.put_pack(digest, bytes.into(), &Caller::default());
             assert!(matches!(outcome, Err(StoreError::Invalid { .. })), "{outcome:?}");
             assert!(!store.layout.pack(&digest).exists());
         }
         assert!(matches!(store.put_segment(Bytes::from_static(b"x")), Err(StoreError::Invalid { .. })));
+    }
+
+    #[test]
+    fn work_whose_caller_has_left_changes_nothing() {
+        let (_dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a:1");
+        let caller = Caller::default();
+        drop(caller.waits());
+        let root = image.manifest.root_bytes.clone();
+        let committed = store.commit(&"b:1".parse().unwrap(), root, &caller);
+        assert!(matches!(committed, Err(StoreError::Abandoned)), "{committed:?}");
+        let other = Image::of_seed(2);
+        let put = store.put_pack(other.pack_digest(), other.pack.clone(), &caller);
+        assert!(matches!(put, Err(StoreError::Abandoned)), "{put:?}");
+        assert!(!store.layout.pack(&other.pack_digest()).exists());
+        assert_eq!(store.references().unwrap().len(), 1);
     }
 
     #[test]
@@ -468,7 +494,8 @@ mod tests {
         let (_dir, store) = store();
         let image = Image::of_seed(1);
         let reference: TagReference = "a".parse().unwrap();
-        let commit = || store.commit(&reference, image.manifest.root_bytes.clone()).unwrap();
+        let commit =
+            || store.commit(&reference, image.manifest.root_bytes.clone(), &Caller::default()).unwrap();
         let segments = image.manifest.root.segment_digests().to_vec();
         assert_eq!(commit(), CommitOutcome::Missing(Missing { segments, chunks: Vec::new() }));
         store.put_segment(image.manifest.segments[0].clone()).unwrap();
@@ -476,7 +503,7 @@ mod tests {
         assert_eq!(commit(), CommitOutcome::Missing(Missing { segments: Vec::new(), chunks }));
         let by_tag = Reference::Tag(reference.clone());
         assert!(matches!(store.resolve(&by_tag), Err(StoreError::NotFound(_))));
-        store.put_pack(image.pack_digest(), image.pack.clone()).unwrap();
+        store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
         assert_eq!(commit(), CommitOutcome::Committed(image.digest()));
         assert_eq!(store.resolve(&by_tag).unwrap(), image.digest());
     }

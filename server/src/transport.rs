@@ -12,6 +12,8 @@ mod clients;
 mod received;
 pub(crate) mod unsent;
 
+pub(crate) use admission::exhausted;
+
 use crate::limits::Limits;
 use crate::listen::Listener;
 use crate::shutdown::Drain;

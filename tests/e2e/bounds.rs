@@ -1,14 +1,20 @@
 //! Clients that take what a server gives them, and more: what the server holds for them is bounded,
 //! and the others are served.
 
-use postcopy::proto::v1;
+use postcopy::proto::digest::Digest;
+use postcopy::proto::manifest::{ChunkContent, ManifestBuilder, SEGMENT_CHUNKS};
+use postcopy::proto::page::ChunkSize;
+use postcopy::proto::path::ImagePath;
+use postcopy::proto::v1::{self, commit_request};
 use postcopy_tests::cgroup::MemoryCgroup;
 use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::noise;
 use postcopy_tests::h2_client::{H2Client, H2Stream, connect, framed};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, digest};
+use postcopy_tests::uploads::{frame_of, pack_of, upload_whole};
 use postcopy_tests::{binary, is_root, skip, wait_until};
+use prost::Message;
 use std::ffi::OsStr;
 use std::fs;
 use std::net::Ipv4Addr;
@@ -157,6 +163,40 @@ fn unfinished_messages_take_a_bounded_amount_of_memory() {
     target.assert_serves_others();
 }
 
+/// A root of 640 kB can name one segment 20,000 times: 10 GiB of digests, if each time counted.
+#[test]
+fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
+    let mut target = Target::new(MIB, &[]);
+    if !target.bound_memory("a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments") {
+        return;
+    }
+    const TIMES: u64 = 20_000;
+    let rpc = Rpc::connect(target.server.address());
+    let chunk = noise(4096, 8);
+    let digest = Digest::of(&chunk);
+    upload_whole(&rpc, &pack_of(&[(digest, frame_of(&chunk))])).expect("a pack");
+    let mut once = ManifestBuilder::new(ChunkSize::MIN);
+    let path = ImagePath::try_from(&b"mem"[..]).expect("a path");
+    once.file(&path, u64::from(SEGMENT_CHUNKS) * 4096, false);
+    (0..SEGMENT_CHUNKS).for_each(|_| once.chunk(ChunkContent::Data(digest)));
+    let once = once.finish().expect("a manifest");
+    let mut root = v1::Root::decode(&once.root_bytes[..]).expect("a root");
+    root.segment_digests = root.segment_digests.repeat(TIMES as usize).into();
+    let Some(v1::entry::Kind::File(file)) = &mut root.entries[0].kind else { panic!("a file") };
+    file.size_bytes *= TIMES;
+    let segment = once.segments[0].clone();
+    rpc.wait(rpc.images().upload_segment(v1::UploadSegmentRequest { segment })).expect("a segment");
+    let root = root.encode_to_vec();
+    let begin = v1::CommitBegin { reference: "many:1".into(), root_bytes: root.len() as u64 };
+    let parts = [commit_request::Part::Begin(begin), commit_request::Part::RootPart(root.into())];
+    let parts = parts.map(|part| v1::CommitRequest { part: Some(part) });
+    rpc.wait(rpc.images().commit(tokio_stream::iter(parts))).expect("it commits");
+    let request = v1::GetImageRequest { reference: "many:1".into() };
+    let image = rpc.wait(rpc.images().get_image(request)).expect("it is described").into_inner();
+    assert_eq!((image.chunks, image.distinct_chunks), (TIMES * u64::from(SEGMENT_CHUNKS), 1));
+    target.assert_serves_others();
+}
+
 #[test]
 fn connections_that_say_nothing_end_and_shut_nobody_out() {
     let target = Target::new(MIB, &["--max-connections", "8"]);
@@ -190,7 +230,8 @@ fn a_client_that_uses_its_connections_shuts_nobody_out() {
         for _ in 0..4 {
             let client = H2Client::connect(STRANGER, target.server.address()).await;
             let stream = request(&client, "PageService/StreamChunks", bind.clone(), false).await;
-            used.push((client, stream.expect("the server answers")));
+            let accepted = stream.expect("the server answers").accepted().await;
+            used.push((client, accepted.expect("the server accepts")));
         }
         // A fifth connection of this client is refused.
         let mut fifth = connect(STRANGER, target.server.address()).await.expect("the kernel accepts");

@@ -148,6 +148,14 @@ impl H2Stream {
         self.request.send_data(bytes, is_last)
     }
 
+    /// Waits until the server has begun to answer. Returns both directions, which are open.
+    ///
+    /// # Errors
+    /// The stream was reset, or the connection has ended.
+    pub async fn accepted(self) -> Result<(SendStream<Bytes>, RecvStream), h2::Error> {
+        Ok((self.request, self.response.await?.into_body()))
+    }
+
     /// Waits for the answer's status: of its headers, or of its trailers after all messages.
     /// Returns the code, and the bytes of the messages.
     ///

@@ -1,7 +1,7 @@
 //! The chunks of the one image that a stream serves.
 
-use crate::service::{blocking, digest, error_of};
-use crate::store::{Lease, Store, StoreError, chain};
+use crate::service::{digest, error_of, work};
+use crate::store::{Lease, Store, StoreError, StoredRoot, chain};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root, Segment};
 use postcopy_proto::page::ChunkIndex;
@@ -13,7 +13,7 @@ use tonic::Status;
 #[derive(Clone, Debug)]
 pub(super) struct Chunks {
     store: Arc<Store>,
-    root: Arc<Root>,
+    root: Arc<StoredRoot>,
     /// Protects the image from garbage collection while it is served.
     _lease: Option<Arc<Lease>>,
     /// The last segment that was used: neighbouring chunks are mostly in the same one.
@@ -34,7 +34,7 @@ impl Chunks {
             (Some(root), Some(lease)) => (root, Some(lease)),
             _ => {
                 let store = store.clone();
-                blocking(move || store.root(&image).map(|root| (root, take_lease(&store, &image)))).await?
+                work::look(move || store.root(&image).map(|root| (root, take_lease(&store, &image)))).await?
             }
         };
         Ok(Self { store: store.clone(), root, _lease: lease, last: None })
@@ -81,7 +81,7 @@ impl Chunks {
             return now;
         }
         let (store, root) = (self.store.clone(), self.root.clone());
-        self.last = Some((segment, blocking(move || store.segment(&root, segment)).await.ok()?));
+        self.last = Some((segment, work::demand(move || Ok(store.segment(&root, segment)?)).await.ok()?));
         self.answer_now(chunk)
     }
 

@@ -1,15 +1,16 @@
 //! ImageService: receives images into a store, and describes them.
 
 use crate::service::upload::Uploads;
-use crate::service::{blocking, reference};
+use crate::service::{reference, work};
 use crate::shutdown::Drain;
-use crate::store::{CommitOutcome, Store, StoreError, chain};
+use crate::store::{Caller, CommitOutcome, Store, StoreError, chain};
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ChunkContent, Root};
+use postcopy_proto::manifest::{ChunkContent, Root, SEGMENT_CHUNKS};
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1;
 use postcopy_proto::v1::image_service_server::ImageService;
+use std::collections::HashMap;
 use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -49,7 +50,7 @@ impl ImageService for ImageServer {
             token => Some(page_token(token)?),
         };
         let store = self.store.clone();
-        blocking(move || list(&store, after.as_deref(), max)).await.map(Response::new)
+        work::look(move || list(&store, after.as_deref(), max)).await.map(Response::new)
     }
 
     async fn get_image(
@@ -59,7 +60,7 @@ impl ImageService for ImageServer {
         let _in_flight = self.drain.enter()?;
         let reference: Reference = reference(&request.into_inner().reference)?;
         let store = self.store.clone();
-        blocking(move || describe(&store, &reference)).await.map(Response::new)
+        work::heavy(move |caller| describe(&store, &reference, caller)).await.map(Response::new)
     }
 
     async fn find_missing(
@@ -75,7 +76,7 @@ impl ImageService for ImageServer {
             return Err(Status::invalid_argument(reason));
         }
         let store = self.store.clone();
-        let missing = blocking(move || -> Result<_, StoreError> {
+        let missing = work::look(move || -> Result<_, StoreError> {
             store.find_missing(Digest::list(&digests).into_iter().flatten())
         });
         let missing_chunk_digests = Digest::concat(&missing.await?);
@@ -98,7 +99,7 @@ impl ImageService for ImageServer {
         let _in_flight = self.drain.enter()?;
         let segment = request.into_inner().segment;
         let store = self.store.clone();
-        let digest = blocking(move || store.put_segment(segment)).await?;
+        let digest = work::look(move || store.put_segment(segment)).await?;
         Ok(Response::new(v1::UploadSegmentResponse { digest: digest.into() }))
     }
 
@@ -127,7 +128,7 @@ impl ImageService for ImageServer {
         let source: Reference = reference(&request.source)?;
         let target: TagReference = reference(&request.target)?;
         let store = self.store.clone();
-        let image = blocking(move || store.tag(&source, &target)).await?;
+        let image = work::heavy(move |caller| store.tag(&source, &target, caller)).await?;
         Ok(Response::new(v1::TagImageResponse { image: image.into() }))
     }
 
@@ -138,7 +139,7 @@ impl ImageService for ImageServer {
         let _in_flight = self.drain.enter()?;
         let reference: TagReference = reference(&request.into_inner().reference)?;
         let store = self.store.clone();
-        blocking(move || store.remove_reference(&reference)).await?;
+        work::look(move || store.remove_reference(&reference)).await?;
         Ok(Response::new(v1::DeleteImageResponse {}))
     }
 }
@@ -199,7 +200,15 @@ fn summary(reference: String, root: &Root) -> v1::ImageSummary {
     }
 }
 
-fn describe(store: &Store, reference: &Reference) -> Result<v1::GetImageResponse, StoreError> {
+/// Most distinct chunks that a description counts at a time: 64 MiB of digests. More are counted in
+/// several passes over the segments.
+const CHUNKS_PER_PASS: u64 = 1 << 21;
+
+fn describe(
+    store: &Store,
+    reference: &Reference,
+    caller: &Caller,
+) -> Result<v1::GetImageResponse, StoreError> {
     let root = match store.resolve(reference).and_then(|image| store.root(&image)) {
         // The reference exists, but its root does not: a loss, and no wrong name.
         Err(StoreError::NotFound(object)) if object != reference.to_string() => {
@@ -208,26 +217,57 @@ fn describe(store: &Store, reference: &Reference) -> Result<v1::GetImageResponse
         }
         other => other?,
     };
-    let mut zero_chunks = 0;
-    let mut digests = Vec::new();
-    for index in 0..root.segment_digests().len() {
-        let index = u32::try_from(index).expect("a root of 64 MiB has fewer");
-        for content in store.segment(&root, index)?.contents() {
+    let segments = Segments::of(&root);
+    let (mut chunks, mut zero_chunks) = (0, 0);
+    for (index, times) in &segments.0 {
+        caller.check()?;
+        for content in store.passing_segment(&root, *index)?.contents() {
             match content {
-                ChunkContent::Zero => zero_chunks += 1,
-                ChunkContent::Data(digest) => digests.push(digest),
+                ChunkContent::Zero => zero_chunks += times,
+                ChunkContent::Data(_) => chunks += times,
             }
         }
     }
-    let chunks = digests.len() as u64;
-    digests.sort_unstable();
-    digests.dedup();
-    let stored_bytes = digests.iter().filter_map(|digest| store.frame_bytes(digest)).map(u64::from).sum();
-    Ok(v1::GetImageResponse {
-        image: Some(summary(reference.to_string(), &root)),
-        chunks,
-        zero_chunks,
-        distinct_chunks: digests.len() as u64,
-        stored_bytes,
-    })
+    let (mut distinct_chunks, mut stored_bytes) = (0, 0);
+    let passes = (segments.0.len() as u64 * u64::from(SEGMENT_CHUNKS)).div_ceil(CHUNKS_PER_PASS);
+    for pass in 0..passes {
+        let mut digests = Vec::new();
+        for (index, _) in &segments.0 {
+            caller.check()?;
+            let segment = store.passing_segment(&root, *index)?;
+            digests.extend(segment.digests().filter(|digest| pass_of(digest, passes) == pass));
+        }
+        digests.sort_unstable();
+        digests.dedup();
+        distinct_chunks += digests.len() as u64;
+        stored_bytes +=
+            digests.iter().filter_map(|digest| store.frame_bytes(digest)).map(u64::from).sum::<u64>();
+    }
+    let image = Some(summary(reference.to_string(), &root));
+    Ok(v1::GetImageResponse { image, chunks, zero_chunks, distinct_chunks, stored_bytes })
+}
+
+/// The distinct segments of an image: the number of each, and how many times the root names it. A
+/// hostile root names one segment a million times.
+struct Segments(Vec<(u32, u64)>);
+
+impl Segments {
+    fn of(root: &Root) -> Self {
+        let mut places: HashMap<Digest, usize> = HashMap::new();
+        let mut segments: Vec<(u32, u64)> = Vec::new();
+        for (index, digest) in (0..).zip(root.segment_digests()) {
+            let place = *places.entry(*digest).or_insert(segments.len());
+            match segments.get_mut(place) {
+                Some((_, times)) => *times += 1,
+                None => segments.push((index, 1)),
+            }
+        }
+        Self(segments)
+    }
+}
+
+/// Returns the pass that counts a chunk.
+fn pass_of(digest: &Digest, passes: u64) -> u64 {
+    let first = digest.as_bytes().first_chunk().expect("a digest has 32 bytes");
+    u64::from_le_bytes(*first) % passes
 }

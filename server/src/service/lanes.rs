@@ -7,9 +7,9 @@
 
 mod queue;
 
-use crate::service::blocking;
 use crate::service::chunks::{Chunks, check_runs, numbers};
 use crate::service::lanes::queue::{Choice, Queue, Turn, Urgency, Wanted};
+use crate::service::work;
 use crate::shutdown::{InFlight, shutting_down};
 use crate::store::{Store, chain, map};
 use crate::transport::unsent::{StreamUnsent, Unsent};
@@ -70,7 +70,7 @@ fn response(turn: Turn, answer: fetch_chunks_response::Answer) -> v1::FetchChunk
 
 fn load_chunk(chunks: &Chunks, chunk: u64, check: bool) -> Loading {
     let chunks = chunks.clone();
-    Box::pin(blocking(move || {
+    Box::pin(work::demand(move || {
         let result = Some(chunks.load(chunk, check));
         Ok::<_, Status>(fetch_chunks_response::Answer::Chunk(v1::ChunkAnswer { chunk, result }))
     }))
@@ -78,7 +78,7 @@ fn load_chunk(chunks: &Chunks, chunk: u64, check: bool) -> Loading {
 
 fn load_segment(chunks: &Chunks, segment: u32) -> Loading {
     let chunks = chunks.clone();
-    Box::pin(blocking(move || {
+    Box::pin(work::demand(move || {
         Ok::<_, Status>(fetch_chunks_response::Answer::Segment(chunks.load_segment(segment)))
     }))
 }
@@ -257,7 +257,7 @@ fn answer_bytes(answer: &v1::ChunkAnswer) -> usize {
 /// it is damaged: its pages are then fetched on demand.
 async fn working_set(store: &Arc<Store>, image: Digest) -> Result<Vec<Vec<Bytes>>, Status> {
     let store = Arc::clone(store);
-    let set = blocking(move || {
+    let set = work::read(move || {
         let set = store.working_set(&image);
         Ok::<_, Status>(set.unwrap_or_else(|error| {
             tracing::error!("a working set is not sent, its pages are fetched on demand: {}", chain(&error));
@@ -282,7 +282,7 @@ async fn in_memory(frames: Vec<Bytes>) -> Result<Vec<Bytes>, Status> {
     if frames.iter().all(|frame| map::is_resident(frame)) {
         return Ok(frames);
     }
-    blocking(move || {
+    work::read(move || {
         let populated = frames.iter().try_for_each(|frame| map::populate(frame));
         populated.map_err(|error| Status::data_loss(format!("a working set's pack: {error}")))?;
         Ok::<_, Status>(frames)
@@ -317,7 +317,7 @@ pub(super) fn stream_chunks(
             let mut answer = BulkAnswer::new(numbers(request.runs), attempt > 0);
             loop {
                 if !answer.fill(&mut chunks, false) {
-                    (answer, chunks) = blocking(move || {
+                    (answer, chunks) = work::read(move || {
                         answer.fill(&mut chunks, true);
                         Ok::<_, Status>((answer, chunks))
                     }).await?;

@@ -1,8 +1,8 @@
 //! OpenImage: sends the manifest of an image.
 
-use crate::service::{blocking, reference};
+use crate::service::{reference, work};
 use crate::shutdown::InFlight;
-use crate::store::Store;
+use crate::store::{Store, StoredRoot};
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::Stream;
@@ -22,9 +22,9 @@ pub(super) async fn open_image(
 ) -> Result<impl Stream<Item = Result<v1::OpenImageResponse, Status>>, Status> {
     let reference: Reference = reference(&request.reference)?;
     let reader = store.clone();
-    let (root, bytes) = blocking(move || reader.read_root(&reader.resolve(&reference)?)).await?;
+    let root = work::look(move || reader.root(&reader.resolve(&reference)?)).await?;
     let order = segment_order(&root, &request)?;
-    Ok(parts(store, root, bytes, order, request.more_segments_bytes as usize, in_flight))
+    Ok(parts(store, root, order, request.more_segments_bytes as usize, in_flight))
 }
 
 /// Returns the numbers of the segments to send: those of the first paths, then, if requested, all
@@ -56,9 +56,9 @@ fn all_segments(root: &Root) -> u32 {
     u32::try_from(root.segment_digests().len()).expect("a root of 64 MiB has fewer")
 }
 
-async fn segment(store: &Arc<Store>, root: &Arc<Root>, index: u32) -> Result<Bytes, Status> {
+async fn segment(store: &Arc<Store>, root: &Arc<StoredRoot>, index: u32) -> Result<Bytes, Status> {
     let (store, root) = (Arc::clone(store), Arc::clone(root));
-    blocking(move || store.read_segment(&root, index)).await
+    work::read(move || store.read_segment(&root, index)).await
 }
 
 fn part_of(index: u32, segment: Bytes) -> v1::OpenImageResponse {
@@ -74,8 +74,7 @@ pub(super) fn no_such_path(path: &[u8]) -> Status {
 
 fn parts(
     store: Arc<Store>,
-    root: Arc<Root>,
-    mut bytes: Bytes,
+    root: Arc<StoredRoot>,
     order: Vec<u32>,
     mut more_bytes: usize,
     in_flight: InFlight,
@@ -83,6 +82,7 @@ fn parts(
     try_stream! {
         let _in_flight = in_flight;
         let image = root.image().into();
+        let mut bytes = root.bytes().clone();
         let opened = v1::ImageOpened { image, root_bytes: bytes.len() as u64 };
         yield v1::OpenImageResponse { part: Some(Part::Opened(opened)) };
         while !bytes.is_empty() {

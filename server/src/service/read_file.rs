@@ -1,9 +1,9 @@
 //! ReadFile: plain bytes, decoded and verified by the server.
 
 use crate::service::open::no_such_path;
-use crate::service::{blocking, reference};
+use crate::service::{reference, work};
 use crate::shutdown::InFlight;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, StoredRoot};
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::Stream;
@@ -25,7 +25,7 @@ pub(super) async fn read_file(
 ) -> Result<impl Stream<Item = Result<v1::ReadFileResponse, Status>>, Status> {
     let reference: Reference = reference(&request.reference)?;
     let reader = store.clone();
-    let root = blocking(move || reader.root(&reader.resolve(&reference)?)).await?;
+    let root = work::look(move || reader.root(&reader.resolve(&reference)?)).await?;
     let file = match root.entry(&request.path).map(|entry| &entry.kind) {
         None => return Err(no_such_path(&request.path)),
         Some(EntryKind::File(file)) => *file,
@@ -59,7 +59,7 @@ fn byte_range(request: &v1::ReadFileRequest, size_bytes: u64) -> Result<Range<u6
 
 fn parts(
     store: Arc<Store>,
-    root: Arc<Root>,
+    root: Arc<StoredRoot>,
     file: FileEntry,
     range: Range<u64>,
     in_flight: InFlight,
@@ -70,7 +70,7 @@ fn parts(
         while at < range.end {
             let end = piece_end(&root, at, range.end);
             let (store, root) = (store.clone(), root.clone());
-            let mut piece = blocking(move || read_piece(&store, &root, &file, at..end)).await?;
+            let mut piece = work::read(move || read_piece(&store, &root, &file, at..end)).await?;
             while !piece.is_empty() {
                 let data = piece.split_to(piece.len().min(PIECE_BYTES));
                 yield v1::ReadFileResponse { data };

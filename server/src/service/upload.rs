@@ -1,6 +1,6 @@
 //! Receives packs and roots: streams of parts whose total length is announced.
 
-use crate::service::{blocking, digest, reference};
+use crate::service::{digest, reference, work};
 use crate::store::{CommitOutcome, Store};
 use bytes::Bytes;
 use postcopy_proto::buffers::Buffers;
@@ -53,7 +53,7 @@ impl Uploads {
             _ => None,
         };
         let store = self.store.clone();
-        if blocking(move || store.keep_pack(&announced)).await? {
+        if work::look(move || store.keep_pack(&announced)).await? {
             return receive(&mut parts, size, data, |_| {}).await;
         }
         let memory = self.reserve(size).await?;
@@ -69,10 +69,10 @@ impl Uploads {
         memory: OwnedSemaphorePermit,
     ) -> Result<(), Status> {
         let store = self.store.clone();
-        blocking(move || {
+        work::heavy(move |caller| {
             // The permit is held until the bytes are freed, even if the client disconnects.
             let _memory = memory;
-            store.put_pack(announced, bytes)
+            store.put_pack(announced, bytes, caller)
         })
         .await
     }
@@ -95,9 +95,9 @@ impl Uploads {
         let mut root = Vec::with_capacity(size);
         receive(&mut parts, size, root_part, |part| root.extend_from_slice(&part)).await?;
         let store = self.store.clone();
-        blocking(move || {
+        work::heavy(move |caller| {
             let _memory = memory;
-            store.commit(&target, root.into())
+            store.commit(&target, root.into(), caller)
         })
         .await
     }

@@ -6,7 +6,7 @@
 
 mod builds;
 
-use crate::service::{Answers, blocking, digest, reference};
+use crate::service::{Answers, digest, reference, work};
 use crate::shutdown::Drain;
 use crate::store::{Store, StoreError, WorkingSet};
 use builds::Builds;
@@ -135,7 +135,7 @@ impl WorkingSetService for WorkingSetServer {
         let image = image.ok_or_else(|| Status::invalid_argument("image: the first message names it"))?;
         let store = Arc::clone(&self.store);
         let turn = Arc::clone(&self.keeping).acquire_owned().await.expect("it is never closed");
-        blocking(move || {
+        work::look(move || {
             let _held = (room, turn);
             store.keep_recording(&image, id, touched, unseen)
         })
@@ -148,7 +148,7 @@ impl WorkingSetService for WorkingSetServer {
         }
         // The recording is stored, and the build goes on without a waiter.
         let store = Arc::clone(&self.store);
-        let set = blocking(move || store.working_set(&image)).await?.unwrap_or_default();
+        let set = work::look(move || store.working_set(&image)).await?.unwrap_or_default();
         Ok(Response::new(describe(&image, &set)))
     }
 
@@ -159,7 +159,7 @@ impl WorkingSetService for WorkingSetServer {
         let _in_flight = self.drain.enter()?;
         let wanted: Reference = reference(&request.into_inner().reference)?;
         let store = Arc::clone(&self.store);
-        let (image, set) = blocking(move || -> Result<_, StoreError> {
+        let (image, set) = work::look(move || -> Result<_, StoreError> {
             let image = store.resolve(&wanted)?;
             let set = store.working_set(&image)?;
             Ok((image, set.ok_or_else(|| StoreError::NotFound(format!("a working set of {wanted}")))?))
@@ -181,7 +181,7 @@ impl WorkingSetService for WorkingSetServer {
     ) -> Result<Response<v1::ListWorkingSetsResponse>, Status> {
         let _in_flight = self.drain.enter()?;
         let store = Arc::clone(&self.store);
-        let working_sets = blocking(move || -> Result<Vec<_>, StoreError> {
+        let working_sets = work::look(move || -> Result<Vec<_>, StoreError> {
             let sets = store.images_with_working_sets()?.into_iter().filter_map(|image| {
                 match store.working_set(&image) {
                     Ok(set) => set.map(|set| describe(&image, &set)),
@@ -205,7 +205,7 @@ impl WorkingSetService for WorkingSetServer {
         let wanted: Reference = reference(&request.into_inner().reference)?;
         let store = Arc::clone(&self.store);
         let turn = self.builds.turn().await;
-        blocking(move || -> Result<_, StoreError> {
+        work::look(move || -> Result<_, StoreError> {
             let _turn = turn;
             let image = store.resolve(&wanted)?;
             match store.remove_working_set(&image)? {

@@ -3,7 +3,7 @@
 use crate::store::error::{StoreError, damaged};
 use crate::store::layout::sync_dir;
 use crate::store::lock::StoreLock;
-use crate::store::{Store, condemned, references};
+use crate::store::{Caller, Store, condemned, references};
 use bytes::Bytes;
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
@@ -35,6 +35,16 @@ impl Missing {
     }
 }
 
+/// Most attempts to find all objects of an image, which a collector may delete meanwhile.
+const RELIANCES: usize = 4;
+
+/// The objects of an image, found.
+enum Reliance {
+    /// All exist, and stay as long as the lock is held.
+    Complete(StoreLock),
+    Missing(Missing),
+}
+
 impl Store {
     /// Returns the chunks that no pack holds, in the same order. Protects the others for at least
     /// gc's grace time.
@@ -61,75 +71,113 @@ impl Store {
     ///
     /// # Errors
     /// Returns [`StoreError::Invalid`] if the bytes are no root or a segment does not fit it,
-    /// [`StoreError::Damaged`] if a stored segment is damaged.
+    /// [`StoreError::Damaged`] if a stored segment is damaged, [`StoreError::Abandoned`].
     ///
     /// # Blocking
-    /// Reads the image's segments, waits for the disk and for a collector's deletes.
-    pub fn commit(&self, reference: &TagReference, root: Bytes) -> Result<CommitOutcome, StoreError> {
+    /// Reads each of the image's segments once, waits for the disk and for a collector's deletes.
+    pub fn commit(
+        &self,
+        reference: &TagReference,
+        root: Bytes,
+        caller: &Caller,
+    ) -> Result<CommitOutcome, StoreError> {
         let parsed = Root::parse_any(&root)
             .map_err(|e| StoreError::Invalid { object: "root".into(), reason: e.to_string() })?;
         let image = parsed.image();
-        let _keep = StoreLock::keep_objects(&self.layout)?;
-        let missing = self.rely_on(&parsed)?;
-        if !missing.is_empty() {
-            return Ok(CommitOutcome::Missing(missing));
+        match self.rely_on(&parsed, caller)? {
+            Reliance::Missing(missing) => Ok(CommitOutcome::Missing(missing)),
+            Reliance::Complete(_keep) => {
+                self.objects.put(&self.layout.manifest(&image), root)?;
+                references::write(&self.layout, &self.objects, reference, &image)?;
+                Ok(CommitOutcome::Committed(image))
+            }
         }
-        self.objects.put(&self.layout.manifest(&image), root)?;
-        references::write(&self.layout, &self.objects, reference, &image)?;
-        Ok(CommitOutcome::Committed(image))
     }
 
     /// Points `target` to the image of `source`.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] if the source does not exist, or a part of its image is
-    /// gone.
+    /// gone, or [`StoreError::Abandoned`].
     ///
     /// # Blocking
     /// The same as for [`Store::commit`].
-    pub fn tag(&self, source: &Reference, target: &TagReference) -> Result<Digest, StoreError> {
-        let _keep = StoreLock::keep_objects(&self.layout)?;
-        let image = self.resolve(source)?;
-        // An image with a tag is safe from gc. An image without one may be about to be deleted.
-        if matches!(source, Reference::Digest { .. }) {
-            let root = self.manifests.root(&image)?;
-            if !self.rely_on(&root)?.is_empty() {
-                return Err(StoreError::NotFound(format!("a part of image {image}")));
+    pub fn tag(
+        &self,
+        source: &Reference,
+        target: &TagReference,
+        caller: &Caller,
+    ) -> Result<Digest, StoreError> {
+        let _keep = match source {
+            // An image with a tag is safe from gc, as long as the tag cannot lose it.
+            Reference::Tag(_) => StoreLock::keep_objects(&self.layout)?,
+            Reference::Digest { image, .. } => {
+                let root = self.manifests.root(image)?;
+                let Reliance::Complete(keep) = self.rely_on(&root, caller)? else {
+                    return Err(StoreError::NotFound(format!("a part of image {image}")));
+                };
+                keep
             }
-        }
+        };
+        let image = self.resolve(source)?;
         references::write(&self.layout, &self.objects, target, &image)?;
         Ok(image)
     }
 
-    /// Checks that all objects of the image exist, makes them durable, and pardons them. Returns
-    /// the missing ones.
-    fn rely_on(&self, root: &Root) -> Result<Missing, StoreError> {
-        let segments = root.segment_digests();
+    /// Checks that all objects of the image exist, makes them durable, and pardons them. Reads and
+    /// parses the segments without a lock, and under the lock only looks for the objects again.
+    fn rely_on(&self, root: &Root, caller: &Caller) -> Result<Reliance, StoreError> {
+        let segments: HashSet<_> = root.segment_digests().iter().copied().collect();
+        for _ in 0..RELIANCES {
+            let packs = match self.packs_of(root, &segments, caller)? {
+                Ok(packs) => packs,
+                Err(missing) => return Ok(Reliance::Missing(missing)),
+            };
+            let keep = StoreLock::keep_objects(&self.layout)?;
+            // Otherwise a collector has deleted some of them meanwhile.
+            if packs.iter().all(|pack| self.packs.is_stored(pack))
+                && segments.iter().all(|segment| self.manifests.is_stored(segment))
+            {
+                self.make_entries_last(&packs)?;
+                self.pardon_all(packs.iter().chain(&segments).chain([&root.image()]))?;
+                return Ok(Reliance::Complete(keep));
+            }
+        }
+        Err(StoreError::Busy("collectors delete parts of the image each time they are found"))
+    }
+
+    /// Returns the packs that hold the image's chunks, or the objects that are missing.
+    fn packs_of(
+        &self,
+        root: &Root,
+        segments: &HashSet<Digest>,
+        caller: &Caller,
+    ) -> Result<Result<HashSet<Digest>, Missing>, StoreError> {
         let lacking = segments.iter().filter(|digest| !self.manifests.is_stored(digest));
         let missing: Vec<_> = lacking.copied().take(MAX_FIND_MISSING).collect();
         if !missing.is_empty() {
-            return Ok(Missing { segments: missing, chunks: Vec::new() });
+            return Ok(Err(Missing { segments: missing, chunks: Vec::new() }));
         }
         let mut presence = self.packs.presence();
-        let mut lacking = HashSet::new();
-        let mut missing = Missing::default();
-        for index in 0..segments.len() {
+        let (mut lacking, mut missing) = (HashSet::new(), Missing::default());
+        let mut read = HashSet::new();
+        let last = root.segment_digests().len().saturating_sub(1);
+        for (index, digest) in root.segment_digests().iter().enumerate() {
+            // A root may name a segment many times. Only the last one may have fewer chunks.
+            if !read.insert(digest) && index != last {
+                continue;
+            }
+            caller.check()?;
             for chunk in self.stored_segment_digests(root, index)? {
                 if !presence.has(&chunk)? && lacking.insert(chunk) {
                     missing.chunks.push(chunk);
                 }
                 if missing.chunks.len() == MAX_FIND_MISSING {
-                    return Ok(missing);
+                    return Ok(Err(missing));
                 }
             }
         }
-        if !missing.is_empty() {
-            return Ok(missing);
-        }
-        let packs = presence.relied_on();
-        self.make_entries_last(&packs)?;
-        self.pardon_all(packs.iter().chain(segments).chain([&root.image()]))?;
-        Ok(missing)
+        Ok(if missing.is_empty() { Ok(presence.relied_on()) } else { Err(missing) })
     }
 
     /// Returns the chunks of a stored segment, which any client may have uploaded.

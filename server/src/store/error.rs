@@ -26,6 +26,12 @@ pub enum StoreError {
         /// The defect of the object.
         reason: String,
     },
+    /// The store uses as much memory for this as it may.
+    #[error("{0}")]
+    Busy(&'static str),
+    /// The caller has left, so the work was given up.
+    #[error("the caller has left")]
+    Abandoned,
     /// The disk or quota is full.
     #[error("{}: the disk is full, or its quota used up", .0.display())]
     Full(PathBuf),

@@ -165,10 +165,10 @@ impl Collector {
         if !marked.manifests.insert(*image) {
             return Ok(());
         }
-        let (root, _) = self.manifests.read_root(image)?;
+        let root = self.manifests.read_root(image)?;
         for (index, digest) in (0..).zip(root.segment_digests()) {
             if marked.manifests.insert(*digest) {
-                let (segment, _) = self.manifests.read_segment(&root, index)?;
+                let segment = self.manifests.passing_segment(&root, index)?;
                 marked.chunks.extend(segment.digests());
             }
         }
@@ -216,7 +216,7 @@ fn needed_by(reference: &TagReference, error: StoreError) -> StoreError {
 mod tests {
     use super::*;
     use crate::fixtures::{Image, store};
-    use crate::store::{CommitOutcome, Store, verify};
+    use crate::store::{Caller, CommitOutcome, Store, verify};
 
     fn collector(dir: &Path) -> Collector {
         Collector::open(dir, Domain::DEFAULT).unwrap()
@@ -253,7 +253,9 @@ mod tests {
         store.remove_reference(&"a:1".parse().unwrap()).unwrap();
         collect(dir.path());
         assert_eq!(store.find_missing([chunk].into_iter()).unwrap(), [chunk]);
-        let outcome = store.commit(&"a:1".parse().unwrap(), image.manifest.root_bytes.clone()).unwrap();
+        let outcome = store
+            .commit(&"a:1".parse().unwrap(), image.manifest.root_bytes.clone(), &Caller::default())
+            .unwrap();
         assert!(matches!(outcome, CommitOutcome::Missing(missing) if !missing.segments.is_empty()));
         assert!(store.load_frame(&chunk, true).is_ok(), "who has it mapped still gets it");
         image.push(&store, "a:1");
@@ -263,7 +265,7 @@ mod tests {
     #[test]
     fn grace_time_is_waited_for() {
         let (dir, store) = store();
-        store.put_pack(Image::of_seed(1).pack_digest(), Image::of_seed(1).pack).unwrap();
+        store.put_pack(Image::of_seed(1).pack_digest(), Image::of_seed(1).pack, &Caller::default()).unwrap();
         collector(dir.path()).condemn().unwrap();
         let collected = collector(dir.path()).sweep(Duration::from_secs(3600)).unwrap();
         assert_eq!(collected, Collected { waiting: 1, ..Collected::default() });
@@ -275,7 +277,7 @@ mod tests {
         let (dir, store) = store();
         let image = Image::of_seed(1);
         let pack = image.pack_digest();
-        store.put_pack(pack, image.pack.clone()).unwrap();
+        store.put_pack(pack, image.pack.clone(), &Caller::default()).unwrap();
         let pardons: [&dyn Fn(); 3] = [
             &|| assert_eq!(store.find_missing(image.data_chunks().into_iter()).unwrap(), []),
             &|| assert!(store.keep_pack(&pack).unwrap()),
@@ -294,7 +296,7 @@ mod tests {
         let (dir, store) = store();
         let (image, garbage) = (Image::of_seed(1), Image::of_seed(2));
         image.push(&store, "a:1");
-        store.put_pack(garbage.pack_digest(), garbage.pack.clone()).unwrap();
+        store.put_pack(garbage.pack_digest(), garbage.pack.clone(), &Caller::default()).unwrap();
         collector(dir.path()).condemn().unwrap();
         let layout = &store.layout;
         let objects = [
@@ -322,7 +324,7 @@ mod tests {
     fn a_pack_that_does_not_parse_is_kept() {
         let (dir, store) = store();
         let pack = Image::of_seed(1).pack_digest();
-        store.put_pack(pack, Image::of_seed(1).pack).unwrap();
+        store.put_pack(pack, Image::of_seed(1).pack, &Caller::default()).unwrap();
         fs::write(store.layout.pack(&pack), b"damaged").unwrap();
         assert_eq!(collect(dir.path()), Collected::default());
     }

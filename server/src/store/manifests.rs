@@ -7,18 +7,78 @@ use crate::store::objects::{Objects, read_bounded};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, MAX_SEGMENT_BYTES, Root, Segment};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Bytes of the cache of parsed segments: the digests of about two million chunks.
 const SEGMENT_CACHE_BYTES: usize = 64 << 20;
-/// Bytes of the cache of roots, by encoded length; parsed roots take about three times as much.
+/// Bytes of the cache of roots, by encoded length.
 const ROOT_CACHE_BYTES: usize = 8 << 20;
+/// Bytes of a root in memory for each encoded byte: the encoding, and three times as much for the
+/// parsed form.
+const BYTES_PER_ROOT_BYTE: usize = 4;
+/// Most bytes of all roots in memory, those that streams use included. A root of the largest size
+/// takes a quarter.
+const MAX_ROOTS_BYTES: usize = 1 << 30;
+
+/// A root in memory, with its encoding. All users of an image share one.
+#[derive(Debug)]
+pub struct StoredRoot {
+    root: Root,
+    bytes: Bytes,
+    _memory: RootMemory,
+}
+
+impl StoredRoot {
+    /// Returns the root's encoding.
+    #[must_use]
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+}
+
+impl Deref for StoredRoot {
+    type Target = Root;
+
+    fn deref(&self) -> &Root {
+        &self.root
+    }
+}
+
+/// Memory of a root, given back at the drop.
+#[derive(Debug)]
+struct RootMemory {
+    used_bytes: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl RootMemory {
+    fn take(used_bytes: &Arc<AtomicUsize>, encoded_bytes: usize) -> Result<Self, StoreError> {
+        let memory = Self { used_bytes: Arc::clone(used_bytes), bytes: encoded_bytes * BYTES_PER_ROOT_BYTE };
+        let before = used_bytes.fetch_add(memory.bytes, Ordering::AcqRel);
+        match before + memory.bytes <= MAX_ROOTS_BYTES {
+            true => Ok(memory),
+            false => Err(StoreError::Busy("the manifests in use take all memory that is for them")),
+        }
+    }
+}
+
+impl Drop for RootMemory {
+    fn drop(&mut self) {
+        self.used_bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
+}
 
 /// The manifests of a store.
 #[derive(Debug)]
 pub(crate) struct Manifests {
     layout: Layout,
-    roots: Cache<Root>,
+    roots: Cache<StoredRoot>,
+    /// The roots in use, cached or not. Locked for a look-up or a change.
+    used_roots: Mutex<HashMap<Digest, Weak<StoredRoot>>>,
+    roots_bytes: Arc<AtomicUsize>,
     segments: Cache<Segment>,
     /// Locked while an object is read and parsed, so that a burst of misses for one object reads it
     /// once.
@@ -30,6 +90,8 @@ impl Manifests {
         Self {
             layout: layout.clone(),
             roots: Cache::new(ROOT_CACHE_BYTES),
+            used_roots: Mutex::default(),
+            roots_bytes: Arc::default(),
             segments: Cache::new(SEGMENT_CACHE_BYTES),
             loading: Mutex::new(()),
         }
@@ -41,43 +103,50 @@ impl Manifests {
     }
 
     /// Returns the root of an image, if it is in memory.
-    pub(crate) fn cached_root(&self, image: &Digest) -> Option<Arc<Root>> {
-        self.roots.get(image)
+    pub(crate) fn cached_root(&self, image: &Digest) -> Option<Arc<StoredRoot>> {
+        self.roots.get(image).or_else(|| lock(&self.used_roots).get(image)?.upgrade())
     }
 
     /// Returns the root of an image.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Busy`].
+    ///
+    /// # Blocking
+    /// Reads a file and parses it.
+    pub(crate) fn root(&self, image: &Digest) -> Result<Arc<StoredRoot>, StoreError> {
+        if let Some(root) = self.cached_root(image) {
+            return Ok(root);
+        }
+        let _one_at_a_time = lock(&self.loading);
+        if let Some(root) = self.cached_root(image) {
+            return Ok(root);
+        }
+        let bytes = self.root_bytes(image)?;
+        let memory = RootMemory::take(&self.roots_bytes, bytes.len())?;
+        let root = Arc::new(StoredRoot { root: parse_root(image, &bytes)?, bytes, _memory: memory });
+        let mut used = lock(&self.used_roots);
+        used.retain(|_, root| root.strong_count() > 0);
+        used.insert(*image, Arc::downgrade(&root));
+        drop(used);
+        self.roots.insert(*image, root.clone(), root.bytes.len());
+        Ok(root)
+    }
+
+    /// Reads the root of an image from the disk, whatever is in memory.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`].
     ///
     /// # Blocking
     /// Reads a file and parses it.
-    pub(crate) fn root(&self, image: &Digest) -> Result<Arc<Root>, StoreError> {
-        if let Some(root) = self.cached_root(image) {
-            return Ok(root);
-        }
-        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.cached_root(image) {
-            Some(root) => Ok(root),
-            None => self.read_root(image).map(|(root, _)| root),
-        }
+    pub(crate) fn read_root(&self, image: &Digest) -> Result<Root, StoreError> {
+        parse_root(image, &self.root_bytes(image)?)
     }
 
-    /// Reads the root of an image and its encoding from the disk.
-    ///
-    /// # Errors
-    /// Returns the errors of [`Manifests::root`].
-    ///
-    /// # Blocking
-    /// Reads a file and parses it.
-    pub(crate) fn read_root(&self, image: &Digest) -> Result<(Arc<Root>, Bytes), StoreError> {
-        let object = || format!("image {image}");
+    fn root_bytes(&self, image: &Digest) -> Result<Bytes, StoreError> {
         let bytes = read_bounded(&self.layout.manifest(image), MAX_ROOT_BYTES)?;
-        let bytes = bytes.ok_or_else(|| StoreError::NotFound(object()))?;
-        let root = Root::parse(&bytes, image).map_err(|e| damaged(object(), e))?;
-        let root = Arc::new(root);
-        self.roots.insert(*image, root.clone(), bytes.len());
-        Ok((root, bytes.into()))
+        bytes.map(Bytes::from).ok_or_else(|| StoreError::NotFound(format!("image {image}")))
     }
 
     /// Returns a segment of an image, if it is in memory.
@@ -97,10 +166,25 @@ impl Manifests {
         if let Some(segment) = self.cached_segment(root, index) {
             return Ok(segment);
         }
-        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = lock(&self.loading);
         match self.cached_segment(root, index) {
             Some(segment) => Ok(segment),
             None => self.read_segment(root, index).map(|(segment, _)| segment),
+        }
+    }
+
+    /// Returns a segment of an image, without keeping it in memory: a reader of all segments would
+    /// evict those that faults need.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Manifests::segment`].
+    ///
+    /// # Blocking
+    /// Reads a file and parses it, if it is not in memory.
+    pub(crate) fn passing_segment(&self, root: &Root, index: u32) -> Result<Arc<Segment>, StoreError> {
+        match self.cached_segment(root, index) {
+            Some(segment) => Ok(segment),
+            None => self.parse_segment(root, index).map(|(_, segment, _)| Arc::new(segment)),
         }
     }
 
@@ -112,6 +196,13 @@ impl Manifests {
     /// # Blocking
     /// As there.
     pub(crate) fn read_segment(&self, root: &Root, index: u32) -> Result<(Arc<Segment>, Bytes), StoreError> {
+        let (digest, segment, bytes) = self.parse_segment(root, index)?;
+        let segment = Arc::new(segment);
+        self.segments.insert(digest, segment.clone(), bytes.len());
+        Ok((segment, bytes))
+    }
+
+    fn parse_segment(&self, root: &Root, index: u32) -> Result<(Digest, Segment, Bytes), StoreError> {
         let image = root.image();
         let digest = root.segment_digests().get(index as usize);
         let digest =
@@ -119,9 +210,7 @@ impl Manifests {
         let object = || format!("segment {index} ({digest}) of image {image}");
         let bytes = self.segment_bytes(digest)?;
         let segment = root.check_segment(index, &bytes).map_err(|e| damaged(object(), e))?;
-        let segment = Arc::new(segment);
-        self.segments.insert(*digest, segment.clone(), bytes.len());
-        Ok((segment, bytes))
+        Ok((*digest, segment, bytes))
     }
 
     /// Reads a segment's encoding, without verification.
@@ -150,4 +239,12 @@ impl Manifests {
         objects.put(&self.layout.manifest(&digest), bytes)?;
         Ok(digest)
     }
+}
+
+fn parse_root(image: &Digest, bytes: &[u8]) -> Result<Root, StoreError> {
+    Root::parse(bytes, image).map_err(|e| damaged(format!("image {image}"), e))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,7 +6,7 @@ use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
 use crate::store::objects::read_bounded;
 use crate::store::packs::Pack;
-use crate::store::{chain, check_pack, open_layout, references, walk};
+use crate::store::{Caller, chain, check_pack, open_layout, references, walk};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, Root, Segment};
 use postcopy_proto::reference::TagReference;
@@ -127,7 +127,7 @@ fn verify_pack(digest: Digest, path: &Path) -> Result<(u64, Vec<Digest>), StoreE
     })?;
     let bytes = pack.populated()?;
     // The frames are checked first, because they name the damaged chunk.
-    let index = check_pack(bytes).map_err(|e| wrong(e.to_string()))?;
+    let index = check_pack(bytes, &Caller::default()).map_err(|e| wrong(e.to_string()))?;
     let actual = Digest::of(bytes);
     if actual != digest {
         return Err(wrong(format!("its bytes have digest {actual}")));
@@ -169,7 +169,7 @@ fn verify_manifest(digest: &Digest, path: &Path) -> Result<(), StoreError> {
 /// Returns the damage and losses of an image.
 fn verify_image(manifests: &Manifests, image: &Digest, sound: &HashSet<Digest>) -> Vec<Damage> {
     let root = match manifests.read_root(image) {
-        Ok((root, _)) => root,
+        Ok(root) => root,
         Err(error) => return vec![error.into()],
     };
     let mut damage = Vec::new();

@@ -17,6 +17,7 @@ mod choose;
 mod recordings;
 
 use crate::store::Store;
+use crate::store::StoredRoot;
 use crate::store::error::{StoreError, damaged, io_error};
 use crate::store::layout::{Layout, digest_of_name, sync_dir};
 use crate::store::lock::StoreLock;
@@ -38,6 +39,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Most pages of a frame: 256 KiB, or one longer chunk.
@@ -107,12 +109,12 @@ fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
 
 /// The places of the pages of an image's files.
 struct Files {
-    root: std::sync::Arc<Root>,
+    root: Arc<StoredRoot>,
     files: Vec<FileEntry>,
 }
 
 impl Files {
-    fn new(root: std::sync::Arc<Root>) -> Self {
+    fn new(root: Arc<StoredRoot>) -> Self {
         let files = root.files().map(|(_, file)| *file).collect();
         Self { root, files }
     }

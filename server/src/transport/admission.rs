@@ -129,7 +129,7 @@ pub(crate) fn admit(server: &Quota, client: &Quota, path: &str) -> Result<Permit
 
 /// Returns RESOURCE_EXHAUSTED for a bound that holds for a moment. The trailer
 /// `grpc-retry-pushback-ms` tells when to retry.
-pub(super) fn exhausted(reason: &str) -> Status {
+pub(crate) fn exhausted(reason: &str) -> Status {
     let seconds = RETRY_AFTER.as_secs();
     let mut status = Status::resource_exhausted(format!("{reason}; try again in {seconds} s"));
     let milliseconds = i32::try_from(RETRY_AFTER.as_millis()).expect("a second");

@@ -5,7 +5,7 @@
 //! is a task of its own, so a client that disconnects does not cancel it for others. No request
 //! waits on a thread; all builds together use one blocking thread.
 
-use crate::service::blocking;
+use crate::service::work;
 use crate::shutdown::shutting_down;
 use crate::store::StoreError;
 use postcopy_proto::digest::Digest;
@@ -79,7 +79,7 @@ impl Builds {
             // This build may miss recordings that are stored from here on, so it stops being
             // joinable.
             lock(&waiting).remove(&image);
-            let built = blocking(move || {
+            let built = work::heavy(move |_| {
                 let _turn = turn;
                 build()
             });
