@@ -36,6 +36,8 @@ use std::ops::Range;
 
 /// Most bytes of a pack: 64 MiB.
 pub const MAX_PACK_BYTES: usize = 64 << 20;
+/// Most bytes of the chunks that a pack's frames stand for, zeros included: 1 GiB.
+pub const MAX_PACK_CHUNK_BYTES: u64 = 1 << 30;
 
 const HEADER: [u8; HEADER_BYTES] = *b"postcopy\x01\0\0\0\0\0\0\0";
 const HEADER_BYTES: usize = 16;
@@ -48,6 +50,14 @@ const SET_ENTRY_BYTES: usize = 8;
 /// A defect of a pack.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PackError {
+    /// The chunks of its frames have more bytes than those of one pack may have.
+    #[error("its chunks have {actual} bytes together, more than {max}")]
+    ChunkBytes {
+        /// The actual number of bytes.
+        actual: u64,
+        /// The permitted number of bytes.
+        max: u64,
+    },
     /// The bytes are shorter than a header and a trailer, or longer than 64 MiB.
     #[error("a pack has 80 bytes to 64 MiB, this one has {0} bytes")]
     Length(usize),

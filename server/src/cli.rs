@@ -7,6 +7,7 @@ use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{Collected, Collector, Damage, Domain, Store, StoreError, Verified, verify};
+use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -69,6 +70,10 @@ struct Serve {
     /// Most connections; one client (an IP address, or a user of a Unix socket) may have half of them
     #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(2..))]
     max_connections: u32,
+    /// Permissions that new files, directories and the socket do not get: a store holds the memory
+    /// of programs
+    #[arg(long, value_name = "OCTAL", default_value = "077", value_parser = umask)]
+    umask: u32,
     /// Share of an image's recordings in which a page must have faulted to belong to the working
     /// set
     #[arg(long, value_name = "0..1", default_value_t = 0.5, value_parser = share)]
@@ -102,6 +107,11 @@ struct Verify {
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
+}
+
+fn umask(text: &str) -> Result<u32, String> {
+    let mask = u32::from_str_radix(text, 8).ok().filter(|mask| *mask <= 0o777);
+    mask.ok_or_else(|| "it must be an octal number up to 777".to_owned())
 }
 
 impl Cli {
@@ -149,6 +159,7 @@ impl StoreArgs {
 
 impl Serve {
     async fn run(self) -> anyhow::Result<ExitCode> {
+        rustix::process::umask(Mode::from_raw_mode(self.umask));
         let address: Address = self.listen.parse()?;
         let dir = self.store.dir()?;
         let end = end_signals::first().context("a thread for signals")?;
@@ -186,6 +197,7 @@ fn connections(wanted: u32) -> u32 {
 
 impl Gc {
     async fn run(self) -> anyhow::Result<ExitCode> {
+        rustix::process::umask(Mode::from_raw_mode(0o077));
         let collector = Collector::open(&self.store.dir()?, Domain::DEFAULT)?;
         let collected = self.collect(&collector).await.map_err(|error| match error {
             StoreError::Damaged { .. } => anyhow::Error::from(error)

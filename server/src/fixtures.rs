@@ -1,6 +1,6 @@
 //! Fixtures of the tests: a store in a temporary directory, and small images.
 
-use crate::store::{Caller, CommitOutcome, Domain, Store};
+use crate::store::{Caller, CommitOutcome, Domain, Store, StoreError};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
@@ -29,6 +29,15 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes
+}
+
+impl Store {
+    /// Receives and stores a whole pack.
+    pub(crate) fn put_pack(&self, digest: Digest, bytes: Bytes, caller: &Caller) -> Result<(), StoreError> {
+        let mut staged = self.stage_pack(digest)?;
+        staged.write(&bytes)?;
+        self.put_staged(&staged, caller)
+    }
 }
 
 impl Image {

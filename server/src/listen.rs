@@ -4,7 +4,7 @@ use socket2::SockRef;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener, ToSocketAddrs};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use tokio::net::{TcpListener, UnixListener};
@@ -156,7 +156,11 @@ fn bind_unix(path: &Path) -> Result<Listener, ListenError> {
         Err(_) => {}
     }
     let listener = UnixListener::bind(path).map_err(error)?;
-    let inode = std::fs::metadata(path).map_err(error)?.ino();
+    let metadata = std::fs::metadata(path).map_err(error)?;
+    // A socket is made with permissions to execute, which have no meaning.
+    let mode = std::fs::Permissions::from_mode(metadata.mode() & 0o666);
+    std::fs::set_permissions(path, mode).map_err(error)?;
+    let inode = metadata.ino();
     Ok(Listener::Unix(listener, SocketFile { path: path.to_owned(), inode }))
 }
 

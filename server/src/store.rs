@@ -1,7 +1,7 @@
 //! The store: a directory of images.
 //!
-//! A push passes these calls: [`Store::put_pack`] verifies a pack and writes it,
-//! [`Store::put_segment`] a segment. [`Store::commit`] checks that every object exists, writes the
+//! A push passes these calls: [`Store::stage_pack`] receives a pack, [`Store::put_staged`] verifies
+//! and names it, [`Store::put_segment`] does both for a segment. [`Store::commit`] checks that every object exists, writes the
 //! root, and moves the reference. A read goes the other way: [`Store::resolve`] maps a reference to
 //! an image, the image's manifest a chunk to its digest, the index of the packs ([`packs`]) the
 //! digest to a frame. The frame is a slice of the pack's memory map.
@@ -23,6 +23,7 @@ pub(crate) mod map;
 mod objects;
 mod packs;
 mod references;
+mod staged;
 mod verify;
 mod walk;
 mod working_sets;
@@ -34,6 +35,7 @@ pub use gc::{Collected, Collector};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;
+pub use staged::StagedPack;
 pub use verify::{Damage, Verified, verify};
 pub use working_sets::WorkingSet;
 
@@ -45,17 +47,11 @@ use manifests::Manifests;
 use objects::Objects;
 use packs::Packs;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::frame::FrameDecoder;
 use postcopy_proto::manifest::{ChunkContent, Root, Segment};
-use postcopy_proto::pack::{PackIndex, check_frame};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::reference::{Reference, TagReference};
-use rayon::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Least number of frames for one thread to check, so that making its decompressor's state pays.
-const FRAMES_PER_TASK: usize = 32;
 
 /// A store in a local directory.
 #[derive(Debug)]
@@ -131,33 +127,6 @@ impl Store {
             condemned::pardon(&self.layout, pack)?;
         }
         Ok(is_stored)
-    }
-
-    /// Verifies a pack with all of its frames, and stores it. The pack is durable and served on
-    /// return.
-    ///
-    /// # Errors
-    /// Returns [`StoreError::Invalid`] with the pack's defect, or [`StoreError::Full`].
-    ///
-    /// # Blocking
-    /// Decodes on all cores, for about a second for each GiB of plain bytes and core, and waits for
-    /// the disk.
-    pub fn put_pack(&self, digest: Digest, bytes: Bytes, caller: &Caller) -> Result<(), StoreError> {
-        let invalid = |reason: String| StoreError::Invalid { object: error::pack_name(&digest), reason };
-        let (actual, checked) = rayon::join(|| Digest::of(&bytes), || check_pack(&bytes, caller));
-        if actual != digest {
-            return Err(invalid(format!("the bytes have digest {actual}")));
-        }
-        caller.check()?;
-        checked.map_err(|e| invalid(e.to_string()))?;
-        self.objects.put(&self.layout.pack(&digest), bytes)?;
-        let _keep = StoreLock::keep_objects(&self.layout)?;
-        // A collector without a grace time may have deleted the pack already. The commit then lists
-        // it as missing.
-        if self.packs.add(digest)? {
-            condemned::pardon(&self.layout, &digest)?;
-        }
-        Ok(())
     }
 
     /// Verifies a segment, and stores it. The segment is durable on return.
@@ -331,7 +300,7 @@ impl Store {
     }
 }
 
-/// Checks that `dir` is a store, and creates its missing directories.
+/// Checks that `dir` is a store, and creates its missing directories. Warns if others may read it.
 fn open_layout(dir: &Path, domain: Domain) -> Result<Layout, OpenError> {
     let missing = |_| OpenError::Missing(dir.to_owned());
     // An absolute path, so that later changes of the working directory do not matter.
@@ -340,21 +309,10 @@ fn open_layout(dir: &Path, domain: Domain) -> Result<Layout, OpenError> {
         return Err(OpenError::Missing(dir.to_owned()));
     }
     layout.create_directories()?;
+    if layout.is_open_to_others() {
+        tracing::warn!("other users may read {}: chmod it to 700, unless they are meant to", dir.display());
+    }
     Ok(layout)
-}
-
-/// Parses a pack and decodes every frame of it, on all cores. Stops early, without an error, when
-/// the caller leaves.
-fn check_pack(pack: &[u8], caller: &Caller) -> Result<PackIndex, postcopy_proto::pack::PackError> {
-    let index = PackIndex::parse(pack)?;
-    index.entries().par_iter().with_min_len(FRAMES_PER_TASK).try_for_each_init(
-        || (FrameDecoder::default(), Vec::new()),
-        |(decoder, scratch), entry| match caller.check() {
-            Ok(()) => check_frame(entry, pack, decoder, scratch),
-            Err(_) => Ok(()),
-        },
-    )?;
-    Ok(index)
 }
 
 /// Returns an error with all of its causes, as one line.

@@ -5,14 +5,14 @@ use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::{ChunkContent, ManifestBuilder, SEGMENT_CHUNKS};
 use postcopy::proto::page::ChunkSize;
 use postcopy::proto::path::ImagePath;
-use postcopy::proto::v1::{self, commit_request};
+use postcopy::proto::v1::{self, commit_request, upload_pack_request};
 use postcopy_tests::cgroup::MemoryCgroup;
 use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::noise;
 use postcopy_tests::h2_client::{H2Client, H2Stream, connect, framed};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, digest};
-use postcopy_tests::uploads::{frame_of, pack_of, upload_whole};
+use postcopy_tests::uploads::{frame_of, pack_of, upload_parts, upload_whole};
 use postcopy_tests::{binary, is_root, skip, wait_until};
 use prost::Message;
 use std::ffi::OsStr;
@@ -163,6 +163,44 @@ fn unfinished_messages_take_a_bounded_amount_of_memory() {
     target.assert_serves_others();
 }
 
+/// Uploads that were announced as long as possible, and go no further, take no place of others.
+#[test]
+fn uploads_that_do_not_go_on_hold_up_no_others() {
+    let target = Target::new(MIB, &[]);
+    let runtime = runtime();
+    let begin = upload_pack_request::Part::Begin(v1::UploadPackBegin {
+        digest: Digest::of(b"never").into(),
+        size_bytes: 64 << 20,
+    });
+    let begin = framed(&v1::UploadPackRequest { part: Some(begin) });
+    let (client, stuck) = runtime.block_on(async {
+        let client = H2Client::connect(STRANGER, target.server.address()).await;
+        let mut stuck = Vec::new();
+        for _ in 0..60 {
+            let stream = request(&client, "ImageService/UploadPack", begin.clone(), false).await;
+            stuck.push(tokio::spawn(stream.expect("the server accepts").status()));
+        }
+        (client, stuck)
+    });
+    let rpc = Rpc::connect(target.server.address());
+    let packs = (0..40).map(|seed| noise(4 * MIB, 100 + seed)).map(|chunks| {
+        let chunks = chunks.chunks(1 << 16);
+        pack_of(&chunks.map(|chunk| (Digest::of(chunk), frame_of(chunk))).collect::<Vec<_>>())
+    });
+    let packs: Vec<_> = packs.collect();
+    // All at once, over one connection.
+    let uploads = packs.iter().map(|pack| {
+        let mut images = rpc.images();
+        let parts: Vec<_> = upload_parts(pack).collect();
+        async move { images.upload_pack(tokio_stream::iter(parts)).await }
+    });
+    let outcomes = rpc.wait(futures_util::future::join_all(uploads));
+    outcomes.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
+    assert!(stuck.iter().all(|stuck| !stuck.is_finished()), "the stuck uploads are still open");
+    target.assert_serves_others();
+    drop(client);
+}
+
 /// A root of 640 kB can name one segment 20,000 times: 10 GiB of digests, if each time counted.
 #[test]
 fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
@@ -170,7 +208,7 @@ fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
     if !target.bound_memory("a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments") {
         return;
     }
-    const TIMES: u64 = 20_000;
+    const TIMES: usize = 20_000;
     let rpc = Rpc::connect(target.server.address());
     let chunk = noise(4096, 8);
     let digest = Digest::of(&chunk);
@@ -181,9 +219,9 @@ fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
     (0..SEGMENT_CHUNKS).for_each(|_| once.chunk(ChunkContent::Data(digest)));
     let once = once.finish().expect("a manifest");
     let mut root = v1::Root::decode(&once.root_bytes[..]).expect("a root");
-    root.segment_digests = root.segment_digests.repeat(TIMES as usize).into();
+    root.segment_digests = root.segment_digests.repeat(TIMES).into();
     let Some(v1::entry::Kind::File(file)) = &mut root.entries[0].kind else { panic!("a file") };
-    file.size_bytes *= TIMES;
+    file.size_bytes *= TIMES as u64;
     let segment = once.segments[0].clone();
     rpc.wait(rpc.images().upload_segment(v1::UploadSegmentRequest { segment })).expect("a segment");
     let root = root.encode_to_vec();
@@ -193,7 +231,7 @@ fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
     rpc.wait(rpc.images().commit(tokio_stream::iter(parts))).expect("it commits");
     let request = v1::GetImageRequest { reference: "many:1".into() };
     let image = rpc.wait(rpc.images().get_image(request)).expect("it is described").into_inner();
-    assert_eq!((image.chunks, image.distinct_chunks), (TIMES * u64::from(SEGMENT_CHUNKS), 1));
+    assert_eq!((image.chunks, image.distinct_chunks), (TIMES as u64 * u64::from(SEGMENT_CHUNKS), 1));
     target.assert_serves_others();
 }
 

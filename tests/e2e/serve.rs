@@ -2,13 +2,14 @@
 
 use postcopy::proto::v1;
 use postcopy::{Remote, ServerAddress};
-use postcopy_tests::binary;
 use postcopy_tests::cli::{fail, run};
 use postcopy_tests::fixtures::{memory_like, noise, sparse};
 use postcopy_tests::server::Server;
-use postcopy_tests::store::{Rpc, StoreDir};
+use postcopy_tests::store::{Rpc, StoreDir, shown};
+use postcopy_tests::{binary, is_root, skip};
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
@@ -220,4 +221,60 @@ fn a_10_gib_sparse_image_is_served_in_little_memory() {
     let packs = StoreDir::of(&server).packs();
     let bytes: u64 = packs.iter().map(|pack| fs::metadata(pack).unwrap().len()).sum();
     assert!(bytes < 40 << 20, "{bytes} bytes in packs: the islands alone, which hold the same bytes in part");
+}
+
+#[test]
+fn a_store_and_its_socket_are_its_users_alone_unless_told_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    for (mask, files, dirs) in [(None, 0o600, 0o700), (Some("027"), 0o640, 0o750)] {
+        let store = folder.path().join(mask.unwrap_or("default"));
+        let socket = folder.path().join("socket");
+        let mut command = Command::new("sh");
+        command.args(["-c", "umask 0; exec \"$@\"", "sh"]).arg(binary("postcopyd"));
+        command.arg("serve").arg("--store").arg(&store);
+        command.arg("--listen").arg(format!("unix:{}", socket.display()));
+        command.args(mask.into_iter().flat_map(|mask| ["--umask", mask]));
+        let server = Server::spawn(command, &store).unwrap();
+        let image = folder.path().join("image");
+        fs::write(&image, noise(1 << 20, 5)).unwrap();
+        push(&server, &image, "app:v1");
+        let modes = |path: &Path| path.symlink_metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(modes(&socket), files);
+        let mut all = vec![store];
+        while let Some(path) = all.pop() {
+            let expected = if path.is_dir() { dirs } else { files };
+            assert_eq!(modes(&path), expected, "{}", path.display());
+            if path.is_dir() {
+                all.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_on_a_read_only_file_system_is_served_and_verified() {
+    let test = "a_store_on_a_read_only_file_system_is_served_and_verified";
+    if !is_root() {
+        return skip(test, "needs root, to mount");
+    }
+    let mut writing = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let bytes = noise(1 << 20, 5);
+    fs::write(&image, &bytes).unwrap();
+    push(&writing, &image, "app:v1");
+    writing.stop();
+    let read_only = |command: &str| {
+        let mount = "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\" && shift && exec \"$@\"";
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "sh", "-c", mount, "sh"]).arg(writing.store());
+        unshare.arg(binary("postcopyd")).arg(command).arg("--store").arg(writing.store());
+        unshare
+    };
+    let mut serve = read_only("serve");
+    serve.args(["--listen", "127.0.0.1:0"]);
+    let server = Server::spawn(serve, writing.store()).unwrap();
+    assert!(Rpc::connect(server.address()).read_file("app:v1", "image").unwrap() == bytes);
+    let verified = read_only("verify").output().unwrap();
+    assert!(verified.status.success(), "{}", shown(&verified));
 }

@@ -29,13 +29,20 @@ pub fn data(bytes: impl Into<bytes::Bytes>) -> Option<upload_pack_request::Part>
     Some(upload_pack_request::Part::Data(bytes.into()))
 }
 
+/// Returns the messages with which an honest client uploads a pack.
+pub fn upload_parts(pack: &[u8]) -> impl Iterator<Item = v1::UploadPackRequest> {
+    let parts = pack.chunks(1 << 20).map(|part| data(part.to_vec()));
+    let parts = [begin(Digest::of(pack), pack.len())].into_iter().chain(parts);
+    parts.map(|part| v1::UploadPackRequest { part })
+}
+
 /// Uploads a pack as an honest client does.
 ///
 /// # Errors
 /// The server's status.
 pub fn upload_whole(rpc: &Rpc, pack: &[u8]) -> Result<(), Status> {
-    let parts = pack.chunks(1 << 20).map(|part| data(part.to_vec()));
-    upload(rpc, [begin(Digest::of(pack), pack.len())].into_iter().chain(parts).collect())
+    let parts: Vec<_> = upload_parts(pack).collect();
+    rpc.wait(rpc.images().upload_pack(tokio_stream::iter(parts))).map(|_| ())
 }
 
 /// Returns the frame of a chunk.

@@ -15,7 +15,7 @@ use encoding::{Encoded, Encoders, encode};
 use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder, ManifestError};
-use postcopy_proto::pack::PackBuilder;
+use postcopy_proto::pack::{MAX_PACK_CHUNK_BYTES, PackBuilder};
 use postcopy_proto::page::ChunkSize;
 use postcopy_proto::path::PathError;
 use postcopy_proto::reference::TagReference;
@@ -180,6 +180,8 @@ struct Push {
     pack_buffers: Buffers,
     pack: PackBuilder,
     pack_plain_bytes: u64,
+    /// Bytes of the chunks in the pack, zeros included.
+    pack_chunk_bytes: u64,
     uploads: JoinSet<Result<u64, RemoteError>>,
 }
 
@@ -211,6 +213,7 @@ impl Push {
             pack_buffers: Buffers::new(UPLOADS + 1, PACK_BYTES),
             pack: PackBuilder::default(),
             pack_plain_bytes: 0,
+            pack_chunk_bytes: 0,
             uploads: JoinSet::new(),
         }
     }
@@ -274,9 +277,12 @@ impl Push {
     async fn take_encoded(&mut self, encoded: Encoded) -> Result<(), PushError> {
         let Encoded { frames, batch } = encoded;
         for (digest, plain_bytes, frame) in frames {
-            if !self.pack.fits(frame.len(), PACK_BYTES) {
+            let chunk_bytes = u64::from(self.options.chunk_size.bytes_u32());
+            let is_too_long = self.pack_chunk_bytes + chunk_bytes > MAX_PACK_CHUNK_BYTES;
+            if is_too_long || !self.pack.fits(frame.len(), PACK_BYTES) {
                 self.close_pack().await?;
             }
+            self.pack_chunk_bytes += chunk_bytes;
             self.pack.push(digest, &frame);
             self.pack_plain_bytes += plain_bytes;
         }
@@ -298,6 +304,7 @@ impl Push {
         let next = PackBuilder::in_buffer(self.pack_buffers.take(PACK_BYTES));
         let pack = std::mem::replace(&mut self.pack, next);
         self.report.sent_bytes += std::mem::take(&mut self.pack_plain_bytes);
+        self.pack_chunk_bytes = 0;
         self.uploads.spawn(upload(self.remote.clone(), pack, self.pack_buffers.clone()));
         Ok(())
     }

@@ -1467,7 +1467,8 @@ pub mod image_service_client {
         ///
         /// INVALID_ARGUMENT: it is no well-formed pack, a frame does not fit its digest, or the bytes do not
         /// fit the announced digest or size; the message says which. RESOURCE_EXHAUSTED: the disk is
-        /// full. DEADLINE_EXCEEDED: no bytes came for 30 s.
+        /// full, or the server has too many requests. DEADLINE_EXCEEDED: no bytes came for 30 s, or fewer
+        /// than 128 KiB/s in all.
         ///
         /// grpcurl -plaintext -d '{"begin": {"digest": "<base64>", "size_bytes": 123}} {"data": "<base64>"}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/UploadPack
@@ -1531,7 +1532,7 @@ pub mod image_service_client {
         /// INVALID_ARGUMENT: the reference names no tag, the root is not canonical, or a segment does not
         /// fit it. DATA_LOSS: a stored segment is damaged.
         ///
-        /// grpcurl -plaintext -d '{"begin": {"reference": "app:v1", "root_bytes": 4}} {"root_part": "CAEQgCA="}'
+        /// grpcurl -plaintext -d '{"begin": {"reference": "app:v1", "root_bytes": 5}} {"root_part": "CAEQgCA="}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/Commit
         pub async fn commit(
             &mut self,
@@ -1675,7 +1676,8 @@ pub mod image_service_server {
         ///
         /// INVALID_ARGUMENT: it is no well-formed pack, a frame does not fit its digest, or the bytes do not
         /// fit the announced digest or size; the message says which. RESOURCE_EXHAUSTED: the disk is
-        /// full. DEADLINE_EXCEEDED: no bytes came for 30 s.
+        /// full, or the server has too many requests. DEADLINE_EXCEEDED: no bytes came for 30 s, or fewer
+        /// than 128 KiB/s in all.
         ///
         /// grpcurl -plaintext -d '{"begin": {"digest": "<base64>", "size_bytes": 123}} {"data": "<base64>"}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/UploadPack
@@ -1705,7 +1707,7 @@ pub mod image_service_server {
         /// INVALID_ARGUMENT: the reference names no tag, the root is not canonical, or a segment does not
         /// fit it. DATA_LOSS: a stored segment is damaged.
         ///
-        /// grpcurl -plaintext -d '{"begin": {"reference": "app:v1", "root_bytes": 4}} {"root_part": "CAEQgCA="}'
+        /// grpcurl -plaintext -d '{"begin": {"reference": "app:v1", "root_bytes": 5}} {"root_part": "CAEQgCA="}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/Commit
         async fn commit(
             &self,

@@ -160,10 +160,9 @@ pub(super) fn fetch_chunks(
                 Next::Answer(Choice::Request(urgency)) => {
                     let (Some(turn), Some(chunks)) = (queue.take(urgency), &mut bound) else { continue };
                     match turn.wanted {
-                        Wanted::Segment(segment) => {
-                            loading.push(load(turn, load_segment(chunks, segment)));
-                            None
-                        }
+                        // Before the chunks of its request, which the client cannot verify without
+                        // it.
+                        Wanted::Segment(segment) => Some(response(turn, load_segment(chunks, segment).await?)),
                         Wanted::Chunk(chunk) => {
                             // From the second attempt on the frame is decoded first, which takes
                             // too long in this task.

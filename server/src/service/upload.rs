@@ -2,9 +2,8 @@
 
 use crate::service::{digest, reference, work};
 use crate::store::{CommitOutcome, Store};
+use crate::transport::exhausted;
 use bytes::Bytes;
-use postcopy_proto::buffers::Buffers;
-use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::MAX_ROOT_BYTES;
 use postcopy_proto::pack::MAX_PACK_BYTES;
 use postcopy_proto::page::to_usize;
@@ -13,32 +12,31 @@ use postcopy_proto::v1::{self, commit_request, upload_pack_request};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
-/// Most bytes of uploads in memory at a time: four packs of the largest size.
-const MAX_UPLOAD_BYTES: usize = 256 << 20;
+/// Most bytes of roots in memory that are being received: four of the largest size.
+const MAX_ROOTS_BYTES: usize = 256 << 20;
 
-/// Number of buffers that are kept for later uploads, and their greatest length: that of the client
-/// library's packs.
-const IDLE_BUFFERS: usize = 2;
-const IDLE_BUFFER_BYTES: usize = 16 << 20;
-
-/// Time without bytes after which an upload ends, so that it does not hold its memory for ever.
+/// Time without bytes after which an upload ends.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 
-/// The receiver of uploads, within bounds of memory.
+/// Time in which an upload must be complete: this, and as long as its bytes take at the least rate.
+/// Otherwise an upload could hold its place for ever with a byte every few seconds.
+const MIN_TIME: Duration = Duration::from_secs(60);
+const LEAST_BYTES_PER_SECOND: usize = 128 << 10;
+
+/// The receiver of uploads, within bounds of memory and time.
 #[derive(Debug)]
 pub(super) struct Uploads {
     store: Arc<Store>,
-    /// One permit for each announced byte, taken before the bytes are received.
-    memory: Arc<Semaphore>,
-    buffers: Buffers,
+    /// One permit for each byte of a root.
+    roots: Arc<Semaphore>,
 }
 
 impl Uploads {
     pub(super) fn new(store: Arc<Store>) -> Self {
-        let buffers = Buffers::new(IDLE_BUFFERS, IDLE_BUFFER_BYTES);
-        Self { store, memory: Arc::new(Semaphore::new(MAX_UPLOAD_BYTES)), buffers }
+        Self { store, roots: Arc::new(Semaphore::new(MAX_ROOTS_BYTES)) }
     }
 
     pub(super) async fn pack(&self, mut parts: Streaming<v1::UploadPackRequest>) -> Result<(), Status> {
@@ -48,33 +46,22 @@ impl Uploads {
         };
         let announced = digest("begin.digest", &begin.digest)?;
         let size = bounded_size("begin.size_bytes", begin.size_bytes, MAX_PACK_BYTES)?;
-        let data = |request: v1::UploadPackRequest| match request.part {
+        let mut parts = Parts::new(parts, size, |request: v1::UploadPackRequest| match request.part {
             Some(upload_pack_request::Part::Data(data)) => Some(data),
             _ => None,
-        };
+        });
         let store = self.store.clone();
         if work::look(move || store.keep_pack(&announced)).await? {
-            return receive(&mut parts, size, data, |_| {}).await;
+            while parts.next().await?.is_some() {}
+            return Ok(());
         }
-        let memory = self.reserve(size).await?;
-        let mut bytes = self.buffers.take(size);
-        receive(&mut parts, size, data, |part| bytes.extend_from_slice(&part)).await?;
-        self.store_pack(announced, self.buffers.lend(bytes), memory).await
-    }
-
-    async fn store_pack(
-        &self,
-        announced: Digest,
-        bytes: Bytes,
-        memory: OwnedSemaphorePermit,
-    ) -> Result<(), Status> {
         let store = self.store.clone();
-        work::heavy(move |caller| {
-            // The permit is held until the bytes are freed, even if the client disconnects.
-            let _memory = memory;
-            store.put_pack(announced, bytes, caller)
-        })
-        .await
+        let mut staged = work::look(move || store.stage_pack(announced)).await?;
+        while let Some(part) = parts.next().await? {
+            staged = work::write(move || staged.write(&part).map(|()| staged)).await?;
+        }
+        let store = self.store.clone();
+        work::heavy(move |caller| store.put_staged(&staged, caller)).await
     }
 
     pub(super) async fn commit(
@@ -87,25 +74,28 @@ impl Uploads {
         };
         let target: TagReference = reference(&begin.reference)?;
         let size = bounded_size("begin.root_bytes", begin.root_bytes, MAX_ROOT_BYTES)?;
-        let root_part = |request: v1::CommitRequest| match request.part {
+        let mut parts = Parts::new(parts, size, |request: v1::CommitRequest| match request.part {
             Some(commit_request::Part::RootPart(part)) => Some(part),
             _ => None,
-        };
-        let memory = self.reserve(size).await?;
-        let mut root = Vec::with_capacity(size);
-        receive(&mut parts, size, root_part, |part| root.extend_from_slice(&part)).await?;
+        });
+        let (mut root, mut memory) = (Vec::new(), Vec::new());
+        while let Some(part) = parts.next().await? {
+            memory.push(self.reserve(part.len())?);
+            root.extend_from_slice(&part);
+        }
         let store = self.store.clone();
         work::heavy(move |caller| {
+            // Held until the bytes are freed, even if the client disconnects.
             let _memory = memory;
             store.commit(&target, root.into(), caller)
         })
         .await
     }
 
-    async fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Status> {
-        let bytes = u32::try_from(bytes).expect("bounded to 64 MiB");
-        let reserved = self.memory.clone().acquire_many_owned(bytes).await;
-        Ok(reserved.expect("the semaphore is never closed"))
+    fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Status> {
+        let permits = u32::try_from(bytes).expect("a message is shorter");
+        let reserved = Arc::clone(&self.roots).try_acquire_many_owned(permits);
+        reserved.map_err(|_| exhausted("the server receives as many bytes of roots as it may"))
     }
 }
 
@@ -122,32 +112,46 @@ async fn next<T>(parts: &mut Streaming<T>) -> Result<Option<T>, Status> {
     message.map_err(|_| Status::deadline_exceeded("the upload sent no bytes for 30 s"))?
 }
 
-/// Receives exactly the announced bytes.
-async fn receive<T>(
-    parts: &mut Streaming<T>,
+/// The parts of an upload, which must have exactly the announced bytes.
+struct Parts<T, F> {
+    parts: Streaming<T>,
+    data: F,
     announced: usize,
-    data: impl Fn(T) -> Option<Bytes>,
-    mut keep: impl FnMut(Bytes),
-) -> Result<(), Status> {
-    let mut received = 0;
-    while let Some(message) = next(parts).await? {
-        let Some(part) = data(message) else {
+    received: usize,
+    deadline: Instant,
+}
+
+impl<T, F: Fn(T) -> Option<Bytes>> Parts<T, F> {
+    fn new(parts: Streaming<T>, announced: usize, data: F) -> Self {
+        let seconds = (announced / LEAST_BYTES_PER_SECOND) as u64;
+        let deadline = Instant::now() + MIN_TIME + Duration::from_secs(seconds);
+        Self { parts, data, announced, received: 0, deadline }
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        let message = tokio::time::timeout_at(self.deadline, next(&mut self.parts)).await;
+        let too_slow = |_| Status::deadline_exceeded("the upload is slower than 128 KiB/s");
+        let Some(message) = message.map_err(too_slow)?? else {
+            let (received, announced) = (self.received, self.announced);
+            return match received == announced {
+                true => Ok(None),
+                false => Err(Status::invalid_argument(format!(
+                    "{received} bytes came, {announced} were announced"
+                ))),
+            };
+        };
+        let Some(part) = (self.data)(message) else {
             return Err(Status::invalid_argument("each message after `begin` must hold bytes"));
         };
         if part.is_empty() {
-            // An empty part would let a client hold memory for ever without sending bytes.
             return Err(Status::invalid_argument("a part is empty"));
         }
-        received += part.len();
-        if received > announced {
-            return Err(Status::invalid_argument(format!(
-                "the upload has more than the announced {announced} bytes"
-            )));
+        self.received += part.len();
+        if self.received > self.announced {
+            let announced = self.announced;
+            let reason = format!("the upload has more than the announced {announced} bytes");
+            return Err(Status::invalid_argument(reason));
         }
-        keep(part);
-    }
-    match received == announced {
-        true => Ok(()),
-        false => Err(Status::invalid_argument(format!("{received} bytes came, {announced} were announced"))),
+        Ok(Some(part))
     }
 }

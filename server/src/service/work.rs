@@ -11,6 +11,7 @@ use tonic::Status;
 
 static DEMAND: Semaphore = Semaphore::const_new(128);
 static READ: Semaphore = Semaphore::const_new(128);
+static WRITE: Semaphore = Semaphore::const_new(32);
 static LOOK: Semaphore = Semaphore::const_new(64);
 static HEAVY: LazyLock<Semaphore> =
     LazyLock::new(|| Semaphore::new(available_parallelism().map_or(2, |cores| cores.get().max(2))));
@@ -29,6 +30,13 @@ where
     E: Into<Status> + Send + 'static,
 {
     run(&READ, work).await
+}
+
+/// Writes a part of an upload.
+pub(super) async fn write<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
+    run(&WRITE, work).await
 }
 
 /// Looks up or changes a few small objects.

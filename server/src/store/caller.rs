@@ -12,7 +12,6 @@ pub struct Caller {
 
 impl Caller {
     /// Returns a guard; when it is dropped, the caller has left.
-    #[must_use]
     pub fn waits(&self) -> Waits {
         Waits(self.clone())
     }

@@ -159,15 +159,27 @@ impl Layout {
         Ok(())
     }
 
-    /// Creates the missing directories, and makes them durable.
+    /// Creates the missing directories, and makes them durable. Changes nothing in a complete store,
+    /// which may lie on a read-only file system.
     pub(crate) fn create_directories(&self) -> Result<(), StoreError> {
-        for dir in [self.packs(), self.manifests(), self.references(), self.condemned_dir(), self.leases()] {
+        let dirs = [self.packs(), self.manifests(), self.references(), self.condemned_dir(), self.leases()];
+        let lock = self.lock();
+        if dirs.iter().all(|dir| dir.is_dir()) && lock.exists() {
+            return Ok(());
+        }
+        for dir in dirs {
             fs::create_dir_all(&dir).map_err(io_error(&dir))?;
         }
-        let lock = self.lock();
         File::options().create(true).append(true).open(&lock).map_err(io_error(&lock))?;
         sync_dir(&self.domain)?;
         sync_dir(&self.root)
+    }
+
+    /// Returns true if other users may read the store.
+    pub(crate) fn is_open_to_others(&self) -> bool {
+        use std::os::unix::fs::PermissionsExt;
+        fs::metadata(&self.domain).is_ok_and(|metadata| metadata.permissions().mode() & 0o007 != 0)
+            && fs::metadata(&self.root).is_ok_and(|metadata| metadata.permissions().mode() & 0o007 != 0)
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
@@ -267,4 +267,19 @@ fn a_report_accounts_for_every_byte() {
     for word in ["size", "zero", "deduplicated", "sent         nothing", "time"] {
         assert!(text.contains(word), "the text for people has no {word:?}: {text}");
     }
+}
+
+/// The server bounds the bytes that a pack's chunks stand for, however short their frames are.
+#[test]
+fn chunks_of_few_bytes_are_sent_in_packs_that_take_no_long_time_to_verify() {
+    const CHUNK: u64 = 2 << 20;
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sparse");
+    let file = File::create(&path).unwrap();
+    file.set_len(600 * CHUNK).unwrap();
+    (0..600u64).for_each(|n| file.write_all_at(&(n + 1).to_le_bytes(), n * CHUNK).unwrap());
+    let arguments = [path.as_os_str(), OsStr::new("sparse:v1"), OsStr::new("--chunk-size=2097152")];
+    let _ = run(server.address(), [&[OsStr::new("push")][..], &arguments].concat());
+    assert_eq!(StoreDir::of(&server).packs().len(), 2);
 }

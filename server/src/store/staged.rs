@@ -1,0 +1,193 @@
+//! Packs that are being received: each a staged file beside its later place.
+//!
+//! The bytes go to the file as they arrive, so uploads take no memory of the server, however many
+//! there are and however slow they are. The verification reads the file from the page cache.
+
+use crate::store::error::{self, StoreError, io_error};
+use crate::store::layout::{Layout, sync_dir};
+use crate::store::lock::StoreLock;
+use crate::store::map::{self, Map};
+use crate::store::{Caller, Store, condemned};
+use bytes::Bytes;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
+use postcopy_proto::pack::{MAX_PACK_CHUNK_BYTES, PackError, PackIndex, check_frame};
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+/// Least number of frames for one thread to check, so that making its decompressor's state pays.
+const FRAMES_PER_TASK: usize = 32;
+
+/// The threads that verify uploads, one for each core. They yield to all others, so that a page
+/// fault waits for its answer and not for somebody's upload.
+static VERIFIERS: LazyLock<ThreadPool> = LazyLock::new(|| {
+    let yielding = |_| {
+        // Without it the threads only yield less.
+        let _ = rustix::process::setpriority_process(None, 10);
+    };
+    let threads = ThreadPoolBuilder::new().thread_name(|n| format!("verifier-{n}")).start_handler(yielding);
+    threads.build().expect("threads can be started")
+});
+
+/// A pack that is being received. The drop removes its file.
+#[derive(Debug)]
+pub struct StagedPack {
+    digest: Digest,
+    path: PathBuf,
+    file: File,
+    /// Protects the file from removal as a left-over.
+    _writing: StoreLock,
+}
+
+impl StagedPack {
+    fn create(layout: &Layout, digest: Digest) -> Result<Self, StoreError> {
+        let writing = StoreLock::write_staged(layout)?;
+        let place = layout.pack(&digest);
+        let dir = place.parent().expect("a pack lies in a directory");
+        fs::create_dir_all(dir).map_err(io_error(dir))?;
+        // Unique, because a client may send one pack twice at a time.
+        let path = dir.join(format!("{}#{}", digest.hex(), fastrand::u64(..)));
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true).open(&path);
+        Ok(Self { digest, file: file.map_err(io_error(&path))?, path, _writing: writing })
+    }
+
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Writes to the page cache, which may wait for the disk.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.file.write_all(bytes).map_err(io_error(&self.path))
+    }
+
+    fn verify(&self, caller: &Caller) -> Result<(), StoreError> {
+        let invalid = |reason: String| StoreError::Invalid { object: error::pack_name(&self.digest), reason };
+        if self.file.metadata().map_err(io_error(&self.path))?.len() == 0 {
+            return Err(invalid("it is empty".to_owned()));
+        }
+        let map = Map::new(&self.file).map_err(io_error(&self.path))?;
+        map::populate(map.bytes()).map_err(io_error(&self.path))?;
+        let bytes: &Bytes = map.bytes();
+        let (actual, checked) =
+            VERIFIERS.install(|| rayon::join(|| Digest::of(bytes), || check_pack(bytes, caller)));
+        if actual != self.digest {
+            return Err(invalid(format!("the bytes have digest {actual}")));
+        }
+        caller.check()?;
+        checked.map_err(|e| invalid(e.to_string()))?;
+        match map.was_cut() {
+            true => Err(invalid("its file was cut while it was verified".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    /// Gives the pack its name. Both are durable on return.
+    fn publish(&self, layout: &Layout) -> Result<(), StoreError> {
+        let place = layout.pack(&self.digest);
+        self.file.sync_all().map_err(io_error(&self.path))?;
+        fs::rename(&self.path, &place).map_err(io_error(&place))?;
+        sync_dir(place.parent().expect("a pack lies in a directory"))?;
+        sync_dir(&layout.packs())
+    }
+}
+
+impl Drop for StagedPack {
+    fn drop(&mut self) {
+        // After the rename there is none. On failure it is a left-over, which gc removes.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Store {
+    /// Begins to receive a pack.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Creates a file.
+    pub fn stage_pack(&self, digest: Digest) -> Result<StagedPack, StoreError> {
+        StagedPack::create(&self.layout, digest)
+    }
+
+    /// Verifies a received pack with all of its frames, and stores it. The pack is durable and
+    /// served on return.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Invalid`] with the pack's defect, [`StoreError::Full`], or
+    /// [`StoreError::Abandoned`].
+    ///
+    /// # Blocking
+    /// Decodes on all cores, for about a second for each GiB of plain bytes and core, and waits for
+    /// the disk.
+    pub fn put_staged(&self, staged: &StagedPack, caller: &Caller) -> Result<(), StoreError> {
+        staged.verify(caller)?;
+        staged.publish(&self.layout)?;
+        let _keep = StoreLock::keep_objects(&self.layout)?;
+        // A collector without a grace time may have deleted the pack already. The commit then lists
+        // it as missing.
+        if self.packs.add(staged.digest)? {
+            condemned::pardon(&self.layout, &staged.digest)?;
+        }
+        Ok(())
+    }
+}
+
+/// Parses a pack and decodes every frame of it, on all cores. Stops early, without an error, when
+/// the caller leaves.
+pub(crate) fn check_pack(pack: &[u8], caller: &Caller) -> Result<PackIndex, PackError> {
+    let index = PackIndex::parse(pack)?;
+    check_chunk_bytes(pack, &index)?;
+    index.entries().par_iter().with_min_len(FRAMES_PER_TASK).try_for_each_init(
+        || (FrameDecoder::default(), Vec::new()),
+        |(decoder, scratch), entry| match caller.check() {
+            Ok(()) => check_frame(entry, pack, decoder, scratch),
+            Err(_) => Ok(()),
+        },
+    )?;
+    Ok(index)
+}
+
+/// Checks the sum of the chunks' lengths, by the headers of the frames: a frame of 100 bytes may
+/// stand for 2 MiB, which take time to verify.
+fn check_chunk_bytes(pack: &[u8], index: &PackIndex) -> Result<(), PackError> {
+    let mut bytes = 0;
+    for entry in index.entries() {
+        let frame = ChunkFrame::parse(&pack[entry.range()]);
+        let frame = frame.map_err(|error| PackError::Frame { chunk: entry.chunk, error })?;
+        bytes += frame.chunk_bytes() as u64;
+    }
+    match bytes <= MAX_PACK_CHUNK_BYTES {
+        true => Ok(()),
+        false => Err(PackError::ChunkBytes { actual: bytes, max: MAX_PACK_CHUNK_BYTES }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::store;
+    use postcopy_proto::frame::FrameEncoder;
+    use postcopy_proto::pack::PackBuilder;
+
+    #[test]
+    fn a_short_pack_that_takes_long_to_verify_is_refused_before_it_is_decoded() {
+        let (_dir, store) = store();
+        let mut chunk = vec![0; 2 << 20];
+        chunk[7] = 1;
+        let (mut frame, mut pack) = (Vec::new(), PackBuilder::default());
+        assert!(FrameEncoder::new(1).encode(&chunk, &mut frame));
+        // The digests are wrong, which is not found out.
+        (0..513u32).for_each(|n| pack.push(Digest::of(&n.to_le_bytes()), &frame));
+        let pack: Bytes = pack.finish().into();
+        let error = store.put_pack(Digest::of(&pack), pack, &Caller::default()).unwrap_err().to_string();
+        assert!(error.contains("1075838976 bytes together, more than 1073741824"), "{error}");
+    }
+}
