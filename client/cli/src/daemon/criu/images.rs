@@ -20,6 +20,9 @@ const MAX_PARENTS: usize = 64;
 /// The most bytes of a pagemap: an entry has some 20 bytes, and covers a page or more.
 const MAX_PAGEMAP_BYTES: u64 = 256 << 20;
 
+/// The most bytes of runc's descriptors.json: three paths.
+const MAX_DESCRIPTORS_BYTES: u64 = 3 * 4096 + 64;
+
 const PE_PARENT: u32 = 1;
 const PE_LAZY: u32 = 2;
 const PE_PRESENT: u32 = 4;
@@ -264,19 +267,25 @@ pub(crate) fn ensure_whole(root: &Path) -> Result<()> {
 }
 
 fn ensure_whole_directory(directory: &Directory, path: &Path) -> Result<()> {
-    let (mut some, mut has_inventory, mut has_pagemap) = (None, false, false);
+    let (mut some, mut has_inventory, mut has_pagemap, mut is_of_runc) = (None, false, false, false);
     for name in directory.names().flatten() {
         let Ok(name) = name.into_string() else { continue };
         if name.ends_with(".img") && directory.file(Path::new(&name)).is_ok_and(|file| is_image(&file)) {
             has_inventory |= name == "inventory.img";
             has_pagemap |= pid_of_pagemap(&name).is_some();
             some = Some(name);
+        } else if name == "descriptors.json" {
+            is_of_runc = is_list_of_descriptors(directory, &name);
         }
     }
-    let Some(some) = some else { return Ok(()) };
+    let some = match some {
+        Some(some) => format!("{some} of CRIU"),
+        None if is_of_runc => "descriptors.json of runc".to_owned(),
+        None => return Ok(()),
+    };
     let lacks = |what: &str| {
         format!(
-            "{}: there is {some} of CRIU, and no {what}: the dump has failed, or this is a part of one. Look into its log, \
+            "{}: there is {some}, and no {what}: the dump has failed, or this is a part of one. Look into its log, \
              and dump again",
             path.display()
         )
@@ -284,6 +293,13 @@ fn ensure_whole_directory(directory: &Directory, path: &Path) -> Result<()> {
     ensure!(has_inventory, lacks("inventory.img"));
     ensure!(has_pagemap, lacks("pagemap-PID.img"));
     Dump::read(directory, path).map(drop)
+}
+
+/// Returns true if a file is the list of a container's standard input and outputs, which runc writes
+/// before CRIU dumps.
+fn is_list_of_descriptors(directory: &Directory, name: &str) -> bool {
+    let read = directory.file(Path::new(name)).and_then(|file| read_at_most(&file, MAX_DESCRIPTORS_BYTES));
+    read.is_ok_and(|bytes| serde_json::from_slice::<[String; 3]>(&bytes).is_ok())
 }
 
 /// Reads a pagemap of `directory`. A pagemap is a regular file.
@@ -527,6 +543,15 @@ mod tests {
         assert!(ensure_whole(folder.path()).is_ok());
         fs::remove_file(dump.join("pagemap-7.img")).unwrap();
         error("there is inventory.img of CRIU, and no pagemap-PID.img");
+        fs::remove_file(dump.join("inventory.img")).unwrap();
+        for (descriptors, is_of_runc) in
+            [(r#"["/dev/null","pipe:[7]","pipe:[8]"]"#, true), (r#"{"descriptors": []}"#, false)]
+        {
+            fs::write(dump.join("descriptors.json"), descriptors).unwrap();
+            assert_eq!(ensure_whole(folder.path()).is_err(), is_of_runc, "{descriptors}");
+        }
+        fs::write(dump.join("descriptors.json"), r#"["/dev/null","pipe:[7]","pipe:[8]"]"#).unwrap();
+        error("there is descriptors.json of runc, and no inventory.img");
     }
 
     proptest! {
