@@ -248,6 +248,22 @@ fn the_next_step_follows_from_the_kind_of_an_error_and_not_from_its_words() {
 }
 
 #[test]
+fn an_error_without_a_reader_ends_the_command_as_any_error_does() {
+    for is_stdout in [true, false] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = postcopy(&nowhere(), ["--json", "ls"]);
+        if is_stdout {
+            command.stdout(writer)
+        } else {
+            command.stderr(writer)
+        };
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+    }
+}
+
+#[test]
 fn a_list_of_no_images_says_how_to_store_one() {
     let server = Server::start();
     let output = postcopy(server.address(), ["ls"]).output().unwrap();

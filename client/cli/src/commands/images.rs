@@ -1,6 +1,6 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
-use super::output::{Advised, INSPECT, Output, bytes, printable, time};
+use super::output::{Advised, INSPECT, Output, bytes, complain, printable, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result, bail};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
@@ -261,7 +261,7 @@ pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Outpu
     {
         // The error itself names the first one.
         for damage in &damaged[1..] {
-            eprintln!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason);
+            complain(&format!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason));
         }
     }
     show_pulled(output, &format!("{reference} is sound"), &verified?, None)

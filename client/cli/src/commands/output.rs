@@ -14,13 +14,18 @@ pub(crate) struct Output {
     pub(crate) json: bool,
 }
 
-/// Prints a text, with or without a final line break.
+/// Prints a text without its trailing white space, and a line break.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     // If the reader has gone, like `head`, printing must neither fail nor panic.
     match writeln!(std::io::stdout(), "{}", text.trim_end()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// Prints a line to stderr. Ignores errors, because no place is left to report them.
+pub(crate) fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Escapes the control characters of a name, so that a terminal does not obey them and XML stays
@@ -40,11 +45,12 @@ impl Output {
         // The chain may contain text of a server or a file.
         let chain = format!("{error:#}").split('\n').map(printable).collect::<Vec<_>>().join("\n");
         if self.json {
-            println!("{}", serde_json::json!({ "error": chain }));
+            // The exit status reports the error in any case.
+            let _ = print(&serde_json::json!({ "error": chain }).to_string());
         }
-        eprintln!("postcopy: {chain}");
+        complain(&format!("postcopy: {chain}"));
         if let Some(next) = error.chain().find_map(next_step) {
-            eprintln!("  {next}");
+            complain(&format!("  {next}"));
         }
     }
 }
