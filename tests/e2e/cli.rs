@@ -264,6 +264,34 @@ fn an_error_without_a_reader_ends_the_command_as_any_error_does() {
 }
 
 #[test]
+fn options_that_contradict_each_other_or_mean_nothing_are_refused() {
+    let server = Server::start();
+    push_small(&server);
+    let refused: [(&[&str], &str); 3] = [
+        (&["--fault-deadline", "0s"], "--on-loss would apply to every fault"),
+        (&["--nothing-was-removed"], "--nothing-was-removed"),
+        (&["--no-working-set", "--fill", "working-set"], "contradict each other"),
+    ];
+    for (options, reason) in refused {
+        let args = [&["firecracker", "--image", "app", "--socket", "/does/not/exist"], options].concat();
+        let text = fail(server.address(), args);
+        assert!(text.contains(reason), "{text}");
+    }
+}
+
+#[test]
+fn bench_keeps_a_file_in_the_place_of_its_trace() {
+    let server = Server::start();
+    push_small(&server);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "a file").unwrap();
+    let text = fail(server.address(), ["bench", "app", "mem", "--trace", file.to_str().unwrap()]);
+    assert!(text.contains(&format!("--trace {}: File exists", file.display())), "{text}");
+    assert_eq!(fs::read(&file).unwrap(), b"a file");
+}
+
+#[test]
 fn a_list_of_no_images_says_how_to_store_one() {
     let server = Server::start();
     let output = postcopy(server.address(), ["ls"]).output().unwrap();

@@ -273,6 +273,7 @@ fn what_is_no_trace_is_named() {
         let args = ["bench", "app", "mem", "--no-eager", "--trace", nowhere.to_str().unwrap()];
         assert!(fail(source.server.address(), args).contains("nowhere/trace: No such file"));
         let args = ["bench", "app", "mem", "--no-eager", "--trace", path.to_str().unwrap()];
+        std::fs::remove_file(&path).unwrap();
         let _ = run(source.server.address(), args);
         let whole = std::fs::read_to_string(&path).unwrap();
         let (first, rest) = whole.split_once('\n').unwrap();

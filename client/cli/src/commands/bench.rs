@@ -43,7 +43,8 @@ pub(crate) struct BenchArgs {
     /// Record the page faults, for the image's working set
     #[arg(long)]
     record: bool,
-    /// Write the session's events with their times, for `postcopy report`
+    /// Write the session's events with their times, for `postcopy report`, to this file, which must
+    /// not exist
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Skip the eager read, to which the lazy one is compared
@@ -212,8 +213,9 @@ fn lazily(
         .working_set(args.working_set)
         .record(args.record)
         .trace(args.trace.is_some());
-    let trace =
-        args.trace.as_ref().map(|path| File::create(path).with_context(|| path.display().to_string()));
+    let create =
+        |path: &PathBuf| File::create_new(path).with_context(|| format!("--trace {}", path.display()));
+    let trace = args.trace.as_ref().map(create);
     let trace = trace.transpose()?;
     let session = Session::open(server, reference, options)?;
     let trace = trace.map(|file| session.write_trace(file)).transpose().context("--trace")?;

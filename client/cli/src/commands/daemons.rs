@@ -71,7 +71,7 @@ enum OnLoss {
 #[derive(Debug, Args)]
 pub(crate) struct DaemonArgs {
     /// The time that a fault may take before --on-loss applies
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = deadline)]
     fault_deadline: Duration,
     /// The action on a fault that is lost
     #[arg(long, value_enum, default_value_t = OnLoss::Wait)]
@@ -98,14 +98,18 @@ impl DaemonArgs {
         self.runtime_dir.clone().unwrap_or_else(runtime_dir::default_root)
     }
 
-    fn options(&self, ahead: Ahead, fill: Fill) -> Options {
+    fn options(&self, ahead: Ahead, fill: Fill) -> Result<Options> {
+        ensure!(
+            !(ahead.no_working_set && ahead.fill == Some(Fill::WorkingSet)),
+            "--fill working-set and --no-working-set contradict each other: give one of them"
+        );
         let on_loss = match self.on_loss {
             OnLoss::Poison => LossPolicy::Poison,
             OnLoss::Kill => LossPolicy::Kill,
             OnLoss::Pause => LossPolicy::Pause,
             OnLoss::Wait => LossPolicy::Wait,
         };
-        Options::DEFAULT
+        let options = Options::DEFAULT
             .fault_deadline(self.fault_deadline)
             .on_loss(on_loss)
             .working_set(ahead.working_set(fill))
@@ -113,7 +117,8 @@ impl DaemonArgs {
             .record(ahead.record)
             .trace(self.trace.is_some())
             .track_writes(false)
-            .hold_causers(!self.no_hold)
+            .hold_causers(!self.no_hold);
+        Ok(options)
     }
 
     fn setup(
@@ -176,7 +181,7 @@ pub(crate) struct FirecrackerArgs {
     #[arg(long, value_name = "PID", conflicts_with = "socket", value_parser = super::pid)]
     adopt: Option<u32>,
     /// Assert, for --adopt without a state file, that no balloon or the like has given back a page
-    #[arg(long, requires = "adopt")]
+    #[arg(long, requires = "adopt", conflicts_with = "socket")]
     nothing_was_removed: bool,
     #[command(flatten)]
     ahead: Ahead,
@@ -215,7 +220,7 @@ pub(crate) fn firecracker(server: ServerAddress, args: &FirecrackerArgs) -> Resu
     let root = args.daemon.root();
     let runtime = firecracker::runtime_dir(&root)?;
     let named = args.image.iter().map(ToString::to_string).zip(images.iter().cloned()).collect();
-    let options = args.daemon.options(args.ahead, Fill::WorkingSet);
+    let options = args.daemon.options(args.ahead, Fill::WorkingSet)?;
     let mut setup = args.daemon.setup(server, named, options, runtime)?;
     for path in &args.socket {
         setup.listen(path)?;
@@ -255,7 +260,7 @@ pub(crate) struct CriuArgs {
     /// Write the log to this file
     #[arg(short = 'o', long, value_name = "FILE")]
     pub(crate) log_file: Option<PathBuf>,
-    /// Log level from 0 to 4, or as many v's: 0 and 1 errors, 2 warnings, 3 and 4 information
+    /// Log level as a number, or as many v's: 0 and 1 errors, 2 warnings, 3 and more information
     /// [default: 3]
     #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "1", value_parser = verbosity)]
     pub(crate) verbosity: Option<u8>,
@@ -280,6 +285,13 @@ pub(crate) enum CriuCommand {
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
         runtime_dir: Option<PathBuf>,
     },
+}
+
+fn deadline(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("--on-loss would apply to every fault: give a time such as 30s".to_owned()),
+        parsed => parsed.map_err(|error| error.to_string()),
+    }
 }
 
 fn verbosity(text: &str) -> Result<u8, String> {
@@ -315,7 +327,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let (server, reference) = (server()?, args.image.clone().context("--image")?);
     let name = reference.to_string();
     let images = open_images(&server, &[reference])?;
-    let options = args.common.options(args.ahead, Fill::All);
+    let options = args.common.options(args.ahead, Fill::All)?;
     let image = Arc::clone(&images[0]);
     let criu = Criu::new(image, &name, &args.images_dir, options.fill, args.wait_for_restore)?;
     // The daemon starts the fill once all tasks are restored.

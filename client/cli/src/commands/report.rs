@@ -22,7 +22,7 @@ use waits::{Wait, Waiting};
 pub(crate) struct ReportArgs {
     /// The file that --trace has written
     trace: PathBuf,
-    /// Write the report also as one HTML page, which loads no other file
+    /// Write the report also as one HTML page, which loads no other file; replaces an existing file
     #[arg(short = 'o', long, value_name = "FILE")]
     output: Option<PathBuf>,
 }

@@ -24,7 +24,7 @@ pub(crate) enum WorkingSetCommand {
     Show {
         /// name, name:tag or name@blake3:…
         reference: Reference,
-        /// Draw also into this SVG file
+        /// Draw also into this SVG file; replaces an existing file
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
