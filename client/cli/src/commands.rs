@@ -25,11 +25,11 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 /// The heading of the options that all commands have.
 const GLOBAL: &str = "Global options";
 
-/// Restore memory before its pages have arrived: push, inspect, pull and try page images
+/// Restore memory before its pages have arrived: push, inspect, pull and measure page images
 #[derive(Debug, Parser)]
 #[command(name = "postcopy", version, max_term_width = 100)]
 #[command(
-    after_help = "Example:\n  postcopyd serve &\n  postcopy push ./model.bin model:v1\n  postcopy bench model:v1 model.bin"
+    after_help = "Example:\n  postcopyd serve &\n  postcopy push ./model.bin model:v1\n  postcopy bench model:v1 model.bin\n\nPOSTCOPY_LOG in the environment sets the log level: error, warn or info."
 )]
 struct Cli {
     /// The server: http://host:port or unix:/path
@@ -121,7 +121,7 @@ enum Command {
     /// Restore microVMs: serve the memory of Firecracker's snapshots
     #[command(after_help = concat!(
         "Example:\n  postcopy firecracker --socket /run/vm.sock --image vm/web:v1\n\n",
-        "Exit status: 0: nothing was lost; 1: it could not serve; 3: a machine was killed or stopped, lost pages, or was left \
+        "Exit status: 0: nothing was lost; 1: it could not serve; 2: wrong arguments; 3: a machine was killed or stopped, lost pages, or was left \
          without memory that had not arrived. The log says which."
     ))]
     Firecracker(daemons::FirecrackerArgs),
@@ -130,7 +130,8 @@ enum Command {
         after_help = concat!(
             "Example:\n  postcopy pull app:v1 images --criu\n  postcopy criu -D images --image app:v1 &\n",
             "  criu restore -D images --lazy-pages\n\n",
-            "Exit status: 0: nothing was lost; 1: the restore failed, or it could not serve; 3: a process was killed or \
+            "Exit status: 0: nothing was lost; 1: the restore failed, or it could not serve; 2: wrong arguments; 3: a \
+             process was killed or \
              stopped, lost pages, or was left without memory that had not arrived. The log says which."
         )
     )]

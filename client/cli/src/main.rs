@@ -1,4 +1,4 @@
-//! `postcopy`: push, look at, pull and try images; restore programs from them.
+//! `postcopy`: push, inspect, pull and measure images; restore programs from them.
 
 mod commands;
 mod daemon;

@@ -70,17 +70,17 @@ enum OnLoss {
 
 #[derive(Debug, Args)]
 pub(crate) struct DaemonArgs {
-    /// The time that a fault may take before --on-loss applies
+    /// The time that a fault may take before --on-loss applies, such as 500ms, 30s or 2m
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = deadline)]
     fault_deadline: Duration,
     /// The action on a fault that is lost
     #[arg(long, value_enum, default_value_t = OnLoss::Wait)]
     on_loss: OnLoss,
-    /// The time after SIGTERM in which programs' memory can become resident
+    /// The time after SIGTERM in which programs' memory can become resident, such as 30s or 2m
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     grace: Duration,
-    /// The directory, on tmpfs, of the state that outlives a daemon's worker [default: postcopy
-    /// below $XDG_RUNTIME_DIR, /run or /dev/shm]
+    /// The directory, on tmpfs, of the state that outlives a daemon's worker [default: /run/postcopy for
+    /// root, else $XDG_RUNTIME_DIR/postcopy; /dev/shm/postcopy if that is not on tmpfs]
     #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
     /// Never hold threads by ptrace(2) that cause events (madvise, munmap, mremap, fork) without a
@@ -170,8 +170,9 @@ pub(crate) struct FirecrackerArgs {
     /// The socket that Firecracker connects to (`backend_path` of its mem_backend); may be repeated
     #[arg(long, value_name = "PATH", required_unless_present = "adopt")]
     socket: Vec<PathBuf>,
-    /// The image of the snapshot: one for all sockets, or one for each, in their order
-    #[arg(long, value_name = "REF", required = true)]
+    /// The image of the snapshot: name, name:tag or name@blake3:…; one for all sockets, or one for
+    /// each, in their order
+    #[arg(long, value_name = "REFERENCE", required = true)]
     image: Vec<Reference>,
     /// The memory's file in the image, if several files have the length of the guest's memory; one
     /// for all images, or one for each
@@ -241,11 +242,11 @@ pub(crate) struct CriuArgs {
     /// The directory of the socket and other files, as for `criu restore` [default: --images-dir]
     #[arg(short = 'W', long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
-    /// The image that was pushed
-    #[arg(long, value_name = "REF", required = true)]
+    /// The image that was pushed: name, name:tag or name@blake3:…
+    #[arg(long, value_name = "REFERENCE", required = true)]
     image: Option<Reference>,
     /// End with status 1 if no `criu restore` connects within this time [default: wait for ever, as
-    /// criu's own daemon does]
+    /// criu's own daemon does], such as 10m
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     wait_for_restore: Option<Duration>,
     /// Write the daemon's pid to this file
@@ -281,7 +282,7 @@ pub(crate) enum CriuCommand {
         /// that is dumped
         #[arg(value_parser = super::pid)]
         pids: Vec<u32>,
-        /// The directory of the state that outlives daemons' workers
+        /// The daemon's --runtime-dir [default: that of the daemons]
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
         runtime_dir: Option<PathBuf>,
     },
