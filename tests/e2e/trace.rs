@@ -193,10 +193,10 @@ fn how_much_of_a_working_set_is_touched_is_estimated() {
 
         let html = std::fs::read_to_string(html).unwrap();
         for part in [
-            "Touches of absent pages",
-            "Where waiting went",
-            "What came, and why",
-            "Where in the files",
+            "Faults on absent pages",
+            "Parts of the latency",
+            "Installed memory, by cause",
+            "Places in the files",
             "an estimate: ",
         ] {
             assert!(html.contains(part), "{part}");

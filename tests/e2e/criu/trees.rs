@@ -89,7 +89,7 @@ fn a_server_that_is_away_is_not_overrun_by_the_tasks_of_a_restore() {
         let mut daemon = Daemon::start(server.address(), args);
         let mut restored = bench.criu.restore(&images, ["--lazy-pages"]);
         restored.assert_runs();
-        daemon.assert_says("all 3 tasks have been restored");
+        daemon.assert_says("all tasks have been restored: 3");
         files.iter().for_each(|file| wait_for_status(file));
         server.kill();
         fs::remove_file(&socket).unwrap();

@@ -1,6 +1,6 @@
 //! `postcopy bench`: maps a file lazily, measures the fault latency, and checks every byte.
 
-use super::output::{Advised, INSPECT, Output, bytes, time};
+use super::output::{Advised, INSPECT, Output, bytes, counted, time};
 use anyhow::{Context, Result, bail};
 use postcopy::proto::manifest::{ChunkContent, FileEntry};
 use postcopy::proto::page::{PAGE_BYTES, is_zero, to_usize};
@@ -34,7 +34,7 @@ pub(crate) struct BenchArgs {
     /// Touch the pages in address order instead of a random one
     #[arg(long)]
     sequential: bool,
-    /// Fill the region in the background meanwhile
+    /// Fill the region in the background meanwhile (the daemons' --fill takes a value)
     #[arg(long)]
     fill: bool,
     /// Prefetch the image's working set
@@ -44,7 +44,7 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     record: bool,
     /// Write the session's events with their times, for `postcopy report`, to this file, which must
-    /// not exist
+    /// not exist (the daemons' --trace takes a directory)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Skip the eager read, to which the lazy one is compared
@@ -148,7 +148,7 @@ fn text(
     let mut text = format!(
         "{} of {}: {}, every byte right\n\
          \x20 first byte     {} after the start: connect, open, map, touch\n\
-         \x20 touch          p50 {}  p90 {}  p99 {}  ({} touches of absent pages, {} threads, seed {})\n\
+         \x20 touch          p50 {}  p90 {}  p99 {}  ({} of absent pages, {}, seed {})\n\
          \x20 faults         {}, answered with {} chunks on demand ({} of them read ahead), {} in the background\n\
          \x20 working set    {} pages{hint}\n\
          \x20 on the wire    {} of frames for {} of memory\n\
@@ -160,8 +160,8 @@ fn text(
         time(percentile(50)),
         time(percentile(90)),
         time(percentile(99)),
-        r.touches,
-        r.threads,
+        counted(r.touches as u64, "touch", "touches"),
+        counted(r.threads.into(), "thread", "threads"),
         r.seed,
         r.faults,
         r.demand_chunks,
@@ -174,8 +174,9 @@ fn text(
     );
     if let (Some(eager), Some(ratio)) = (eager, r.eager_to_first_byte) {
         text += &format!(
-            "  eager read     {} for all of it: {ratio:.1} x the time to the first byte\n",
-            time(eager)
+            "  eager read     {} for all of it: {ratio:.1} x the lazy time to the first byte, {:.1} x that to all bytes\n",
+            time(eager),
+            eager.as_secs_f64() / lazy.all.as_secs_f64(),
         );
     }
     text

@@ -1,6 +1,6 @@
 //! Heat maps of files: the address of a page as the place, its install time as the colour.
 
-use super::output::{bytes, printable};
+use super::output::{bytes, counted, printable};
 use postcopy::proto::page::{PAGE_BYTES, to_usize};
 use postcopy::proto::v1::PageSpan;
 use std::cmp::Reverse;
@@ -27,6 +27,14 @@ struct FileMap {
     size_bytes: u64,
     pages: u64,
     cells: Vec<Option<f64>>,
+}
+
+impl FileMap {
+    /// Returns the size of the file, and its share of installed pages.
+    fn amount(&self) -> String {
+        let all = counted(pages_of(self.size_bytes), "page", "pages");
+        format!("{}, {} of {all}", bytes(self.size_bytes), self.pages)
+    }
 }
 
 /// A run of a file's pages, with the number of pages that were installed before the run.
@@ -76,14 +84,17 @@ impl HeatMap {
     /// Returns the line about files that are not drawn, if there are any.
     fn rest(&self) -> Option<String> {
         let (files, pages) = self.left_out;
-        (files > 0).then(|| format!("and {files} other files, of which {pages} pages come"))
+        (files > 0).then(|| {
+            let files = counted(files as u64, "other file", "other files");
+            format!("and {files}, with {} in all", counted(pages, "page", "pages"))
+        })
     }
 
     /// Draws the maps for a terminal: one character for each cell, dense ones for early pages.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         for map in &self.files {
-            let _ = writeln!(text, "{} ({}, {} pages)", map.path, bytes(map.size_bytes), map.pages);
+            let _ = writeln!(text, "{} ({})", map.path, map.amount());
             for row in map.cells.chunks(COLUMNS) {
                 text.push_str("  ");
                 text.extend(row.iter().map(|cell| cell.map_or('·', shade)));
@@ -111,9 +122,7 @@ impl HeatMap {
         for map in &self.files {
             let (x, baseline) = (EDGE, y + EDGE);
             let name = escaped(&shortened(&map.path));
-            let size = bytes(map.size_bytes);
-            let _ =
-                writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{name} ({size}, {} pages)</text>", map.pages);
+            let _ = writeln!(svg, "<text x=\"{x}\" y=\"{baseline}\">{name} ({})</text>", map.amount());
             y += 2 * EDGE;
             for (index, cell) in map.cells.iter().enumerate() {
                 let (x, y) = (EDGE + index % COLUMNS * EDGE, y + index / COLUMNS * EDGE);
@@ -212,7 +221,7 @@ mod tests {
         let files = [("a\u{1b}]0;x\u{7}é".to_owned(), 4096)];
         let map = HeatMap::new(&files, &[PageSpan { file: 0, first: 0, count: u32::MAX }], "not");
         for drawn in [map.text(), map.svg()] {
-            assert!(drawn.contains("a\\u{1b}]0;x\\u{7}é (4.00 KiB, 1 pages)"), "{drawn}");
+            assert!(drawn.contains("a\\u{1b}]0;x\\u{7}é (4.00 KiB, 1 of 1 page)"), "{drawn}");
         }
     }
 
@@ -224,8 +233,8 @@ mod tests {
         let spans: Vec<_> = (0..count).map(|n| PageSpan { file: n, first: 0, count: n + 1 }).collect();
         let map = HeatMap::new(&files, &spans, "not");
         for drawn in [map.text(), map.svg()] {
-            assert_eq!(drawn.matches(" pages)").count(), FILES);
-            assert!(drawn.contains("and 3 other files, of which 6 pages come"), "{drawn}");
+            assert_eq!(drawn.matches(" KiB, ").count(), FILES);
+            assert!(drawn.contains("and 3 other files, with 6 pages in all"), "{drawn}");
         }
         assert!(map.text().contains(&format!("{long}9 (")) && !map.text().contains(&format!("{long}2 (")));
         assert!(map.svg().contains(&format!(">…{}9 (", &long[long.len() - 2 - 98..])), "{}", map.svg());
@@ -236,7 +245,7 @@ mod tests {
         let files = [("a".to_owned(), 0), ("b<c".to_owned(), 8 * 4096), ("d".to_owned(), 4096)];
         let span = |first, count| PageSpan { file: 1, first, count };
         let map = HeatMap::new(&files, &[span(5, 1), span(0, 2), span(7, 1)], "not");
-        assert!(map.text().contains("b<c (32.00 KiB, 4 pages)\n  ▓▒···█·░\n"), "{}", map.text());
+        assert!(map.text().contains("b<c (32.00 KiB, 4 of 8 pages)\n  ▓▒···█·░\n"), "{}", map.text());
         let svg = map.svg();
         assert_eq!(svg.matches("fill=\"#eee\"").count(), 4);
         assert!(svg.contains("b&lt;c") && svg.ends_with("</svg>\n"));

@@ -1,6 +1,6 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
-use super::output::{Advised, INSPECT, Output, bytes, complain, printable, time};
+use super::output::{Advised, INSPECT, Output, bytes, complain, counted, printable, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result, bail};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
@@ -140,7 +140,8 @@ fn show_pulled(
     };
     output.show(&pulled, || {
         let PullReport { image, entries, size_bytes, chunks, frame_bytes } = report;
-        let written = not_lazy.map_or(String::new(), |part| format!(" ({} of it now)", bytes(part.written_bytes)));
+        let size = bytes(*size_bytes);
+        let size = not_lazy.map_or(size.clone(), |part| format!("{} of {size}", bytes(part.written_bytes)));
         let not_lazy = not_lazy.map_or(String::new(), |NotLazy { shared_bytes, private_bytes, .. }| {
             let shared = match shared_bytes {
                 0 => String::new(),
@@ -149,11 +150,15 @@ fn show_pulled(
                     bytes(shared_bytes)
                 ),
             };
-            format!("\n  not lazy: {shared}{} of private memory", bytes(private_bytes))
+            format!(
+                "\n  not lazy: {shared}{} of private memory; the daemon fetches the rest",
+                bytes(private_bytes)
+            )
         });
         format!(
-            "{what}: {image}, {entries} entries, {}{written}, {chunks} chunks verified, {} over the wire{not_lazy}",
-            bytes(*size_bytes),
+            "{what}: {image}, {}, {size}, {} verified, {} over the wire{not_lazy}",
+            counted(*entries as u64, "entry", "entries"),
+            counted(*chunks, "chunk", "chunks"),
             bytes(*frame_bytes)
         )
     })?;
@@ -385,11 +390,11 @@ pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Outp
     output.show(&inspected, || {
         let summary = &inspected.summary;
         let mut text = format!(
-            "{} is {}\n  size    {} in {} files\n  chunks  {} of {}, {} distinct, {} zero\n  stored  {}\n",
+            "{} is {}\n  size    {} in {}\n  chunks  {} of {}, {} distinct, {} zero\n  stored  {}\n",
             summary.reference,
             summary.image,
             bytes(summary.size_bytes),
-            summary.files,
+            counted(summary.files.into(), "file", "files"),
             inspected.chunks + inspected.zero_chunks,
             bytes(u64::from(summary.chunk_size_bytes)),
             inspected.distinct_chunks,

@@ -120,6 +120,11 @@ pub(crate) fn bytes(n: u64) -> String {
     indicatif::HumanBytes(n).to_string()
 }
 
+/// Formats a number with its noun: `1 file`, `2 files`.
+pub(crate) fn counted(n: u64, one: &str, several: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { several })
+}
+
 /// Formats a time for people: `12.3 ms`.
 pub(crate) fn time(duration: std::time::Duration) -> String {
     let seconds = duration.as_secs_f64();

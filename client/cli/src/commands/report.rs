@@ -50,7 +50,7 @@ impl Pages {
     /// Returns the numbers with their names.
     fn named(&self) -> [(&'static str, u64); 5] {
         [
-            ("touched", self.touched),
+            ("faulting", self.touched),
             ("neighbours", self.neighbours),
             ("read ahead", self.read_ahead),
             ("working set", self.working_set),
@@ -242,7 +242,7 @@ fn text(report: &Report) -> String {
     let mut text = format!(
         "{}\n\
          \x20 lasted         {}{}\n\
-         \x20 touches        {} of absent pages, p50 {}  p90 {}  p99 {}  longest {}\n\
+         \x20 faults         {}, p50 {}  p90 {}  p99 {}  longest {}\n\
          \x20 waited         {} in all: {}\n\
          \x20 installed      {}: {}\n",
         printable(&report.image),
@@ -262,7 +262,7 @@ fn text(report: &Report) -> String {
         text += &format!("  working set    {line}\n");
     }
     if report.touches.unanswered > 0 {
-        text += &format!("  unanswered     {} touches\n", report.touches.unanswered);
+        text += &format!("  unanswered     {} of the faults\n", report.touches.unanswered);
     }
     if report.lost_events > 0 {
         text +=
@@ -280,12 +280,12 @@ fn estimate(report: &Report) -> Option<String> {
     let (least, most) = (e.touched_share? * 100.0, e.touched_share_at_most? * 100.0);
     Some(match e.brought {
         0 => format!(
-            "an estimate: {least:.0} % of what it brought was touched ({} of {} pages that were withheld at random)",
+            "an estimate: {least:.0} % of its pages were accessed ({} of {} that were withheld at random)",
             e.touched, e.withheld
         ),
         brought => format!(
-            "an estimate: {least:.0} to {most:.0} % of what it brought was touched (of {} pages that were withheld at \
-             random, {} were accessed, and {brought} were installed for another cause first)",
+            "an estimate: {least:.0} to {most:.0} % of its pages were accessed (of {} that were withheld at random, {} \
+             faulted, and {brought} had another cause of install first)",
             e.withheld, e.touched
         ),
     })
@@ -335,16 +335,12 @@ mod tests {
         assert_eq!((estimate.withheld, estimate.touched, estimate.brought), (4, 1, 2));
         assert_eq!((estimate.touched_share, estimate.touched_share_at_most), (Some(0.25), Some(0.75)));
         assert!(
-            text(&report).contains("25 to 75 % of what it brought was touched (of 4 pages"),
+            text(&report).contains("25 to 75 % of its pages were accessed (of 4 that"),
             "{}",
             text(&report)
         );
         let of_one = super::tests::told(Vec::new(), vec![touch(50, 7)], &[7, 8]).report();
-        assert!(
-            text(&of_one).contains(" 50 % of what it brought was touched (1 of 2 pages"),
-            "{}",
-            text(&of_one)
-        );
+        assert!(text(&of_one).contains(" 50 % of its pages were accessed (1 of 2 that"), "{}", text(&of_one));
     }
 
     /// A process may map a file twice, one time after another.

@@ -2,7 +2,7 @@
 
 use super::heat_map::HeatMap;
 use super::images::{digest, with_remote};
-use super::output::{Advised, Output, RECORD, bytes};
+use super::output::{Advised, Output, RECORD, bytes, counted};
 use crate::daemon::{ask_to_record, runtime_dir};
 use anyhow::{Context, Result, ensure};
 use clap::Subcommand;
@@ -34,7 +34,7 @@ pub(crate) enum WorkingSetCommand {
         /// Process ids; processes that these have forked are included
         #[arg(required = true, value_parser = super::pid)]
         pids: Vec<u32>,
-        /// The directory in which the daemons keep the state that outlives their workers
+        /// The daemon's --runtime-dir [default: that of the daemons]
         #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
         runtime_dir: Option<PathBuf>,
     },
@@ -72,11 +72,11 @@ impl From<&v1::WorkingSet> for Shown {
 impl Shown {
     fn text(&self) -> String {
         format!(
-            "{}  {} as {}, of {} recordings",
+            "{}  {} as {}, of {}",
             self.image,
             bytes(self.plain_bytes),
             bytes(self.frame_bytes),
-            self.recordings
+            counted(self.recordings.into(), "recording", "recordings")
         )
     }
 }
@@ -138,7 +138,7 @@ fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, outp
         }
         Ok((set.context("the server's answer lacks the working set's description")?, spans, files))
     })?;
-    let map = HeatMap::new(&files, &spans, "not sent ahead");
+    let map = HeatMap::new(&files, &spans, "not in the set");
     if let Some(path) = svg {
         std::fs::write(&path, map.svg()).with_context(|| path.display().to_string())?;
     }

@@ -209,7 +209,7 @@ impl Criu {
         inbox::take(&connection.stream, PID_BYTES)?;
         tasks.is_restored = true;
         tasks.served.iter().for_each(|served| restored(served));
-        tracing::info!("all {} tasks have been restored", tasks.served.len() + tasks.resuming.len());
+        tracing::info!("all tasks have been restored: {}", tasks.served.len() + tasks.resuming.len());
         self.complete(worker, tasks);
         Ok(())
     }
@@ -369,6 +369,7 @@ impl Program for Criu {
 
     fn begin(&self, worker: &Arc<Worker>) -> Result<()> {
         for (_, path) in &worker.setup.listeners {
+            let path = std::path::absolute(path)?;
             say(&format!("ready: {} ({})", path.display(), self.image.digest()));
         }
         Ok(())

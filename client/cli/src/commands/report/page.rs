@@ -28,7 +28,7 @@ const STEPS: usize = 100;
 pub(super) fn html(told: &Told, report: &Report) -> String {
     let header = &told.trace.header;
     let mut body = format!(
-        "<h1>What was waited for</h1>\n<p class=\"image\">{}</p>\n",
+        "<h1>Fault latency of a session</h1>\n<p class=\"image\">{}</p>\n",
         escaped(&printable(&header.image))
     );
     if !report.is_complete {
@@ -46,27 +46,27 @@ pub(super) fn html(told: &Told, report: &Report) -> String {
     }
     body += &numbers(report);
     body += &section(
-        "Touches of absent pages",
+        "Faults on absent pages",
         "Each dot is one fault, or several: its time, and its latency from the moment the pager read it from the userfaultfd. \
-         The colour tells the cause of the page's install: a demand fetch, read-ahead, the working set, or the background fill.",
+         The colour is the cause of the page's install: a demand fetch, read-ahead, the working set, or the background fill.",
         &timeline(told),
     );
-    body += &section("Where waiting went", "The sum over all faults.", &waiting(report));
+    body += &section("Parts of the latency", "The sum over all faults.", &waiting(report));
     body += &section(
-        "What came, and why",
+        "Installed memory, by cause",
         "Installed memory over time: pages of demand fetches with their neighbours, and prefetched pages.",
         &(arrivals(told) + &causes(report)),
     );
     body += &section(
-        "Where in the files",
+        "Places in the files",
         "Each square is a run of pages, coloured by their mean install time.",
         &heat_map(told),
     );
-    body += &section("The longest waits", "", &longest(told));
+    body += &section("The longest latencies", "", &longest(told));
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>postcopy: what was waited for</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
+         <title>postcopy: fault latency of a session</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
     )
 }
 
@@ -82,8 +82,8 @@ fn numbers(report: &Report) -> String {
     let t = &report.touches;
     let mut numbers = vec![
         ("lasted", micros(report.duration_ms * 1e3)),
-        ("touches", t.count.to_string()),
-        ("waited in all", micros(report.waited_ms * 1e3)),
+        ("faults", t.count.to_string()),
+        ("latency in all", micros(report.waited_ms * 1e3)),
         ("p50", micros(t.p50_us)),
         ("p99", micros(t.p99_us)),
         ("longest", micros(t.longest_us)),
@@ -128,7 +128,7 @@ fn times(told: &Told) -> String {
 
 fn class_of(wait: &Wait) -> &'static str {
     match wait.cause {
-        Cause::Demand => "touched",
+        Cause::Demand => "faulting",
         Cause::ReadAhead => "read-ahead",
         Cause::WorkingSet => "working-set",
         Cause::Background => "background",
@@ -170,7 +170,7 @@ fn timeline(told: &Told) -> String {
     let key =
         |(class, name): (&str, &str)| format!("<span><span class=\"key {class}\"></span>{name}</span>\n");
     let keys = [
-        ("touched", "touched"),
+        ("faulting", "demand fetch"),
         ("read-ahead", "read ahead"),
         ("working-set", "working set"),
         ("background", "background"),
@@ -203,7 +203,7 @@ fn shares<const N: usize>(name: &str, parts: [(&str, f64, String); N]) -> String
 
 fn waiting(report: &Report) -> String {
     let parts = report.waiting.named().map(|(name, ms)| (name, ms, micros(ms * 1e3)));
-    shares("Where waiting went", parts)
+    shares("Parts of the latency", parts)
         + "<p class=\"small\">queue: until the request was sent, or an installer was free; wire: until the answer arrived; \
            other: for the manifest's segment that names \
            the chunk, behind other pages of the same answer, in the working set's stream, or for installs that the kernel deferred. The times do not include \
@@ -223,7 +223,7 @@ fn causes(report: &Report) -> String {
 
 /// Draws the installed memory over time, one cause above another.
 fn arrivals(told: &Told) -> String {
-    const CLASSES: [&str; 4] = ["touched", "read-ahead", "working-set", "background"];
+    const CLASSES: [&str; 4] = ["faulting", "read-ahead", "working-set", "background"];
     let mut sums = [[0_u64; STEPS]; 4];
     for (_, pages, event) in told.came.runs() {
         let came = &told.trace.came[event];
@@ -277,7 +277,7 @@ fn longest(told: &Told) -> String {
     let mut waits: Vec<&Wait> = told.waits.iter().collect();
     waits.sort_by_key(|wait| std::cmp::Reverse(wait.took));
     let mut table = String::from(
-        "<tr><th>at</th><th>waited</th><th>file</th><th>page</th><th>queue</th><th>wire</th><th>decompress</th><th>install</th><th>other</th></tr>\n",
+        "<tr><th>at</th><th>latency</th><th>file</th><th>page</th><th>queue</th><th>wire</th><th>decompress</th><th>install</th><th>other</th></tr>\n",
     );
     for wait in waits.into_iter().take(LONGEST) {
         let time = |nanos: u64| micros(millis(nanos) * 1e3);
