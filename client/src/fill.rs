@@ -37,7 +37,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tonic::transport::Channel;
-use working_set::{Set, WorkingSet};
+use working_set::{SetOutcome, WorkingSet};
 
 /// The most plain bytes that are requested and not yet installed. The window bounds memory, and
 /// hides a latency of some 60 ms at 1 Gbit/s.
@@ -53,24 +53,24 @@ const RETRY_PASS: Duration = Duration::from_millis(200);
 /// Pause between passes after the fill has reported that it makes no progress.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
 /// Time for which the fill retries at short intervals when only chunks of the demand lane are left.
-const LEFT_TO_TOUCHES: Duration = Duration::from_secs(2);
+const LEFT_TO_DEMAND: Duration = Duration::from_secs(2);
 
 /// The time after a demand-lane request for which the fill leaves the chunk to the demand lane. It
 /// is well above the time that 2 MiB of read-ahead take at 100 Mbit/s.
-const STUCK: Duration = Duration::from_secs(1);
+const LEAVE_TO_DEMAND: Duration = Duration::from_secs(1);
 
 /// The bulk lane, and its outstanding requests, in order.
 struct Stream {
     lane: BulkLane,
-    asked: VecDeque<AskedFor>,
+    outstanding: VecDeque<Outstanding>,
     last_id: u64,
     /// True if the pass has left out a chunk because the demand lane fetches it.
-    leaves: bool,
+    skipped_for_demand: bool,
 }
 
 /// An outstanding request: the number of chunks of a region that are still to arrive, and their
 /// permits of the window.
-struct AskedFor {
+struct Outstanding {
     id: u64,
     region: Region,
     chunks: u64,
@@ -80,9 +80,9 @@ struct AskedFor {
 
 /// A fill that connects while its session is being opened.
 #[derive(Debug)]
-pub(crate) struct Beginning(oneshot::Sender<Fill>);
+pub(crate) struct ConnectingFill(oneshot::Sender<Fill>);
 
-impl Beginning {
+impl ConnectingFill {
     /// Starts the fill's task, which connects at once.
     ///
     /// # Errors
@@ -128,18 +128,18 @@ impl Fill {
         while !self.shared.has_ended() {
             if let Some(attempts) = &mut set {
                 match self.bring_working_set(channel.take(), attempts).await {
-                    Set::Came(received) => {
+                    SetOutcome::Received(received) => {
                         (lane, set) = (Some(*received), None);
                         backoff.reset();
                     }
-                    Set::GivenUp => set = None,
+                    SetOutcome::GivenUp => set = None,
                     // The pause also ends with the session. If the session fills, too, the next
                     // attempt follows the next pass.
-                    Set::TriedAgain if !self.shared.fills() || attempts.failures < MAX_ATTEMPTS => {
+                    SetOutcome::Failed if !self.shared.fills() || attempts.failures < MAX_ATTEMPTS => {
                         let _ = tokio::time::timeout(backoff.pause(), self.wait_while(|_| true)).await;
                         continue;
                     }
-                    Set::TriedAgain => {}
+                    SetOutcome::Failed => {}
                 }
             }
             self.shared.cores.fill_behind();
@@ -201,7 +201,7 @@ impl Fill {
             };
             // If the demand lane fetches all that is left, the pager reports the pages that are
             // lost.
-            let waits = matches!(outcome, Ok(true)) && progressed.elapsed() > LEFT_TO_TOUCHES;
+            let waits = matches!(outcome, Ok(true)) && progressed.elapsed() > LEFT_TO_DEMAND;
             let pause = match &outcome {
                 Ok(_) | Err(RemoteError::Wrong { .. }) if given_up || waits => GIVEN_UP_RETRY,
                 Ok(_) | Err(RemoteError::Wrong { .. }) => RETRY_PASS,
@@ -272,14 +272,14 @@ impl Fill {
     /// the demand lane fetches.
     async fn pass(&self, spaces: &Spaces, attempt: u32, lane: BulkLane) -> Result<bool, RemoteError> {
         self.bring_segments(spaces).await?;
-        let mut stream = Stream { lane, asked: VecDeque::new(), last_id: 0, leaves: false };
+        let mut stream = Stream { lane, outstanding: VecDeque::new(), last_id: 0, skipped_for_demand: false };
         for region in spaces.regions() {
             self.fill_region(&mut stream, &region, attempt).await?;
         }
-        while !stream.asked.is_empty() && !self.shared.has_ended() {
+        while !stream.outstanding.is_empty() && !self.shared.has_ended() {
             self.receive(&mut stream).await?;
         }
-        Ok(stream.leaves)
+        Ok(stream.skipped_for_demand)
     }
 
     /// Fetches the missing segments of the regions' files.
@@ -320,19 +320,19 @@ impl Fill {
         let Range { start: mut next, end } = region.chunks();
         while next < end && !self.shared.has_ended() && self.shared.spaces().holds(region) {
             let most = self.wait_for_turn(stream).await?;
-            match self.plan(region, &mut next, most, &mut stream.leaves) {
+            match self.plan(region, &mut next, most, &mut stream.skipped_for_demand) {
                 // Other sessions' fills run on the same thread.
                 Plan::Nothing => tokio::task::yield_now().await,
                 Plan::Zeros { chunks, pages } => {
                     let permit = self.permit(stream, pages.min(WINDOW_BYTES / PAGE_BYTES)).await?;
                     self.job(Job::new(Arrived::Zeros(chunks), permit, Duration::ZERO));
                 }
-                Plan::Ask { chunks, pages } => {
+                Plan::Request { chunks, pages } => {
                     let permit = self.permit(stream, pages).await?;
                     stream.last_id += 1;
                     let (id, region, count) = (stream.last_id, region.clone(), chunks.len() as u64);
                     let at = Instant::now();
-                    stream.asked.push_back(AskedFor { id, region, chunks: count, permit, at });
+                    stream.outstanding.push_back(Outstanding { id, region, chunks: count, permit, at });
                     chunks.iter().for_each(|chunk| self.shared.in_bulk.add(ChunkIndex(*chunk)));
                     let runs = runs_of(chunks);
                     let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
@@ -348,13 +348,14 @@ impl Fill {
     /// largest number of pages that it may request at once.
     async fn wait_for_turn(&self, stream: &mut Stream) -> Result<usize, RemoteError> {
         loop {
-            let on_their_way = stream.asked.iter().map(|asked| asked.permit.num_permits()).sum::<usize>();
+            let on_their_way =
+                stream.outstanding.iter().map(|request| request.permit.num_permits()).sum::<usize>();
             let on_their_way = on_their_way * PAGE_BYTES;
             let now = Instant::now();
-            let is_waited_for = self.shared.cores.is_waited_for(now);
+            let has_pending_fault = self.shared.cores.has_pending_fault(now);
             let window = {
                 let mut pace = self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner);
-                pace.window(on_their_way, is_waited_for, now)
+                pace.window(on_their_way, has_pending_fault, now)
             };
             let request = REQUEST_BYTES.min(window / 4).max(self.shared.image.root().chunk_size().bytes());
             match on_their_way {
@@ -375,7 +376,7 @@ impl Fill {
             if let Ok(permit) = Arc::clone(&self.window).try_acquire_many_owned(pages) {
                 return Ok(permit);
             }
-            if stream.asked.is_empty() {
+            if stream.outstanding.is_empty() {
                 let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
                 return Ok(permit.expect("the window is never closed"));
             }
@@ -394,10 +395,10 @@ impl Fill {
                 let message = self.bulk_answer(stream).await?;
                 // The server answers requests in order, so no more answers to earlier requests
                 // follow.
-                while stream.asked.front().is_some_and(|front| front.id < message.id) {
-                    stream.asked.pop_front();
+                while stream.outstanding.front().is_some_and(|front| front.id < message.id) {
+                    stream.outstanding.pop_front();
                 }
-                if stream.asked.front().is_none_or(|front| front.id == message.id) {
+                if stream.outstanding.front().is_none_or(|front| front.id == message.id) {
                     return Ok(message);
                 }
             }
@@ -405,7 +406,7 @@ impl Fill {
         let message = message
             .await
             .map_err(|_| server.wrong("bulk answer", format!("none came within {deadline:?}")))??;
-        let Some(front) = stream.asked.front_mut() else { return Ok(()) };
+        let Some(front) = stream.outstanding.front_mut() else { return Ok(()) };
         let (region, count, wire) = (front.region.clone(), message.chunks.len() as u64, front.at.elapsed());
         let permit = if count < front.chunks {
             // The frames take their share of the request's permits.
@@ -413,7 +414,7 @@ impl Fill {
             front.chunks -= count;
             front.permit.split(to_usize(pages))
         } else {
-            stream.asked.pop_front().map(|front| front.permit)
+            stream.outstanding.pop_front().map(|front| front.permit)
         };
         let permit = permit.expect("a part of what is held");
         self.job(Job::new(Arrived::Frames(region, message.chunks.into()), permit, wire));
@@ -437,9 +438,9 @@ impl Fill {
     }
 
     /// Plans the next step from chunk `next` of the region on, and moves `next` past its chunks.
-    /// The step has at most `most` pages, or one chunk. Sets `leaves` if it leaves a chunk to the
-    /// demand lane.
-    fn plan(&self, region: &Region, next: &mut u64, most: usize, leaves: &mut bool) -> Plan {
+    /// The step has at most `most` pages, or one chunk. Sets `skipped_for_demand` if it leaves a
+    /// chunk to the demand lane.
+    fn plan(&self, region: &Region, next: &mut u64, most: usize, skipped_for_demand: &mut bool) -> Plan {
         let image = &self.shared.image;
         let chunk_pages = image.root().chunk_size().bytes() / PAGE_BYTES;
         let most = most.max(chunk_pages);
@@ -448,7 +449,7 @@ impl Fill {
         let end = region.chunks().end.min(next.saturating_add(LOOK_CHUNKS));
         while *next < end {
             let chunk = ChunkIndex(*next);
-            let here = region.pages_of(chunk).expect("a chunk of the region");
+            let here = region.pages_of_chunk(chunk).expect("a chunk of the region");
             let wanted = region.next_run(here.clone(), install::unresolved(region)).is_some();
             match image.content(chunk) {
                 Content::Zero if wanted => {
@@ -458,8 +459,8 @@ impl Fill {
                     pages += here.len();
                     zeros = Some(zeros.map_or(chunk.0..chunk.0 + 1, |z| z.start..chunk.0 + 1));
                 }
-                Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, STUCK) => {
-                    *leaves = true
+                Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, LEAVE_TO_DEMAND) => {
+                    *skipped_for_demand = true
                 }
                 // Its answer is installed in all regions, but in those of young children.
                 Content::Data(_) if wanted && self.shared.in_bulk.has(chunk) => {}
@@ -479,7 +480,7 @@ impl Fill {
         match zeros {
             Some(chunks) => Plan::Zeros { chunks, pages },
             None if chunks.is_empty() => Plan::Nothing,
-            None => Plan::Ask { chunks, pages },
+            None => Plan::Request { chunks, pages },
         }
     }
 }
@@ -487,7 +488,7 @@ impl Fill {
 enum Plan {
     Nothing,
     Zeros { chunks: Range<u64>, pages: usize },
-    Ask { chunks: Vec<u64>, pages: usize },
+    Request { chunks: Vec<u64>, pages: usize },
 }
 
 /// Returns whether the fill may install pages in a space.
@@ -496,6 +497,6 @@ fn is_ready(space: &Space) -> bool {
 }
 
 /// Returns the number of pages that are not final, in some of the spaces.
-fn unresolved_pages(spaces: &Spaces, is_one: impl Fn(&Space) -> bool) -> usize {
-    spaces.unresolved_in(spaces.spaces().all(|space| space.uffd.can_poison()), is_one)
+fn unresolved_pages(spaces: &Spaces, selects: impl Fn(&Space) -> bool) -> usize {
+    spaces.unresolved_in(spaces.spaces().all(|space| space.uffd.can_poison()), selects)
 }

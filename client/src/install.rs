@@ -96,11 +96,11 @@ pub(crate) fn install(
     if region.gathering().is_some() {
         return huge::install(map, region, chunk, content);
     }
-    let Some(all) = region.pages_of(chunk) else { return Installed::All };
+    let Some(all) = region.pages_of_chunk(chunk) else { return Installed::All };
     let piece_of = |page: usize| page - (region.place_in_chunk(page) % PIECE_PAGES).min(page - all.start);
     let middle = first.map_or(all.start, piece_of);
     for part in [middle..all.end, all.start..middle] {
-        match install_part(map, region, &all, content, part, Guards::MayBe) {
+        match install_part(map, region, &all, content, part, Guards::Possible) {
             Installed::All => {}
             other => return other,
         }
@@ -115,8 +115,8 @@ pub(crate) fn install_page(
     content: &ChunkPages,
     page: usize,
 ) -> Installed {
-    let all = region.pages_of(chunk).expect("a page of the chunk");
-    install_part(None, region, &all, content, page..page + 1, Guards::CannotBe)
+    let all = region.pages_of_chunk(chunk).expect("a page of the chunk");
+    install_part(None, region, &all, content, page..page + 1, Guards::Impossible)
 }
 
 /// The possibility of guard pages (MADV_GUARD_INSTALL). The kernel reports none, and UFFDIO_COPY
@@ -124,10 +124,10 @@ pub(crate) fn install_page(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guards {
     /// Guard pages are possible, so they are searched for first.
-    MayBe,
+    Possible,
     /// A thread has faulted on the page, so it is no guard page: an access to one raises SIGSEGV
     /// and causes no page fault.
-    CannotBe,
+    Impossible,
 }
 
 /// Installs the pages `part`; `all` are the region's pages of the chunk.
@@ -159,7 +159,7 @@ pub(crate) fn install_pages(
     bytes: Option<&[u8]>,
 ) -> Installed {
     let start = pages.start;
-    let installed = install_runs(map, region, pages.clone(), Guards::MayBe, |run| {
+    let installed = install_runs(map, region, pages.clone(), Guards::Possible, |run| {
         let len = run.len().min(PIECE_PAGES);
         let at = (run.start - start) * PAGE_BYTES;
         (len, bytes.map(|bytes| &bytes[at..at + len * PAGE_BYTES]))
@@ -190,7 +190,7 @@ fn install_runs<'a>(
         };
         let Some(run) = region.next_run(next..pages.end, unresolved(region)) else { break };
         let (len, bytes) = piece(run.start..if one_page { run.start + 1 } else { run.end });
-        if guards == Guards::MayBe
+        if guards == Guards::Possible
             && let Some(guarded) = first_guard(region, run.start..run.start + len)
         {
             // Guard pages have lost their content, and read zeros once the guard is removed.
@@ -304,7 +304,7 @@ pub(crate) fn poison(
 ) -> bool {
     const UNRESOLVED: [PageState; 2] = [PageState::Absent, PageState::Poisoned];
     let uffd = &region.space.uffd;
-    let unit = region.unit();
+    let unit = region.pages_per_kernel_page();
     let mut next = pages.start;
     // The limit shrinks after an ioctl that met two VMAs, or memory that is gone.
     let mut most = usize::MAX;
@@ -400,9 +400,9 @@ pub(crate) fn gone(region: &Region, page: usize) {
     if !uffd.has_event() && !region.is_shared() && region.space.is_registered() {
         // If the kernel lacks memory for this, the page stays absent, and its next fault repeats
         // the attempt.
-        let _ = region.set_removed(region.whole(&(page..page + 1)));
+        let _ = region.set_removed(region.extend_to_kernel_pages(&(page..page + 1)));
     }
-    let addresses = region.whole_addresses(page);
+    let addresses = region.kernel_page_addresses(page);
     uffd.wake(addresses.start, addresses.len());
 }
 
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_are_there_are_left_and_the_rest_comes() {
+    fn resident_pages_are_kept_and_absent_ones_installed() {
         let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
         let (_map, region) = region(&memory);
         // No state was noted for these pages: their installer was killed.
@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn poison_goes_around_what_is_there() {
+    fn poison_leaves_resident_pages_alone() {
         let memory = Memory::reserve(PAGES * PAGE_BYTES).unwrap();
         let (map, region) = region(&memory);
         for page in [3, 9] {

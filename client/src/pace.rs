@@ -165,8 +165,8 @@ impl Pace {
     }
 
     /// Returns the plain bytes that may be outstanding, while `on_their_way` are; 0 in a pause.
-    pub(crate) fn window(&mut self, on_their_way: usize, is_waited_for: bool, now: Instant) -> usize {
-        if !is_waited_for && self.more_at.is_some_and(|at| at <= now) {
+    pub(crate) fn window(&mut self, on_their_way: usize, has_pending_fault: bool, now: Instant) -> usize {
+        if !has_pending_fault && self.more_at.is_some_and(|at| at <= now) {
             self.quiet = (self.window.max(self.quiet) * 2).clamp(self.least, MOST_BYTES);
             (self.more_at, self.answers) = (Some(now + QUIET), 0);
         }
@@ -214,7 +214,7 @@ impl Cores {
     }
 
     /// Returns whether a fault is pending that the fill may delay.
-    pub(crate) fn is_waited_for(&self, now: Instant) -> bool {
+    pub(crate) fn has_pending_fault(&self, now: Instant) -> bool {
         self.is_within(&self.waits_since, LONGEST, now)
     }
 
@@ -225,7 +225,7 @@ impl Cores {
 
     /// Returns whether the fill has to leave half of the cores.
     pub(crate) fn are_shared(&self, now: Instant) -> bool {
-        let is_touched = self.is_within(&self.last_touch, QUIET, now) || self.is_waited_for(now);
+        let is_touched = self.is_within(&self.last_touch, QUIET, now) || self.has_pending_fault(now);
         self.is_behind.load(Ordering::Relaxed) && is_touched
     }
 
@@ -284,7 +284,7 @@ mod tests {
         }
 
         /// Time goes by, in steps in which the fill looks for room.
-        fn pass(&mut self, time: Duration, is_waited_for: bool) -> usize {
+        fn pass(&mut self, time: Duration, has_pending_fault: bool) -> usize {
             let until = self.now + time;
             let mut window = 0;
             while self.now < until {
@@ -293,7 +293,7 @@ mod tests {
                 let came = (self.bytes_a_milli as u128 * step.as_nanos() / MILLI.as_nanos()) as usize;
                 let came = came.min(self.on_their_way);
                 (self.came, self.on_their_way) = (self.came + came, self.on_their_way - came);
-                window = self.pace.window(self.on_their_way, is_waited_for, self.now);
+                window = self.pace.window(self.on_their_way, has_pending_fault, self.now);
                 self.on_their_way = self.on_their_way.max(window);
             }
             window

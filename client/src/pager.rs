@@ -480,8 +480,8 @@ impl Pager {
         let requests = &self.requests;
         self.scattered.retain(|chunk| requests.has_chunk(*chunk));
         let chunk_bytes = self.on_exit.shared.image.root().chunk_size().bytes();
-        let is_waited_for = !self.scattered.is_empty();
-        let window = self.ahead_pace.window(under_way * chunk_bytes, is_waited_for, now.into_std());
+        let has_pending_fault = !self.scattered.is_empty();
+        let window = self.ahead_pace.window(under_way * chunk_bytes, has_pending_fault, now.into_std());
         (window / chunk_bytes).saturating_sub(under_way)
     }
 
@@ -518,8 +518,8 @@ impl Pager {
         let shared = Arc::clone(&self.on_exit.shared);
         if shared.fills() {
             let is_absent = |region: &Region, chunk| {
-                let pages = region.pages_of(chunk).expect("a region of the chunk");
-                region.next_run(region.whole(&pages), &[PageState::Absent]).is_some()
+                let pages = region.pages_of_chunk(chunk).expect("a region of the chunk");
+                region.next_run(region.extend_to_kernel_pages(&pages), &[PageState::Absent]).is_some()
             };
             self.requests.forget_brought(|chunk| {
                 !shared.of_chunk(chunk).iter().any(|region| is_absent(region, chunk))

@@ -198,7 +198,7 @@ impl Session {
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         let address = address.clone();
         // The fill connects while the pager opens the session.
-        let fill = (options.fill || options.working_set).then(|| fill::Beginning::new(&address));
+        let fill = (options.fill || options.working_set).then(|| fill::ConnectingFill::new(&address));
         run(Start { address, image, options, owner, commands: queue, reply })
             .map_err(|source| SessionError::System { what: "a thread for the pager", source })?;
         let shared = opened.recv().map_err(|_| SessionError::Ended)??;
@@ -345,13 +345,13 @@ impl Session {
     pub fn fill(&self) -> Result<(), SessionError> {
         self.shared.fills.store(true, Ordering::Release);
         if !self.shared.fill_started.load(Ordering::Acquire) {
-            self.start_fill(fill::Beginning::new(&self.shared.address))?;
+            self.start_fill(fill::ConnectingFill::new(&self.shared.address))?;
         }
         self.shared.fill_work.notify_one();
         Ok(())
     }
 
-    fn start_fill(&self, fill: io::Result<fill::Beginning>) -> Result<(), SessionError> {
+    fn start_fill(&self, fill: io::Result<fill::ConnectingFill>) -> Result<(), SessionError> {
         if self.shared.fill_started.swap(true, Ordering::AcqRel) {
             return Ok(());
         }

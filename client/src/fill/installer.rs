@@ -152,7 +152,9 @@ impl<'a> Installer<'a> {
             let mut runs = frame.runs();
             let is_wanted = |run: SetRun| {
                 set_regions(image, &spaces, run).into_iter().any(|(region, pages)| {
-                    region.next_run(region.whole(&pages), install::unresolved(&region)).is_some()
+                    region
+                        .next_run(region.extend_to_kernel_pages(&pages), install::unresolved(&region))
+                        .is_some()
                 })
             };
             // Faults may have fetched all of its pages meanwhile.
@@ -221,7 +223,7 @@ impl<'a> Installer<'a> {
             });
             self.tools.pages.set(chunk_bytes, in_chunk);
             for region in spaces.of_chunk(chunk, chunk_pages).filter(|region| region.gathering().is_some()) {
-                let pages = region.pages_of(chunk).expect("a region of the chunk");
+                let pages = region.pages_of_chunk(chunk).expect("a region of the chunk");
                 // A chunk that is resident was installed before the obstacle.
                 if self.is_retry && !is_wanted(&region, chunk) {
                     continue;
@@ -241,7 +243,7 @@ impl<'a> Installer<'a> {
     ) -> Result<Result<(), Obstacle>, String> {
         let shared = self.shared();
         let image = &shared.image;
-        let (Some(_), Content::Data(digest)) = (region.pages_of(chunk), image.content(chunk)) else {
+        let (Some(_), Content::Data(digest)) = (region.pages_of_chunk(chunk), image.content(chunk)) else {
             return Err("it was not asked for".to_owned());
         };
         let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
@@ -273,7 +275,7 @@ impl<'a> Installer<'a> {
         // again for them. Young children are left out.
         let regions = self.shared().of_chunk(chunk).into_iter();
         for region in regions.filter(|region| region.is_shared() || !region.space.is_young()) {
-            let pages = region.pages_of(chunk).expect("a region of the chunk");
+            let pages = region.pages_of_chunk(chunk).expect("a region of the chunk");
             self.bring(&region, &pages, Cause::Background, Work::Chunk(chunk, &self.tools.pages))?;
         }
         Ok(())
@@ -316,7 +318,7 @@ impl<'a> Installer<'a> {
 }
 
 fn is_wanted(region: &Region, chunk: ChunkIndex) -> bool {
-    let pages = region.pages_of(chunk).expect("a region of the chunk");
+    let pages = region.pages_of_chunk(chunk).expect("a region of the chunk");
     region.next_run(pages, install::unresolved(region)).is_some()
 }
 

@@ -30,25 +30,29 @@ pub(super) struct WorkingSet {
 }
 
 /// The outcome of an attempt at the working set.
-pub(super) enum Set {
-    Came(Box<BulkLane>),
+pub(super) enum SetOutcome {
+    Received(Box<BulkLane>),
     /// The server has answered wrongly [`MAX_ATTEMPTS`] times, or the process has no thread to
     /// install.
     GivenUp,
     /// The attempt failed, for example because the server cannot be reached. The fill retries as
     /// long as the session lives.
-    TriedAgain,
+    Failed,
 }
 
 impl Fill {
     /// Receives the working set and returns its lane for reuse. Until the set has arrived, page
     /// faults fetch its pages.
-    pub(super) async fn bring_working_set(&self, channel: Option<Channel>, attempts: &mut WorkingSet) -> Set {
+    pub(super) async fn bring_working_set(
+        &self,
+        channel: Option<Channel>,
+        attempts: &mut WorkingSet,
+    ) -> SetOutcome {
         let threads = match pool::join() {
             Ok(threads) => threads,
             Err(error) => {
                 tracing::warn!("no thread for the working set: {error}");
-                return Set::GivenUp;
+                return SetOutcome::GivenUp;
             }
         };
         self.shared.set_filling(true);
@@ -63,7 +67,7 @@ impl Fill {
                 if let Some(reason) = refused {
                     tracing::warn!("{reason}: its pages come as they are touched");
                 }
-                return Set::Came(Box::new(lane));
+                return SetOutcome::Received(Box::new(lane));
             }
             Err(error) => error,
         };
@@ -78,7 +82,7 @@ impl Fill {
             let next = if is_given_up { "page faults fetch its pages" } else { "the fill tries again" };
             tracing::warn!("the working set of image {image} does not come: {error}; {next}");
         }
-        if is_given_up { Set::GivenUp } else { Set::TriedAgain }
+        if is_given_up { SetOutcome::GivenUp } else { SetOutcome::Failed }
     }
 
     async fn receive_working_set(&self, channel: Option<Channel>) -> Result<BulkLane, RemoteError> {

@@ -18,14 +18,14 @@ pub(crate) fn install(
     chunk: ChunkIndex,
     content: &ChunkPages,
 ) -> Installed {
-    let Some(of_chunk) = region.pages_of(chunk) else { return Installed::All };
+    let Some(of_chunk) = region.pages_of_chunk(chunk) else { return Installed::All };
     let (mut next, mut entrance) = (of_chunk.start, Entrance::new(map));
     while next < of_chunk.end {
         let pass = match entrance.enter(region) {
             Ok(pass) => pass,
             Err(why) => return why,
         };
-        let page = region.whole(&(next..next + 1));
+        let page = region.extend_to_kernel_pages(&(next..next + 1));
         let pages = next..page.end.min(of_chunk.end);
         next = pages.end;
         let Some(gathering) = region.gathering() else { unreachable!("the region is of huge pages") };
@@ -39,7 +39,7 @@ pub(crate) fn install(
                 continue;
             }
             let place = pages.start - page.start..pages.end - page.start;
-            let first = region.placed(page.clone()).start;
+            let first = region.state_indices(page.clone()).start;
             let from = region.place_in_chunk(pages.start);
             gathered.entry(first).or_insert_with(Gathered::new).put(place, content, from);
         }
@@ -63,7 +63,7 @@ fn wake_shared(region: &Region, page: usize) {
 /// caller must be in the gate.
 pub(crate) fn install_gathered(region: &Region, first: usize) -> Installed {
     let pages = first..first + HUGE_PAGES;
-    let states = region.placed(pages.clone());
+    let states = region.state_indices(pages.clone());
     let Some(gathering) = region.gathering() else { return Installed::All };
     let Some(mut whole) = gathering.take_whole(states.start) else { return Installed::All };
     // Removed parts of the page are zeros.

@@ -109,7 +109,7 @@ impl Object {
     }
 
     /// Records the pages of these states as removed, if the object tracks removals.
-    pub(crate) fn count_removed(&self, states: Range<usize>) {
+    pub(crate) fn record_removed(&self, states: Range<usize>) {
         if let Some(removals) = self.removals() {
             for state in states {
                 removals[state / 64].fetch_or(1 << (state % 64), Ordering::AcqRel);

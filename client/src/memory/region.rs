@@ -41,8 +41,9 @@ impl Region {
     /// poisoned. Removals stay as they are: an event may remove a part of a huge page, and the
     /// successor processes the event again.
     pub(crate) fn complete_huge_pages(&self) {
-        for first in (0..self.pages).step_by(self.unit()).filter(|_| self.unit() > 1) {
-            let pages = first..first + self.unit();
+        let unit = self.pages_per_kernel_page();
+        for first in (0..self.pages).step_by(unit).filter(|_| unit > 1) {
+            let pages = first..first + unit;
             if self.next_run(pages.clone(), &[PageState::Resident]).is_some() {
                 self.set_resident(pages);
             } else if self.next_run(pages.clone(), &[PageState::Poisoned]).is_some() {
@@ -117,31 +118,31 @@ impl Region {
     }
 
     /// Returns the size in 4 KiB pages of the unit that the kernel installs whole.
-    pub(crate) fn unit(&self) -> usize {
+    pub(crate) fn pages_per_kernel_page(&self) -> usize {
         if self.object.kind().is_huge { HUGE_PAGES } else { 1 }
     }
 
     /// Returns `pages`, extended to whole pages of the kernel.
-    pub(crate) fn whole(&self, pages: &Range<usize>) -> Range<usize> {
-        let unit = self.unit();
+    pub(crate) fn extend_to_kernel_pages(&self, pages: &Range<usize>) -> Range<usize> {
+        let unit = self.pages_per_kernel_page();
         pages.start - pages.start % unit..pages.end.next_multiple_of(unit)
     }
 
     /// Returns the addresses of the kernel's page that contains `page`.
-    pub(crate) fn whole_addresses(&self, page: usize) -> Range<usize> {
-        self.addresses_of(&self.whole(&(page..page + 1)))
+    pub(crate) fn kernel_page_addresses(&self, page: usize) -> Range<usize> {
+        self.addresses_of(&self.extend_to_kernel_pages(&(page..page + 1)))
     }
 
     /// Wakes the threads that wait for pages of a chunk. They fault again.
     pub(crate) fn wake_chunk(&self, chunk: ChunkIndex) {
-        let pages = self.pages_of(chunk).map_or(0..0, |pages| self.whole(&pages));
+        let pages = self.pages_of_chunk(chunk).map_or(0..0, |pages| self.extend_to_kernel_pages(&pages));
         self.space.wake(&self.addresses_of(&pages));
     }
 
     /// Returns whether the kernel's page that contains `page` is mapped, as far as this process can
     /// see it.
     pub(crate) fn is_mapped(&self, page: usize) -> bool {
-        let addresses = self.whole_addresses(page);
+        let addresses = self.kernel_page_addresses(page);
         if self.is_shared() && self.space.uffd.is_cached(addresses.start, addresses.len()) {
             return true;
         }
@@ -185,7 +186,7 @@ impl Region {
     }
 
     /// Returns the region's pages of a chunk, or None if it has none.
-    pub(crate) fn pages_of(&self, chunk: ChunkIndex) -> Option<Range<usize>> {
+    pub(crate) fn pages_of_chunk(&self, chunk: ChunkIndex) -> Option<Range<usize>> {
         let in_file = || to_usize(chunk.0 - self.file().first_chunk.0);
         let index = self.chunks().contains(&chunk.0).then(in_file)?;
         let chunk_pages = self.object.chunk_pages();
@@ -216,20 +217,20 @@ impl Region {
     /// Returns the first run of neighbouring pages in `within` whose state is one of `states`.
     pub(crate) fn next_run(&self, within: Range<usize>, states: &[PageState]) -> Option<Range<usize>> {
         let first_state = self.first_state();
-        let run = self.states().next_run(self.placed(within), states)?;
+        let run = self.states().next_run(self.state_indices(within), states)?;
         Some(run.start - first_state..run.end - first_state)
     }
 
     /// Returns the number of the region's pages that are in `state`.
     pub(crate) fn count(&self, state: PageState) -> usize {
-        self.states().count(self.placed(0..self.pages), state)
+        self.states().count(self.state_indices(0..self.pages), state)
     }
 
     /// Sets the absent and poisoned pages of the range to resident.
     pub(crate) fn set_resident(&self, pages: Range<usize>) {
         // If no memory is left for the states, the pages look absent. The next install finds them
         // present.
-        let _ = self.states().set_resident(self.placed(pages));
+        let _ = self.states().set_resident(self.state_indices(pages));
     }
 
     /// Sets the absent pages of the range to poisoned.
@@ -237,10 +238,10 @@ impl Region {
     /// # Errors
     /// [`ArenaFull`]: the caller must not poison the pages.
     pub(crate) fn set_poisoned(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
-        let placed = self.placed(pages);
-        self.states().set_poisoned(placed.clone())?;
+        let indices = self.state_indices(pages);
+        self.states().set_poisoned(indices.clone())?;
         if let Some(gathering) = self.gathering() {
-            gathering.forget(&placed);
+            gathering.forget(&indices);
         }
         Ok(())
     }
@@ -250,18 +251,18 @@ impl Region {
     /// # Errors
     /// [`ArenaFull`]: the session must end.
     pub(crate) fn set_removed(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
-        let placed = self.placed(pages);
-        self.states().set_removed(placed.clone())?;
+        let indices = self.state_indices(pages);
+        self.states().set_removed(indices.clone())?;
         if let Some(gathering) = self.gathering() {
-            gathering.forget(&placed);
+            gathering.forget(&indices);
         }
-        self.object.count_removed(placed);
+        self.object.record_removed(indices);
         Ok(())
     }
 
     /// Records the removal of pages once more, if the object tracks removals.
-    pub(crate) fn count_removed(&self, pages: Range<usize>) {
-        self.object.count_removed(self.placed(pages));
+    pub(crate) fn record_removed(&self, pages: Range<usize>) {
+        self.object.record_removed(self.state_indices(pages));
     }
 
     fn first_state(&self) -> usize {
@@ -269,7 +270,7 @@ impl Region {
     }
 
     /// Returns the indices of these pages among the object's states.
-    pub(crate) fn placed(&self, pages: Range<usize>) -> Range<usize> {
+    pub(crate) fn state_indices(&self, pages: Range<usize>) -> Range<usize> {
         assert!(pages.end <= self.pages, "pages {pages:?} of {}", self.pages);
         self.first_state() + pages.start..self.first_state() + pages.end
     }
@@ -297,7 +298,7 @@ mod tests {
             let region = any_region(&space, 0, file, first_page..first_page + pages, chunk_bytes);
             let mut next = 0;
             for chunk in region.chunks() {
-                let here = region.pages_of(ChunkIndex(chunk)).unwrap();
+                let here = region.pages_of_chunk(ChunkIndex(chunk)).unwrap();
                 prop_assert!(here.start == next && !here.is_empty() && here.len() <= chunk_pages);
                 next = here.end;
                 for page in here.clone() {
@@ -309,7 +310,7 @@ mod tests {
             prop_assert_eq!(next, pages);
             let before = region.chunks().start.checked_sub(1);
             for outside in [before, Some(region.chunks().end)].into_iter().flatten() {
-                prop_assert_eq!(region.pages_of(ChunkIndex(outside)), None);
+                prop_assert_eq!(region.pages_of_chunk(ChunkIndex(outside)), None);
             }
         }
     }

@@ -173,7 +173,7 @@ impl Pager {
                 other => return other,
             }
         }
-        let Some(pages) = region.pages_of(chunk) else { return Installed::All };
+        let Some(pages) = region.pages_of_chunk(chunk) else { return Installed::All };
         let install = || install::install(None, region, chunk, &self.pages, touched);
         self.shared().installing(region, &pages, cause, stages, install)
     }
@@ -189,7 +189,7 @@ impl Pager {
         stages: Stages,
     ) -> Installed {
         if region.gathering().is_some() {
-            let pages = region.pages_of(chunk).expect("a page of the chunk");
+            let pages = region.pages_of_chunk(chunk).expect("a page of the chunk");
             let install = || install::install(None, region, chunk, content, None);
             return self.shared().installing(region, &pages, Cause::Demand, stages, install);
         }
@@ -211,7 +211,7 @@ impl Pager {
         installed: Installed,
     ) {
         match installed {
-            Installed::All => self.waiters.resolved(&region.space, &region.whole_addresses(page)),
+            Installed::All => self.waiters.resolved(&region.space, &region.kernel_page_addresses(page)),
             installed => self.defer_install(region, page, installed),
         }
         if !self.lacks_pages(chunk) {
@@ -236,7 +236,7 @@ impl Pager {
     fn lacks_pages(&self, chunk: ChunkIndex) -> bool {
         self.shared().of_chunk(chunk).into_iter().filter(|region| region.gathering().is_none()).any(
             |region| {
-                let pages = region.pages_of(chunk).expect("a region of the chunk");
+                let pages = region.pages_of_chunk(chunk).expect("a region of the chunk");
                 region.next_run(pages, &[PageState::Absent]).is_some()
             },
         )
@@ -291,9 +291,9 @@ impl Pager {
 /// Returns true if a chunk is to be installed in the region of a process that has not requested it:
 /// in shared memory, where a page has waiters, and where a page is poisoned.
 fn is_wanted(waiters: &Waiters, region: &Region, chunk: ChunkIndex) -> bool {
-    let Some(pages) = region.pages_of(chunk) else { return false };
+    let Some(pages) = region.pages_of_chunk(chunk) else { return false };
     region.is_shared()
-        || waiters.has(&region.space, &region.addresses_of(&region.whole(&pages)))
+        || waiters.has(&region.space, &region.addresses_of(&region.extend_to_kernel_pages(&pages)))
         || region.next_run(pages, &[PageState::Poisoned]).is_some()
 }
 
@@ -301,7 +301,7 @@ fn is_wanted(waiters: &Waiters, region: &Region, chunk: ChunkIndex) -> bool {
 fn resolved(waiters: &mut Waiters, region: &Region, chunk: ChunkIndex) {
     // A page of 2 MiB may lack other chunks.
     if region.gathering().is_none()
-        && let Some(pages) = region.pages_of(chunk)
+        && let Some(pages) = region.pages_of_chunk(chunk)
     {
         waiters.resolved(&region.space, &(region.address(pages.start)..region.address(pages.end)));
     }

@@ -202,14 +202,14 @@ fn catch_up(
             events::apply(shared, space, event, Some(&contents.calls), done).map_err(StateError::Wrong)?;
         }
     }
-    count_removed_again(shared)?;
+    record_removed_again(shared)?;
     wake_everybody(&shared.spaces());
     Ok(())
 }
 
 /// Counts all removed pages as removed and written again. Only the dead pager knew which removals
 /// it had reported.
-fn count_removed_again(shared: &Shared) -> Result<(), StateError> {
+fn record_removed_again(shared: &Shared) -> Result<(), StateError> {
     let spaces = shared.spaces();
     let started = Instant::now();
     let tracked =

@@ -47,12 +47,12 @@ impl Pager {
             if shared.recorder.is_some() {
                 self.bring_recorded(&region, chunk, &pages);
             }
-            let at = region.whole_addresses(run.start).start;
+            let at = region.kernel_page_addresses(run.start).start;
             self.waiters.add(&region.space, at, Wait::Call, Instant::now());
             self.ask(&region, run.start);
             self.brings.outstanding.push((region.clone(), run.start));
             // One page requests its whole chunk.
-            let next = region.pages_of(chunk).map_or(run.end, |pages| pages.end);
+            let next = region.pages_of_chunk(chunk).map_or(run.end, |pages| pages.end);
             if next < pages.end {
                 self.brings.ranges.push_back((region, next..pages.end));
             }
@@ -62,7 +62,7 @@ impl Pager {
     /// Notes these pages as accessed, as far as the chunk has them, and has the chunk installed
     /// whole. For record mode.
     fn bring_recorded(&mut self, region: &Region, chunk: ChunkIndex, pages: &Range<usize>) {
-        let of_chunk = region.pages_of(chunk).expect("a page of the region");
+        let of_chunk = region.pages_of_chunk(chunk).expect("a page of the region");
         if let Some(recorder) = &self.shared().recorder {
             let image = &self.shared().image;
             recorder.touched(image, region, of_chunk.start.max(pages.start)..of_chunk.end.min(pages.end));

@@ -38,7 +38,9 @@ impl Pager {
         let shared = self.shared();
         if let Some(trace) = &shared.trace
             && let Some((region, page)) = shared.spaces().at(space, address)
-            && region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some()
+            && region
+                .next_run(region.extend_to_kernel_pages(&(page..page + 1)), &[PageState::Absent])
+                .is_some()
         {
             trace.touched(&shared.image, &region, page);
         }
@@ -51,13 +53,17 @@ impl Pager {
             return self.fault_outside(space, address);
         };
         // A page of 2 MiB may have removed parts beside absent ones.
-        let absent = region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]);
+        let absent = region.next_run(region.extend_to_kernel_pages(&(page..page + 1)), &[PageState::Absent]);
         match absent.map_or_else(|| region.state(page), |_| PageState::Absent) {
             PageState::Absent => {
                 if let Some(recorder) = &self.shared().recorder {
-                    recorder.touched(&self.shared().image, &region, region.whole(&(page..page + 1)));
+                    recorder.touched(
+                        &self.shared().image,
+                        &region,
+                        region.extend_to_kernel_pages(&(page..page + 1)),
+                    );
                 }
-                let at = region.whole_addresses(page).start;
+                let at = region.kernel_page_addresses(page).start;
                 self.waiters.add(space, at, Wait::Fault, Instant::now());
                 self.ask(&region, page);
             }
@@ -69,7 +75,7 @@ impl Pager {
             }
             PageState::Removed | PageState::Resident => self.zero(space, address),
             PageState::Poisoned => {
-                let addresses = region.whole_addresses(page);
+                let addresses = region.kernel_page_addresses(page);
                 match space.uffd.poison(addresses.start, addresses.len()) {
                     Outcome::Deferred => self.defer(space, address, Obstacle::Event),
                     Outcome::NoMemory | Outcome::Unexpected { .. } => {
@@ -85,7 +91,7 @@ impl Pager {
     /// tables note the write.
     pub(super) fn first_write(&mut self, space: &Arc<Space>, address: usize) {
         let spaces = self.shared().spaces();
-        let page = spaces.at(space, address).map(|(region, page)| region.whole_addresses(page));
+        let page = spaces.at(space, address).map(|(region, page)| region.kernel_page_addresses(page));
         let page = page.unwrap_or(address..address + PAGE_BYTES);
         match space.uffd.unprotect(page.clone()) {
             Outcome::OwnerGone => space.set_gone(),
@@ -182,7 +188,7 @@ impl Pager {
     /// Installs zeros for a page of 2 MiB.
     pub(super) fn zero_huge(&mut self, region: &Region, page: usize) {
         let space = &region.space;
-        let addresses = region.whole_addresses(page);
+        let addresses = region.kernel_page_addresses(page);
         match space.counted(space.uffd.copy(addresses.start, &huge::ZEROS)) {
             Outcome::Done => {}
             Outcome::OwnerGone => space.set_gone(),
@@ -207,14 +213,14 @@ impl Pager {
     /// Requests the missing chunks of an absent page, unless they are outstanding.
     pub(super) fn ask(&mut self, region: &Region, page: usize) {
         let Some(gathering) = region.gathering() else { return self.ask_chunk(region, page) };
-        let whole = region.whole(&(page..page + 1));
+        let whole = region.extend_to_kernel_pages(&(page..page + 1));
         let mut next = whole.start;
         let mut missing = Vec::new();
         while next < whole.end {
-            let of_chunk = region.pages_of(region.chunk_of(next)).expect("a page of the region");
+            let of_chunk = region.pages_of_chunk(region.chunk_of(next)).expect("a page of the region");
             let pages = next..of_chunk.end.min(whole.end);
             next = pages.end;
-            if !gathering.has(&region.placed(pages.clone())) {
+            if !gathering.has(&region.state_indices(pages.clone())) {
                 missing.push(pages.start);
             }
         }
@@ -254,7 +260,7 @@ impl Pager {
         };
         for chunk in ahead.map(ChunkIndex) {
             // The region ends here.
-            let Some(pages) = region.pages_of(chunk) else { break };
+            let Some(pages) = region.pages_of_chunk(chunk) else { break };
             let is_wanted = region.next_run(pages.clone(), &[PageState::Absent]).is_some();
             if is_wanted
                 && let Content::Data(digest) = shared.image.content(chunk)

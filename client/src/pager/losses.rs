@@ -60,7 +60,8 @@ impl Pager {
             let of_chunk = shared.of_chunk(chunk);
             of_chunk.iter().any(|region| waiters.has(&region.space, &whole_chunk(region, chunk)))
         };
-        let waits = |(region, page): &Waiting| waiters.has(&region.space, &region.whole_addresses(*page));
+        let waits =
+            |(region, page): &Waiting| waiters.has(&region.space, &region.kernel_page_addresses(*page));
         self.requests.look(now, shared.options.fault_deadline, has_waiters, waits);
     }
 
@@ -94,7 +95,7 @@ impl Pager {
             return false;
         }
         let is_absent = |(region, page): (Region, usize)| {
-            region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some()
+            region.next_run(region.extend_to_kernel_pages(&(page..page + 1)), &[PageState::Absent]).is_some()
         };
         spaces.at(&waiter.space, key.1).is_some_and(is_absent) || self.ready.obstacle(key).is_some()
     }
@@ -102,7 +103,7 @@ impl Pager {
     /// Returns the addresses of the page at an address, which may be one of 2 MiB.
     fn page_at(&self, space: &Space, address: usize) -> Range<usize> {
         let at = self.shared().spaces().at(space, address);
-        at.map_or(address..address + PAGE_BYTES, |(region, page)| region.whole_addresses(page))
+        at.map_or(address..address + PAGE_BYTES, |(region, page)| region.kernel_page_addresses(page))
     }
 
     /// Carries out the loss policy for a page fault whose thread was woken at its deadline, and
@@ -149,7 +150,7 @@ impl Pager {
             return of_page("it is in no region");
         };
         let late = || self.late_reason();
-        let whole = region.whole(&(page..page + 1));
+        let whole = region.extend_to_kernel_pages(&(page..page + 1));
         let mut chunks = whole.clone().map(|page| region.chunk_of(page));
         if let Some(chunk) = chunks.find(|chunk| self.requests.has_chunk(*chunk)) {
             let reason = self.requests.chunk_reason(chunk).unwrap_or_else(late);
@@ -244,18 +245,20 @@ impl Pager {
     fn poison_waiter(&mut self, key: Key, waiter: &Waiter) {
         match self.shared().spaces().at(&waiter.space, key.1) {
             Some((region, page))
-                if region.next_run(region.whole(&(page..page + 1)), &[PageState::Absent]).is_some() =>
+                if region
+                    .next_run(region.extend_to_kernel_pages(&(page..page + 1)), &[PageState::Absent])
+                    .is_some() =>
             {
                 // The whole chunk: its other pages are lost for the same reason.
                 match region.gathering() {
-                    Some(_) => self.poison(&region, region.whole(&(page..page + 1))),
+                    Some(_) => self.poison(&region, region.extend_to_kernel_pages(&(page..page + 1))),
                     None => self.poison_chunk(&region, region.chunk_of(page)),
                 }
             }
             // The page stays removed: image content must not appear there.
             at => {
                 let page = key.1..key.1 + PAGE_BYTES;
-                let page = at.map_or(page, |(region, page)| region.whole_addresses(page));
+                let page = at.map_or(page, |(region, page)| region.kernel_page_addresses(page));
                 let _ = waiter.space.uffd.poison(page.start, page.len());
                 waiter.space.wake(&page);
             }
@@ -284,7 +287,7 @@ impl Pager {
         let shared = Arc::clone(&self.on_exit.shared);
         let mut lost = Vec::new();
         for (region, page) in self.requests.pages_of_segment(segment) {
-            let waiters = self.waiters.at(&region.space, &region.whole_addresses(page));
+            let waiters = self.waiters.at(&region.space, &region.kernel_page_addresses(page));
             lost.extend(waiters.into_iter().map(|(address, waiter)| ((region.space.id, address), waiter)));
         }
         lost.retain(|(key, waiter)| self.still_waits(*key, waiter));
@@ -298,8 +301,8 @@ impl Pager {
     }
 
     pub(super) fn poison_chunk(&mut self, region: &Region, chunk: ChunkIndex) {
-        if let Some(pages) = region.pages_of(chunk) {
-            self.poison(region, region.whole(&pages));
+        if let Some(pages) = region.pages_of_chunk(chunk) {
+            self.poison(region, region.extend_to_kernel_pages(&pages));
         }
     }
 
@@ -352,6 +355,6 @@ impl Pager {
 /// Returns the addresses of a region's pages of a chunk, extended to whole pages of 2 MiB for huge
 /// pages.
 fn whole_chunk(region: &Region, chunk: ChunkIndex) -> Range<usize> {
-    let pages = region.pages_of(chunk).map_or(0..0, |pages| region.whole(&pages));
+    let pages = region.pages_of_chunk(chunk).map_or(0..0, |pages| region.extend_to_kernel_pages(&pages));
     region.address(pages.start)..region.address(pages.end)
 }

@@ -522,7 +522,7 @@ impl Requests {
         for (chunk, wanted) in self.chunks.iter_mut().filter(|(_, wanted)| is_it(&wanted.first.0)) {
             let other = rest.of_chunk(*chunk, chunk_pages).find(|other| !is_it(other));
             if let Some(other) = other
-                && let Some(pages) = other.pages_of(*chunk)
+                && let Some(pages) = other.pages_of_chunk(*chunk)
             {
                 wanted.first = (other, pages.start);
             }

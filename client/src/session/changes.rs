@@ -136,7 +136,7 @@ fn at_addresses(regions: &[Region], told: Vec<Changes>) -> Changes {
 /// Returns changes to the next period, because this call could not report them. It finds the pages
 /// where they are now, even if the owner has moved them.
 fn put_back(shared: &Shared, region: &Region, written: &[Range<usize>], removed: &[Range<usize>]) {
-    removed.iter().for_each(|run| region.count_removed(run.clone()));
+    removed.iter().for_each(|run| region.record_removed(run.clone()));
     let started = Instant::now();
     for run in written {
         let unprotect = || {
@@ -154,7 +154,7 @@ fn put_back(shared: &Shared, region: &Region, written: &[Range<usize>], removed:
 fn removed(region: &Region, reset: bool) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let Some(removals) = region.removals() else { return runs };
-    let states = region.placed(0..region.pages());
+    let states = region.state_indices(0..region.pages());
     let words = states.start / 64..states.end.div_ceil(64);
     for (index, word) in
         words.clone().zip(&removals[words]).filter(|(_, word)| word.load(Ordering::Acquire) != 0)

@@ -108,7 +108,7 @@ pub(crate) fn installing(
 ) -> Installed {
     let Some(notes) = notes else { return install() };
     // A page of 2 MiB is installed whole, with its last chunk.
-    let pages = region.whole(pages);
+    let pages = region.extend_to_kernel_pages(pages);
     let were_absent = runs(region, pages, install::unresolved(region));
     let started = Instant::now();
     let installed = install();
