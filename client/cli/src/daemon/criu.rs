@@ -92,7 +92,7 @@ impl Tasks {
         let Self { served: all, resuming, is_restored } = self;
         resuming.retain_mut(|resuming| match resuming.attempt(worker) {
             Attempt::Failed => true,
-            Attempt::Nothing | Attempt::Over => false,
+            Attempt::NoSession | Attempt::Ended => false,
             Attempt::Served(served) => {
                 let served = worker.add(*served);
                 if *is_restored {
@@ -252,7 +252,7 @@ impl Criu {
                             let (setup, uffd) = (&worker.setup, uffd.as_fd());
                             Served::attach(setup, name.clone(), &self.image, uffd, &regions, false)
                         };
-                        let served = resuming::persist(worker, pid, || name.is_alive(), attach)
+                        let served = resuming::retry_attach(worker, pid, || name.is_alive(), attach)
                             .with_context(|| format!("task {image_pid}"))?;
                         let bytes: usize = regions.iter().map(|region| region.len).sum();
                         tracing::info!(

@@ -134,12 +134,12 @@ impl Firecracker {
                     inbox::take(&connection.stream, MAX_HANDSHAKE)?;
                     return Ok(Some(worker.add(*served)));
                 }
-                Attempt::Nothing => {}
-                Attempt::Over | Attempt::Failed => return Ok(None),
+                Attempt::NoSession => {}
+                Attempt::Ended | Attempt::Failed => return Ok(None),
             }
         }
         let take = || self.take_handshake(worker, connection);
-        resuming::persist(worker, connection.peer, || !connection.has_hung_up(), take).map(Some)
+        resuming::retry_attach(worker, connection.peer, || !connection.has_hung_up(), take).map(Some)
     }
 
     /// Waits for the handshake, and attaches the memory that it describes.
@@ -298,8 +298,8 @@ impl Program for Firecracker {
         } else {
             match Resuming::new(session.clone()).resume(worker) {
                 Attempt::Served(served) => Ok(Some(*served)),
-                Attempt::Nothing => Ok(None),
-                Attempt::Over | Attempt::Failed => return self.adopted.is_some().then_some(0),
+                Attempt::NoSession => Ok(None),
+                Attempt::Ended | Attempt::Failed => return self.adopted.is_some().then_some(0),
             }
         };
         let served = match (resumed, &self.adopted) {

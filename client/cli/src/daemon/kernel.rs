@@ -53,7 +53,7 @@ pub(crate) fn exit_at_once(status: i32) -> ! {
 ///
 /// # Safety
 /// No value in this process may own the descriptor.
-pub(crate) unsafe fn close_number(fd: RawFd) {
+pub(crate) unsafe fn close_fd(fd: RawFd) {
     // SAFETY: as the caller has promised.
     unsafe { libc::close(fd) };
 }
@@ -62,7 +62,7 @@ pub(crate) unsafe fn close_number(fd: RawFd) {
 ///
 /// # Safety
 /// The descriptor is open, and no value in this process owns it.
-pub(crate) unsafe fn own_number(fd: RawFd) -> OwnedFd {
+pub(crate) unsafe fn own_fd(fd: RawFd) -> OwnedFd {
     // SAFETY: as the caller has promised.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
@@ -71,7 +71,7 @@ pub(crate) unsafe fn own_number(fd: RawFd) -> OwnedFd {
 ///
 /// # Safety
 /// The descriptor stays open for as long as the result is used.
-pub(crate) unsafe fn borrow_number<'a>(fd: RawFd) -> BorrowedFd<'a> {
+pub(crate) unsafe fn borrow_fd<'a>(fd: RawFd) -> BorrowedFd<'a> {
     // SAFETY: as the caller has promised.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }

@@ -51,7 +51,7 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
         let listener = names.iter().position(|of| of.is_some() && *of == name);
         #[expect(unsafe_code, reason = "descriptors by number")]
         // SAFETY: the descriptor is open, and the worker that owned it has died.
-        let owned = unsafe { kernel::own_number(fd) };
+        let owned = unsafe { kernel::own_fd(fd) };
         match listener {
             Some(listener) => connections.push((UnixStream::from(owned), listener)),
             None => drop(owned),
@@ -71,7 +71,7 @@ fn name_of(fd: RawFd) -> Option<SocketAddrUnix> {
     #[expect(unsafe_code, reason = "descriptors by number")]
     // SAFETY: the descriptor stays open meanwhile, because no other thread runs yet that could
     // close it.
-    let fd = unsafe { kernel::borrow_number(fd) };
+    let fd = unsafe { kernel::borrow_fd(fd) };
     let name = getsockname(fd).ok()?;
     if name.address_family() != AddressFamily::UNIX {
         return None;

@@ -20,7 +20,7 @@ const WHOLE_BYTES: usize = 4096;
 /// The offset that means the current position to pwritev2(2).
 const CURRENT: u64 = u64::MAX;
 /// The longest wait for stdout, from which programs that start a daemon read its lines.
-const STDOUT: Duration = Duration::from_secs(1);
+const STDOUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The number of lines that stderr did not accept and the log has not yet reported.
 static LOST: AtomicU64 = AtomicU64::new(0);
@@ -78,7 +78,7 @@ impl<W: fmt::Write> fmt::Write for Escaping<'_, W> {
 }
 
 /// The time in which the log has at most [`MOST_REFUSALS`] lines about refused connections.
-const REFUSALS: Duration = Duration::from_secs(10);
+const REFUSAL_WINDOW: Duration = Duration::from_secs(10);
 /// A peer that connects again and again must not fill a disk with the log.
 const MOST_REFUSALS: u64 = 20;
 
@@ -108,10 +108,10 @@ impl Refusals {
     /// Logs how many reasons were left out, once their time is over.
     pub(crate) fn report(&self) {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(over) = window.take_if(|window| window.since.elapsed() >= REFUSALS) else { return };
+        let Some(over) = window.take_if(|window| window.since.elapsed() >= REFUSAL_WINDOW) else { return };
         if over.refused > MOST_REFUSALS {
             let more = over.refused - MOST_REFUSALS;
-            tracing::error!("{more} more connections were refused within {REFUSALS:?}");
+            tracing::error!("{more} more connections were refused within {REFUSAL_WINDOW:?}");
         }
     }
 }
@@ -121,7 +121,7 @@ impl Refusals {
 /// # Blocking
 /// Waits for at most a second for each 4096 bytes.
 pub(crate) fn say(text: &str) {
-    try_write(rustix::stdio::stdout(), format!("{text}\n").as_bytes(), STDOUT);
+    try_write(rustix::stdio::stdout(), format!("{text}\n").as_bytes(), STDOUT_PATIENCE);
 }
 
 /// Writes the messages of panics to the log. A thread that panics ends the worker, and the log must

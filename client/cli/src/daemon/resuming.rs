@@ -1,9 +1,8 @@
-//! Attempts that are repeated: to resume a session that an earlier worker has left, and to attach
-//! the memory of a process.
+//! Retries: resuming sessions of an earlier worker, and attaching the memory of a process.
 //!
 //! A state file that cannot be read may become readable. A lack of memory, descriptors or threads
-//! may pass. The process waits meanwhile. So another attempt follows each failed one after a
-//! growing pause, until the fault deadline. Then the loss policy applies: the process is killed or
+//! may be transient. The process waits meanwhile. So another attempt follows each failed one after
+//! a growing pause, until the fault deadline. Then the loss policy applies: the process is killed or
 //! stopped. Without a session its memory cannot be poisoned, so `poison` kills, too. `wait`
 //! continues the attempts.
 
@@ -58,9 +57,9 @@ pub(crate) enum Attempt {
     /// The session is served.
     Served(Box<Served>),
     /// There is no session: the earlier worker had not begun with it, or it has ended.
-    Nothing,
+    NoSession,
     /// The process has exited, or the daemon has ended its part.
-    Over,
+    Ended,
     /// The attempt has failed, and the caller repeats it.
     Failed,
 }
@@ -70,12 +69,13 @@ pub(crate) enum Attempt {
 pub(crate) struct Resuming {
     name: SessionName,
     retry: Retry,
-    is_lost: bool,
+    /// True once the loss policy has been applied.
+    policy_applied: bool,
 }
 
 impl Resuming {
     pub(crate) fn new(name: SessionName) -> Self {
-        Self { name, retry: Retry::new(), is_lost: false }
+        Self { name, retry: Retry::new(), policy_applied: false }
     }
 
     /// Returns the session's name.
@@ -98,17 +98,17 @@ impl Resuming {
         let name = &self.name;
         let error = match Served::resume(&worker.setup, name.clone(), worker.start) {
             Ok(Some(served)) => return Attempt::Served(Box::new(served)),
-            Ok(None) => return Attempt::Nothing,
+            Ok(None) => return Attempt::NoSession,
             Err(error) => error,
         };
         if !name.is_alive() {
             tracing::info!("process {}: it has exited before its session could be resumed", name.pid);
             worker.setup.runtime.remove(name);
-            return Attempt::Over;
+            return Attempt::Ended;
         }
         self.retry.failed(name.pid, &error);
-        if self.retry.started.elapsed() > worker.setup.options.fault_deadline && !self.is_lost {
-            self.is_lost = true;
+        if self.retry.started.elapsed() > worker.setup.options.fault_deadline && !self.policy_applied {
+            self.policy_applied = true;
             served::lose_unserved(&worker.setup, name);
         }
         if !worker.is_past_deadline() {
@@ -120,7 +120,7 @@ impl Resuming {
             served::kill_unsafe(&worker.setup, name, &format!("{error:#}"));
             worker.setup.runtime.remove(name);
         }
-        Attempt::Over
+        Attempt::Ended
     }
 
     /// Repeats [`Resuming::attempt`] until the result is not [`Attempt::Failed`].
@@ -134,13 +134,13 @@ impl Resuming {
     }
 }
 
-/// Repeats `attempt`, which attaches memory of a process, while its error is one that may pass.
+/// Repeats `attempt`, which attaches memory of a process, while its error is transient.
 /// Stops at the fault deadline, unless the loss policy is `wait`. Stops with any policy when the
 /// process has exited or the daemon's time to end is over.
 ///
 /// # Errors
 /// The error of the last attempt.
-pub(crate) fn persist<T>(
+pub(crate) fn retry_attach<T>(
     worker: &Worker,
     pid: u32,
     is_alive: impl Fn() -> bool,
@@ -149,7 +149,7 @@ pub(crate) fn persist<T>(
     let (mut retry, options) = (Retry::new(), &worker.setup.options);
     loop {
         let error = match attempt() {
-            Err(error) if may_pass(&error) => error,
+            Err(error) if is_transient(&error) => error,
             done => return done,
         };
         let is_late = retry.started.elapsed() > options.fault_deadline && options.on_loss != LossPolicy::Wait;
@@ -162,7 +162,7 @@ pub(crate) fn persist<T>(
 }
 
 /// Returns whether an error is a lack of memory, descriptors, threads or space.
-fn may_pass(error: &anyhow::Error) -> bool {
+fn is_transient(error: &anyhow::Error) -> bool {
     let errno = |cause: &(dyn std::error::Error + 'static)| {
         let of_io = cause.downcast_ref().and_then(Errno::from_io_error);
         of_io.or_else(|| cause.downcast_ref::<Errno>().copied())
@@ -177,14 +177,14 @@ mod tests {
     use postcopy::SessionError;
 
     #[test]
-    fn a_lack_may_pass_and_a_refusal_may_not() {
+    fn a_lack_is_transient_and_a_refusal_is_not() {
         let system = |errno: Errno| {
             anyhow::Error::from(SessionError::System { what: "a thread", source: errno.into() })
                 .context("task 7")
         };
-        assert!(may_pass(&system(Errno::MFILE)));
-        assert!(may_pass(&system(Errno::AGAIN)));
-        assert!(!may_pass(&system(Errno::INVAL)));
-        assert!(!may_pass(&SessionError::Ended.into()));
+        assert!(is_transient(&system(Errno::MFILE)));
+        assert!(is_transient(&system(Errno::AGAIN)));
+        assert!(!is_transient(&system(Errno::INVAL)));
+        assert!(!is_transient(&SessionError::Ended.into()));
     }
 }

@@ -517,9 +517,7 @@ fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
     let by_number = |fd| {
         // SAFETY: the last owner has left it open, and no code closes it before the session is
         // resumed.
-        Some(
-            setup.adopted.as_ref().map_or_else(|| unsafe { kernel::borrow_number(fd) }, |uffd| uffd.borrow()),
-        )
+        Some(setup.adopted.as_ref().map_or_else(|| unsafe { kernel::borrow_fd(fd) }, |uffd| uffd.borrow()))
     };
     let session = Session::resume(&setup.address, &setup.images, file, by_number);
     // A failed attempt may already have written its own duplicates to the file.
@@ -534,7 +532,7 @@ fn resume(setup: &Setup, file: &File) -> Result<Session, SessionError> {
         #[expect(unsafe_code, reason = "a descriptor that nobody owns")]
         // SAFETY: it was left open, and the session, or the state file, has a duplicate of it.
         unsafe {
-            kernel::close_number(fd);
+            kernel::close_fd(fd);
         }
     }
     session

@@ -154,7 +154,7 @@ fn own_status(fd: RawFd) -> Result<OwnedFd> {
     );
     #[expect(unsafe_code, reason = "a descriptor by number")]
     // SAFETY: the descriptor is open, and was given to this process for this purpose alone.
-    Ok(unsafe { kernel::own_number(fd) })
+    Ok(unsafe { kernel::own_fd(fd) })
 }
 
 #[cfg(test)]
