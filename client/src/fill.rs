@@ -40,7 +40,7 @@ use tonic::transport::Channel;
 use working_set::{SetOutcome, WorkingSet};
 
 /// The most plain bytes that are requested and not yet installed. The window bounds memory, and
-/// hides a latency of some 60 ms at 1 Gbit/s.
+/// at 1 Gbit/s hides a latency of 134 ms, or of 60 ms where chunks compress by 2.2 : 1.
 const WINDOW_BYTES: usize = pace::MOST_BYTES;
 /// The most plain bytes of one request.
 const REQUEST_BYTES: usize = 1 << 20;
@@ -48,7 +48,8 @@ const REQUEST_BYTES: usize = 1 << 20;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Number of chunks that the fill examines before it yields to other sessions' fills.
 const LOOK_CHUNKS: u64 = 4096;
-/// Pause after a pass without progress.
+/// Pause after a pass without progress, after a pass that only skipped chunks of the demand lane,
+/// and while no space is ready for a pass.
 const RETRY_PASS: Duration = Duration::from_millis(200);
 /// Pause between passes after the fill has reported that it makes no progress.
 const GIVEN_UP_RETRY: Duration = Duration::from_secs(5);
@@ -68,8 +69,8 @@ struct Stream {
     skipped_for_demand: bool,
 }
 
-/// An outstanding request: the number of chunks of a region that are still to arrive, and their
-/// permits of the window.
+/// An outstanding request: the region, the number of its chunks that have not arrived, and the
+/// window permits that these hold.
 struct Outstanding {
     id: u64,
     region: Region,
@@ -133,8 +134,8 @@ impl Fill {
                         backoff.reset();
                     }
                     SetOutcome::GivenUp => set = None,
-                    // The pause also ends with the session. If the session fills, too, the next
-                    // attempt follows the next pass.
+                    // The pause also ends with the session. If the session fills, too, then after
+                    // MAX_ATTEMPTS failures the next attempt follows the next pass.
                     SetOutcome::Failed if !self.shared.fills() || attempts.failures < MAX_ATTEMPTS => {
                         let _ = tokio::time::timeout(backoff.pause(), self.wait_while(|_| true)).await;
                         continue;
@@ -462,7 +463,8 @@ impl Fill {
                 Content::Data(_) if wanted && self.shared.on_demand.has_within(chunk, LEAVE_TO_DEMAND) => {
                     *skipped_for_demand = true
                 }
-                // Its answer is installed in all regions, but in those of young children.
+                // The outstanding answer is installed in all regions except those of young
+                // children; a later pass fills these.
                 Content::Data(_) if wanted && self.shared.in_bulk.has(chunk) => {}
                 Content::Data(_) if wanted => {
                     if zeros.is_some() || (!chunks.is_empty() && pages + chunk_pages > most) {
@@ -496,7 +498,7 @@ fn is_ready(space: &Space) -> bool {
     !space.is_undecided() && !space.is_young()
 }
 
-/// Returns the number of pages that are not final, in some of the spaces.
+/// Returns the number of unresolved pages in the spaces that `selects` accepts.
 fn unresolved_pages(spaces: &Spaces, selects: impl Fn(&Space) -> bool) -> usize {
     spaces.unresolved_in(spaces.spaces().all(|space| space.uffd.can_poison()), selects)
 }

@@ -33,7 +33,8 @@ pub(crate) fn unresolved(region: &Region) -> &'static [PageState] {
 /// The outcome of installing a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Installed {
-    /// No work is left: the pages are resident, removed or gone.
+    /// No work is left here: the pages are resident, removed or gone. Or a child's memory is still
+    /// undecided, and another pass installs its pages.
     All,
     /// An event must be read before the next attempt.
     Deferred,
@@ -179,8 +180,8 @@ fn install_runs<'a>(
     guards: Guards,
     piece: impl Fn(Range<usize>) -> (usize, Option<&'a [u8]>),
 ) -> Installed {
-    // One ioctl must stay within one VMA. Because madvise and mprotect of a part split VMAs, this
-    // then goes page by page.
+    // One ioctl must stay within one VMA, and madvise and mprotect of a part split VMAs. So after
+    // ENOENT the next ioctl covers one page.
     let (mut next, mut one_page) = (pages.start, false);
     let mut entrance = Entrance::new(map);
     while next < pages.end {
@@ -221,8 +222,11 @@ fn first_guard(region: &Region, pages: Range<usize>) -> Option<Range<usize>> {
 }
 
 /// Wakes the waiters of this mapping: an install through another mapping of the memory does not
-/// wake them. The wake holds the gate. It removes faults that the pager may just have seen pending,
-/// and the pager would read an event in their place, without having looked for its caller.
+/// wake them.
+///
+/// The wake happens inside the gate. A wake removes pending faults from the queue. Outside the
+/// gate, the pager could see such a fault, and then read an event instead, without having searched
+/// for the thread that caused the event.
 fn wake_shared(map: Option<&MemoryMap>, region: &Region, pages: &Range<usize>) -> Installed {
     if !region.is_shared() {
         return Installed::All;
@@ -291,8 +295,9 @@ fn install_piece(region: &Region, pages: Range<usize>, bytes: Option<&[u8]>) -> 
     }
 }
 
-/// Makes each unresolved page of `pages` raise SIGBUS, and wakes its waiters. Returns false if that
-/// makes no progress for `patience`, because the kernel lacks memory or an event cannot be read.
+/// Makes each unresolved page of `pages` raise SIGBUS (before Linux 6.6: SIGSEGV), and wakes its
+/// waiters. Returns false at once if no memory is left for the pages' states. Returns false after
+/// `patience` without progress, because the kernel lacks memory or an event cannot be read.
 ///
 /// Calls `read_events` when an event must be read first.
 pub(crate) fn poison(

@@ -18,7 +18,7 @@
 //! ([`remote`]), verifies it, and installs its pages ([`install`]). The background fill ([`fill`])
 //! prefetches the rest. [`transfer`] moves whole images. ARCHITECTURE.md lists the modules of this
 //! crate and their imports.
-#![allow(rustdoc::private_intra_doc_links, reason = "the map is for those who read the source, too")]
+#![allow(rustdoc::private_intra_doc_links, reason = "the module overview also serves readers of the source")]
 
 mod background;
 mod error;

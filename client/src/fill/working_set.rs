@@ -65,7 +65,7 @@ impl Fill {
             Ok(lane) => {
                 let refused = self.filling.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 if let Some(reason) = refused {
-                    tracing::warn!("{reason}: its pages come as they are touched");
+                    tracing::warn!("{reason}: page faults fetch its pages");
                 }
                 return SetOutcome::Received(Box::new(lane));
             }
@@ -80,7 +80,7 @@ impl Fill {
         if (is_given_up || since.elapsed() > SET_SILENCE) && !set.is_reported && !self.shared.has_ended() {
             set.is_reported = true;
             let next = if is_given_up { "page faults fetch its pages" } else { "the fill tries again" };
-            tracing::warn!("the working set of image {image} does not come: {error}; {next}");
+            tracing::warn!("the working set of image {image} could not be fetched: {error}; {next}");
         }
         if is_given_up { SetOutcome::GivenUp } else { SetOutcome::Failed }
     }

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 /// The shortest run in words: one cache line.
 const LEAST_WORDS: usize = 8;
-/// The number of run lengths: 8 words times each power of two.
+/// The number of size classes. Class n has runs of 8 * 2^n words.
 const CLASSES: usize = 29;
 /// The words of a file that the arena reserves at a time: 256 KiB.
 const RESERVE_WORDS: usize = 32_768;
@@ -23,12 +23,16 @@ const RESERVE_WORDS: usize = 32_768;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ArenaFull;
 
+/// The error of runs that overlap one another or exceed the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DamagedRuns;
+
 /// An allocator of runs of words, see the module.
 #[derive(Debug)]
 pub(crate) struct Arena {
     words: Words,
-    /// Held for an allocation, or for the copy of one block. The only system calls under it reserve
-    /// memory.
+    /// Held for an allocation, for the copy of one block, for changes of the owners' counts, and
+    /// while a successor adopts all runs. The only system calls under it reserve memory.
     runs: Mutex<Runs>,
 }
 
@@ -159,9 +163,9 @@ impl Arena {
 
     /// Makes `owner` the only owner of a run of `count` words.
     ///
-    /// `owner` holds the run's first word, or 0 for none. The bit `shared` in it means that the run
-    /// may have other owners. If it has, this copies the run. If it has none, this only clears the
-    /// bit.
+    /// `owner` holds the index of the run's first word, or 0 if it has no run yet; then this
+    /// allocates a run of zeros. The bit `shared` in `owner` means that the run may have other
+    /// owners. If it has, this copies the run. If it has no other owner, this only clears the bit.
     ///
     /// # Errors
     /// [`ArenaFull`]; nothing has changed.
@@ -195,8 +199,8 @@ impl Arena {
     /// owners. All other words become free.
     ///
     /// # Errors
-    /// [`ArenaFull`] if runs overlap or exceed the arena, which only happens with a damaged file.
-    pub(crate) fn adopt(&self, mut used: Vec<Range<usize>>) -> Result<(), ArenaFull> {
+    /// [`DamagedRuns`], which only happens with a damaged state file.
+    pub(crate) fn adopt(&self, mut used: Vec<Range<usize>>) -> Result<(), DamagedRuns> {
         let mut runs = self.runs();
         used.sort_unstable_by_key(|run| (run.start, run.end));
         let mut last: Option<Range<usize>> = None;
@@ -207,7 +211,7 @@ impl Arena {
             }
             if run.start < runs.end || run.end > self.words.limit() || !run.start.is_multiple_of(LEAST_WORDS)
             {
-                return Err(ArenaFull);
+                return Err(DamagedRuns);
             }
             let gap = runs.end..run.start;
             runs.end = run.end.next_multiple_of(LEAST_WORDS);

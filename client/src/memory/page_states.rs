@@ -228,7 +228,8 @@ impl PageStates {
     /// Sets all pages of the range to removed.
     ///
     /// # Errors
-    /// [`ArenaFull`]: some pages keep their old states. The session must end.
+    /// [`ArenaFull`]: some pages keep their old states. If an event reported the removal, the
+    /// session must end.
     pub(crate) fn set_removed(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
         let from = [PageState::Absent, PageState::Resident, PageState::Poisoned];
         self.transition(pages, &from, PageState::Removed)

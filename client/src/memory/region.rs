@@ -1,4 +1,4 @@
-//! Regions: spans of address space that a span of an image's file backs.
+//! Regions: a region is a range of addresses that maps a range of pages of one image file.
 
 use super::arena::ArenaFull;
 use super::gathering::{Gathering, HUGE_PAGES};
@@ -140,7 +140,7 @@ impl Region {
     }
 
     /// Returns whether the kernel's page that contains `page` is mapped, as far as this process can
-    /// see it.
+    /// see it. Maps a page of shared memory that exists and is not mapped here.
     pub(crate) fn is_mapped(&self, page: usize) -> bool {
         let addresses = self.kernel_page_addresses(page);
         if self.is_shared() && self.space.uffd.is_cached(addresses.start, addresses.len()) {
@@ -249,7 +249,9 @@ impl Region {
     /// Sets all pages of the range to removed.
     ///
     /// # Errors
-    /// [`ArenaFull`]: the session must end.
+    /// [`ArenaFull`]: some pages keep their old states. If an event reported the removal, the
+    /// session must end, because an absent page would be installed again. Any other caller can
+    /// retry.
     pub(crate) fn set_removed(&self, pages: Range<usize>) -> Result<(), ArenaFull> {
         let indices = self.state_indices(pages);
         self.states().set_removed(indices.clone())?;
@@ -260,7 +262,9 @@ impl Region {
         Ok(())
     }
 
-    /// Records the removal of pages once more, if the object tracks removals.
+    /// Records removed pages as removed in this period, if the object tracks removals. Their
+    /// states do not change: a call that could not report a removal leaves it to the next call, and
+    /// a successor does not know which removals the dead pager has reported.
     pub(crate) fn record_removed(&self, pages: Range<usize>) {
         self.object.record_removed(self.state_indices(pages));
     }

@@ -55,7 +55,7 @@ impl Output {
     }
 }
 
-/// An error of a command that knows the user's next step.
+/// An error with advice on the next step.
 #[derive(Debug)]
 pub(crate) struct Advised {
     pub(crate) text: String,
@@ -104,7 +104,7 @@ fn next_step(error: &(dyn Error + 'static)) -> Option<&'static str> {
     }
 }
 
-/// Returns the error about a server that `error` is, or that it shows in its place.
+/// Returns the [`RemoteError`] that `error` is or wraps.
 fn remote_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a RemoteError> {
     let shown = match (error.downcast_ref(), error.downcast_ref(), error.downcast_ref()) {
         (Some(SessionError::Remote(remote)), ..)

@@ -1,4 +1,4 @@
-//! System calls that no crate offers. Those of userfaultfd are in [`postcopy::uffd`].
+//! System calls that need unsafe code. Those of userfaultfd are in [`postcopy::uffd`].
 #![expect(unsafe_code, reason = "system calls")]
 
 use nix::libc;

@@ -1,6 +1,6 @@
-//! The log of a daemon. No line may delay a fault or a successor. So a log that is full (a pipe
-//! that has no active reader, a terminal that is stopped) loses lines. It reports their number when
-//! it accepts lines again.
+//! The log of a daemon. No line may delay a fault or a successor. So the log drops lines when
+//! the pipe or terminal is full (a pipe without an active reader, a stopped terminal). It reports
+//! their number when it accepts lines again.
 //!
 //! The flags of the descriptor stay as they are, because other processes share it.
 
@@ -134,7 +134,8 @@ pub(crate) fn log_panics() {
     }));
 }
 
-/// Writes all bytes if `to` accepts each part within `patience`. Returns false if it did not.
+/// Writes all bytes if `to` accepts each part within `patience`. Returns false if it did not; then
+/// the first parts may have been written.
 fn try_write(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> bool {
     bytes.chunks(WHOLE_BYTES).all(|part| {
         let timeout = Timespec::try_from(patience).ok();
@@ -144,8 +145,9 @@ fn try_write(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> bool {
     })
 }
 
-/// Writes without waiting: another process may have filled the pipe since poll(2). A file may
-/// refuse RWF_NOWAIT, but a plain write to it does not wait for a reader.
+/// Writes without waiting, where the kernel can: another process may have filled the pipe since
+/// poll(2). A file may refuse RWF_NOWAIT, but a plain write to it does not wait for a reader. A
+/// write to a terminal, or to a pipe before Linux 6.4, may block.
 fn write_now(to: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
     let is_file = fstat(to).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
     if is_file {

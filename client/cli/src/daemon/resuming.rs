@@ -2,8 +2,8 @@
 //!
 //! A state file that cannot be read may become readable. A lack of memory, descriptors or threads
 //! may be transient. The process waits meanwhile. So another attempt follows each failed one after
-//! a growing pause, until the fault deadline. Then the loss policy applies: the process is killed or
-//! stopped. Without a session its memory cannot be poisoned, so `poison` kills, too. `wait`
+//! a growing pause, until the fault deadline. Then the loss policy applies: the process is killed
+//! or stopped. Without a session its memory cannot be poisoned, so `poison` kills, too. `wait`
 //! continues the attempts.
 
 use super::firecracker;

@@ -295,8 +295,8 @@ fn ensure_whole_directory(directory: &Directory, path: &Path) -> Result<()> {
     Dump::read(directory, path).map(drop)
 }
 
-/// Returns true if a file is the list of a container's standard input and outputs, which runc writes
-/// before CRIU dumps.
+/// Returns true if a file is the list of a container's standard input and outputs, which runc
+/// writes before CRIU dumps.
 fn is_list_of_descriptors(directory: &Directory, name: &str) -> bool {
     let read = directory.file(Path::new(name)).and_then(|file| read_at_most(&file, MAX_DESCRIPTORS_BYTES));
     read.is_ok_and(|bytes| serde_json::from_slice::<[String; 3]>(&bytes).is_ok())
