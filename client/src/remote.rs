@@ -20,6 +20,7 @@ use postcopy_proto::v1::{self, segment_answer};
 use postcopy_proto::{MAX_MESSAGE_BYTES, page};
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,9 +55,11 @@ pub enum RemoteError {
         server: String,
         /// The reason that the connection attempt gave.
         reason: String,
+        /// True if a server listens there, and this user may not connect to it.
+        is_denied: bool,
     },
     /// The server answered with an error, or the connection was lost.
-    #[error("server {server}: {what}: {}", reason(status))]
+    #[error("server {server}: {}", told(what, status))]
     Status {
         /// The server's address.
         server: String,
@@ -96,6 +99,15 @@ impl RemoteError {
 /// Returns whether the connection caused a status. Only the client's own statuses have a source.
 fn is_of_connection(status: &tonic::Status) -> bool {
     std::error::Error::source(status).is_some()
+}
+
+/// Returns the request and the reason for its failure. A server that lacks an object names it, so
+/// the request is left out.
+fn told(what: &str, status: &tonic::Status) -> String {
+    match status.code() {
+        tonic::Code::NotFound if !status.message().is_empty() => status.message().to_owned(),
+        _ => format!("{what}: {}", reason(status)),
+    }
 }
 
 /// Returns the reason for a failure in words.
@@ -162,10 +174,15 @@ impl ServerAddress {
             .http2_keep_alive_interval(Duration::from_secs(5))
             .keep_alive_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true);
-        endpoint
-            .connect()
-            .await
-            .map_err(|error| RemoteError::Connect { server: self.0.clone(), reason: innermost(&error) })
+        endpoint.connect().await.map_err(|error| {
+            let error = innermost(&error);
+            let kind = error.downcast_ref().map(io::Error::kind);
+            RemoteError::Connect {
+                server: self.0.clone(),
+                reason: error.to_string(),
+                is_denied: kind == Some(io::ErrorKind::PermissionDenied),
+            }
+        })
     }
 
     pub(crate) fn status(&self, what: impl Into<String>) -> impl FnOnce(tonic::Status) -> RemoteError {
@@ -198,13 +215,12 @@ pub(crate) async fn within<T>(
     answer.map_err(|_| server.wrong(what, format!("none came within {MAX_SILENCE:?}")))
 }
 
-/// Returns the reason at the end of the chain, for example "Connection refused".
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut error = error;
+/// Returns the error at the end of the chain, for example "Connection refused".
+fn innermost<'a>(mut error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
     while let Some(source) = error.source() {
         error = source;
     }
-    error.to_string()
+    error
 }
 
 /// A connection to a server, for manifests and images.

@@ -239,7 +239,19 @@ fn the_next_step_follows_from_the_kind_of_an_error_and_not_from_its_words() {
     assert!(text.contains("userfaultfd:latest is not in the store\n  `postcopy ls`"), "{text}");
     let text = fail(server.address(), ["working-set", "rm", "userfaultfd"]);
     assert!(text.contains("`postcopy working-set ls`") && !text.contains("doctor"), "{text}");
+    assert!(!text.contains("--record"), "there is nothing to record for its removal: {text}");
     push_small(&server);
+    let text = fail(server.address(), ["bench", "app", "none"]);
+    assert!(
+        text.contains("path \"none\" is no regular file of the image app:latest\n  `postcopy inspect`"),
+        "{text}"
+    );
+    let text = fail(server.address(), ["working-set", "show", "app"]);
+    assert!(text.matches("working set of app:latest").count() == 1 && text.contains("--record"), "{text}");
+    let text = fail(server.address(), ["pull", "app", "/etc"]);
+    assert!(text.contains("/etc exists already") && text.contains("\n  Name a new directory"), "{text}");
+    let text = fail(&nowhere(), ["--server", "127.0.0.1:7070", "ls"]);
+    assert!(text.contains("\n  Write http://127.0.0.1:7070."), "{text}");
     let text = fail(server.address(), ["pull", "app", "/does/not/exist", "--only", "userfaultfd*"]);
     assert!(
         text.contains("no file of app:latest matches 'userfaultfd*' (--only)\n  `postcopy inspect`"),
@@ -275,6 +287,46 @@ fn options_that_contradict_each_other_or_mean_nothing_are_refused() {
     for (options, reason) in refused {
         let args = [&["firecracker", "--image", "app", "--socket", "/does/not/exist"], options].concat();
         let text = fail(server.address(), args);
+        assert!(text.contains(reason), "{text}");
+    }
+}
+
+#[test]
+fn a_process_that_does_not_exist_is_named_by_every_command() {
+    let server = Server::start();
+    push_small(&server);
+    // Above the largest pid that Linux can be configured to have (PID_MAX_LIMIT).
+    let pid = "2147483647";
+    let root = runtime_root();
+    let root = root.path().to_str().unwrap();
+    let commands: [&[&str]; 3] = [
+        &["criu", "drain", pid, "--runtime-dir", root],
+        &["working-set", "send", pid, "--runtime-dir", root],
+        &["firecracker", "--image", "app", "--adopt", pid, "--runtime-dir", root],
+    ];
+    for args in commands {
+        let text = fail(server.address(), args);
+        assert!(text.contains(&format!("process {pid} does not exist")), "{text}");
+    }
+}
+
+#[test]
+fn a_path_of_the_wrong_kind_is_named_with_its_option() {
+    let server = Server::start();
+    push_small(&server);
+    let (folder, root) = (tempfile::tempdir().unwrap(), runtime_root());
+    let file = folder.path().join("file");
+    fs::write(&file, "a file").unwrap();
+    let (file, socket) = (file.to_str().unwrap(), folder.path().join("none/socket"));
+    let socket = socket.to_str().unwrap();
+    let daemon = ["--image", "app", "--runtime-dir", root.path().to_str().unwrap()];
+    let reasons: [(&[&str], &str); 3] = [
+        (&["firecracker", "--socket", socket, "--trace", file], "--trace needs a directory"),
+        (&["firecracker", "--socket", socket], "none/socket: its directory does not exist"),
+        (&["criu", "-D", "/does/not/exist"], "has no pstree.img"),
+    ];
+    for (args, reason) in reasons {
+        let text = fail(server.address(), args.iter().chain(&daemon));
         assert!(text.contains(reason), "{text}");
     }
 }

@@ -30,7 +30,7 @@ pub(crate) mod surroundings;
 mod watching;
 mod worker;
 
-pub(crate) use control::{ask_to_drain, ask_to_record};
+pub(crate) use control::{ask_to_drain, ask_to_record, ensure_exists};
 
 use anyhow::{Context, Result};
 use connection::Connection;
@@ -143,7 +143,11 @@ impl Setup {
         // The probe has another socket type, so a listener at that path does not see a connection.
         let probed = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
         if probed.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::PROTOTYPE)) {
-            anyhow::bail!("another daemon listens at {}", shown());
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            anyhow::bail!(
+                "another daemon listens at {}. End that one, or name another socket or work directory",
+                path.display()
+            );
         }
         match std::fs::symlink_metadata(path) {
             Ok(found) => {
@@ -158,7 +162,12 @@ impl Setup {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(shown),
         }
-        let listener = bind(path).with_context(shown)?;
+        let listener = bind(path).with_context(|| match path.parent() {
+            Some(directory) if !directory.as_os_str().is_empty() && !directory.exists() => {
+                format!("{}: its directory does not exist", shown())
+            }
+            _ => shown(),
+        })?;
         // Accepted connections inherit this option, and so do those that wait in the backlog.
         rustix::net::sockopt::set_socket_passcred(&listener, true).with_context(shown)?;
         self.listeners.push((listener, path.to_owned()));

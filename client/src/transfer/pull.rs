@@ -33,6 +33,16 @@ pub enum PullError {
     /// The target exists and is not empty.
     #[error("{0} exists already and is not an empty directory")]
     Exists(PathBuf),
+    /// The directory beside the target, in which the pull writes, could not be created.
+    #[error("{target} cannot be written: no directory can be created in {parent}")]
+    Target {
+        /// The path of the target.
+        target: PathBuf,
+        /// The path of the directory around the target, or the target if it exists.
+        parent: PathBuf,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// A file could not be written.
     #[error("{path}")]
     File {
@@ -309,7 +319,7 @@ impl Partial {
             match parent.new_directory(&name) {
                 // An earlier pull left this directory behind, or another program made it.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(file_error(&path)(error)),
+                Err(source) => return Err(PullError::Target { target, parent: above, source }),
                 Ok(directory) => {
                     return Ok(Self {
                         directory: Arc::new(directory),

@@ -187,11 +187,19 @@ fn manifest(server: &ServerAddress, reference: &Reference, path: &str) -> Result
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
     runtime.block_on(async {
         let remote = Remote::connect(server.clone()).await?;
-        let (image, segments) = remote.open(reference, &[path.as_bytes()], false).await?;
+        let lacks = || Advised {
+            text: format!("path {path:?} is no regular file of the image {reference}"),
+            next: INSPECT,
+        };
+        let (image, segments) = match remote.open(reference, &[path.as_bytes()], false).await {
+            // The server lacks the path if it has the image.
+            Err(error) if error.is_not_found() && remote.open(reference, &[], false).await.is_ok() => {
+                return Err(lacks().into());
+            }
+            opened => opened?,
+        };
         segments.all_into(&image).await?;
-        let text = || format!("path {path:?} is no regular file of the image {reference}");
-        let file = image.file(path.as_bytes());
-        let file = file.ok_or_else(|| Advised { text: text(), next: INSPECT })?;
+        let file = image.file(path.as_bytes()).ok_or_else(lacks)?;
         Ok((image, file))
     })
 }

@@ -131,6 +131,8 @@ impl DaemonArgs {
     ) -> Result<Setup> {
         let traces = match &self.trace {
             Some(path) => {
+                let is_other = path.exists() && !path.is_dir();
+                ensure!(!is_other, "--trace needs a directory, and {} is none", path.display());
                 let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
                 let made = made.and_then(|()| std::path::absolute(path));
                 Some(made.with_context(|| path.display().to_string())?)
@@ -337,7 +339,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     let root = std::path::absolute(args.common.root())?;
     let work_dir = args.work_dir.as_ref().unwrap_or(&args.images_dir);
     // Relative paths begin at the work directory, as those of criu do.
-    std::env::set_current_dir(work_dir).with_context(|| work_dir.display().to_string())?;
+    std::env::set_current_dir(work_dir).with_context(|| format!("--work-dir {}", work_dir.display()))?;
     let mut setup = args.common.setup(
         server,
         vec![(name, Arc::clone(&images[0]))],
@@ -371,7 +373,7 @@ fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
     if pids.is_empty() {
         let action = std::env::var("CRTOOLS_SCRIPT_ACTION")
             .ok()
-            .context("say which processes: postcopy criu drain PID")?;
+            .context("name a process: postcopy criu drain PID. Only `criu dump` sets CRTOOLS_SCRIPT_ACTION in its place")?;
         if action != "pre-dump" {
             return Ok(ExitCode::SUCCESS);
         }
@@ -379,9 +381,6 @@ fn drain(root: &Path, pids: &[u32]) -> Result<ExitCode> {
             std::env::var("CRTOOLS_INIT_PID").context("CRTOOLS_INIT_PID: criu does not say which process")?;
         pids.push(pid.parse().with_context(|| format!("CRTOOLS_INIT_PID is {pid:?}"))?);
     }
-    for pid in &pids {
-        ensure!(Path::new(&format!("/proc/{pid}")).exists(), "process {pid} does not exist");
-    }
-    ask_to_drain(root, &postcopy::with_descendants(pids))?;
+    ask_to_drain(root, &pids)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,8 +2,9 @@
 
 use postcopy::pull::PullError;
 use postcopy::push::PushError;
-use postcopy::{RemoteError, SessionError};
+use postcopy::{RemoteError, ServerAddress, SessionError};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt;
 use std::io::Write;
@@ -72,35 +73,46 @@ impl Error for Advised {}
 
 /// The next step after an error about a path that the image lacks.
 pub(crate) const INSPECT: &str = "`postcopy inspect` lists the paths of an image.";
+/// The next step after an error about a working set that cannot be removed.
+pub(crate) const LIST_SETS: &str = "`postcopy working-set ls` lists the images that have a working set.";
 /// The next step after an error about a working set that the server lacks.
 pub(crate) const RECORD: &str =
     "Record a restore with --record. `postcopy working-set ls` lists the images that have a working set.";
 
 /// Returns the next step for the user after one error of a chain.
-fn next_step(error: &(dyn Error + 'static)) -> Option<&'static str> {
+fn next_step(error: &(dyn Error + 'static)) -> Option<Cow<'static, str>> {
     if let Some(advised) = error.downcast_ref::<Advised>() {
-        return Some(advised.next);
+        return Some(advised.next.into());
     }
     if let Some(remote) = remote_error(error) {
         return match remote {
+            RemoteError::Connect { is_denied: true, .. } => {
+                Some("A server listens there, but only the owner of its socket may connect. Run this as that user.".into())
+            }
             RemoteError::Connect { .. } => Some(
-                "Is it running? Start one with `postcopyd serve`, or name another with --server or POSTCOPY_SERVER.",
+                "Is it running? Start one with `postcopyd serve`, or name another with --server or POSTCOPY_SERVER."
+                    .into(),
             ),
+            RemoteError::Address(text) => {
+                let whole = format!("http://{text}");
+                whole.parse::<ServerAddress>().is_ok().then(|| format!("Write {whole}.").into())
+            }
             _ if remote.is_no_answer() => {
-                Some("Does a postcopyd answer there? Check --server or POSTCOPY_SERVER.")
+                Some("Does a postcopyd answer there? Check --server or POSTCOPY_SERVER.".into())
             }
             _ if remote.is_not_found() => {
-                Some("`postcopy ls` lists the server's references, `postcopy inspect` the paths of an image.")
+                Some("`postcopy ls` lists the server's references, `postcopy inspect` the paths of an image.".into())
             }
             _ => None,
         };
     }
     match error.downcast_ref() {
         Some(SessionError::Uffd(_)) => {
-            Some("`postcopy doctor` lists what this machine allows, and how to get what is missing.")
+            Some("`postcopy doctor` lists what this machine allows, and how to get what is missing.".into())
         }
-        Some(SessionError::NoSuchFile { .. }) => Some(INSPECT),
-        _ => None,
+        Some(SessionError::NoSuchFile { .. }) => Some(INSPECT.into()),
+        _ => matches!(error.downcast_ref(), Some(PullError::Exists(_)))
+            .then_some("Name a new directory, or remove this one.".into()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::heat_map::HeatMap;
 use super::images::{digest, with_remote};
-use super::output::{Advised, Output, RECORD, bytes, counted};
+use super::output::{Advised, LIST_SETS, Output, RECORD, bytes, counted};
 use crate::daemon::{ask_to_record, runtime_dir};
 use anyhow::{Context, Result, ensure};
 use clap::Subcommand;
@@ -92,18 +92,19 @@ pub(crate) fn run(server: ServerAddress, command: WorkingSetCommand, output: Out
         WorkingSetCommand::Rm { reference } => with_remote(server, |remote| async move {
             let request = v1::DeleteWorkingSetRequest { reference: reference.to_string() };
             let answer = remote.working_sets().delete_working_set(request).await;
-            answer.map_err(|status| lacks(&remote, &reference, status))?;
+            answer.map_err(|status| lacks(&remote, &reference, status, LIST_SETS))?;
             Ok(())
         })?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Returns the error of a request for an image's working set.
-fn lacks(remote: &Remote, reference: &Reference, status: tonic::Status) -> anyhow::Error {
+/// Returns the error of a request for an image's working set. `next` is the step after the error
+/// that the server lacks it.
+fn lacks(remote: &Remote, reference: &Reference, status: tonic::Status, next: &'static str) -> anyhow::Error {
     let error: RemoteError = remote.failed(format!("the working set of {reference}"))(status);
     match error.is_not_found() {
-        true => Advised { text: error.to_string(), next: RECORD }.into(),
+        true => Advised { text: error.to_string(), next }.into(),
         false => error.into(),
     }
 }
@@ -128,7 +129,7 @@ fn show(server: ServerAddress, reference: &Reference, svg: Option<PathBuf>, outp
             image.root().files().map(|(path, file)| (path.to_string(), file.size_bytes)).collect();
         let pages: u64 = files.iter().map(|(_, bytes)| bytes.div_ceil(PAGE_BYTES as u64)).sum();
         let request = v1::GetWorkingSetRequest { reference: reference.to_string() };
-        let failed = |status| lacks(&remote, reference, status);
+        let failed = |status| lacks(&remote, reference, status, RECORD);
         let mut parts = remote.working_sets().get_working_set(request).await.map_err(failed)?.into_inner();
         let (mut set, mut spans) = (None, Vec::new());
         while let Some(part) = parts.message().await.map_err(failed)? {

@@ -9,7 +9,6 @@ use super::served::{Served, Status};
 use super::worker::Worker;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
-use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -92,11 +91,24 @@ fn drain(worker: &Worker, served: &Served) -> Result<()> {
     }
 }
 
-/// Asks the daemons below `root` to fetch all absent pages of these processes, and waits for that.
+/// Checks that a process exists.
 ///
 /// # Errors
-/// The error of a daemon; or a process has absent memory and no daemon serves it.
-pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
+/// It does not.
+pub(crate) fn ensure_exists(pid: u32) -> Result<()> {
+    ensure!(Path::new(&format!("/proc/{pid}")).exists(), "process {pid} does not exist");
+    Ok(())
+}
+
+/// Asks the daemons below `root` to fetch all absent pages of these processes and of their
+/// descendants, and waits for that.
+///
+/// # Errors
+/// A process does not exist, or has absent memory and no daemon serves it; or the error of a
+/// daemon.
+pub(crate) fn ask_to_drain(root: &Path, named: &[u32]) -> Result<()> {
+    named.iter().try_for_each(|pid| ensure_exists(*pid))?;
+    let pids = postcopy::with_descendants(named.iter().copied());
     for _ in 0..ATTEMPTS {
         // The session of a parent holds the memory of the children that it has forked.
         pids.iter().try_for_each(|pid| ask(root, "drain", *pid).map(drop))?;
@@ -108,8 +120,9 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
     }
     let has_absent = |pid: &&u32| has_absent_memory(**pid).unwrap_or(true);
     let pid = pids.iter().find(has_absent).context("its memory has arrived meanwhile: ask again")?;
+    let relation = if named.contains(pid) { "" } else { ", a descendant," };
     bail!(
-        "process {pid} has memory that has not arrived, and no daemon below {} serves it: a dump would lack that memory",
+        "process {pid}{relation} has memory that has not arrived, and no daemon below {} serves it: a dump would lack that memory",
         root.display()
     )
 }
@@ -118,8 +131,9 @@ pub(crate) fn ask_to_drain(root: &Path, pids: &BTreeSet<u32>) -> Result<()> {
 /// accessed so far to the server.
 ///
 /// # Errors
-/// The error of a daemon; or no daemon serves any of these processes.
+/// The process does not exist, or no daemon serves it or a descendant; or the error of a daemon.
 pub(crate) fn ask_to_record(root: &Path, pid: u32) -> Result<()> {
+    ensure_exists(pid)?;
     for _ in 0..ATTEMPTS {
         let processes = postcopy::with_descendants([pid]);
         let asked: Vec<_> = processes.into_iter().map(|process| ask(root, "record", process)).collect();
@@ -174,7 +188,9 @@ fn has_absent_memory(pid: u32) -> Result<bool> {
         Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => {
             return Ok(false);
         }
-        Err(error) => return Err(error).with_context(|| format!("the mappings of process {pid}")),
+        Err(error) => bail!(
+            "process {pid}: its mappings cannot be read ({error}). Run this command as root or as the process's owner"
+        ),
     };
     let smaps = String::from_utf8_lossy(&smaps);
     let mut flags =

@@ -157,7 +157,8 @@ impl Criu {
         wait_for_restore: Option<Duration>,
     ) -> Result<Self> {
         let prefix = prefix_in(&image, reference)?;
-        let opened = Directory::open(directory).with_context(|| directory.display().to_string())?;
+        let opened =
+            Directory::open(directory).with_context(|| format!("--images-dir {}", directory.display()))?;
         let dump = Dump::read(&opened, directory)?;
         for name in opened.names() {
             let name = name.with_context(|| directory.display().to_string())?;
@@ -408,7 +409,11 @@ fn bring_arguments(served: &Served) {
 /// # Errors
 /// The image has no such directory, or several.
 pub(crate) fn prefix_in(image: &Image, reference: &str) -> Result<String> {
-    let lacks = |file| format!("{reference} has no {file}: it is not an image of a CRIU dump");
+    let lacks = |file| {
+        format!(
+            "{reference} has no {file}: it is not an image of a CRIU dump. Push the directory that `criu dump` wrote"
+        )
+    };
     let is_parent = |prefix: &str| prefix.split('/').any(|part| part == "parent");
     let prefixes: BTreeSet<String> = image
         .root()

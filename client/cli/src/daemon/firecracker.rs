@@ -10,7 +10,7 @@ use super::runtime_dir::{self, RuntimeDir, SessionName};
 use super::served::{self, Served, Status};
 use super::watching::Watched;
 use super::worker::Worker;
-use super::{Adopted, LOOK, Program, Setup, inbox, surroundings};
+use super::{Adopted, LOOK, Program, Setup, ensure_exists, inbox, surroundings};
 use anyhow::{Context, Result, bail, ensure};
 use postcopy::proto::digest::Digest;
 use postcopy::{ForeignRegion, Image, LossPolicy, Sharing};
@@ -86,7 +86,10 @@ fn parse(bytes: &[u8]) -> Result<Option<Vec<Mapping>>> {
     match values.next() {
         None => Ok(None),
         Some(Err(error)) if error.is_eof() => Ok(None),
-        Some(Err(error)) => Err(error).context("its handshake is not what Firecracker sends"),
+        Some(Err(error)) => bail!(
+            "its handshake is not what Firecracker sends ({error}), and is refused. Is another program connected to this \
+             socket?"
+        ),
         Some(Ok(mappings)) => {
             let rest = &bytes[values.byte_offset()..];
             ensure!(rest.iter().all(u8::is_ascii_whitespace), "something follows its handshake");
@@ -355,6 +358,7 @@ pub(crate) fn adopt(
     pid: u32,
     nothing_was_removed: bool,
 ) -> Result<(SessionName, Vec<Mapping>)> {
+    ensure_exists(pid)?;
     let uffd = uffd_of(pid)?;
     let left = runtime_dir::take_over(root, pid, &setup.runtime)?;
     setup.adopted = Some(Adopted { uffd });

@@ -108,12 +108,12 @@ pub(crate) fn is_outside_of(pid: u32) -> Result<Vec<Finding>> {
     };
     let target = read(format!("/proc/{pid}/cgroup"))?;
     let own = fs::read_to_string("/proc/self/cgroup").context("/proc/self/cgroup")?;
-    let finding = |(what, controller): (&'static str, &str)| {
+    let finding = |(what, controller, event): (&'static str, &str, &str)| {
         let (own, target) = (group_of(&own, controller), group_of(&target, controller));
         let is_inside = is_inside(&own, &target);
         let text = match (is_inside, own.as_str(), target.as_str()) {
             (true, ..) => {
-                format!("inside of process {pid}'s, {target}: events that stop that process stop its pager")
+                format!("inside of process {pid}'s, {target}: if {event}, the daemon stops, too")
             }
             (false, "/", "/") => {
                 "both are in the root cgroup, which has no limit and is never frozen".to_owned()
@@ -125,7 +125,8 @@ pub(crate) fn is_outside_of(pid: u32) -> Result<Vec<Finding>> {
         };
         Finding::new(what, !is_inside, text, "start the daemon outside of that cgroup")
     };
-    Ok([("memory cgroup", "memory"), ("freezer", "freezer")].map(finding).into())
+    let memory = ("memory cgroup", "memory", "the cgroup reaches its memory limit");
+    Ok([memory, ("freezer", "freezer", "the cgroup is frozen")].map(finding).into())
 }
 
 /// Logs if this process could be stopped or killed with another one.
