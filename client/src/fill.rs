@@ -19,8 +19,8 @@ use crate::memory::{Region, Space, Spaces};
 use crate::outcome::FailureKind;
 use crate::pace;
 use crate::remote::Content;
-use crate::remote::Lane::Bulk;
 use crate::remote::MAX_ATTEMPTS;
+use crate::remote::Purpose::Bulk;
 use crate::remote::backoff::Backoff;
 use crate::remote::lane::{BulkLane, runs_of};
 use crate::remote::{Remote, RemoteError, ServerAddress};
@@ -230,7 +230,7 @@ impl Fill {
         let (address, image) = (&self.shared.address, self.shared.image.digest());
         match (lane, channel) {
             (Some(lane), _) => Ok(lane),
-            (None, Some(channel)) => BulkLane::over(channel, address, &image, None).await,
+            (None, Some(channel)) => Ok(BulkLane::over(channel, address, &image, None)),
             (None, None) => BulkLane::open(address, &image).await,
         }
     }
@@ -424,10 +424,9 @@ impl Fill {
 
     async fn bulk_answer(&self, stream: &mut Stream) -> Result<v1::StreamChunksResponse, RemoteError> {
         let server = &self.shared.address;
-        let message = self.unless_ended(stream.lane.answers.message()).await;
+        let message = self.unless_ended(stream.lane.answer()).await;
         let message = message.ok_or_else(|| server.wrong("bulk answer", "the session has ended"))?;
-        let message = message.map_err(server.status("the bulk lane"))?;
-        let message = message.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
+        let message = message?.ok_or_else(|| server.wrong("bulk answer", "the stream has ended"))?;
         if message.chunks.is_empty() {
             return Err(server.wrong("bulk answer", "it holds nothing"));
         }

@@ -31,6 +31,7 @@ mod on_exit;
 mod read_ahead;
 mod ready;
 mod requests;
+mod silence;
 mod spin;
 mod waiters;
 
@@ -46,6 +47,7 @@ use crate::pager::frame_cache::FrameCache;
 use crate::pager::on_exit::OnExit;
 use crate::pager::read_ahead::ReadAhead;
 use crate::pager::requests::Requests;
+use crate::pager::silence::Silence;
 use crate::pager::spin::Spin;
 use crate::processes::{Callers, ticks};
 use crate::reaper;
@@ -53,7 +55,7 @@ use crate::remote::Image;
 use crate::remote::ImageSource;
 use crate::remote::backoff::Backoff;
 use crate::remote::lane::DemandLane;
-use crate::remote::{Lane, RemoteError, ServerAddress};
+use crate::remote::{Purpose, RemoteError, ServerAddress};
 use crate::shared::{Command, Shared};
 use crate::state_file::MESSAGES;
 use crate::uffd::{AsyncUffd, Readable};
@@ -102,10 +104,12 @@ pub(crate) struct Pager {
     /// True if the memory belongs to other processes.
     is_foreign: bool,
     lane: Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
-    /// The reason for which the last attempt to reach the server failed.
+    /// The reason for which the last lane was lost or not opened, until the server answers.
     lane_error: Option<String>,
     /// The back-off of attempts to reach a lost server.
     backoff: Backoff,
+    /// The time for which the lane has said nothing.
+    silence: Silence,
     requests: Requests,
     ready: Ready,
     /// The faults and calls that wait for pages.
@@ -228,7 +232,7 @@ impl Pager {
                 // Both run at the same time, because each takes at least a round trip.
                 let (image, channel) = tokio::join!(
                     Image::open_with(&address, &reference, false),
-                    address.connect(Lane::Demand)
+                    address.connect(Purpose::Demand)
                 );
                 let image = image?;
                 let lane = DemandLane::over(channel?, &address, &image.digest());
@@ -245,6 +249,7 @@ impl Pager {
             is_foreign,
             lane,
             backoff: Backoff::new(),
+            silence: Silence::new(),
             requests: Requests::new(Arc::clone(&shared.on_demand)),
             lane_error: None,
             waiters: Waiters::new(shared.options.fault_deadline),
@@ -357,6 +362,7 @@ impl Pager {
                 due = tick.tick(), if ticks => {
                     self.release_lingering();
                     self.extend_deadlines(due);
+                    self.check_silence();
                     self.forget_brought();
                     self.check_deadlines();
                 }
@@ -488,7 +494,7 @@ impl Pager {
     fn lane_answers(&mut self, next: NextAnswer) {
         match next {
             NextAnswer::Connected(lane) => {
-                (self.lane, self.lane_error) = (Ok(lane), None);
+                self.lane = Ok(lane);
                 self.requests.ask_all_again();
             }
             NextAnswer::Lost(reason) => {
@@ -497,12 +503,22 @@ impl Pager {
             }
             NextAnswer::Answer(answer) => {
                 self.backoff.reset();
+                self.silence.ends();
+                self.lane_error = None;
                 match answer.answer {
                     Some(Answer::Chunk(chunk)) => self.answer(&chunk),
                     Some(Answer::Segment(segment)) => self.segment_answer(&segment),
                     None => {}
                 }
             }
+        }
+    }
+
+    /// Gives up the lane if it has been silent for too long while pages are awaited.
+    fn check_silence(&mut self) {
+        let is_awaited = self.lane.is_ok() && self.requests.wait_since().is_some();
+        if let Some(silence) = self.silence.tick(is_awaited) {
+            self.lane_answers(NextAnswer::Lost(Some(format!("it has sent nothing for {silence:?}"))));
         }
     }
 
@@ -594,7 +610,11 @@ async fn next_answer(
     lane: &mut Result<DemandLane, oneshot::Receiver<Result<DemandLane, RemoteError>>>,
 ) -> NextAnswer {
     match lane {
-        Ok(lane) => lane.answer().await.map_or(NextAnswer::Lost(None), NextAnswer::Answer),
+        Ok(lane) => match lane.answer().await {
+            Ok(Some(answer)) => NextAnswer::Answer(answer),
+            Ok(None) => NextAnswer::Lost(None),
+            Err(error) => NextAnswer::Lost(Some(error.to_string())),
+        },
         Err(coming) => match coming.await {
             Ok(Ok(lane)) => NextAnswer::Connected(lane),
             Ok(Err(error)) => NextAnswer::Lost(Some(error.to_string())),

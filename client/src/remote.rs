@@ -6,6 +6,7 @@
 pub(crate) mod backoff;
 mod image;
 pub(crate) mod lane;
+mod pings;
 
 pub use image::{Content, Image, ImageSource};
 
@@ -147,7 +148,7 @@ impl fmt::Display for ServerAddress {
 
 /// The purpose of a connection. Each lane has its own connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
+pub(crate) enum Purpose {
     Demand,
     Bulk,
 }
@@ -157,10 +158,10 @@ impl ServerAddress {
     ///
     /// # Errors
     /// [`RemoteError::Connect`], after at most 5 s.
-    pub(crate) async fn connect(&self, lane: Lane) -> Result<Channel, RemoteError> {
-        let window = match lane {
-            Lane::Demand => DEMAND_WINDOW_BYTES,
-            Lane::Bulk => BULK_WINDOW_BYTES,
+    pub(crate) async fn connect(&self, purpose: Purpose) -> Result<Channel, RemoteError> {
+        let window = match purpose {
+            Purpose::Demand => DEMAND_WINDOW_BYTES,
+            Purpose::Bulk => BULK_WINDOW_BYTES,
         };
         let endpoint =
             Endpoint::from_shared(self.0.clone()).map_err(|_| RemoteError::Address(self.0.clone()))?;
@@ -169,11 +170,8 @@ impl ServerAddress {
             .tcp_nodelay(true)
             .initial_stream_window_size(window)
             .initial_connection_window_size(window)
-            // The client notices that a server has vanished before the fault deadline of 30 s is
-            // over.
-            .http2_keep_alive_interval(Duration::from_secs(5))
-            .keep_alive_timeout(Duration::from_secs(5))
-            .keep_alive_while_idle(true);
+            .http2_keep_alive_interval(pings::interval())
+            .keep_alive_timeout(pings::TIMEOUT);
         endpoint.connect().await.map_err(|error| {
             let error = innermost(&error);
             let kind = error.downcast_ref().map(io::Error::kind);
@@ -187,7 +185,10 @@ impl ServerAddress {
 
     pub(crate) fn status(&self, what: impl Into<String>) -> impl FnOnce(tonic::Status) -> RemoteError {
         let (server, what) = (self.0.clone(), what.into());
-        move |status| RemoteError::Status { server, what, status: Box::new(status) }
+        move |status| {
+            pings::note(&status);
+            RemoteError::Status { server, what, status: Box::new(status) }
+        }
     }
 
     pub(crate) fn wrong(&self, what: impl Into<String>, reason: impl fmt::Display) -> RemoteError {
@@ -236,7 +237,7 @@ impl Remote {
     /// # Errors
     /// [`RemoteError::Connect`], after at most 5 s.
     pub async fn connect(address: ServerAddress) -> Result<Self, RemoteError> {
-        let channel = address.connect(Lane::Bulk).await?;
+        let channel = address.connect(Purpose::Bulk).await?;
         Ok(Self { address, channel })
     }
 

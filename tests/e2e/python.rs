@@ -1,15 +1,19 @@
 //! A client in another language: what the .proto files and the documented frame layout say is all that it takes.
 
+use postcopy::{Options, ServerAddress, Session};
 use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::{memory_like, noise};
+use postcopy_tests::proxy::{Break, How, Proxy};
 use postcopy_tests::server::Server;
-use postcopy_tests::skip;
 use postcopy_tests::store::shown;
+use postcopy_tests::{PAGE, skip};
 use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace")
@@ -107,5 +111,62 @@ fn a_python_client_reads_what_was_pushed() {
         }
         let serving = json!({"": "SERVING", "postcopy.v1.PageService": "SERVING", "postcopy.v1.ImageService": "SERVING"});
         assert_eq!(seen["health"], serving);
+    }
+}
+
+/// A proxy made of grpcio, with its end at the drop.
+struct PassThrough {
+    child: Child,
+    address: ServerAddress,
+}
+
+impl PassThrough {
+    fn start(python: &Path, server: &ServerAddress) -> Self {
+        let mut proxy = Command::new(python);
+        proxy.arg(workspace().join("tests/python/pass_through.py")).arg(server.to_string());
+        let mut child = proxy.stdout(Stdio::piped()).spawn().unwrap();
+        let mut port = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut port).unwrap();
+        Self { child, address: format!("http://127.0.0.1:{}", port.trim()).parse().unwrap() }
+    }
+}
+
+impl Drop for PassThrough {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// gRPC's core sends the headers of an answer with its first message, and takes few pings.
+#[test]
+fn a_session_and_every_command_work_through_a_proxy_of_grpcio() {
+    let Some(python) = python("python::a_session_and_every_command_work_through_a_proxy_of_grpcio") else {
+        return;
+    };
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("mem"), folder.path().join("out"));
+    let bytes = memory_like(8 << 20, 83);
+    fs::write(&path, &bytes).unwrap();
+    let proxy = PassThrough::start(&python, server.address());
+    let _ = run(&proxy.address, [OsStr::new("push"), path.as_os_str(), OsStr::new("app:v1")]);
+    let _ = run(&proxy.address, ["verify", "app:v1"]);
+    let _ = run(&proxy.address, [OsStr::new("pull"), OsStr::new("app:v1"), out.as_os_str()]);
+    assert!(fs::read(out.join("mem")).unwrap() == bytes);
+
+    // A lane that is lost while the server is away is made again by the next fault.
+    let chaos = Proxy::start(&proxy.address, Break::Never);
+    for fill in [false, true] {
+        let reference = "app:v1".parse().unwrap();
+        let session = Session::open(chaos.address(), &reference, Options::DEFAULT.fill(fill)).unwrap();
+        let region = session.map("mem").unwrap();
+        assert_eq!(region[0], bytes[0]);
+        chaos.end_all(How::Reset);
+        assert!(region[4 << 20..][..PAGE] == bytes[4 << 20..][..PAGE]);
+        if fill {
+            session.wait_resident(Duration::from_secs(60)).unwrap();
+        }
+        assert!(*region == bytes[..], "a wrong byte");
     }
 }

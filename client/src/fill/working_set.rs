@@ -3,7 +3,7 @@
 use super::installer::{Arrived, Job};
 use super::{Fill, WINDOW_BYTES, pool};
 use crate::memory::Spaces;
-use crate::remote::Lane::Bulk;
+use crate::remote::Purpose::Bulk;
 use crate::remote::lane::BulkLane;
 use crate::remote::{MAX_ATTEMPTS, RemoteError, within};
 use bytes::Bytes;
@@ -95,7 +95,7 @@ impl Fill {
                 Some(channel) => channel,
                 None => server.connect(Bulk).await?,
             };
-            BulkLane::over(channel, server, &self.shared.image.digest(), Some(request)).await
+            Ok(BulkLane::over(channel, server, &self.shared.image.digest(), Some(request)))
         };
         let prepare = async {
             self.wait_while(Spaces::is_empty).await;
@@ -116,9 +116,9 @@ impl Fill {
             .map(|(_, file)| file.size_bytes.div_ceil(PAGE_BYTES as u64))
             .sum::<u64>();
         loop {
-            let message = within(server, "working set", lane.answers.message());
+            let message = within(server, "working set", lane.answer());
             let Some(message) = self.unless_ended(message).await else { return Ok(lane) };
-            let message = message?.map_err(server.status("the working set"))?;
+            let message = message??;
             let message = message.ok_or_else(|| server.wrong("working set", "the stream has ended"))?;
             if message.working_set_ended {
                 return Ok(lane);

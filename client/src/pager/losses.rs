@@ -344,9 +344,9 @@ impl Pager {
     pub(super) fn late_reason(&self) -> String {
         let deadline = self.shared().options.fault_deadline;
         let state = match (&self.lane, &self.lane_error) {
-            (Ok(_), _) => "connected".to_owned(),
+            (_, Some(error)) => format!("not reachable ({error})"),
+            (Ok(_), None) => "connected".to_owned(),
             (Err(_), None) => "not reachable".to_owned(),
-            (Err(_), Some(error)) => format!("not reachable ({error})"),
         };
         format!("no answer within {deadline:?}; the server is {state}")
     }

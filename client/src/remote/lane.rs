@@ -1,6 +1,6 @@
 //! The lanes that deliver pages: each is one bidirectional stream, on a connection of its own.
 
-use crate::remote::{Lane, RemoteError, ServerAddress, page_client, within};
+use crate::remote::{Purpose, RemoteError, ServerAddress, page_client};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1::{self, chunk_answer};
@@ -8,82 +8,75 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
+use tonic::{Response, Status, Streaming};
 
 /// The most requests that wait in a lane's queue to be sent.
 const QUEUE: usize = 64;
 
 /// The demand lane: requests for chunks and segments that faults wait for, and for read-ahead.
+pub(crate) type DemandLane = Lane<v1::FetchChunksRequest, v1::FetchChunksResponse>;
+
+/// The bulk lane: runs of chunks that no fault waits for.
+pub(crate) type BulkLane = Lane<v1::StreamChunksRequest, v1::StreamChunksResponse>;
+
+/// A stream of requests and one of answers. The client sends requests without waiting for the
+/// server to accept the stream: some servers send the headers of their answer with the first
+/// message only.
 #[derive(Debug)]
-pub(crate) struct DemandLane {
-    pub(crate) requests: mpsc::Sender<v1::FetchChunksRequest>,
-    answers: DemandAnswers,
+pub(crate) struct Lane<Q, A> {
+    pub(crate) requests: mpsc::Sender<Q>,
+    answers: Answers<A>,
+    address: ServerAddress,
+    /// The lane, in words.
+    what: String,
 }
 
-type DemandStream = tonic::Streaming<v1::FetchChunksResponse>;
-
 #[derive(Debug)]
-enum DemandAnswers {
-    /// The server has not accepted the stream yet. Dropping this ends the task.
-    Opening(JoinSet<Result<DemandStream, RemoteError>>),
-    Open(Box<DemandStream>),
+enum Answers<A> {
+    /// The server has sent nothing yet. Dropping this ends the task.
+    Opening(JoinSet<Result<Response<Streaming<A>>, Status>>),
+    Open(Box<Streaming<A>>),
+}
+
+impl<Q, A: Send + 'static> Lane<Q, A> {
+    /// Returns the next answer, or `None` at the end of the stream. Cancel safe.
+    ///
+    /// # Errors
+    /// [`RemoteError::Status`] if the server refused or ended the stream, or the connection is
+    /// lost.
+    pub(crate) async fn answer(&mut self) -> Result<Option<A>, RemoteError> {
+        if let Answers::Opening(task) = &mut self.answers {
+            // `None` after the server has refused the stream.
+            let Some(opened) = task.join_next().await else { return Ok(None) };
+            let opened = opened.expect("opening a stream does not panic");
+            let stream = opened.map_err(self.address.status(&self.what))?.into_inner();
+            self.answers = Answers::Open(Box::new(stream));
+        }
+        let Answers::Open(stream) = &mut self.answers else { unreachable!("it was opened") };
+        stream.message().await.map_err(self.address.status(&self.what))
+    }
 }
 
 impl DemandLane {
-    /// Connects and binds the stream to `image`, in the current runtime. Returns once the server
-    /// has accepted the stream.
+    /// Connects and binds the stream to `image`, in the current runtime.
     ///
     /// # Errors
-    /// [`RemoteError`] if the client cannot reach the server or the server does not have the image.
+    /// [`RemoteError`] if the client cannot reach the server.
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
-        let mut lane = Self::over(address.connect(Lane::Demand).await?, address, image);
-        lane.opened().await?;
-        Ok(lane)
+        Ok(Self::over(address.connect(Purpose::Demand).await?, address, image))
     }
 
-    /// Opens the lane over an existing connection, without waiting for the server: the caller can
-    /// send requests at once.
+    /// Opens the lane over an existing connection.
     pub(crate) fn over(channel: Channel, address: &ServerAddress, image: &Digest) -> Self {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::FetchChunksRequest { image: (*image).into(), ..Default::default() };
         requests.try_send(bind).expect("the queue is new");
-        let (mut pages, address, image) = (page_client(channel), address.clone(), *image);
-        let opening = async move {
-            let answers =
-                within(&address, "demand lane", pages.fetch_chunks(ReceiverStream::new(queue))).await?;
-            let answers = answers.map_err(address.status(format!("the demand lane of {image}")))?;
-            Ok(answers.into_inner())
-        };
+        let mut pages = page_client(channel);
         let mut task = JoinSet::new();
-        task.spawn(opening);
-        Self { requests, answers: DemandAnswers::Opening(task) }
+        task.spawn(async move { pages.fetch_chunks(ReceiverStream::new(queue)).await });
+        let what = format!("the demand lane of {image}");
+        Self { requests, answers: Answers::Opening(task), address: address.clone(), what }
     }
-
-    /// Waits until the server has accepted the stream.
-    async fn opened(&mut self) -> Result<(), RemoteError> {
-        if let DemandAnswers::Opening(task) = &mut self.answers
-            && let Some(Ok(opened)) = task.join_next().await
-        {
-            self.answers = DemandAnswers::Open(Box::new(opened?));
-        }
-        Ok(())
-    }
-
-    /// Returns the next answer, or `None` if the lane is lost. Cancel safe.
-    pub(crate) async fn answer(&mut self) -> Option<v1::FetchChunksResponse> {
-        self.opened().await.ok()?;
-        match &mut self.answers {
-            DemandAnswers::Open(stream) => stream.message().await.ok()?,
-            // The server refused the stream before.
-            DemandAnswers::Opening(_) => None,
-        }
-    }
-}
-
-/// The bulk lane: runs of chunks that no fault waits for.
-#[derive(Debug)]
-pub(crate) struct BulkLane {
-    pub(crate) requests: mpsc::Sender<v1::StreamChunksRequest>,
-    pub(crate) answers: tonic::Streaming<v1::StreamChunksResponse>,
 }
 
 impl BulkLane {
@@ -92,29 +85,26 @@ impl BulkLane {
     /// # Errors
     /// The same as those of [`DemandLane::open`].
     pub(crate) async fn open(address: &ServerAddress, image: &Digest) -> Result<Self, RemoteError> {
-        Self::over(address.connect(Lane::Bulk).await?, address, image, None).await
+        Ok(Self::over(address.connect(Purpose::Bulk).await?, address, image, None))
     }
 
-    /// Opens the lane over an existing connection. Sends the first request, if there is one,
-    /// without waiting for the server to accept the stream.
-    ///
-    /// # Errors
-    /// The same as those of [`DemandLane::open`].
-    pub(crate) async fn over(
+    /// Opens the lane over an existing connection. Sends the first request, if there is one.
+    pub(crate) fn over(
         channel: Channel,
         address: &ServerAddress,
         image: &Digest,
         first: Option<v1::StreamChunksRequest>,
-    ) -> Result<Self, RemoteError> {
+    ) -> Self {
         let (requests, queue) = mpsc::channel(QUEUE);
         let bind = v1::StreamChunksRequest { image: (*image).into(), ..Default::default() };
         for request in std::iter::once(bind).chain(first) {
             requests.try_send(request).expect("the queue is new");
         }
         let mut pages = page_client(channel);
-        let answers = within(address, "bulk lane", pages.stream_chunks(ReceiverStream::new(queue))).await?;
-        let answers = answers.map_err(address.status(format!("the bulk lane of {image}")))?.into_inner();
-        Ok(Self { requests, answers })
+        let mut task = JoinSet::new();
+        task.spawn(async move { pages.stream_chunks(ReceiverStream::new(queue)).await });
+        let what = format!("the bulk lane of {image}");
+        Self { requests, answers: Answers::Opening(task), address: address.clone(), what }
     }
 }
 

@@ -125,8 +125,7 @@ impl Fetch {
             if missing.is_empty() {
                 break;
             }
-            let message = within(address, "bulk answer", lane.answers.message()).await?;
-            let message = message.map_err(address.status("the bulk lane"))?;
+            let message = within(address, "bulk answer", lane.answer()).await??;
             let message = message.ok_or_else(|| address.wrong("bulk answer", "the stream has ended"))?;
             if message.chunks.is_empty() {
                 return Err(address.wrong("bulk answer", "it holds nothing"));

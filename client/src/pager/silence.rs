@@ -1,0 +1,65 @@
+//! How long the pager waits on a lane that says nothing, while pages are awaited.
+//!
+//! A server may stop without closing its connections (SIGSTOP, a lost machine), and HTTP/2's pings
+//! find that only after most of a fault's deadline. So the pager gives up a silent lane after 5 s,
+//! and opens another one. A server may also be slow: the next lane gets twice the time, until the
+//! server has answered.
+
+use super::TICK;
+use std::time::Duration;
+
+/// The first patience.
+const FIRST: Duration = Duration::from_secs(5);
+
+/// The silence of the demand lane, counted in ticks: time in which the pager itself is stopped does
+/// not count.
+#[derive(Debug)]
+pub(super) struct Silence {
+    ticks: u32,
+    patience_ticks: u32,
+}
+
+impl Silence {
+    pub(super) fn new() -> Self {
+        Self { ticks: 0, patience_ticks: first_ticks() }
+    }
+
+    /// Notes an answer of the server.
+    pub(super) fn ends(&mut self) {
+        *self = Self::new();
+    }
+
+    /// Counts a tick. Returns the length of the silence if the lane must be given up; from then on
+    /// the count is of a new lane.
+    pub(super) fn tick(&mut self, is_awaited: bool) -> Option<Duration> {
+        self.ticks = if is_awaited { self.ticks + 1 } else { 0 };
+        if self.ticks < self.patience_ticks {
+            return None;
+        }
+        let silence = TICK * self.ticks;
+        self.ticks = 0;
+        self.patience_ticks = self.patience_ticks.saturating_mul(2);
+        Some(silence)
+    }
+}
+
+fn first_ticks() -> u32 {
+    u32::try_from(FIRST.as_millis() / TICK.as_millis()).expect("a few")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_lane_is_given_up_and_the_next_one_has_twice_the_time() {
+        let mut silence = Silence::new();
+        let mut until_given_up = || (1..).find(|_| silence.tick(true).is_some()).unwrap();
+        assert_eq!([until_given_up(), until_given_up()], [50, 100]);
+        silence.ends();
+        assert!((0..49).all(|_| silence.tick(true).is_none()));
+        assert_eq!(silence.tick(false), None, "nothing is awaited for a moment");
+        assert!((0..49).all(|_| silence.tick(true).is_none()));
+        assert_eq!(silence.tick(true), Some(FIRST));
+    }
+}
