@@ -385,6 +385,15 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_is_no_image() {
+        let (_dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a:1");
+        let segment = image.manifest.root.segment_digests()[0];
+        assert!(matches!(store.root(&segment), Err(StoreError::NotFound(_))));
+    }
+
+    #[test]
     fn work_whose_caller_has_left_changes_nothing() {
         let (_dir, store) = store();
         let image = Image::of_seed(1);

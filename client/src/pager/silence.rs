@@ -1,4 +1,4 @@
-//! How long the pager waits on a lane that says nothing, while pages are awaited.
+//! The pager's patience with a lane that says nothing while pages are awaited.
 //!
 //! A server may stop without closing its connections (SIGSTOP, a lost machine), and HTTP/2's pings
 //! find that only after most of a fault's deadline. So the pager gives up a silent lane after 5 s,
