@@ -3,7 +3,7 @@
 use crate::remote::{Remote, RemoteError, ServerAddress};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ChunkContent, FileEntry, ManifestError, Root, Segment};
+use postcopy_proto::manifest::{ChunkContent, EntryKind, FileEntry, ManifestError, Root, Segment};
 use postcopy_proto::page::{ChunkIndex, ChunkSize};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::set_frame::Expected;
@@ -70,7 +70,10 @@ impl Image {
     /// Returns the regular file at `path`.
     #[must_use]
     pub fn file(&self, path: &[u8]) -> Option<FileEntry> {
-        self.root.files().find(|(p, _)| p.as_bytes() == path).map(|(_, file)| *file)
+        match self.root.entry(path)?.kind {
+            EntryKind::File(file) => Some(file),
+            EntryKind::SymbolicLink(_) | EntryKind::EmptyDirectory => None,
+        }
     }
 
     /// Returns the index among the regular files of a file that has pages.

@@ -235,6 +235,14 @@ impl Directory {
         Ok(rustix::fs::renameat_with(&self.0, name, &to.0, new, flags)?)
     }
 
+    /// Writes all files of this directory's file system to the disk. See syncfs(2).
+    ///
+    /// # Errors
+    /// Returns the error of the system call.
+    pub(crate) fn sync_file_system(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(&self.0)?)
+    }
+
     /// Removes an entry of this directory with all that is below it, and follows no link.
     ///
     /// # Errors

@@ -1,16 +1,22 @@
 //! Fetches chunks of an image for a file or a check, outside of any session.
+//!
+//! Its memory is that of a window of segments ([`chunks`]) and of the requests that are
+//! outstanding, whatever the size of the image.
 
-use crate::install::chunk::decode;
+mod chunks;
+
 use crate::memory::ChunkPages;
 use crate::remote::lane::{BulkLane, frame_of, runs_of};
-use crate::remote::{Content, Image};
-use crate::remote::{RemoteError, ServerAddress, within};
+use crate::remote::{Image, Remote, RemoteError, within};
+use chunks::Chunks;
+use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
-use postcopy_proto::manifest::{FileEntry, chunk_offset};
+use postcopy_proto::manifest::{FileEntry, chunk_len, chunk_offset};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::path::ImagePath;
 use postcopy_proto::v1;
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::task::JoinSet;
@@ -20,6 +26,8 @@ use tokio::task::JoinSet;
 const REQUEST_CHUNKS: usize = 512;
 /// Most messages that are decoded at a time.
 const DECODING: usize = 8;
+/// The number of damaged chunks after which a fetch ends: the rest would only repeat the reason.
+const MAX_DAMAGED: usize = 16_384;
 
 /// The consumer of chunks. Its arguments are a chunk's file, the byte of the file at which the
 /// chunk begins, and its verified content. Several threads call it.
@@ -39,51 +47,38 @@ pub struct Damage {
 /// The result of a fetch.
 #[derive(Debug, Default)]
 pub(crate) struct Fetched {
-    /// The chunks that could not be fetched.
+    /// The chunks that could not be fetched. After some thousands the fetch ends early.
     pub(crate) damaged: Vec<Damage>,
+    /// The number of chunks that were fetched.
+    pub(crate) chunks: u64,
     /// Bytes of the received frames.
     pub(crate) frame_bytes: u64,
 }
 
-/// Returns the chunks of an image that are not zero, each digest once if `distinct`.
+/// Fetches the chunks of these ranges that are not zero, verifies each against the manifest, and
+/// passes it to `sink`. If `distinct`, it fetches one chunk of those with the same digest, as far
+/// as it remembers the digests. Requests each failed chunk once more before it reports the chunk
+/// as damaged.
 ///
 /// # Errors
-/// Returns the number of a segment that has not arrived. Its content is unknown, and must not be
-/// taken for zeros.
-pub(crate) fn data_chunks(image: &Image, distinct: bool) -> Result<Vec<u64>, u32> {
-    let mut seen = HashSet::new();
-    let mut chunks = Vec::new();
-    for chunk in 0..image.root().chunks() {
-        match image.content(ChunkIndex(chunk)) {
-            Content::Data(digest) if !distinct || seen.insert(digest) => chunks.push(chunk),
-            Content::Data(_) | Content::Zero => {}
-            Content::SegmentMissing(segment) => return Err(segment),
-            Content::OutOfRange => unreachable!("bounded by the root"),
-        }
-    }
-    Ok(chunks)
-}
-
-/// Fetches these chunks, verifies each against the manifest, and passes it to `sink`. Requests each
-/// failed chunk once more before it reports the chunk as damaged.
-///
-/// # Errors
-/// Returns [`RemoteError`] if the connection was lost; some chunks are then unchecked.
+/// Returns [`RemoteError`] if the connection was lost, or the server sent a wrong segment; some
+/// chunks are then unchecked.
 pub(crate) async fn fetch(
-    address: &ServerAddress,
+    remote: &Remote,
     image: &Arc<Image>,
-    chunks: Vec<u64>,
+    ranges: Vec<Range<u64>>,
+    distinct: bool,
     sink: Arc<Sink>,
 ) -> Result<Fetched, RemoteError> {
     let files = image.root().files().filter(|(_, file)| file.size_bytes > 0);
     let files: Arc<[_]> = files.map(|(path, file)| (path.clone(), *file)).collect();
     let fetch = Fetch { image: Arc::clone(image), files, sink, frame_bytes: Arc::default() };
-    let mut damaged = fetch.pass(address, &chunks, 0).await?;
-    if !damaged.is_empty() {
-        let again: Vec<u64> = damaged.iter().map(|damage| damage.chunk.0).collect();
-        damaged = fetch.pass(address, &again, 1).await?;
+    let (chunks, mut damaged) = fetch.pass(remote, ranges, distinct, 0).await?;
+    if !damaged.is_empty() && damaged.len() < MAX_DAMAGED {
+        let again = damaged.iter().map(|damage| damage.chunk.0..damage.chunk.0 + 1).collect();
+        (_, damaged) = fetch.pass(remote, again, false, 1).await?;
     }
-    Ok(Fetched { damaged, frame_bytes: fetch.frame_bytes.load(Ordering::Relaxed) })
+    Ok(Fetched { damaged, chunks, frame_bytes: fetch.frame_bytes.load(Ordering::Relaxed) })
 }
 
 #[derive(Clone)]
@@ -95,34 +90,39 @@ struct Fetch {
 }
 
 impl Fetch {
+    /// Fetches the chunks of `ranges` once. Returns their number, and those that have failed.
     async fn pass(
         &self,
-        address: &ServerAddress,
-        chunks: &[u64],
+        remote: &Remote,
+        ranges: Vec<Range<u64>>,
+        distinct: bool,
         attempt: u32,
-    ) -> Result<Vec<Damage>, RemoteError> {
-        if chunks.is_empty() {
-            return Ok(Vec::new());
+    ) -> Result<(u64, Vec<Damage>), RemoteError> {
+        let address = remote.address();
+        let mut chunks = Chunks::new(remote, &self.image, ranges, distinct);
+        let mut part = chunks.next(REQUEST_CHUNKS).await?;
+        let (mut count, mut damaged) = (0, Vec::new());
+        if part.is_empty() {
+            return Ok((count, damaged));
         }
         let mut lane = BulkLane::open(address, &self.image.digest()).await?;
-        // Each chunk is accepted once, and only if this set holds it: a server may send any answer.
-        let mut missing: HashSet<u64> = HashSet::new();
-        let mut damaged = Vec::new();
+        // Each chunk is accepted once, and only if this map holds it: a server may send any answer.
+        let mut missing: HashMap<u64, Digest> = HashMap::new();
         let mut decoding = JoinSet::new();
-        let mut parts = chunks.chunks(REQUEST_CHUNKS);
         let mut id = 0;
         loop {
             // The next request is sent before the last one is answered.
-            while missing.len() < REQUEST_CHUNKS {
-                let Some(part) = parts.next() else { break };
-                missing.extend(part);
+            while missing.len() < REQUEST_CHUNKS && !part.is_empty() {
                 id += 1;
-                let runs = runs_of(part.iter().copied());
+                count += part.len() as u64;
+                let runs = runs_of(part.iter().map(|(chunk, _)| *chunk));
+                missing.extend(part);
                 let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
                 // A closed queue means a lost lane, and the next message has the reason.
                 let _ = lane.requests.send(request).await;
+                part = chunks.next(REQUEST_CHUNKS).await?;
             }
-            if missing.is_empty() {
+            if missing.is_empty() || damaged.len() >= MAX_DAMAGED {
                 break;
             }
             let message = within(address, "bulk answer", lane.answer()).await??;
@@ -130,9 +130,13 @@ impl Fetch {
             if message.chunks.is_empty() {
                 return Err(address.wrong("bulk answer", "it holds nothing"));
             }
-            if let Some(answer) = message.chunks.iter().find(|answer| !missing.remove(&answer.chunk)) {
-                let reason = format!("chunk {} was not asked for, or has come before", answer.chunk);
-                return Err(address.wrong("bulk answer", reason));
+            let mut answers = Vec::with_capacity(message.chunks.len());
+            for answer in message.chunks {
+                let digest = missing.remove(&answer.chunk).ok_or_else(|| {
+                    let reason = format!("chunk {} was not asked for, or has come before", answer.chunk);
+                    address.wrong("bulk answer", reason)
+                })?;
+                answers.push((answer, digest));
             }
             if decoding.len() >= DECODING
                 && let Some(done) = decoding.join_next().await
@@ -140,18 +144,18 @@ impl Fetch {
                 damaged.extend(done.expect("a sink does not panic"));
             }
             let this = self.clone();
-            decoding.spawn_blocking(move || this.take(&message.chunks));
+            decoding.spawn_blocking(move || this.take(&answers));
         }
         damaged.extend(decoding.join_all().await.into_iter().flatten());
-        Ok(damaged)
+        Ok((count, damaged))
     }
 
-    fn take(&self, answers: &[v1::ChunkAnswer]) -> Vec<Damage> {
+    fn take(&self, answers: &[(v1::ChunkAnswer, Digest)]) -> Vec<Damage> {
         let (mut pages, mut decoder) = (ChunkPages::default(), FrameDecoder::default());
-        let damaged = answers.iter().filter_map(|answer| {
+        let damaged = answers.iter().filter_map(|(answer, digest)| {
             let chunk = ChunkIndex(answer.chunk);
             let (path, file) = self.file_of(chunk)?;
-            let reason = self.take_one(path, file, answer, &mut pages, &mut decoder).err()?;
+            let reason = self.take_one(path, file, answer, digest, &mut pages, &mut decoder).err()?;
             Some(Damage { path: path.clone(), chunk, reason })
         });
         damaged.collect()
@@ -167,17 +171,16 @@ impl Fetch {
         path: &ImagePath,
         file: &FileEntry,
         answer: &v1::ChunkAnswer,
+        digest: &Digest,
         pages: &mut ChunkPages,
         decoder: &mut FrameDecoder,
     ) -> Result<(), String> {
-        let chunk = ChunkIndex(answer.chunk);
-        let Content::Data(digest) = self.image.content(chunk) else {
-            return Err("it was not asked for".into());
-        };
-        let frame = frame_of(answer, &digest).map_err(|no| no.reason)?;
+        let (chunk, chunk_size) = (ChunkIndex(answer.chunk), self.image.root().chunk_size());
+        let frame = frame_of(answer, digest).map_err(|no| no.reason)?;
         self.frame_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
-        decode(pages, decoder, &self.image, file, chunk, &digest, frame)?;
-        let offset = chunk_offset(self.image.root().chunk_size(), file, chunk);
+        let chunk_bytes = chunk_len(chunk_size, file, chunk).ok_or("the file has no such chunk")?;
+        pages.decode(decoder, chunk_bytes, digest, frame)?;
+        let offset = chunk_offset(chunk_size, file, chunk);
         (self.sink)(path, offset as u64, pages)
     }
 }

@@ -6,21 +6,20 @@
 //! alone.
 
 use crate::memory::ChunkPages;
-use crate::remote::{Content, Image};
-use crate::remote::{Remote, RemoteError};
+use crate::remote::{Image, Remote, RemoteError};
 use crate::transfer::beneath::Directory;
-use crate::transfer::fetch::{Damage, data_chunks, fetch};
+use crate::transfer::fetch::{Damage, fetch};
 use postcopy_proto::manifest::{Entry, EntryKind};
-use postcopy_proto::page::{ChunkIndex, to_usize};
+use postcopy_proto::page::to_usize;
 use postcopy_proto::path::ImagePath;
 use postcopy_proto::reference::Reference;
 use rustix::fs::Mode;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -72,22 +71,28 @@ pub struct PullReport {
     pub frame_bytes: u64,
 }
 
+/// The most files that a pull syncs one by one. For more it syncs their file system once, which
+/// also writes what other programs have written there: each sync waits for the disk.
+const SYNCED_ALONE: usize = 64;
+
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> PullError {
     let path = path.to_owned();
     move |source| PullError::File { path, source }
 }
 
-/// Fetches and verifies every chunk of an image, each digest once, and keeps nothing.
+/// Fetches and verifies every chunk of an image, and keeps nothing. Fetches one chunk of those with
+/// the same digest. Of an image with more than a million different chunks, it may fetch a digest
+/// again, because its memory is bounded.
 ///
 /// # Errors
-/// Returns [`PullError::Damaged`], which names every chunk that differs from the manifest.
+/// Returns [`PullError::Damaged`], which names the chunks that differ from the manifest. After some
+/// thousands of them the check ends.
 pub async fn verify(remote: &Remote, reference: &Reference) -> Result<PullReport, PullError> {
-    let (image, segments) = remote.open(reference, &[], true).await?;
-    segments.all_into(&image).await?;
-    let chunks = data_chunks(&image, true).map_err(|segment| missing(remote, &image, segment))?;
+    let (image, _) = remote.open(reference, &[], false).await?;
+    let all = std::iter::once(0..image.root().chunks()).collect();
     let (entries, size_bytes) = (image.root().entries().len(), image.root().size_bytes());
     let mut report = PullReport { image: image.digest(), entries, size_bytes, chunks: 0, frame_bytes: 0 };
-    fetch_into(&mut report, remote, &image, chunks, Arc::new(|_, _, _| Ok(()))).await?;
+    fetch_into(&mut report, remote, &image, all, true, Arc::new(|_, _, _| Ok(()))).await?;
     Ok(report)
 }
 
@@ -137,8 +142,7 @@ impl Pulling {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             _ => return Err(PullError::Exists(target.to_owned())),
         };
-        let (image, segments) = remote.open(reference, &[], true).await?;
-        segments.all_into(&image).await?;
+        let (image, _) = remote.open(reference, &[], false).await?;
         let wanted: Vec<_> =
             image.root().entries().iter().filter(|entry| is_wanted(&entry.path)).cloned().collect();
         let partial = Partial::create(target, existing)?;
@@ -201,25 +205,14 @@ impl Pulling {
             parts.entry(path).or_default().push(bytes);
         }
         let chunk_bytes = self.image.root().chunk_size().bytes() as u64;
-        let mut chunks = BTreeSet::new();
+        let mut chunks = Vec::new();
         for (path, parts) in &parts {
             let Some(file) = self.image.file(path.as_bytes()) else { continue };
-            for bytes in parts {
+            let first = file.first_chunk.0;
+            chunks.extend(parts.iter().map(|bytes| {
                 let end = bytes.end.min(file.size_bytes).div_ceil(chunk_bytes);
-                let first = file.first_chunk.0;
-                chunks.extend(first + bytes.start / chunk_bytes..first + end);
-            }
-        }
-        let mut data = Vec::new();
-        for chunk in chunks {
-            match self.image.content(ChunkIndex(chunk)) {
-                Content::Data(_) => data.push(chunk),
-                Content::Zero => {}
-                Content::SegmentMissing(segment) => {
-                    return Err(missing(&self.remote, &self.image, segment).into());
-                }
-                Content::OutOfRange => unreachable!("bounded by the file's length"),
-            }
+                first + bytes.start / chunk_bytes..first + end
+            }));
         }
         let directory = Arc::clone(&self.partial.directory);
         // Each chunk opens its file anew: an image may have more files than a process may open.
@@ -237,7 +230,7 @@ impl Pulling {
             }
             Ok(())
         };
-        fetch_into(&mut self.report, &self.remote, &self.image, data, Arc::new(sink)).await
+        fetch_into(&mut self.report, &self.remote, &self.image, chunks, false, Arc::new(sink)).await
     }
 
     /// Syncs the files and moves them to the target.
@@ -245,10 +238,15 @@ impl Pulling {
     /// # Errors
     /// Returns [`PullError::File`] if a file could not be synced or moved.
     pub fn finish(self) -> Result<PullReport, PullError> {
-        for entry in self.wanted.iter().filter(|entry| matches!(entry.kind, EntryKind::File(_))) {
-            let path = local(&entry.path);
-            let file = self.partial.directory.file(path);
-            file.and_then(|file| file.sync_all()).map_err(self.partial.error(path))?;
+        let files = || self.wanted.iter().filter(|entry| matches!(entry.kind, EntryKind::File(_)));
+        if files().nth(SYNCED_ALONE).is_some() {
+            self.partial.directory.sync_file_system().map_err(self.partial.error(Path::new("")))?;
+        } else {
+            for entry in files() {
+                let path = local(&entry.path);
+                let file = self.partial.directory.file(path);
+                file.and_then(|file| file.sync_all()).map_err(self.partial.error(path))?;
+            }
         }
         self.partial.rename()?;
         Ok(self.report)
@@ -259,24 +257,19 @@ fn size_of_entry(entry: &Entry) -> u64 {
     if let EntryKind::File(file) = &entry.kind { file.size_bytes } else { 0 }
 }
 
-fn missing(remote: &Remote, image: &Image, segment: u32) -> RemoteError {
-    let what = format!("manifest of {}", image.digest());
-    remote.address().wrong(what, format!("segment {segment} is left out"))
-}
-
 async fn fetch_into(
     report: &mut PullReport,
     remote: &Remote,
     image: &Arc<Image>,
-    chunks: Vec<u64>,
+    chunks: Vec<Range<u64>>,
+    distinct: bool,
     sink: Arc<crate::transfer::fetch::Sink>,
 ) -> Result<(), PullError> {
-    let count = chunks.len() as u64;
-    let fetched = fetch(remote.address(), image, chunks, sink).await?;
+    let fetched = fetch(remote, image, chunks, distinct, sink).await?;
     if !fetched.damaged.is_empty() {
         return Err(PullError::Damaged(fetched.damaged));
     }
-    report.chunks += count;
+    report.chunks += fetched.chunks;
     report.frame_bytes += fetched.frame_bytes;
     Ok(())
 }
@@ -307,7 +300,10 @@ impl Partial {
         let above = above.unwrap_or(&target).to_owned();
         let parent = match existing {
             Some(existing) => existing,
-            None => std::fs::create_dir_all(&above)
+            None => std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&above)
                 .and_then(|()| Directory::open(&above))
                 .map_err(file_error(&above))?,
         };
@@ -377,18 +373,27 @@ fn local(path: &ImagePath) -> &Path {
 }
 
 fn create_entries(entries: &[Entry], partial: &Partial) -> Result<(), PullError> {
-    entries.iter().try_for_each(|entry| {
+    // Entries are sorted by path, so neighbours often have the same parent.
+    let mut last: Option<(&Path, Directory)> = None;
+    for entry in entries {
         let path = local(&entry.path);
-        create_entry(&partial.directory, path, &entry.kind).map_err(partial.error(path))
-    })
+        let parent = match (&entry.kind, path.parent()) {
+            (EntryKind::EmptyDirectory, _) => path,
+            (_, parent) => parent.unwrap_or(Path::new("")),
+        };
+        let parent = match last.take().filter(|(last, _)| *last == parent) {
+            Some((_, directory)) => (parent, directory),
+            None => (parent, partial.directory.make_directory(parent).map_err(partial.error(path))?),
+        };
+        let name = path.file_name().unwrap_or_default();
+        create_entry(&parent.1, name, &entry.kind).map_err(partial.error(path))?;
+        last = Some(parent);
+    }
+    Ok(())
 }
 
-fn create_entry(directory: &Directory, path: &Path, kind: &EntryKind) -> io::Result<()> {
-    if matches!(kind, EntryKind::EmptyDirectory) {
-        return directory.make_directory(path).map(drop);
-    }
-    let parent = directory.make_directory(path.parent().unwrap_or(Path::new("")))?;
-    let name = path.file_name().unwrap_or_default();
+/// Creates a file or a link in `parent`. An empty directory exists already.
+fn create_entry(parent: &Directory, name: &OsStr, kind: &EntryKind) -> io::Result<()> {
     match kind {
         EntryKind::EmptyDirectory => Ok(()),
         EntryKind::SymbolicLink(target) => parent.new_link(name, OsStr::from_bytes(target)),

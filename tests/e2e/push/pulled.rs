@@ -3,15 +3,17 @@
 use super::{CHUNK, pull_cli, push_cli, tree};
 use postcopy::Remote;
 use postcopy::pull::Pulling;
-use postcopy_tests::cli::{fail, postcopy};
-use postcopy_tests::fixtures::noise;
+use postcopy_tests::cgroup::MemoryCgroup;
+use postcopy_tests::cli::{fail, postcopy, run};
+use postcopy_tests::fixtures::{noise, sparse};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{StoreDir, flip, shown};
+use postcopy_tests::{binary, is_root, skip};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 #[test]
 fn pull_fills_an_empty_directory_in_place_and_keeps_clear_of_left_overs() {
@@ -127,4 +129,77 @@ fn pull_takes_an_empty_directory_only_and_leaves_nothing_when_it_fails() {
         fail(server.address(), [OsStr::new("pull"), OsStr::new("none"), targets.join("x").as_os_str()]);
     assert!(text.contains("none:latest"), "{text}");
     assert!(!targets.join("x").exists());
+}
+
+/// An image of 32 GiB in 8,388,608 chunks, of which three are not zero.
+#[test]
+fn a_pull_takes_no_memory_for_the_chunks_of_zeros() {
+    let name = "a_pull_takes_no_memory_for_the_chunks_of_zeros";
+    if !is_root() {
+        return skip(name, "it needs root, to limit memory");
+    }
+    let Some(cgroup) = MemoryCgroup::new() else {
+        return skip(name, "there are no memory cgroups of version 1");
+    };
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (path, target) = (folder.path().join("mem"), folder.path().join("target"));
+    let (len, island) = (32 << 30, noise(4096, 20));
+    sparse(&path, len, &[(0, &island), (7 << 30, &island), (len - 4096, &island)]);
+    let push = [OsStr::new("push"), path.as_os_str(), OsStr::new("app"), OsStr::new("--chunk-size=4096")];
+    let _ = run(server.address(), push);
+    // The server keeps the segments of an image, so it is outside of the limit.
+    cgroup.limit(64 << 20);
+    let script = "read _; exec \"$@\"";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script, "-"]).arg(binary("postcopy")).args(["pull", "app"]).arg(&target);
+    shell.env("POSTCOPY_SERVER", server.address().to_string()).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut shell = shell.spawn().unwrap();
+    cgroup.add(shell.id());
+    drop(shell.stdin.take().map(|mut stdin| std::io::Write::write_all(&mut stdin, b"\n")));
+    let output = shell.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    let pulled = fs::File::open(target.join("mem")).unwrap();
+    assert_eq!(pulled.metadata().unwrap().len(), len);
+    for at in [0, 7 << 30, len - 4096] {
+        let mut bytes = vec![0; 4096];
+        std::os::unix::fs::FileExt::read_exact_at(&pulled, &mut bytes, at).unwrap();
+        assert!(bytes == island, "at {at}");
+    }
+}
+
+#[test]
+fn a_pull_of_many_files_takes_time_in_proportion_to_them() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let source = folder.path().join("source");
+    for i in 0..40_000_u32 {
+        if i % 1000 == 0 {
+            fs::create_dir_all(source.join(format!("{}", i / 1000))).unwrap();
+        }
+        fs::write(source.join(format!("{}/{i}", i / 1000)), i.to_string()).unwrap();
+    }
+    push_cli(&server, &source, "app");
+    let timed = |work: &dyn Fn()| {
+        let started = std::time::Instant::now();
+        work();
+        started.elapsed()
+    };
+    let copy = folder.path().join("copy");
+    let copied = timed(&|| {
+        let status = Command::new("cp").arg("-r").arg(&source).arg(&copy).status().unwrap();
+        assert!(status.success());
+    });
+    let pulled = timed(&|| drop(pull_cli(&server, "app", &folder.path().join("target"))));
+    assert!(pulled < 8 * copied, "the pull took {pulled:?}, a copy {copied:?}");
+}
+
+#[test]
+fn the_parents_that_a_pull_makes_are_for_their_owner_alone() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let source = folder.path().join("file");
+    fs::write(&source, "content").unwrap();
+    push_cli(&server, &source, "app");
+    pull_cli(&server, "app", &folder.path().join("a/b/c"));
+    for path in ["a", "a/b", "a/b/c"] {
+        assert_eq!(fs::metadata(folder.path().join(path)).unwrap().mode() & 0o777, 0o700, "{path}");
+    }
 }
