@@ -97,9 +97,14 @@ pub enum PushError {
         /// The error of the system call.
         source: io::Error,
     },
-    /// A file became shorter while the push read it.
-    #[error("{0} changed while it was read")]
+    /// A file changed while the push read it. What was read may be no state that the file ever had.
+    #[error("{0} changed while it was read. Push it again when nothing writes to it")]
     Changed(PathBuf),
+    /// A file that has content, although its size is 0.
+    #[error(
+        "{0} has content, although its size is 0: the kernel makes it up. Copy the file, and push the copy"
+    )]
+    NoSize(PathBuf),
     /// A path that is no file, directory or symbolic link.
     #[error("{0} is no file, directory or symbolic link")]
     Kind(PathBuf),
@@ -188,7 +193,7 @@ struct Push {
 impl Push {
     fn new(remote: Remote, options: PushOptions, sources: &[Source], on_progress: OnProgress) -> Self {
         let size = |source: &Source| match source.kind {
-            SourceKind::File { size_bytes, .. } => size_bytes,
+            SourceKind::File { state, .. } => state.size_bytes,
             SourceKind::SymbolicLink | SourceKind::EmptyDirectory => 0,
         };
         Self {

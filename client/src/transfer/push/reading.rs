@@ -1,8 +1,7 @@
 //! Reads the files of a push, in batches of chunks, on all cores.
 
 use super::PushError;
-use super::sources::{Source, SourceKind, file_error};
-use crate::transfer::beneath::FileId;
+use super::sources::{FileState, Source, SourceKind, file_error};
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, ManifestBuilder};
@@ -42,9 +41,28 @@ pub(super) struct Chunk {
 /// A chunk to send: its digest, and its place in the bytes of the batch.
 pub(super) type NewChunk = (Digest, Range<usize>);
 
+/// A file that is being read.
+pub(super) struct Reading {
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+    /// The state of the file before the first byte was read.
+    pub(super) state: FileState,
+}
+
+impl Reading {
+    /// Checks that the file is as it was before the first byte was read.
+    fn ensure_unchanged(&self) -> Result<(), PushError> {
+        let metadata = self.file.metadata().map_err(file_error(&self.path))?;
+        match FileState::of(&metadata) == self.state {
+            true => Ok(()),
+            false => Err(PushError::Changed(self.path.clone())),
+        }
+    }
+}
+
 /// The place of a chunk in a file.
 pub(super) struct Place {
-    pub(super) file: Arc<(File, PathBuf)>,
+    pub(super) file: Arc<Reading>,
     pub(super) offset: u64,
     pub(super) len: usize,
     /// True for a hole of the file: the chunk is zeros, and is not read.
@@ -59,7 +77,7 @@ pub(super) struct Places {
 }
 
 pub(super) struct OpenFile {
-    pub(super) file: Arc<(File, PathBuf)>,
+    pub(super) file: Arc<Reading>,
     pub(super) size_bytes: u64,
     pub(super) next: u64,
     /// The extent of data that was found last.
@@ -100,14 +118,17 @@ pub(super) fn open(source: &Source, builder: &mut ManifestBuilder) -> Result<Opt
         SourceKind::SymbolicLink => {
             builder.symbolic_link(&source.path, &directory.link(&source.below).map_err(error)?);
         }
-        SourceKind::File { id, size_bytes, executable } => {
+        SourceKind::File { state, executable } => {
+            let size_bytes = state.size_bytes;
             builder.file(&source.path, size_bytes, executable);
             let file = directory.file(&source.below).map_err(error)?;
-            if FileId::of(&file.metadata().map_err(error)?) != id {
-                return Err(PushError::Changed(source.from()));
+            let file = Reading { file, path: source.from(), state };
+            file.ensure_unchanged()?;
+            // Files of /proc and the like have content, but no size.
+            if size_bytes == 0 && file.file.read_at(&mut [0], 0).map_err(error)? > 0 {
+                return Err(PushError::NoSize(file.path));
             }
-            let file = Arc::new((file, source.from()));
-            return Ok(Some(OpenFile { file, size_bytes, next: 0, data: 0..0 }));
+            return Ok(Some(OpenFile { file: Arc::new(file), size_bytes, next: 0, data: 0..0 }));
         }
     }
     Ok(None)
@@ -131,8 +152,10 @@ impl OpenFile {
     /// Returns the next extent of data; the rest of the file if the file system cannot tell.
     pub(super) fn data_after(&self, offset: u64) -> Range<u64> {
         use rustix::fs::{SeekFrom, seek};
-        match seek(&self.file.0, SeekFrom::Data(offset)) {
-            Ok(start) => start..seek(&self.file.0, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1),
+        match seek(&self.file.file, SeekFrom::Data(offset)) {
+            Ok(start) => {
+                start..seek(&self.file.file, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1)
+            }
             // ENXIO: no data up to the end. The file may have been cut; reading its last byte shows
             // that.
             Err(rustix::io::Errno::NXIO) => self.size_bytes - 1..u64::MAX,
@@ -159,12 +182,15 @@ pub(super) fn read_batch(places: &[Place], mut buffer: Vec<u8>) -> Result<Batch,
     }
     let read = |(place, part, bytes)| read(place, part, bytes);
     let chunks = parts.into_par_iter().map(read).collect::<Result<_, _>>()?;
+    // A writer may have changed a file between two of its chunks, so the batch is not the file.
+    let ends = places.chunk_by(|a, b| Arc::ptr_eq(&a.file, &b.file));
+    ends.filter_map(<[Place]>::first).try_for_each(|place| place.file.ensure_unchanged())?;
     Ok(Batch { chunks, bytes: buffer })
 }
 
 /// Reads a chunk into `buffer`, which is the range `bytes` of the batch.
 pub(super) fn read(place: &Place, buffer: &mut [u8], bytes: Range<usize>) -> Result<Chunk, PushError> {
-    let (file, path) = &*place.file;
+    let Reading { file, path, .. } = &*place.file;
     if !place.hole {
         file.read_exact_at(buffer, place.offset).map_err(|source| match source.kind() {
             io::ErrorKind::UnexpectedEof => PushError::Changed(path.clone()),
@@ -181,6 +207,46 @@ mod tests {
     use super::super::sources::collect;
     use super::*;
     use rustix::fs::FileType;
+
+    #[test]
+    fn a_file_that_changes_between_its_first_and_its_last_byte_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        let change: [(&str, &dyn Fn()); 3] = [
+            ("its content", &|| {
+                std::fs::File::options().write(true).open(&file).unwrap().write_all_at(b"B", 3).unwrap()
+            }),
+            ("its end", &|| {
+                std::fs::File::options().write(true).open(&file).unwrap().set_len(200_000).unwrap()
+            }),
+            ("its time", &|| {
+                let times = std::fs::FileTimes::new().set_modified(std::time::SystemTime::UNIX_EPOCH);
+                std::fs::File::options().write(true).open(&file).unwrap().set_times(times).unwrap();
+            }),
+        ];
+        for (what, change) in change {
+            std::fs::write(&file, vec![b'A'; 100_000]).unwrap();
+            let builder = &mut ManifestBuilder::new(ChunkSize::DEFAULT);
+            let sources = collect(&file).unwrap().into_iter();
+            let mut places = Places { chunk_size: ChunkSize::DEFAULT, sources, current: None };
+            let batch = places.batch(builder).unwrap();
+            assert!(read_batch(&batch, Vec::new()).is_ok());
+            // The kernel's clock for files ticks every few milliseconds.
+            std::thread::park_timeout(std::time::Duration::from_millis(20));
+            change();
+            let Err(error) = read_batch(&batch, Vec::new()) else { panic!("{what}") };
+            assert!(error.to_string().contains("file changed while it was read"), "{what}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_size_that_has_content_is_an_error() {
+        let sources = collect(std::path::Path::new("/proc/cpuinfo")).unwrap();
+        let Err(error) = open(&sources[0], &mut ManifestBuilder::new(ChunkSize::DEFAULT)) else {
+            panic!("it was opened")
+        };
+        assert!(error.to_string().contains("/proc/cpuinfo has content"), "{error}");
+    }
 
     #[test]
     fn a_file_that_is_replaced_before_it_is_read_is_an_error() {

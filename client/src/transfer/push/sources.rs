@@ -31,9 +31,31 @@ pub(super) struct Root {
 }
 
 pub(super) enum SourceKind {
-    File { id: FileId, size_bytes: u64, executable: bool },
+    File { state: FileState, executable: bool },
     SymbolicLink,
     EmptyDirectory,
+}
+
+/// The state of a file. A file that was read while its state stayed the same has not changed
+/// meanwhile, as far as the clock of its file system tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileState {
+    id: FileId,
+    pub(super) size_bytes: u64,
+    /// Seconds and nanoseconds of the last change of the content, and of the metadata.
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl FileState {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        Self {
+            id: FileId::of(metadata),
+            size_bytes: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
 }
 
 impl Source {
@@ -45,11 +67,7 @@ impl Source {
 
 impl SourceKind {
     pub(super) fn file(metadata: &Metadata) -> Self {
-        Self::File {
-            id: FileId::of(metadata),
-            size_bytes: metadata.len(),
-            executable: metadata.mode() & 0o100 != 0,
-        }
+        Self::File { state: FileState::of(metadata), executable: metadata.mode() & 0o100 != 0 }
     }
 }
 
