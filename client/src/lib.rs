@@ -46,7 +46,9 @@ pub use options::{LossPolicy, Options, Progress};
 pub use outcome::{Failure, FailureEnd, FailureKind, Failures};
 pub use processes::{signal_process_tree, with_descendants};
 pub use record::trace;
-pub use remote::{Content, DEFAULT_SERVER, Image, ImageSource, Remote, RemoteError, Segments, ServerAddress};
+pub use remote::{
+    Content, DEFAULT_SERVER, Image, ImageSource, Patience, Remote, RemoteError, Segments, ServerAddress,
+};
 pub use session::{Changes, ForeignMemory, ForeignRegion, Region, Session, SharedPager, Sharing, host};
 pub use transfer::{beneath, criu, pull, push};
 

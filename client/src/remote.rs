@@ -3,11 +3,13 @@
 //! This module knows nothing of memory. The lanes that deliver pages are in
 //! [`crate::remote::lane`].
 
+mod asking;
 pub(crate) mod backoff;
 mod image;
 pub(crate) mod lane;
 mod pings;
 
+pub use asking::Patience;
 pub use image::{Content, Image, ImageSource};
 
 use bytes::BytesMut;
@@ -200,6 +202,9 @@ impl ServerAddress {
 /// the first fault a round trip.
 const MORE_SEGMENTS_BYTES: u32 = 128 << 10;
 
+/// The most answers for each segment of an image: a server may send one twice.
+const MAX_TIMES: usize = 2;
+
 /// The longest time that a server may take for an answer that is due.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 
@@ -253,6 +258,41 @@ impl Remote {
         self.address.status(what)
     }
 
+    /// Returns the error about wrong data of the server, which `what` names.
+    pub fn wrong(&self, what: impl Into<String>, reason: impl fmt::Display) -> RemoteError {
+        self.address.wrong(what, reason)
+    }
+
+    /// Sends a request, which `what` names, and again for up to 30 s while the server refuses it
+    /// because of its load. `attempt` sends it once.
+    ///
+    /// # Errors
+    /// [`RemoteError::Status`]: the server's answer. [`RemoteError::Wrong`]: none came within the
+    /// time of `patience`.
+    pub async fn ask<T, F>(
+        &self,
+        what: &str,
+        patience: Patience,
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, RemoteError>
+    where
+        F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    {
+        asking::ask(&self.address, what, patience, attempt).await
+    }
+
+    /// Waits for the next message of a stream, which `what` names. None: the stream has ended.
+    ///
+    /// # Errors
+    /// [`RemoteError::Status`]: the server's answer. [`RemoteError::Wrong`]: none came within 30 s.
+    pub async fn next_of<T>(
+        &self,
+        what: &str,
+        stream: &mut tonic::Streaming<T>,
+    ) -> Result<Option<T>, RemoteError> {
+        within(&self.address, what, stream.message()).await?.map_err(self.address.status(what))
+    }
+
     /// Returns the generated client of the server's working set service.
     #[must_use]
     pub fn working_sets(&self) -> WorkingSetServiceClient<Channel> {
@@ -284,6 +324,15 @@ impl Remote {
         first_paths: &[&[u8]],
         all_segments: bool,
     ) -> Result<(Arc<Image>, Segments), RemoteError> {
+        asking::patiently(|| self.open_once(reference, first_paths, all_segments)).await
+    }
+
+    async fn open_once(
+        &self,
+        reference: &postcopy_proto::reference::Reference,
+        first_paths: &[&[u8]],
+        all_segments: bool,
+    ) -> Result<(Arc<Image>, Segments), RemoteError> {
         let request = v1::OpenImageRequest {
             reference: reference.to_string(),
             first_paths: first_paths.iter().map(|path| path.to_vec().into()).collect(),
@@ -294,7 +343,7 @@ impl Remote {
         let mut pages = self.pages();
         let stream = within(&self.address, "manifest", pages.open_image(request)).await?;
         let stream = stream.map_err(self.address.status(&what))?.into_inner();
-        let mut segments = Segments { address: self.address.clone(), what, stream };
+        let mut segments = Segments { address: self.address.clone(), what, stream, count: 0 };
 
         let opened = match segments.next_part().await? {
             Some(Part::Opened(opened)) => opened,
@@ -324,6 +373,8 @@ pub struct Segments {
     address: ServerAddress,
     what: String,
     stream: tonic::Streaming<v1::OpenImageResponse>,
+    /// The number of segments that have arrived.
+    count: usize,
 }
 
 impl Segments {
@@ -346,6 +397,9 @@ impl Segments {
         let mut root = BytesMut::new();
         while root.len() < expected {
             match self.next_part().await? {
+                Some(Part::RootPart(part)) if part.is_empty() => {
+                    return Err(self.address.wrong("root", "a part of it is empty"));
+                }
                 Some(Part::RootPart(part)) if root.len() + part.len() <= expected => {
                     root.extend_from_slice(&part)
                 }
@@ -367,6 +421,10 @@ impl Segments {
             Some(Part::Segment(answer)) => answer,
             Some(_) => return Err(self.address.wrong("answer", "a part that is no segment")),
         };
+        self.count += 1;
+        if self.count > MAX_TIMES * image.root().segment_digests().len() {
+            return Err(self.address.wrong("manifest", "its segments are sent again and again"));
+        }
         take_segment(image, &answer).map_err(|reason| {
             self.address.wrong(format!("segment {} of {}", answer.index, image.digest()), reason)
         })?;

@@ -10,7 +10,7 @@ mod encoding;
 mod reading;
 mod sources;
 
-use crate::remote::{Remote, RemoteError};
+use crate::remote::{Patience, Remote, RemoteError};
 use encoding::{Encoded, Encoders, encode};
 use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
@@ -132,6 +132,14 @@ pub enum PushError {
         "the server lost chunks during each attempt of the push; run `postcopyd gc` with a longer --grace"
     )]
     Lost,
+    /// The server has accepted the segments of the manifest, and goes on asking for them.
+    #[error(
+        "server {server} asks for segments again that it has accepted. Check its store: `postcopyd verify`"
+    )]
+    Segments {
+        /// The server's address.
+        server: String,
+    },
     /// A worker panicked.
     #[error("a worker stopped: {0}")]
     Worker(String),
@@ -331,8 +339,11 @@ async fn find_missing(remote: &Remote, digests: &[Digest]) -> Result<HashSet<Dig
     let mut missing = HashSet::new();
     for part in digests.chunks(MAX_FIND_MISSING) {
         let request = v1::FindMissingRequest { chunk_digests: Digest::concat(part) };
-        let response = remote.images().find_missing(request).await;
-        let response = response.map_err(remote.address().status("find missing chunks"))?.into_inner();
+        let ask = || {
+            let (mut images, request) = (remote.images(), request.clone());
+            async move { images.find_missing(request).await }
+        };
+        let response = remote.ask("find missing chunks", Patience::Short, ask).await?;
         let digests = Digest::list(&response.missing_chunk_digests);
         missing.extend(digests.map_err(|e| remote.address().wrong("list of missing chunks", e))?);
     }
@@ -352,9 +363,13 @@ async fn upload(remote: Remote, pack: PackBuilder, buffers: Buffers) -> Result<u
         let part = bytes.split_to(bytes.len().min(MAX_PART_BYTES));
         parts.push(upload_pack_request::Part::Data(part));
     }
-    let parts = parts.into_iter().map(|part| v1::UploadPackRequest { part: Some(part) });
-    let sent = remote.images().upload_pack(tokio_stream::iter(parts)).await;
-    sent.map_err(remote.address().status(format!("upload of pack {digest}")))?;
+    let part = |part| v1::UploadPackRequest { part: Some(part) };
+    let parts: Vec<_> = parts.into_iter().map(part).collect();
+    let send = || {
+        let (mut images, parts) = (remote.images(), parts.clone());
+        async move { images.upload_pack(tokio_stream::iter(parts)).await }
+    };
+    remote.ask(&format!("upload of pack {digest}"), Patience::Long, send).await?;
     Ok(size_bytes)
 }
 
@@ -377,9 +392,13 @@ async fn commit(
             let part = root.split_to(root.len().min(MAX_PART_BYTES));
             parts.push(commit_request::Part::RootPart(part));
         }
-        let parts = parts.into_iter().map(|part| v1::CommitRequest { part: Some(part) });
-        let response = remote.images().commit(tokio_stream::iter(parts)).await;
-        let response = response.map_err(address.status(format!("commit of {reference}")))?.into_inner();
+        let part = |part| v1::CommitRequest { part: Some(part) };
+        let parts: Vec<_> = parts.into_iter().map(part).collect();
+        let send = || {
+            let (mut images, parts) = (remote.images(), parts.clone());
+            async move { images.commit(tokio_stream::iter(parts)).await }
+        };
+        let response = remote.ask(&format!("commit of {reference}"), Patience::Long, send).await?;
         let missing = match response.outcome {
             Some(Outcome::Committed(v1::Committed { image })) => {
                 let image = Digest::try_from(&image[..]).map_err(|e| address.wrong("image digest", e))?;
@@ -400,9 +419,12 @@ async fn commit(
         }
         for bytes in manifest.segments.iter().filter(|bytes| missing.contains(&Digest::of(bytes))) {
             let request = v1::UploadSegmentRequest { segment: bytes.clone() };
-            let sent = remote.images().upload_segment(request).await;
-            sent.map_err(address.status("upload of a segment"))?;
+            let send = || {
+                let (mut images, request) = (remote.images(), request.clone());
+                async move { images.upload_segment(request).await }
+            };
+            remote.ask("upload of a segment", Patience::Long, send).await?;
         }
     }
-    Ok(None)
+    Err(PushError::Segments { server: address.to_string() })
 }

@@ -1,0 +1,165 @@
+//! Requests of commands and tasks: their time limits, and their repetition while a server refuses
+//! them early.
+//!
+//! An overloaded server answers RESOURCE_EXHAUSTED or UNAVAILABLE before it does any work, and may
+//! say when to come back (`grpc-retry-pushback-ms`). So the client asks again, for at most 30 s.
+
+use super::backoff::Backoff;
+use super::{MAX_SILENCE, RemoteError, ServerAddress};
+use std::future::Future;
+use std::time::{Duration, Instant};
+use tonic::{Code, Response, Status};
+
+/// The longest time in which the client repeats a request that the server refuses.
+const MAX_REFUSED: Duration = Duration::from_secs(30);
+/// The longest time for the answer to an upload or a commit. A pack of 16 MiB takes this long at
+/// 0.2 Mbit/s, and a commit may check a million chunks on a slow disk. The keep-alive of the
+/// connection finds a lost server much sooner.
+const MAX_WORK: Duration = Duration::from_secs(600);
+/// The key of the time after which the server wants the next attempt.
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+/// The longest time that a request may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// 30 s, for a question.
+    Short,
+    /// 10 minutes, for an upload or a commit.
+    Long,
+}
+
+/// Sends a request, and again while the server refuses it. `attempt` sends it once.
+///
+/// # Errors
+/// [`RemoteError::Status`]: the server's answer. [`RemoteError::Wrong`]: none came in time.
+pub(super) async fn ask<T, F>(
+    server: &ServerAddress,
+    what: &str,
+    patience: Patience,
+    attempt: impl FnMut() -> F,
+) -> Result<T, RemoteError>
+where
+    F: Future<Output = Result<Response<T>, Status>>,
+{
+    let silence = match patience {
+        Patience::Short => MAX_SILENCE,
+        Patience::Long => MAX_WORK,
+    };
+    ask_within(server, what, silence, attempt).await
+}
+
+async fn ask_within<T, F>(
+    server: &ServerAddress,
+    what: &str,
+    silence: Duration,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, RemoteError>
+where
+    F: Future<Output = Result<Response<T>, Status>>,
+{
+    patiently(|| {
+        let answer = tokio::time::timeout(silence, attempt());
+        async move {
+            let answer = answer.await;
+            let answer = answer.map_err(|_| server.wrong(what, format!("none came within {silence:?}")))?;
+            Ok(answer.map_err(server.status(what))?.into_inner())
+        }
+    })
+    .await
+}
+
+/// Repeats `attempt` while the server refuses it, for at most 30 s.
+///
+/// # Errors
+/// The error of the last attempt.
+pub(super) async fn patiently<T, F>(mut attempt: impl FnMut() -> F) -> Result<T, RemoteError>
+where
+    F: Future<Output = Result<T, RemoteError>>,
+{
+    let (started, mut backoff) = (Instant::now(), Backoff::new());
+    loop {
+        let error = match attempt().await {
+            Err(error) => error,
+            done => return done,
+        };
+        let Some(pause) = pause_after(&error, &mut backoff) else { return Err(error) };
+        if started.elapsed() + pause > MAX_REFUSED {
+            return Err(error);
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Returns the pause before the next attempt, if the server has refused the request early.
+fn pause_after(error: &RemoteError, backoff: &mut Backoff) -> Option<Duration> {
+    let RemoteError::Status { status, .. } = error else { return None };
+    let is_refusal = matches!(status.code(), Code::ResourceExhausted | Code::Unavailable);
+    if !is_refusal || super::is_of_connection(status) {
+        return None;
+    }
+    let pause = backoff.pause();
+    match status.metadata().get(PUSHBACK).map(|text| text.to_str().ok()?.parse::<u64>().ok()) {
+        None => Some(pause),
+        // A server that does not want another attempt sends a negative number.
+        Some(None) => None,
+        // The random part keeps clients apart that were refused at once.
+        Some(Some(ms)) => Some(Duration::from_millis(ms) + pause),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: Code, pushback: Option<&'static str>) -> RemoteError {
+        let mut status = Status::new(code, "too many requests");
+        if let Some(pushback) = pushback {
+            status.metadata_mut().insert(PUSHBACK, pushback.parse().unwrap());
+        }
+        RemoteError::Status { server: "here".into(), what: "a test".into(), status: Box::new(status) }
+    }
+
+    #[test]
+    fn only_early_refusals_are_repeated_and_no_sooner_than_the_server_wants() {
+        let pause = |error: &RemoteError| pause_after(error, &mut Backoff::new());
+        assert!(pause(&refused(Code::Unavailable, None)).unwrap() < Duration::from_millis(20));
+        let wanted = Duration::from_millis(1234);
+        let pushed = pause(&refused(Code::ResourceExhausted, Some("1234"))).unwrap();
+        assert!((wanted..wanted + Duration::from_millis(20)).contains(&pushed), "{pushed:?}");
+        for no in [
+            refused(Code::ResourceExhausted, Some("-1")),
+            refused(Code::NotFound, None),
+            refused(Code::Internal, Some("1")),
+        ] {
+            assert_eq!(pause(&no), None, "{no}");
+        }
+    }
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    #[test]
+    fn a_refusal_is_repeated_and_a_pause_that_is_too_long_does_not_begin() {
+        let mut attempts = 0;
+        let answer = patiently(|| {
+            attempts += 1;
+            let is_last = attempts == 5;
+            async move { if is_last { Ok(7) } else { Err(refused(Code::Unavailable, Some("10"))) } }
+        });
+        assert_eq!(runtime().block_on(answer).unwrap(), 7);
+        let started = Instant::now();
+        let answer = patiently(|| async { Err::<(), _>(refused(Code::Unavailable, Some("40000"))) });
+        assert!(runtime().block_on(answer).is_err());
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_not_waited_for() {
+        let server = "http://here:1".parse().unwrap();
+        let silent = std::future::pending::<Result<Response<()>, Status>>;
+        let answer = async { ask_within(&server, "answer", Duration::from_millis(50), silent).await };
+        let error = runtime().block_on(answer).unwrap_err();
+        assert!(error.to_string().contains("none came within 50ms"), "{error}");
+    }
+}
