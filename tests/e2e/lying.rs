@@ -2,6 +2,7 @@
 
 mod answers;
 mod chunks;
+mod images;
 mod manifests;
 
 use crate::map::push;

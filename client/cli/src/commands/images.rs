@@ -1,6 +1,6 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
-use super::output::{Advised, INSPECT, Output, bytes, complain, counted, printable, time};
+use super::output::{self, Advised, INSPECT, Output, bytes, complain, counted, printable, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result, bail};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
@@ -12,7 +12,7 @@ use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::proto::v1;
 use postcopy::pull::{self, PullReport, Pulling};
 use postcopy::push::{self, PushOptions};
-use postcopy::{Remote, ServerAddress};
+use postcopy::{Image, Patience, Remote, RemoteError, ServerAddress};
 use serde::Serialize;
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -33,8 +33,12 @@ pub(super) fn with_remote<T, W: Future<Output = Result<T>>>(
     runtime.block_on(async { work(Remote::connect(server).await?).await })
 }
 
-pub(super) fn digest(bytes: &[u8]) -> String {
-    Digest::try_from(bytes).map_or_else(|e| e.to_string(), |digest| digest.to_string())
+/// Returns the digest that a server has sent.
+///
+/// # Errors
+/// It is none.
+pub(super) fn digest(remote: &Remote, bytes: &[u8]) -> Result<Digest, RemoteError> {
+    Digest::try_from(bytes).map_err(|reason| remote.wrong("digest", reason))
 }
 
 pub(crate) fn push(
@@ -266,7 +270,8 @@ pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Outpu
     {
         // The error itself names the first one.
         for damage in &damaged[1..] {
-            complain(&format!("{} chunk {}: {}", damage.path, damage.chunk, damage.reason));
+            let (path, reason) = (printable(&damage.path.to_string()), printable(&damage.reason));
+            complain(&format!("{path} chunk {}: {reason}", damage.chunk));
         }
     }
     show_pulled(output, &format!("{reference} is sound"), &verified?, None)
@@ -283,63 +288,156 @@ struct Summary {
     damage: String,
 }
 
-impl From<v1::ImageSummary> for Summary {
-    fn from(image: v1::ImageSummary) -> Self {
-        Self {
+impl Summary {
+    fn of(remote: &Remote, image: v1::ImageSummary) -> Result<Self, RemoteError> {
+        Ok(Self {
+            image: match &image.image[..] {
+                // Of a damaged reference the server may not know the image.
+                [] if !image.damage.is_empty() => String::new(),
+                bytes => digest(remote, bytes)?.to_string(),
+            },
             reference: image.reference,
-            image: digest(&image.image),
             size_bytes: image.size_bytes,
             files: image.files,
             chunk_size_bytes: image.chunk_size_bytes,
             damage: image.damage,
-        }
+        })
     }
 }
 
+/// Prints the references page by page: a server may have more than fit into memory.
 pub(crate) fn list(server: ServerAddress, output: Output) -> Result<ExitCode> {
-    let images: Vec<Summary> = with_remote(server, |remote| async move {
-        let mut images = Vec::new();
+    with_remote(server, |remote| async move {
+        let mut listing = Listing::new(output);
         let mut page_token = String::new();
         loop {
             let request = v1::ListImagesRequest { page_size: 0, page_token };
-            let page = remote.images().list_images(request).await;
-            let page = page.map_err(remote.failed("listing the images"))?.into_inner();
-            images.extend(page.images.into_iter().map(Summary::from));
+            let ask = || {
+                let (mut images, request) = (remote.images(), request.clone());
+                async move { images.list_images(request).await }
+            };
+            let page = remote.ask("listing the images", Patience::Short, ask).await?;
             page_token = page.next_page_token;
-            if page_token.is_empty() {
-                return Ok(images);
+            let is_last = page_token.is_empty();
+            if page.images.is_empty() && !is_last {
+                return Err(remote.wrong("page of images", "it is empty, and not the last one").into());
+            }
+            let images = page.images.into_iter().map(|image| Summary::of(&remote, image));
+            let images = images.collect::<Result<Vec<_>, _>>()?;
+            // The order bounds the number of pages, and shows a page that was sent before.
+            let names = listing.last.iter().chain(images.iter().map(|image| &image.reference));
+            if !names.is_sorted_by(|a, b| a < b) {
+                return Err(remote.wrong("page of images", "its references do not ascend").into());
+            }
+            if !listing.print(images, is_last)? || is_last {
+                return Ok(if listing.damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS });
             }
         }
-    })?;
-    let damaged = images.iter().any(|image| !image.damage.is_empty());
-    output.show(&images, || {
-        if images.is_empty() {
-            return "no images yet: `postcopy push PATH NAME` stores one".to_owned();
+    })
+}
+
+/// The output of a list of images, page by page.
+#[derive(Debug)]
+struct Listing {
+    output: Output,
+    /// The last reference of the pages that were printed.
+    last: Option<String>,
+    damaged: bool,
+}
+
+impl Listing {
+    fn new(output: Output) -> Self {
+        Self { output, last: None, damaged: false }
+    }
+
+    /// Prints a page. Returns false if the reader of the output has gone.
+    fn print(&mut self, images: Vec<Summary>, is_last: bool) -> Result<bool> {
+        self.damaged |= images.iter().any(|image| !image.damage.is_empty());
+        let text = if self.output.json { self.json(&images, is_last)? } else { self.text(&images) };
+        if let Some(image) = images.into_iter().next_back() {
+            self.last = Some(image.reference);
         }
-        let width = images.iter().map(|image| image.reference.len()).max().unwrap_or(0).max(9);
-        let mut text =
-            format!("{:width$}  {:>12}  {:>6}  {:>10}  IMAGE\n", "REFERENCE", "SIZE", "FILES", "CHUNK");
-        for image in &images {
-            let (size, chunk) = (bytes(image.size_bytes), bytes(u64::from(image.chunk_size_bytes)));
-            let rest = if image.damage.is_empty() { &image.image } else { &image.damage };
+        Ok(text.is_empty() || output::is_printed(&text)?)
+    }
+
+    /// Returns a part of a JSON array.
+    fn json(&self, images: &[Summary], is_last: bool) -> Result<String> {
+        let mut text = String::from(if self.last.is_none() { "[" } else { "" });
+        for (n, image) in images.iter().enumerate() {
+            text += if self.last.is_none() && n == 0 { "\n" } else { ",\n" };
+            text += &serde_json::to_string_pretty(image)?;
+        }
+        text += if is_last { "\n]" } else { "" };
+        Ok(text)
+    }
+
+    fn text(&self, images: &[Summary]) -> String {
+        let is_first = self.last.is_none();
+        if images.is_empty() {
+            let none = "no images yet: `postcopy push PATH NAME` stores one";
+            return if is_first { none.to_owned() } else { String::new() };
+        }
+        let references: Vec<_> = images.iter().map(|image| printable(&image.reference)).collect();
+        let width = references.iter().map(String::len).max().unwrap_or(0).max(9);
+        let mut text = String::new();
+        if is_first {
             let _ = writeln!(
                 text,
-                "{:width$}  {size:>12}  {:>6}  {chunk:>10}  {rest}",
-                image.reference, image.files
+                "{:width$}  {:>12}  {:>6}  {:>10}  IMAGE",
+                "REFERENCE", "SIZE", "FILES", "CHUNK"
             );
         }
+        for (image, reference) in images.iter().zip(references) {
+            let (size, chunk) = (bytes(image.size_bytes), bytes(u64::from(image.chunk_size_bytes)));
+            let rest = if image.damage.is_empty() { image.image.clone() } else { printable(&image.damage) };
+            let _ = writeln!(text, "{reference:width$}  {size:>12}  {:>6}  {chunk:>10}  {rest}", image.files);
+        }
         text
-    })?;
-    Ok(if damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+}
+
+/// Returns what the server says of an image, and the image, whose root was verified.
+async fn looked_up(remote: &Remote, reference: &Reference) -> Result<(v1::GetImageResponse, Arc<Image>)> {
+    let (image, _) = remote.open(reference, &[], false).await?;
+    let request = v1::GetImageRequest { reference: reference.to_string() };
+    let ask = || {
+        let (mut images, request) = (remote.images(), request.clone());
+        async move { images.get_image(request).await }
+    };
+    let answer = remote.ask(&format!("reading {reference}"), Patience::Short, ask).await?;
+    let wrong = |reason: String| Err(remote.wrong(format!("description of {reference}"), reason).into());
+    let Some(summary) = &answer.image else { return wrong("it is empty".into()) };
+    let (described, root) = (digest(remote, &summary.image)?, image.root());
+    if described != image.digest() {
+        return wrong(format!("it is that of {described}, and the image is {}", image.digest()));
+    }
+    let described = (summary.size_bytes, u64::from(summary.files), summary.chunk_size_bytes);
+    let expected = (root.size_bytes(), root.files().count() as u64, root.chunk_size().bytes_u32());
+    if described != expected {
+        return wrong(format!("bytes, files and bytes of a chunk are {described:?} for {expected:?}"));
+    }
+    let v1::GetImageResponse { chunks, zero_chunks, distinct_chunks, .. } = answer;
+    if chunks.checked_add(zero_chunks) != Some(root.chunks()) || distinct_chunks > chunks {
+        let reason = format!(
+            "{chunks} chunks, {distinct_chunks} distinct, and {zero_chunks} zero of {}",
+            root.chunks()
+        );
+        return wrong(reason);
+    }
+    Ok((answer, image))
 }
 
 pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
-    let (answer, image) = with_remote(server, |remote| async move {
-        let request = v1::GetImageRequest { reference: reference.to_string() };
-        let answer = remote.images().get_image(request).await;
-        let answer = answer.map_err(remote.failed(format!("reading {reference}")))?.into_inner();
-        let (image, _) = remote.open(reference, &[], false).await?;
-        Ok((answer, image))
+    let (answer, image, summary) = with_remote(server, |remote| async move {
+        let (mut answer, image) = match looked_up(&remote, reference).await {
+            // Another push may have moved the reference between the two requests.
+            Err(error) if matches!(error.downcast_ref(), Some(RemoteError::Wrong { .. })) => {
+                looked_up(&remote, reference).await?
+            }
+            found => found?,
+        };
+        let summary = Summary::of(&remote, answer.image.take().unwrap_or_default())?;
+        Ok((answer, image, summary))
     })?;
 
     #[derive(Serialize)]
@@ -380,7 +478,7 @@ pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Outp
         }
     };
     let inspected = Inspected {
-        summary: answer.image.unwrap_or_default().into(),
+        summary,
         chunks: answer.chunks,
         zero_chunks: answer.zero_chunks,
         distinct_chunks: answer.distinct_chunks,
@@ -391,7 +489,7 @@ pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Outp
         let summary = &inspected.summary;
         let mut text = format!(
             "{} is {}\n  size    {} in {}\n  chunks  {} of {}, {} distinct, {} zero\n  stored  {}\n",
-            summary.reference,
+            printable(&summary.reference),
             summary.image,
             bytes(summary.size_bytes),
             counted(summary.files.into(), "file", "files"),
@@ -421,8 +519,11 @@ struct Pointed {
 pub(crate) fn remove(server: ServerAddress, reference: &TagReference, output: Output) -> Result<ExitCode> {
     with_remote(server, |remote| async move {
         let request = v1::DeleteImageRequest { reference: reference.to_string() };
-        let answer = remote.images().delete_image(request).await;
-        answer.map_err(remote.failed(format!("removing {reference}")))?;
+        let ask = || {
+            let (mut images, request) = (remote.images(), request.clone());
+            async move { images.delete_image(request).await }
+        };
+        remote.ask(&format!("removing {reference}"), Patience::Long, ask).await?;
         Ok(())
     })?;
     let removed = Pointed { reference: reference.to_string(), image: None };
@@ -438,9 +539,19 @@ pub(crate) fn tag(
 ) -> Result<ExitCode> {
     let image = with_remote(server, |remote| async move {
         let request = v1::TagImageRequest { source: source.to_string(), target: target.to_string() };
-        let answer = remote.images().tag_image(request).await;
-        let answer = answer.map_err(remote.failed(format!("tagging {source}")))?;
-        Ok(digest(&answer.into_inner().image))
+        let ask = || {
+            let (mut images, request) = (remote.images(), request.clone());
+            async move { images.tag_image(request).await }
+        };
+        let answer = remote.ask(&format!("tagging {source}"), Patience::Long, ask).await?;
+        let image = digest(&remote, &answer.image)?;
+        if let Reference::Digest { image: named, .. } = source
+            && *named != image
+        {
+            let reason = format!("it is {image}, to be tagged was {named}");
+            return Err(remote.wrong("tagged image", reason).into());
+        }
+        Ok(image.to_string())
     })?;
     let tagged = Pointed { reference: target.to_string(), image: Some(image.clone()) };
     output.show(&tagged, || format!("{target} is {image}"))?;

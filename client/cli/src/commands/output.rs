@@ -17,10 +17,15 @@ pub(crate) struct Output {
 
 /// Prints a text without its trailing white space, and a line break.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    is_printed(text).map(drop)
+}
+
+/// Prints a text as [`print`] does. Returns false if its reader has gone.
+pub(crate) fn is_printed(text: &str) -> anyhow::Result<bool> {
     // If the reader has gone, like `head`, printing must neither fail nor panic.
     match writeln!(std::io::stdout(), "{}", text.trim_end()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
+        printed => Ok(printed.is_ok()),
     }
 }
 
