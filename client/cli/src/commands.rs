@@ -6,6 +6,7 @@ mod daemons;
 mod doctor;
 mod heat_map;
 mod images;
+mod interrupts;
 mod output;
 mod report;
 mod working_sets;

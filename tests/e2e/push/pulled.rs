@@ -8,7 +8,8 @@ use postcopy_tests::cli::{fail, postcopy, run};
 use postcopy_tests::fixtures::{noise, sparse};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{StoreDir, flip, shown};
-use postcopy_tests::{binary, is_root, skip};
+use postcopy_tests::{binary, is_root, skip, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -201,5 +202,29 @@ fn the_parents_that_a_pull_makes_are_for_their_owner_alone() {
     pull_cli(&server, "app", &folder.path().join("a/b/c"));
     for path in ["a", "a/b", "a/b/c"] {
         assert_eq!(fs::metadata(folder.path().join(path)).unwrap().mode() & 0o777, 0o700, "{path}");
+    }
+}
+
+#[test]
+fn a_pull_that_is_interrupted_removes_what_it_has_written() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (path, around) = (folder.path().join("mem"), folder.path().join("around"));
+    fs::write(&path, noise(64 << 20, 21)).unwrap();
+    push_cli(&server, &path, "app");
+    for signal in [Signal::INT, Signal::TERM] {
+        fs::create_dir(&around).unwrap();
+        let mut pull =
+            postcopy(server.address(), ["pull".as_ref(), "app".as_ref(), around.join("new").as_os_str()]);
+        let mut pull = pull.stderr(Stdio::piped()).spawn().unwrap();
+        wait_until("the pull has begun", || fs::read_dir(&around).unwrap().count() > 0);
+        kill_process(Pid::from_child(&pull), signal).unwrap();
+        let status = pull.wait().unwrap();
+        let mut said = String::new();
+        std::io::Read::read_to_string(pull.stderr.as_mut().unwrap(), &mut said).unwrap();
+        // It may have been done before the signal.
+        assert!(status.success() || said.contains("interrupted by SIG"), "{said}");
+        let left: Vec<_> = fs::read_dir(&around).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, if status.success() { vec!["new"] } else { vec![] }, "{signal:?}");
+        fs::remove_dir_all(&around).unwrap();
     }
 }

@@ -1,5 +1,6 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
+use super::interrupts;
 use super::output::{self, Advised, INSPECT, Output, bytes, complain, counted, printable, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result, bail};
@@ -257,8 +258,18 @@ pub(crate) fn pull(
     output: Output,
 ) -> Result<ExitCode> {
     let part = &part;
-    let pulled =
-        with_remote(server, |remote| async move { pull_part(&remote, reference, directory, part).await });
+    // Before the runtime starts its threads, which inherit the mask.
+    let interrupted = interrupts::watch()?;
+    let pulled = with_remote(server, |remote| async move {
+        tokio::select! {
+            pulled = pull_part(&remote, reference, directory, part) => pulled,
+            // The drop of the pull removes the files that it has written.
+            signal = interrupted => {
+                let signal = signal.map_or("a signal", |signal| signal.as_str());
+                Err(anyhow::anyhow!("the pull was interrupted by {signal}; {} is unchanged", directory.display()))
+            }
+        }
+    });
     let (report, not_lazy) = pulled?;
     show_pulled(output, &format!("{reference} -> {}", directory.display()), &report, not_lazy)
 }
