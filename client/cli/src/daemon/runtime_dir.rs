@@ -271,25 +271,60 @@ impl Drop for RuntimeDir {
 const ANOTHER: &str = "Name a directory of yours on tmpfs with --runtime-dir";
 
 /// Checks that no other user can put files into `root` or in its place: state files and control
-/// sockets decide about the memory of other programs. In a directory like /dev/shm another user may
-/// create `root` first, as a directory or as a link.
-fn ensure_private(root: &Path) -> Result<()> {
-    let shown = root.display();
-    let (link, directory) = (fs::symlink_metadata(root), fs::metadata(root));
-    let (link, directory) =
-        (link.with_context(|| shown.to_string())?, directory.with_context(|| shown.to_string())?);
-    let own = rustix::process::geteuid().as_raw();
-    for uid in [link.uid(), directory.uid()] {
-        ensure!(uid == own, "{shown} belongs to user {uid}, and this is user {own}. {ANOTHER}");
+/// sockets decide about the memory of other programs. So this user or root owns each directory and
+/// each link on the way, and no other user may write to one. A user may create names in a sticky
+/// directory like /dev/shm, but may not replace those of other users.
+///
+/// # Errors
+/// Another user could, or `root` does not exist.
+pub(crate) fn ensure_private(root: &Path) -> Result<()> {
+    let absolute = std::path::absolute(root).with_context(|| root.display().to_string())?;
+    let mut names: Vec<_> = absolute.components().map(|part| part.as_os_str().to_owned()).collect();
+    names.reverse();
+    let (mut path, mut links) = (PathBuf::new(), 0);
+    while let Some(name) = names.pop() {
+        if name == ".." {
+            path.pop();
+            continue;
+        }
+        let next = path.join(&name);
+        let metadata = fs::symlink_metadata(&next).with_context(|| next.display().to_string())?;
+        ensure_ours(&next, &metadata, names.is_empty())?;
+        if metadata.is_symlink() {
+            links += 1;
+            ensure!(links <= MAX_LINKS, "{}: it leads through too many links", root.display());
+            let target = fs::read_link(&next).with_context(|| next.display().to_string())?;
+            if target.is_absolute() {
+                path = PathBuf::new();
+            }
+            names.extend(target.components().rev().map(|part| part.as_os_str().to_owned()));
+        } else {
+            path = next;
+        }
     }
-    let mode = directory.mode() & 0o777;
+    Ok(())
+}
+
+/// The most links in a path, as in path_resolution(7).
+const MAX_LINKS: u32 = 40;
+
+fn ensure_ours(path: &Path, metadata: &fs::Metadata, is_last: bool) -> Result<()> {
+    let (shown, own) = (path.display(), rustix::process::geteuid().as_raw());
+    let owner = metadata.uid();
+    ensure!([0, own].contains(&owner), "{shown} belongs to user {owner}, and this is user {own}. {ANOTHER}");
+    // The mode of a link has no meaning.
+    let mode = if metadata.is_symlink() { 0 } else { metadata.mode() };
+    let is_sticky = mode & 0o1000 != 0 && !is_last;
     ensure!(
-        mode & 0o022 == 0,
-        "{shown}: other users may write to it (mode {mode:o}). {ANOTHER}, or run chmod go-w"
+        mode & 0o022 == 0 || is_sticky,
+        "{shown}: other users may write to it (mode {:o}). {ANOTHER}, or run chmod go-w",
+        mode & 0o7777
     );
     Ok(())
 }
 
+/// The name of the file that a living daemon has locked.
+const LOCK: &str = "lock";
 /// The name of the file that lists losses.
 const LOSSES: &str = "lost";
 /// The room that the file system allocates to that file at the start: about 600 lines. If the list
@@ -301,7 +336,7 @@ const RAMFS_MAGIC: i128 = 0x8584_58f6;
 
 /// Takes the lock of a directory. None: its daemon lives.
 fn lock(directory: &Path) -> Result<Option<File>> {
-    let path = directory.join("lock");
+    let path = directory.join(LOCK);
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR);
     let file: File = file.with_context(|| path.display().to_string())?.into();
@@ -331,6 +366,7 @@ pub(crate) fn all(root: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(root).into_iter().flatten().flatten();
     entries
         .filter(|entry| entry.file_name().to_str().is_some_and(is_name))
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .map(|entry| entry.path())
         .collect()
 }
@@ -426,6 +462,32 @@ mod tests {
             assert!(refusal(folder.path()).contains("belongs to user 4711"));
         }
         assert_eq!(all(folder.path()), [] as [PathBuf; 0]);
+    }
+
+    #[test]
+    fn a_root_below_a_directory_that_another_user_may_rename_in_is_refused() {
+        let folder = root();
+        let [parent, links] = ["parent", "links"].map(|name| folder.path().join(name));
+        let inner = parent.join("inner");
+        fs::create_dir_all(&inner).unwrap();
+        fs::create_dir(&links).unwrap();
+        std::os::unix::fs::symlink(&inner, links.join("link")).unwrap();
+        let refusal = |path: &Path| ensure_private(path).unwrap_err().to_string();
+        let set_mode =
+            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        for path in [&inner, &links.join("link"), &links.join("../parent/inner")] {
+            set_mode(&parent, 0o777);
+            assert!(refusal(path).contains("parent: other users may write to it (mode 777)"));
+            set_mode(&parent, 0o1777);
+            ensure_private(path).unwrap();
+        }
+        set_mode(&links, 0o777);
+        assert!(refusal(&links.join("link")).contains("links: other users may write to it"));
+        if rustix::process::geteuid().is_root() {
+            set_mode(&parent, 0o755);
+            std::os::unix::fs::chown(&parent, Some(4711), None).unwrap();
+            assert!(refusal(&inner).contains("parent belongs to user 4711"));
+        }
     }
 
     #[test]
