@@ -146,6 +146,48 @@ fn files_of_a_daemon_are_not_written_through_links() {
     assert_eq!(fs::read(&precious).unwrap(), b"precious");
 }
 
+/// The work directory belongs to another user.
+#[test]
+fn files_of_a_daemon_are_not_written_where_another_user_leads() {
+    if !is_root() {
+        return skip(
+            "criu::refusals::files_of_a_daemon_are_not_written_where_another_user_leads",
+            "it needs root",
+        );
+    }
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (made, root) = (made_dump(&server, folder.path()), postcopy_tests::daemon::runtime_root());
+    let [work, victim] = ["work", "victim"].map(|name| folder.path().join(name));
+    fs::create_dir(&work).unwrap();
+    fs::create_dir(&victim).unwrap();
+    symlink(&victim, work.join("sub")).unwrap();
+    std::os::unix::fs::lchown(work.join("sub"), Some(4711), None).unwrap();
+    fs::write(work.join("theirs"), "old").unwrap();
+    std::os::unix::fs::chown(work.join("theirs"), Some(4711), None).unwrap();
+    let mode = rustix::fs::Mode::from_raw_mode(0o666);
+    let fifo = work.join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    std::os::unix::fs::chown(&work, Some(4711), None).unwrap();
+    let (dump, work) = (made.to_str().unwrap(), work.to_str().unwrap());
+    let root = root.path().to_str().unwrap();
+    for (options, reason) in [
+        (["-o", "sub/shadow"], "sub in its path is a symbolic link of user 4711"),
+        (["--pidfile", "sub/shadow"], "sub in its path is a symbolic link of user 4711"),
+        (["--trace", "sub"], "sub in its path is a symbolic link of user 4711"),
+        (["-o", "theirs"], "it belongs to user 4711"),
+        (["--pidfile", "theirs"], "it belongs to user 4711"),
+        (["-o", "fifo"], "it is a pipe without a reader"),
+    ] {
+        let args = ["criu", "-D", dump, "-W", work, "--image", "made", "--runtime-dir", root];
+        let args = args.into_iter().chain(options).chain(["--wait-for-restore", "1s"]).map(str::to_owned);
+        let (args, address) = (args.collect::<Vec<_>>(), server.address().clone());
+        let said = within(Duration::from_secs(20), move || fail(&address, args));
+        assert!(said.contains(reason), "{options:?}: {said}");
+    }
+    assert_eq!(fs::read_dir(&victim).unwrap().count(), 0);
+    assert_eq!(fs::read(folder.path().join("work/theirs")).unwrap(), b"old");
+}
+
 #[test]
 fn images_whose_pages_are_stored_in_another_form_are_refused_by_name() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());

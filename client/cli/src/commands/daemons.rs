@@ -3,8 +3,8 @@
 use crate::daemon::criu::Criu;
 use crate::daemon::firecracker::{self, Backing, Firecracker};
 use crate::daemon::runtime_dir::{self, RuntimeDir};
-use crate::daemon::starter::{self, Starter};
-use crate::daemon::{Program, Setup, ask_to_drain};
+use crate::daemon::starter::Starter;
+use crate::daemon::{Program, Setup, ask_to_drain, own_files};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use postcopy::proto::reference::Reference;
@@ -135,6 +135,7 @@ impl DaemonArgs {
                 ensure!(!is_other, "--trace needs a directory, and {} is none", path.display());
                 let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
                 let made = made.and_then(|()| std::path::absolute(path));
+                let made = made.and_then(|path| own_files::ensure_way(&path).map(|()| path));
                 Some(made.with_context(|| path.display().to_string())?)
             }
             None => None,
@@ -349,7 +350,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     setup.listen(Path::new("lazy-pages.socket"))?;
     if let Some(path) = &args.pidfile {
         let written =
-            starter::create(path, 0o644).and_then(|mut file| write!(file, "{}", std::process::id()));
+            own_files::create(path, 0o644).and_then(|mut file| write!(file, "{}", std::process::id()));
         written.with_context(|| path.display().to_string())?;
     }
     if let Some(path) = &args.log_file {
@@ -361,7 +362,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     };
     let ended = setup.run(Arc::new(criu), on_ready);
     if let Some(path) = &args.pidfile {
-        let _ = std::fs::remove_file(path);
+        let _ = own_files::remove(path);
     }
     starter.ended(ended).map(exit_code)
 }

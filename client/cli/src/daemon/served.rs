@@ -2,8 +2,8 @@
 
 use super::Setup;
 use super::guardian::WorkerStart;
-use super::kernel;
 use super::runtime_dir::SessionName;
+use super::{kernel, own_files};
 use anyhow::{Context, Result, anyhow};
 use postcopy::state_file::{self, StateError};
 use postcopy::trace::TraceWriter;
@@ -14,7 +14,6 @@ use postcopy::{
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
@@ -492,7 +491,7 @@ fn write_trace(setup: &Setup, name: &SessionName, session: &Session) -> Option<T
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let path = setup.traces.as_ref()?.join(format!("{name}-{}.jsonl", since_1970.as_millis()));
     let write = |file| session.write_trace(file).inspect_err(|_| drop(std::fs::remove_file(&path)));
-    let created = File::options().write(true).create_new(true).mode(0o600).open(&path);
+    let created = own_files::create_new(&path, 0o600);
     let written = created.and_then(write);
     written.inspect_err(|error| tracing::error!("no trace: {}: {error}", path.display())).ok()
 }

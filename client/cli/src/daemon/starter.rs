@@ -5,12 +5,10 @@
 //! That process waits until the child is ready, or has ended, and exits with 0 or with the child's
 //! status. Until then the child keeps the caller's stderr for its errors.
 
-use super::kernel;
+use super::{kernel, own_files};
 use anyhow::{Context, Result, ensure};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, setsid};
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
 use rustix::io::{DupFlags, dup3, fcntl_dupfd_cloexec};
 use rustix::stdio;
 use std::fs::File;
@@ -36,20 +34,6 @@ pub(crate) struct Starter {
     log: Option<PathBuf>,
     is_background: bool,
     is_ready: bool,
-}
-
-/// Creates a file of the daemon, or empties an existing one. The work directory may belong to
-/// another user, so this follows no symbolic link in the file's place, except below /dev.
-///
-/// # Errors
-/// Any error of open(2), or the path is a symbolic link.
-pub(crate) fn create(path: &Path, mode: u32) -> io::Result<File> {
-    let flags = if path.starts_with("/dev") { OFlags::empty() } else { OFlags::NOFOLLOW };
-    let flags = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
-    match rustix::fs::open(path, flags, Mode::from_raw_mode(mode)) {
-        Err(Errno::LOOP) => Err(io::Error::other("it is a symbolic link. Name another file")),
-        opened => Ok(opened?.into()),
-    }
 }
 
 impl Starter {
@@ -92,7 +76,7 @@ impl Starter {
     /// # Errors
     /// The file cannot be created.
     pub(crate) fn log_to(&mut self, path: &Path) -> io::Result<()> {
-        let log = create(path, 0o600)?;
+        let log = own_files::create(path, 0o600)?;
         self.stderr = Some(fcntl_dupfd_cloexec(stdio::stderr(), FIRST_FD)?);
         self.log = Some(std::path::absolute(path)?);
         Ok(stdio::dup2_stderr(&log)?)
