@@ -27,6 +27,7 @@ pub(crate) mod runtime_dir;
 mod served;
 mod silent;
 pub(crate) mod starter;
+mod stateless;
 pub(crate) mod surroundings;
 mod watching;
 mod worker;
@@ -186,7 +187,11 @@ impl Setup {
         self.base = leftovers::open_descriptors()?;
         let setup = Arc::new(self);
         let patience = setup.options.fault_deadline;
-        let status = guardian::guard(patience, on_ready, |start| {
+        let most = setup.grace + worker::served_end();
+        let status = guardian::guard(patience, most, on_ready, |start| {
+            if start.is_successor && setup.runtime.is_gone() {
+                return setup.close(stateless::outlast(&setup, start));
+            }
             let worker = Worker::new(Arc::clone(&setup), Arc::clone(&program), start);
             let status = worker.and_then(|worker| Arc::new(worker).run());
             match status {

@@ -3,6 +3,7 @@
 use super::{Snapshot, with_root};
 use postcopy_tests::daemon::Daemon;
 use postcopy_tests::vmm::Vmm;
+use postcopy_tests::wait_until;
 use std::time::Duration;
 
 #[test]
@@ -107,5 +108,31 @@ fn a_log_that_is_full_holds_up_neither_faults_nor_a_successor() {
         drop(other);
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
+    });
+}
+
+/// A logout removes $XDG_RUNTIME_DIR with all that is in it.
+#[test]
+fn a_daemon_whose_runtime_directory_has_disappeared_follows_the_loss_policy_and_ends_when_asked() {
+    let name = "a_daemon_whose_runtime_directory_has_disappeared_follows_the_loss_policy_and_ends_when_asked";
+    with_root(name, || {
+        let snapshot = Snapshot::push(4);
+        for (policy, is_killed) in [("wait", false), ("kill", true)] {
+            let mut daemon = snapshot.daemon(&["--on-loss", policy, "--grace", "1s"]);
+            let mut vmm = snapshot.vmm(&["small:4"]);
+            std::fs::remove_dir_all(daemon.root()).unwrap();
+            daemon.kill_worker();
+            daemon.assert_says("this directory has disappeared");
+            if is_killed {
+                wait_until("the machine is killed", || vmm.has_ended());
+            } else {
+                std::thread::park_timeout(Duration::from_secs(2));
+                let workers = daemon.said().iter().filter(|line| line.contains("takes over")).count();
+                assert_eq!(workers, 1, "{:?}", daemon.said());
+                daemon.terminate();
+            }
+            assert_eq!(daemon.wait().code(), Some(3), "{policy}: {:?}", daemon.said());
+            vmm.kill();
+        }
     });
 }

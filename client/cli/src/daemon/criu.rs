@@ -32,7 +32,7 @@ const RESTORE_FINISHED: i32 = 0x5253_5446;
 const PID_BYTES: usize = 4;
 /// The length of a task's message: a byte is sent with each descriptor.
 const TASK_BYTES: usize = PID_BYTES + 1;
-const KIND: &str = "task";
+pub(super) const KIND: &str = "task";
 /// The interval between two checks of the sessions.
 const EXIT_LOOK: Duration = Duration::from_millis(250);
 

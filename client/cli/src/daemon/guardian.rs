@@ -55,12 +55,14 @@ pub(crate) fn signals() -> SigSet {
 
 /// Runs `work` in a worker, and in another one when that worker is killed, until one exits by
 /// itself. Returns its exit status. Calls `on_ready` once, when a worker has reported that it
-/// serves ([`tell_ready`]).
+/// serves ([`tell_ready`]). Gives up if workers fail for longer than `most` after the request to
+/// end.
 ///
 /// # Errors
 /// This process has other threads, or the first worker cannot be started.
 pub(crate) fn guard(
     patience: Duration,
+    most: Duration,
     mut on_ready: impl FnMut(),
     mut work: impl FnMut(WorkerStart) -> i32,
 ) -> Result<i32> {
@@ -115,6 +117,9 @@ pub(crate) fn guard(
         };
         if let WaitStatus::Exited(_, status) = end {
             return Ok(status);
+        }
+        if !has_served && start.stopping_since.is_some_and(|since| since.elapsed() > most) {
+            return Ok(1);
         }
         killed = Some(worker);
         // Another process killed the worker; it did not fail by itself.

@@ -60,6 +60,25 @@ pub(crate) fn sort(setup: &Setup, own: &[BorrowedFd<'_>]) -> Result<Vec<(UnixStr
     Ok(connections)
 }
 
+/// Returns the connections, each with the index of its listening socket. Leaves all other
+/// descriptors as they are.
+///
+/// # Errors
+/// /proc/self/fd cannot be read.
+pub(crate) fn connections(setup: &Setup) -> Result<Vec<(UnixStream, usize)>> {
+    let names: Vec<_> = setup.listeners.iter().map(|(listener, _)| name_of(listener.as_raw_fd())).collect();
+    let mut connections = Vec::new();
+    for fd in open_descriptors()?.into_iter().filter(|fd| !setup.base.contains(fd)) {
+        let name = name_of(fd);
+        let Some(listener) = names.iter().position(|of| of.is_some() && *of == name) else { continue };
+        #[expect(unsafe_code, reason = "a descriptor by number")]
+        // SAFETY: the descriptor is open, and the worker that owned it has died.
+        let owned = unsafe { kernel::own_fd(fd) };
+        connections.push((UnixStream::from(owned), listener));
+    }
+    Ok(connections)
+}
+
 /// Returns whether a descriptor is a userfaultfd.
 pub(crate) fn is_userfaultfd(fd: RawFd) -> bool {
     let target = std::fs::read_link(format!("/proc/self/fd/{fd}"));

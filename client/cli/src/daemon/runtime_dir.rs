@@ -5,7 +5,8 @@
 //!
 //! - `lock`, which the daemon holds as long as its guardian or its worker lives;
 //! - `control`, a socket;
-//! - `lost`, which lists the processes that lost memory and the action that was taken;
+//! - `lost`, which lists the processes that lost memory and the action that was taken, and the
+//!   tasks of a restore that are served;
 //! - a state file for each session, named `KIND-PID-START-COOKIE`: the process, its start time, and
 //!   the connection (SO_COOKIE) that the session belongs to. These are the same for every worker.
 
@@ -190,9 +191,47 @@ impl RuntimeDir {
         }
     }
 
+    /// Records a task of a restore, for the case that this directory disappears: the list is open,
+    /// so it outlives its directory.
+    pub(crate) fn note_task(&self, session: &SessionName, is_served: bool) {
+        let sign = if is_served { '+' } else { '-' };
+        if let Err(error) = (&self.lost).write_all(format!("{sign}{session}\n").as_bytes()) {
+            tracing::error!("{}: {error}", self.path.join(LOSSES).display());
+        }
+    }
+
+    /// Returns the tasks that [`RuntimeDir::note_task`] has recorded as served.
+    pub(crate) fn tasks(&self) -> Vec<SessionName> {
+        let mut tasks = std::collections::BTreeSet::new();
+        for line in self.lines() {
+            let (sign, name) = line.split_at_checked(1).unwrap_or_default();
+            match (sign, name.parse()) {
+                ("+", Ok(name)) => drop(tasks.insert(name)),
+                ("-", Ok(name)) => drop(tasks.remove(&name)),
+                _ => {}
+            }
+        }
+        tasks.into_iter().collect()
+    }
+
+    /// Returns true if the directory, which this daemon has created, does not exist any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let own = self._lock.metadata().map(id).ok();
+        match fs::metadata(self.path.join(LOCK)) {
+            Ok(found) => Some(id(found)) != own,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
     /// Returns the lines of [`RuntimeDir::note_loss`], one for each process. A line begins with the
     /// name of the session.
     pub(crate) fn losses(&self) -> Vec<String> {
+        let is_loss = |line: &String| !line.starts_with(['+', '-']);
+        self.lines().into_iter().filter(is_loss).collect()
+    }
+
+    fn lines(&self) -> Vec<String> {
         let read = self.lost.metadata().and_then(|lost| {
             let mut lines = vec![0; postcopy::proto::page::to_usize(lost.len())];
             // By offset: the workers share the descriptor's position.

@@ -292,6 +292,9 @@ impl Worker {
     /// Adds a session to those that this worker serves.
     pub(crate) fn add(&self, served: Served) -> Arc<Served> {
         let served = Arc::new(served);
+        if served.name.kind == super::criu::KIND {
+            self.setup.runtime.note_task(&served.name, true);
+        }
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.insert(served.name.clone(), Arc::clone(&served));
         if self.is_alone.load(Ordering::Acquire) {
@@ -303,6 +306,9 @@ impl Worker {
     /// Removes a session that has ended, and its files.
     pub(crate) fn remove(&self, name: &SessionName) {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        if name.kind == super::criu::KIND {
+            self.setup.runtime.note_task(name, false);
+        }
         self.setup.runtime.remove(name);
     }
 
