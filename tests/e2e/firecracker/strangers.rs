@@ -179,3 +179,38 @@ if os.fork() == 0:
         drop(stdin);
     });
 }
+
+/// 40 connections with 253 descriptors each: ten times as many as the worker may have open.
+#[test]
+fn descriptors_of_peers_without_a_handshake_do_not_fill_the_worker_s_table() {
+    with_root("descriptors_of_peers_without_a_handshake_do_not_fill_the_worker_s_table", || {
+        let snapshot = Snapshot::push(4);
+        let command = postcopy(snapshot.server.address(), snapshot.args(&snapshot.socket(), &[]));
+        let limited = "ulimit -n 400; exec \"$@\"";
+        let mut shell = Command::new("sh");
+        shell.args(["-c", limited, "-"]).arg(command.get_program()).args(command.get_args());
+        shell.env("POSTCOPY_SERVER", snapshot.server.address().to_string());
+        let root = runtime_root();
+        let daemon = Daemon::spawn_as(root.path(), shell);
+        daemon.assert_says("ready: ");
+        let script = "import array, socket, sys
+held = []
+for n in range(40):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].connect(sys.argv[1])
+    held[-1].sendmsg([b'['], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0] * 253))])
+print('connected', flush=True)
+sys.stdin.read()";
+        let mut flood = Command::new("python3");
+        flood.args(["-c", script]).arg(snapshot.socket()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut flood = flood.spawn().unwrap();
+        let mut connected = [0; 9];
+        std::io::Read::read_exact(flood.stdout.as_mut().unwrap(), &mut connected).unwrap();
+        let mut vmm = snapshot.vmm(&["small:4"]);
+        vmm.assert_right();
+        daemon.assert_says("more than 8 descriptors");
+        assert!(!daemon.has_said("Too many open files"), "{:?}", daemon.said());
+        flood.kill().unwrap();
+        flood.wait().unwrap();
+    });
+}

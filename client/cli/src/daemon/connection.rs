@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The time that a peer has for its handshake.
@@ -106,10 +106,13 @@ impl Connection {
         let started = Instant::now();
         let (mut had, mut pause) = (0, PAUSE);
         loop {
+            let one = worker.looking.lock().unwrap_or_else(PoisonError::into_inner);
             let mut peeked = inbox::peek(&self.stream, most)?;
             if let Some(found) = parse(&mut peeked)? {
                 return Ok(found);
             }
+            peeked.fds.clear();
+            drop(one);
             let bytes = peeked.bytes.len();
             if peeked.ended && self.has_exited() {
                 anyhow::bail!("it has exited without a handshake that is still to be served");

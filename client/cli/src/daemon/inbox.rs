@@ -14,8 +14,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-/// The most descriptors that the kernel allows in one message (SCM_MAX_FD).
-const MAX_FDS: usize = 253;
+/// The most descriptors that a peer may have sent unread. A handshake has one, and a second one may
+/// follow it: a look must not fill this process's table of descriptors. The kernel does not
+/// duplicate those beyond the room for them.
+const MAX_FDS: usize = 8;
 /// The most bytes that a peer may have sent unread.
 pub(crate) const MAX_LOOK: usize = 64 << 10;
 /// The number of bytes that one call receives.
@@ -45,10 +47,12 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let (mut is_cut, mut count) = (false, 0);
         let received = match recvmsg(socket, &mut [IoSliceMut::new(&mut piece)], &mut control, flags) {
-            // The buffer fits all descriptors of a message, so the table of descriptors is full.
-            Ok(received) if received.flags.contains(ReturnFlags::CTRUNC) => return Err(Errno::MFILE.into()),
-            Ok(received) => received.bytes,
+            Ok(received) => {
+                is_cut = received.flags.contains(ReturnFlags::CTRUNC);
+                received.bytes
+            }
             Err(Errno::AGAIN) => break,
             Err(Errno::INTR) => continue,
             // The peer was killed with something unread, and the kernel has dropped its messages.
@@ -57,15 +61,21 @@ pub(crate) fn peek(socket: &UnixStream, most: usize) -> io::Result<Peeked> {
         };
         for message in control.drain() {
             match message {
-                // A peer could fill this process's table of descriptors.
-                RecvAncillaryMessage::ScmRights(fds) if peeked.fds.len() + fds.len() > MAX_FDS => {
-                    let text = format!("it has sent more than {MAX_FDS} descriptors");
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+                RecvAncillaryMessage::ScmRights(fds) => {
+                    count = fds.len();
+                    peeked.fds.extend(fds);
                 }
-                RecvAncillaryMessage::ScmRights(fds) => peeked.fds.extend(fds),
                 RecvAncillaryMessage::ScmCredentials(sender) => peeked.sender = Some(sender.pid),
                 _ => {}
             }
+        }
+        if peeked.fds.len() > MAX_FDS || is_cut && count >= MAX_FDS {
+            let text = format!("it has sent more than {MAX_FDS} descriptors");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        if is_cut {
+            // There was room for more descriptors, so the table of descriptors is full.
+            return Err(Errno::MFILE.into());
         }
         if received == 0 {
             peeked.ended = true;

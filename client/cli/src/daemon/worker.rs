@@ -52,6 +52,9 @@ pub(crate) struct Worker {
     pub(super) silent: Silent,
     /// The log of refused connections.
     pub(super) refusals: Refusals,
+    /// Held during a look at a handshake. A look duplicates the descriptors that a peer has sent,
+    /// so the duplicates of one connection exist at a time.
+    pub(super) looking: Mutex<()>,
 }
 
 impl Worker {
@@ -71,6 +74,7 @@ impl Worker {
             is_alone: AtomicBool::new(false),
             silent: Silent::default(),
             refusals: Refusals::default(),
+            looking: Mutex::default(),
         })
     }
 
