@@ -6,11 +6,14 @@ use postcopy::Remote;
 use postcopy::push::{self, PushOptions};
 use postcopy_tests::chaos::within;
 use postcopy_tests::cli::{fail, run};
+use postcopy_tests::daemon::Daemon;
 use postcopy_tests::server::Server;
 use postcopy_tests::{is_root, skip};
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -186,6 +189,26 @@ fn files_of_a_daemon_are_not_written_where_another_user_leads() {
     }
     assert_eq!(fs::read_dir(&victim).unwrap().count(), 0);
     assert_eq!(fs::read(folder.path().join("work/theirs")).unwrap(), b"old");
+}
+
+#[test]
+fn a_connection_that_says_nothing_decides_nothing() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let made = made_dump(&server, folder.path());
+    let dump = made.to_str().unwrap();
+    let mut daemon = Daemon::start(server.address(), ["criu", "-D", dump, "--image", "made"]);
+    let connect = || UnixStream::connect(made.join("lazy-pages.socket")).unwrap();
+    // One that goes on, one that hangs up, one that hangs up within its first message.
+    let silent = connect();
+    drop(connect());
+    daemon.assert_says("it has hung up and has sent nothing");
+    connect().write_all(&[1, 0]).unwrap();
+    daemon.assert_says("2 bytes");
+    // RESTORE_FINISHED, of a restore without tasks.
+    let mut restore = connect();
+    restore.write_all(&0x5253_5446_i32.to_ne_bytes()).unwrap();
+    assert_eq!(daemon.wait().code(), Some(0), "{:?}", daemon.said());
+    drop(silent);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The time that a peer has for its handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The pause between two reads of a handshake that has arrived in part.
 pub(super) const PAUSE: Duration = Duration::from_millis(2);
 /// The longest such pause, while no more of the handshake arrives.

@@ -7,7 +7,7 @@ mod images;
 
 pub(crate) use images::{Dump, ensure_whole};
 
-use super::connection::Connection;
+use super::connection::{Connection, HANDSHAKE};
 use super::log::say;
 use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, SessionName};
@@ -215,8 +215,30 @@ impl Criu {
         Ok(())
     }
 
+    /// Waits for the first complete message of a connection. `criu restore` connects first and
+    /// sends its first task after it has read its images, so the time for that has no limit.
+    ///
+    /// # Errors
+    /// The peer has hung up before that, or has sent something else.
+    fn hear(&self, worker: &Worker, connection: &Connection) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let peeked = inbox::peek(&connection.stream, 1)?;
+            if !peeked.bytes.is_empty() {
+                return connection.wait_for(worker, TASK_BYTES, parse).map(drop);
+            }
+            ensure!(!peeked.ended, "it has hung up and has sent nothing");
+            ensure!(!worker.is_stopping(), "the daemon ends");
+            // A silent peer must not keep a daemon that no restore needs.
+            let is_late = self.patience.is_some_and(|(since, patience)| since.elapsed() > patience);
+            ensure!(!is_late || started.elapsed() < HANDSHAKE, "it has sent nothing in {HANDSHAKE:?}");
+            drop(peeked);
+            worker.wait(Some(&connection.stream), LOOK);
+        }
+    }
+
     /// Returns whether this is the connection of the restore that this daemon serves. That is the
-    /// first connection, as for CRIU's own daemon.
+    /// first one that sends a message of a restore: others decide nothing.
     fn is_restore(&self, worker: &Arc<Worker>, connection: &Connection) -> bool {
         let runtime = &worker.setup.runtime;
         if !worker.left_by(connection.cookie).is_empty() || runtime.finished(connection.cookie).exists() {
@@ -225,6 +247,13 @@ impl Criu {
         }
         // Sessions that an earlier worker has left belong to another connection.
         let is_another = worker.start.is_successor && runtime.sessions().is_ok_and(|all| !all.is_empty());
+        if !is_another
+            && !self.is_taken.load(Ordering::Acquire)
+            && let Err(error) = self.hear(worker, connection)
+        {
+            worker.refusals.log(&format!("process {}: {error:#}", connection.peer));
+            return false;
+        }
         let is_first = !is_another && !self.is_taken.swap(true, Ordering::AcqRel);
         if !is_first {
             worker.refusals.log(&format!(
