@@ -23,6 +23,10 @@ use std::sync::Arc;
 /// The most bytes of a handshake, which hold some hundred regions.
 const MAX_HANDSHAKE: usize = inbox::MAX_LOOK;
 const PAGE: u64 = 4096;
+/// The most names of files in a message.
+const MOST_NAMES: usize = 3;
+/// The end of the addresses that a process can have, with page tables of five levels.
+const ADDRESSES: u64 = 1 << 56;
 
 pub(crate) const KIND: &str = "vm";
 
@@ -69,6 +73,13 @@ impl Mapping {
 
     fn region(&self, file: &str) -> Result<ForeignRegion> {
         let number = |n: u64, what| usize::try_from(n).with_context(|| format!("{what} {n}"));
+        let end = self.base_host_virt_addr.checked_add(self.size);
+        ensure!(
+            end.is_some_and(|end| end <= ADDRESSES),
+            "base_host_virt_addr {:#x} with size {:#x}: a process has no such addresses",
+            self.base_host_virt_addr,
+            self.size
+        );
         Ok(ForeignRegion {
             address: number(self.base_host_virt_addr, "base_host_virt_addr")?,
             len: number(self.size, "size")?,
@@ -99,6 +110,17 @@ fn parse(bytes: &[u8]) -> Result<Option<Vec<Mapping>>> {
     }
 }
 
+/// Returns the first few of these names, and the number of the others: an image may have a million
+/// files, and each refused connection writes a line to the log.
+fn some_of(names: impl ExactSizeIterator<Item = String>) -> String {
+    let count = names.len();
+    let mut text = names.take(MOST_NAMES).collect::<Vec<_>>().join(", ");
+    if count > MOST_NAMES {
+        text += &format!(" and {} others", count - MOST_NAMES);
+    }
+    text
+}
+
 /// Returns the path of the guest's memory in the image: the file that the user named, or the only
 /// one of that length.
 fn memory_file(backing: &Backing, mappings: &[Mapping]) -> Result<String> {
@@ -113,15 +135,14 @@ fn memory_file(backing: &Backing, mappings: &[Mapping]) -> Result<String> {
     match fitting.as_slice() {
         [(path, _)] => Ok(path.to_string()),
         [] => {
-            let all = files.iter().map(|(path, file)| format!("{path} ({} bytes)", file.size_bytes));
-            let all = all.collect::<Vec<_>>().join(", ");
+            let all = some_of(files.iter().map(|(path, file)| format!("{path} ({} bytes)", file.size_bytes)));
             bail!(
                 "the guest has {size} bytes of memory, and no file of {} has as many: {all}",
                 backing.reference
             )
         }
         several => {
-            let all = several.iter().map(|(path, _)| path.to_string()).collect::<Vec<_>>().join(", ");
+            let all = some_of(several.iter().map(|(path, _)| path.to_string()));
             bail!("several files of {} may be its memory: {all}; name one with --file", backing.reference)
         }
     }
@@ -481,6 +502,28 @@ mod tests {
             let text = format!(r#"[{{"base_host_virt_addr":4096,"size":8192,"offset":0,{text}}}]"#);
             assert_eq!(parse(text.as_bytes()).unwrap().unwrap()[0].page_bytes(), bytes, "{text}");
         }
+    }
+
+    #[test]
+    fn a_region_at_addresses_of_the_kernel_is_refused() {
+        let region = |base_host_virt_addr, size| {
+            let (page_size, page_size_kib) = (None, None);
+            Mapping { base_host_virt_addr, size, offset: 0, page_size, page_size_kib }.region("mem")
+        };
+        assert!(region(ADDRESSES - PAGE, PAGE).is_ok());
+        for (address, size) in
+            [(ADDRESSES, PAGE), (0xffff_8000_0000_0000, PAGE), (PAGE, u64::MAX - 1), (0, u64::MAX)]
+        {
+            let error = region(address, size).unwrap_err().to_string();
+            assert!(error.contains("a process has no such addresses"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_message_about_many_files_names_a_few() {
+        let names = |count: usize| some_of((0..count).map(|n| n.to_string()));
+        assert_eq!(names(3), "0, 1, 2");
+        assert_eq!(names(1_000_000), "0, 1, 2 and 999997 others");
     }
 
     #[test]
