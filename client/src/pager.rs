@@ -249,7 +249,7 @@ impl Pager {
             is_foreign,
             lane,
             backoff: Backoff::new(),
-            silence: Silence::new(),
+            silence: Silence::new(shared.image.root().chunk_size().bytes()),
             requests: Requests::new(Arc::clone(&shared.on_demand)),
             lane_error: None,
             waiters: Waiters::new(shared.options.fault_deadline),

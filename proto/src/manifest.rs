@@ -12,7 +12,6 @@ use crate::path::{ImagePath, PathError, excerpt};
 use crate::v1;
 use bytes::Bytes;
 use prost::Message;
-use std::collections::HashSet;
 
 /// Number of chunks in a segment; the last one of an image may hold fewer.
 pub const SEGMENT_CHUNKS: u32 = 16_384;
@@ -351,15 +350,21 @@ fn parse_entries(messages: Vec<v1::Entry>, size: ChunkSize) -> Result<(Vec<Entry
     Ok((entries, chunks))
 }
 
-/// Rejects `a` beside `a/b`: the entry `a` is no directory, or an empty one.
+/// Rejects `a` beside `a/b`: the entry `a` is no directory, or an empty one. Takes time in
+/// proportion to the bytes of the paths, because the entries are sorted: the earlier paths that are
+/// prefixes of a path form a stack.
 fn check_no_entry_is_a_directory(entries: &[Entry]) -> Result<(), ManifestError> {
-    let paths: HashSet<&[u8]> = entries.iter().map(|entry| entry.path.as_bytes()).collect();
+    let mut prefixes: Vec<&[u8]> = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
-        if entry.path.ancestors().any(|directory| paths.contains(directory)) {
-            let path = excerpt(entry.path.as_bytes());
-            let reason = "a directory that it lies in is an entry itself";
-            return Err(ManifestError::Entry { index, path, reason });
+        let path = entry.path.as_bytes();
+        while prefixes.last().is_some_and(|prefix| !path.starts_with(prefix)) {
+            prefixes.pop();
         }
+        if prefixes.iter().any(|prefix| path.get(prefix.len()) == Some(&b'/')) {
+            let reason = "a directory that it lies in is an entry itself";
+            return Err(ManifestError::Entry { index, path: excerpt(path), reason });
+        }
+        prefixes.push(path);
     }
     Ok(())
 }
@@ -615,6 +620,22 @@ mod tests {
         let mut message = v1::Root::decode(builder.finish().unwrap().root_bytes).unwrap();
         change(&mut message);
         Root::parse_any(&message.encode_to_vec())
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn an_entry_below_another_entry_is_found(
+            paths in proptest::collection::btree_set("[a!/]{1,6}", 1..12)
+        ) {
+            let paths: Vec<_> = paths.iter().filter_map(|p| ImagePath::try_from(p.as_bytes()).ok()).collect();
+            let entry = |path: &ImagePath| Entry { path: path.clone(), kind: EntryKind::EmptyDirectory };
+            let entries: Vec<_> = paths.iter().map(entry).collect();
+            let lies_below = |path: &ImagePath| path.ancestors().any(|directory| {
+                paths.iter().any(|other| other.as_bytes() == directory)
+            });
+            let found = check_no_entry_is_a_directory(&entries).is_err();
+            proptest::prop_assert_eq!(found, paths.iter().any(lies_below));
+        }
     }
 
     #[test]

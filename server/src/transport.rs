@@ -52,7 +52,7 @@ const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// hold a window of unread bytes for each.
 const SMALL_WINDOW_BYTES: u32 = 256 << 10;
 
-/// Number of connections with large windows.
+/// Number of open connections up to which a new one has large windows.
 const FEW_CONNECTIONS: usize = 16;
 
 /// Most bytes of an HTTP/2 frame from a client, with large windows and with small ones: HTTP/2
@@ -79,6 +79,10 @@ const PREFACE_BYTES: usize = 24;
 
 /// Time for a connection that must make room to take leave in order.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Time after which a connection ends that reads none of its answers. They would hold the server's
+/// memory for ever.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Pause after an error of accept, usually a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -224,23 +228,21 @@ impl Server {
             answer(routes.clone(), Arc::clone(&quota), Arc::clone(&connection), request)
         });
         let mut serving = pin!(http.serve_connection(TokioIo::new(Prefaced::new(socket)), answer));
+        let connection = &admitted.connection;
         tokio::select! {
             // Connections end by errors of their peers, which concern no one else.
             _ = serving.as_mut() => return,
-            () = admitted.connection.must_close() => {}
+            () = reads_nothing(connection) => return,
+            () = connection.must_close() => {}
             _ = leaving.wait_for(|leaving| *leaving) => {}
         }
+        if !connection.has_requested() {
+            return;
+        }
         serving.as_mut().graceful_shutdown();
-        let is_leaving = async {
-            // A connection that must only make room has no requests.
-            let _ = tokio::time::timeout(LEAVE_TIMEOUT, leaving.wait_for(|leaving| *leaving)).await;
-            if *leaving.borrow() {
-                std::future::pending::<()>().await;
-            }
-        };
         tokio::select! {
             _ = serving => {}
-            () = is_leaving => {}
+            () = has_left(connection, leaving) => {}
         }
     }
 
@@ -260,6 +262,29 @@ impl Server {
             .keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
         http
+    }
+}
+
+/// Waits until a connection that must make room has been idle for [`LEAVE_TIMEOUT`]. While the
+/// server itself ends, its own limit of time holds.
+async fn has_left(connection: &Connection, leaving: watch::Receiver<bool>) {
+    loop {
+        tokio::time::sleep(LEAVE_TIMEOUT).await;
+        if connection.is_idle() && !*leaving.borrow() {
+            return;
+        }
+    }
+}
+
+/// Waits until a connection has had unread answers for [`UNREAD_TIMEOUT`] and has read none of them.
+async fn reads_nothing(connection: &Connection) {
+    loop {
+        let before = connection.unsent.given_back();
+        let was_empty = connection.unsent.is_empty();
+        tokio::time::sleep(UNREAD_TIMEOUT).await;
+        if !was_empty && !connection.unsent.is_empty() && connection.unsent.given_back() == before {
+            return;
+        }
     }
 }
 

@@ -1,32 +1,37 @@
 //! The pager's patience with a lane that says nothing while pages are awaited.
 //!
 //! A server may stop without closing its connections (SIGSTOP, a lost machine), and HTTP/2's pings
-//! find that only after most of a fault's deadline. So the pager gives up a silent lane after 5 s,
-//! and opens another one. A server may also be slow: the next lane gets twice the time, until the
-//! server has answered.
+//! find that only after most of a fault's deadline. So the pager gives up a silent lane after 5 s
+//! and the time that a chunk takes at 64 KiB/s, and opens another one. A server may also be slow:
+//! the next lane gets twice the time, until the server has answered.
 
 use super::TICK;
 use std::time::Duration;
 
-/// The first patience.
+/// The first patience, besides the time of a chunk.
 const FIRST: Duration = Duration::from_secs(5);
+/// The slowest link that is not taken for a silent one.
+const LEAST_BYTES_PER_SECOND: usize = 64 << 10;
 
 /// The silence of the demand lane, counted in ticks: time in which the pager itself is stopped does
 /// not count.
 #[derive(Debug)]
 pub(super) struct Silence {
     ticks: u32,
+    first_ticks: u32,
     patience_ticks: u32,
 }
 
 impl Silence {
-    pub(super) fn new() -> Self {
-        Self { ticks: 0, patience_ticks: first_ticks() }
+    pub(super) fn new(chunk_bytes: usize) -> Self {
+        let chunk = Duration::from_millis((chunk_bytes * 1000 / LEAST_BYTES_PER_SECOND) as u64);
+        let first_ticks = u32::try_from((FIRST + chunk).as_millis() / TICK.as_millis()).expect("a minute");
+        Self { ticks: 0, first_ticks, patience_ticks: first_ticks }
     }
 
     /// Notes an answer of the server.
     pub(super) fn ends(&mut self) {
-        *self = Self::new();
+        (self.ticks, self.patience_ticks) = (0, self.first_ticks);
     }
 
     /// Counts a tick. Returns the length of the silence if the lane must be given up; from then on
@@ -43,17 +48,13 @@ impl Silence {
     }
 }
 
-fn first_ticks() -> u32 {
-    u32::try_from(FIRST.as_millis() / TICK.as_millis()).expect("a few")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_silent_lane_is_given_up_and_the_next_one_has_twice_the_time() {
-        let mut silence = Silence::new();
+        let mut silence = Silence::new(0);
         let mut until_given_up = || (1..).find(|_| silence.tick(true).is_some()).unwrap();
         assert_eq!([until_given_up(), until_given_up()], [50, 100]);
         silence.ends();

@@ -7,7 +7,8 @@
 
 use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The first interval, and the longest.
 const FIRST_SECONDS: u64 = 30;
@@ -27,13 +28,27 @@ pub(super) fn interval() -> Duration {
 pub(super) fn note(status: &tonic::Status) {
     let mut cause = status.source();
     while let Some(error) = cause {
-        let h2 = error.downcast_ref::<h2::Error>();
-        if h2.is_some_and(|error| error.is_go_away() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM))
-        {
-            let longer = SECONDS.load(Ordering::Relaxed).saturating_mul(2).min(LONGEST_SECONDS);
-            SECONDS.store(longer, Ordering::Relaxed);
-            return;
+        if error.downcast_ref::<h2::Error>().is_some_and(is_too_many_pings) {
+            return lengthen();
         }
         cause = error.source();
     }
+}
+
+/// Doubles the interval, at most once a second: several requests of a connection report its end.
+fn lengthen() {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+        return;
+    }
+    *last = Some(Instant::now());
+    let longer = SECONDS.load(Ordering::Relaxed).saturating_mul(2).min(LONGEST_SECONDS);
+    SECONDS.store(longer, Ordering::Relaxed);
+}
+
+fn is_too_many_pings(error: &h2::Error) -> bool {
+    error.is_go_away()
+        && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM)
+        && error.to_string().contains("too_many_pings")
 }

@@ -165,16 +165,17 @@ pub async fn push(
     options: PushOptions,
     on_progress: OnProgress,
 ) -> Result<PushReport, PushError> {
-    let started = Instant::now();
+    let (started, mut lost) = (Instant::now(), PushError::Lost);
     for _ in 0..COMMITS {
         let entries = collect(path)?;
         let mut push = Push::new(remote.clone(), options, &entries, Arc::clone(&on_progress));
         let manifest = push.entries(entries).await?;
-        if let Some(image) = commit(remote, reference, &manifest).await? {
-            return Ok(PushReport { image, elapsed: started.elapsed(), ..push.report });
+        match commit(remote, reference, &manifest).await? {
+            Ok(image) => return Ok(PushReport { image, elapsed: started.elapsed(), ..push.report }),
+            Err(error) => lost = error,
         }
     }
-    Err(PushError::Lost)
+    Err(lost)
 }
 
 struct Push {
@@ -373,13 +374,14 @@ async fn upload(remote: Remote, pack: PackBuilder, buffers: Buffers) -> Result<u
     Ok(size_bytes)
 }
 
-/// Commits the manifest, and sends the segments that the server lacks. Returns `None` if the server
-/// lacks chunks.
+/// Commits the manifest, and sends the segments that the server lacks. Returns the inner error if
+/// the server lacks chunks, or loses segments each time, as beside a collector without a grace
+/// time.
 async fn commit(
     remote: &Remote,
     reference: &TagReference,
     manifest: &Manifest,
-) -> Result<Option<Digest>, PushError> {
+) -> Result<Result<Digest, PushError>, PushError> {
     let address = remote.address();
     for _ in 0..COMMITS {
         let begin = v1::CommitBegin {
@@ -406,7 +408,7 @@ async fn commit(
                     let reason = format!("it is {image}, pushed was {}", manifest.root.image());
                     return Err(address.wrong("committed image", reason).into());
                 }
-                return Ok(Some(image));
+                return Ok(Ok(image));
             }
             Some(Outcome::Missing(missing)) => missing,
             None => return Err(address.wrong("answer to the commit", "it is empty").into()),
@@ -415,7 +417,7 @@ async fn commit(
             Digest::list(&missing.segment_digests).map_err(|e| address.wrong("list of segments", e))?;
         let missing: HashSet<_> = missing.collect();
         if missing.is_empty() {
-            return Ok(None);
+            return Ok(Err(PushError::Lost));
         }
         for bytes in manifest.segments.iter().filter(|bytes| missing.contains(&Digest::of(bytes))) {
             let request = v1::UploadSegmentRequest { segment: bytes.clone() };
@@ -426,5 +428,5 @@ async fn commit(
             remote.ask("upload of a segment", Patience::Long, send).await?;
         }
     }
-    Err(PushError::Segments { server: address.to_string() })
+    Ok(Err(PushError::Segments { server: address.to_string() }))
 }

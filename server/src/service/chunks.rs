@@ -34,7 +34,7 @@ impl Chunks {
             (Some(root), Some(lease)) => (root, Some(lease)),
             _ => {
                 let store = store.clone();
-                work::look(move || store.root(&image).map(|root| (root, take_lease(&store, &image)))).await?
+                work::open(move || store.root(&image).map(|root| (root, take_lease(&store, &image)))).await?
             }
         };
         Ok(Self { store: store.clone(), root, _lease: lease, last: None })

@@ -6,7 +6,7 @@ use crate::shutdown::Drain;
 use crate::store::{Caller, CommitOutcome, Store, StoreError, chain};
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ChunkContent, Root, SEGMENT_CHUNKS};
+use postcopy_proto::manifest::{ChunkContent, Root};
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1;
 use postcopy_proto::v1::image_service_server::ImageService;
@@ -60,7 +60,7 @@ impl ImageService for ImageServer {
         let _in_flight = self.drain.enter()?;
         let reference: Reference = reference(&request.into_inner().reference)?;
         let store = self.store.clone();
-        work::heavy(move |caller| describe(&store, &reference, caller)).await.map(Response::new)
+        work::describe(move |caller| describe(&store, &reference, caller)).await.map(Response::new)
     }
 
     async fn find_missing(
@@ -161,7 +161,8 @@ pub(super) fn list(
     let is_before = |r: &TagReference| after.is_some_and(|after| r.to_string().as_str() <= after);
     let rest = &references[references.partition_point(is_before)..];
     let page = &rest[..rest.len().min(max)];
-    let images = page.iter().filter_map(|reference| summary_or_damage(store, reference)).collect();
+    let images = page.iter().filter_map(|reference| summary_or_damage(store, reference).transpose());
+    let images = images.collect::<Result<_, _>>()?;
     let next_page_token = match page.last() {
         Some(last) if rest.len() > page.len() => last.to_string(),
         _ => String::new(),
@@ -171,7 +172,10 @@ pub(super) fn list(
 
 /// Describes a reference's image, or its damage. Returns `None` if the reference was removed
 /// meanwhile.
-fn summary_or_damage(store: &Store, reference: &TagReference) -> Option<v1::ImageSummary> {
+fn summary_or_damage(
+    store: &Store,
+    reference: &TagReference,
+) -> Result<Option<v1::ImageSummary>, StoreError> {
     let damaged = |image: Vec<u8>, error: &StoreError| v1::ImageSummary {
         reference: reference.to_string(),
         image: image.into(),
@@ -180,13 +184,14 @@ fn summary_or_damage(store: &Store, reference: &TagReference) -> Option<v1::Imag
     };
     let image = match store.resolve(&Reference::Tag(reference.clone())) {
         Ok(image) => image,
-        Err(StoreError::NotFound(_)) => return None,
-        Err(error) => return Some(damaged(Vec::new(), &error)),
+        Err(StoreError::NotFound(_)) => return Ok(None),
+        Err(error) => return Ok(Some(damaged(Vec::new(), &error))),
     };
-    Some(match store.root(&image) {
+    Ok(Some(match store.root(&image) {
         Ok(root) => summary(reference.to_string(), &root),
+        Err(error @ StoreError::Busy(_)) => return Err(error),
         Err(error) => damaged(image.as_bytes().to_vec(), &error),
-    })
+    }))
 }
 
 fn summary(reference: String, root: &Root) -> v1::ImageSummary {
@@ -218,18 +223,23 @@ fn describe(
         other => other?,
     };
     let segments = Segments::of(&root);
+    // Of the distinct segments, each once.
+    let mut data_chunks: u64 = 0;
     let (mut chunks, mut zero_chunks) = (0, 0);
     for (index, times) in &segments.0 {
         caller.check()?;
         for content in store.passing_segment(&root, *index)?.contents() {
             match content {
                 ChunkContent::Zero => zero_chunks += times,
-                ChunkContent::Data(_) => chunks += times,
+                ChunkContent::Data(_) => {
+                    chunks += times;
+                    data_chunks += 1;
+                }
             }
         }
     }
     let (mut distinct_chunks, mut stored_bytes) = (0, 0);
-    let passes = (segments.0.len() as u64 * u64::from(SEGMENT_CHUNKS)).div_ceil(CHUNKS_PER_PASS);
+    let passes = data_chunks.div_ceil(CHUNKS_PER_PASS);
     for pass in 0..passes {
         let mut digests = Vec::new();
         for (index, _) in &segments.0 {

@@ -10,7 +10,7 @@ use postcopy_proto::MAX_PART_BYTES;
 use postcopy_proto::manifest::{EntryKind, Root};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, open_image_response::Part};
-use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use tonic::Status;
 
@@ -22,34 +22,49 @@ pub(super) async fn open_image(
 ) -> Result<impl Stream<Item = Result<v1::OpenImageResponse, Status>>, Status> {
     let reference: Reference = reference(&request.reference)?;
     let reader = store.clone();
-    let root = work::look(move || reader.root(&reader.resolve(&reference)?)).await?;
-    let order = segment_order(&root, &request)?;
+    let root = work::open(move || reader.root(&reader.resolve(&reference)?)).await?;
+    let order = Order::new(&root, &request)?;
     Ok(parts(store, root, order, request.more_segments_bytes as usize, in_flight))
 }
 
-/// Returns the numbers of the segments to send: those of the first paths, then, if requested, all
-/// others.
-fn segment_order(root: &Root, request: &v1::OpenImageRequest) -> Result<Vec<u32>, Status> {
-    let mut is_listed = vec![false; root.segment_digests().len()];
-    let mut order = Vec::new();
-    let mut list = |segments: std::ops::Range<u32>| {
-        for segment in segments {
-            if !std::mem::replace(&mut is_listed[segment as usize], true) {
-                order.push(segment);
+/// Most paths of one request.
+const MAX_FIRST_PATHS: usize = 4096;
+
+/// The segments to send: those of the first paths, then, if requested, all others.
+struct Order {
+    ranges: Vec<Range<u32>>,
+    /// A bit for each segment that was sent: a root may name two million.
+    sent: Vec<u64>,
+}
+
+impl Order {
+    fn new(root: &Root, request: &v1::OpenImageRequest) -> Result<Self, Status> {
+        if request.first_paths.len() > MAX_FIRST_PATHS {
+            let reason =
+                format!("first_paths: {} are more than {MAX_FIRST_PATHS}", request.first_paths.len());
+            return Err(Status::invalid_argument(reason));
+        }
+        let mut ranges = Vec::new();
+        for path in &request.first_paths {
+            match root.entry(path).map(|entry| &entry.kind) {
+                None => return Err(no_such_path(path)),
+                Some(EntryKind::File(file)) => ranges.push(root.segments_of(file)),
+                Some(EntryKind::SymbolicLink(_) | EntryKind::EmptyDirectory) => {}
             }
         }
-    };
-    for path in &request.first_paths {
-        match root.entry(path).map(|entry| &entry.kind) {
-            None => return Err(no_such_path(path)),
-            Some(EntryKind::File(file)) => list(root.segments_of(file)),
-            Some(EntryKind::SymbolicLink(_) | EntryKind::EmptyDirectory) => {}
+        if request.all_segments {
+            ranges.push(0..all_segments(root));
         }
+        Ok(Self { ranges, sent: vec![0; root.segment_digests().len().div_ceil(64)] })
     }
-    if request.all_segments {
-        list(0..all_segments(root));
+
+    /// Returns true once for each segment.
+    fn is_first(&mut self, segment: u32) -> bool {
+        let (word, bit) = (&mut self.sent[segment as usize / 64], 1 << (segment % 64));
+        let is_first = *word & bit == 0;
+        *word |= bit;
+        is_first
     }
-    Ok(order)
 }
 
 fn all_segments(root: &Root) -> u32 {
@@ -75,7 +90,7 @@ pub(super) fn no_such_path(path: &[u8]) -> Status {
 fn parts(
     store: Arc<Store>,
     root: Arc<StoredRoot>,
-    order: Vec<u32>,
+    mut order: Order,
     mut more_bytes: usize,
     in_flight: InFlight,
 ) -> impl Stream<Item = Result<v1::OpenImageResponse, Status>> {
@@ -89,13 +104,17 @@ fn parts(
             let part = bytes.split_to(bytes.len().min(MAX_PART_BYTES));
             yield v1::OpenImageResponse { part: Some(Part::RootPart(part)) };
         }
-        for index in &order {
-            let segment = segment(&store, &root, *index).await?;
-            yield part_of(*index, segment);
+        for index in std::mem::take(&mut order.ranges).into_iter().flatten() {
+            if order.is_first(index) {
+                let segment = segment(&store, &root, index).await?;
+                yield part_of(index, segment);
+            }
         }
         let more = if more_bytes == 0 { 0 } else { all_segments(&root) };
-        let sent: HashSet<u32> = order.into_iter().collect();
-        for index in (0..more).filter(|index| !sent.contains(index)) {
+        for index in 0..more {
+            if !order.is_first(index) {
+                continue;
+            }
             // The client has not requested this segment. If it cannot be read, the request that
             // needs it gets the error.
             let Ok(segment) = segment(&store, &root, index).await else { break };

@@ -24,7 +24,10 @@ const MAX_SILENCE: Duration = Duration::from_secs(30);
 /// Time in which an upload must be complete: this, and as long as its bytes take at the least rate.
 /// Otherwise an upload could hold its place for ever with a byte every few seconds.
 const MIN_TIME: Duration = Duration::from_secs(60);
-const LEAST_BYTES_PER_SECOND: usize = 128 << 10;
+const LEAST_BYTES_PER_SECOND: usize = 8 << 10;
+
+/// Bytes that an upload collects before it writes them.
+const WRITE_BYTES: usize = 256 << 10;
 
 /// The receiver of uploads, within bounds of memory and time.
 #[derive(Debug)]
@@ -57,8 +60,23 @@ impl Uploads {
         }
         let store = self.store.clone();
         let mut staged = work::look(move || store.stage_pack(announced)).await?;
-        while let Some(part) = parts.next().await? {
-            staged = work::write(move || staged.write(&part).map(|()| staged)).await?;
+        let mut unwritten = Vec::new();
+        loop {
+            let part = parts.next().await?;
+            let is_last = part.is_none();
+            // Short parts are written together.
+            unwritten.extend_from_slice(&part.unwrap_or_default());
+            if is_last || unwritten.len() >= WRITE_BYTES {
+                (staged, unwritten) = work::write(move || {
+                    staged.write(&unwritten)?;
+                    unwritten.clear();
+                    Ok((staged, unwritten))
+                })
+                .await?;
+            }
+            if is_last {
+                break;
+            }
         }
         let store = self.store.clone();
         work::heavy(move |caller| store.put_staged(&staged, caller)).await
@@ -78,9 +96,9 @@ impl Uploads {
             Some(commit_request::Part::RootPart(part)) => Some(part),
             _ => None,
         });
-        let (mut root, mut memory) = (Vec::new(), Vec::new());
+        let (mut root, mut memory) = (Vec::new(), self.reserve(0)?);
         while let Some(part) = parts.next().await? {
-            memory.push(self.reserve(part.len())?);
+            memory.merge(self.reserve(part.len())?);
             root.extend_from_slice(&part);
         }
         let store = self.store.clone();
@@ -130,7 +148,7 @@ impl<T, F: Fn(T) -> Option<Bytes>> Parts<T, F> {
 
     async fn next(&mut self) -> Result<Option<Bytes>, Status> {
         let message = tokio::time::timeout_at(self.deadline, next(&mut self.parts)).await;
-        let too_slow = |_| Status::deadline_exceeded("the upload is slower than 128 KiB/s");
+        let too_slow = |_| Status::deadline_exceeded("the upload is slower than 8 KiB/s");
         let Some(message) = message.map_err(too_slow)?? else {
             let (received, announced) = (self.received, self.announced);
             return match received == announced {

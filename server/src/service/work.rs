@@ -12,9 +12,11 @@ use tonic::Status;
 static DEMAND: Semaphore = Semaphore::const_new(128);
 static READ: Semaphore = Semaphore::const_new(128);
 static WRITE: Semaphore = Semaphore::const_new(32);
+static OPEN: Semaphore = Semaphore::const_new(64);
 static LOOK: Semaphore = Semaphore::const_new(64);
+static DESCRIBE: Semaphore = Semaphore::const_new(2);
 static HEAVY: LazyLock<Semaphore> =
-    LazyLock::new(|| Semaphore::new(available_parallelism().map_or(2, |cores| cores.get().max(2))));
+    LazyLock::new(|| Semaphore::new(available_parallelism().map_or(2, |cores| cores.get().clamp(2, 64))));
 
 /// Reads a chunk or a segment that a fault may wait for.
 pub(super) async fn demand<T: Send + 'static>(
@@ -39,7 +41,15 @@ pub(super) async fn write<T: Send + 'static>(
     run(&WRITE, work).await
 }
 
-/// Looks up or changes a few small objects.
+/// Resolves a reference and reads a root. Waits for no lock of the store, so a collector does not
+/// delay it.
+pub(super) async fn open<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
+    run(&OPEN, work).await
+}
+
+/// Looks up or changes a few small objects. May wait for a lock that a collector holds.
 pub(super) async fn look<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Status> {
@@ -65,14 +75,28 @@ where
     done.await.map_err(|_| Status::internal("the server panicked on this request"))?.map_err(Into::into)
 }
 
-/// Reads all manifests of an image, verifies an upload, or builds a working set. The work checks
-/// whether its caller has left; dropping the future tells it.
+/// Verifies an upload or an image's objects, or builds a working set. The work checks whether its
+/// caller has left; dropping the future tells it.
 pub(super) async fn heavy<T: Send + 'static>(
+    work: impl FnOnce(&Caller) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
+    cancelled_with_its_caller(&HEAVY, work).await
+}
+
+/// Reads all segments of an image. The work checks whether its caller has left.
+pub(super) async fn describe<T: Send + 'static>(
+    work: impl FnOnce(&Caller) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
+    cancelled_with_its_caller(&DESCRIBE, work).await
+}
+
+async fn cancelled_with_its_caller<T: Send + 'static>(
+    threads: &'static Semaphore,
     work: impl FnOnce(&Caller) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Status> {
     let caller = Caller::default();
     let _waits = caller.waits();
-    run(&HEAVY, move || {
+    run(threads, move || {
         caller.check()?;
         work(&caller)
     })

@@ -18,6 +18,7 @@ use postcopy_proto::v1::working_set_service_server::WorkingSetService;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Most spans of all recordings being received: 384 MiB, and up to twice that while they arrive.
@@ -26,6 +27,8 @@ const MAX_SPANS: usize = 1 << 25;
 const MAX_WAIT: Duration = Duration::from_secs(10);
 /// Time without messages after which receiving a recording ends.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
+/// Time in which a recording must be complete.
+const MAX_TIME: Duration = Duration::from_secs(600);
 /// Most spans of one message, of at most 18 bytes each.
 const SPANS: usize = 65_536;
 
@@ -122,11 +125,12 @@ impl WorkingSetService for WorkingSetServer {
         let _in_flight = self.drain.enter()?;
         let mut requests = request.into_inner();
         let mut received = Received::new(Arc::clone(&self.spans));
+        let deadline = Instant::now() + MAX_TIME;
         loop {
-            let request = tokio::time::timeout(MAX_SILENCE, requests.message()).await;
-            match request
-                .map_err(|_| Status::deadline_exceeded("the recording sent no message for 30 s"))??
-            {
+            let until = deadline.min(Instant::now() + MAX_SILENCE);
+            let request = tokio::time::timeout_at(until, requests.message()).await;
+            let too_slow = "the recording sent no message for 30 s, or took more than 10 minutes";
+            match request.map_err(|_| Status::deadline_exceeded(too_slow))?? {
                 Some(request) => received.add(request)?,
                 None => break,
             }

@@ -10,7 +10,8 @@
 //! - `<domain>/working-sets/<image>`: exclusive while a process builds or removes the working set
 //!   of the image;
 //! - `<domain>`: shared while a process writes a staged file. gc tries it exclusively, to tell a
-//!   left-over from a file that a process is about to rename.
+//!   left-over from a file that a process is about to rename. A process that receives a pack takes
+//!   it before all others: nobody waits for it.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;

@@ -19,9 +19,14 @@ const ROOT_CACHE_BYTES: usize = 8 << 20;
 /// Bytes of a root in memory for each encoded byte: the encoding, and three times as much for the
 /// parsed form.
 const BYTES_PER_ROOT_BYTE: usize = 4;
-/// Most bytes of all roots in memory, those that streams use included. A root of the largest size
-/// takes a quarter.
+/// Most bytes of all large roots in memory, those that streams use included, and of all others. A
+/// root of the largest size takes a quarter. Large roots therefore do not shut out the others.
 const MAX_ROOTS_BYTES: usize = 1 << 30;
+/// Encoded bytes from which on a root is large.
+const LARGE_ROOT_BYTES: usize = 1 << 20;
+
+/// Number of locks under which objects are loaded.
+const LOADS: usize = 64;
 
 /// A root in memory, with its encoding. All users of an image share one.
 #[derive(Debug)]
@@ -55,7 +60,9 @@ struct RootMemory {
 }
 
 impl RootMemory {
-    fn take(used_bytes: &Arc<AtomicUsize>, encoded_bytes: usize) -> Result<Self, StoreError> {
+    /// Takes memory for a root, of that for small or for large ones.
+    fn take(used: &[Arc<AtomicUsize>; 2], encoded_bytes: usize) -> Result<Self, StoreError> {
+        let used_bytes = &used[usize::from(encoded_bytes >= LARGE_ROOT_BYTES)];
         let memory = Self { used_bytes: Arc::clone(used_bytes), bytes: encoded_bytes * BYTES_PER_ROOT_BYTE };
         let before = used_bytes.fetch_add(memory.bytes, Ordering::AcqRel);
         match before + memory.bytes <= MAX_ROOTS_BYTES {
@@ -78,11 +85,12 @@ pub(crate) struct Manifests {
     roots: Cache<StoredRoot>,
     /// The roots in use, cached or not. Locked for a look-up or a change.
     used_roots: Mutex<HashMap<Digest, Weak<StoredRoot>>>,
-    roots_bytes: Arc<AtomicUsize>,
+    /// Bytes of small roots, and of large ones.
+    roots_bytes: [Arc<AtomicUsize>; 2],
     segments: Cache<Segment>,
-    /// Locked while an object is read and parsed, so that a burst of misses for one object reads it
-    /// once.
-    loading: Mutex<()>,
+    /// Locked while an object is read and parsed, by its digest, so that a burst of misses for one
+    /// object reads it once. Others are loaded beside it.
+    loading: [Mutex<()>; LOADS],
 }
 
 impl Manifests {
@@ -91,9 +99,9 @@ impl Manifests {
             layout: layout.clone(),
             roots: Cache::new(ROOT_CACHE_BYTES),
             used_roots: Mutex::default(),
-            roots_bytes: Arc::default(),
+            roots_bytes: Default::default(),
             segments: Cache::new(SEGMENT_CACHE_BYTES),
-            loading: Mutex::new(()),
+            loading: std::array::from_fn(|_| Mutex::new(())),
         }
     }
 
@@ -118,7 +126,7 @@ impl Manifests {
         if let Some(root) = self.cached_root(image) {
             return Ok(root);
         }
-        let _one_at_a_time = lock(&self.loading);
+        let _one_at_a_time = self.loading(image);
         if let Some(root) = self.cached_root(image) {
             return Ok(root);
         }
@@ -144,6 +152,10 @@ impl Manifests {
         parse_root(image, &self.root_bytes(image)?)
     }
 
+    fn loading(&self, object: &Digest) -> MutexGuard<'_, ()> {
+        lock(&self.loading[usize::from(object.as_bytes()[0]) % LOADS])
+    }
+
     fn root_bytes(&self, image: &Digest) -> Result<Bytes, StoreError> {
         let bytes = read_bounded(&self.layout.manifest(image), MAX_ROOT_BYTES)?;
         bytes.map(Bytes::from).ok_or_else(|| StoreError::NotFound(format!("image {image}")))
@@ -166,7 +178,8 @@ impl Manifests {
         if let Some(segment) = self.cached_segment(root, index) {
             return Ok(segment);
         }
-        let _one_at_a_time = lock(&self.loading);
+        let digest = root.segment_digests().get(index as usize);
+        let _one_at_a_time = digest.map(|digest| self.loading(digest));
         match self.cached_segment(root, index) {
             Some(segment) => Ok(segment),
             None => self.read_segment(root, index).map(|(segment, _)| segment),

@@ -425,7 +425,8 @@ impl Packs {
 }
 
 /// A check of chunks by path, independent of the index. It checks each pack once, so the caller
-/// must hold [`super::lock::StoreLock::keep_objects`] while it uses this.
+/// must hold [`super::lock::StoreLock::keep_objects`] while it uses this, or look for the packs
+/// again under that lock.
 #[derive(Debug)]
 pub(crate) struct Presence<'a> {
     packs: &'a Packs,

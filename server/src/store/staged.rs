@@ -76,7 +76,7 @@ impl StagedPack {
         map::populate(map.bytes()).map_err(io_error(&self.path))?;
         let bytes: &Bytes = map.bytes();
         let (actual, checked) =
-            VERIFIERS.install(|| rayon::join(|| Digest::of(bytes), || check_pack(bytes, caller)));
+            VERIFIERS.install(|| rayon::join(|| Digest::of(bytes), || check_upload(bytes, caller)));
         if actual != self.digest {
             return Err(invalid(format!("the bytes have digest {actual}")));
         }
@@ -140,19 +140,29 @@ impl Store {
     }
 }
 
-/// Parses a pack and decodes every frame of it, on all cores. Stops early, without an error, when
-/// the caller leaves.
-pub(crate) fn check_pack(pack: &[u8], caller: &Caller) -> Result<PackIndex, PackError> {
+/// Parses a pack from a client and decodes every frame of it, on all cores. Stops early, without an
+/// error, when the caller leaves.
+fn check_upload(pack: &[u8], caller: &Caller) -> Result<(), PackError> {
     let index = PackIndex::parse(pack)?;
     check_chunk_bytes(pack, &index)?;
+    check_frames(pack, &index, caller)
+}
+
+/// Parses a stored pack and decodes every frame of it, on all cores.
+pub(crate) fn check_pack(pack: &[u8]) -> Result<PackIndex, PackError> {
+    let index = PackIndex::parse(pack)?;
+    check_frames(pack, &index, &Caller::default())?;
+    Ok(index)
+}
+
+fn check_frames(pack: &[u8], index: &PackIndex, caller: &Caller) -> Result<(), PackError> {
     index.entries().par_iter().with_min_len(FRAMES_PER_TASK).try_for_each_init(
         || (FrameDecoder::default(), Vec::new()),
         |(decoder, scratch), entry| match caller.check() {
             Ok(()) => check_frame(entry, pack, decoder, scratch),
             Err(_) => Ok(()),
         },
-    )?;
-    Ok(index)
+    )
 }
 
 /// Checks the sum of the chunks' lengths, by the headers of the frames: a frame of 100 bytes may

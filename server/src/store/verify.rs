@@ -7,7 +7,7 @@ use crate::store::manifests::Manifests;
 use crate::store::objects::read_bounded;
 use crate::store::packs::Pack;
 use crate::store::staged::check_pack;
-use crate::store::{Caller, chain, open_layout, references, walk};
+use crate::store::{chain, open_layout, references, walk};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, Root, Segment};
 use postcopy_proto::reference::TagReference;
@@ -128,7 +128,7 @@ fn verify_pack(digest: Digest, path: &Path) -> Result<(u64, Vec<Digest>), StoreE
     })?;
     let bytes = pack.populated()?;
     // The frames are checked first, because they name the damaged chunk.
-    let index = check_pack(bytes, &Caller::default()).map_err(|e| wrong(e.to_string()))?;
+    let index = check_pack(bytes).map_err(|e| wrong(e.to_string()))?;
     let actual = Digest::of(bytes);
     if actual != digest {
         return Err(wrong(format!("its bytes have digest {actual}")));

@@ -5,7 +5,7 @@ use crate::transport::admission::Quota;
 use crate::transport::budget::{Budget, Held};
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tokio::sync::Notify;
@@ -41,6 +41,8 @@ pub(crate) struct Connection {
     /// The requests that its client may have in flight.
     pub(crate) quota: Arc<Quota>,
     requests: AtomicUsize,
+    /// True once it has sent a request.
+    has_requested: AtomicBool,
     /// The end of its last request, or its begin.
     idle_since: Mutex<Instant>,
     close: Notify,
@@ -49,7 +51,18 @@ pub(crate) struct Connection {
 impl Connection {
     fn idle_since(&self) -> Option<Instant> {
         let since = *lock(&self.idle_since);
-        (self.requests.load(Ordering::Acquire) == 0).then_some(since)
+        self.is_idle().then_some(since)
+    }
+
+    /// Returns true if the connection has no request in flight, and no answer that it has not
+    /// written.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.requests.load(Ordering::Acquire) == 0 && self.unsent.is_empty()
+    }
+
+    /// Returns true if the connection has ever sent a request.
+    pub(crate) fn has_requested(&self) -> bool {
+        self.has_requested.load(Ordering::Relaxed)
     }
 
     /// Waits until the connection must make room for another one.
@@ -59,6 +72,7 @@ impl Connection {
 
     /// Counts a request of the connection, until the drop.
     pub(crate) fn begin_request(self: &Arc<Self>) -> ActiveRequest {
+        self.has_requested.store(true, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::AcqRel);
         ActiveRequest(Arc::clone(self))
     }
@@ -84,6 +98,8 @@ struct OfClient {
 #[derive(Debug, Default)]
 struct Open {
     last_number: u64,
+    /// Number of connections that were closed for others and have not ended yet.
+    leaving: u32,
     connections: HashMap<u64, (Client, Arc<Connection>)>,
     clients: HashMap<Client, OfClient>,
 }
@@ -101,6 +117,7 @@ impl Open {
         let Some((_, number)) = idle.min() else { return false };
         if let Some(connection) = self.remove(number) {
             connection.close.notify_one();
+            self.leaving += 1;
         }
         true
     }
@@ -149,6 +166,9 @@ impl Connections {
     /// [`Refused`].
     pub(crate) fn admit(self: &Arc<Self>, client: Client) -> Result<Admitted, Refused> {
         let mut open = lock(&self.open);
+        if open.leaving > self.limits.connections / 4 {
+            return Err(Refused::Server);
+        }
         if open.of(client) >= self.limits.connections_per_client && !open.close_idle(Some(client)) {
             return Err(Refused::Client(client));
         }
@@ -163,6 +183,7 @@ impl Connections {
             unfinished: Held::of(&self.unfinished),
             quota: Arc::clone(&of_client.quota),
             requests: AtomicUsize::new(0),
+            has_requested: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
             close: Notify::new(),
         });
@@ -172,9 +193,10 @@ impl Connections {
         Ok(Admitted { connections: Arc::clone(self), connection, number })
     }
 
-    /// Returns the number of open connections.
+    /// Returns the number of open connections, with those that are being closed.
     pub(crate) fn count(&self) -> usize {
-        lock(&self.open).connections.len()
+        let open = lock(&self.open);
+        open.connections.len() + open.leaving as usize
     }
 }
 
@@ -188,7 +210,11 @@ pub(crate) struct Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        lock(&self.connections.open).remove(self.number);
+        let mut open = lock(&self.connections.open);
+        if open.remove(self.number).is_none() {
+            // It was closed for another one.
+            open.leaving -= 1;
+        }
     }
 }
 
@@ -218,7 +244,7 @@ mod tests {
         let _fifth = connections.admit(Client::User(4)).unwrap();
         assert_eq!([0, 1, 2, 3].map(|i| must_close(&admitted[i])), [false, false, true, false]);
         drop(request);
-        assert_eq!(connections.count(), 4);
+        assert_eq!(connections.count(), 5, "one of them is leaving");
         drop(admitted);
         assert_eq!(connections.count(), 1);
     }

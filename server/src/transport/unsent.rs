@@ -7,7 +7,7 @@
 //! it gives none. The same count lets a stream with answers of several urgencies hold back the less
 //! urgent ones, which no later answer could overtake ([`Unsent`]).
 
-use crate::transport::budget::Held;
+use crate::transport::budget::{Held, Wait};
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use std::pin::{Pin, pin};
@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::sync::Notify;
-use tokio::sync::futures::OwnedNotified;
 use tonic::Status;
 use tonic::body::Body;
 
@@ -71,7 +70,7 @@ pub(crate) struct Metered<G> {
     body: Body,
     stream: Arc<Stream>,
     /// Waits for room.
-    waiting: Option<Pin<Box<OwnedNotified>>>,
+    waiting: Option<Wait>,
     _guard: G,
 }
 
@@ -82,13 +81,12 @@ impl<G> Metered<G> {
                 self.waiting = None;
                 return Poll::Ready(());
             }
-            let less = self.stream.connection.budget().less();
             let is_new = self.waiting.is_none();
-            let waiting = self.waiting.get_or_insert_with(|| Box::pin(Arc::clone(less).notified_owned()));
+            let waiting = self.waiting.get_or_insert_with(|| self.stream.connection.wait());
             // It covers the time from its creation. Bytes that were written before that are seen by
             // another look at the counts.
             if !is_new {
-                ready!(waiting.as_mut().poll(cx));
+                ready!(Pin::new(waiting).poll(cx));
                 self.waiting = None;
             }
         }
@@ -177,26 +175,47 @@ mod tests {
         }
     }
 
+    /// A task that waits for the next piece of a body.
+    struct Waiting(tokio::task::JoinHandle<()>);
+
+    fn wait_for_next(mut body: Metered<()>) -> Waiting {
+        Waiting(tokio::spawn(async move { drop(body.frame().await.unwrap().unwrap()) }))
+    }
+
+    impl Waiting {
+        /// Lets the task run, and returns true if it has ended.
+        async fn is_finished(&mut self) -> bool {
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            self.0.is_finished()
+        }
+    }
+
     #[tokio::test]
     async fn without_room_a_connection_has_its_share_and_no_more() {
         let budget = Budget::new(100, 20);
-        let connections = [(); 2].map(|()| Held::of(&budget));
-        let (_, mut first) = endless(&connections[0], 10);
+        let connections = [(); 3].map(|()| Held::of(&budget));
         let mut held = Vec::new();
-        while let Some(bytes) = next(&mut first).await {
-            held.push(bytes);
+        let mut bodies = connections.each_ref().map(|connection| endless(connection, 10).1);
+        for body in &mut bodies[..2] {
+            while let Some(bytes) = next(body).await {
+                held.push(bytes);
+            }
         }
-        assert_eq!(held.len(), 10, "the whole pool");
-        let (_, mut second) = endless(&connections[1], 10);
-        let others = [next(&mut second).await, next(&mut second).await].map(Option::unwrap);
-        assert!(next(&mut second).await.is_none(), "its share is used up");
-        let waiting = tokio::spawn(async move { second.frame().await.unwrap().unwrap() });
-        tokio::task::yield_now().await;
+        assert_eq!(held.len(), 10, "two connections have half of the pool each");
+        let [mut first, _, mut third] = bodies;
+        let others = [next(&mut third).await, next(&mut third).await].map(Option::unwrap);
+        assert!(next(&mut third).await.is_none(), "its share is used up");
+        let mut waiting = wait_for_next(third);
+        assert!(!waiting.is_finished().await);
         drop(others);
-        waiting.await.unwrap();
+        assert!(waiting.is_finished().await, "it has its share again");
         assert!(next(&mut first).await.is_none());
-        drop(held.split_off(9));
-        assert!(next(&mut first).await.is_some(), "90 of 100 bytes are held");
+        let mut waiting = wait_for_next(first);
+        assert!(!waiting.is_finished().await);
+        drop(held.drain(..2));
+        assert!(waiting.is_finished().await, "it holds less than half of the pool, which has room");
     }
 
     #[tokio::test]
