@@ -132,9 +132,9 @@ pub enum PushError {
         "the server lost chunks during each attempt of the push; run `postcopyd gc` with a longer --grace"
     )]
     Lost,
-    /// The server has accepted the segments of the manifest, and goes on asking for them.
+    /// The server has accepted the segments of the manifest, and lost them during each attempt.
     #[error(
-        "server {server} asks for segments again that it has accepted. Check its store: `postcopyd verify`"
+        "server {server} asks for segments again that it has accepted. Run `postcopyd gc` with a longer --grace, or check the store with `postcopyd verify`"
     )]
     Segments {
         /// The server's address.
