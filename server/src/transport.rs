@@ -63,10 +63,6 @@ const MAX_SMALL_FRAME_BYTES: u32 = 16 << 10;
 /// Most bytes of a request's headers.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 
-/// Most bytes of a stream that HTTP/2 holds for the connection, besides one message. A lane needs
-/// no more, because its own bound is smaller.
-const MAX_SEND_BUFFER_BYTES: usize = 128 << 10;
-
 /// The server notices the silent loss of a client after these two times together.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -258,7 +254,6 @@ impl Server {
             .max_frame_size(frame)
             .max_header_list_size(MAX_HEADER_BYTES)
             .max_concurrent_streams(self.requests_per_connection)
-            .max_send_buf_size(MAX_SEND_BUFFER_BYTES)
             .keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
         http
