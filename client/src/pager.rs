@@ -517,7 +517,7 @@ impl Pager {
     /// Gives up the lane if it has been silent for too long while pages are awaited.
     fn check_silence(&mut self) {
         let is_awaited = self.lane.is_ok() && self.requests.wait_since().is_some();
-        if let Some(silence) = self.silence.tick(is_awaited) {
+        if let Some(silence) = self.silence.tick(is_awaited, self.requests.awaits_segment()) {
             self.lane_answers(NextAnswer::Lost(Some(format!("it has sent nothing for {silence:?}"))));
         }
     }

@@ -10,6 +10,7 @@ pub(crate) mod lane;
 mod pings;
 
 pub use asking::Patience;
+pub(crate) use asking::patiently;
 pub use image::{Content, Image, ImageSource};
 
 use bytes::BytesMut;
@@ -324,7 +325,7 @@ impl Remote {
         first_paths: &[&[u8]],
         all_segments: bool,
     ) -> Result<(Arc<Image>, Segments), RemoteError> {
-        asking::patiently(|| self.open_once(reference, first_paths, all_segments)).await
+        patiently(|| self.open_once(reference, first_paths, all_segments)).await
     }
 
     async fn open_once(

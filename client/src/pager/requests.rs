@@ -120,6 +120,11 @@ impl Requests {
         }
     }
 
+    /// Returns true if a segment is outstanding.
+    pub(crate) fn awaits_segment(&self) -> bool {
+        !self.segments.is_empty()
+    }
+
     /// Returns true if no request is outstanding.
     pub(crate) fn is_empty(&self) -> bool {
         self.chunks.is_empty() && self.segments.is_empty()

@@ -12,6 +12,8 @@ use std::time::Duration;
 const FIRST: Duration = Duration::from_secs(5);
 /// The slowest link that is not taken for a silent one.
 const LEAST_BYTES_PER_SECOND: usize = 64 << 10;
+/// The ticks that a segment takes besides.
+const SEGMENT_TICKS: u32 = 100;
 
 /// The silence of the demand lane, counted in ticks: time in which the pager itself is stopped does
 /// not count.
@@ -36,9 +38,10 @@ impl Silence {
 
     /// Counts a tick. Returns the length of the silence if the lane must be given up; from then on
     /// the count is of a new lane.
-    pub(super) fn tick(&mut self, is_awaited: bool) -> Option<Duration> {
+    pub(super) fn tick(&mut self, is_awaited: bool, awaits_segment: bool) -> Option<Duration> {
         self.ticks = if is_awaited { self.ticks + 1 } else { 0 };
-        if self.ticks < self.patience_ticks {
+        let segment_ticks = if awaits_segment { SEGMENT_TICKS } else { 0 };
+        if self.ticks < self.patience_ticks + segment_ticks {
             return None;
         }
         let silence = TICK * self.ticks;
@@ -55,12 +58,13 @@ mod tests {
     #[test]
     fn a_silent_lane_is_given_up_and_the_next_one_has_twice_the_time() {
         let mut silence = Silence::new(0);
-        let mut until_given_up = || (1..).find(|_| silence.tick(true).is_some()).unwrap();
+        let mut until_given_up = || (1..).find(|_| silence.tick(true, false).is_some()).unwrap();
         assert_eq!([until_given_up(), until_given_up()], [50, 100]);
+        assert!((0..299).all(|_| silence.tick(true, true).is_none()), "a segment takes longer");
         silence.ends();
-        assert!((0..49).all(|_| silence.tick(true).is_none()));
-        assert_eq!(silence.tick(false), None, "nothing is awaited for a moment");
-        assert!((0..49).all(|_| silence.tick(true).is_none()));
-        assert_eq!(silence.tick(true), Some(FIRST));
+        assert!((0..49).all(|_| silence.tick(true, false).is_none()));
+        assert_eq!(silence.tick(false, false), None, "nothing is awaited for a moment");
+        assert!((0..49).all(|_| silence.tick(true, false).is_none()));
+        assert_eq!(silence.tick(true, false), Some(FIRST));
     }
 }

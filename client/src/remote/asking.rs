@@ -12,10 +12,10 @@ use tonic::{Code, Response, Status};
 
 /// The longest time in which the client repeats a request that the server refuses.
 const MAX_REFUSED: Duration = Duration::from_secs(30);
-/// The longest time for the answer to an upload or a commit. A pack of 16 MiB takes this long at
-/// 0.2 Mbit/s, and a commit may check a million chunks on a slow disk. The keep-alive of the
-/// connection finds a lost server much sooner.
-const MAX_WORK: Duration = Duration::from_secs(600);
+/// The longest time for the answer to an upload or a change. Three packs of 16 MiB at a time take
+/// this long at 0.12 Mbit/s, and a commit may check a million chunks on a slow disk. The keep-alive
+/// of the connection finds a lost server much sooner.
+const MAX_WORK: Duration = Duration::from_secs(3600);
 /// The key of the time after which the server wants the next attempt.
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
@@ -24,8 +24,11 @@ const PUSHBACK: &str = "grpc-retry-pushback-ms";
 pub enum Patience {
     /// 30 s, for a question.
     Short,
-    /// 10 minutes, for an upload or a commit.
+    /// An hour, for an upload or a commit.
     Long,
+    /// An hour, for a change that must not be repeated without the server's word: a proxy may
+    /// answer UNAVAILABLE after the server has made it.
+    Change,
 }
 
 /// Sends a request, and again while the server refuses it. `attempt` sends it once.
@@ -43,21 +46,21 @@ where
 {
     let silence = match patience {
         Patience::Short => MAX_SILENCE,
-        Patience::Long => MAX_WORK,
+        Patience::Long | Patience::Change => MAX_WORK,
     };
-    ask_within(server, what, silence, attempt).await
+    ask_within(server, what, (silence, patience == Patience::Change), attempt).await
 }
 
 async fn ask_within<T, F>(
     server: &ServerAddress,
     what: &str,
-    silence: Duration,
+    (silence, is_change): (Duration, bool),
     mut attempt: impl FnMut() -> F,
 ) -> Result<T, RemoteError>
 where
     F: Future<Output = Result<Response<T>, Status>>,
 {
-    patiently(|| {
+    repeat(is_change, || {
         let answer = tokio::time::timeout(silence, attempt());
         async move {
             let answer = answer.await;
@@ -72,7 +75,15 @@ where
 ///
 /// # Errors
 /// The error of the last attempt.
-pub(super) async fn patiently<T, F>(mut attempt: impl FnMut() -> F) -> Result<T, RemoteError>
+pub(crate) async fn patiently<T, F>(attempt: impl FnMut() -> F) -> Result<T, RemoteError>
+where
+    F: Future<Output = Result<T, RemoteError>>,
+{
+    repeat(false, attempt).await
+}
+
+/// Repeats `attempt` while the server refuses it; a change only if the server has said when.
+async fn repeat<T, F>(is_change: bool, mut attempt: impl FnMut() -> F) -> Result<T, RemoteError>
 where
     F: Future<Output = Result<T, RemoteError>>,
 {
@@ -82,7 +93,7 @@ where
             Err(error) => error,
             done => return done,
         };
-        let Some(pause) = pause_after(&error, &mut backoff) else { return Err(error) };
+        let Some(pause) = pause_after(&error, is_change, &mut backoff) else { return Err(error) };
         if started.elapsed() + pause > MAX_REFUSED {
             return Err(error);
         }
@@ -91,7 +102,8 @@ where
 }
 
 /// Returns the pause before the next attempt, if the server has refused the request early.
-fn pause_after(error: &RemoteError, backoff: &mut Backoff) -> Option<Duration> {
+/// RESOURCE_EXHAUSTED without a time to retry is no early refusal: the server's disk is full.
+fn pause_after(error: &RemoteError, is_change: bool, backoff: &mut Backoff) -> Option<Duration> {
     let RemoteError::Status { status, .. } = error else { return None };
     let is_refusal = matches!(status.code(), Code::ResourceExhausted | Code::Unavailable);
     if !is_refusal || super::is_of_connection(status) {
@@ -99,7 +111,7 @@ fn pause_after(error: &RemoteError, backoff: &mut Backoff) -> Option<Duration> {
     }
     let pause = backoff.pause();
     match status.metadata().get(PUSHBACK).map(|text| text.to_str().ok()?.parse::<u64>().ok()) {
-        None => Some(pause),
+        None => (status.code() == Code::Unavailable && !is_change).then_some(pause),
         // A server that does not want another attempt sends a negative number.
         Some(None) => None,
         // The random part keeps clients apart that were refused at once.
@@ -121,18 +133,22 @@ mod tests {
 
     #[test]
     fn only_early_refusals_are_repeated_and_no_sooner_than_the_server_wants() {
-        let pause = |error: &RemoteError| pause_after(error, &mut Backoff::new());
+        let pause = |error: &RemoteError| pause_after(error, false, &mut Backoff::new());
         assert!(pause(&refused(Code::Unavailable, None)).unwrap() < Duration::from_millis(20));
         let wanted = Duration::from_millis(1234);
         let pushed = pause(&refused(Code::ResourceExhausted, Some("1234"))).unwrap();
         assert!((wanted..wanted + Duration::from_millis(20)).contains(&pushed), "{pushed:?}");
         for no in [
             refused(Code::ResourceExhausted, Some("-1")),
+            refused(Code::ResourceExhausted, None),
             refused(Code::NotFound, None),
             refused(Code::Internal, Some("1")),
         ] {
             assert_eq!(pause(&no), None, "{no}");
         }
+        let change = |error: &RemoteError| pause_after(error, true, &mut Backoff::new());
+        assert_eq!(change(&refused(Code::Unavailable, None)), None);
+        assert!(change(&refused(Code::ResourceExhausted, Some("1"))).is_some());
     }
 
     fn runtime() -> tokio::runtime::Runtime {
@@ -158,7 +174,8 @@ mod tests {
     fn a_server_that_says_nothing_is_not_waited_for() {
         let server = "http://here:1".parse().unwrap();
         let silent = std::future::pending::<Result<Response<()>, Status>>;
-        let answer = async { ask_within(&server, "answer", Duration::from_millis(50), silent).await };
+        let answer =
+            async { ask_within(&server, "answer", (Duration::from_millis(50), false), silent).await };
         let error = runtime().block_on(answer).unwrap_err();
         assert!(error.to_string().contains("none came within 50ms"), "{error}");
     }

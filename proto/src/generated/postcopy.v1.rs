@@ -121,7 +121,7 @@ pub struct OpenImageRequest {
     /// `name`, `name:tag` or `name@blake3:<64 hex digits>`.
     #[prost(string, tag = "1")]
     pub reference: ::prost::alloc::string::String,
-    /// Send the segments that hold these files' chunks, before all others.
+    /// Send the segments that hold these files' chunks, before all others. At most 4,096 paths.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub first_paths: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
     /// Send all segments. False: only those of `first_paths`.
@@ -1468,7 +1468,7 @@ pub mod image_service_client {
         /// INVALID_ARGUMENT: it is no well-formed pack, a frame does not fit its digest, or the bytes do not
         /// fit the announced digest or size; the message says which. RESOURCE_EXHAUSTED: the disk is
         /// full, or the server has too many requests. DEADLINE_EXCEEDED: no bytes came for 30 s, or fewer
-        /// than 128 KiB/s in all.
+        /// than 8 KiB/s in all.
         ///
         /// grpcurl -plaintext -d '{"begin": {"digest": "<base64>", "size_bytes": 123}} {"data": "<base64>"}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/UploadPack
@@ -1677,7 +1677,7 @@ pub mod image_service_server {
         /// INVALID_ARGUMENT: it is no well-formed pack, a frame does not fit its digest, or the bytes do not
         /// fit the announced digest or size; the message says which. RESOURCE_EXHAUSTED: the disk is
         /// full, or the server has too many requests. DEADLINE_EXCEEDED: no bytes came for 30 s, or fewer
-        /// than 128 KiB/s in all.
+        /// than 8 KiB/s in all.
         ///
         /// grpcurl -plaintext -d '{"begin": {"digest": "<base64>", "size_bytes": 123}} {"data": "<base64>"}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/UploadPack

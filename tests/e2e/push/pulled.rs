@@ -205,6 +205,26 @@ fn the_parents_that_a_pull_makes_are_for_their_owner_alone() {
     }
 }
 
+/// As nohup starts it, and a shell in the background of a script.
+#[test]
+fn a_pull_goes_on_at_signals_that_its_starter_has_it_ignore() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let (path, around) = (folder.path().join("mem"), folder.path().join("around"));
+    fs::write(&path, noise(64 << 20, 22)).unwrap();
+    fs::create_dir(&around).unwrap();
+    push_cli(&server, &path, "app");
+    let mut pull = Command::new("sh");
+    pull.args(["-c", "trap '' HUP INT; exec \"$@\"", "sh"]).arg(binary("postcopy"));
+    pull.arg("--server").arg(server.address().to_string()).args(["pull", "app"]).arg(around.join("new"));
+    let mut pull = pull.spawn().unwrap();
+    wait_until("the pull has begun", || fs::read_dir(&around).unwrap().count() > 0);
+    for signal in [Signal::HUP, Signal::INT] {
+        let _ = kill_process(Pid::from_child(&pull), signal);
+    }
+    assert!(pull.wait().unwrap().success());
+    assert!(around.join("new/mem").exists());
+}
+
 #[test]
 fn a_pull_that_is_interrupted_removes_what_it_has_written() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());

@@ -534,7 +534,7 @@ pub(crate) fn remove(server: ServerAddress, reference: &TagReference, output: Ou
             let (mut images, request) = (remote.images(), request.clone());
             async move { images.delete_image(request).await }
         };
-        remote.ask(&format!("removing {reference}"), Patience::Long, ask).await?;
+        remote.ask(&format!("removing {reference}"), Patience::Change, ask).await?;
         Ok(())
     })?;
     let removed = Pointed { reference: reference.to_string(), image: None };
@@ -554,7 +554,7 @@ pub(crate) fn tag(
             let (mut images, request) = (remote.images(), request.clone());
             async move { images.tag_image(request).await }
         };
-        let answer = remote.ask(&format!("tagging {source}"), Patience::Long, ask).await?;
+        let answer = remote.ask(&format!("tagging {source}"), Patience::Change, ask).await?;
         let image = digest(&remote, &answer.image)?;
         if let Reference::Digest { image: named, .. } = source
             && *named != image

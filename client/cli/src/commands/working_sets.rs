@@ -97,7 +97,7 @@ pub(crate) fn run(server: ServerAddress, command: WorkingSetCommand, output: Out
                 let (mut sets, request) = (remote.working_sets(), request.clone());
                 async move { sets.delete_working_set(request).await }
             };
-            let removed = remote.ask(&what(&reference), Patience::Long, ask).await;
+            let removed = remote.ask(&what(&reference), Patience::Change, ask).await;
             removed.map_err(|error| lacks(error, LIST_SETS))?;
             Ok(())
         })?,

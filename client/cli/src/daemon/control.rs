@@ -36,7 +36,8 @@ const ATTEMPTS: u32 = 100;
 /// Reads one line and answers it. The worker's end waits for the answer, and not for a line that
 /// has not arrived.
 pub(crate) fn answer(worker: &Arc<Worker>, stream: UnixStream) {
-    let line = stream.set_read_timeout(Some(SILENCE)).and_then(|()| line_of(&stream, MAX_LINE));
+    let line =
+        stream.set_read_timeout(Some(SILENCE)).and_then(|()| line_of(BufReader::new(&stream), MAX_LINE));
     let _busy = worker.busy();
     let (done, wait) = sync_channel::<()>(0);
     let mut to = &stream;
@@ -59,9 +60,9 @@ pub(crate) fn answer(worker: &Arc<Worker>, stream: UnixStream) {
 ///
 /// # Errors
 /// The error of the read. [`ErrorKind::InvalidData`]: the line is longer, or is no text.
-fn line_of(stream: impl Read, max_bytes: u64) -> io::Result<String> {
+fn line_of(mut stream: impl BufRead, max_bytes: u64) -> io::Result<String> {
     let mut line = String::new();
-    BufReader::new(stream.take(max_bytes)).read_line(&mut line)?;
+    stream.by_ref().take(max_bytes).read_line(&mut line)?;
     // The rest of a longer line would change its meaning.
     if line.len() as u64 == max_bytes && !line.ends_with('\n') {
         let text = format!("the line is longer than {max_bytes} bytes");
@@ -274,10 +275,12 @@ fn converse(directory: &Path, line: &str, says: &SyncSender<Said>) -> Result<Str
         let own = rustix::process::geteuid().as_raw();
         ensure!([0, own].contains(&owner), "{}: user {owner} listens there, and this is user {own}", shown());
         let asked = stream.set_read_timeout(Some(SILENCE)).and_then(|()| writeln!(stream, "{line}"));
-        let mut answer = asked.and_then(|()| line_of(&stream, MAX_ANSWER));
+        // One reader for all lines: it may hold those that follow.
+        let mut lines = BufReader::new(&stream);
+        let mut answer = asked.and_then(|()| line_of(&mut lines, MAX_ANSWER));
         while answer.as_ref().is_ok_and(|answer| answer == "busy\n") {
             let _ = says.send(Said::Busy);
-            answer = line_of(&stream, MAX_ANSWER);
+            answer = line_of(&mut lines, MAX_ANSWER);
         }
         match answer {
             // The worker has died: its successor answers.
@@ -339,7 +342,7 @@ mod tests {
             drop(stream);
         });
         daemon(root.path(), 2, |mut stream| {
-            assert!(line_of(&stream, MAX_LINE).unwrap() == "drain 7\n");
+            assert!(line_of(BufReader::new(&stream), MAX_LINE).unwrap() == "drain 7\n");
             // Longer than the patience of the caller.
             for _ in 0..7 {
                 writeln!(stream, "busy").unwrap();
@@ -350,6 +353,13 @@ mod tests {
         let mut daemons = Daemons::below(root.path()).unwrap();
         assert!(daemons.ask("drain", 7).unwrap());
         assert!(daemons.silent().contains("criu-1-0 has not answered"), "{}", daemons.silent());
+        // Lines that arrive together; the request is not sent again.
+        daemon(root.path(), 4, |mut stream| {
+            line_of(BufReader::new(&stream), MAX_LINE).unwrap();
+            stream.write_all(b"busy\nbusy\nok\n").unwrap();
+        });
+        let (says, _said) = sync_channel(10);
+        assert_eq!(converse(&root.path().join("criu-4-0"), "record 7", &says).unwrap(), "ok\n");
         daemon(root.path(), 3, |mut stream| while stream.write_all(&[b'x'; 4096]).is_ok() {});
         let error = daemons.ask("drain", 7).unwrap_err();
         assert!(format!("{error:#}").contains("longer than 1048576 bytes"), "{error:#}");

@@ -7,7 +7,7 @@ mod images;
 
 pub(crate) use images::{Dump, ensure_whole};
 
-use super::connection::{Connection, HANDSHAKE};
+use super::connection::Connection;
 use super::log::say;
 use super::resuming::{self, Attempt, Resuming};
 use super::runtime_dir::{self, SessionName};
@@ -33,6 +33,9 @@ const PID_BYTES: usize = 4;
 /// The length of a task's message: a byte is sent with each descriptor.
 const TASK_BYTES: usize = PID_BYTES + 1;
 pub(super) const KIND: &str = "task";
+/// The longest silence of a restore before its first task, once no other restore is waited for.
+const EAGER: Duration = Duration::from_secs(600);
+
 /// The interval between two checks of the sessions.
 const EXIT_LOOK: Duration = Duration::from_millis(250);
 
@@ -229,9 +232,10 @@ impl Criu {
             }
             ensure!(!peeked.ended, "it has hung up and has sent nothing");
             ensure!(!worker.is_stopping(), "the daemon ends");
-            // A silent peer must not keep a daemon that no restore needs.
+            // A silent peer must not keep a daemon that no restore needs. A restore is silent while
+            // it reads memory that is not lazy.
             let is_late = self.patience.is_some_and(|(since, patience)| since.elapsed() > patience);
-            ensure!(!is_late || started.elapsed() < HANDSHAKE, "it has sent nothing in {HANDSHAKE:?}");
+            ensure!(!is_late || started.elapsed() < EAGER, "it has sent nothing in {EAGER:?}");
             drop(peeked);
             worker.wait(Some(&connection.stream), LOOK);
         }

@@ -27,6 +27,11 @@ const MAX_LINKS: u32 = 40;
 /// Any error of open(2); a link or a file of another user is in the way.
 pub(crate) fn create(path: &Path, mode: u32) -> io::Result<File> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
+    // A file system may show a new file as another user's (NFS, 9p, FAT).
+    match create_new(path, mode) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        other => return other,
+    }
     let file = open(path, flags, mode)?;
     let stat = fstat(&file)?;
     let own = rustix::process::geteuid().as_raw();

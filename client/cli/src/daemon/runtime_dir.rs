@@ -347,10 +347,24 @@ pub(crate) fn ensure_private(root: &Path) -> Result<()> {
 /// The most links in a path, as in path_resolution(7).
 const MAX_LINKS: u32 = 40;
 
+/// Returns whether a user is the one that stands for all users that this user namespace lacks.
+fn is_unmapped(user: u32) -> bool {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let overflow = read("/proc/sys/kernel/overflowuid").trim().parse() == Ok(user);
+    let map = read("/proc/self/uid_map");
+    let has_all = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    overflow && !has_all
+}
+
 fn ensure_ours(path: &Path, metadata: &fs::Metadata, is_last: bool) -> Result<()> {
     let (shown, own) = (path.display(), rustix::process::geteuid().as_raw());
     let owner = metadata.uid();
-    ensure!([0, own].contains(&owner), "{shown} belongs to user {owner}, and this is user {own}. {ANOTHER}");
+    // In a user namespace, directories of the system belong to a user that it does not have.
+    let is_outside = || !is_last && is_unmapped(owner);
+    ensure!(
+        [0, own].contains(&owner) || is_outside(),
+        "{shown} belongs to user {owner}, and this is user {own}. {ANOTHER}"
+    );
     // The mode of a link has no meaning.
     let mode = if metadata.is_symlink() { 0 } else { metadata.mode() };
     let is_sticky = mode & 0o1000 != 0 && !is_last;

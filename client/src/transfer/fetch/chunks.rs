@@ -4,7 +4,8 @@
 //! the segments are read in a window, as the transfer needs them, and a segment that the window
 //! holds already is not read again.
 
-use crate::remote::{Image, Remote, RemoteError, within};
+use crate::remote::lane::may_pass;
+use crate::remote::{Image, Remote, RemoteError, patiently, within};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root, SEGMENT_CHUNKS};
 use postcopy_proto::page::ChunkIndex;
@@ -12,6 +13,7 @@ use postcopy_proto::v1::{self, fetch_chunks_response::Answer, segment_answer};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
+use tonic::Status;
 
 /// The segments of a window, which take up to 600 KiB each as data chunks, and as much as bytes
 /// while they are read. A window covers 131,072 chunks, so its round trip costs little.
@@ -106,7 +108,8 @@ impl<'a> Chunks<'a> {
             }
         }
         self.window.clear();
-        self.read(&wanted).await?;
+        // The server may refuse for a moment in the middle of a long transfer.
+        self.window.extend(patiently(|| self.read(&wanted)).await?);
         self.window.get(&digest).cloned().ok_or_else(|| self.left_out(index))
     }
 
@@ -118,8 +121,8 @@ impl<'a> Chunks<'a> {
         rest.get(next).is_some_and(|range| range.start < first + u64::from(SEGMENT_CHUNKS))
     }
 
-    /// Reads these segments into the window.
-    async fn read(&mut self, segments: &[u32]) -> Result<(), RemoteError> {
+    /// Reads these segments.
+    async fn read(&self, segments: &[u32]) -> Result<Vec<(Digest, DataChunks)>, RemoteError> {
         let address = self.remote.address();
         let image = self.image.digest();
         let request = |segment: &u32| v1::FetchChunksRequest {
@@ -136,6 +139,7 @@ impl<'a> Chunks<'a> {
         let answers = within(address, &what, opened).await?;
         let mut answers = answers.map_err(address.status(&what))?.into_inner();
         let mut missing: HashSet<u32> = segments.iter().copied().collect();
+        let mut read = Vec::new();
         while !missing.is_empty() {
             let message = within(address, &what, answers.message()).await?;
             let Some(message) = message.map_err(address.status(&what))? else {
@@ -149,6 +153,9 @@ impl<'a> Chunks<'a> {
             }
             let bytes = match answer.result {
                 Some(segment_answer::Result::Segment(bytes)) => bytes,
+                Some(segment_answer::Result::Error(error)) if may_pass(&error) => {
+                    return Err(address.status(&what)(Status::unavailable(error.message)));
+                }
                 Some(segment_answer::Result::Error(error)) => {
                     return Err(self.wrong(answer.index, error.message));
                 }
@@ -160,9 +167,9 @@ impl<'a> Chunks<'a> {
                 ChunkContent::Zero => None,
                 ChunkContent::Data(digest) => Some((place, digest)),
             });
-            self.window.insert(self.image.root().segment_digests()[answer.index as usize], data.collect());
+            read.push((self.image.root().segment_digests()[answer.index as usize], data.collect()));
         }
-        Ok(())
+        Ok(read)
     }
 
     fn wrong(&self, segment: u32, reason: impl std::fmt::Display) -> RemoteError {
