@@ -76,9 +76,9 @@ const PREFACE_BYTES: usize = 24;
 /// Time for a connection that must make room to take leave in order.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Time after which a connection ends that reads none of its answers. They would hold the server's
-/// memory for ever.
-const UNREAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time after which a connection ends that reads none of its answers, which would hold the server's
+/// memory for ever. An answer counts as read once all of it is: 1 MiB at 4 KiB/s.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Pause after an error of accept, usually a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

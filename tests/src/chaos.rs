@@ -181,6 +181,7 @@ pub struct Asked {
 #[derive(Clone, Debug, Default)]
 struct Counts {
     demand: HashMap<u64, u32>,
+    urgent: HashMap<u64, u32>,
     bulk: HashMap<u64, u32>,
     segments: HashMap<u32, u32>,
     opens: u32,
@@ -205,6 +206,13 @@ impl Asked {
     #[must_use]
     pub fn demand(&self) -> HashMap<u64, u32> {
         self.counts().demand
+    }
+
+    /// How often each chunk was asked for in FetchChunks as DEMAND. Read-ahead that is late is asked for as DEMAND,
+    /// too, once a fault awaits it.
+    #[must_use]
+    pub fn urgent(&self) -> HashMap<u64, u32> {
+        self.counts().urgent
     }
 
     /// How often each chunk was asked for in StreamChunks.
@@ -361,6 +369,9 @@ impl PageService for Between {
             let request = request.ok()?;
             asked.change(|counts| {
                 count(&mut counts.demand, &request.runs);
+                if request.class() == v1::RequestClass::Demand {
+                    count(&mut counts.urgent, &request.runs);
+                }
                 if let Some(segment) = request.segment {
                     *counts.segments.entry(segment).or_default() += 1;
                 }
