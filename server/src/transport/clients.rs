@@ -10,6 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tokio::sync::Notify;
 
+/// Number of connections that may be leaving at a time, however few there may be.
+const MIN_LEAVING: u32 = 64;
+
 /// The other end of a connection, as far as bounds tell clients apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Client {
@@ -166,7 +169,7 @@ impl Connections {
     /// [`Refused`].
     pub(crate) fn admit(self: &Arc<Self>, client: Client) -> Result<Admitted, Refused> {
         let mut open = lock(&self.open);
-        if open.leaving > self.limits.connections / 4 {
+        if open.leaving > (self.limits.connections / 4).max(MIN_LEAVING) {
             return Err(Refused::Server);
         }
         if open.of(client) >= self.limits.connections_per_client && !open.close_idle(Some(client)) {
