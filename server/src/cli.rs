@@ -177,7 +177,7 @@ impl Serve {
     }
 }
 
-/// Descriptors that the server needs besides those of connections: files of the store, locks, leases.
+/// Descriptors for other things than connections: files of the store, locks, leases.
 const OTHER_DESCRIPTORS: u64 = 512;
 
 /// Raises the limit on descriptors to the hard limit. Returns the number of connections that the

@@ -1,10 +1,11 @@
 //! The store: a directory of images.
 //!
 //! A push passes these calls: [`Store::stage_pack`] receives a pack, [`Store::put_staged`] verifies
-//! and names it, [`Store::put_segment`] does both for a segment. [`Store::commit`] checks that every object exists, writes the
-//! root, and moves the reference. A read goes the other way: [`Store::resolve`] maps a reference to
-//! an image, the image's manifest a chunk to its digest, the index of the packs ([`packs`]) the
-//! digest to a frame. The frame is a slice of the pack's memory map.
+//! and names it, [`Store::put_segment`] does both for a segment. [`Store::commit`] checks that every
+//! object exists, writes the root, and moves the reference. A read goes the other way:
+//! [`Store::resolve`] maps a reference to an image, the image's manifest a chunk to its digest, the
+//! index of the packs ([`packs`]) the digest to a frame. The frame is a slice of the pack's memory
+//! map.
 //!
 //! All calls block, except for those named `resident` or `cached`; services run them in
 //! `spawn_blocking`. Several processes may use one store: see [`lock`].

@@ -203,7 +203,7 @@ impl Sockets {
     }
 }
 
-/// What all connections of a server share.
+/// The state that all connections of a server share.
 #[derive(Clone)]
 struct Server {
     connections: Arc<Connections>,

@@ -13,7 +13,7 @@ use postcopy_tests::h2_client::{H2Client, H2Stream, connect, framed};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, digest};
 use postcopy_tests::uploads::{frame_of, pack_of, upload_parts, upload_whole};
-use postcopy_tests::{binary, is_root, skip, wait_until};
+use postcopy_tests::{binary, is_root, resident_kib, skip, wait_until};
 use prost::Message;
 use std::ffi::OsStr;
 use std::fs;
@@ -126,8 +126,15 @@ fn answers_that_nobody_reads_take_a_bounded_amount_of_memory() {
             }
             clients.push(client);
         }
-        tokio::time::sleep(Duration::from_secs(2)).await;
         (clients, streams)
+    });
+    // Until the server has filled what it may fill, or was killed.
+    let (mut resident, mut looks) = (0, 0);
+    wait_until("the server's memory stays as it is", || {
+        let now = resident_kib(target.server.pid());
+        looks = if now == resident { looks + 1 } else { 0 };
+        resident = now;
+        looks > 100
     });
     target.assert_serves_others();
 }

@@ -208,8 +208,8 @@ impl Asked {
         self.counts().demand
     }
 
-    /// How often each chunk was asked for in FetchChunks as DEMAND. Read-ahead that is late is asked for as DEMAND,
-    /// too, once a fault awaits it.
+    /// Returns the number of requests of class DEMAND for each chunk. Late read-ahead that a fault
+    /// awaits is requested as DEMAND, too.
     #[must_use]
     pub fn urgent(&self) -> HashMap<u64, u32> {
         self.counts().urgent

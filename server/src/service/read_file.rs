@@ -80,8 +80,8 @@ fn parts(
     }
 }
 
-/// Returns the end of a piece that begins at `at`: whole chunks, of 256 KiB or one chunk, so that none is
-/// decoded twice.
+/// Returns the end of a piece that begins at `at`: whole chunks of 256 KiB together, or one chunk,
+/// so that the server decodes no chunk twice.
 fn piece_end(root: &Root, at: u64, range_end: u64) -> u64 {
     let chunk = u64::from(root.chunk_size().bytes_u32());
     let piece = chunk.max(PIECE_BYTES as u64);

@@ -11,7 +11,7 @@
 //!   of the image;
 //! - `<domain>`: shared while a process writes a staged file. gc tries it exclusively, to tell a
 //!   left-over from a file that a process is about to rename. A process that receives a pack takes
-//!   it before all others: nobody waits for it.
+//!   it before all others. No process waits for it, so this cannot deadlock.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;

@@ -1,7 +1,7 @@
 //! Packs that are being received: each a staged file beside its later place.
 //!
-//! The bytes go to the file as they arrive, so uploads take no memory of the server, however many
-//! there are and however slow they are. The verification reads the file from the page cache.
+//! The bytes go to the file as they arrive, so an upload holds one message and 256 KiB in memory,
+//! however slow it is. The verification reads the file from the page cache.
 
 use crate::store::error::{self, StoreError, io_error};
 use crate::store::layout::{Layout, sync_dir};
@@ -22,8 +22,8 @@ use std::sync::LazyLock;
 /// Least number of frames for one thread to check, so that making its decompressor's state pays.
 const FRAMES_PER_TASK: usize = 32;
 
-/// The threads that verify uploads, one for each core. They yield to all others, so that a page
-/// fault waits for its answer and not for somebody's upload.
+/// The threads that verify uploads, one for each core. They have a low priority, so that
+/// uploads do not delay the answers to page faults.
 static VERIFIERS: LazyLock<ThreadPool> = LazyLock::new(|| {
     let yielding = |_| {
         // Without it the threads only yield less.
@@ -56,7 +56,7 @@ impl StagedPack {
         Ok(Self { digest, file: file.map_err(io_error(&path))?, path, _writing: writing })
     }
 
-    /// Appends bytes.
+    /// Appends bytes to the staged file.
     ///
     /// # Errors
     /// [`StoreError::Full`], [`StoreError::Io`].

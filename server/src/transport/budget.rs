@@ -21,7 +21,7 @@ pub(crate) struct Budget {
     has_room: Arc<Notify>,
 }
 
-/// What one connection holds of the budget.
+/// The bytes of the budget that one connection holds.
 #[derive(Debug)]
 pub(crate) struct Held {
     budget: Arc<Budget>,
