@@ -371,10 +371,12 @@ fn a_daemon_that_does_not_start_leaves_nothing_behind() {
     let text = daemon(&["--socket", first, "--socket", second]);
     assert!(text.contains("file: exists and is not a socket. Move it away"), "{text}");
     assert!(!socket.exists());
-    let pid = std::process::id().to_string();
-    let text = daemon(&["--adopt", &pid]);
-    let reason = format!("process {pid} has no userfaultfd: it is not a Firecracker");
+    let mut program = Command::new("sleep").arg("60").spawn().unwrap();
+    let text = daemon(&["--adopt", &program.id().to_string()]);
+    let reason = format!("process {} has no userfaultfd: it is not a Firecracker", program.id());
     assert!(text.contains(&reason) && !text.contains("doctor"), "{text}");
+    program.kill().unwrap();
+    program.wait().unwrap();
 }
 
 #[test]
