@@ -1,12 +1,12 @@
 //! Fixtures of the tests: a store in a temporary directory, and small images.
 
-use crate::store::{Caller, CommitOutcome, Domain, Store, StoreError};
+use crate::store::{Caller, CommitOutcome, Domain, Store, StoreError, StoredChunk};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
 use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder};
 use postcopy_proto::pack::{PackBuilder, PackIndex};
-use postcopy_proto::page::{ChunkSize, PAGE_BYTES};
+use postcopy_proto::page::{ChunkIndex, ChunkSize, PAGE_BYTES};
 use postcopy_proto::path::ImagePath;
 
 /// Creates a new store.
@@ -86,11 +86,29 @@ impl Image {
         chunks.map(Digest::of).collect()
     }
 
-    /// Returns the same chunks in the order of their frames.
-    pub(crate) fn data_chunks_in_pack_order(&self) -> Vec<Digest> {
-        let mut entries = PackIndex::parse(&self.pack).unwrap().entries().to_vec();
-        entries.sort_by_key(|entry| entry.offset);
-        entries.iter().map(|entry| entry.chunk).collect()
+    /// Returns the number of the chunk whose frame is the pack's first one.
+    pub(crate) fn first_chunk_of_pack(&self) -> u64 {
+        let index = PackIndex::parse(&self.pack).unwrap();
+        let first = index.entries().iter().min_by_key(|entry| entry.offset).unwrap().chunk;
+        let mut chunks = self.plain.chunks(PAGE_BYTES);
+        chunks.position(|chunk| Digest::of(chunk) == first).unwrap() as u64
+    }
+
+    /// Loads the frame of a chunk with data.
+    pub(crate) fn load(&self, store: &Store, chunk: u64, check: bool) -> Result<Bytes, StoreError> {
+        match store.load_chunk(&self.manifest.root, ChunkIndex(chunk), check)? {
+            Some(StoredChunk::Data { frame, .. }) => Ok(frame),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Returns the frame of a chunk with data of the first segment, if it is in memory.
+    pub(crate) fn resident(&self, store: &Store, chunk: u32) -> Option<Bytes> {
+        let segment = store.cached_segment(&self.manifest.root, 0)?;
+        match store.resident_chunk(&segment, chunk)? {
+            StoredChunk::Data { frame, .. } => Some(frame),
+            StoredChunk::Zero => panic!("chunk {chunk} is zero"),
+        }
     }
 
     fn try_push(&self, store: &Store, reference: &str) -> CommitOutcome {

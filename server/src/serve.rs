@@ -4,7 +4,7 @@ use crate::limits::Limits;
 use crate::listen::Listener;
 use crate::service::{ImageServer, PageServer, WorkingSetServer};
 use crate::shutdown::Drain;
-use crate::store::Store;
+use crate::store::{Store, chain};
 use crate::transport;
 use postcopy_proto::v1::image_service_server::ImageServiceServer;
 use postcopy_proto::v1::page_service_server::PageServiceServer;
@@ -21,8 +21,8 @@ use tonic_health::server::HealthReporter;
 /// Time in which requests in flight must finish.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Interval between checks for deleted packs.
-const FORGET_INTERVAL: Duration = Duration::from_secs(5);
+/// Interval between checks for deleted packs, and for recent ones that the chunk index lacks.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The reason why a server ended without a signal.
 #[derive(Debug, thiserror::Error)]
@@ -60,19 +60,21 @@ pub async fn serve(
     };
     tokio::select! {
         () = transport::serve(listener, limits, routes, &drain, stop) => {}
-        () = forget_deleted(store) => {}
+        () = maintain(store) => {}
         () = too_late => tracing::warn!("ending with requests in flight after {DRAIN_TIMEOUT:?}"),
     }
     Ok(())
 }
 
-/// Releases the space of deleted packs. Does not return.
-async fn forget_deleted(store: Arc<Store>) {
+/// Releases the space of deleted packs, and keeps the chunk index short. Does not return.
+async fn maintain(store: Arc<Store>) {
     loop {
-        tokio::time::sleep(FORGET_INTERVAL).await;
+        tokio::time::sleep(MAINTENANCE_INTERVAL).await;
         let store = store.clone();
-        // The panic's message is on stderr; the next turn may succeed.
-        let _ = tokio::task::spawn_blocking(move || store.forget_deleted()).await;
+        // The message of a panic is on stderr; the next turn may succeed.
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || store.maintain()).await {
+            tracing::warn!("the chunk index stays as it is: {}", chain(&error));
+        }
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! A push passes these calls: [`Store::stage_pack`] receives a pack, [`Store::put_staged`] verifies
 //! and names it, [`Store::put_segment`] does both for a segment. [`Store::commit`] checks that every
-//! object exists, writes the root, and moves the reference. A read goes the other way:
-//! [`Store::resolve`] maps a reference to an image, the image's manifest a chunk to its digest, the
-//! index of the packs ([`packs`]) the digest to a frame. The frame is a slice of the pack's memory
-//! map.
+//! object exists, writes the locators and the root, and moves the reference. A read goes the other
+//! way: [`Store::resolve`] maps a reference to an image, the image's root a chunk to its segment,
+//! the segment's locator ([`locators`]) the chunk to a place in a pack ([`packs`]). The frame is a
+//! slice of the pack's memory map. The chunk index ([`index`]) tells a push which chunks the store
+//! lacks, and finds chunks whose locators are wrong.
 //!
 //! All calls block, except for those named `resident` or `cached`; services run them in
 //! `spawn_blocking`. Several processes may use one store: see [`lock`].
@@ -16,8 +17,10 @@ mod commit;
 mod condemned;
 mod error;
 mod gc;
+mod index;
 mod layout;
 mod lease;
+mod locators;
 mod lock;
 mod manifests;
 pub(crate) mod map;
@@ -43,6 +46,7 @@ pub use working_sets::WorkingSet;
 use bytes::Bytes;
 use layout::Layout;
 use lease::Leases;
+use locators::{Locator, Locators};
 use lock::StoreLock;
 use manifests::Manifests;
 use objects::Objects;
@@ -61,7 +65,45 @@ pub struct Store {
     objects: Objects,
     packs: Packs,
     manifests: Manifests,
+    locators: Locators,
     leases: Leases,
+}
+
+/// A segment of an image, with the places of its chunks.
+#[derive(Clone, Debug)]
+pub struct Located {
+    digest: Digest,
+    segment: Arc<Segment>,
+    locator: Arc<Locator>,
+}
+
+impl Located {
+    /// Returns the contents of all chunks, in order, each with the length in bytes of its frame if
+    /// it is known, else 0.
+    pub fn contents(&self) -> impl Iterator<Item = (ChunkContent, u32)> {
+        let lengths = (0..).map(|place| self.locator.place(place).map_or(0, |place| place.length));
+        self.segment.contents().zip(lengths)
+    }
+
+    /// Returns the number of chunks.
+    #[must_use]
+    pub fn chunks(&self) -> u32 {
+        self.segment.chunks()
+    }
+}
+
+/// An image's chunk, as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoredChunk {
+    /// All bytes are zero.
+    Zero,
+    /// The frame of a chunk with data.
+    Data {
+        /// The digest of the chunk.
+        chunk: Digest,
+        /// The frame.
+        frame: Bytes,
+    },
 }
 
 impl Store {
@@ -72,7 +114,7 @@ impl Store {
     /// directory with other content.
     ///
     /// # Blocking
-    /// Reads the index of every pack.
+    /// Reads and writes a few small files, however many packs the store has.
     pub fn open_or_create(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
         let layout = Layout::new(dir, domain);
         if layout.check_format()? {
@@ -90,13 +132,13 @@ impl Store {
     /// store.
     ///
     /// # Blocking
-    /// Reads the index of every pack.
+    /// Reads a few small files, however many packs the store has.
     pub fn open(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
         let layout = open_layout(dir, domain)?;
         let objects = Objects::new(&layout)?;
-        let packs = Packs::open(&layout)?;
-        let manifests = Manifests::new(&layout);
-        Ok(Self { layout, objects, packs, manifests, leases: Leases::default() })
+        let packs = Packs::new(&layout);
+        let (manifests, locators) = (Manifests::new(&layout), Locators::new(&layout));
+        Ok(Self { layout, objects, packs, manifests, locators, leases: Leases::default() })
     }
 
     /// Returns the digest of a reference's image.
@@ -123,7 +165,8 @@ impl Store {
     /// Waits for a collector's deletes.
     pub fn keep_pack(&self, pack: &Digest) -> Result<bool, StoreError> {
         let _keep = StoreLock::keep_objects(&self.layout)?;
-        let is_stored = self.packs.is_stored(pack);
+        // A damaged pack is received again.
+        let is_stored = matches!(self.packs.add(*pack), Ok(true));
         if is_stored {
             condemned::pardon(&self.layout, pack)?;
         }
@@ -209,33 +252,71 @@ impl Store {
         self.manifests.root(image)
     }
 
-    /// Returns segment `index` of an image, if it is in memory. Does not block.
+    /// Returns segment `index` of an image with its locator, if both are in memory. Does not block.
     #[must_use]
-    pub fn cached_segment(&self, root: &Root, index: u32) -> Option<Arc<Segment>> {
-        self.manifests.cached_segment(root, index)
+    pub fn cached_segment(&self, root: &Root, index: u32) -> Option<Located> {
+        let digest = *root.segment_digests().get(index as usize)?;
+        let locator = self.locators.cached(&digest)?;
+        Some(Located { digest, segment: self.manifests.cached_segment(root, index)?, locator })
     }
 
-    /// Returns segment `index` of an image.
+    /// Returns segment `index` of an image with its locator.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`].
     ///
     /// # Blocking
-    /// Reads a file, if it is not in memory.
-    pub fn segment(&self, root: &Root, index: u32) -> Result<Arc<Segment>, StoreError> {
-        self.manifests.segment(root, index)
+    /// Reads two files, if they are not in memory. Reads the chunk index, if the locator is missing.
+    pub fn segment(&self, root: &Root, index: u32) -> Result<Located, StoreError> {
+        let segment = self.manifests.segment(root, index)?;
+        let digest = root.segment_digests()[index as usize];
+        let locator = match self.locators.cached(&digest) {
+            Some(locator) => locator,
+            None => {
+                let locator = self.read_locator(&digest, &segment)?;
+                self.locators.keep(&digest, locator.clone());
+                locator
+            }
+        };
+        Ok(Located { digest, segment, locator })
     }
 
-    /// Returns segment `index` of an image, for a reader of all segments: does not keep it in
-    /// memory.
+    /// Returns segment `index` of an image with its locator, for a reader of all segments: does not
+    /// keep them in memory.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`].
     ///
     /// # Blocking
-    /// Reads a file, if it is not in memory.
-    pub fn passing_segment(&self, root: &Root, index: u32) -> Result<Arc<Segment>, StoreError> {
-        self.manifests.passing_segment(root, index)
+    /// As for [`Store::segment`].
+    pub fn passing_segment(&self, root: &Root, index: u32) -> Result<Located, StoreError> {
+        let segment = self.manifests.passing_segment(root, index)?;
+        let digest = root.segment_digests()[index as usize];
+        let locator = match self.locators.cached(&digest) {
+            Some(locator) => locator,
+            None => self.read_locator(&digest, &segment)?,
+        };
+        Ok(Located { digest, segment, locator })
+    }
+
+    /// Reads a segment's locator, or makes it.
+    fn read_locator(&self, digest: &Digest, segment: &Segment) -> Result<Arc<Locator>, StoreError> {
+        match self.locators.read(digest, segment.chunks()) {
+            Some(locator) => Ok(locator),
+            None => self.make_locator(digest, segment),
+        }
+    }
+
+    /// Makes the locator of a segment from the chunk index, and writes it.
+    fn make_locator(&self, digest: &Digest, segment: &Segment) -> Result<Arc<Locator>, StoreError> {
+        let chunks: Vec<_> = segment.digests().collect();
+        let places = self.packs.presence().places(&chunks)?;
+        let locator = Arc::new(Locator::new(segment, &places));
+        if let Err(error) = self.locators.write(digest, &locator) {
+            // It is made again when it is needed again, as on a read-only store.
+            tracing::debug!("the locator of segment {digest}: {}", chain(&error));
+        }
+        Ok(locator)
     }
 
     /// Returns the encoding of segment `index`.
@@ -249,55 +330,79 @@ impl Store {
         self.manifests.read_segment(root, index).map(|(_, bytes)| bytes)
     }
 
-    /// Returns the content of an image's chunk; `None` beyond its last one.
-    ///
-    /// # Errors
-    /// Returns the errors of [`Store::segment`].
-    ///
-    /// # Blocking
-    /// Reads a file, if the segment is not in memory.
-    pub fn chunk(&self, root: &Root, chunk: ChunkIndex) -> Result<Option<ChunkContent>, StoreError> {
-        if chunk.0 >= root.chunks() {
-            return Ok(None);
-        }
-        let (segment, place) = Root::segment_of(chunk);
-        let segment = u32::try_from(segment).expect("bounded by the root");
-        Ok(self.segment(root, segment)?.chunk(place))
-    }
-
-    /// Returns a chunk's frame, if it is in memory. Does not block: see [`Store::load_frame`].
+    /// Returns an image's chunk, if its frame is in memory; `None` also beyond the segment's last
+    /// one. Does not block: see [`Store::load_chunk`].
     #[must_use]
-    pub fn resident_frame(&self, chunk: &Digest) -> Option<Bytes> {
-        self.packs.resident_frame(chunk)
+    pub fn resident_chunk(&self, segment: &Located, place: u32) -> Option<StoredChunk> {
+        match segment.segment.chunk(place)? {
+            ChunkContent::Zero => Some(StoredChunk::Zero),
+            ChunkContent::Data(chunk) => {
+                let frame = self.packs.resident_frame(&segment.locator.place(place)?)?;
+                Some(StoredChunk::Data { chunk, frame })
+            }
+        }
     }
 
-    /// Returns a chunk's frame from any pack with a good copy. With `check`, decodes the frame and
-    /// compares it with the digest.
+    /// Returns an image's chunk, its frame from any pack with a good copy; `None` beyond the image's
+    /// last chunk. With `check`, decodes the frame and compares it with the chunk's digest.
     ///
     /// # Errors
-    /// Returns [`StoreError::NotFound`] if no pack holds the chunk, [`StoreError::Damaged`] if no
-    /// pack has a good copy.
+    /// Returns the errors of [`Store::segment`], [`StoreError::NotFound`] if no pack holds the
+    /// chunk, or [`StoreError::Damaged`] if no pack has a good copy.
     ///
     /// # Blocking
     /// Waits for the disk.
-    pub fn load_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        self.packs.load_frame(chunk, check)
+    pub fn load_chunk(
+        &self,
+        root: &Root,
+        chunk: ChunkIndex,
+        check: bool,
+    ) -> Result<Option<StoredChunk>, StoreError> {
+        if chunk.0 >= root.chunks() {
+            return Ok(None);
+        }
+        let (index, place) = Root::segment_of(chunk);
+        let segment = self.segment(root, u32::try_from(index).expect("bounded by the root"))?;
+        Ok(match segment.segment.chunk(place) {
+            None => None,
+            Some(ChunkContent::Zero) => Some(StoredChunk::Zero),
+            Some(ChunkContent::Data(chunk)) => {
+                let frame = self.load_frame(&segment, place, &chunk, check)?;
+                Some(StoredChunk::Data { chunk, frame })
+            }
+        })
     }
 
-    /// Releases deleted packs, so that the file system frees their space. The owner calls it
-    /// periodically.
+    fn load_frame(
+        &self,
+        segment: &Located,
+        place: u32,
+        chunk: &Digest,
+        check: bool,
+    ) -> Result<Bytes, StoreError> {
+        let located = segment.locator.place(place).map(|place| self.packs.load(&place, chunk, check));
+        if let Some(Ok(frame)) = located {
+            return Ok(frame);
+        }
+        let frame = self.packs.find_frame(chunk, check)?;
+        // A locator that names a damaged copy is not wrong: the copy may be repaired.
+        if matches!(located, None | Some(Err(StoreError::NotFound(_)))) {
+            let locator = self.make_locator(&segment.digest, &segment.segment)?;
+            self.locators.keep(&segment.digest, locator);
+        }
+        Ok(frame)
+    }
+
+    /// Releases deleted packs, so that the file system frees their space, and shortens the chunk
+    /// index. The owner calls it periodically.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Full`].
     ///
     /// # Blocking
-    /// Takes about 1 us for each pack.
-    pub fn forget_deleted(&self) {
-        self.packs.forget_deleted();
-    }
-
-    /// Returns the length in bytes of a chunk's frame, if a pack is known to hold it. Does not
-    /// block.
-    #[must_use]
-    pub fn frame_bytes(&self, chunk: &Digest) -> Option<u32> {
-        self.packs.frame_bytes(chunk)
+    /// Takes about 2 ms, and sometimes writes the chunk index anew, some seconds for each GiB of it.
+    pub fn maintain(&self) -> Result<(), StoreError> {
+        self.packs.maintain()
     }
 }
 
@@ -415,12 +520,47 @@ mod tests {
     fn another_process_s_pack_is_found_when_it_is_missed() {
         let (dir, store) = store();
         let image = Image::of_seed(1);
-        let chunk = image.data_chunks()[0];
-        assert!(matches!(store.load_frame(&chunk, false), Err(StoreError::NotFound(_))));
+        assert!(matches!(image.load(&store, 0, false), Err(StoreError::NotFound(_))));
         image.push(&create(dir.path()).unwrap(), "a");
-        assert!(store.resident_frame(&chunk).is_none(), "not known yet");
-        assert!(store.load_frame(&chunk, false).is_ok());
-        assert!(store.resident_frame(&chunk).is_some());
+        assert!(image.resident(&store, 0).is_none(), "not known yet");
+        assert!(image.load(&store, 0, false).is_ok());
+        assert!(image.resident(&store, 0).is_some());
+    }
+
+    #[test]
+    fn a_store_is_opened_and_serves_an_image_without_a_look_at_other_packs() {
+        let (dir, writer) = store();
+        let images: Vec<_> = (0..20).map(Image::of_seed).collect();
+        images.iter().for_each(|image| image.push(&writer, "a"));
+        let other = writer.layout.pack(&images[1].pack_digest());
+        fs::remove_file(&other).unwrap();
+        // A pack that would be read, or whose directory would be listed, makes the reader wait.
+        rustix::fs::mkfifoat(rustix::fs::CWD, &other, rustix::fs::Mode::RUSR).unwrap();
+        let reader = create(dir.path()).unwrap();
+        (0..12).for_each(|chunk| drop(images[0].load(&reader, chunk, true).unwrap()));
+        assert_eq!(reader.packs.open_packs(), [images[0].pack_digest()]);
+    }
+
+    #[test]
+    fn a_missing_damaged_or_wrong_locator_is_made_again() {
+        let (dir, store) = store();
+        let (image, larger) = (Image::of_seed(1), Image::with_more_chunks(1));
+        image.push(&store, "a");
+        let locator = store.layout.locator(&image.manifest.root.segment_digests()[0]);
+        let good = fs::read(&locator).unwrap();
+        fs::remove_file(&locator).unwrap();
+        assert!(image.load(&create(dir.path()).unwrap(), 3, true).is_ok());
+        assert_eq!(fs::read(&locator).unwrap(), good);
+        fs::write(&locator, &good[..100]).unwrap();
+        assert!(image.load(&create(dir.path()).unwrap(), 3, true).is_ok());
+        assert_eq!(fs::read(&locator).unwrap(), good);
+        // Every chunk of the image is also in the other pack.
+        store.put_pack(larger.pack_digest(), larger.pack.clone(), &Caller::default()).unwrap();
+        fs::remove_file(store.layout.pack(&image.pack_digest())).unwrap();
+        let reader = create(dir.path()).unwrap();
+        (0..12).for_each(|chunk| drop(image.load(&reader, chunk, true).unwrap()));
+        assert_ne!(fs::read(&locator).unwrap(), good, "it names the other pack");
+        assert!(image.resident(&reader, 3).is_some(), "without another look at the index");
     }
 
     #[test]
@@ -429,14 +569,15 @@ mod tests {
         let image = Image::of_seed(1);
         image.push(&store, "a");
         let (chunk, pack) = (*image.data_chunks().last().unwrap(), image.pack_digest());
-        assert!(store.resident_frame(&chunk).is_some());
+        assert!(image.load(&store, 16, false).is_ok() && image.resident(&store, 16).is_some());
         fs::File::options().write(true).open(store.layout.pack(&pack)).unwrap().set_len(0).unwrap();
-        assert!(store.resident_frame(&chunk).is_none());
-        let error = store.load_frame(&chunk, false).unwrap_err();
-        assert!(matches!(error, StoreError::Damaged { .. }) && error.to_string().contains(&pack.to_string()));
+        assert!(image.resident(&store, 16).is_none());
+        let error = image.load(&store, 16, false).unwrap_err();
+        assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+        assert!(error.to_string().contains(&pack.to_string()), "{error}");
         assert_eq!(store.find_missing([chunk].into_iter()).unwrap(), [chunk], "so a push sends it again");
         image.push(&store, "a");
-        assert!(store.load_frame(&chunk, true).is_ok(), "healed");
+        assert!(image.load(&store, 16, true).is_ok(), "healed");
     }
 
     #[test]
@@ -444,17 +585,17 @@ mod tests {
         let (_dir, store) = store();
         let (first, second) = (Image::of_seed(1), Image::with_more_chunks(1));
         first.push(&store, "a");
-        let chunk = first.data_chunks()[0];
         let path = store.layout.pack(&first.pack_digest());
         let mut bytes = fs::read(&path).unwrap();
         bytes[16 + 24] ^= 0xff;
         // The damage is in place, as on a disk, so the map stays.
         fs::write(&path, bytes).unwrap();
-        let error = store.load_frame(&first.data_chunks_in_pack_order()[0], true).unwrap_err().to_string();
+        let damaged = first.first_chunk_of_pack();
+        let error = first.load(&store, damaged, true).unwrap_err().to_string();
         assert!(error.contains(&first.pack_digest().to_string()), "{error}");
         second.push(&store, "b");
-        assert!(store.load_frame(&first.data_chunks_in_pack_order()[0], true).is_ok());
-        assert!(store.load_frame(&chunk, true).is_ok());
+        assert!(first.load(&store, damaged, true).is_ok());
+        assert!(first.load(&store, 0, true).is_ok());
     }
 
     #[test]

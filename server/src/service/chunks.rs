@@ -1,9 +1,9 @@
 //! The chunks of the one image that a stream serves.
 
 use crate::service::{digest, error_of, work};
-use crate::store::{Lease, Store, StoreError, StoredRoot, chain};
+use crate::store::{Lease, Located, Store, StoreError, StoredChunk, StoredRoot, chain};
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ChunkContent, Root, Segment};
+use postcopy_proto::manifest::Root;
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1::{self, chunk_answer::Result as Answer};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub(super) struct Chunks {
     /// Protects the image from garbage collection while it is served.
     _lease: Option<Arc<Lease>>,
     /// The last segment that was used: neighbouring chunks are mostly in the same one.
-    last: Option<(u32, Arc<Segment>)>,
+    last: Option<(u32, Located)>,
 }
 
 impl Chunks {
@@ -58,17 +58,21 @@ impl Chunks {
         if chunk >= self.root.chunks() {
             return Some(self.out_of_range(chunk));
         }
-        let (segment, place) = Root::segment_of(ChunkIndex(chunk));
-        let segment = u32::try_from(segment).expect("bounded by the root");
-        if self.last.as_ref().is_none_or(|(last, _)| *last != segment) {
-            self.last = Some((segment, self.store.cached_segment(&self.root, segment)?));
+        let (index, place) = Root::segment_of(ChunkIndex(chunk));
+        let index = u32::try_from(index).expect("bounded by the root");
+        if self.last.as_ref().is_none_or(|(last, _)| *last != index) {
+            self.last = Some((index, self.store.cached_segment(&self.root, index)?));
         }
         let (_, segment) = self.last.as_ref()?;
-        match segment.chunk(place) {
-            Some(ChunkContent::Data(digest)) => self.store.resident_frame(&digest).map(Answer::Frame),
-            Some(ChunkContent::Zero) => Some(Answer::Zero(v1::ZeroChunk {})),
-            None => Some(self.out_of_range(chunk)),
+        if place >= segment.chunks() {
+            return Some(self.out_of_range(chunk));
         }
+        let resident = self.store.resident_chunk(segment, place);
+        if let (None, Some(newer)) = (&resident, self.store.cached_segment(&self.root, index)) {
+            // A load may have replaced a wrong locator.
+            self.last = Some((index, newer));
+        }
+        resident.map(answer)
     }
 
     /// Returns the answer for a chunk, if it needs no disk except for its segment. A segment serves
@@ -92,11 +96,8 @@ impl Chunks {
     /// Waits for the disk.
     pub(super) fn load(&self, chunk: u64, check: bool) -> Answer {
         let load = || -> Result<Answer, StoreError> {
-            match self.store.chunk(&self.root, ChunkIndex(chunk))? {
-                Some(ChunkContent::Data(digest)) => self.store.load_frame(&digest, check).map(Answer::Frame),
-                Some(ChunkContent::Zero) => Ok(Answer::Zero(v1::ZeroChunk {})),
-                None => Ok(self.out_of_range(chunk)),
-            }
+            let stored = self.store.load_chunk(&self.root, ChunkIndex(chunk), check)?;
+            Ok(stored.map_or_else(|| self.out_of_range(chunk), answer))
         };
         load().unwrap_or_else(|error| {
             let mut error = error_of(&error);
@@ -127,6 +128,13 @@ impl Chunks {
             }
         };
         v1::SegmentAnswer { index, result: Some(result) }
+    }
+}
+
+fn answer(stored: StoredChunk) -> Answer {
+    match stored {
+        StoredChunk::Zero => Answer::Zero(v1::ZeroChunk {}),
+        StoredChunk::Data { frame, .. } => Answer::Frame(frame),
     }
 }
 

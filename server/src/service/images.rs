@@ -205,7 +205,7 @@ fn summary(reference: String, root: &Root) -> v1::ImageSummary {
     }
 }
 
-/// Most distinct chunks that a description counts at a time: 64 MiB of digests. More are counted in
+/// Most distinct chunks that a description counts at a time: 72 MiB of digests and lengths. More are counted in
 /// several passes over the segments.
 const CHUNKS_PER_PASS: u64 = 1 << 21;
 
@@ -228,7 +228,7 @@ fn describe(
     let (mut chunks, mut zero_chunks) = (0, 0);
     for (index, times) in &segments.0 {
         caller.check()?;
-        for content in store.passing_segment(&root, *index)?.contents() {
+        for (content, _) in store.passing_segment(&root, *index)?.contents() {
             match content {
                 ChunkContent::Zero => zero_chunks += times,
                 ChunkContent::Data(_) => {
@@ -241,17 +241,22 @@ fn describe(
     let (mut distinct_chunks, mut stored_bytes) = (0, 0);
     let passes = data_chunks.div_ceil(CHUNKS_PER_PASS);
     for pass in 0..passes {
-        let mut digests = Vec::new();
+        let mut frames = Vec::new();
         for (index, _) in &segments.0 {
             caller.check()?;
-            let segment = store.passing_segment(&root, *index)?;
-            digests.extend(segment.digests().filter(|digest| pass_of(digest, passes) == pass));
+            for (content, frame_bytes) in store.passing_segment(&root, *index)?.contents() {
+                if let ChunkContent::Data(digest) = content
+                    && pass_of(&digest, passes) == pass
+                {
+                    frames.push((digest, frame_bytes));
+                }
+            }
         }
-        digests.sort_unstable();
-        digests.dedup();
-        distinct_chunks += digests.len() as u64;
-        stored_bytes +=
-            digests.iter().filter_map(|digest| store.frame_bytes(digest)).map(u64::from).sum::<u64>();
+        frames.sort_unstable();
+        // Copies of a chunk may have frames of different lengths.
+        frames.dedup_by_key(|(digest, _)| *digest);
+        distinct_chunks += frames.len() as u64;
+        stored_bytes += frames.iter().map(|(_, bytes)| u64::from(*bytes)).sum::<u64>();
     }
     let image = Some(summary(reference.to_string(), &root));
     Ok(v1::GetImageResponse { image, chunks, zero_chunks, distinct_chunks, stored_bytes })

@@ -3,13 +3,13 @@
 use crate::service::open::no_such_path;
 use crate::service::{reference, work};
 use crate::shutdown::InFlight;
-use crate::store::{Store, StoreError, StoredRoot};
+use crate::store::{Store, StoreError, StoredChunk, StoredRoot};
 use async_stream::try_stream;
 use bytes::Bytes;
 use futures_util::Stream;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder, FrameError};
-use postcopy_proto::manifest::{ChunkContent, EntryKind, FileEntry, Root};
+use postcopy_proto::manifest::{EntryKind, FileEntry, Root};
 use postcopy_proto::page::{ChunkIndex, to_usize};
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1;
@@ -98,11 +98,7 @@ fn read_piece(store: &Store, root: &Root, file: &FileEntry, range: Range<u64>) -
         let start = index * chunk_bytes;
         plain.resize(size.chunk_len(file.size_bytes, index), 0);
         let chunk = ChunkIndex(file.first_chunk.0 + index);
-        match store.chunk(root, chunk)? {
-            Some(ChunkContent::Data(digest)) => read_chunk(store, &digest, &mut decoder, &mut plain)?,
-            Some(ChunkContent::Zero) => plain.fill(0),
-            None => return Err(StoreError::NotFound(format!("chunk {chunk}"))),
-        }
+        read_chunk(store, root, chunk, &mut decoder, &mut plain)?;
         let from = to_usize(range.start.saturating_sub(start));
         let to = to_usize(range.end - start).min(plain.len());
         out.extend_from_slice(&plain[from..to]);
@@ -113,17 +109,29 @@ fn read_piece(store: &Store, root: &Root, file: &FileEntry, range: Range<u64>) -
 /// Decodes the chunk from the first copy, and from a good one if the first is damaged.
 fn read_chunk(
     store: &Store,
-    digest: &Digest,
+    root: &Root,
+    index: ChunkIndex,
     decoder: &mut FrameDecoder,
     plain: &mut [u8],
 ) -> Result<(), StoreError> {
-    let mut decode = |frame: &[u8]| -> Result<(), FrameError> {
-        decoder.decode_verified(&ChunkFrame::parse(frame)?, digest, plain)
-    };
-    if decode(&store.load_frame(digest, false)?).is_ok() {
-        return Ok(());
+    let mut decoded = Ok(());
+    for check in [false, true] {
+        match store.load_chunk(root, index, check)? {
+            None => return Err(StoreError::NotFound(format!("chunk {index}"))),
+            Some(StoredChunk::Zero) => plain.fill(0),
+            Some(StoredChunk::Data { chunk, frame }) => {
+                let outcome = ChunkFrame::parse(&frame)
+                    .and_then(|frame| decoder.decode_verified(&frame, &chunk, plain));
+                decoded = outcome.map_err(|e| damaged(&chunk, &e));
+            }
+        }
+        if decoded.is_ok() {
+            break;
+        }
     }
-    let good = store.load_frame(digest, true)?;
-    let object = || format!("chunk {digest}");
-    decode(&good).map_err(|e| StoreError::Damaged { object: object(), reason: e.to_string() })
+    decoded
+}
+
+fn damaged(chunk: &Digest, error: &FrameError) -> StoreError {
+    StoreError::Damaged { object: format!("chunk {chunk}"), reason: error.to_string() }
 }

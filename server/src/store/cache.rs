@@ -18,7 +18,8 @@ struct Slots<V> {
     clock: u64,
 }
 
-/// Parsed objects by digest, together at most `max_bytes`. A larger object is kept alone.
+/// Parsed objects or open packs by digest, together at most `max_bytes`, or as many as that if each
+/// counts as one byte. A larger object is kept alone.
 #[derive(Debug)]
 pub(crate) struct Cache<V> {
     max_bytes: usize,
@@ -43,6 +44,17 @@ impl<V> Cache<V> {
         let slot = slots.by_digest.get_mut(digest)?;
         slot.used = clock;
         Some(slot.value.clone())
+    }
+
+    pub(crate) fn remove(&self, digest: &Digest) {
+        let mut slots = self.lock();
+        if let Some(removed) = slots.by_digest.remove(digest) {
+            slots.bytes -= removed.bytes;
+        }
+    }
+
+    pub(crate) fn keys(&self) -> Vec<Digest> {
+        self.lock().by_digest.keys().copied().collect()
     }
 
     pub(crate) fn insert(&self, digest: Digest, value: Arc<V>, bytes: usize) {

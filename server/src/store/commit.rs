@@ -1,13 +1,15 @@
 //! Commits of images: first the image's objects exist, then its root, then its reference.
 
 use crate::store::error::{StoreError, damaged};
+use crate::store::index::run::PackLength;
 use crate::store::layout::sync_dir;
+use crate::store::locators::Locator;
 use crate::store::lock::StoreLock;
 use crate::store::{Caller, Store, condemned, references};
 use bytes::Bytes;
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ManifestError, Root};
+use postcopy_proto::manifest::{ManifestError, Root, Segment};
 use postcopy_proto::reference::{Reference, TagReference};
 use std::collections::{BTreeSet, HashSet};
 
@@ -57,13 +59,11 @@ impl Store {
     pub fn find_missing(&self, chunks: impl Iterator<Item = Digest>) -> Result<Vec<Digest>, StoreError> {
         let _keep = StoreLock::keep_objects(&self.layout)?;
         let mut presence = self.packs.presence();
-        let mut missing = Vec::new();
-        for chunk in chunks {
-            if !presence.has(&chunk)? {
-                missing.push(chunk);
-            }
-        }
-        self.pardon_all(presence.relied_on().iter())?;
+        let mut missing: Vec<_> = chunks.collect();
+        let places = presence.places(&missing)?;
+        let mut places = places.iter();
+        missing.retain(|_| places.next().is_some_and(Option::is_none));
+        self.pardon_all(presence.relied_on().iter().map(|known| &known.pack))?;
         Ok(missing)
     }
 
@@ -135,24 +135,26 @@ impl Store {
             };
             let keep = StoreLock::keep_objects(&self.layout)?;
             // Otherwise a collector has deleted some of them meanwhile.
-            if packs.iter().all(|pack| self.packs.is_stored(pack))
+            if packs.iter().all(|pack| self.packs.is_stored(*pack))
                 && segments.iter().all(|segment| self.manifests.is_stored(segment))
             {
                 self.make_entries_last(&packs)?;
-                self.pardon_all(packs.iter().chain(&segments).chain([&root.image()]))?;
+                let packs = packs.iter().map(|known| &known.pack);
+                self.pardon_all(packs.chain(&segments).chain([&root.image()]))?;
                 return Ok(Reliance::Complete(keep));
             }
         }
         Err(StoreError::Busy("collectors delete parts of the image each time they are found"))
     }
 
-    /// Returns the packs that hold the image's chunks, or the objects that are missing.
+    /// Returns the packs that hold the image's chunks, or the objects that are missing. Writes the
+    /// missing locators of complete segments.
     fn packs_of(
         &self,
         root: &Root,
         segments: &HashSet<Digest>,
         caller: &Caller,
-    ) -> Result<Result<HashSet<Digest>, Missing>, StoreError> {
+    ) -> Result<Result<Vec<PackLength>, Missing>, StoreError> {
         let lacking = segments.iter().filter(|digest| !self.manifests.is_stored(digest));
         let missing: Vec<_> = lacking.copied().take(MAX_FIND_MISSING).collect();
         if !missing.is_empty() {
@@ -168,9 +170,15 @@ impl Store {
                 continue;
             }
             caller.check()?;
-            for chunk in self.stored_segment_digests(root, index)? {
-                if !presence.has(&chunk)? && lacking.insert(chunk) {
-                    missing.chunks.push(chunk);
+            let segment = self.stored_segment(root, index)?;
+            let chunks: Vec<_> = segment.digests().collect();
+            let places = presence.places(&chunks)?;
+            if !places.contains(&None) && !self.locators.exists(digest) {
+                self.locators.write(digest, &Locator::new(&segment, &places))?;
+            }
+            for (chunk, _) in chunks.iter().zip(places).filter(|(_, place)| place.is_none()) {
+                if lacking.insert(*chunk) {
+                    missing.chunks.push(*chunk);
                 }
                 if missing.chunks.len() == MAX_FIND_MISSING {
                     return Ok(Err(missing));
@@ -180,24 +188,23 @@ impl Store {
         Ok(if missing.is_empty() { Ok(presence.relied_on()) } else { Err(missing) })
     }
 
-    /// Returns the chunks of a stored segment, which any client may have uploaded.
-    fn stored_segment_digests(&self, root: &Root, index: usize) -> Result<Vec<Digest>, StoreError> {
+    /// Returns a stored segment, which any client may have uploaded.
+    fn stored_segment(&self, root: &Root, index: usize) -> Result<Segment, StoreError> {
         let index = u32::try_from(index).expect("a root of 64 MiB has fewer");
         let digest = &root.segment_digests()[index as usize];
         let bytes = self.manifests.segment_bytes(digest)?;
-        let segment = root.check_segment(index, &bytes).map_err(|error| {
+        root.check_segment(index, &bytes).map_err(|error| {
             let object = format!("segment {index} ({digest}) of image {}", root.image());
             match error {
                 ManifestError::Digest { .. } => damaged(object, error),
                 _ => StoreError::Invalid { object, reason: error.to_string() },
             }
-        })?;
-        Ok(segment.digests().collect())
+        })
     }
 
     /// Syncs the directories of objects that another process may have renamed without syncing yet.
-    fn make_entries_last(&self, packs: &HashSet<Digest>) -> Result<(), StoreError> {
-        let paths = packs.iter().map(|pack| self.layout.pack(pack));
+    fn make_entries_last(&self, packs: &[PackLength]) -> Result<(), StoreError> {
+        let paths = packs.iter().map(|known| self.layout.pack(&known.pack));
         let mut dirs: BTreeSet<_> = paths.filter_map(|p| p.parent().map(ToOwned::to_owned)).collect();
         dirs.insert(self.layout.packs());
         dirs.insert(self.layout.manifests());

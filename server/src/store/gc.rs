@@ -18,6 +18,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -124,6 +125,7 @@ impl Collector {
         for (digest, path) in &manifests {
             collected.manifests += 1;
             collected.bytes += self.delete(digest, path)?;
+            collected.bytes += remove_sized(&self.layout.locator(digest))?;
         }
         for (digest, path) in &packs {
             collected.packs += 1;
@@ -138,8 +140,7 @@ impl Collector {
     }
 
     fn delete(&self, digest: &Digest, path: &Path) -> Result<u64, StoreError> {
-        let bytes = fs::metadata(path).map_err(io_error(path))?.len();
-        objects::remove(path)?;
+        let bytes = remove_sized(path)?;
         condemned::pardon(&self.layout, digest)?;
         Ok(bytes)
     }
@@ -191,9 +192,19 @@ impl Collector {
     }
 }
 
+/// Removes a file, and returns its length; 0 if it did not exist.
+fn remove_sized(path: &Path) -> Result<u64, StoreError> {
+    let bytes = match fs::metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        other => other.map_err(io_error(path))?.len(),
+    };
+    objects::remove(path)?;
+    Ok(bytes)
+}
+
 /// Returns true if a reference needs a chunk of the pack, or the pack cannot be read.
 fn is_needed(marked: &Marked, digest: Digest, path: &Path) -> bool {
-    match Pack::open(path, digest) {
+    match Pack::open_with_index(path, digest) {
         Ok((_, index)) => index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk)),
         Err(error) => {
             tracing::warn!(pack = %digest, "kept, though it may be garbage: {}", crate::store::chain(&error));
@@ -237,6 +248,8 @@ mod tests {
         store.remove_reference(&"a:removed".parse().unwrap()).unwrap();
         let collected = collect(dir.path());
         assert_eq!((collected.packs, collected.manifests, collected.waiting), (1, 2, 0));
+        let segment = &removed.manifest.root.segment_digests()[0];
+        assert!(!store.layout.locator(segment).exists());
         assert!(collected.bytes > removed.pack.len() as u64);
         assert_eq!(collect(dir.path()), Collected::default());
         let verified = verify(dir.path(), Domain::DEFAULT).unwrap();
@@ -249,6 +262,7 @@ mod tests {
         let (dir, store) = store();
         let image = Image::of_seed(1);
         image.push(&store, "a:1");
+        assert!(image.load(&store, 0, false).is_ok());
         let chunk = image.data_chunks()[0];
         store.remove_reference(&"a:1".parse().unwrap()).unwrap();
         collect(dir.path());
@@ -257,7 +271,7 @@ mod tests {
             .commit(&"a:1".parse().unwrap(), image.manifest.root_bytes.clone(), &Caller::default())
             .unwrap();
         assert!(matches!(outcome, CommitOutcome::Missing(missing) if !missing.segments.is_empty()));
-        assert!(store.load_frame(&chunk, true).is_ok(), "who has it mapped still gets it");
+        assert!(image.resident(&store, 0).is_some(), "a server that has it mapped still serves it");
         image.push(&store, "a:1");
         assert_eq!(verify(dir.path(), Domain::DEFAULT).unwrap().damage, []);
     }

@@ -4,6 +4,8 @@
 //! format                             version of the layout
 //! <domain>/packs/<ab>/<digest>
 //! <domain>/manifests/<digest>        roots and segments
+//! <domain>/manifests/<digest>.loc    locators of segments, see `locators.rs`
+//! <domain>/index/<digest>            runs of the chunk index, see `index.rs`
 //! <domain>/refs/<name>/_tags/<tag>   holds a digest
 //! <domain>/condemned/<digest>        empty; its time is when gc condemned the object
 //! <domain>/leases/<image>            empty; locked by who serves the image, see `lease.rs`
@@ -74,6 +76,15 @@ impl Layout {
     /// Returns the path of a root or a segment.
     pub(crate) fn manifest(&self, digest: &Digest) -> PathBuf {
         self.manifests().join(digest.hex())
+    }
+
+    pub(crate) fn locator(&self, segment: &Digest) -> PathBuf {
+        self.manifests().join(format!("{}.loc", segment.hex()))
+    }
+
+    /// Returns the directory of the runs. It is made with the first run.
+    pub(crate) fn index(&self) -> PathBuf {
+        self.domain.join("index")
     }
 
     pub(crate) fn references(&self) -> PathBuf {

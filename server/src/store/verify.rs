@@ -122,7 +122,7 @@ fn verify_packs(layout: &Layout, verified: &mut Verified) -> Result<HashSet<Dige
 
 fn verify_pack(digest: Digest, path: &Path) -> Result<(u64, Vec<Digest>), StoreError> {
     let wrong = |reason: String| damaged(format!("pack {digest}"), reason);
-    let (pack, _) = Pack::open(path, digest).map_err(|error| match error {
+    let (pack, _) = Pack::open_with_index(path, digest).map_err(|error| match error {
         StoreError::Damaged { .. } => error,
         other => wrong(chain(&other)),
     })?;

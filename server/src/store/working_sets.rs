@@ -16,19 +16,18 @@
 mod choose;
 mod recordings;
 
-use crate::store::Store;
-use crate::store::StoredRoot;
 use crate::store::error::{StoreError, damaged, io_error};
 use crate::store::layout::{Layout, digest_of_name, sync_dir};
 use crate::store::lock::StoreLock;
 use crate::store::map::{self, Map};
 use crate::store::objects::{self, read_bounded};
 use crate::store::walk;
+use crate::store::{Store, StoredChunk, StoredRoot};
 use bytes::Bytes;
 use choose::Page;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
-use postcopy_proto::manifest::{ChunkContent, FileEntry, Root, chunk_len};
+use postcopy_proto::manifest::{FileEntry, Root, chunk_len};
 use postcopy_proto::pack::{SetPackBuilder, set_frames};
 use postcopy_proto::page::{ChunkIndex, PAGE_BYTES, PageRun, is_zero};
 use postcopy_proto::proof::Leaves;
@@ -292,11 +291,12 @@ impl Store {
         decoder: &mut FrameDecoder,
         bytes: &mut [u8],
     ) -> Result<(), StoreError> {
-        let Some(ChunkContent::Data(digest)) = self.chunk(root, chunk)? else { return Ok(()) };
-        let frame = self.load_frame(&digest, false)?;
+        let Some(StoredChunk::Data { chunk, frame }) = self.load_chunk(root, chunk, false)? else {
+            return Ok(());
+        };
         let frame = ChunkFrame::parse(&frame);
-        let decoded = frame.and_then(|frame| decoder.decode_verified(&frame, &digest, bytes));
-        decoded.map_err(|e| damaged(format!("chunk {digest}"), e.to_string()))
+        let decoded = frame.and_then(|frame| decoder.decode_verified(&frame, &chunk, bytes));
+        decoded.map_err(|e| damaged(format!("chunk {chunk}"), e.to_string()))
     }
 
     /// Returns the working set of an image, if it has one. Its frames are in memory.
@@ -446,6 +446,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{Image, store};
     use crate::store::{Collector, Domain};
+    use postcopy_proto::manifest::ChunkContent;
     use postcopy_proto::page::ChunkSize;
     use postcopy_proto::set_frame::{Expected, SetDecoder};
     use std::time::Duration;

@@ -1,0 +1,645 @@
+//! The chunk index: which packs hold a chunk. A push asks it which chunks are missing, a commit
+//! where the others lie. A restore asks the locators ([`super::locators`]) and comes here only if
+//! one is missing or wrong.
+//!
+//! The packs are the truth, and the index a copy of their trailers. It has runs ([`run`]), files
+//! that all processes of the store share, and in memory the recent packs that no run covers. A
+//! process reads the directory of packs when a chunk is not found, since another process may have
+//! stored the chunk. It writes its recent packs to a run when they have become many, and merges
+//! shorter runs into it, so that a store has few. A damaged run is deleted, and its packs are
+//! read again.
+//!
+//! Entries of deleted packs stay in a run until it is merged. A caller therefore looks whether a
+//! pack exists.
+
+pub(super) mod run;
+
+use crate::store::error::{StoreError, io_error};
+use crate::store::layout::{Layout, digest_of_name};
+use crate::store::lock::StoreLock;
+use crate::store::packs::Pack;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::pack::PackIndex;
+use rayon::prelude::*;
+use run::{Entry, Found, PackLength, Place, Run, RunWriter};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Entries of recent packs from which on they become a run: about 12 MiB in memory.
+const MAX_RECENT_ENTRIES: usize = 1 << 17;
+/// Recent packs from which on they become a run, so that another process reads few trailers.
+const MAX_RECENT_PACKS: usize = 1 << 10;
+/// A new run absorbs runs of up to this many times its entries. So a store of n entries has about
+/// log4(n) runs, and each entry is written as many times.
+const ABSORBED: u64 = 4;
+
+/// Age below which a directory's time is not trusted. A directory may change again within the same
+/// tick of its file system's clock, which is at most 10 ms on Linux and 2 s on FAT.
+const RACY_MTIME: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The packs that no run covers, with their lengths in bytes.
+    recent_packs: HashMap<Digest, u32>,
+    /// Offsets and lengths of the frames of recent packs, by chunk and pack.
+    recent: BTreeMap<(Digest, Digest), (u32, u32)>,
+    runs: Vec<Arc<Run>>,
+}
+
+impl State {
+    fn covers(&self, pack: &Digest) -> bool {
+        self.recent_packs.contains_key(pack) || self.runs.iter().any(|run| run.covers(pack))
+    }
+
+    fn add(&mut self, pack: PackLength, index: &PackIndex) {
+        if self.covers(&pack.pack) {
+            return;
+        }
+        self.recent_packs.insert(pack.pack, pack.bytes);
+        for entry in index.entries() {
+            self.recent.insert((entry.chunk, pack.pack), (entry.offset, entry.length));
+        }
+    }
+
+    fn find_recent(&self, chunks: &[(Digest, usize)], found: &mut impl FnMut(usize, Found)) {
+        for (chunk, number) in chunks {
+            let of_chunk = (*chunk, Digest::from([0; 32]))..=(*chunk, Digest::from([0xff; 32]));
+            for ((_, pack), (offset, length)) in self.recent.range(of_chunk) {
+                let place = Place { pack: *pack, offset: *offset, length: *length };
+                found(*number, Found { place, pack_bytes: self.recent_packs[pack] });
+            }
+        }
+    }
+
+    /// Forgets the recent packs for which `is_covered`.
+    fn forget_recent(&mut self, is_covered: impl Fn(&Self, &Digest) -> bool) {
+        let mut packs = std::mem::take(&mut self.recent_packs);
+        packs.retain(|pack, _| !is_covered(self, pack));
+        self.recent.retain(|(_, pack), _| packs.contains_key(pack));
+        self.recent_packs = packs;
+    }
+
+    fn is_large(&self) -> bool {
+        self.recent.len() >= MAX_RECENT_ENTRIES || self.recent_packs.len() >= MAX_RECENT_PACKS
+    }
+}
+
+/// The state of the last reading of the directory.
+#[derive(Debug, Default)]
+struct Scan {
+    began: Option<Instant>,
+    /// Times of the subdirectories whose packs are all known.
+    seen: HashMap<PathBuf, SystemTime>,
+    /// Files that are no packs, by digest and inode; each is reported once.
+    refused: HashSet<(Digest, u64)>,
+    /// True if the store's files cannot be changed. Recent packs then stay in memory.
+    is_read_only: bool,
+}
+
+/// The index of a store's chunks.
+#[derive(Debug)]
+pub(crate) struct ChunkIndex {
+    layout: Layout,
+    /// Locked for a look-up among recent packs or a change, never while a file is read.
+    state: RwLock<State>,
+    /// Locked while the directory is read or a run is written, so that a burst of misses becomes
+    /// one reading. Taken before `state`.
+    scan: Mutex<Scan>,
+}
+
+impl ChunkIndex {
+    /// Makes an index that has read nothing yet.
+    pub(crate) fn new(layout: &Layout) -> Self {
+        Self { layout: layout.clone(), state: RwLock::default(), scan: Mutex::default() }
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
+        // At worst a panicked writer has omitted entries of a pack, which are then read again.
+        read(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Calls `found` with the number and each known place of each chunk.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Reads about two blocks of 4 KiB of each run for a chunk, fewer for many chunks.
+    pub(crate) fn find(
+        &self,
+        chunks: &[Digest],
+        mut found: impl FnMut(usize, Found),
+    ) -> Result<(), StoreError> {
+        let mut wanted: Vec<_> = chunks.iter().enumerate().map(|(number, chunk)| (*chunk, number)).collect();
+        wanted.sort_unstable();
+        let runs = self.read(|state| {
+            state.find_recent(&wanted, &mut found);
+            state.runs.clone()
+        });
+        for run in runs {
+            match run.find(&wanted, &mut found) {
+                Err(error @ StoreError::Damaged { .. }) => {
+                    let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+                    self.forget_run(&run, &mut scan, &error);
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes a damaged run. The next reading of the directory reads its packs.
+    fn forget_run(&self, damaged: &Arc<Run>, scan: &mut Scan, error: &StoreError) {
+        let known = self.change(|state| {
+            let before = state.runs.len();
+            state.runs.retain(|run| !Arc::ptr_eq(run, damaged));
+            state.runs.len() < before
+        });
+        if known {
+            tracing::error!("made again from the packs: {error}");
+            // On failure the next reading finds it again.
+            let _ = fs::remove_file(damaged.path());
+            scan.began = None;
+            scan.seen.clear();
+        }
+    }
+
+    /// Adds a pack that was opened.
+    pub(crate) fn add(&self, pack: PackLength, index: &PackIndex) {
+        self.change(|state| state.add(pack, index));
+    }
+
+    /// Reads the changed parts of the directory again. Returns true if this call, or another one
+    /// that began after it, found packs.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Takes about 1 us for each of 256 subdirectories, some microseconds for each pack of the
+    /// changed ones, and the time to read new packs' trailers.
+    pub(crate) fn scan(&self) -> Result<bool, StoreError> {
+        let asked = Instant::now();
+        let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+        if scan.began.is_some_and(|began| began > asked) {
+            return Ok(true);
+        }
+        scan.began = Some(asked.max(Instant::now()));
+        let mut learned = self.read_runs(&mut scan)?;
+        let top = self.layout.packs();
+        for dir in fs::read_dir(&top).map_err(io_error(&top))? {
+            let dir = dir.map_err(io_error(&top))?;
+            let path = dir.path();
+            let metadata = dir.metadata().map_err(io_error(&path))?;
+            let changed = metadata.modified().map_err(io_error(&path))?;
+            if !metadata.is_dir() || scan.seen.get(&path) == Some(&changed) {
+                continue;
+            }
+            if changed.elapsed().is_ok_and(|age| age > RACY_MTIME) {
+                scan.seen.insert(path.clone(), changed);
+            }
+            let new = self.new_packs_in(&path, &scan)?;
+            learned |= self.read_packs(new, &mut scan);
+            self.write_if_large(&mut scan)?;
+        }
+        Ok(learned)
+    }
+
+    /// Opens the runs that other processes have written, and forgets those that they have deleted.
+    fn read_runs(&self, scan: &mut Scan) -> Result<bool, StoreError> {
+        let dir = self.layout.index();
+        let entries = match fs::read_dir(&dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other.map_err(io_error(&dir))?,
+        };
+        let (mut listed, mut new) = (HashSet::new(), Vec::new());
+        for entry in entries {
+            let entry = entry.map_err(io_error(&dir))?;
+            let path = entry.path();
+            if digest_of_name(&entry.file_name()).is_none() {
+                continue;
+            }
+            if !self.read(|state| state.runs.iter().any(|run| run.path() == path)) {
+                match Run::open(&path) {
+                    Ok(run) => new.push(Arc::new(run)),
+                    Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                    Err(error @ StoreError::Damaged { .. }) => {
+                        tracing::error!("made again from the packs: {error}");
+                        // On failure the next reading finds it again.
+                        let _ = fs::remove_file(&path);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            listed.insert(path);
+        }
+        let learned = !new.is_empty();
+        self.change(|state| {
+            let before = state.runs.len();
+            state.runs.retain(|run| listed.contains(run.path()));
+            if state.runs.len() < before {
+                // The packs of a deleted run are in a new one, or must be read.
+                scan.seen.clear();
+            }
+            if learned {
+                state.runs.extend(new);
+                state.forget_recent(|state, pack| state.runs.iter().any(|run| run.covers(pack)));
+            }
+        });
+        Ok(learned)
+    }
+
+    /// Returns the packs of a subdirectory that are unknown.
+    fn new_packs_in(&self, dir: &Path, scan: &Scan) -> Result<Vec<(PathBuf, Digest, u64)>, StoreError> {
+        let mut new = Vec::new();
+        for entry in fs::read_dir(dir).map_err(io_error(dir))? {
+            let entry = entry.map_err(io_error(dir))?;
+            let Some(digest) = digest_of_name(&entry.file_name()) else { continue };
+            if self.read(|state| state.covers(&digest)) {
+                continue;
+            }
+            // gc has deleted an entry that vanished meanwhile.
+            let Ok(metadata) = entry.metadata() else { continue };
+            if !scan.refused.contains(&(digest, metadata.ino())) {
+                new.push((entry.path(), digest, metadata.ino()));
+            }
+        }
+        Ok(new)
+    }
+
+    /// Reads the trailers of new packs. Logs and skips packs that do not parse. Returns true if
+    /// there were good ones.
+    fn read_packs(&self, new: Vec<(PathBuf, Digest, u64)>, scan: &mut Scan) -> bool {
+        let opened: Vec<_> = new
+            .into_par_iter()
+            .map(|(path, digest, inode)| (digest, inode, Pack::open_with_index(&path, digest)))
+            .collect();
+        let mut learned = false;
+        for (digest, inode, outcome) in opened {
+            match outcome {
+                Ok((pack, index)) => {
+                    self.add(pack.length(), &index);
+                    learned = true;
+                }
+                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::error!(pack = %digest, "not served: {}", crate::store::chain(&error));
+                    // Transient errors, such as too many open files, are retried at the next miss
+                    // of a chunk.
+                    match error {
+                        StoreError::Damaged { .. } => drop(scan.refused.insert((digest, inode))),
+                        _ => scan.seen.clear(),
+                    }
+                }
+            }
+        }
+        learned
+    }
+
+    /// Writes the recent packs to a run, if they are many. The owner calls it periodically.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Full`].
+    ///
+    /// # Blocking
+    /// Writes up to the whole index anew, some seconds for each GiB.
+    pub(crate) fn maintain(&self) -> Result<(), StoreError> {
+        if !self.read(State::is_large) {
+            return Ok(());
+        }
+        let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_if_large(&mut scan)
+    }
+
+    fn write_if_large(&self, scan: &mut Scan) -> Result<(), StoreError> {
+        if scan.is_read_only || !self.read(State::is_large) {
+            return Ok(());
+        }
+        match self.write_run(scan) {
+            Err(StoreError::Io { source, .. })
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+                ) =>
+            {
+                scan.is_read_only = true;
+                Ok(())
+            }
+            Err(StoreError::Full(path)) => {
+                // The recent packs stay in memory until there is room.
+                tracing::warn!("{}", StoreError::Full(path));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// Writes the recent packs and the shorter runs to a new run.
+    fn write_run(&self, scan: &mut Scan) -> Result<(), StoreError> {
+        let (recent_packs, recent, mut runs) = self.read(|state| {
+            let entry = |((chunk, pack), (offset, length)): (&(Digest, Digest), &(u32, u32))| -> Entry {
+                (*chunk, Place { pack: *pack, offset: *offset, length: *length })
+            };
+            let entries: Vec<Entry> = state.recent.iter().map(entry).collect();
+            (state.recent_packs.clone(), entries, state.runs.clone())
+        });
+        let mut entries = recent.len() as u64;
+        runs.sort_by_key(|run| run.entries());
+        let absorbed: Vec<_> = runs
+            .into_iter()
+            .take_while(|run| {
+                let is_short = run.entries() <= entries * ABSORBED;
+                entries += if is_short { run.entries() } else { 0 };
+                is_short
+            })
+            .collect();
+        let packs = self.stored_packs(&recent_packs, &absorbed);
+        let merged = match self.write_merged(packs, &recent, &absorbed) {
+            Err(error @ StoreError::Damaged { .. }) => {
+                absorbed.iter().for_each(|run| self.forget_run(run, scan, &error));
+                return Ok(());
+            }
+            other => other?,
+        };
+        self.change(|state| {
+            state.runs.retain(|run| !absorbed.iter().any(|gone| Arc::ptr_eq(run, gone)));
+            // Packs may have been added meanwhile.
+            state.forget_recent(|_, pack| recent_packs.contains_key(pack));
+            state.runs.push(merged.clone());
+        });
+        for run in absorbed.iter().filter(|run| run.path() != merged.path()) {
+            // Another process may have absorbed it too.
+            super::objects::remove(run.path())?;
+        }
+        Ok(())
+    }
+
+    /// Returns the packs that still exist, in ascending order.
+    fn stored_packs(&self, recent: &HashMap<Digest, u32>, runs: &[Arc<Run>]) -> Vec<PackLength> {
+        let recent = recent.iter().map(|(pack, bytes)| PackLength { pack: *pack, bytes: *bytes });
+        let mut packs: Vec<_> =
+            recent.chain(runs.iter().flat_map(|run| run.packs().iter().copied())).collect();
+        packs.sort_unstable();
+        packs.dedup_by_key(|known| known.pack);
+        packs.retain(|known| self.layout.pack(&known.pack).exists());
+        packs
+    }
+
+    fn write_merged(
+        &self,
+        packs: Vec<PackLength>,
+        recent: &[Entry],
+        runs: &[Arc<Run>],
+    ) -> Result<Arc<Run>, StoreError> {
+        let _writing = StoreLock::write_staged(&self.layout)?;
+        let dir = self.layout.index();
+        fs::create_dir_all(&dir).map_err(io_error(&dir))?;
+        let staged = dir.join(format!("{}#{}", Digest::of(b"").hex(), fastrand::u64(..)));
+        let out = File::create_new(&staged).map_err(io_error(&staged))?;
+        let written = merge(packs, recent, runs, Hashing::new(out), &staged);
+        let run = written.and_then(|digest| {
+            // Opened before it has its name, under which another process may absorb and delete it.
+            let run = Run::open(&staged)?.at(dir.join(digest.hex()));
+            fs::rename(&staged, run.path()).map_err(io_error(run.path()))?;
+            Ok(Arc::new(run))
+        });
+        // After the rename there is none.
+        let _ = fs::remove_file(&staged);
+        run
+    }
+}
+
+/// Merges entries into a run at `out`, and returns its digest. The run is durable on return.
+fn merge(
+    packs: Vec<PackLength>,
+    recent: &[Entry],
+    runs: &[Arc<Run>],
+    out: Hashing,
+    path: &Path,
+) -> Result<Digest, StoreError> {
+    type Source<'a> = Box<dyn Iterator<Item = Result<Entry, StoreError>> + 'a>;
+    let mut sources: Vec<Source<'_>> = vec![Box::new(recent.iter().map(|entry| Ok(*entry)))];
+    sources.extend(runs.iter().map(|run| Box::new(run.all()) as Source<'_>));
+    let mut writer = RunWriter::new(out, packs);
+    // The next entry of each source, with the source's number.
+    let mut next = BTreeSet::new();
+    for source in 0..sources.len() {
+        advance(&mut sources, source, &mut next)?;
+    }
+    let mut last = None;
+    while let Some((entry, source)) = next.pop_first() {
+        // Two runs may cover one pack, if two processes have written them.
+        if last.is_none_or(|last: Entry| (last.0, last.1.pack) != (entry.0, entry.1.pack)) {
+            writer.push(&entry).map_err(io_error(path))?;
+        }
+        last = Some(entry);
+        advance(&mut sources, source, &mut next)?;
+    }
+    let (digest, file) = writer.finish().and_then(Hashing::finish).map_err(io_error(path))?;
+    file.sync_all().map_err(io_error(path))?;
+    Ok(digest)
+}
+
+fn advance<'a>(
+    sources: &mut [Box<dyn Iterator<Item = Result<Entry, StoreError>> + 'a>],
+    source: usize,
+    next: &mut BTreeSet<(Entry, usize)>,
+) -> Result<(), StoreError> {
+    if let Some(entry) = sources[source].next() {
+        next.insert((entry?, source));
+    }
+    Ok(())
+}
+
+/// A file and the digest of the bytes written to it.
+struct Hashing {
+    out: BufWriter<File>,
+    hasher: blake3::Hasher,
+}
+
+impl Hashing {
+    fn new(file: File) -> Self {
+        Self { out: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new() }
+    }
+
+    fn finish(self) -> io::Result<(Digest, File)> {
+        let digest = Digest::try_from(&self.hasher.finalize().as_bytes()[..]).map_err(io::Error::other)?;
+        Ok((digest, self.out.into_inner().map_err(io::IntoInnerError::into_error)?))
+    }
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.hasher.update(bytes);
+        self.out.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{Image, store};
+    use crate::store::{Caller, Domain, Store};
+    use std::collections::BTreeSet;
+
+    fn put(store: &Store, image: &Image) {
+        store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
+    }
+
+    fn layout(store: &tempfile::TempDir) -> Layout {
+        Layout::new(store.path(), Domain::DEFAULT)
+    }
+
+    /// Returns the packs in which the index finds chunks of the images, after it has read the
+    /// directory.
+    fn packs_found(index: &ChunkIndex, images: &[Image]) -> BTreeSet<Digest> {
+        index.scan().unwrap();
+        let mut packs = BTreeSet::new();
+        for image in images {
+            let (chunks, mut found) = (image.data_chunks(), BTreeSet::new());
+            index
+                .find(&chunks, |number, place| {
+                    found.insert(number);
+                    packs.insert(place.place.pack);
+                })
+                .unwrap();
+            assert!(found.is_empty() || found.len() == chunks.len());
+        }
+        packs
+    }
+
+    fn all_packs(images: &[Image]) -> BTreeSet<Digest> {
+        images.iter().map(Image::pack_digest).collect()
+    }
+
+    fn write_run(index: &ChunkIndex) {
+        index.write_run(&mut index.scan.lock().unwrap()).unwrap();
+    }
+
+    fn run_files(dir: &tempfile::TempDir) -> Vec<PathBuf> {
+        let entries = fs::read_dir(layout(dir).index()).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    #[test]
+    fn runs_are_merged_and_found_by_other_processes_without_the_packs_trailers() {
+        let (dir, store) = store();
+        let images: Vec<_> = (0..9).map(|seed| Image::of_seed(seed * 3)).collect();
+        let index = ChunkIndex::new(&layout(&dir));
+        for image in &images {
+            put(&store, image);
+            assert!(packs_found(&index, &images).contains(&image.pack_digest()));
+            write_run(&index);
+            assert!(index.read(|state| state.recent.is_empty() && state.recent_packs.is_empty()));
+        }
+        assert!(run_files(&dir).len() < 4, "{:?}", run_files(&dir));
+        // Whoever reads a trailer finds that it is none.
+        for image in &images {
+            fs::write(layout(&dir).pack(&image.pack_digest()), b"no pack").unwrap();
+        }
+        let other = ChunkIndex::new(&layout(&dir));
+        assert_eq!(packs_found(&other, &images), all_packs(&images));
+        assert!(other.read(|state| state.recent_packs.is_empty()));
+    }
+
+    #[test]
+    fn a_deleted_pack_leaves_the_index_with_the_next_merge_and_may_come_back() {
+        let (dir, store) = store();
+        let images: Vec<_> = (0..3).map(Image::of_seed).collect();
+        images[..2].iter().for_each(|image| put(&store, image));
+        let index = ChunkIndex::new(&layout(&dir));
+        index.scan().unwrap();
+        write_run(&index);
+        fs::remove_file(layout(&dir).pack(&images[1].pack_digest())).unwrap();
+        put(&store, &images[2]);
+        index.scan().unwrap();
+        write_run(&index);
+        let rest = [images[0].clone(), images[2].clone()];
+        assert_eq!(packs_found(&index, &images), all_packs(&rest));
+        put(&store, &images[1]);
+        assert_eq!(packs_found(&index, &images), all_packs(&images));
+    }
+
+    #[test]
+    fn a_damaged_run_is_made_again_from_the_packs() {
+        let (dir, store) = store();
+        let images: Vec<_> = (0..20).map(Image::of_seed).collect();
+        images.iter().for_each(|image| put(&store, image));
+        let length = || fs::metadata(&run_files(&dir)[0]).unwrap().len();
+        let index = ChunkIndex::new(&layout(&dir));
+        index.scan().unwrap();
+        write_run(&index);
+        for at in [0, 4096, length() - 1, length() - 70] {
+            let path = run_files(&dir).pop().unwrap();
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[usize::try_from(at).unwrap()] ^= 1;
+            fs::write(&path, bytes).unwrap();
+            let other = ChunkIndex::new(&layout(&dir));
+            other.scan().unwrap();
+            // The process that finds the damage first finds fewer chunks, and reads the packs then.
+            let _ = other.find(&images[0].data_chunks(), |_, _| {});
+            let _ = other.find(&images[19].data_chunks(), |_, _| {});
+            assert_eq!(packs_found(&other, &images), all_packs(&images), "{at}");
+            write_run(&other);
+            assert!(!path.exists() || Run::open(&path).is_ok(), "{at}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_run_is_not_merged_into_another() {
+        let (dir, store) = store();
+        let images: Vec<_> = (0..2).map(Image::of_seed).collect();
+        put(&store, &images[0]);
+        let index = ChunkIndex::new(&layout(&dir));
+        index.scan().unwrap();
+        write_run(&index);
+        let path = run_files(&dir).pop().unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[7] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        put(&store, &images[1]);
+        index.scan().unwrap();
+        write_run(&index);
+        assert!(!path.exists());
+        assert_eq!(packs_found(&index, &images), all_packs(&images));
+    }
+
+    /// Each of two processes writes and merges runs that the other one has open.
+    #[test]
+    fn processes_that_merge_at_once_lose_no_chunk() {
+        let (dir, store) = store();
+        let images: Vec<_> = (0..40).map(Image::of_seed).collect();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let index = ChunkIndex::new(&layout(&dir));
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        index.scan().unwrap();
+                        write_run(&index);
+                    }
+                });
+            }
+            let index = ChunkIndex::new(&layout(&dir));
+            for (number, image) in images.iter().enumerate() {
+                put(&store, image);
+                assert_eq!(packs_found(&index, &images), all_packs(&images[..=number]));
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
+}
