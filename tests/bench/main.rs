@@ -4,7 +4,7 @@
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
 //! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, scale, progress,
 //! kills, machines, criu, children, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
-//! restores, threads. Prints a table in Markdown and, with `--json FILE`, the raw values.
+//! restores, threads, store. Prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
 //! (`taskset -c 0`).
@@ -28,6 +28,7 @@ mod regions;
 mod replay;
 mod report;
 mod scale;
+mod store;
 mod sweeps;
 mod symbols;
 mod touch;
@@ -157,6 +158,9 @@ fn main() -> Result<()> {
     if named("threads") {
         let (report, figures) = sweeps::threads(SWEEP_ROUNDS)?;
         show(report, figures)?;
+    }
+    if named("store") {
+        figures.extend(store::measure()?);
     }
     print!("{}", table(&figures));
     if let Some(path) = json {
