@@ -65,7 +65,9 @@ impl StoreDir {
     /// All roots and segments.
     #[must_use]
     pub fn manifests(&self) -> BTreeSet<PathBuf> {
-        self.files("manifests").into_iter().filter(|path| !is_staged(path)).collect()
+        let is_locator = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "loc");
+        let manifests = self.files("manifests").into_iter();
+        manifests.filter(|path| !is_staged(path) && !is_locator(path)).collect()
     }
 
     /// All references.

@@ -178,6 +178,11 @@ impl Collector {
 
     fn delete_left_overs(&self, grace: Duration, collected: &mut Collected) -> Result<(), StoreError> {
         let nobody_writes = StoreLock::try_delete_staged(&self.layout)?;
+        // A commit may have written a locator while its segment was deleted.
+        for path in walk::orphan_locators(&self.layout)? {
+            collected.left_overs += 1;
+            collected.bytes += remove_sized(&path)?;
+        }
         let mut staged = Vec::new();
         walk::staged(self.layout.domain(), &mut staged)?;
         for path in staged {
@@ -358,6 +363,19 @@ mod tests {
         let collected = collect(dir.path());
         assert_eq!((collected.left_overs, collected.bytes), (3, 27));
         assert!(staged.iter().all(|path| !path.exists()));
+    }
+
+    #[test]
+    fn a_locator_without_its_segment_is_a_left_over() {
+        let (dir, store) = store();
+        let image = Image::of_seed(1);
+        image.push(&store, "a:1");
+        let orphan = store.layout.locator(&Digest::of(b"x"));
+        fs::write(&orphan, "left over").unwrap();
+        let collected = collect(dir.path());
+        assert_eq!((collected.left_overs, collected.bytes), (1, 9));
+        assert!(!orphan.exists());
+        assert!(store.layout.locator(&image.manifest.root.segment_digests()[0]).exists());
     }
 
     /// A process that relies on an object keeps the collector from deleting it until the reference

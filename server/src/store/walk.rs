@@ -38,6 +38,18 @@ pub(crate) fn manifests(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, Store
     objects_in(&layout.manifests())
 }
 
+/// Returns the locators whose segments do not exist.
+pub(crate) fn orphan_locators(layout: &Layout) -> Result<Vec<PathBuf>, StoreError> {
+    let orphan = |entry: DirEntry| {
+        let path = entry.path();
+        let is_orphan = path.extension().is_some_and(|extension| extension == "loc")
+            && path.file_stem().and_then(digest_of_name).is_some()
+            && !path.with_extension("").exists();
+        is_orphan.then_some(path)
+    };
+    Ok(entries(&layout.manifests())?.into_iter().filter_map(orphan).collect())
+}
+
 /// Adds all staged files below a directory.
 pub(crate) fn staged(dir: &Path, found: &mut Vec<PathBuf>) -> Result<(), StoreError> {
     for entry in entries(dir)? {
