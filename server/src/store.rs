@@ -39,6 +39,7 @@ pub use gc::{Collected, Collector};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;
+pub(crate) use references::{Listed, NoReference, PageToken};
 pub use staged::StagedPack;
 pub use verify::{Damage, Verified, verify};
 pub use working_sets::WorkingSet;
@@ -55,6 +56,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root, Segment};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::reference::{Reference, TagReference};
+use references::Listings;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -67,6 +69,7 @@ pub struct Store {
     manifests: Manifests,
     locators: Locators,
     leases: Leases,
+    listings: Listings,
 }
 
 /// A segment of an image, with the places of its chunks.
@@ -138,7 +141,15 @@ impl Store {
         let objects = Objects::new(&layout)?;
         let packs = Packs::new(&layout);
         let (manifests, locators) = (Manifests::new(&layout), Locators::new(&layout));
-        Ok(Self { layout, objects, packs, manifests, locators, leases: Leases::default() })
+        Ok(Self {
+            layout,
+            objects,
+            packs,
+            manifests,
+            locators,
+            leases: Leases::default(),
+            listings: Listings::default(),
+        })
     }
 
     /// Returns the digest of a reference's image.
@@ -186,17 +197,6 @@ impl Store {
         let _keep = StoreLock::keep_objects(&self.layout)?;
         condemned::pardon(&self.layout, &digest)?;
         Ok(digest)
-    }
-
-    /// Returns all references, in bytewise order of `name:tag`.
-    ///
-    /// # Errors
-    /// Returns [`StoreError::Io`], or [`StoreError::Damaged`] for a file that is no reference.
-    ///
-    /// # Blocking
-    /// Walks the directory of references.
-    pub fn references(&self) -> Result<Vec<TagReference>, StoreError> {
-        references::list(&self.layout)
     }
 
     /// Removes a reference.
@@ -450,7 +450,7 @@ mod tests {
         assert!(matches!(Store::open(&path, Domain::DEFAULT), Err(OpenError::Missing(_))));
         assert!(!path.exists(), "only asked for");
         Image::of_seed(1).push(&create(&path).unwrap(), "a");
-        assert_eq!(create(&path).unwrap().references().unwrap().len(), 1);
+        assert_eq!(references::list(&create(&path).unwrap().layout).unwrap().len(), 1);
         assert_eq!(fs::read_to_string(path.join("format")).unwrap(), layout::FORMAT);
     }
 
@@ -513,7 +513,7 @@ mod tests {
         let put = store.put_pack(other.pack_digest(), other.pack.clone(), &caller);
         assert!(matches!(put, Err(StoreError::Abandoned)), "{put:?}");
         assert!(!store.layout.pack(&other.pack_digest()).exists());
-        assert_eq!(store.references().unwrap().len(), 1);
+        assert_eq!(references::list(&store.layout).unwrap().len(), 1);
     }
 
     #[test]
@@ -637,7 +637,8 @@ mod tests {
         let image = Image::of_seed(1);
         let names = ["a-b:x", "a/b/c:x", "a/b:latest", "a:latest", "a:v1"];
         names.iter().rev().for_each(|name| image.push(&store, name));
-        let listed: Vec<_> = store.references().unwrap().iter().map(ToString::to_string).collect();
+        let listed: Vec<_> =
+            references::list(&store.layout).unwrap().iter().map(ToString::to_string).collect();
         assert_eq!(listed, names, "in bytewise order");
         store.remove_reference(&"a:latest".parse().unwrap()).unwrap();
         assert!(store.resolve(&"a".parse().unwrap()).is_err());

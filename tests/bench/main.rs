@@ -2,8 +2,8 @@
 //!
 //! An absolute time says little on a shared machine. So each figure is a ratio to the least that the same work could
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
-//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, scale, progress,
-//! kills, machines, criu, children, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
+//! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, references, scale,
+//! progress, kills, machines, criu, children, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
 //! restores, threads, store. Prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
@@ -24,6 +24,7 @@ mod plot;
 mod programs;
 mod progress;
 mod push;
+mod references;
 mod regions;
 mod replay;
 mod report;
@@ -99,6 +100,9 @@ fn main() -> Result<()> {
     }
     if wanted("regions") {
         figures.extend(regions::measure()?);
+    }
+    if wanted("references") {
+        figures.extend(references::measure()?);
     }
     if wanted("scale") {
         figures.extend(scale::measure()?);

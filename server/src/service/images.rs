@@ -3,13 +3,15 @@
 use crate::service::upload::Uploads;
 use crate::service::{reference, work};
 use crate::shutdown::Drain;
-use crate::store::{Caller, CommitOutcome, Store, StoreError, chain};
+use crate::store::{Caller, CommitOutcome, Listed, NoReference, PageToken, Store, StoreError, chain};
+use bytes::Bytes;
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root};
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1;
 use postcopy_proto::v1::image_service_server::ImageService;
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
@@ -47,10 +49,10 @@ impl ImageService for ImageServer {
         };
         let after = match request.page_token.as_str() {
             "" => None,
-            token => Some(page_token(token)?),
+            token => Some(token.parse().map_err(|e| Status::invalid_argument(format!("page_token: {e}")))?),
         };
         let store = self.store.clone();
-        work::look(move || list(&store, after.as_deref(), max)).await.map(Response::new)
+        work::look(move || list(&store, after, max)).await.map(Response::new)
     }
 
     async fn get_image(
@@ -144,59 +146,81 @@ impl ImageService for ImageServer {
     }
 }
 
-/// Parses a page token, which is the last reference of the previous page.
-fn page_token(token: &str) -> Result<String, Status> {
-    let reference: Result<TagReference, _> = token.parse();
-    let reference =
-        reference.map_err(|_| Status::invalid_argument("page_token: it is not a token of this server"))?;
-    Ok(reference.to_string())
-}
-
+/// Describes the next references, at least one of them unless there are no more.
 pub(super) fn list(
     store: &Store,
-    after: Option<&str>,
+    mut after: Option<PageToken>,
     max: usize,
 ) -> Result<v1::ListImagesResponse, StoreError> {
-    let references = store.references()?;
-    let is_before = |r: &TagReference| after.is_some_and(|after| r.to_string().as_str() <= after);
-    let rest = &references[references.partition_point(is_before)..];
-    let page = &rest[..rest.len().min(max)];
-    let images = page.iter().filter_map(|reference| summary_or_damage(store, reference).transpose());
-    let images = images.collect::<Result<_, _>>()?;
-    let next_page_token = match page.last() {
-        Some(last) if rest.len() > page.len() => last.to_string(),
-        _ => String::new(),
-    };
-    Ok(v1::ListImagesResponse { images, next_page_token })
+    loop {
+        let page = store.references(after.as_ref(), max)?;
+        let images = summaries(store, page.entries)?;
+        let next_page_token = page.next.as_ref().map(ToString::to_string).unwrap_or_default();
+        if !images.is_empty() || page.next.is_none() {
+            return Ok(v1::ListImagesResponse { images, next_page_token });
+        }
+        // All of these have been removed, and the walk's listing may name many more such.
+        after = page.next.map(PageToken::of_another_walk);
+    }
 }
 
-/// Describes a reference's image, or its damage. Returns `None` if the reference was removed
+/// Describes the images of references, or their damage. Leaves out references that were removed
 /// meanwhile.
-fn summary_or_damage(
-    store: &Store,
-    reference: &TagReference,
-) -> Result<Option<v1::ImageSummary>, StoreError> {
-    let damaged = |image: Vec<u8>, error: &StoreError| v1::ImageSummary {
-        reference: reference.to_string(),
-        image: image.into(),
-        damage: chain(error),
-        ..Default::default()
+fn summaries(store: &Store, entries: Vec<Listed>) -> Result<Vec<v1::ImageSummary>, StoreError> {
+    let resolved: Vec<_> = entries.into_par_iter().filter_map(|entry| resolve(store, entry)).collect();
+    let mut images: Vec<Digest> =
+        resolved.iter().filter_map(|(_, image)| image.as_ref().ok().copied()).collect();
+    images.sort_unstable();
+    images.dedup();
+    let passing = images.into_par_iter().map(|image| (image, store.passing_root(&image, summary)));
+    let mut summaries: HashMap<Digest, v1::ImageSummary> = HashMap::new();
+    for (image, root) in passing.collect::<Vec<_>>() {
+        let described = match root {
+            // Each of these takes much memory, so they are read one after another.
+            Ok(None) => store.root(&image).map(|root| summary(&root)),
+            Ok(Some(summary)) => Ok(summary),
+            Err(error) => Err(error),
+        };
+        summaries.insert(
+            image,
+            match described {
+                Ok(summary) => summary,
+                Err(error @ StoreError::Busy(_)) => return Err(error),
+                Err(error) => damaged(image.into(), &error),
+            },
+        );
+    }
+    let describe = |(reference, image): (String, Result<Digest, StoreError>)| {
+        let described = match image {
+            Ok(image) => summaries[&image].clone(),
+            Err(error) => damaged(Bytes::new(), &error),
+        };
+        v1::ImageSummary { reference, ..described }
     };
-    let image = match store.resolve(&Reference::Tag(reference.clone())) {
-        Ok(image) => image,
-        Err(StoreError::NotFound(_)) => return Ok(None),
-        Err(error) => return Ok(Some(damaged(Vec::new(), &error))),
-    };
-    Ok(Some(match store.root(&image) {
-        Ok(root) => summary(reference.to_string(), &root),
-        Err(error @ StoreError::Busy(_)) => return Err(error),
-        Err(error) => damaged(image.as_bytes().to_vec(), &error),
-    }))
+    Ok(resolved.into_iter().map(describe).collect())
 }
 
-fn summary(reference: String, root: &Root) -> v1::ImageSummary {
+/// Returns an entry's text and the digest of its image. Returns `None` if the reference was removed
+/// meanwhile.
+fn resolve(store: &Store, entry: Listed) -> Option<(String, Result<Digest, StoreError>)> {
+    match entry {
+        Err(NoReference { text, error }) => Some((text, Err(error))),
+        Ok(reference) => match store.resolve(&Reference::Tag(reference.clone())) {
+            Err(StoreError::NotFound(_)) => None,
+            image => Some((reference.to_string(), image)),
+        },
+    }
+}
+
+/// Makes the summary of a damaged image, or of one whose digest is not known.
+fn damaged(image: Bytes, error: &StoreError) -> v1::ImageSummary {
+    v1::ImageSummary { image, damage: chain(error), ..Default::default() }
+}
+
+/// Describes an image, without its reference.
+fn summary(root: &Root) -> v1::ImageSummary {
     v1::ImageSummary {
-        reference,
+        reference: String::new(),
         image: root.image().into(),
         size_bytes: root.size_bytes(),
         files: u32::try_from(root.files().count()).expect("an image has at most 2^20 entries"),
@@ -258,7 +282,7 @@ fn describe(
         distinct_chunks += frames.len() as u64;
         stored_bytes += frames.iter().map(|(_, bytes)| u64::from(*bytes)).sum::<u64>();
     }
-    let image = Some(summary(reference.to_string(), &root));
+    let image = Some(v1::ImageSummary { reference: reference.to_string(), ..summary(&root) });
     Ok(v1::GetImageResponse { image, chunks, zero_chunks, distinct_chunks, stored_bytes })
 }
 

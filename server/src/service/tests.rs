@@ -635,6 +635,102 @@ async fn unknown_fields_are_ignored() {
     assert!(matches!(answer.answer, Some(fetch_chunks_response::Answer::Chunk(chunk)) if chunk.chunk == 0));
 }
 
+/// Returns all pages of the list of images. Calls `between` with each page that is not the last one.
+async fn listed(
+    server: &Server,
+    page_size: u32,
+    mut between: impl FnMut(&[v1::ImageSummary]),
+) -> Vec<v1::ImageSummary> {
+    let mut listed = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = v1::ListImagesRequest { page_size, page_token };
+        let page = server.images().list_images(request).await.unwrap().into_inner();
+        assert!(page.images.len() <= page_size as usize);
+        page_token = page.next_page_token;
+        if !page_token.is_empty() {
+            assert!(!page.images.is_empty(), "a client would take it for the last one");
+            between(&page.images);
+        }
+        listed.extend(page.images);
+        if page_token.is_empty() {
+            return listed;
+        }
+    }
+}
+
+/// Points references to an image, at once.
+fn tagged(server: &Server, image: &Image, references: &[String]) {
+    for reference in references {
+        let (name, tag) = reference.split_once(':').unwrap();
+        let tags = server.path("refs").join(name).join("_tags");
+        std::fs::create_dir_all(&tags).unwrap();
+        std::fs::write(tags.join(tag), format!("{}\n", image.digest())).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn deep_and_flat_layouts_are_listed_in_pages() {
+    let layouts: [fn(usize) -> String; 3] = [
+        |n| format!("app-{n:04}:latest"),
+        |n| format!("app:v{n}"),
+        |n| format!("team-{}/app{}/part-{}:v{n}", n % 5, n / 5 % 5, n / 25 % 5),
+    ];
+    for layout in layouts {
+        let (server, image) = (Server::start().await, Image::of_seed(1));
+        pushed(&server, &image, "a:1").await;
+        server.store.remove_reference(&"a:1".parse().unwrap()).unwrap();
+        let mut references: Vec<_> = (0..600).map(layout).collect();
+        tagged(&server, &image, &references);
+        references.sort_unstable();
+        for page_size in [7, 599, 600, 1000] {
+            let listed = listed(&server, page_size, |_| {}).await;
+            assert!(listed.iter().map(|image| &image.reference).eq(&references));
+            let is_whole = |summary: &v1::ImageSummary| summary.size_bytes == image.plain.len() as u64;
+            assert!(listed.iter().all(is_whole));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_page_is_not_empty_because_its_references_were_removed() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    pushed(&server, &image, "a:000").await;
+    let references: Vec<_> = (0..300).map(|n| format!("a:{n:03}")).collect();
+    tagged(&server, &image, &references);
+    let mut remaining = references[1..299].to_vec();
+    let remove = |_: &[_]| {
+        for reference in remaining.drain(..) {
+            server.store.remove_reference(&reference.parse().unwrap()).unwrap();
+        }
+    };
+    let shown = listed(&server, 1, remove).await;
+    let shown: Vec<_> = shown.iter().map(|image| image.reference.as_str()).collect();
+    assert_eq!(shown, ["a:000", "a:299"]);
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_reference_is_listed_as_damage_and_hides_nothing() {
+    let (server, image) = (Server::start().await, Image::of_seed(1));
+    for reference in ["a:1", "a:2", "b:1", "c:1"] {
+        pushed(&server, &image, reference).await;
+    }
+    std::fs::write(server.path("refs/a/_tags/1 (copy)"), "").unwrap();
+    std::fs::write(server.path("refs/b/_tags/1"), "no digest").unwrap();
+    std::fs::remove_file(server.path("refs/c/_tags/1")).unwrap();
+    std::fs::write(server.path("refs/c/_tags/1"), format!("{}\n", Digest::of(b"x"))).unwrap();
+    for page_size in [1, 2, 1000] {
+        let listed = listed(&server, page_size, |_| {}).await;
+        let shown: Vec<_> =
+            listed.iter().map(|image| (image.reference.as_str(), !image.damage.is_empty())).collect();
+        let expected =
+            [("a:1", false), ("a:1%20%28copy%29", true), ("a:2", false), ("b:1", true), ("c:1", true)];
+        assert_eq!(shown, expected);
+        assert!(listed[1].damage.contains("its path is no reference"), "{}", listed[1].damage);
+        assert_eq!(listed[4].image, Digest::of(b"x").as_bytes()[..]);
+    }
+}
+
 #[tokio::test]
 async fn references_are_listed_in_pages_tagged_and_removed() {
     let (server, image) = (Server::start().await, Image::of_seed(1));
@@ -644,20 +740,13 @@ async fn references_are_listed_in_pages_tagged_and_removed() {
     let mut images = server.images();
     let (source, target) = (format!("b@{}", image.digest()), "c:new".to_owned());
     images.tag_image(v1::TagImageRequest { source, target }).await.unwrap();
-    let mut listed = Vec::new();
-    let mut page_token = String::new();
-    loop {
-        let request = v1::ListImagesRequest { page_size: 3, page_token };
-        let page = images.list_images(request).await.unwrap().into_inner();
-        listed.extend(page.images.iter().map(|image| image.reference.clone()));
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+    let listed = listed(&server, 3, |_| {}).await;
+    let listed: Vec<_> = listed.iter().map(|image| &image.reference).collect();
     assert_eq!(listed, ["a/b:1", "b:1", "b:2", "c:new"]);
-    let request = v1::ListImagesRequest { page_size: 0, page_token: "//".into() };
-    assert_eq!(images.list_images(request).await.unwrap_err().code(), Code::InvalidArgument);
+    for wrong in ["//", "a:1", "a:1@", "a:1@0123456789abcdef0123456789abcdeg"] {
+        let request = v1::ListImagesRequest { page_size: 0, page_token: wrong.into() };
+        assert_eq!(images.list_images(request).await.unwrap_err().code(), Code::InvalidArgument);
+    }
 
     let described =
         images.get_image(v1::GetImageRequest { reference: "b:1".into() }).await.unwrap().into_inner();

@@ -1,17 +1,35 @@
 //! References: files that hold a digest.
+//!
+//! A store may have a million of them, so they are listed in pages: see [`walk`].
 
-use crate::store::error::{StoreError, damaged, io_error};
-use crate::store::layout::{Layout, is_staged};
+mod directory;
+mod listings;
+mod names;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+pub(crate) use listings::Listings;
+pub(crate) use walk::{Listed, NoReference, Page, PageToken};
+
+use crate::store::Store;
+use crate::store::error::{StoreError, damaged};
+use crate::store::layout::Layout;
 use crate::store::lock::StoreLock;
 use crate::store::objects::{self, Objects, read_bounded};
 use postcopy_proto::digest::Digest;
-use postcopy_proto::reference::{Name, Tag, TagReference};
+use postcopy_proto::manifest::Root;
+use postcopy_proto::reference::TagReference;
 use std::fs;
-use std::io;
-use std::path::Path;
+use walk::page;
 
 /// Length in bytes of `blake3:`, 64 hex digits and a newline.
 const REFERENCE_BYTES: usize = 7 + 64 + 1;
+/// References of each page, where all are listed.
+const LIST_PAGE: usize = 10_000;
+/// Most bytes of a root that is read without regard to other ones in memory: a few of them at a
+/// time take little.
+const PASSING_ROOT_BYTES: u64 = 64 << 10;
 
 /// Returns the digest of a reference's image; `None` if the reference does not exist.
 ///
@@ -51,45 +69,58 @@ pub(crate) fn remove(layout: &Layout, reference: &TagReference) -> Result<bool, 
 /// Returns all references, in bytewise order of `name:tag`.
 ///
 /// # Errors
-/// Returns [`StoreError::Io`], or [`StoreError::Damaged`] for a file or directory that is no
-/// reference.
+/// Returns [`StoreError::Io`], or [`StoreError::Damaged`] for a file that is no reference.
 pub(crate) fn list(layout: &Layout) -> Result<Vec<TagReference>, StoreError> {
-    let top = layout.references();
+    let listings = Listings::default();
     let mut found = Vec::new();
-    list_below(&top, &top, &mut found)?;
-    found.sort_by_cached_key(ToString::to_string);
-    Ok(found)
-}
-
-fn list_below(top: &Path, dir: &Path, found: &mut Vec<TagReference>) -> Result<(), StoreError> {
-    for entry in read_dir(dir)? {
-        if !entry.file_type().map_err(io_error(&entry.path()))?.is_dir() {
-            continue;
+    let mut after = None;
+    loop {
+        let page = page(layout, &listings, after.as_ref(), LIST_PAGE)?;
+        for entry in page.entries {
+            found.push(entry.map_err(|no_reference| no_reference.error)?);
         }
-        if entry.file_name() == "_tags" {
-            list_tags(top, dir, found)?;
-        } else {
-            list_below(top, &entry.path(), found)?;
+        after = page.next;
+        if after.is_none() {
+            return Ok(found);
         }
     }
-    Ok(())
 }
 
-fn list_tags(top: &Path, name_dir: &Path, found: &mut Vec<TagReference>) -> Result<(), StoreError> {
-    let name = name_dir.strip_prefix(top).expect("found below it");
-    for entry in read_dir(&name_dir.join("_tags"))? {
-        let file_name = entry.file_name();
-        if is_staged(&file_name) {
-            continue;
-        }
-        let no_reference = || damaged(entry.path().display().to_string(), "its path is no reference");
-        let name: Name = name.to_str().and_then(|n| n.parse().ok()).ok_or_else(no_reference)?;
-        let tag: Tag = file_name.to_str().and_then(|t| t.parse().ok()).ok_or_else(no_reference)?;
-        found.push(TagReference { name, tag });
+impl Store {
+    /// Returns the next `max` references, at least one, after those of a page before, or the first
+    /// ones. Files that are no references are among them as errors.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    ///
+    /// # Blocking
+    /// Reads the directories that hold these references. Does not read one with more than 256
+    /// entries again for each page.
+    pub(crate) fn references(&self, after: Option<&PageToken>, max: usize) -> Result<Page, StoreError> {
+        page(&self.layout, &self.listings, after, max)
     }
-    Ok(())
-}
 
-fn read_dir(dir: &Path) -> Result<Vec<fs::DirEntry>, StoreError> {
-    fs::read_dir(dir).and_then(Iterator::collect::<io::Result<_>>).map_err(io_error(dir))
+    /// Returns an image's root, for a reader of many roots: does not keep it in memory. Returns
+    /// `None` for one that is neither small nor in memory: [`Store::root`] bounds the memory of
+    /// such roots.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`].
+    ///
+    /// # Blocking
+    /// Reads a file, if it is not in memory.
+    pub(crate) fn passing_root<T>(
+        &self,
+        image: &Digest,
+        read: impl FnOnce(&Root) -> T,
+    ) -> Result<Option<T>, StoreError> {
+        if let Some(root) = self.manifests.cached_root(image) {
+            return Ok(Some(read(&root)));
+        }
+        let size = fs::metadata(self.layout.manifest(image)).map_or(0, |metadata| metadata.len());
+        match size > PASSING_ROOT_BYTES {
+            true => Ok(None),
+            false => self.manifests.read_root(image).map(|root| Some(read(&root))),
+        }
+    }
 }
