@@ -16,6 +16,7 @@ pub use image::{Content, Image, ImageSource};
 use bytes::BytesMut;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, ManifestError, Root};
+use postcopy_proto::provenance::{Provenance, ProvenanceError};
 use postcopy_proto::v1::image_service_client::ImageServiceClient;
 use postcopy_proto::v1::open_image_response::Part;
 use postcopy_proto::v1::page_service_client::PageServiceClient;
@@ -356,10 +357,12 @@ impl Remote {
         {
             return Err(self.address.wrong("image", format!("it is {image}, asked for was {wanted}")));
         }
+        let wrong = |e: ProvenanceError| self.address.wrong("provenance", e);
+        let provenance = opened.provenance.map(Provenance::try_from).transpose().map_err(wrong)?;
         let root = segments.root(opened.root_bytes).await?;
         let root =
             Root::parse(&root, &image).map_err(|e| self.address.wrong(format!("root of {image}"), e))?;
-        Ok((Arc::new(Image::new(root)), segments))
+        Ok((Arc::new(Image::new(root).with_provenance(provenance)), segments))
     }
 }
 

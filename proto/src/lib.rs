@@ -3,6 +3,7 @@
 //! A file becomes an image, and is restored from it, in this order; each step has one module:
 //!
 //! - [`path`] and [`reference`]: the names of files and images;
+//! - [`provenance`]: where a reference comes from, and the labels of its push;
 //! - [`page`]: pages, chunks and their sizes;
 //! - [`frame`]: the non-zero pages of one chunk, compressed;
 //! - [`pack`]: many frames in one immutable object, with an index;
@@ -22,6 +23,7 @@ pub mod pack;
 pub mod page;
 pub mod path;
 pub mod proof;
+pub mod provenance;
 pub mod reference;
 pub mod set_frame;
 

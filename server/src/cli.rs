@@ -6,7 +6,9 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
-use postcopy_server::store::{Collected, Collector, Damage, Domain, Store, StoreError, Verified, verify};
+use postcopy_server::store::{
+    Collected, Collector, Damage, Domain, Store, StoreError, Verified, upgrade, verify,
+};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{self, Write};
@@ -41,6 +43,14 @@ enum Command {
     /// Check every byte of a store; exit status 1 if anything is damaged
     #[command(after_help = "Example:\n  postcopyd verify --store /srv/postcopy")]
     Verify(Verify),
+    /// Convert a store of format 1, which its servers must not use meanwhile, to format 2
+    ///
+    /// Rewrites each reference, and leaves images as they are. Run it again if it was interrupted.
+    #[command(after_help = "Example:\n  postcopyd upgrade --store /srv/postcopy")]
+    Upgrade {
+        #[command(flatten)]
+        store: StoreArgs,
+    },
     /// Print completions for a shell
     #[command(after_help = "Example:\n  postcopyd completions bash > /etc/bash_completion.d/postcopyd")]
     Completions {
@@ -120,7 +130,7 @@ impl Cli {
         match &self.command {
             Command::Gc(options) => options.json,
             Command::Verify(options) => options.json,
-            Command::Serve(_) | Command::Completions { .. } => false,
+            Command::Serve(_) | Command::Upgrade { .. } | Command::Completions { .. } => false,
         }
     }
 
@@ -135,6 +145,16 @@ impl Cli {
             Command::Serve(options) => options.run().await,
             Command::Gc(options) => options.run().await,
             Command::Verify(options) => options.run(),
+            Command::Upgrade { store } => {
+                rustix::process::umask(Mode::from_raw_mode(0o077));
+                match upgrade(&store.dir()?, Domain::DEFAULT)? {
+                    Some(references) => {
+                        say(format_args!("upgraded to format 2: {references} references"))?;
+                    }
+                    None => say(format_args!("the store has format 2 already"))?,
+                }
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Self::command(), "postcopyd", &mut script);

@@ -8,6 +8,7 @@ use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder};
 use postcopy_proto::pack::{PackBuilder, PackIndex};
 use postcopy_proto::page::{ChunkIndex, ChunkSize, PAGE_BYTES};
 use postcopy_proto::path::ImagePath;
+use postcopy_proto::provenance::Labels;
 
 /// Creates a new store.
 pub(crate) fn store() -> (tempfile::TempDir, Store) {
@@ -119,7 +120,12 @@ impl Image {
             store.put_segment(segment.clone()).unwrap();
         }
         store
-            .commit(&reference.parse().unwrap(), self.manifest.root_bytes.clone(), &Caller::default())
+            .commit(
+                &reference.parse().unwrap(),
+                Labels::default(),
+                self.manifest.root_bytes.clone(),
+                &Caller::default(),
+            )
             .unwrap()
     }
 

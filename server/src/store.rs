@@ -28,6 +28,7 @@ mod objects;
 mod packs;
 mod references;
 mod staged;
+mod upgrade;
 mod verify;
 mod walk;
 mod working_sets;
@@ -39,8 +40,10 @@ pub use gc::{Collected, Collector};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;
+pub use references::Referred;
 pub(crate) use references::{Listed, NoReference, PageToken};
 pub use staged::StagedPack;
+pub use upgrade::upgrade;
 pub use verify::{Damage, Verified, verify};
 pub use working_sets::WorkingSet;
 
@@ -160,11 +163,25 @@ impl Store {
     /// # Blocking
     /// Reads a small file.
     pub fn resolve(&self, reference: &Reference) -> Result<Digest, StoreError> {
-        let image = match reference {
+        self.refer(reference).map(|referred| referred.image)
+    }
+
+    /// Returns the digest of a reference's image, and where the reference comes from.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Store::resolve`].
+    ///
+    /// # Blocking
+    /// Reads a small file.
+    pub fn refer(&self, reference: &Reference) -> Result<Referred, StoreError> {
+        let referred = match reference {
             Reference::Tag(reference) => references::read(&self.layout, reference)?,
-            Reference::Digest { image, .. } => Some(*image).filter(|i| self.manifests.is_stored(i)),
+            Reference::Digest { image, .. } => {
+                let stored = Some(*image).filter(|image| self.manifests.is_stored(image));
+                stored.map(|image| Referred { image, provenance: None })
+            }
         };
-        image.ok_or_else(|| StoreError::NotFound(reference.to_string()))
+        referred.ok_or_else(|| StoreError::NotFound(reference.to_string()))
     }
 
     /// Returns true if the store has the pack, and then protects it for at least gc's grace time.
@@ -437,6 +454,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
     use crate::fixtures::{Image, store};
+    use postcopy_proto::provenance::Labels;
     use std::fs;
 
     fn create(dir: &Path) -> Result<Store, OpenError> {
@@ -459,9 +477,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("letter.txt"), "dear").unwrap();
         assert!(matches!(create(dir.path()), Err(OpenError::NotAStore(_))));
-        fs::write(dir.path().join("format"), "postcopy store 2\n").unwrap();
+        fs::write(dir.path().join("format"), "postcopy store 3\n").unwrap();
         let error = create(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("postcopy store 2"), "{error}");
+        assert!(error.contains("postcopy store 3"), "{error}");
         fs::write(dir.path().join("format"), [layout::FORMAT.as_bytes(), b"more"].concat()).unwrap();
         assert!(matches!(create(dir.path()), Err(OpenError::Format { .. })));
     }
@@ -507,7 +525,7 @@ mod tests {
         let caller = Caller::default();
         drop(caller.waits());
         let root = image.manifest.root_bytes.clone();
-        let committed = store.commit(&"b:1".parse().unwrap(), root, &caller);
+        let committed = store.commit(&"b:1".parse().unwrap(), Labels::default(), root, &caller);
         assert!(matches!(committed, Err(StoreError::Abandoned)), "{committed:?}");
         let other = Image::of_seed(2);
         let put = store.put_pack(other.pack_digest(), other.pack.clone(), &caller);
@@ -603,8 +621,10 @@ mod tests {
         let (_dir, store) = store();
         let image = Image::of_seed(1);
         let reference: TagReference = "a".parse().unwrap();
-        let commit =
-            || store.commit(&reference, image.manifest.root_bytes.clone(), &Caller::default()).unwrap();
+        let commit = || {
+            let root = image.manifest.root_bytes.clone();
+            store.commit(&reference, Labels::default(), root, &Caller::default()).unwrap()
+        };
         let segments = image.manifest.root.segment_digests().to_vec();
         assert_eq!(commit(), CommitOutcome::Missing(Missing { segments, chunks: Vec::new() }));
         store.put_segment(image.manifest.segments[0].clone()).unwrap();

@@ -232,7 +232,8 @@ fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
     let segment = once.segments[0].clone();
     rpc.wait(rpc.images().upload_segment(v1::UploadSegmentRequest { segment })).expect("a segment");
     let root = root.encode_to_vec();
-    let begin = v1::CommitBegin { reference: "many:1".into(), root_bytes: root.len() as u64 };
+    let begin =
+        v1::CommitBegin { reference: "many:1".into(), root_bytes: root.len() as u64, labels: Vec::new() };
     let parts = [commit_request::Part::Begin(begin), commit_request::Part::RootPart(root.into())];
     let parts = parts.map(|part| v1::CommitRequest { part: Some(part) });
     rpc.wait(rpc.images().commit(tokio_stream::iter(parts))).expect("it commits");

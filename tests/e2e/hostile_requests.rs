@@ -347,7 +347,11 @@ fn commit_parts(
     root_bytes: usize,
     parts: Vec<Option<commit_request::Part>>,
 ) -> Result<v1::commit_response::Outcome, Status> {
-    let begin = v1::CommitBegin { reference: reference.to_owned(), root_bytes: root_bytes as u64 };
+    let begin = v1::CommitBegin {
+        reference: reference.to_owned(),
+        root_bytes: root_bytes as u64,
+        labels: Vec::new(),
+    };
     let parts = [Some(commit_request::Part::Begin(begin))].into_iter().chain(parts);
     let requests: Vec<_> = parts.map(|part| v1::CommitRequest { part }).collect();
     let response = rpc.wait(rpc.images().commit(tokio_stream::iter(requests)))?;

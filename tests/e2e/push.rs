@@ -1,6 +1,7 @@
 //! Images that are pushed and pulled: what is sent, what is kept, and that it comes back as it was.
 
 mod files;
+mod labels;
 mod pulled;
 mod sent;
 

@@ -7,15 +7,18 @@ mod doctor;
 mod heat_map;
 mod images;
 mod interrupts;
+mod origin;
 mod output;
 mod report;
 mod working_sets;
 
 use crate::daemon::log::{self, Log};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser, Subcommand};
 use output::Output;
+use postcopy::proto::digest::Digest;
 use postcopy::proto::page::ChunkSize;
+use postcopy::proto::provenance::Labels;
 use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::{DEFAULT_SERVER, ServerAddress};
 use std::path::PathBuf;
@@ -59,6 +62,10 @@ enum Command {
         /// Compression level of zstd, from 1 to 19
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
         level: i32,
+        /// A label of the reference; may be given several times. Firecracker's state file and
+        /// CRIU's dump.log give labels by themselves
+        #[arg(long, value_name = "KEY=VALUE", value_parser = Labels::parse_one)]
+        label: Vec<(String, String)>,
     },
     /// Write an image's files to a new directory
     #[command(
@@ -77,6 +84,9 @@ enum Command {
         /// restore --lazy-pages` reads itself
         #[arg(long, conflicts_with = "only")]
         criu: bool,
+        /// Fail unless the reference stands for the image with this digest, blake3:…
+        #[arg(long, value_name = "DIGEST")]
+        expect: Option<Digest>,
     },
     /// List the references of the server
     #[command(after_help = "Example:\n  postcopy ls --json")]
@@ -213,13 +223,18 @@ pub(crate) fn main() -> ExitCode {
 fn run(cli: Cli, output: Output) -> Result<ExitCode> {
     let server = || cli.server.parse::<ServerAddress>().context("--server or POSTCOPY_SERVER");
     match cli.command {
-        Command::Push { path, reference, chunk_size, level } => {
-            let options = postcopy::push::PushOptions { chunk_size, level };
+        Command::Push { path, reference, chunk_size, level, label } => {
+            let mut labels = Labels::default();
+            for (key, value) in label {
+                ensure!(labels.get(&key).is_none(), "--label {key}: it is given twice");
+                labels.set(&key, &value).context("--label")?;
+            }
+            let options = postcopy::push::PushOptions { chunk_size, level, labels };
             images::push(server()?, &path, &reference, options, output)
         }
-        Command::Pull { reference, directory, only, criu } => {
+        Command::Pull { reference, directory, only, criu, expect } => {
             let part = if criu { images::Part::Criu } else { images::Part::of(only)? };
-            images::pull(server()?, &reference, &directory, part, output)
+            images::pull(server()?, &reference, &directory, part, expect.as_ref(), output)
         }
         Command::Ls => images::list(server()?, output),
         Command::Inspect { reference } => images::inspect(server()?, &reference, output),

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, EntryKind, FileEntry, ManifestError, Root, Segment};
 use postcopy_proto::page::{ChunkIndex, ChunkSize};
+use postcopy_proto::provenance::Provenance;
 use postcopy_proto::reference::Reference;
 use postcopy_proto::set_frame::Expected;
 use std::sync::{Arc, OnceLock};
@@ -17,6 +18,7 @@ pub struct Image {
     /// The regular files, in the manifest's order. A working set names files by their index here.
     files: Box<[FileEntry]>,
     segments: Box<[OnceLock<Segment>]>,
+    provenance: Option<Provenance>,
 }
 
 impl Image {
@@ -25,7 +27,20 @@ impl Image {
     pub fn new(root: Root) -> Self {
         let segments = root.segment_digests().iter().map(|_| OnceLock::new()).collect();
         let files = root.files().map(|(_, file)| *file).collect();
-        Self { root, files, segments }
+        Self { root, files, segments, provenance: None }
+    }
+
+    /// Notes where the reference comes from that the image was opened by.
+    pub(crate) fn with_provenance(self, provenance: Option<Provenance>) -> Self {
+        Self { provenance, ..self }
+    }
+
+    /// Returns where the reference comes from that the image was opened by; `None` if it was opened
+    /// by its digest, or the server has an earlier version. The image's digest does not cover this,
+    /// so it proves nothing.
+    #[must_use]
+    pub fn provenance(&self) -> Option<&Provenance> {
+        self.provenance.as_ref()
     }
 
     /// Opens an image on a server, and fetches its manifest as far as the server has it at hand.

@@ -8,6 +8,7 @@
 
 mod encoding;
 mod reading;
+mod snapshot;
 mod sources;
 
 use crate::remote::{Patience, Remote, RemoteError};
@@ -18,6 +19,7 @@ use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder, Manifest
 use postcopy_proto::pack::{MAX_PACK_CHUNK_BYTES, PackBuilder};
 use postcopy_proto::page::ChunkSize;
 use postcopy_proto::path::PathError;
+use postcopy_proto::provenance::Labels;
 use postcopy_proto::reference::TagReference;
 use postcopy_proto::v1::commit_response::Outcome;
 use postcopy_proto::v1::{self, commit_request, upload_pack_request};
@@ -40,17 +42,20 @@ const UPLOADS: usize = 3;
 const COMMITS: usize = 4;
 
 /// The options of a push.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PushOptions {
     /// Chunk size of the image.
     pub chunk_size: ChunkSize,
     /// Compression level of zstd, 1 to 19.
     pub level: i32,
+    /// Labels of the reference. The push adds those that the files of a Firecracker snapshot or
+    /// CRIU's log give, unless their keys are here.
+    pub labels: Labels,
 }
 
 impl Default for PushOptions {
     fn default() -> Self {
-        Self { chunk_size: ChunkSize::DEFAULT, level: 3 }
+        Self { chunk_size: ChunkSize::DEFAULT, level: 3, labels: Labels::default() }
     }
 }
 
@@ -168,9 +173,11 @@ pub async fn push(
     let (started, mut lost) = (Instant::now(), PushError::Lost);
     for _ in 0..COMMITS {
         let entries = collect(path)?;
-        let mut push = Push::new(remote.clone(), options, &entries, Arc::clone(&on_progress));
+        let mut labels = options.labels.clone();
+        snapshot::add_labels(&entries, &mut labels)?;
+        let mut push = Push::new(remote.clone(), &options, &entries, Arc::clone(&on_progress));
         let manifest = push.entries(entries).await?;
-        match commit(remote, reference, &manifest).await? {
+        match commit(remote, reference, &labels, &manifest).await? {
             Ok(image) => return Ok(PushReport { image, elapsed: started.elapsed(), ..push.report }),
             Err(error) => lost = error,
         }
@@ -180,7 +187,7 @@ pub async fn push(
 
 struct Push {
     remote: Remote,
-    options: PushOptions,
+    chunk_size: ChunkSize,
     report: PushReport,
     total_bytes: u64,
     on_progress: OnProgress,
@@ -200,14 +207,14 @@ struct Push {
 }
 
 impl Push {
-    fn new(remote: Remote, options: PushOptions, sources: &[Source], on_progress: OnProgress) -> Self {
+    fn new(remote: Remote, options: &PushOptions, sources: &[Source], on_progress: OnProgress) -> Self {
         let size = |source: &Source| match source.kind {
             SourceKind::File { state, .. } => state.size_bytes,
             SourceKind::SymbolicLink | SourceKind::EmptyDirectory => 0,
         };
         Self {
             remote,
-            options,
+            chunk_size: options.chunk_size,
             report: PushReport {
                 image: Digest::of(&[]),
                 size_bytes: 0,
@@ -234,8 +241,7 @@ impl Push {
 
     /// Sends the missing chunks of the entries, and makes the manifest.
     async fn entries(&mut self, sources: Vec<Source>) -> Result<Manifest, PushError> {
-        let mut places =
-            Places { chunk_size: self.options.chunk_size, sources: sources.into_iter(), current: None };
+        let mut places = Places { chunk_size: self.chunk_size, sources: sources.into_iter(), current: None };
         let mut reading = spawn_read(places.batch(&mut self.builder)?, Vec::new());
         loop {
             let batch = reading.await.map_err(worker)??;
@@ -261,7 +267,7 @@ impl Push {
         while let Some(upload) = self.uploads.join_next().await {
             self.uploaded(upload)?;
         }
-        let builder = std::mem::replace(&mut self.builder, ManifestBuilder::new(self.options.chunk_size));
+        let builder = std::mem::replace(&mut self.builder, ManifestBuilder::new(self.chunk_size));
         Ok(builder.finish()?)
     }
 
@@ -291,7 +297,7 @@ impl Push {
     async fn take_encoded(&mut self, encoded: Encoded) -> Result<(), PushError> {
         let Encoded { frames, batch } = encoded;
         for (digest, plain_bytes, frame) in frames {
-            let chunk_bytes = u64::from(self.options.chunk_size.bytes_u32());
+            let chunk_bytes = u64::from(self.chunk_size.bytes_u32());
             let is_too_long = self.pack_chunk_bytes + chunk_bytes > MAX_PACK_CHUNK_BYTES;
             if is_too_long || !self.pack.fits(frame.len(), PACK_BYTES) {
                 self.close_pack().await?;
@@ -380,6 +386,7 @@ async fn upload(remote: Remote, pack: PackBuilder, buffers: Buffers) -> Result<u
 async fn commit(
     remote: &Remote,
     reference: &TagReference,
+    labels: &Labels,
     manifest: &Manifest,
 ) -> Result<Result<Digest, PushError>, PushError> {
     let address = remote.address();
@@ -387,6 +394,7 @@ async fn commit(
         let begin = v1::CommitBegin {
             reference: reference.to_string(),
             root_bytes: manifest.root_bytes.len() as u64,
+            labels: labels.into(),
         };
         let mut parts = vec![commit_request::Part::Begin(begin)];
         let mut root = manifest.root_bytes.clone();

@@ -95,6 +95,41 @@ pub mod segment_run {
         ChunkDigests(::prost::bytes::Bytes),
     }
 }
+/// The object of a reference.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StoredReference {
+    /// The digest of the reference's image, 32 bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub image: ::prost::bytes::Bytes,
+    /// Where the reference comes from.
+    #[prost(message, optional, tag = "2")]
+    pub provenance: ::core::option::Option<Provenance>,
+}
+/// Where a reference comes from. The image's digest does not cover it, so it proves nothing: a client
+/// shows it, and compares it with the host before a restore, to find mistakes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Provenance {
+    /// The time at which the reference was pointed to the image, in milliseconds since 1970 by the clock of
+    /// the server; 0: unknown, because an earlier version stored the reference.
+    #[prost(uint64, tag = "1")]
+    pub written_unix_ms: u64,
+    /// The digest of the image that the reference pointed to before, 32 bytes; empty: the reference was new.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub previous: ::prost::bytes::Bytes,
+    /// The labels of the push, in strictly ascending bytewise order of their keys. At most 64.
+    #[prost(message, repeated, tag = "3")]
+    pub labels: ::prost::alloc::vec::Vec<Label>,
+}
+/// A key and its value.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Label {
+    /// 1 to 128 characters of `a` to `z`, `0` to `9`, `.`, `_`, `-` and `/`.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// At most 1,024 bytes of UTF-8 without control characters.
+    #[prost(string, tag = "2")]
+    pub value: ::prost::alloc::string::String,
+}
 /// Why one chunk or segment was not sent.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Error {
@@ -132,7 +167,7 @@ pub struct OpenImageRequest {
     pub more_segments_bytes: u32,
 }
 /// A part of a manifest. First comes one `opened`, then root parts in order, then segments.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenImageResponse {
     /// Always set.
     #[prost(oneof = "open_image_response::Part", tags = "1, 2, 3")]
@@ -141,7 +176,7 @@ pub struct OpenImageResponse {
 /// Nested message and enum types in `OpenImageResponse`.
 pub mod open_image_response {
     /// Always set.
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Part {
         /// Sent once, first.
         #[prost(message, tag = "1")]
@@ -155,7 +190,7 @@ pub mod open_image_response {
     }
 }
 /// What a reference stands for at this moment.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ImageOpened {
     /// The image's digest: 32 bytes.
     #[prost(bytes = "bytes", tag = "1")]
@@ -163,6 +198,9 @@ pub struct ImageOpened {
     /// Length of the encoded Root in bytes, at most 67,108,864.
     #[prost(uint64, tag = "2")]
     pub root_bytes: u64,
+    /// Where the reference comes from. Not set for an image that was named by its digest.
+    #[prost(message, optional, tag = "3")]
+    pub provenance: ::core::option::Option<Provenance>,
 }
 /// A segment of a manifest.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1075,7 +1113,7 @@ pub struct ListImagesResponse {
     pub next_page_token: ::prost::alloc::string::String,
 }
 /// A reference and what it stands for.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ImageSummary {
     /// `name:tag`.
     #[prost(string, tag = "1")]
@@ -1095,6 +1133,10 @@ pub struct ImageSummary {
     /// Not set: all is well. Else why its manifest cannot be read; the fields after `image` are 0 then.
     #[prost(string, tag = "6")]
     pub damage: ::prost::alloc::string::String,
+    /// Where the reference comes from. Not set for an image that was named by its digest. ListImages
+    /// leaves the labels out.
+    #[prost(message, optional, tag = "7")]
+    pub provenance: ::core::option::Option<Provenance>,
 }
 /// Asks about one image.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1104,7 +1146,7 @@ pub struct GetImageRequest {
     pub reference: ::prost::alloc::string::String,
 }
 /// One image.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetImageResponse {
     /// `reference` is as it was asked for, with `:latest` if no tag was named.
     #[prost(message, optional, tag = "1")]
@@ -1184,7 +1226,7 @@ pub struct UploadSegmentResponse {
     pub digest: ::prost::bytes::Bytes,
 }
 /// A part of a commit: `begin` once, then the root's bytes in order.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CommitRequest {
     /// Always set.
     #[prost(oneof = "commit_request::Part", tags = "1, 2")]
@@ -1193,7 +1235,7 @@ pub struct CommitRequest {
 /// Nested message and enum types in `CommitRequest`.
 pub mod commit_request {
     /// Always set.
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Part {
         /// Sent once, first.
         #[prost(message, tag = "1")]
@@ -1204,7 +1246,7 @@ pub mod commit_request {
     }
 }
 /// Announces a commit.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CommitBegin {
     /// `name` or `name:tag`.
     #[prost(string, tag = "1")]
@@ -1212,6 +1254,9 @@ pub struct CommitBegin {
     /// Length of the encoded Root in bytes, at most 67,108,864.
     #[prost(uint64, tag = "2")]
     pub root_bytes: u64,
+    /// The labels of the reference, in strictly ascending order of their keys (reference.proto).
+    #[prost(message, repeated, tag = "3")]
+    pub labels: ::prost::alloc::vec::Vec<Label>,
 }
 /// How a commit went.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1529,8 +1574,8 @@ pub mod image_service_client {
         /// Stores a root and lets a reference point to it, if all of its segments and chunks are there;
         /// else says what is missing, and changes nothing.
         ///
-        /// INVALID_ARGUMENT: the reference names no tag, the root is not canonical, or a segment does not
-        /// fit it. DATA_LOSS: a stored segment is damaged.
+        /// INVALID_ARGUMENT: the reference names no tag, a label is not well-formed, the root is not
+        /// canonical, or a segment does not fit it. DATA_LOSS: a stored segment is damaged.
         ///
         /// grpcurl -plaintext -d '{"begin": {"reference": "app:v1", "root_bytes": 5}} {"root_part": "CAEQgCA="}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/Commit
@@ -1555,7 +1600,8 @@ pub mod image_service_client {
                 .insert(GrpcMethod::new("postcopy.v1.ImageService", "Commit"));
             self.inner.client_streaming(req, path, codec).await
         }
-        /// Lets another reference point to what a reference stands for. Moves the tag if it exists.
+        /// Lets another reference point to what a reference stands for, with its labels. Moves the tag if it
+        /// exists.
         ///
         /// NOT_FOUND: no such source. INVALID_ARGUMENT: not well-formed, or the target names no tag.
         ///
@@ -1704,8 +1750,8 @@ pub mod image_service_server {
         /// Stores a root and lets a reference point to it, if all of its segments and chunks are there;
         /// else says what is missing, and changes nothing.
         ///
-        /// INVALID_ARGUMENT: the reference names no tag, the root is not canonical, or a segment does not
-        /// fit it. DATA_LOSS: a stored segment is damaged.
+        /// INVALID_ARGUMENT: the reference names no tag, a label is not well-formed, the root is not
+        /// canonical, or a segment does not fit it. DATA_LOSS: a stored segment is damaged.
         ///
         /// grpcurl -plaintext -d '{"begin": {"reference": "app:v1", "root_bytes": 5}} {"root_part": "CAEQgCA="}'
         /// 127.0.0.1:7070 postcopy.v1.ImageService/Commit
@@ -1713,7 +1759,8 @@ pub mod image_service_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::CommitRequest>>,
         ) -> std::result::Result<tonic::Response<super::CommitResponse>, tonic::Status>;
-        /// Lets another reference point to what a reference stands for. Moves the tag if it exists.
+        /// Lets another reference point to what a reference stands for, with its labels. Moves the tag if it
+        /// exists.
         ///
         /// NOT_FOUND: no such source. INVALID_ARGUMENT: not well-formed, or the target names no tag.
         ///

@@ -3,11 +3,14 @@
 use crate::service::upload::Uploads;
 use crate::service::{reference, work};
 use crate::shutdown::Drain;
-use crate::store::{Caller, CommitOutcome, Listed, NoReference, PageToken, Store, StoreError, chain};
+use crate::store::{
+    Caller, CommitOutcome, Listed, NoReference, PageToken, Referred, Store, StoreError, chain,
+};
 use bytes::Bytes;
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root};
+use postcopy_proto::provenance::{Labels, Provenance};
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1;
 use postcopy_proto::v1::image_service_server::ImageService;
@@ -169,7 +172,7 @@ pub(super) fn list(
 fn summaries(store: &Store, entries: Vec<Listed>) -> Result<Vec<v1::ImageSummary>, StoreError> {
     let resolved: Vec<_> = entries.into_par_iter().filter_map(|entry| resolve(store, entry)).collect();
     let mut images: Vec<Digest> =
-        resolved.iter().filter_map(|(_, image)| image.as_ref().ok().copied()).collect();
+        resolved.iter().filter_map(|(_, referred)| Some(referred.as_ref().ok()?.image)).collect();
     images.sort_unstable();
     images.dedup();
     let passing = images.into_par_iter().map(|image| (image, store.passing_root(&image, summary)));
@@ -190,24 +193,26 @@ fn summaries(store: &Store, entries: Vec<Listed>) -> Result<Vec<v1::ImageSummary
             },
         );
     }
-    let describe = |(reference, image): (String, Result<Digest, StoreError>)| {
-        let described = match image {
-            Ok(image) => summaries[&image].clone(),
-            Err(error) => damaged(Bytes::new(), &error),
-        };
-        v1::ImageSummary { reference, ..described }
+    let describe = |(reference, referred): (String, Result<Referred, StoreError>)| match referred {
+        Ok(Referred { image, provenance }) => {
+            // All labels of a page could have more bytes than a message.
+            let provenance =
+                provenance.map(|provenance| Provenance { labels: Labels::default(), ..provenance });
+            let provenance = provenance.as_ref().map(Into::into);
+            v1::ImageSummary { reference, provenance, ..summaries[&image].clone() }
+        }
+        Err(error) => v1::ImageSummary { reference, ..damaged(Bytes::new(), &error) },
     };
     Ok(resolved.into_iter().map(describe).collect())
 }
 
-/// Returns an entry's text and the digest of its image. Returns `None` if the reference was removed
-/// meanwhile.
-fn resolve(store: &Store, entry: Listed) -> Option<(String, Result<Digest, StoreError>)> {
+/// Returns an entry's text and its image. Returns `None` if the reference was removed meanwhile.
+fn resolve(store: &Store, entry: Listed) -> Option<(String, Result<Referred, StoreError>)> {
     match entry {
         Err(NoReference { text, error }) => Some((text, Err(error))),
-        Ok(reference) => match store.resolve(&Reference::Tag(reference.clone())) {
+        Ok(reference) => match store.refer(&Reference::Tag(reference.clone())) {
             Err(StoreError::NotFound(_)) => None,
-            image => Some((reference.to_string(), image)),
+            referred => Some((reference.to_string(), referred)),
         },
     }
 }
@@ -226,11 +231,12 @@ fn summary(root: &Root) -> v1::ImageSummary {
         files: u32::try_from(root.files().count()).expect("an image has at most 2^20 entries"),
         chunk_size_bytes: root.chunk_size().bytes_u32(),
         damage: String::new(),
+        provenance: None,
     }
 }
 
-/// Most distinct chunks that a description counts at a time: 72 MiB of digests and lengths. More are counted in
-/// several passes over the segments.
+/// Most distinct chunks that a description counts at a time: 72 MiB of digests and lengths. More
+/// are counted in several passes over the segments.
 const CHUNKS_PER_PASS: u64 = 1 << 21;
 
 fn describe(
@@ -238,9 +244,10 @@ fn describe(
     reference: &Reference,
     caller: &Caller,
 ) -> Result<v1::GetImageResponse, StoreError> {
-    let root = match store.resolve(reference).and_then(|image| store.root(&image)) {
+    let referred = store.refer(reference)?;
+    let root = match store.root(&referred.image) {
         // The reference exists, but its root does not: a loss, and no wrong name.
-        Err(StoreError::NotFound(object)) if object != reference.to_string() => {
+        Err(StoreError::NotFound(object)) if matches!(reference, Reference::Tag(_)) => {
             let reason = "it is gone from the store".to_owned();
             return Err(StoreError::Damaged { object, reason });
         }
@@ -282,7 +289,8 @@ fn describe(
         distinct_chunks += frames.len() as u64;
         stored_bytes += frames.iter().map(|(_, bytes)| u64::from(*bytes)).sum::<u64>();
     }
-    let image = Some(v1::ImageSummary { reference: reference.to_string(), ..summary(&root) });
+    let provenance = referred.provenance.as_ref().map(Into::into);
+    let image = Some(v1::ImageSummary { reference: reference.to_string(), provenance, ..summary(&root) });
     Ok(v1::GetImageResponse { image, chunks, zero_chunks, distinct_chunks, stored_bytes })
 }
 

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 use postcopy_proto::MAX_PART_BYTES;
 use postcopy_proto::manifest::{EntryKind, Root};
+use postcopy_proto::provenance::Provenance;
 use postcopy_proto::reference::Reference;
 use postcopy_proto::v1::{self, open_image_response::Part};
 use std::ops::Range;
@@ -22,9 +23,13 @@ pub(super) async fn open_image(
 ) -> Result<impl Stream<Item = Result<v1::OpenImageResponse, Status>>, Status> {
     let reference: Reference = reference(&request.reference)?;
     let reader = store.clone();
-    let root = work::open(move || reader.root(&reader.resolve(&reference)?)).await?;
+    let opened = work::open(move || {
+        let referred = reader.refer(&reference)?;
+        Ok((reader.root(&referred.image)?, referred.provenance))
+    });
+    let (root, provenance) = opened.await?;
     let order = Order::new(&root, &request)?;
-    Ok(parts(store, root, order, request.more_segments_bytes as usize, in_flight))
+    Ok(parts(store, root, provenance, order, request.more_segments_bytes as usize, in_flight))
 }
 
 /// Most paths of one request.
@@ -90,6 +95,7 @@ pub(super) fn no_such_path(path: &[u8]) -> Status {
 fn parts(
     store: Arc<Store>,
     root: Arc<StoredRoot>,
+    provenance: Option<Provenance>,
     mut order: Order,
     mut more_bytes: usize,
     in_flight: InFlight,
@@ -98,7 +104,11 @@ fn parts(
         let _in_flight = in_flight;
         let image = root.image().into();
         let mut bytes = root.bytes().clone();
-        let opened = v1::ImageOpened { image, root_bytes: bytes.len() as u64 };
+        let opened = v1::ImageOpened {
+            image,
+            root_bytes: bytes.len() as u64,
+            provenance: provenance.as_ref().map(Into::into),
+        };
         yield v1::OpenImageResponse { part: Some(Part::Opened(opened)) };
         while !bytes.is_empty() {
             let part = bytes.split_to(bytes.len().min(MAX_PART_BYTES));

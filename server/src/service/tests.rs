@@ -17,6 +17,7 @@ use postcopy_proto::v1::working_set_service_client::WorkingSetServiceClient;
 use postcopy_proto::v1::{
     self, chunk_answer, fetch_chunks_response, open_image_response, upload_pack_request,
 };
+use prost::Message;
 use std::path::Path;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -660,12 +661,16 @@ async fn listed(
 }
 
 /// Points references to an image, at once.
+fn stored_reference(image: Digest) -> Vec<u8> {
+    v1::StoredReference { image: image.into(), provenance: None }.encode_to_vec()
+}
+
 fn tagged(server: &Server, image: &Image, references: &[String]) {
     for reference in references {
         let (name, tag) = reference.split_once(':').unwrap();
         let tags = server.path("refs").join(name).join("_tags");
         std::fs::create_dir_all(&tags).unwrap();
-        std::fs::write(tags.join(tag), format!("{}\n", image.digest())).unwrap();
+        std::fs::write(tags.join(tag), stored_reference(image.digest())).unwrap();
     }
 }
 
@@ -718,7 +723,7 @@ async fn a_file_that_is_no_reference_is_listed_as_damage_and_hides_nothing() {
     std::fs::write(server.path("refs/a/_tags/1 (copy)"), "").unwrap();
     std::fs::write(server.path("refs/b/_tags/1"), "no digest").unwrap();
     std::fs::remove_file(server.path("refs/c/_tags/1")).unwrap();
-    std::fs::write(server.path("refs/c/_tags/1"), format!("{}\n", Digest::of(b"x"))).unwrap();
+    std::fs::write(server.path("refs/c/_tags/1"), stored_reference(Digest::of(b"x"))).unwrap();
     for page_size in [1, 2, 1000] {
         let listed = listed(&server, page_size, |_| {}).await;
         let shown: Vec<_> =

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use postcopy_proto::manifest::MAX_ROOT_BYTES;
 use postcopy_proto::pack::MAX_PACK_BYTES;
 use postcopy_proto::page::to_usize;
+use postcopy_proto::provenance::{LabelError, Labels};
 use postcopy_proto::reference::TagReference;
 use postcopy_proto::v1::{self, commit_request, upload_pack_request};
 use std::sync::Arc;
@@ -91,6 +92,8 @@ impl Uploads {
             _ => return Err(Status::invalid_argument("the first message of a commit is `begin`")),
         };
         let target: TagReference = reference(&begin.reference)?;
+        let wrong = |e: LabelError| Status::invalid_argument(format!("begin.labels: {e}"));
+        let labels: Labels = begin.labels.try_into().map_err(wrong)?;
         let size = bounded_size("begin.root_bytes", begin.root_bytes, MAX_ROOT_BYTES)?;
         let mut parts = Parts::new(parts, size, |request: v1::CommitRequest| match request.part {
             Some(commit_request::Part::RootPart(part)) => Some(part),
@@ -105,7 +108,7 @@ impl Uploads {
         work::heavy(move |caller| {
             // Held until the bytes are freed, even if the client disconnects.
             let _memory = memory;
-            store.commit(&target, root.into(), caller)
+            store.commit(&target, labels, root.into(), caller)
         })
         .await
     }

@@ -5,11 +5,12 @@ use crate::store::index::run::PackLength;
 use crate::store::layout::sync_dir;
 use crate::store::locators::Locator;
 use crate::store::lock::StoreLock;
-use crate::store::{Caller, Store, condemned, references};
+use crate::store::{Caller, Referred, Store, condemned, references};
 use bytes::Bytes;
 use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ManifestError, Root, Segment};
+use postcopy_proto::provenance::Labels;
 use postcopy_proto::reference::{Reference, TagReference};
 use std::collections::{BTreeSet, HashSet};
 
@@ -67,7 +68,7 @@ impl Store {
         Ok(missing)
     }
 
-    /// Stores a root and points the reference to it, if all objects that the root refers to exist.
+    /// Stores a root and points the reference to it, with these labels, if all objects that the root refers to exist.
     ///
     /// # Errors
     /// Returns [`StoreError::Invalid`] if the bytes are no root or a segment does not fit it,
@@ -78,6 +79,7 @@ impl Store {
     pub fn commit(
         &self,
         reference: &TagReference,
+        labels: Labels,
         root: Bytes,
         caller: &Caller,
     ) -> Result<CommitOutcome, StoreError> {
@@ -88,13 +90,13 @@ impl Store {
             Reliance::Missing(missing) => Ok(CommitOutcome::Missing(missing)),
             Reliance::Complete(_keep) => {
                 self.objects.put(&self.layout.manifest(&image), root)?;
-                references::write(&self.layout, &self.objects, reference, &image)?;
+                references::write(&self.layout, &self.objects, reference, &image, labels)?;
                 Ok(CommitOutcome::Committed(image))
             }
         }
     }
 
-    /// Points `target` to the image of `source`.
+    /// Points `target` to the image of `source`, with the source's labels.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] if the source does not exist, or a part of its image is
@@ -119,8 +121,9 @@ impl Store {
                 keep
             }
         };
-        let image = self.resolve(source)?;
-        references::write(&self.layout, &self.objects, target, &image)?;
+        let Referred { image, provenance } = self.refer(source)?;
+        let labels = provenance.unwrap_or_default().labels;
+        references::write(&self.layout, &self.objects, target, &image, labels)?;
         Ok(image)
     }
 

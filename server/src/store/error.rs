@@ -58,6 +58,9 @@ pub enum OpenError {
         /// The content that this version requires.
         known: &'static str,
     },
+    /// The store has format 1.
+    #[error("{}: the store has format 1. Stop its servers, and run `postcopyd upgrade --store DIR`", .0.display())]
+    Old(PathBuf),
     /// The directory has other content.
     #[error("{}: not empty and not a store: it has no file `format`", .0.display())]
     NotAStore(PathBuf),

@@ -149,8 +149,9 @@ impl Collector {
         let mut marked = Marked::default();
         for reference in references::list(&self.layout)? {
             // `None`: the reference was removed after it was listed.
-            if let Some(image) = references::read(&self.layout, &reference)? {
-                self.mark_image(&image, &mut marked).map_err(|error| needed_by(&reference, error))?;
+            if let Some(referred) = references::read(&self.layout, &reference)? {
+                self.mark_image(&referred.image, &mut marked)
+                    .map_err(|error| needed_by(&reference, error))?;
             }
         }
         for image in lease::held(&self.layout)? {
@@ -233,6 +234,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{Image, store};
     use crate::store::{Caller, CommitOutcome, Store, verify};
+    use postcopy_proto::provenance::Labels;
 
     fn collector(dir: &Path) -> Collector {
         Collector::open(dir, Domain::DEFAULT).unwrap()
@@ -273,7 +275,12 @@ mod tests {
         collect(dir.path());
         assert_eq!(store.find_missing([chunk].into_iter()).unwrap(), [chunk]);
         let outcome = store
-            .commit(&"a:1".parse().unwrap(), image.manifest.root_bytes.clone(), &Caller::default())
+            .commit(
+                &"a:1".parse().unwrap(),
+                Labels::default(),
+                image.manifest.root_bytes.clone(),
+                &Caller::default(),
+            )
             .unwrap();
         assert!(matches!(outcome, CommitOutcome::Missing(missing) if !missing.segments.is_empty()));
         assert!(image.resident(&store, 0).is_some(), "a server that has it mapped still serves it");

@@ -6,7 +6,7 @@
 //! <domain>/manifests/<digest>        roots and segments
 //! <domain>/manifests/<digest>.loc    locators of segments, see `locators.rs`
 //! <domain>/index/<digest>            runs of the chunk index, see `index.rs`
-//! <domain>/refs/<name>/_tags/<tag>   holds a digest
+//! <domain>/refs/<name>/_tags/<tag>   an encoded StoredReference
 //! <domain>/condemned/<digest>        empty; its time is when gc condemned the object
 //! <domain>/leases/<image>            empty; locked by who serves the image, see `lease.rs`
 //! <domain>/working-sets/<image>/     see `working_sets.rs`
@@ -21,7 +21,9 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// The content of the file `format`.
-pub(crate) const FORMAT: &str = "postcopy store 1\n";
+pub(crate) const FORMAT: &str = "postcopy store 2\n";
+/// The content in a store of the format before, whose references are texts.
+pub(crate) const FORMAT_1: &str = "postcopy store 1\n";
 
 /// A group of images that share chunks. No chunk is found or deduplicated across domains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +147,7 @@ impl Layout {
         let read = File::open(&path).and_then(|file| file.take(80).read_to_end(&mut found));
         match read {
             Ok(_) if found == FORMAT.as_bytes() => Ok(true),
+            Ok(_) if found == FORMAT_1.as_bytes() => Err(OpenError::Old(self.root.clone())),
             Ok(_) => {
                 let found = String::from_utf8_lossy(&found).trim_end().to_owned();
                 Err(OpenError::Format { path, found, known: FORMAT.trim_end() })

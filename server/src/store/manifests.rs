@@ -152,6 +152,26 @@ impl Manifests {
         parse_root(image, &self.root_bytes(image)?)
     }
 
+    /// Does the same; `None` for a root of more than `max_bytes`.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Manifests::read_root`].
+    ///
+    /// # Blocking
+    /// As there.
+    pub(crate) fn read_small_root(
+        &self,
+        image: &Digest,
+        max_bytes: usize,
+    ) -> Result<Option<Root>, StoreError> {
+        let bytes = read_bounded(&self.layout.manifest(image), max_bytes)?;
+        let bytes = bytes.ok_or_else(|| StoreError::NotFound(format!("image {image}")))?;
+        match bytes.len() > max_bytes {
+            true => Ok(None),
+            false => parse_root(image, &bytes).map(Some),
+        }
+    }
+
     fn loading(&self, object: &Digest) -> MutexGuard<'_, ()> {
         lock(&self.loading[usize::from(object.as_bytes()[0]) % LOADS])
     }

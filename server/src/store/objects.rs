@@ -65,13 +65,17 @@ fn store_error(path: &Path, error: object_store::Error) -> StoreError {
     io_error(path)(io::Error::other(error))
 }
 
+/// Bytes that are reserved for a file before it is read: more than most references and roots have.
+const FIRST_BYTES: usize = 4096;
+
 /// Returns the bytes of a file, at most `max` and one more; `None` if there is no such file.
 pub(crate) fn read_bounded(path: &Path, max: usize) -> Result<Option<Vec<u8>>, StoreError> {
     let file = match File::open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(io_error(path))?,
     };
-    let mut bytes = Vec::new();
+    // With room from the start, a small file takes two calls of read(2).
+    let mut bytes = Vec::with_capacity(FIRST_BYTES.min(max + 1));
     file.take(max as u64 + 1).read_to_end(&mut bytes).map_err(io_error(path))?;
     Ok(Some(bytes))
 }

@@ -1,4 +1,5 @@
-//! References: files that hold a digest.
+//! References: files that each hold an encoded `StoredReference`, the digest of an image and where
+//! the reference comes from.
 //!
 //! A store may have a million of them, so they are listed in pages: see [`walk`].
 
@@ -17,30 +18,54 @@ use crate::store::error::{StoreError, damaged};
 use crate::store::layout::Layout;
 use crate::store::lock::StoreLock;
 use crate::store::objects::{self, Objects, read_bounded};
+use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::Root;
+use postcopy_proto::provenance::{Labels, Provenance, ProvenanceError};
 use postcopy_proto::reference::TagReference;
+use postcopy_proto::v1;
+use prost::Message;
 use std::fs;
+use std::time::SystemTime;
 use walk::page;
 
-/// Length in bytes of `blake3:`, 64 hex digits and a newline.
-const REFERENCE_BYTES: usize = 7 + 64 + 1;
+/// Most bytes of a reference's file: 64 of the longest labels, and a margin.
+const MAX_REFERENCE_BYTES: usize = 128 << 10;
 /// References of each page, where all are listed.
 const LIST_PAGE: usize = 10_000;
 /// Most bytes of a root that is read without regard to other ones in memory: a few of them at a
 /// time take little.
-const PASSING_ROOT_BYTES: u64 = 64 << 10;
+const PASSING_ROOT_BYTES: usize = 64 << 10;
 
-/// Returns the digest of a reference's image; `None` if the reference does not exist.
+/// What a reference stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Referred {
+    /// The digest of the image.
+    pub image: Digest,
+    /// Where the reference comes from; `None` for an image that was named by its digest.
+    pub provenance: Option<Provenance>,
+}
+
+/// Reads a reference; `None` if it does not exist.
 ///
 /// # Errors
-/// Returns [`StoreError::Damaged`] if the file holds no digest.
-pub(crate) fn read(layout: &Layout, reference: &TagReference) -> Result<Option<Digest>, StoreError> {
-    let Some(bytes) = read_bounded(&layout.reference(reference), REFERENCE_BYTES)? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&bytes);
-    let digest = text.strip_suffix('\n').and_then(|digest| digest.parse().ok());
-    let no_digest = || damaged(format!("reference {reference}"), format!("it holds {text:?} and no digest"));
-    digest.map(Some).ok_or_else(no_digest)
+/// Returns [`StoreError::Damaged`] if the file holds no reference.
+pub(crate) fn read(layout: &Layout, reference: &TagReference) -> Result<Option<Referred>, StoreError> {
+    let bytes = read_bounded(&layout.reference(reference), MAX_REFERENCE_BYTES)?;
+    bytes.map(|bytes| decode(&bytes).map_err(|e| damaged(format!("reference {reference}"), e))).transpose()
+}
+
+fn decode(bytes: &[u8]) -> Result<Referred, String> {
+    let message = v1::StoredReference::decode(bytes).map_err(|e| format!("it holds no reference: {e}"))?;
+    let image = Digest::try_from(&message.image[..]).map_err(|e| format!("image: {e}"))?;
+    let provenance = message.provenance.unwrap_or_default().try_into();
+    let provenance = provenance.map_err(|e: ProvenanceError| e.to_string())?;
+    Ok(Referred { image, provenance: Some(provenance) })
+}
+
+fn encode(image: &Digest, provenance: &Provenance) -> Bytes {
+    let message = v1::StoredReference { image: (*image).into(), provenance: Some(provenance.into()) };
+    message.encode_to_vec().into()
 }
 
 /// Points a reference to an image. The caller must hold [`StoreLock::keep_objects`], and must have
@@ -50,9 +75,37 @@ pub(crate) fn write(
     objects: &Objects,
     reference: &TagReference,
     image: &Digest,
+    labels: Labels,
 ) -> Result<(), StoreError> {
     let _changing = StoreLock::change_references(layout)?;
-    objects.put(&layout.reference(reference), format!("{image}\n").into())
+    // A damaged reference is replaced.
+    let before = read(layout, reference).ok().flatten();
+    let previous = before.and_then(|before| match before.image == *image {
+        true => before.provenance.and_then(|provenance| provenance.previous),
+        false => Some(before.image),
+    });
+    let provenance = Provenance { written: Some(SystemTime::now()), previous, labels };
+    objects.put(&layout.reference(reference), encode(image, &provenance))
+}
+
+/// Converts a reference of format 1, `blake3:` with the digest and a line feed. Leaves one of
+/// format 2 as it is. The caller must hold [`StoreLock::change_references`].
+pub(crate) fn upgrade(
+    layout: &Layout,
+    objects: &Objects,
+    reference: &TagReference,
+) -> Result<(), StoreError> {
+    let path = layout.reference(reference);
+    let Some(bytes) = read_bounded(&path, MAX_REFERENCE_BYTES)? else { return Ok(()) };
+    let text = String::from_utf8_lossy(&bytes);
+    match text.strip_suffix('\n').and_then(|text| text.parse().ok()) {
+        Some(image) => {
+            let written = fs::metadata(&path).and_then(|metadata| metadata.modified()).ok();
+            let provenance = Provenance { written, ..Provenance::default() };
+            objects.put(&path, encode(&image, &provenance))
+        }
+        None => decode(&bytes).map(drop).map_err(|e| damaged(format!("reference {reference}"), e)),
+    }
 }
 
 /// Removes a reference. Returns false if it did not exist.
@@ -117,10 +170,7 @@ impl Store {
         if let Some(root) = self.manifests.cached_root(image) {
             return Ok(Some(read(&root)));
         }
-        let size = fs::metadata(self.layout.manifest(image)).map_or(0, |metadata| metadata.len());
-        match size > PASSING_ROOT_BYTES {
-            true => Ok(None),
-            false => self.manifests.read_root(image).map(|root| Some(read(&root))),
-        }
+        let root = self.manifests.read_small_root(image, PASSING_ROOT_BYTES)?;
+        Ok(root.map(|root| read(&root)))
     }
 }

@@ -92,7 +92,7 @@ fn images(layout: &Layout, verified: &mut Verified) -> Vec<(TagReference, Digest
         Ok(references) => {
             for reference in references {
                 match references::read(layout, &reference) {
-                    Ok(Some(image)) => images.push((reference, image)),
+                    Ok(Some(referred)) => images.push((reference, referred.image)),
                     Ok(None) => {}
                     Err(error) => verified.damage.push(error.into()),
                 }

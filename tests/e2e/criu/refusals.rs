@@ -254,6 +254,33 @@ fn images_whose_pages_are_stored_in_another_form_are_refused_by_name() {
 }
 
 #[test]
+fn a_dump_has_labels_of_criu_s_log_and_does_not_fit_another_host() {
+    with_criu("a_dump_has_labels_of_criu_s_log_and_does_not_fit_another_host", |bench| {
+        let Heap { mut program, .. } = bench.heap(8);
+        let images = bench.path("images");
+        postcopy_tests::criu::assert_success(
+            &bench.criu.try_dump(program.pid(), &images, &["-v4"], &[]),
+            &images,
+        );
+        program.wait();
+        bench.push(&images, "dump");
+        let labels = run(bench.server.address(), ["inspect", "dump"])["labels"].take();
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(labels["criu.kernel"], release.trim_end(), "{labels}");
+        assert_eq!(labels["criu.arch"], std::env::consts::ARCH, "{labels}");
+        assert!(labels["criu.version"].as_str().is_some_and(|version| version.starts_with('4')), "{labels}");
+        let push = ["push", images.to_str().unwrap(), "other", "--label", "criu.arch=riscv64"];
+        let _ = run(bench.server.address(), push);
+        let target = bench.path("target");
+        let said = fail(bench.server.address(), ["pull", "other", target.to_str().unwrap(), "--criu"]);
+        assert!(said.contains("other:latest does not fit this host: it is of a host of riscv64"), "{said}");
+        assert!(!target.exists());
+        let said = fail(bench.server.address(), ["criu", "-D", images.to_str().unwrap(), "--image", "other"]);
+        assert!(said.contains("it is of a host of riscv64"), "{said}");
+    });
+}
+
+#[test]
 fn a_dump_that_failed_is_not_stored() {
     with_criu("a_dump_that_failed_is_not_stored", |bench| {
         let Heap { program, .. } = bench.heap(8);

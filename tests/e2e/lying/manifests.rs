@@ -134,7 +134,11 @@ fn root_lie(root: Manifest, image: Option<Digest>) -> Lies {
     Lies::default().part(move |part| match part {
         Part::Opened(opened) => {
             let image = image.map_or(opened.image, Into::into);
-            vec![Part::Opened(v1::ImageOpened { image, root_bytes: root.root_bytes.len() as u64 })]
+            vec![Part::Opened(v1::ImageOpened {
+                image,
+                root_bytes: root.root_bytes.len() as u64,
+                provenance: None,
+            })]
         }
         Part::RootPart(_) => vec![Part::RootPart(root.root_bytes.clone())],
         other @ Part::Segment(_) => vec![other],
@@ -178,7 +182,7 @@ fn a_root_that_is_none_is_refused_by_name() {
     within(WATCHDOG, || {
         let truth = Truth::start();
         let opened = |image: Vec<u8>, root_bytes: u64| {
-            Part::Opened(v1::ImageOpened { image: image.into(), root_bytes })
+            Part::Opened(v1::ImageOpened { image: image.into(), root_bytes, provenance: None })
         };
         type PartLie = Box<dyn Fn(Part) -> Vec<Part> + Send + Sync>;
         let on_opened = |lie: Part| -> PartLie {

@@ -1,5 +1,6 @@
 //! The commands `postcopy firecracker` and `postcopy criu`, which start a daemon.
 
+use super::origin::{self, Restorer};
 use crate::daemon::criu::Criu;
 use crate::daemon::firecracker::{self, Backing, Firecracker};
 use crate::daemon::runtime_dir::{self, RuntimeDir};
@@ -7,6 +8,7 @@ use crate::daemon::starter::Starter;
 use crate::daemon::{Program, Setup, ask_to_drain, own_files};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
+use postcopy::proto::digest::Digest;
 use postcopy::proto::reference::Reference;
 use postcopy::{Image, LossPolicy, Options, ServerAddress};
 use std::collections::BTreeMap;
@@ -178,6 +180,9 @@ pub(crate) struct FirecrackerArgs {
     /// each, in their order
     #[arg(long, value_name = "REFERENCE", required = true)]
     image: Vec<Reference>,
+    /// Fail unless an image has this digest, blake3:…; one for all images, or one for each
+    #[arg(long, value_name = "DIGEST")]
+    expect: Vec<Digest>,
     /// The memory's file in the image, if several files have the length of the guest's memory; one
     /// for all images, or one for each
     #[arg(long, value_name = "PATH")]
@@ -205,7 +210,19 @@ pub(crate) fn firecracker(server: ServerAddress, args: &FirecrackerArgs) -> Resu
     };
     each(args.image.len(), "images")?;
     each(args.file.len(), "files")?;
+    ensure!(
+        args.expect.len() <= 1 || args.expect.len() == args.image.len(),
+        "{} digests (--expect) for {} images: give one, or one for each",
+        args.expect.len(),
+        args.image.len()
+    );
     let images = open_images(&server, &args.image)?;
+    for (index, (reference, image)) in args.image.iter().zip(&images).enumerate() {
+        let expected = args.expect.get(index).or(args.expect.first());
+        origin::ensure_expected(reference, image, expected)?;
+        origin::ensure_fits(reference, image, Restorer::Firecracker)?;
+        tracing::info!("{}", origin::line(reference, image));
+    }
     let backing = |index: usize| {
         let of = |len: usize| index.min(len - 1);
         let image = of(images.len());
@@ -249,6 +266,9 @@ pub(crate) struct CriuArgs {
     /// The image that was pushed: name, name:tag or name@blake3:…
     #[arg(long, value_name = "REFERENCE", required = true)]
     image: Option<Reference>,
+    /// Fail unless the image has this digest, blake3:…
+    #[arg(long, value_name = "DIGEST")]
+    expect: Option<Digest>,
     /// End with status 1 if no `criu restore` connects within this time [default: wait for ever, as
     /// criu's own daemon does], such as 10m
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
@@ -331,9 +351,12 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     }
     let (server, reference) = (server()?, args.image.clone().context("--image")?);
     let name = reference.to_string();
-    let images = open_images(&server, &[reference])?;
+    let images = open_images(&server, std::slice::from_ref(&reference))?;
     let options = args.common.options(args.ahead, Fill::All)?;
     let image = Arc::clone(&images[0]);
+    origin::ensure_expected(&reference, &image, args.expect.as_ref())?;
+    origin::ensure_fits(&reference, &image, Restorer::Criu)?;
+    let line = origin::line(&reference, &image);
     let criu = Criu::new(image, &name, &args.images_dir, options.fill, args.wait_for_restore)?;
     // The daemon starts the fill once all tasks are restored.
     let options = options.fill(false);
@@ -356,6 +379,7 @@ pub(crate) fn criu(server: impl FnOnce() -> Result<ServerAddress>, args: &CriuAr
     if let Some(path) = &args.log_file {
         starter.log_to(path).with_context(|| path.display().to_string())?;
     }
+    tracing::info!("{line}");
     let on_ready = || {
         tell_systemd();
         starter.tell_ready();

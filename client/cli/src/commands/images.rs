@@ -1,6 +1,7 @@
 //! The commands for whole images: push, pull, verify, list, inspect, remove, tag.
 
 use super::interrupts;
+use super::origin::{self, Restorer};
 use super::output::{self, Advised, INSPECT, Output, bytes, complain, counted, printable, time};
 use crate::daemon::criu;
 use anyhow::{Context, Result, bail};
@@ -9,12 +10,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::EntryKind;
 use postcopy::proto::path::ImagePath;
+use postcopy::proto::provenance::Provenance;
 use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::proto::v1;
 use postcopy::pull::{self, PullReport, Pulling};
 use postcopy::push::{self, PushOptions};
 use postcopy::{Image, Patience, Remote, RemoteError, ServerAddress};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Write;
 use std::future::Future;
@@ -23,6 +26,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 
 /// Connects, and runs `work` on all cores.
@@ -205,12 +209,15 @@ async fn pull_part(
     reference: &Reference,
     directory: &Path,
     part: &Part,
-) -> Result<(PullReport, Option<NotLazy>)> {
+    expected: Option<&Digest>,
+) -> Result<(PullReport, Option<NotLazy>, String)> {
     let is_wanted = |path: &ImagePath| match part {
         Part::Only(globs, _) => globs.is_match(OsStr::from_bytes(path.as_bytes())),
         Part::All | Part::Criu => true,
     };
     let mut pulling = Pulling::begin(remote, reference, directory, is_wanted).await?;
+    origin::ensure_expected(reference, pulling.image(), expected)?;
+    let age = origin::age(pulling.image().provenance());
     if !matches!(part, Part::Criu) {
         let all = pulling.extents_of(|_| true);
         if let Part::Only(_, globs) = part
@@ -220,8 +227,9 @@ async fn pull_part(
             return Err(Advised { text, next: INSPECT }.into());
         }
         pulling.fetch(all).await?;
-        return Ok((pulling.finish()?, None));
+        return Ok((pulling.finish()?, None, age));
     }
+    origin::ensure_fits(reference, pulling.image(), Restorer::Criu)?;
     let prefix = criu::prefix_in(pulling.image(), &reference.to_string())?;
     // `criu restore` and the daemon write their logs and sockets into this directory.
     if let Some(link) = pulling.link_that_leads_out(|path| path.to_string().starts_with(&prefix))? {
@@ -247,7 +255,7 @@ async fn pull_part(
     written_bytes += length(&eager);
     pulling.fetch(eager).await?;
     let (shared_bytes, private_bytes) = dump.not_lazy_bytes();
-    Ok((pulling.finish()?, Some(NotLazy { shared_bytes, private_bytes, written_bytes })))
+    Ok((pulling.finish()?, Some(NotLazy { shared_bytes, private_bytes, written_bytes }), age))
 }
 
 pub(crate) fn pull(
@@ -255,6 +263,7 @@ pub(crate) fn pull(
     reference: &Reference,
     directory: &Path,
     part: Part,
+    expected: Option<&Digest>,
     output: Output,
 ) -> Result<ExitCode> {
     let part = &part;
@@ -262,7 +271,7 @@ pub(crate) fn pull(
     let interrupted = interrupts::watch()?;
     let pulled = with_remote(server, |remote| async move {
         tokio::select! {
-            pulled = pull_part(&remote, reference, directory, part) => pulled,
+            pulled = pull_part(&remote, reference, directory, part, expected) => pulled,
             // The drop of the pull removes the files that it has written.
             signal = interrupted => {
                 let signal = signal.map_or("a signal", |signal| signal.as_str());
@@ -270,8 +279,8 @@ pub(crate) fn pull(
             }
         }
     });
-    let (report, not_lazy) = pulled?;
-    show_pulled(output, &format!("{reference} -> {}", directory.display()), &report, not_lazy)
+    let (report, not_lazy, age) = pulled?;
+    show_pulled(output, &format!("{reference} -> {}{age}", directory.display()), &report, not_lazy)
 }
 
 pub(crate) fn verify(server: ServerAddress, reference: &Reference, output: Output) -> Result<ExitCode> {
@@ -297,11 +306,27 @@ struct Summary {
     chunk_size_bytes: u32,
     #[serde(skip_serializing_if = "String::is_empty")]
     damage: String,
+    /// The time of the push, as RFC 3339 has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pushed: Option<String>,
+    /// The image that the reference stood for before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    previous: Option<String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    labels: BTreeMap<String, String>,
 }
 
 impl Summary {
     fn of(remote: &Remote, image: v1::ImageSummary) -> Result<Self, RemoteError> {
+        let provenance = image.provenance.map(Provenance::try_from).transpose();
+        let provenance = provenance.map_err(|e| remote.wrong("provenance", e))?.unwrap_or_default();
+        // A time after the year 9999 has no such text.
+        let latest = SystemTime::UNIX_EPOCH + Duration::from_secs(253_402_300_799);
+        let pushed = provenance.written.filter(|written| *written <= latest);
         Ok(Self {
+            pushed: pushed.map(|written| humantime::format_rfc3339_seconds(written).to_string()),
+            previous: provenance.previous.map(|image| image.to_string()),
+            labels: provenance.labels.iter().map(|(key, value)| (key.into(), value.into())).collect(),
             image: match &image.image[..] {
                 // Of a damaged reference the server may not know the image.
                 [] if !image.damage.is_empty() => String::new(),
@@ -510,6 +535,14 @@ pub(crate) fn inspect(server: ServerAddress, reference: &Reference, output: Outp
             inspected.zero_chunks,
             bytes(inspected.stored_bytes),
         );
+        if let Some(pushed) = &summary.pushed {
+            let before =
+                summary.previous.as_ref().map_or_else(String::new, |image| format!(", before it {image}"));
+            let _ = writeln!(text, "  pushed  {pushed}{before}");
+        }
+        for (key, value) in &summary.labels {
+            let _ = writeln!(text, "  label   {key}={}", printable(value));
+        }
         for entry in &inspected.entries {
             let size = entry.size_bytes.map_or_else(|| "-".to_owned(), bytes);
             let target =
