@@ -1,5 +1,6 @@
 //! A client in another language: what the .proto files and the documented frame layout say is all that it takes.
 
+use crate::map::{push, random_pages};
 use postcopy::{Options, ServerAddress, Session};
 use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::{memory_like, noise};
@@ -121,9 +122,9 @@ struct PassThrough {
 }
 
 impl PassThrough {
-    fn start(python: &Path, server: &ServerAddress) -> Self {
+    fn start(python: &Path, server: &ServerAddress, options: &[&str]) -> Self {
         let mut proxy = Command::new(python);
-        proxy.arg(workspace().join("tests/python/pass_through.py")).arg(server.to_string());
+        proxy.arg(workspace().join("tests/python/pass_through.py")).arg(server.to_string()).args(options);
         let mut child = proxy.stdout(Stdio::piped()).spawn().unwrap();
         let mut port = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut port).unwrap();
@@ -149,7 +150,7 @@ fn a_session_and_every_command_work_through_a_proxy_of_grpcio() {
     let (path, out) = (folder.path().join("mem"), folder.path().join("out"));
     let bytes = memory_like(8 << 20, 83);
     fs::write(&path, &bytes).unwrap();
-    let proxy = PassThrough::start(&python, server.address());
+    let proxy = PassThrough::start(&python, server.address(), &[]);
     let _ = run(&proxy.address, [OsStr::new("push"), path.as_os_str(), OsStr::new("app:v1")]);
     let _ = run(&proxy.address, ["verify", "app:v1"]);
     let _ = run(&proxy.address, [OsStr::new("pull"), OsStr::new("app:v1"), out.as_os_str()]);
@@ -168,5 +169,37 @@ fn a_session_and_every_command_work_through_a_proxy_of_grpcio() {
             session.wait_resident(Duration::from_secs(60)).unwrap();
         }
         assert!(*region == bytes[..], "a wrong byte");
+    }
+}
+
+/// gRPC's servers can end connections by their age: GOAWAY, a grace time for streams, then the end. A lane is a stream
+/// that never ends by itself.
+#[test]
+fn no_fault_is_lost_where_connections_end_by_their_age() {
+    let Some(python) = python("python::no_fault_is_lost_where_connections_end_by_their_age") else { return };
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    let bytes = noise(2048 * PAGE, 84);
+    fs::write(&path, &bytes).unwrap();
+    push(&server, &path, "app", PAGE);
+    let age = ["grpc.max_connection_age_ms=300", "grpc.max_connection_age_grace_ms=50"];
+    let proxy = PassThrough::start(&python, server.address(), &age);
+    let counting = Proxy::start(&proxy.address, Break::Never);
+    while counting.connections() < 24 {
+        let session = Session::open(counting.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
+        let region = session.map("mem").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for page in random_pages(bytes.len()) {
+                        let at = page * PAGE..(page + 1) * PAGE;
+                        assert!(region[at.clone()] == bytes[at], "page {page}");
+                    }
+                });
+            }
+        });
+        assert_eq!(session.error(), None);
+        assert_eq!((session.failures().count, session.progress().poisoned_pages), (0, 0));
     }
 }

@@ -1,8 +1,8 @@
 """A proxy made of grpcio's own server and client: passes every call on to SERVER.
 
-    pass_through.py SERVER
+    pass_through.py SERVER [OPTION=NUMBER...]
 
-Prints the port at which it listens on loopback. As gRPC's core does, it sends the headers of an answer with the first
+Takes options of grpcio's server, such as grpc.max_connection_age_ms=500. Prints the port at which it listens on loopback. As gRPC's core does, it sends the headers of an answer with the first
 message, and ends connections that ping it too often.
 """
 
@@ -30,7 +30,8 @@ class PassThrough(grpc.GenericRpcHandler):
 
 
 # A lane occupies a thread for its whole life.
-server = grpc.server(futures.ThreadPoolExecutor(64), handlers=[PassThrough()], options=options)
+of_server = [(name, int(number)) for name, number in (option.split("=") for option in sys.argv[2:])]
+server = grpc.server(futures.ThreadPoolExecutor(64), handlers=[PassThrough()], options=options + of_server)
 print(server.add_insecure_port("127.0.0.1:0"), flush=True)
 server.start()
 server.wait_for_termination()
