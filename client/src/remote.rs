@@ -5,6 +5,8 @@
 
 mod asking;
 pub(crate) mod backoff;
+#[cfg(test)]
+mod goaway;
 mod image;
 pub(crate) mod lane;
 mod pings;

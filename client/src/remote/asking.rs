@@ -3,6 +3,9 @@
 //!
 //! An overloaded server answers RESOURCE_EXHAUSTED or UNAVAILABLE before it does any work, and may
 //! say when to come back (`grpc-retry-pushback-ms`). So the client asks again, for at most 30 s.
+//! A server or proxy that closes a connection in order (GOAWAY) names the last request that it
+//! processes. The client sends later ones again over the next connection, as gRPC's own clients do
+//! ("transparent retries" of gRPC proposal A6).
 
 use super::backoff::Backoff;
 use super::{MAX_SILENCE, RemoteError, ServerAddress};
@@ -82,7 +85,8 @@ where
     repeat(false, attempt).await
 }
 
-/// Repeats `attempt` while the server refuses it; a change only if the server has said when.
+/// Repeats `attempt` while the server refuses it; a change only if the server has said when, or if
+/// no server has processed it.
 async fn repeat<T, F>(is_change: bool, mut attempt: impl FnMut() -> F) -> Result<T, RemoteError>
 where
     F: Future<Output = Result<T, RemoteError>>,
@@ -105,6 +109,9 @@ where
 /// RESOURCE_EXHAUSTED without a time to retry is no early refusal: the server's disk is full.
 fn pause_after(error: &RemoteError, is_change: bool, backoff: &mut Backoff) -> Option<Duration> {
     let RemoteError::Status { status, .. } = error else { return None };
+    if is_unprocessed(status) {
+        return Some(backoff.pause());
+    }
     let is_refusal = matches!(status.code(), Code::ResourceExhausted | Code::Unavailable);
     if !is_refusal || super::is_of_connection(status) {
         return None;
@@ -117,6 +124,24 @@ fn pause_after(error: &RemoteError, is_change: bool, backoff: &mut Backoff) -> O
         // The random part keeps clients apart that were refused at once.
         Some(Some(ms)) => Some(Duration::from_millis(ms) + pause),
     }
+}
+
+/// Returns true if no server has processed the request: the client had it in a queue when the
+/// connection was closed, the server's GOAWAY excludes it, or the server refused its stream.
+fn is_unprocessed(status: &Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            // h2 ends only the streams after the last processed one with the peer's GOAWAY.
+            let is_refused = error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            return error.is_remote() && (error.is_go_away() || is_refused);
+        }
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 #[cfg(test)]
