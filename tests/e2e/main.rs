@@ -24,6 +24,7 @@ mod pressure;
 mod progress;
 mod push;
 mod python;
+mod reverse_proxies;
 mod scale;
 mod selftests;
 mod serve;

@@ -19,6 +19,7 @@ pub mod model;
 pub mod mounts;
 pub mod pool;
 pub mod proxy;
+pub mod reverse_proxy;
 pub mod server;
 pub mod stopped_pager;
 pub mod store;
