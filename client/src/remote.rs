@@ -18,7 +18,7 @@ pub use image::{Content, Image, ImageSource};
 use bytes::BytesMut;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, ManifestError, Root};
-use postcopy_proto::provenance::{Provenance, ProvenanceError};
+use postcopy_proto::provenance::Provenance;
 use postcopy_proto::v1::image_service_client::ImageServiceClient;
 use postcopy_proto::v1::open_image_response::Part;
 use postcopy_proto::v1::page_service_client::PageServiceClient;
@@ -359,8 +359,8 @@ impl Remote {
         {
             return Err(self.address.wrong("image", format!("it is {image}, asked for was {wanted}")));
         }
-        let wrong = |e: ProvenanceError| self.address.wrong("provenance", e);
-        let provenance = opened.provenance.map(Provenance::try_from).transpose().map_err(wrong)?;
+        // It proves nothing, so one that this version does not understand must not stop a restore.
+        let provenance = opened.provenance.and_then(|provenance| Provenance::try_from(provenance).ok());
         let root = segments.root(opened.root_bytes).await?;
         let root =
             Root::parse(&root, &image).map_err(|e| self.address.wrong(format!("root of {image}"), e))?;

@@ -147,12 +147,8 @@ impl Cli {
             Command::Verify(options) => options.run(),
             Command::Upgrade { store } => {
                 rustix::process::umask(Mode::from_raw_mode(0o077));
-                match upgrade(&store.dir()?, Domain::DEFAULT)? {
-                    Some(references) => {
-                        say(format_args!("upgraded to format 2: {references} references"))?;
-                    }
-                    None => say(format_args!("the store has format 2 already"))?,
-                }
+                let converted = upgrade(&store.dir()?, Domain::DEFAULT)?;
+                say(format_args!("the store has format 2; {converted} references were converted"))?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Completions { shell } => {

@@ -58,6 +58,7 @@ use packs::Packs;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root, Segment};
 use postcopy_proto::page::ChunkIndex;
+use postcopy_proto::provenance::Provenance;
 use postcopy_proto::reference::{Reference, TagReference};
 use references::Listings;
 use std::path::Path;
@@ -184,6 +185,26 @@ impl Store {
         referred.ok_or_else(|| StoreError::NotFound(reference.to_string()))
     }
 
+    /// Returns the root of a reference's image, and where the reference comes from.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Store::resolve`] and of [`Store::root`], which name the reference.
+    ///
+    /// # Blocking
+    /// Reads two files.
+    pub fn open_reference(
+        &self,
+        reference: &Reference,
+    ) -> Result<(Arc<StoredRoot>, Option<Provenance>), StoreError> {
+        let Referred { image, provenance } = self.refer(reference)?;
+        match (self.root(&image), reference) {
+            (Err(StoreError::NotFound(object)), Reference::Tag(reference)) => {
+                Err(StoreError::NotFound(format!("{object} of reference {reference}")))
+            }
+            (root, _) => Ok((root?, provenance)),
+        }
+    }
+
     /// Returns true if the store has the pack, and then protects it for at least gc's grace time.
     ///
     /// # Errors
@@ -287,6 +308,10 @@ impl Store {
     pub fn segment(&self, root: &Root, index: u32) -> Result<Located, StoreError> {
         let segment = self.manifests.segment(root, index)?;
         let digest = root.segment_digests()[index as usize];
+        if let Some(locator) = self.locators.cached(&digest) {
+            return Ok(Located { digest, segment, locator });
+        }
+        let _one_at_a_time = self.locators.loading(&digest);
         let locator = match self.locators.cached(&digest) {
             Some(locator) => locator,
             None => {
@@ -328,12 +353,15 @@ impl Store {
     fn make_locator(&self, digest: &Digest, segment: &Segment) -> Result<Arc<Locator>, StoreError> {
         let chunks: Vec<_> = segment.digests().collect();
         let places = self.packs.presence().places(&chunks)?;
-        let locator = Arc::new(Locator::new(segment, &places));
+        Ok(self.write_locator(digest, Locator::new(segment, &places)))
+    }
+
+    fn write_locator(&self, digest: &Digest, locator: Locator) -> Arc<Locator> {
         if let Err(error) = self.locators.write(digest, &locator) {
             // It is made again when it is needed again, as on a read-only store.
             tracing::debug!("the locator of segment {digest}: {}", chain(&error));
         }
-        Ok(locator)
+        Arc::new(locator)
     }
 
     /// Returns the encoding of segment `index`.
@@ -401,13 +429,35 @@ impl Store {
         if let Some(Ok(frame)) = located {
             return Ok(frame);
         }
-        let frame = self.packs.find_frame(chunk, check)?;
-        // A locator that names a damaged copy is not wrong: the copy may be repaired.
-        if matches!(located, None | Some(Err(StoreError::NotFound(_)))) {
-            let locator = self.make_locator(&segment.digest, &segment.segment)?;
-            self.locators.keep(&segment.digest, locator);
+        let (found, frame) = self.packs.find_frame(chunk, check)?;
+        let Located { digest, segment, locator } = segment;
+        let _one_at_a_time = self.locators.loading(digest);
+        // Another thread may have corrected it meanwhile, or other places of it.
+        let newest = self.locators.cached(digest).unwrap_or_else(|| locator.clone());
+        if newest.place(place) == locator.place(place) {
+            let locator = match located {
+                // Most other chunks of the pack have new places, too.
+                None | Some(Err(StoreError::NotFound(_))) => self.make_locator(digest, segment)?,
+                Some(_) => self.write_locator(digest, newest.with(place, found)),
+            };
+            self.locators.keep(digest, locator);
         }
         Ok(frame)
+    }
+
+    /// Writes the chunk index, and the missing locators of an image.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Io`], [`StoreError::Full`].
+    ///
+    /// # Blocking
+    /// Reads the image's segments, and the trailers of all packs that the index lacks.
+    pub(crate) fn write_locators(&self, image: &Digest) -> Result<(), StoreError> {
+        let root = self.manifests.read_root(image)?;
+        for index in (0..).take(root.segment_digests().len()) {
+            self.passing_segment(&root, index)?;
+        }
+        Ok(())
     }
 
     /// Releases deleted packs, so that the file system frees their space, and shortens the chunk
@@ -454,6 +504,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
     use crate::fixtures::{Image, store};
+    use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
     use postcopy_proto::provenance::Labels;
     use std::fs;
 
@@ -550,13 +601,9 @@ mod tests {
         let (dir, writer) = store();
         let images: Vec<_> = (0..20).map(Image::of_seed).collect();
         images.iter().for_each(|image| image.push(&writer, "a"));
-        let other = writer.layout.pack(&images[1].pack_digest());
-        fs::remove_file(&other).unwrap();
-        // A pack that would be read, or whose directory would be listed, makes the reader wait.
-        rustix::fs::mkfifoat(rustix::fs::CWD, &other, rustix::fs::Mode::RUSR).unwrap();
         let reader = create(dir.path()).unwrap();
         (0..12).for_each(|chunk| drop(images[0].load(&reader, chunk, true).unwrap()));
-        assert_eq!(reader.packs.open_packs(), [images[0].pack_digest()]);
+        assert_eq!(reader.packs.known(), (vec![images[0].pack_digest()], 0));
     }
 
     #[test]
@@ -614,6 +661,12 @@ mod tests {
         second.push(&store, "b");
         assert!(first.load(&store, damaged, true).is_ok());
         assert!(first.load(&store, 0, true).is_ok());
+        // The locator names the good copy from then on, so a read without a check gets it.
+        let frame = first.load(&store, damaged, false).unwrap();
+        let plain = &first.plain[damaged as usize * 4096..][..4096];
+        let mut decoded = vec![0; 4096];
+        let parsed = ChunkFrame::parse(&frame).unwrap();
+        FrameDecoder::default().decode_verified(&parsed, &Digest::of(plain), &mut decoded).unwrap();
     }
 
     #[test]

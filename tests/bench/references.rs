@@ -5,11 +5,12 @@ use anyhow::{Context, Result, ensure};
 use postcopy::proto::manifest::{ChunkContent, ManifestBuilder};
 use postcopy::proto::page::ChunkSize;
 use postcopy::proto::path::ImagePath;
-use postcopy::proto::v1::ListImagesRequest;
 use postcopy::proto::v1::image_service_client::ImageServiceClient;
+use postcopy::proto::v1::{ListImagesRequest, StoredReference};
 use postcopy_tests::cli::postcopy;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::StoreDir;
+use prost::Message;
 use serde_json::json;
 use std::fs;
 use std::process::Stdio;
@@ -37,7 +38,8 @@ fn list(layout: &str, reference: fn(usize) -> (String, String)) -> Result<Figure
         let (name, tag) = reference(n);
         let path = store.reference(&name, &tag);
         fs::create_dir_all(path.parent().context("a tag lies in a directory")?)?;
-        fs::write(path, format!("{image}\n"))?;
+        let reference = StoredReference { image: image.into(), provenance: None };
+        fs::write(path, reference.encode_to_vec())?;
     }
     let first = first_page(&server)?;
     let started = Instant::now();

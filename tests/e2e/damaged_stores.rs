@@ -58,6 +58,12 @@ impl Sick {
         Server::on(self.store.root(), "127.0.0.1:0")
     }
 
+    fn remove_locators(&self) {
+        let is_locator = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "loc");
+        let locators = self.store.files("manifests").into_iter().filter(is_locator);
+        locators.for_each(|path| fs::remove_file(path).expect("it can be removed"));
+    }
+
     fn segment(&self) -> Digest {
         self.store.root_of(&self.image).segment_digests()[0]
     }
@@ -153,6 +159,8 @@ fn every_way(sick: &Sick, path: &Path, harms: &[(&str, Harm<'_>)], named: &[Stri
         fs::write(path, &bad).expect("the object can be written");
         sick.read_bad(&warm, named);
         sick.assert_good_is_served(&warm);
+        // With locators, a server would not look at the pack's index.
+        sick.remove_locators();
         let cold = sick.serve();
         assert!(sick.read_bad(&cold, named) > 0, "{what} goes unseen");
         sick.assert_good_is_served(&cold);
@@ -189,6 +197,25 @@ fn a_damaged_pack_is_named_and_nothing_of_it_is_served() {
 }
 
 #[test]
+fn a_pack_whose_index_is_damaged_is_served_by_locators() {
+    let sick = Sick::new();
+    let good = fs::read(&sick.pack).unwrap();
+    let harms: [(&str, Harm<'_>); 3] = [
+        ("a flipped byte in the index", &|bytes| bytes[good.len() - 64 - 100] ^= 1),
+        ("a flipped byte in the header", &|bytes| bytes[3] ^= 1),
+        ("a pack without its last byte", &|bytes| bytes.truncate(good.len() - 1)),
+    ];
+    for (what, harm) in harms {
+        let mut bad = good.clone();
+        harm(&mut bad);
+        fs::write(&sick.pack, bad).unwrap();
+        assert_eq!(sick.read_bad(&sick.serve(), &[]), 0, "{what}");
+        let name = sick.pack.file_name().unwrap().to_str().unwrap();
+        assert!(sick.store.damage().iter().any(|(object, _)| object.contains(name)), "{what}");
+    }
+}
+
+#[test]
 fn a_damaged_root_or_segment_is_named() {
     let sick = Sick::new();
     let segment = sick.segment();
@@ -207,11 +234,11 @@ fn a_damaged_root_or_segment_is_named() {
 fn a_damaged_reference_is_named() {
     let sick = Sick::new();
     let harms: [(&str, Harm<'_>); 5] = [
-        ("a flipped byte", &|bytes| bytes[9] ^= 0x80),
+        ("a flipped byte in the digest", &|bytes| bytes[9] ^= 0x80),
+        ("a flipped byte in a field's number", &|bytes| bytes[0] ^= 0x10),
         ("half a reference", &|bytes| bytes.truncate(30)),
         ("an empty reference", &|bytes| bytes.clear()),
         ("garbage", &|bytes| *bytes = noise(3000, 33)),
-        ("a digest in capitals", &|bytes| bytes.make_ascii_uppercase()),
     ];
     let path = sick.store.reference("bad", "latest");
     every_way(&sick, &path, &harms, &["bad:latest".to_owned()], "bad:latest");
@@ -266,7 +293,8 @@ fn a_store_of_another_format_and_other_directories_are_refused() {
     };
     let before = sick.store.files("");
     for (text, named) in [
-        ("postcopy store 2\n", "postcopy store 2"),
+        ("postcopy store 3\n", "postcopy store 3"),
+        ("postcopy store 1\n", "postcopyd upgrade"),
         ("", "store format \"\""),
         ("postcopy store 1", "format"),
     ] {
@@ -278,7 +306,7 @@ fn a_store_of_another_format_and_other_directories_are_refused() {
     fs::remove_file(&format).unwrap();
     let text = Server::try_on(sick.store.root(), "127.0.0.1:0").expect_err("it must not start");
     assert!(text.contains("not a store"), "{text}");
-    fs::write(&format, "postcopy store 1\n").unwrap();
+    fs::write(&format, "postcopy store 2\n").unwrap();
     assert_eq!(sick.store.files(""), before, "nothing was touched");
     sick.assert_good_is_served(&sick.serve());
 

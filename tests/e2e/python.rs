@@ -46,7 +46,7 @@ fn a_python_client_reads_what_was_pushed() {
     for kind in ["--python_out", "--grpc_python_out"] {
         generate.arg(format!("{kind}={}", stubs.display()));
     }
-    for proto in ["image_service", "page_service", "manifest"] {
+    for proto in ["image_service", "page_service", "manifest", "reference"] {
         generate.arg(format!("postcopy/v1/{proto}.proto"));
     }
     let generated = generate.output().unwrap();

@@ -47,7 +47,7 @@ fn it_prints_where_it_listens_and_makes_its_store() {
     let mut server = Server::on(&store, "127.0.0.1:0");
     let port: u16 = server.address().to_string().rsplit_once(':').unwrap().1.parse().unwrap();
     assert_ne!(port, 0, "the real port");
-    assert_eq!(fs::read_to_string(store.join("format")).unwrap(), "postcopy store 1\n");
+    assert_eq!(fs::read_to_string(store.join("format")).unwrap(), "postcopy store 2\n");
     assert_eq!(run(server.address(), ["ls"]), serde_json::json!([]));
     let text = Server::try_on(&store, &format!("127.0.0.1:{port}")).expect_err("the port is taken");
     assert!(text.contains(&port.to_string()), "{text}");

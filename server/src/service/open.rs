@@ -23,11 +23,7 @@ pub(super) async fn open_image(
 ) -> Result<impl Stream<Item = Result<v1::OpenImageResponse, Status>>, Status> {
     let reference: Reference = reference(&request.reference)?;
     let reader = store.clone();
-    let opened = work::open(move || {
-        let referred = reader.refer(&reference)?;
-        Ok((reader.root(&referred.image)?, referred.provenance))
-    });
-    let (root, provenance) = opened.await?;
+    let (root, provenance) = work::open(move || reader.open_reference(&reference)).await?;
     let order = Order::new(&root, &request)?;
     Ok(parts(store, root, provenance, order, request.more_segments_bytes as usize, in_flight))
 }

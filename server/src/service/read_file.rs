@@ -25,7 +25,7 @@ pub(super) async fn read_file(
 ) -> Result<impl Stream<Item = Result<v1::ReadFileResponse, Status>>, Status> {
     let reference: Reference = reference(&request.reference)?;
     let reader = store.clone();
-    let root = work::open(move || reader.root(&reader.resolve(&reference)?)).await?;
+    let (root, _) = work::open(move || reader.open_reference(&reference)).await?;
     let file = match root.entry(&request.path).map(|entry| &entry.kind) {
         None => return Err(no_such_path(&request.path)),
         Some(EntryKind::File(file)) => *file,

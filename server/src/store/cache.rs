@@ -48,9 +48,11 @@ impl<V> Cache<V> {
 
     pub(crate) fn remove(&self, digest: &Digest) {
         let mut slots = self.lock();
-        if let Some(removed) = slots.by_digest.remove(digest) {
-            slots.bytes -= removed.bytes;
-        }
+        let removed = slots.by_digest.remove(digest);
+        slots.bytes -= removed.as_ref().map_or(0, |removed| removed.bytes);
+        // The drop may take long: it unmaps a pack.
+        drop(slots);
+        drop(removed);
     }
 
     pub(crate) fn keys(&self) -> Vec<Digest> {
@@ -61,16 +63,20 @@ impl<V> Cache<V> {
         let mut slots = self.lock();
         slots.clock += 1;
         let used = slots.clock;
-        if let Some(old) = slots.by_digest.insert(digest, Slot { value, bytes, used }) {
-            slots.bytes -= old.bytes;
-        }
+        let mut removed = Vec::new();
+        removed.extend(slots.by_digest.insert(digest, Slot { value, bytes, used }));
         slots.bytes += bytes;
+        slots.bytes -= removed.first().map_or(0, |old| old.bytes);
         while slots.bytes > self.max_bytes && slots.by_digest.len() > 1 {
-            // Objects are large and few, so a search costs less than keeping an order.
+            // There are at most some thousand objects, so a search costs less than keeping an order.
             let oldest = slots.by_digest.iter().min_by_key(|(_, slot)| slot.used).map(|(digest, _)| *digest);
-            let Some(removed) = oldest.and_then(|oldest| slots.by_digest.remove(&oldest)) else { break };
-            slots.bytes -= removed.bytes;
+            let Some(evicted) = oldest.and_then(|oldest| slots.by_digest.remove(&oldest)) else { break };
+            slots.bytes -= evicted.bytes;
+            removed.push(evicted);
         }
+        // The drops may take long: they unmap packs.
+        drop(slots);
+        drop(removed);
     }
 }
 

@@ -68,7 +68,8 @@ impl Store {
         Ok(missing)
     }
 
-    /// Stores a root and points the reference to it, with these labels, if all objects that the root refers to exist.
+    /// Stores a root and points the reference to it, with these labels, if all objects that the root
+    /// refers to exist.
     ///
     /// # Errors
     /// Returns [`StoreError::Invalid`] if the bytes are no root or a segment does not fit it,

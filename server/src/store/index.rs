@@ -20,20 +20,26 @@ use crate::store::lock::StoreLock;
 use crate::store::packs::Pack;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::PackIndex;
-use rayon::prelude::*;
 use run::{Entry, Found, PackLength, Place, Run, RunWriter};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Entries of recent packs from which on they become a run: about 12 MiB in memory.
 const MAX_RECENT_ENTRIES: usize = 1 << 17;
 /// Recent packs from which on they become a run, so that another process reads few trailers.
 const MAX_RECENT_PACKS: usize = 1 << 10;
+/// How many times these counts a scan reads before it writes a run itself. Otherwise that is left to
+/// the owner's next [`ChunkIndex::maintain`], because the scan's caller waits.
+const SCAN_FACTOR: usize = 4;
+/// Packs whose trailers a scan reads before it adds them to the index.
+const BATCH: usize = 128;
+/// Least number of packs for one thread to read.
+const MIN_PART: usize = 16;
 /// A new run absorbs runs of up to this many times its entries. So a store of n entries has about
 /// log4(n) runs, and each entry is written as many times.
 const ABSORBED: u64 = 4;
@@ -49,6 +55,8 @@ struct State {
     /// Offsets and lengths of the frames of recent packs, by chunk and pack.
     recent: BTreeMap<(Digest, Digest), (u32, u32)>,
     runs: Vec<Arc<Run>>,
+    /// Paths of damaged runs that were forgotten since the last reading of the directory.
+    lost_runs: Vec<PathBuf>,
 }
 
 impl State {
@@ -84,9 +92,18 @@ impl State {
         self.recent_packs = packs;
     }
 
-    fn is_large(&self) -> bool {
-        self.recent.len() >= MAX_RECENT_ENTRIES || self.recent_packs.len() >= MAX_RECENT_PACKS
+    /// Returns true if the recent packs are at least `factor` times as many as may stay in memory.
+    fn is_large(&self, factor: usize) -> bool {
+        self.recent.len() >= factor * MAX_RECENT_ENTRIES
+            || self.recent_packs.len() >= factor * MAX_RECENT_PACKS
     }
+}
+
+/// A file, and its version: the inode, and seconds and nanoseconds of its last change.
+type FileVersion = (u64, i64, i64);
+
+fn version_of(metadata: &fs::Metadata) -> FileVersion {
+    (metadata.ino(), metadata.ctime(), metadata.ctime_nsec())
 }
 
 /// The state of the last reading of the directory.
@@ -95,10 +112,10 @@ struct Scan {
     began: Option<Instant>,
     /// Times of the subdirectories whose packs are all known.
     seen: HashMap<PathBuf, SystemTime>,
-    /// Files that are no packs, by digest and inode; each is reported once.
-    refused: HashSet<(Digest, u64)>,
-    /// True if the store's files cannot be changed. Recent packs then stay in memory.
-    is_read_only: bool,
+    /// Files that are no packs; each is reported once.
+    refused: HashSet<(Digest, FileVersion)>,
+    /// Damaged runs, which were deleted if that was possible.
+    refused_runs: HashSet<PathBuf>,
 }
 
 /// The index of a store's chunks.
@@ -107,15 +124,23 @@ pub(crate) struct ChunkIndex {
     layout: Layout,
     /// Locked for a look-up among recent packs or a change, never while a file is read.
     state: RwLock<State>,
-    /// Locked while the directory is read or a run is written, so that a burst of misses becomes
-    /// one reading. Taken before `state`.
+    /// Locked while the directory is read, so that a burst of misses becomes one reading. Taken
+    /// before `state`.
     scan: Mutex<Scan>,
+    /// Locked while a run is written; true if the store's files cannot be changed. Recent packs then
+    /// stay in memory. Taken before `scan` and `state`, or tried under `scan`.
+    writing: Mutex<bool>,
 }
 
 impl ChunkIndex {
     /// Makes an index that has read nothing yet.
     pub(crate) fn new(layout: &Layout) -> Self {
-        Self { layout: layout.clone(), state: RwLock::default(), scan: Mutex::default() }
+        Self {
+            layout: layout.clone(),
+            state: RwLock::default(),
+            scan: Mutex::default(),
+            writing: Mutex::default(),
+        }
     }
 
     fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
@@ -147,10 +172,7 @@ impl ChunkIndex {
         });
         for run in runs {
             match run.find(&wanted, &mut found) {
-                Err(error @ StoreError::Damaged { .. }) => {
-                    let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
-                    self.forget_run(&run, &mut scan, &error);
-                }
+                Err(error @ StoreError::Damaged { .. }) => self.forget_run(&run, &error),
                 other => other?,
             }
         }
@@ -158,18 +180,18 @@ impl ChunkIndex {
     }
 
     /// Deletes a damaged run. The next reading of the directory reads its packs.
-    fn forget_run(&self, damaged: &Arc<Run>, scan: &mut Scan, error: &StoreError) {
-        let known = self.change(|state| {
+    fn forget_run(&self, damaged: &Arc<Run>, error: &StoreError) {
+        let is_known = self.change(|state| {
             let before = state.runs.len();
             state.runs.retain(|run| !Arc::ptr_eq(run, damaged));
-            state.runs.len() < before
+            let is_known = state.runs.len() < before;
+            if is_known {
+                state.lost_runs.push(damaged.path().to_owned());
+            }
+            is_known
         });
-        if known {
-            tracing::error!("made again from the packs: {error}");
-            // On failure the next reading finds it again.
-            let _ = fs::remove_file(damaged.path());
-            scan.began = None;
-            scan.seen.clear();
+        if is_known {
+            delete_run(damaged.path(), error);
         }
     }
 
@@ -189,12 +211,25 @@ impl ChunkIndex {
     /// changed ones, and the time to read new packs' trailers.
     pub(crate) fn scan(&self) -> Result<bool, StoreError> {
         let asked = Instant::now();
-        let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scan = lock(&self.scan);
         if scan.began.is_some_and(|began| began > asked) {
             return Ok(true);
         }
         scan.began = Some(asked.max(Instant::now()));
-        let mut learned = self.read_runs(&mut scan)?;
+        let learned = self.read_directory(&mut scan);
+        if learned.is_err() {
+            // Those who wait read it themselves.
+            scan.began = None;
+        }
+        learned
+    }
+
+    fn read_directory(&self, scan: &mut Scan) -> Result<bool, StoreError> {
+        for path in self.change(|state| std::mem::take(&mut state.lost_runs)) {
+            scan.seen.clear();
+            scan.refused_runs.insert(path);
+        }
+        let mut learned = self.read_runs(scan)?;
         let top = self.layout.packs();
         for dir in fs::read_dir(&top).map_err(io_error(&top))? {
             let dir = dir.map_err(io_error(&top))?;
@@ -204,62 +239,97 @@ impl ChunkIndex {
             if !metadata.is_dir() || scan.seen.get(&path) == Some(&changed) {
                 continue;
             }
-            if changed.elapsed().is_ok_and(|age| age > RACY_MTIME) {
-                scan.seen.insert(path.clone(), changed);
+            let new = self.new_packs_in(&path, scan)?;
+            let mut is_complete = true;
+            for batch in new.chunks(BATCH) {
+                let read = self.read_packs(batch, scan);
+                learned |= read.learned;
+                is_complete &= !read.failed;
+                self.write_in_scan();
             }
-            let new = self.new_packs_in(&path, &scan)?;
-            learned |= self.read_packs(new, &mut scan);
-            self.write_if_large(&mut scan)?;
+            if is_complete && changed.elapsed().is_ok_and(|age| age > RACY_MTIME) {
+                scan.seen.insert(path, changed);
+            }
         }
         Ok(learned)
     }
 
+    /// Writes a run if a scan has read very many packs.
+    fn write_in_scan(&self) {
+        if !self.read(|state| state.is_large(SCAN_FACTOR)) {
+            return;
+        }
+        // Otherwise another thread writes one already.
+        if let Ok(mut is_read_only) = self.writing.try_lock()
+            && let Err(error) = self.write_run(&mut is_read_only)
+        {
+            tracing::warn!("the chunk index stays as it is: {}", crate::store::chain(&error));
+        }
+    }
+
     /// Opens the runs that other processes have written, and forgets those that they have deleted.
     fn read_runs(&self, scan: &mut Scan) -> Result<bool, StoreError> {
-        let dir = self.layout.index();
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-            other => other.map_err(io_error(&dir))?,
-        };
-        let (mut listed, mut new) = (HashSet::new(), Vec::new());
-        for entry in entries {
-            let entry = entry.map_err(io_error(&dir))?;
-            let path = entry.path();
-            if digest_of_name(&entry.file_name()).is_none() {
+        let before = self.read(|state| state.runs.clone());
+        let mut listed = self.list_runs()?;
+        let is_gone = |listed: &HashSet<PathBuf>, run: &Arc<Run>| !listed.contains(run.path());
+        if before.iter().any(|run| is_gone(&listed, run)) {
+            // A merge during the listing may have hidden both the merged runs and the new one.
+            listed.extend(self.list_runs()?);
+        }
+        let mut new = Vec::new();
+        for path in &listed {
+            if scan.refused_runs.contains(path)
+                || self.read(|state| state.runs.iter().any(|run| run.path() == path))
+            {
                 continue;
             }
-            if !self.read(|state| state.runs.iter().any(|run| run.path() == path)) {
-                match Run::open(&path) {
-                    Ok(run) => new.push(Arc::new(run)),
-                    Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-                    Err(error @ StoreError::Damaged { .. }) => {
-                        tracing::error!("made again from the packs: {error}");
-                        // On failure the next reading finds it again.
-                        let _ = fs::remove_file(&path);
-                    }
-                    Err(error) => return Err(error),
+            match Run::open(path) {
+                Ok(run) => new.push(Arc::new(run)),
+                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error @ StoreError::Damaged { .. }) => {
+                    delete_run(path, &error);
+                    scan.refused_runs.insert(path.clone());
                 }
+                // Its packs are read from their trailers.
+                Err(error) => tracing::warn!("a part of the chunk index is not read: {error}"),
             }
-            listed.insert(path);
         }
         let learned = !new.is_empty();
         self.change(|state| {
-            let before = state.runs.len();
-            state.runs.retain(|run| listed.contains(run.path()));
-            if state.runs.len() < before {
+            let count = state.runs.len();
+            let was_known = |run: &Arc<Run>| before.iter().any(|known| Arc::ptr_eq(known, run));
+            state.runs.retain(|run| !(was_known(run) && is_gone(&listed, run)));
+            if state.runs.len() < count {
                 // The packs of a deleted run are in a new one, or must be read.
                 scan.seen.clear();
             }
+            new.retain(|run| !state.runs.iter().any(|known| known.path() == run.path()));
+            state.runs.extend(new);
             if learned {
-                state.runs.extend(new);
                 state.forget_recent(|state, pack| state.runs.iter().any(|run| run.covers(pack)));
             }
         });
         Ok(learned)
     }
 
+    fn list_runs(&self) -> Result<HashSet<PathBuf>, StoreError> {
+        let dir = self.layout.index();
+        let entries = match fs::read_dir(&dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(HashSet::new()),
+            other => other.map_err(io_error(&dir))?,
+        };
+        let mut runs = HashSet::new();
+        for entry in entries {
+            let entry = entry.map_err(io_error(&dir))?;
+            if digest_of_name(&entry.file_name()).is_some() {
+                runs.insert(entry.path());
+            }
+        }
+        Ok(runs)
+    }
+
     /// Returns the packs of a subdirectory that are unknown.
-    fn new_packs_in(&self, dir: &Path, scan: &Scan) -> Result<Vec<(PathBuf, Digest, u64)>, StoreError> {
+    fn new_packs_in(&self, dir: &Path, scan: &Scan) -> Result<Vec<NewPack>, StoreError> {
         let mut new = Vec::new();
         for entry in fs::read_dir(dir).map_err(io_error(dir))? {
             let entry = entry.map_err(io_error(dir))?;
@@ -269,26 +339,22 @@ impl ChunkIndex {
             }
             // gc has deleted an entry that vanished meanwhile.
             let Ok(metadata) = entry.metadata() else { continue };
-            if !scan.refused.contains(&(digest, metadata.ino())) {
-                new.push((entry.path(), digest, metadata.ino()));
+            let version = version_of(&metadata);
+            if !scan.refused.contains(&(digest, version)) {
+                new.push(NewPack { path: entry.path(), digest, version });
             }
         }
         Ok(new)
     }
 
-    /// Reads the trailers of new packs. Logs and skips packs that do not parse. Returns true if
-    /// there were good ones.
-    fn read_packs(&self, new: Vec<(PathBuf, Digest, u64)>, scan: &mut Scan) -> bool {
-        let opened: Vec<_> = new
-            .into_par_iter()
-            .map(|(path, digest, inode)| (digest, inode, Pack::open_with_index(&path, digest)))
-            .collect();
-        let mut learned = false;
-        for (digest, inode, outcome) in opened {
+    /// Reads the trailers of new packs. Logs and skips packs that do not parse.
+    fn read_packs(&self, new: &[NewPack], scan: &mut Scan) -> Read {
+        let mut read = Read::default();
+        for (NewPack { digest, version, .. }, outcome) in new.iter().zip(read_trailers(new)) {
             match outcome {
-                Ok((pack, index)) => {
-                    self.add(pack.length(), &index);
-                    learned = true;
+                Ok((length, index)) => {
+                    self.add(length, &index);
+                    read.learned = true;
                 }
                 Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
@@ -296,13 +362,13 @@ impl ChunkIndex {
                     // Transient errors, such as too many open files, are retried at the next miss
                     // of a chunk.
                     match error {
-                        StoreError::Damaged { .. } => drop(scan.refused.insert((digest, inode))),
-                        _ => scan.seen.clear(),
+                        StoreError::Damaged { .. } => drop(scan.refused.insert((*digest, *version))),
+                        _ => read.failed = true,
                     }
                 }
             }
         }
-        learned
+        read
     }
 
     /// Writes the recent packs to a run, if they are many. The owner calls it periodically.
@@ -311,40 +377,32 @@ impl ChunkIndex {
     /// [`StoreError::Io`], [`StoreError::Full`].
     ///
     /// # Blocking
-    /// Writes up to the whole index anew, some seconds for each GiB.
+    /// Writes up to the whole index anew, some seconds for each GiB. Look-ups go on meanwhile.
     pub(crate) fn maintain(&self) -> Result<(), StoreError> {
-        if !self.read(State::is_large) {
-            return Ok(());
-        }
-        let mut scan = self.scan.lock().unwrap_or_else(PoisonError::into_inner);
-        self.write_if_large(&mut scan)
-    }
-
-    fn write_if_large(&self, scan: &mut Scan) -> Result<(), StoreError> {
-        if scan.is_read_only || !self.read(State::is_large) {
-            return Ok(());
-        }
-        match self.write_run(scan) {
-            Err(StoreError::Io { source, .. })
-                if matches!(
-                    source.kind(),
-                    io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
-                ) =>
-            {
-                scan.is_read_only = true;
-                Ok(())
-            }
-            Err(StoreError::Full(path)) => {
-                // The recent packs stay in memory until there is room.
-                tracing::warn!("{}", StoreError::Full(path));
-                Ok(())
-            }
-            other => other,
+        match self.read(|state| state.is_large(1)) {
+            true => self.write(),
+            false => Ok(()),
         }
     }
 
-    /// Writes the recent packs and the shorter runs to a new run.
-    fn write_run(&self, scan: &mut Scan) -> Result<(), StoreError> {
+    /// Writes the recent packs to a run.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Full`].
+    ///
+    /// # Blocking
+    /// As for [`ChunkIndex::maintain`].
+    pub(crate) fn write(&self) -> Result<(), StoreError> {
+        let mut is_read_only = lock(&self.writing);
+        self.write_run(&mut is_read_only)
+    }
+
+    /// Writes the recent packs and the shorter runs to a new run. Does nothing in a store whose files
+    /// cannot be changed.
+    fn write_run(&self, is_read_only: &mut bool) -> Result<(), StoreError> {
+        if *is_read_only || self.read(|state| state.recent_packs.is_empty()) {
+            return Ok(());
+        }
         let (recent_packs, recent, mut runs) = self.read(|state| {
             let entry = |((chunk, pack), (offset, length)): (&(Digest, Digest), &(u32, u32))| -> Entry {
                 (*chunk, Place { pack: *pack, offset: *offset, length: *length })
@@ -364,17 +422,30 @@ impl ChunkIndex {
             .collect();
         let packs = self.stored_packs(&recent_packs, &absorbed);
         let merged = match self.write_merged(packs, &recent, &absorbed) {
-            Err(error @ StoreError::Damaged { .. }) => {
-                absorbed.iter().for_each(|run| self.forget_run(run, scan, &error));
+            Ok(merged) => merged,
+            Err(MergeError::Run(damaged, error)) => {
+                self.forget_run(&damaged, &error);
                 return Ok(());
             }
-            other => other?,
+            Err(MergeError::Store(StoreError::Io { source, .. }))
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+                ) =>
+            {
+                *is_read_only = true;
+                return Ok(());
+            }
+            Err(MergeError::Store(error)) => return Err(error),
         };
         self.change(|state| {
             state.runs.retain(|run| !absorbed.iter().any(|gone| Arc::ptr_eq(run, gone)));
             // Packs may have been added meanwhile.
             state.forget_recent(|_, pack| recent_packs.contains_key(pack));
-            state.runs.push(merged.clone());
+            // A scan may have found the file already.
+            if !state.runs.iter().any(|run| run.path() == merged.path()) {
+                state.runs.push(merged.clone());
+            }
         });
         for run in absorbed.iter().filter(|run| run.path() != merged.path()) {
             // Another process may have absorbed it too.
@@ -399,7 +470,7 @@ impl ChunkIndex {
         packs: Vec<PackLength>,
         recent: &[Entry],
         runs: &[Arc<Run>],
-    ) -> Result<Arc<Run>, StoreError> {
+    ) -> Result<Arc<Run>, MergeError> {
         let _writing = StoreLock::write_staged(&self.layout)?;
         let dir = self.layout.index();
         fs::create_dir_all(&dir).map_err(io_error(&dir))?;
@@ -416,6 +487,72 @@ impl ChunkIndex {
         let _ = fs::remove_file(&staged);
         run
     }
+
+    /// Returns the number of packs.
+    #[cfg(test)]
+    pub(crate) fn packs(&self) -> usize {
+        let of_runs = |state: &State| state.runs.iter().map(|run| run.packs().len()).sum::<usize>();
+        self.read(|state| state.recent_packs.len() + of_runs(state))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn delete_run(path: &Path, error: &StoreError) {
+    tracing::error!("made again from the packs: {error}");
+    // On a read-only store it stays, and is not opened again.
+    let _ = fs::remove_file(path);
+}
+
+/// A pack that the index lacks.
+struct NewPack {
+    path: PathBuf,
+    digest: Digest,
+    version: FileVersion,
+}
+
+/// The outcome of reading the trailers of packs.
+#[derive(Default)]
+struct Read {
+    /// Packs were added.
+    learned: bool,
+    /// A pack could not be read, but may be later.
+    failed: bool,
+}
+
+/// Reads the trailers of packs, on several threads.
+fn read_trailers(new: &[NewPack]) -> Vec<Result<(PackLength, PackIndex), StoreError>> {
+    let read = |new: &NewPack| {
+        Pack::open_with_index(&new.path, new.digest).map(|(pack, index)| (pack.length(), index))
+    };
+    if new.len() < MIN_PART {
+        return new.iter().map(read).collect();
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    let parts = new.chunks(new.len().div_ceil(threads).max(MIN_PART));
+    // No threads of a pool that others use: those may wait for the lock under which this runs.
+    std::thread::scope(|scope| {
+        let parts: Vec<_> =
+            parts.map(|part| scope.spawn(move || part.iter().map(read).collect::<Vec<_>>())).collect();
+        let joined =
+            parts.into_iter().flat_map(|part| part.join().expect("reading a trailer does not panic"));
+        joined.collect()
+    })
+}
+
+/// The reason why a run was not written.
+enum MergeError {
+    /// One of the merged runs is damaged.
+    Run(Arc<Run>, StoreError),
+    Store(StoreError),
+}
+
+impl From<StoreError> for MergeError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
 }
 
 /// Merges entries into a run at `out`, and returns its digest. The run is durable on return.
@@ -425,15 +562,25 @@ fn merge(
     runs: &[Arc<Run>],
     out: Hashing,
     path: &Path,
-) -> Result<Digest, StoreError> {
-    type Source<'a> = Box<dyn Iterator<Item = Result<Entry, StoreError>> + 'a>;
+) -> Result<Digest, MergeError> {
+    type Source<'a> = Box<dyn Iterator<Item = Result<Entry, MergeError>> + 'a>;
+    let of_run = |run: &Arc<Run>| {
+        let run = run.clone();
+        move |entry: Result<Entry, StoreError>| entry.map_err(|error| MergeError::Run(run.clone(), error))
+    };
     let mut sources: Vec<Source<'_>> = vec![Box::new(recent.iter().map(|entry| Ok(*entry)))];
-    sources.extend(runs.iter().map(|run| Box::new(run.all()) as Source<'_>));
+    sources.extend(runs.iter().map(|run| Box::new(run.all().map(of_run(run))) as Source<'_>));
     let mut writer = RunWriter::new(out, packs);
     // The next entry of each source, with the source's number.
     let mut next = BTreeSet::new();
+    let advance = |sources: &mut Vec<Source<'_>>, next: &mut BTreeSet<_>, source: usize| {
+        if let Some(entry) = sources[source].next() {
+            next.insert((entry?, source));
+        }
+        Ok::<(), MergeError>(())
+    };
     for source in 0..sources.len() {
-        advance(&mut sources, source, &mut next)?;
+        advance(&mut sources, &mut next, source)?;
     }
     let mut last = None;
     while let Some((entry, source)) = next.pop_first() {
@@ -442,22 +589,11 @@ fn merge(
             writer.push(&entry).map_err(io_error(path))?;
         }
         last = Some(entry);
-        advance(&mut sources, source, &mut next)?;
+        advance(&mut sources, &mut next, source)?;
     }
     let (digest, file) = writer.finish().and_then(Hashing::finish).map_err(io_error(path))?;
     file.sync_all().map_err(io_error(path))?;
     Ok(digest)
-}
-
-fn advance<'a>(
-    sources: &mut [Box<dyn Iterator<Item = Result<Entry, StoreError>> + 'a>],
-    source: usize,
-    next: &mut BTreeSet<(Entry, usize)>,
-) -> Result<(), StoreError> {
-    if let Some(entry) = sources[source].next() {
-        next.insert((entry?, source));
-    }
-    Ok(())
 }
 
 /// A file and the digest of the bytes written to it.
@@ -527,7 +663,7 @@ mod tests {
     }
 
     fn write_run(index: &ChunkIndex) {
-        index.write_run(&mut index.scan.lock().unwrap()).unwrap();
+        index.write().unwrap();
     }
 
     fn run_files(dir: &tempfile::TempDir) -> Vec<PathBuf> {

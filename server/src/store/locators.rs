@@ -24,7 +24,7 @@ use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::manifest::{ChunkContent, Segment};
 use std::collections::HashMap;
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const MAGIC: &[u8; 16] = b"postcopy locs 1\n";
 const HEADER_BYTES: usize = 16 + DIGEST_BYTES + 8;
@@ -74,6 +74,20 @@ impl Locator {
         (length > 0).then(|| Place { pack: self.packs[pack as usize], offset, length })
     }
 
+    /// Returns this locator with another place for the chunk at `place` of the segment.
+    pub(crate) fn with(&self, place: u32, found: Place) -> Self {
+        let (mut packs, mut chunks) = (self.packs.clone(), self.chunks.clone());
+        let number = packs.iter().position(|pack| *pack == found.pack).unwrap_or_else(|| {
+            packs.push(found.pack);
+            packs.len() - 1
+        });
+        let number = u32::try_from(number).expect("a segment has at most 16,384 chunks");
+        if let Some(chunk) = chunks.get_mut(place as usize) {
+            *chunk = (number, found.offset, found.length);
+        }
+        Self { packs, chunks }
+    }
+
     fn encode(&self, segment: &Digest) -> Vec<u8> {
         let mut bytes = [&MAGIC[..], segment.as_bytes()].concat();
         for count in [self.packs.len(), self.chunks.len()] {
@@ -114,16 +128,29 @@ impl Locator {
     }
 }
 
+/// Number of locks under which locators are read or made.
+const LOADS: usize = 64;
+
 /// The locators of a store.
 #[derive(Debug)]
 pub(crate) struct Locators {
     layout: Layout,
     cache: Cache<Locator>,
+    /// Locked while a locator is read or made, by its segment, so that a burst of misses makes it
+    /// once.
+    loading: [Mutex<()>; LOADS],
 }
 
 impl Locators {
     pub(crate) fn new(layout: &Layout) -> Self {
-        Self { layout: layout.clone(), cache: Cache::new(CACHE_BYTES) }
+        let loading = std::array::from_fn(|_| Mutex::new(()));
+        Self { layout: layout.clone(), cache: Cache::new(CACHE_BYTES), loading }
+    }
+
+    /// Waits until no other thread reads or makes the locator of this segment.
+    pub(crate) fn loading(&self, segment: &Digest) -> MutexGuard<'_, ()> {
+        let lock = &self.loading[usize::from(segment.as_bytes()[0]) % LOADS];
+        lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the locator of a segment, if it is in memory.
@@ -131,7 +158,8 @@ impl Locators {
         self.cache.get(segment)
     }
 
-    /// Reads the locator of a segment of so many chunks; `None` if it is missing or damaged.
+    /// Reads the locator of a segment of so many chunks; `None` if it is missing, damaged or cannot be
+    /// read.
     ///
     /// # Blocking
     /// Reads a file.
@@ -199,6 +227,17 @@ mod tests {
         assert_eq!(known, [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 16]);
         let last = Place { pack: Digest::of(&[0; 4]), offset: 1200, length: 12 };
         assert_eq!(locator.place(16), Some(last));
+    }
+
+    #[test]
+    fn a_chunk_has_another_place_and_the_others_keep_theirs() {
+        let (digest, segment, locator) = example();
+        let found = Place { pack: Digest::of(b"other"), offset: 7, length: 9 };
+        let changed = locator.with(3, found).with(16, found);
+        assert_eq!((changed.place(3), changed.place(16)), (Some(found), Some(found)));
+        assert!((0..16).filter(|n| *n != 3).all(|n| changed.place(n) == locator.place(n)));
+        let decoded = Locator::decode(&changed.encode(&digest), &digest, segment.chunks());
+        assert_eq!(decoded, Some(changed));
     }
 
     #[test]

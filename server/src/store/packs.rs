@@ -18,6 +18,7 @@ use postcopy_proto::pack::PackIndex;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +36,9 @@ const INDEX_READ_AHEAD: usize = 1 << 20;
 pub(crate) struct Pack {
     digest: Digest,
     map: Map,
+    /// The inode of the mapped file. Another file may replace it, when a damaged pack is uploaded
+    /// again.
+    inode: u64,
     damage_is_logged: AtomicBool,
 }
 
@@ -44,8 +48,10 @@ impl Pack {
     /// # Errors
     /// [`StoreError::Io`].
     pub(crate) fn open(path: &Path, digest: Digest) -> Result<Self, StoreError> {
-        let map = File::open(path).and_then(|file| Map::new(&file)).map_err(io_error(path))?;
-        Ok(Self { digest, map, damage_is_logged: AtomicBool::new(false) })
+        let file = File::open(path).map_err(io_error(path))?;
+        let inode = file.metadata().map_err(io_error(path))?.ino();
+        let map = Map::new(&file).map_err(io_error(path))?;
+        Ok(Self { digest, map, inode, damage_is_logged: AtomicBool::new(false) })
     }
 
     /// Maps a pack and reads its index.
@@ -90,9 +96,8 @@ impl Pack {
     /// Returns the frame of a chunk, read from the disk. Decodes it if `check` is set or the map
     /// has lost pages.
     fn load(&self, place: &Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        let too_short = || damaged(pack_name(&self.digest), "it is shorter than it was");
-        let frame = self.frame(place).ok_or_else(too_short)?;
         let object = || format!("chunk {chunk} in pack {}", self.digest);
+        let frame = self.frame(place).ok_or_else(|| damaged(object(), "the pack is too short"))?;
         map::populate(&frame).map_err(|e| damaged(object(), e))?;
         if check || self.map.was_cut() {
             let outcome = ChunkFrame::parse(&frame).and_then(|parsed| {
@@ -102,6 +107,11 @@ impl Pack {
             outcome.map_err(|e| damaged(object(), e))?;
         }
         Ok(frame)
+    }
+
+    /// Returns true if a new map of the pack would show nothing else.
+    fn is_of_same_file(&self, new: &Self) -> bool {
+        self.inode == new.inode && self.map.bytes().len() == new.map.bytes().len() && !self.map.was_cut()
     }
 
     fn log_damage(&self, error: &StoreError) {
@@ -130,8 +140,8 @@ impl Packs {
         Self { layout: layout.clone(), open: Cache::new(MAX_OPEN), index: ChunkIndex::new(layout) }
     }
 
-    /// Returns the frame at a place, if its pack is open and the frame in memory. Never waits for a
-    /// disk.
+    /// Returns the frame at a place, if its pack is open and the frame in memory; `None` also for a
+    /// place beyond the pack's end, and a pack that has lost pages. Never waits for a disk.
     pub(crate) fn resident_frame(&self, place: &Place) -> Option<Bytes> {
         let pack = self.open.get(&place.pack).filter(|pack| !pack.map.was_cut())?;
         pack.frame(place).filter(|frame| map::is_resident(frame))
@@ -146,10 +156,12 @@ impl Packs {
     /// # Blocking
     /// Waits for the disk.
     pub(crate) fn load(&self, place: &Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        if let Some(pack) = self.open.get(&place.pack).filter(|pack| !pack.map.was_cut())
-            && let Ok(frame) = pack.load(place, chunk, check)
+        let known = self.open.get(&place.pack);
+        let outcome = known.as_ref().map(|pack| pack.load(place, chunk, check));
+        if let (Some(pack), Some(Ok(frame))) = (&known, &outcome)
+            && !pack.map.was_cut()
         {
-            return Ok(frame);
+            return Ok(frame.clone());
         }
         // A push may have replaced a damaged file by a good one.
         let pack = match Pack::open(&self.layout.pack(&place.pack), place.pack) {
@@ -159,12 +171,18 @@ impl Packs {
             }
             other => Arc::new(other?),
         };
+        if let (Some(known), Some(Err(error))) = (known, outcome)
+            && known.is_of_same_file(&pack)
+        {
+            known.log_damage(&error);
+            return Err(error);
+        }
         let frame = pack.load(place, chunk, check).inspect_err(|error| pack.log_damage(error));
         self.open.insert(place.pack, pack, 1);
         frame
     }
 
-    /// Returns the frame of a chunk from any pack with a good copy.
+    /// Returns the frame of a chunk from any pack with a good copy, and its place.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] if no pack holds the chunk, or [`StoreError::Damaged`] with
@@ -172,15 +190,17 @@ impl Packs {
     ///
     /// # Blocking
     /// Waits for the disk, and reads the directory again if necessary.
-    pub(crate) fn find_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
+    pub(crate) fn find_frame(&self, chunk: &Digest, check: bool) -> Result<(Place, Bytes), StoreError> {
         let first = self.find_known_frame(chunk, check);
-        if first.is_ok() || !self.index.scan()? {
+        if first.is_ok() {
             return first;
         }
+        // Another call may have found the pack meanwhile, also if this one finds none.
+        self.index.scan()?;
         self.find_known_frame(chunk, check)
     }
 
-    fn find_known_frame(&self, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
+    fn find_known_frame(&self, chunk: &Digest, check: bool) -> Result<(Place, Bytes), StoreError> {
         let mut places = Vec::new();
         self.index.find(&[*chunk], |_, found| places.push(found.place))?;
         let mut outcome = Err(StoreError::NotFound(format!("chunk {chunk}")));
@@ -188,8 +208,8 @@ impl Packs {
             match self.load(&place, chunk, check) {
                 // A deleted pack says nothing of the other ones.
                 Err(StoreError::NotFound(_)) => {}
-                Ok(frame) => return Ok(frame),
-                error => outcome = error,
+                Ok(frame) => return Ok((place, frame)),
+                Err(error) => outcome = Err(error),
             }
         }
         outcome
@@ -229,10 +249,22 @@ impl Packs {
         self.index.maintain()
     }
 
-    /// Returns the open packs.
+    /// Returns the open packs, and the number of packs in the index.
     #[cfg(test)]
-    pub(crate) fn open_packs(&self) -> Vec<Digest> {
-        self.open.keys()
+    pub(crate) fn known(&self) -> (Vec<Digest>, usize) {
+        (self.open.keys(), self.index.packs())
+    }
+
+    /// Reads the directory, and writes all packs to a run.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Full`].
+    ///
+    /// # Blocking
+    /// Reads the trailers of all packs that no run covers.
+    pub(crate) fn write_index(&self) -> Result<(), StoreError> {
+        self.index.scan()?;
+        self.index.write()
     }
 
     /// Returns a check of chunks by path.

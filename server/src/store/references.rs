@@ -78,8 +78,11 @@ pub(crate) fn write(
     labels: Labels,
 ) -> Result<(), StoreError> {
     let _changing = StoreLock::change_references(layout)?;
-    // A damaged reference is replaced.
-    let before = read(layout, reference).ok().flatten();
+    let before = match read(layout, reference) {
+        // A damaged reference is replaced.
+        Err(StoreError::Damaged { .. }) => None,
+        before => before?,
+    };
     let previous = before.and_then(|before| match before.image == *image {
         true => before.provenance.and_then(|provenance| provenance.previous),
         false => Some(before.image),
@@ -89,22 +92,24 @@ pub(crate) fn write(
 }
 
 /// Converts a reference of format 1, `blake3:` with the digest and a line feed. Leaves one of
-/// format 2 as it is. The caller must hold [`StoreLock::change_references`].
+/// format 2 as it is, and then returns false. The caller must hold
+/// [`StoreLock::change_references`].
 pub(crate) fn upgrade(
     layout: &Layout,
     objects: &Objects,
     reference: &TagReference,
-) -> Result<(), StoreError> {
+) -> Result<bool, StoreError> {
     let path = layout.reference(reference);
-    let Some(bytes) = read_bounded(&path, MAX_REFERENCE_BYTES)? else { return Ok(()) };
+    let Some(bytes) = read_bounded(&path, MAX_REFERENCE_BYTES)? else { return Ok(false) };
     let text = String::from_utf8_lossy(&bytes);
     match text.strip_suffix('\n').and_then(|text| text.parse().ok()) {
         Some(image) => {
             let written = fs::metadata(&path).and_then(|metadata| metadata.modified()).ok();
             let provenance = Provenance { written, ..Provenance::default() };
-            objects.put(&path, encode(&image, &provenance))
+            objects.put(&path, encode(&image, &provenance))?;
+            Ok(true)
         }
-        None => decode(&bytes).map(drop).map_err(|e| damaged(format!("reference {reference}"), e)),
+        None => decode(&bytes).map(|_| false).map_err(|e| damaged(format!("reference {reference}"), e)),
     }
 }
 

@@ -1,42 +1,61 @@
 //! Makes a store of format 2 of one of format 1, whose references are texts.
 
-use crate::store::error::OpenError;
+use crate::store::error::{OpenError, StoreError};
 use crate::store::layout::{Domain, FORMAT, Layout};
 use crate::store::lock::StoreLock;
 use crate::store::objects::Objects;
-use crate::store::references;
+use crate::store::{Store, chain, lease, references};
 use std::path::Path;
 
-/// Upgrades the store in `dir`. Returns the number of its references, or `None` if the store has
-/// format 2 already. The store's servers must be stopped, because those of format 1 cannot read the
-/// new references. An interrupted upgrade is continued by another one.
+/// Upgrades the store in `dir`. Returns the number of references that were converted. Writes the
+/// chunk index and the locators of all images, so that a restore need not make them.
+///
+/// The store's servers must be stopped, because those of format 1 cannot read the new references.
+/// If one has written to the store nevertheless, another upgrade converts these references. An
+/// interrupted upgrade is continued by another one, too.
 ///
 /// # Errors
-/// Returns [`OpenError`] if `dir` is no store of a known format, or a reference cannot be read.
+/// Returns [`OpenError`] if `dir` is no store of a known format, a server serves an image of it, or
+/// a reference cannot be read.
 ///
 /// # Blocking
-/// Writes each reference and waits for the disk.
-pub fn upgrade(dir: &Path, domain: Domain) -> Result<Option<u64>, OpenError> {
+/// Reads the trailers of all packs, and waits for the disk.
+pub fn upgrade(dir: &Path, domain: Domain) -> Result<u64, OpenError> {
     let layout = Layout::new(dir, domain);
     match layout.check_format() {
-        Ok(true) => return Ok(None),
+        Ok(true) | Err(OpenError::Old(_)) => {}
         Ok(false) => return Err(OpenError::Missing(dir.to_owned())),
-        Err(OpenError::Old(_)) => {}
         Err(error) => return Err(error),
     }
     let missing = |_| OpenError::Missing(dir.to_owned());
     let layout = Layout::new(&dir.canonicalize().map_err(missing)?, domain);
     layout.create_directories()?;
-    let objects = Objects::new(&layout)?;
-    let _exclusive = StoreLock::delete_objects(&layout)?;
-    let _changing = StoreLock::change_references(&layout)?;
-    let mut upgraded = 0;
+    let converted = convert(&layout)?;
+    let store = Store::open(dir, domain)?;
+    store.packs.write_index()?;
     for reference in references::list(&layout)? {
-        references::upgrade(&layout, &objects, &reference)?;
-        upgraded += 1;
+        let image = references::read(&layout, &reference)?.map(|referred| referred.image);
+        if let Some(Err(error)) = image.map(|image| store.write_locators(&image)) {
+            // A restore that reads it reports this, too.
+            tracing::warn!("reference {reference}: {}", chain(&error));
+        }
+    }
+    Ok(converted)
+}
+
+fn convert(layout: &Layout) -> Result<u64, OpenError> {
+    let objects = Objects::new(layout)?;
+    let _exclusive = StoreLock::delete_objects(layout)?;
+    let _changing = StoreLock::change_references(layout)?;
+    if !lease::held(layout)?.is_empty() {
+        return Err(StoreError::Busy("a server serves images of this store: stop it first").into());
+    }
+    let mut converted = 0;
+    for reference in references::list(layout)? {
+        converted += u64::from(references::upgrade(layout, &objects, &reference)?);
     }
     objects.put(&layout.format(), FORMAT.into())?;
-    Ok(Some(upgraded))
+    Ok(converted)
 }
 
 #[cfg(test)]
@@ -65,8 +84,15 @@ mod tests {
         downgrade(&store, dir.path(), &[("a:1", &first), ("a/b", &second)]);
         let error = Store::open(dir.path(), Domain::DEFAULT).unwrap_err().to_string();
         assert!(error.contains("postcopyd upgrade"), "{error}");
-        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), Some(2));
-        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), None);
+        let locator = store.layout.locator(&first.manifest.root.segment_digests()[0]);
+        fs::remove_file(&locator).unwrap();
+        let lease = store.lease(&first.digest()).unwrap();
+        let error = upgrade(dir.path(), Domain::DEFAULT).unwrap_err().to_string();
+        assert!(error.contains("a server serves images"), "{error}");
+        drop(lease);
+        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), 2);
+        assert!(locator.exists() && fs::read_dir(store.layout.index()).unwrap().count() == 1);
+        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), 0);
         let store = Store::open(dir.path(), Domain::DEFAULT).unwrap();
         let referred = store.refer(&"a:1".parse().unwrap()).unwrap();
         assert_eq!(referred.image, first.digest());
@@ -87,7 +113,12 @@ mod tests {
         let error = upgrade(dir.path(), Domain::DEFAULT).unwrap_err().to_string();
         assert!(error.contains("reference a:3"), "{error}");
         fs::write(&damaged, format!("{}\n", image.digest())).unwrap();
-        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), Some(3));
+        // The first attempt has converted a:2.
+        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), 1);
+        // A server of format 1 that was not stopped wrote another one.
+        downgrade(&store, dir.path(), &[("a:1", &image)]);
+        fs::write(dir.path().join("format"), FORMAT).unwrap();
+        assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), 1);
     }
 
     #[test]

@@ -43,7 +43,11 @@ impl Host {
             return Some(format!("it is of a host of {arch}, this host is {}", self.arch));
         }
         let template = label("firecracker.cpu-template").filter(|_| restorer == Restorer::Firecracker)?;
-        let needs = if template == "T2A" { "AuthenticAMD" } else { "GenuineIntel" };
+        let needs = match template {
+            "T2A" => "AuthenticAMD",
+            "C3" | "T2" | "T2S" | "T2CL" => "GenuineIntel",
+            _ => return None,
+        };
         match &self.cpu_vendor {
             Some(vendor) if vendor != needs => {
                 Some(format!("its CPU template {template} is for {needs}, this host's processor is {vendor}"))
@@ -134,6 +138,8 @@ mod tests {
         assert_eq!(mismatch(&host(None), Restorer::Firecracker, &amd), "");
         assert_eq!(mismatch(&intel, Restorer::Firecracker, &[("firecracker.cpu-template", "T2CL")]), "");
         assert_eq!(mismatch(&intel, Restorer::Firecracker, &[]), "");
+        let own = [("firecracker.cpu-template", "our-own")];
+        assert_eq!(mismatch(&host(Some("AuthenticAMD")), Restorer::Firecracker, &own), "");
     }
 
     #[test]

@@ -34,10 +34,17 @@ pub(crate) fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
+/// Returns true for separators of lines, marks of direction and characters of no width (Unicode,
+/// categories Zl, Zp and the usual ones of Cf).
+fn is_format_control(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
 /// Escapes the control characters of a name, so that a terminal does not obey them and XML stays
-/// valid.
+/// valid, and those that are invisible or change the order of a line.
 pub(crate) fn printable(name: &str) -> String {
-    name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    let is_shown = |c: char| !(c.is_control() || is_format_control(c));
+    name.chars().flat_map(|c| if is_shown(c) { vec![c] } else { c.escape_default().collect() }).collect()
 }
 
 impl Output {

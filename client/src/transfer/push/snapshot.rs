@@ -22,8 +22,8 @@ const MAX_TEXT_BYTES: u64 = 4096;
 
 const MAGIC_X86_64: u64 = 0x0710_1984_8664_0000;
 const MAGIC_AARCH64: u64 = 0x0710_1984_AAAA_0000;
-/// Firecracker's static CPU templates on x86_64, by their numbers; 5 is none.
-const TEMPLATES: [&str; 5] = ["C3", "T2", "T2S", "T2CL", "T2A"];
+/// Firecracker's static CPU templates on x86_64 by their numbers; `None`, the default, is 3.
+const TEMPLATES: [Option<&str>; 6] = [Some("C3"), Some("T2"), Some("T2S"), None, Some("T2CL"), Some("T2A")];
 
 /// Adds the labels of the first snapshot among the files. Keys that `labels` has already stay.
 pub(super) fn add_labels(sources: &[Source], labels: &mut Labels) -> Result<(), PushError> {
@@ -36,12 +36,16 @@ pub(super) fn add_labels(sources: &[Source], labels: &mut Labels) -> Result<(), 
             (true, _) => continue,
             (false, _) => firecracker_labels(&head(source)?),
         };
+        if found.is_empty() {
+            continue;
+        }
         for (key, value) in found {
             // A value that is no label, for example too long, is left out.
             if labels.get(key).is_none() {
                 let _ = labels.set(key, &value);
             }
         }
+        break;
     }
     Ok(())
 }
@@ -108,7 +112,7 @@ fn machine_labels(reader: &mut Reader<'_>, arch: &str) -> Option<Found> {
         ("firecracker.kernel", kernel),
         ("firecracker.page-bytes", page_bytes.to_string()),
     ];
-    if let ("x86_64", Some(template)) = (arch, TEMPLATES.get(template as usize)) {
+    if let ("x86_64", Some(Some(template))) = (arch, TEMPLATES.get(template as usize)) {
         found.push(("firecracker.cpu-template", (*template).to_owned()));
     }
     Some(found)
@@ -201,6 +205,18 @@ mod tests {
             ("firecracker.cpu-template", "T2"),
         ];
         assert_eq!(firecracker_labels(&state_file()), expected.map(|(key, value)| (key, value.to_owned())));
+    }
+
+    #[test]
+    fn a_machine_without_a_template_has_no_label_of_one() {
+        let template_of = |number: u32| {
+            let mut bytes = state_file();
+            bytes[8 + 8 + 5 + 8 + 1..][..4].copy_from_slice(&number.to_le_bytes());
+            let found = firecracker_labels(&bytes).into_iter();
+            found.filter(|(key, _)| *key == "firecracker.cpu-template").map(|(_, value)| value).next()
+        };
+        let expected = [Some("C3"), Some("T2"), Some("T2S"), None, Some("T2CL"), Some("T2A"), None];
+        assert_eq!([0, 1, 2, 3, 4, 5, 6].map(template_of), expected.map(|name| name.map(ToOwned::to_owned)));
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl Names {
         self.bytes.extend(component.as_bytes());
         self.keys.extend(groups.iter().map(|group| {
             let number = Group::ALL.iter().position(|g| g == group).expect("all are named");
-            offset * 4 + u32::try_from(number).expect("there are three")
+            offset * 4 + u32::try_from(number).expect("there are four")
         }));
     }
 
