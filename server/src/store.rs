@@ -663,7 +663,7 @@ mod tests {
         assert!(first.load(&store, 0, true).is_ok());
         // The locator names the good copy from then on, so a read without a check gets it.
         let frame = first.load(&store, damaged, false).unwrap();
-        let plain = &first.plain[damaged as usize * 4096..][..4096];
+        let plain = first.plain.chunks(4096).nth(usize::try_from(damaged).unwrap()).unwrap();
         let mut decoded = vec![0; 4096];
         let parsed = ChunkFrame::parse(&frame).unwrap();
         FrameDecoder::default().decode_verified(&parsed, &Digest::of(plain), &mut decoded).unwrap();
