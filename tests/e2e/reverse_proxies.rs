@@ -16,7 +16,7 @@ const WATCHDOG: Duration = Duration::from_secs(150);
 const MINUTE: Duration = Duration::from_secs(60);
 const PAGES: usize = 4096;
 
-/// All requests there are, in the order of a user's day: push, restores, and what a command asks for.
+/// Sends all kinds of requests: a push, restores, and those of the commands.
 fn every_request_works(proxy: &ServerAddress, bytes: &[u8]) {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("mem"), folder.path().join("out"));

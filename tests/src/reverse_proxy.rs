@@ -26,14 +26,14 @@ impl Kind {
         }
     }
 
-    /// Why its tests cannot run here.
+    /// Returns the reason why its tests cannot run here, if there is one.
     #[must_use]
     pub fn missing(self) -> Option<String> {
         let program = self.program();
         (!Path::new(program).exists()).then(|| format!("{program} is not there: run `tests/setup test`"))
     }
 
-    /// The configuration that docs/OPERATIONS.md shows.
+    /// Returns the configuration that docs/OPERATIONS.md shows.
     fn documented(self) -> String {
         let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/OPERATIONS.md");
         let text = fs::read_to_string(document).expect("docs/OPERATIONS.md");
@@ -118,13 +118,13 @@ impl ReverseProxy {
         proxy
     }
 
-    /// Where it listens.
+    /// Returns the address at which it listens.
     #[must_use]
     pub fn address(&self) -> &ServerAddress {
         &self.address
     }
 
-    /// The processes that carry its connections.
+    /// Returns the pids of the processes that carry its connections.
     #[must_use]
     pub fn workers(&self) -> BTreeSet<u32> {
         let path = format!("/proc/{0}/task/{0}/children", self.child.id());
@@ -132,7 +132,7 @@ impl ReverseProxy {
         text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
     }
 
-    /// Lets it start new workers, while the old ones end: `nginx -s reload`, `systemctl reload haproxy`.
+    /// Starts new workers, while the old ones end: `nginx -s reload`, `systemctl reload haproxy`.
     pub fn reload(&self) {
         let signal = match self.kind {
             Kind::Nginx => Signal::HUP,

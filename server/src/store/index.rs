@@ -12,18 +12,22 @@
 //! Entries of deleted packs stay in a run until it is merged. A caller therefore looks whether a
 //! pack exists.
 
+mod merge;
 pub(super) mod run;
+#[cfg(test)]
+mod tests;
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::{Layout, digest_of_name};
 use crate::store::lock::StoreLock;
 use crate::store::packs::Pack;
+use merge::{Hashing, MergeError, merge};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::PackIndex;
-use run::{Entry, Found, PackLength, Place, Run, RunWriter};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use run::{Entry, Found, PackLength, Place, Run};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -540,242 +544,4 @@ fn read_trailers(new: &[NewPack]) -> Vec<Result<(PackLength, PackIndex), StoreEr
             parts.into_iter().flat_map(|part| part.join().expect("reading a trailer does not panic"));
         joined.collect()
     })
-}
-
-/// The reason why a run was not written.
-enum MergeError {
-    /// One of the merged runs is damaged.
-    Run(Arc<Run>, StoreError),
-    Store(StoreError),
-}
-
-impl From<StoreError> for MergeError {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
-    }
-}
-
-/// Merges entries into a run at `out`, and returns its digest. The run is durable on return.
-fn merge(
-    packs: Vec<PackLength>,
-    recent: &[Entry],
-    runs: &[Arc<Run>],
-    out: Hashing,
-    path: &Path,
-) -> Result<Digest, MergeError> {
-    type Source<'a> = Box<dyn Iterator<Item = Result<Entry, MergeError>> + 'a>;
-    let of_run = |run: &Arc<Run>| {
-        let run = run.clone();
-        move |entry: Result<Entry, StoreError>| entry.map_err(|error| MergeError::Run(run.clone(), error))
-    };
-    let mut sources: Vec<Source<'_>> = vec![Box::new(recent.iter().map(|entry| Ok(*entry)))];
-    sources.extend(runs.iter().map(|run| Box::new(run.all().map(of_run(run))) as Source<'_>));
-    let mut writer = RunWriter::new(out, packs);
-    // The next entry of each source, with the source's number.
-    let mut next = BTreeSet::new();
-    let advance = |sources: &mut Vec<Source<'_>>, next: &mut BTreeSet<_>, source: usize| {
-        if let Some(entry) = sources[source].next() {
-            next.insert((entry?, source));
-        }
-        Ok::<(), MergeError>(())
-    };
-    for source in 0..sources.len() {
-        advance(&mut sources, &mut next, source)?;
-    }
-    let mut last = None;
-    while let Some((entry, source)) = next.pop_first() {
-        // Two runs may cover one pack, if two processes have written them.
-        if last.is_none_or(|last: Entry| (last.0, last.1.pack) != (entry.0, entry.1.pack)) {
-            writer.push(&entry).map_err(io_error(path))?;
-        }
-        last = Some(entry);
-        advance(&mut sources, &mut next, source)?;
-    }
-    let (digest, file) = writer.finish().and_then(Hashing::finish).map_err(io_error(path))?;
-    file.sync_all().map_err(io_error(path))?;
-    Ok(digest)
-}
-
-/// A file and the digest of the bytes written to it.
-struct Hashing {
-    out: BufWriter<File>,
-    hasher: blake3::Hasher,
-}
-
-impl Hashing {
-    fn new(file: File) -> Self {
-        Self { out: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new() }
-    }
-
-    fn finish(self) -> io::Result<(Digest, File)> {
-        let digest = Digest::try_from(&self.hasher.finalize().as_bytes()[..]).map_err(io::Error::other)?;
-        Ok((digest, self.out.into_inner().map_err(io::IntoInnerError::into_error)?))
-    }
-}
-
-impl Write for Hashing {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.hasher.update(bytes);
-        self.out.write_all(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fixtures::{Image, store};
-    use crate::store::{Caller, Domain, Store};
-    use std::collections::BTreeSet;
-
-    fn put(store: &Store, image: &Image) {
-        store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
-    }
-
-    fn layout(store: &tempfile::TempDir) -> Layout {
-        Layout::new(store.path(), Domain::DEFAULT)
-    }
-
-    /// Returns the packs in which the index finds chunks of the images, after it has read the
-    /// directory.
-    fn packs_found(index: &ChunkIndex, images: &[Image]) -> BTreeSet<Digest> {
-        index.scan().unwrap();
-        let mut packs = BTreeSet::new();
-        for image in images {
-            let (chunks, mut found) = (image.data_chunks(), BTreeSet::new());
-            index
-                .find(&chunks, |number, place| {
-                    found.insert(number);
-                    packs.insert(place.place.pack);
-                })
-                .unwrap();
-            assert!(found.is_empty() || found.len() == chunks.len());
-        }
-        packs
-    }
-
-    fn all_packs(images: &[Image]) -> BTreeSet<Digest> {
-        images.iter().map(Image::pack_digest).collect()
-    }
-
-    fn write_run(index: &ChunkIndex) {
-        index.write().unwrap();
-    }
-
-    fn run_files(dir: &tempfile::TempDir) -> Vec<PathBuf> {
-        let entries = fs::read_dir(layout(dir).index()).unwrap();
-        entries.map(|entry| entry.unwrap().path()).collect()
-    }
-
-    #[test]
-    fn runs_are_merged_and_found_by_other_processes_without_the_packs_trailers() {
-        let (dir, store) = store();
-        let images: Vec<_> = (0..9).map(|seed| Image::of_seed(seed * 3)).collect();
-        let index = ChunkIndex::new(&layout(&dir));
-        for image in &images {
-            put(&store, image);
-            assert!(packs_found(&index, &images).contains(&image.pack_digest()));
-            write_run(&index);
-            assert!(index.read(|state| state.recent.is_empty() && state.recent_packs.is_empty()));
-        }
-        assert!(run_files(&dir).len() < 4, "{:?}", run_files(&dir));
-        // Whoever reads a trailer finds that it is none.
-        for image in &images {
-            fs::write(layout(&dir).pack(&image.pack_digest()), b"no pack").unwrap();
-        }
-        let other = ChunkIndex::new(&layout(&dir));
-        assert_eq!(packs_found(&other, &images), all_packs(&images));
-        assert!(other.read(|state| state.recent_packs.is_empty()));
-    }
-
-    #[test]
-    fn a_deleted_pack_leaves_the_index_with_the_next_merge_and_may_come_back() {
-        let (dir, store) = store();
-        let images: Vec<_> = (0..3).map(Image::of_seed).collect();
-        images[..2].iter().for_each(|image| put(&store, image));
-        let index = ChunkIndex::new(&layout(&dir));
-        index.scan().unwrap();
-        write_run(&index);
-        fs::remove_file(layout(&dir).pack(&images[1].pack_digest())).unwrap();
-        put(&store, &images[2]);
-        index.scan().unwrap();
-        write_run(&index);
-        let rest = [images[0].clone(), images[2].clone()];
-        assert_eq!(packs_found(&index, &images), all_packs(&rest));
-        put(&store, &images[1]);
-        assert_eq!(packs_found(&index, &images), all_packs(&images));
-    }
-
-    #[test]
-    fn a_damaged_run_is_made_again_from_the_packs() {
-        let (dir, store) = store();
-        let images: Vec<_> = (0..20).map(Image::of_seed).collect();
-        images.iter().for_each(|image| put(&store, image));
-        let length = || fs::metadata(&run_files(&dir)[0]).unwrap().len();
-        let index = ChunkIndex::new(&layout(&dir));
-        index.scan().unwrap();
-        write_run(&index);
-        for at in [0, 4096, length() - 1, length() - 70] {
-            let path = run_files(&dir).pop().unwrap();
-            let mut bytes = fs::read(&path).unwrap();
-            bytes[usize::try_from(at).unwrap()] ^= 1;
-            fs::write(&path, bytes).unwrap();
-            let other = ChunkIndex::new(&layout(&dir));
-            other.scan().unwrap();
-            // The process that finds the damage first finds fewer chunks, and reads the packs then.
-            let _ = other.find(&images[0].data_chunks(), |_, _| {});
-            let _ = other.find(&images[19].data_chunks(), |_, _| {});
-            assert_eq!(packs_found(&other, &images), all_packs(&images), "{at}");
-            write_run(&other);
-            assert!(!path.exists() || Run::open(&path).is_ok(), "{at}");
-        }
-    }
-
-    #[test]
-    fn a_damaged_run_is_not_merged_into_another() {
-        let (dir, store) = store();
-        let images: Vec<_> = (0..2).map(Image::of_seed).collect();
-        put(&store, &images[0]);
-        let index = ChunkIndex::new(&layout(&dir));
-        index.scan().unwrap();
-        write_run(&index);
-        let path = run_files(&dir).pop().unwrap();
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[7] ^= 1;
-        fs::write(&path, bytes).unwrap();
-        put(&store, &images[1]);
-        index.scan().unwrap();
-        write_run(&index);
-        assert!(!path.exists());
-        assert_eq!(packs_found(&index, &images), all_packs(&images));
-    }
-
-    /// Each of two processes writes and merges runs that the other one has open.
-    #[test]
-    fn processes_that_merge_at_once_lose_no_chunk() {
-        let (dir, store) = store();
-        let images: Vec<_> = (0..40).map(Image::of_seed).collect();
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|| {
-                    let index = ChunkIndex::new(&layout(&dir));
-                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                        index.scan().unwrap();
-                        write_run(&index);
-                    }
-                });
-            }
-            let index = ChunkIndex::new(&layout(&dir));
-            for (number, image) in images.iter().enumerate() {
-                put(&store, image);
-                assert_eq!(packs_found(&index, &images), all_packs(&images[..=number]));
-            }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
-        });
-    }
 }
