@@ -37,8 +37,8 @@ use std::time::{Duration, Instant, SystemTime};
 const MAX_RECENT_ENTRIES: usize = 1 << 17;
 /// Recent packs from which on they become a run, so that another process reads few trailers.
 const MAX_RECENT_PACKS: usize = 1 << 10;
-/// How many times these counts a scan reads before it writes a run itself. Otherwise that is left to
-/// the owner's next [`ChunkIndex::maintain`], because the scan's caller waits.
+/// Factor of these counts from which on a scan writes a run itself. Up to there, the owner's next
+/// [`ChunkIndex::maintain`] does so, because the scan's caller waits.
 const SCAN_FACTOR: usize = 4;
 /// Packs whose trailers a scan reads before it adds them to the index.
 const BATCH: usize = 128;
@@ -243,15 +243,16 @@ impl ChunkIndex {
             if !metadata.is_dir() || scan.seen.get(&path) == Some(&changed) {
                 continue;
             }
+            // Judged before the listing: packs that are added after it must not share this time.
+            let mut is_complete = changed.elapsed().is_ok_and(|age| age > RACY_MTIME);
             let new = self.new_packs_in(&path, scan)?;
-            let mut is_complete = true;
             for batch in new.chunks(BATCH) {
                 let read = self.read_packs(batch, scan);
                 learned |= read.learned;
                 is_complete &= !read.failed;
                 self.write_in_scan();
             }
-            if is_complete && changed.elapsed().is_ok_and(|age| age > RACY_MTIME) {
+            if is_complete {
                 scan.seen.insert(path, changed);
             }
         }

@@ -189,7 +189,7 @@ impl Locators {
         let written = fs::write(&staged, locator.encode(segment)).map_err(io_error(&staged));
         let written = written.and_then(|()| fs::rename(&staged, &place).map_err(io_error(&place)));
         if written.is_err() {
-            // What stays is a left-over, which gc removes.
+            // If this fails, gc removes the file as a left-over.
             let _ = fs::remove_file(&staged);
         }
         written

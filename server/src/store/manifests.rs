@@ -152,13 +152,14 @@ impl Manifests {
         parse_root(image, &self.root_bytes(image)?)
     }
 
-    /// Does the same; `None` for a root of more than `max_bytes`.
+    /// Reads the root of an image as [`Manifests::read_root`] does; `None` for a root of more than
+    /// `max_bytes`.
     ///
     /// # Errors
     /// Returns the errors of [`Manifests::read_root`].
     ///
     /// # Blocking
-    /// As there.
+    /// Reads a file and parses it.
     pub(crate) fn read_small_root(
         &self,
         image: &Digest,

@@ -41,7 +41,7 @@ pub enum StoredChunk {
     Data {
         /// The digest of the chunk.
         chunk: Digest,
-        /// The frame.
+        /// The compressed pages of the chunk.
         frame: Bytes,
     },
 }

@@ -37,7 +37,7 @@ const LIST_PAGE: usize = 10_000;
 /// time take little.
 const PASSING_ROOT_BYTES: usize = 64 << 10;
 
-/// What a reference stands for.
+/// The image of a reference, and its origin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Referred {
     /// The digest of the image.

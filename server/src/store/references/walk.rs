@@ -32,7 +32,7 @@ pub(crate) struct NoReference {
     /// The place in the order of the references: the path in the form of a reference, with `%XX`
     /// for each byte that no reference contains.
     pub(crate) text: String,
-    /// The defect.
+    /// The reason why the entry is no reference.
     pub(crate) error: StoreError,
 }
 
