@@ -5,7 +5,7 @@ use crate::stopped_pager::StoppedPager;
 use crate::wait_until;
 use postcopy::ServerAddress;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write};
@@ -77,15 +77,13 @@ impl Daemon {
         server: &ServerAddress,
         args: impl IntoIterator<Item = A>,
     ) -> Self {
-        let daemon = Self::spawn(root, server, args);
+        let mut daemon = Self::spawn(root, server, args);
         let started = std::time::Instant::now();
         while !daemon.has_said("ready: ") {
-            let ended = rustix::process::test_kill_process(Pid::from_child(&daemon.child)).is_err();
-            assert!(!ended && started.elapsed().as_secs() < 60, "it does not serve: {:?}", daemon.said());
+            let ended = daemon.child.try_wait().expect("it is our child");
+            let waits = ended.is_none() && started.elapsed().as_secs() < 60;
+            assert!(waits, "it does not serve: {ended:?}, {:?}", daemon.said());
             std::thread::park_timeout(std::time::Duration::from_millis(2));
-            if daemon.said().iter().any(|line| line.starts_with("error")) {
-                panic!("it does not serve: {:?}", daemon.said());
-            }
         }
         daemon
     }
@@ -273,7 +271,8 @@ impl Daemon {
         let _ = self.child.wait();
     }
 
-    /// Kills both at once: the guardian first, so that no other worker comes.
+    /// Kills both at once, the guardian first, so that no other worker comes, and waits until
+    /// both are gone: until then the worker's sockets listen.
     pub fn kill(&mut self) {
         if self.worker.is_none() && matches!(self.child.try_wait(), Ok(None)) {
             self.worker();
@@ -287,8 +286,12 @@ impl Daemon {
         };
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if let Some(worker) = worker.flatten() {
-            let _ = kill_process(worker, Signal::KILL);
+        // The worker is no child of ours: its descriptor tells when it is gone.
+        let worker = worker.flatten().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        if let Some(worker) = worker {
+            let _ = pidfd_send_signal(&worker, Signal::KILL);
+            let _ =
+                poll(&mut [PollFd::new(&worker, PollFlags::IN)], Some(&Timespec { tv_sec: 30, tv_nsec: 0 }));
         }
     }
 
