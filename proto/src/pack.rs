@@ -131,37 +131,58 @@ enum Kind {
 /// Returns the index of a pack of this kind, whose entries have `entry_bytes` each, and the end of
 /// its frames.
 fn index_of(pack: &[u8], kind: Kind, entry_bytes: usize) -> Result<(&[u8], usize), PackError> {
-    if !(HEADER_BYTES + TRAILER_BYTES..=MAX_PACK_BYTES).contains(&pack.len()) {
-        return Err(PackError::Length(pack.len()));
-    }
-    let (header, trailer_at) = (&pack[..HEADER_BYTES], pack.len() - TRAILER_BYTES);
-    let trailer = &pack[trailer_at..];
+    check_length(pack.len())?;
+    let header = &pack[..HEADER_BYTES];
     if header[..8] != HEADER[..8] {
         return Err(PackError::Header);
     }
-    if trailer[48..] != TRAILER_MAGIC[..] {
-        return Err(PackError::Trailer);
-    }
-    for version in [u32_at(header, 8), u32_at(trailer, 44)] {
-        if version != VERSION {
-            return Err(PackError::Version(version));
-        }
+    if u32_at(header, 8) != VERSION {
+        return Err(PackError::Version(u32_at(header, 8)));
     }
     if u32_at(header, 12) != kind as u32 {
         return Err(PackError::Kind(u32_at(header, 12)));
     }
-    let offset = u64::from_le_bytes(trailer[32..40].try_into().expect("eight bytes"));
+    index_in(pack, pack.len(), entry_bytes)
+}
+
+fn check_length(pack_bytes: usize) -> Result<(), PackError> {
+    match (HEADER_BYTES + TRAILER_BYTES..=MAX_PACK_BYTES).contains(&pack_bytes) {
+        true => Ok(()),
+        false => Err(PackError::Length(pack_bytes)),
+    }
+}
+
+/// Returns the offset of the index of a pack of `pack_bytes` bytes, and the number of its entries.
+/// Reads the trailer, at the end of `end`.
+fn index_bounds(end: &[u8], pack_bytes: usize) -> Result<(usize, u32), PackError> {
+    check_length(pack_bytes)?;
+    let trailer = end.last_chunk::<TRAILER_BYTES>().ok_or(PackError::Trailer)?;
+    if trailer[48..] != TRAILER_MAGIC[..] {
+        return Err(PackError::Trailer);
+    }
+    if u32_at(trailer, 44) != VERSION {
+        return Err(PackError::Version(u32_at(trailer, 44)));
+    }
+    let offset = u64::from_le_bytes(*trailer[32..].first_chunk().expect("eight bytes"));
     let entries = u32_at(trailer, 40);
-    let start = usize::try_from(offset).ok().filter(|start| (HEADER_BYTES..=trailer_at).contains(start));
-    let start = start.ok_or(PackError::IndexBounds { offset, entries })?;
-    let index = &pack[start..trailer_at];
+    let bounds = HEADER_BYTES..=pack_bytes - TRAILER_BYTES;
+    let start = usize::try_from(offset).ok().filter(|start| bounds.contains(start));
+    Ok((start.ok_or(PackError::IndexBounds { offset, entries })?, entries))
+}
+
+/// Returns the index of a pack of `pack_bytes` bytes from its end, and the end of its frames.
+fn index_in(end: &[u8], pack_bytes: usize, entry_bytes: usize) -> Result<(&[u8], usize), PackError> {
+    let (start, entries) = index_bounds(end, pack_bytes)?;
+    let bounds = || PackError::IndexBounds { offset: start as u64, entries };
+    let from = end.len().checked_sub(pack_bytes - start).ok_or_else(bounds)?;
+    let (index, trailer) = end[from..].split_at(end.len() - from - TRAILER_BYTES);
     if Digest::of(index).as_bytes()[..] != trailer[..32] {
         return Err(PackError::IndexDigest);
     }
-    if index.len() != entries as usize * entry_bytes {
-        return Err(PackError::IndexBounds { offset, entries });
+    match index.len() == entries as usize * entry_bytes {
+        true => Ok((index, start)),
+        false => Err(bounds()),
     }
-    Ok((index, start))
 }
 
 /// Appends an index of `entries` entries, and the trailer.
@@ -256,6 +277,25 @@ impl PackIndex {
     /// Returns the defect of these parts. The frames are not checked.
     pub fn parse(pack: &[u8]) -> Result<Self, PackError> {
         let (index, frames_end) = index_of(pack, Kind::Chunks, ENTRY_BYTES)?;
+        Self::parse_entries(index, frames_end)
+    }
+
+    /// Returns how many bytes at the end of a pack of `pack_bytes` bytes hold its index and trailer.
+    /// Reads the last 64 bytes of `end`.
+    ///
+    /// # Errors
+    /// Returns the defect of the trailer.
+    pub fn end_bytes(end: &[u8], pack_bytes: usize) -> Result<usize, PackError> {
+        index_bounds(end, pack_bytes).map(|(start, _)| pack_bytes - start)
+    }
+
+    /// Parses the index of a pack of `pack_bytes` bytes from its end, which has at least
+    /// [`PackIndex::end_bytes`] bytes.
+    ///
+    /// # Errors
+    /// Returns the defect of the index or the trailer. The header and the frames are not checked.
+    pub fn parse_end(end: &[u8], pack_bytes: usize) -> Result<Self, PackError> {
+        let (index, frames_end) = index_in(end, pack_bytes, ENTRY_BYTES)?;
         Self::parse_entries(index, frames_end)
     }
 
@@ -460,6 +500,21 @@ mod tests {
             pack[at] ^= 1 << bit;
             let in_frames = at < pack.len() - TRAILER_BYTES - frames.len() * SET_ENTRY_BYTES;
             prop_assert!(set_frames(&pack).is_err() || in_frames, "byte {} of index or trailer", at);
+        }
+
+        #[test]
+        fn the_end_of_a_pack_has_its_index(read in 0usize..5000, at in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let pack = pack_of(&chunks(4));
+            let end = &pack[pack.len().saturating_sub(read)..];
+            let needed = PackIndex::end_bytes(&pack, pack.len()).unwrap();
+            match PackIndex::parse_end(end, pack.len()) {
+                Ok(index) => prop_assert_eq!(index, PackIndex::parse(&pack).unwrap()),
+                Err(_) => prop_assert!(end.len() < needed),
+            }
+            let mut end = pack[pack.len() - needed..].to_vec();
+            let at = at.index(end.len());
+            end[at] ^= 1 << bit;
+            prop_assert!(PackIndex::parse_end(&end, pack.len()).is_err());
         }
 
         #[test]
