@@ -7,7 +7,7 @@ use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{
-    Collected, Collector, Damage, Domain, Store, StoreError, Verified, upgrade, verify,
+    Bucket, Collected, Collector, Damage, Domain, Location, Store, StoreError, Verified, upgrade, verify,
 };
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -62,8 +62,9 @@ enum Command {
 /// The option that names the store.
 #[derive(Debug, Args)]
 struct StoreArgs {
-    /// The store's directory [default: $XDG_DATA_HOME/postcopy or ~/.local/share/postcopy]
-    #[arg(long, value_name = "DIR", env = "POSTCOPY_STORE")]
+    /// The store's directory, or the URL of a bucket, such as s3://bucket/prefix [default:
+    /// $XDG_DATA_HOME/postcopy or ~/.local/share/postcopy]
+    #[arg(long, value_name = "DIR|URL", env = "POSTCOPY_STORE")]
     store: Option<PathBuf>,
 }
 
@@ -144,10 +145,13 @@ impl Cli {
         match self.command {
             Command::Serve(options) => options.run().await,
             Command::Gc(options) => options.run().await,
-            Command::Verify(options) => options.run(),
+            Command::Verify(options) => options.run().await,
             Command::Upgrade { store } => {
                 rustix::process::umask(Mode::from_raw_mode(0o077));
-                let converted = upgrade(&store.dir()?, Domain::DEFAULT)?;
+                let Location::Directory(dir) = store.location()? else {
+                    anyhow::bail!("stores in buckets have format 2 from the beginning");
+                };
+                let converted = upgrade(&dir, Domain::DEFAULT)?;
                 say(format_args!("the store has format 2; {converted} references were converted"))?;
                 Ok(ExitCode::SUCCESS)
             }
@@ -162,6 +166,14 @@ impl Cli {
 }
 
 impl StoreArgs {
+    fn location(&self) -> anyhow::Result<Location> {
+        let url = self.store.as_ref().and_then(|store| store.to_str()).filter(|store| store.contains("://"));
+        Ok(match url {
+            Some(url) => Location::Bucket(Arc::new(Bucket::of_url(url)?)),
+            None => Location::Directory(self.dir()?),
+        })
+    }
+
     fn dir(&self) -> anyhow::Result<PathBuf> {
         if let Some(dir) = &self.store {
             return Ok(dir.clone());
@@ -177,20 +189,23 @@ impl Serve {
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(self.umask));
         let address: Address = self.listen.parse()?;
-        let dir = self.store.dir()?;
+        let location = self.store.location()?;
         let end = end_signals::first().context("a thread for signals")?;
         let listener = Listener::bind(&address, self.insecure)?;
         let url = listener.url().context("the listener's own address")?;
-        let opened = dir.clone();
-        let open = tokio::task::spawn_blocking(move || Store::open_or_create(&opened, Domain::DEFAULT));
-        let store = Arc::new(open.await??);
-        tracing::info!(store = %dir.display(), %url, "serving");
+        let store = Arc::new(blocking(move || Store::open_or_create(location, Domain::DEFAULT)).await??);
+        tracing::info!(store = %store.name().display(), %url, "serving");
         // The parent process reads this line, if it still exists.
         let _ = writeln!(io::stdout(), "postcopyd listening on {url}");
         let limits = Limits::default().with_connections(connections(self.max_connections));
         serve(store, listener, limits, self.working_set_share, end).await?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Does work that waits for a disk or a bucket.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await.context("the message is above")
 }
 
 /// Descriptors for other things than connections: files of the store, locks, leases.
@@ -214,8 +229,9 @@ fn connections(wanted: u32) -> u32 {
 impl Gc {
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(0o077));
-        let collector = Collector::open(&self.store.dir()?, Domain::DEFAULT)?;
-        let collected = self.collect(&collector).await.map_err(|error| match error {
+        let location = self.store.location()?;
+        let collector = Arc::new(blocking(|| Collector::open(location, Domain::DEFAULT)).await??);
+        let collected = self.collect(collector).await?.map_err(|error| match error {
             StoreError::Damaged { .. } => anyhow::Error::from(error)
                 .context("nothing was deleted, because an object cannot be read; run `postcopyd verify`"),
             other => other.into(),
@@ -232,20 +248,26 @@ impl Gc {
         Ok(ExitCode::SUCCESS)
     }
 
-    async fn collect(&self, collector: &Collector) -> Result<Collected, StoreError> {
-        let latest = collector.condemn()?;
+    async fn collect(&self, collector: Arc<Collector>) -> anyhow::Result<Result<Collected, StoreError>> {
+        let condemner = collector.clone();
+        let latest = match blocking(move || condemner.condemn()).await? {
+            Ok(latest) => latest,
+            Err(error) => return Ok(Err(error)),
+        };
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
             let wait = self.grace.saturating_sub(latest.elapsed().unwrap_or_default());
             tracing::info!("unreferenced objects are condemned; they are deleted in {wait:.0?}");
             tokio::time::sleep(wait).await;
         }
-        collector.sweep(self.grace)
+        let grace = self.grace;
+        blocking(move || collector.sweep(grace)).await
     }
 }
 
 impl Verify {
-    fn run(self) -> anyhow::Result<ExitCode> {
-        let verified = verify(&self.store.dir()?, Domain::DEFAULT)?;
+    async fn run(self) -> anyhow::Result<ExitCode> {
+        let location = self.store.location()?;
+        let verified = blocking(|| verify(location, Domain::DEFAULT)).await??;
         let is_sound = verified.damage.is_empty();
         if self.json {
             print_json(&verified)?;

@@ -57,6 +57,11 @@ impl Image {
         Self::of([noise(seed + (1 << 33), 8 * PAGE_BYTES), Self::of_seed(seed).plain].concat())
     }
 
+    /// Makes an image of 1 MiB that does not compress.
+    pub(crate) fn large(seed: u64) -> Self {
+        Self::of(noise(seed, 256 * PAGE_BYTES))
+    }
+
     fn of(plain: Vec<u8>) -> Self {
         let mut manifest = ManifestBuilder::new(ChunkSize::MIN);
         manifest.file(&ImagePath::try_from(&b"mem"[..]).unwrap(), plain.len() as u64, false);

@@ -42,6 +42,10 @@ impl From<StoreError> for Status {
             StoreError::Full(_) => Self::resource_exhausted(text),
             StoreError::Busy(_) => exhausted(&text),
             StoreError::Abandoned => Self::cancelled(text),
+            StoreError::Bucket { .. } => {
+                tracing::error!("{text}");
+                Self::unavailable(text)
+            }
             StoreError::Io { .. } => {
                 tracing::error!("{text}");
                 Self::internal(text)
@@ -59,6 +63,7 @@ fn error_of(error: &StoreError) -> v1::Error {
         | StoreError::Busy(_)
         | StoreError::Abandoned
         | StoreError::Full(_)
+        | StoreError::Bucket { .. }
         | StoreError::Io { .. } => v1::ErrorCode::Internal,
     };
     v1::Error { code: code.into(), message: chain(error) }

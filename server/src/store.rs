@@ -1,4 +1,4 @@
-//! The store: a directory of images.
+//! The store: images in a directory or a bucket.
 //!
 //! A push passes these calls: [`Store::stage_pack`] receives a pack, [`Store::put_staged`] verifies
 //! and names it, [`Store::put_segment`] does both for a segment. [`Store::commit`] checks that every
@@ -15,7 +15,10 @@ mod cache;
 mod caller;
 mod commit;
 mod condemned;
+#[cfg(test)]
+mod conformance;
 mod error;
+mod format;
 mod gc;
 mod index;
 mod layout;
@@ -37,10 +40,12 @@ mod working_sets;
 pub use caller::{Caller, Waits};
 pub use commit::{CommitOutcome, Missing};
 pub use error::{OpenError, StoreError};
+pub use format::Location;
 pub use gc::{Collected, Collector};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;
+pub use objects::bucket::Bucket;
 pub use reads::{Located, StoredChunk};
 pub use references::Referred;
 pub(crate) use references::{Listed, NoReference, PageToken};
@@ -50,7 +55,6 @@ pub use verify::{Damage, Verified, verify};
 pub use working_sets::WorkingSet;
 
 use bytes::Bytes;
-use layout::Layout;
 use lease::Leases;
 use locators::Locators;
 use lock::StoreLock;
@@ -61,13 +65,11 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::provenance::Provenance;
 use postcopy_proto::reference::{Reference, TagReference};
 use references::Listings;
-use std::path::Path;
 use std::sync::Arc;
 
-/// A store in a local directory.
+/// A store.
 #[derive(Debug)]
 pub struct Store {
-    layout: Layout,
     objects: Objects,
     packs: Packs,
     manifests: Manifests,
@@ -77,46 +79,46 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in `dir`. Creates it if the directory is empty or does not exist.
+    /// Opens the store at `location`. Creates it if the directory, or the part of the bucket, is empty
+    /// or does not exist.
     ///
     /// # Errors
     /// Returns [`OpenError::Format`] for a store of another version, [`OpenError::NotAStore`] for a
     /// directory with other content.
     ///
     /// # Blocking
-    /// Reads and writes a few small files, however many packs the store has.
-    pub fn open_or_create(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
-        let layout = Layout::new(dir, domain);
-        if layout.check_format()? {
-            return Self::open(dir, domain);
-        }
-        std::fs::create_dir_all(dir).map_err(error::io_error(dir))?;
-        Objects::new(&layout)?.put_unlocked(&layout.format(), layout::FORMAT.into())?;
-        Self::open(dir, domain)
+    /// Reads and writes a few small objects, however many packs the store has.
+    pub fn open_or_create(location: impl Into<Location>, domain: Domain) -> Result<Self, OpenError> {
+        format::open_or_create(&location.into(), domain).map(|objects| Self::new(&objects))
     }
 
-    /// Opens the store in `dir`.
+    /// Opens the store at `location`.
     ///
     /// # Errors
     /// Returns the errors of [`Store::open_or_create`], or [`OpenError::Missing`] if there is no
     /// store.
     ///
     /// # Blocking
-    /// Reads a few small files, however many packs the store has.
-    pub fn open(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
-        let layout = open_layout(dir, domain)?;
-        let objects = Objects::new(&layout)?;
-        let packs = Packs::new(&layout);
-        let (manifests, locators) = (Manifests::new(&layout), Locators::new(&layout));
-        Ok(Self {
-            layout,
-            objects,
-            packs,
-            manifests,
-            locators,
+    /// Reads a few small objects, however many packs the store has.
+    pub fn open(location: impl Into<Location>, domain: Domain) -> Result<Self, OpenError> {
+        format::open(&location.into(), domain).map(|objects| Self::new(&objects))
+    }
+
+    fn new(objects: &Objects) -> Self {
+        Self {
+            objects: objects.clone(),
+            packs: Packs::new(objects),
+            manifests: Manifests::new(objects),
+            locators: Locators::new(objects),
             leases: Leases::default(),
             listings: Listings::default(),
-        })
+        }
+    }
+
+    /// Returns the directory or the URL of the store, for messages.
+    #[must_use]
+    pub fn name(&self) -> std::path::PathBuf {
+        self.objects.name()
     }
 
     /// Returns the digest of a reference's image.
@@ -139,10 +141,9 @@ impl Store {
     /// Reads a small file.
     pub fn refer(&self, reference: &Reference) -> Result<Referred, StoreError> {
         let referred = match reference {
-            Reference::Tag(reference) => references::read(&self.layout, reference)?,
+            Reference::Tag(reference) => references::read(&self.objects, reference)?,
             Reference::Digest { image, .. } => {
-                let stored = Some(*image).filter(|image| self.manifests.is_stored(image));
-                stored.map(|image| Referred { image, provenance: None })
+                self.manifests.is_stored(image)?.then_some(Referred { image: *image, provenance: None })
             }
         };
         referred.ok_or_else(|| StoreError::NotFound(reference.to_string()))
@@ -159,7 +160,10 @@ impl Store {
         &self,
         reference: &Reference,
     ) -> Result<(Arc<StoredRoot>, Option<Provenance>), StoreError> {
-        let Referred { image, provenance } = self.refer(reference)?;
+        let Referred { image, provenance } = match reference {
+            Reference::Digest { image, .. } => Referred { image: *image, provenance: None },
+            Reference::Tag(_) => self.refer(reference)?,
+        };
         match (self.root(&image), reference) {
             (Err(StoreError::NotFound(object)), Reference::Tag(reference)) => {
                 Err(StoreError::NotFound(format!("{object} of reference {reference}")))
@@ -176,11 +180,11 @@ impl Store {
     /// # Blocking
     /// Waits for a collector's deletes.
     pub fn keep_pack(&self, pack: &Digest) -> Result<bool, StoreError> {
-        let _keep = StoreLock::keep_objects(&self.layout)?;
+        let _keep = StoreLock::keep_objects(&self.objects)?;
         // A damaged pack is received again.
         let is_stored = matches!(self.packs.add(*pack), Ok(true));
         if is_stored {
-            condemned::pardon(&self.layout, pack)?;
+            condemned::pardon(&self.objects, pack)?;
         }
         Ok(is_stored)
     }
@@ -194,9 +198,9 @@ impl Store {
     /// # Blocking
     /// Waits for the disk.
     pub fn put_segment(&self, bytes: Bytes) -> Result<Digest, StoreError> {
-        let digest = self.manifests.put_segment(&self.objects, bytes)?;
-        let _keep = StoreLock::keep_objects(&self.layout)?;
-        condemned::pardon(&self.layout, &digest)?;
+        let digest = self.manifests.put_segment(bytes)?;
+        let _keep = StoreLock::keep_objects(&self.objects)?;
+        condemned::pardon(&self.objects, &digest)?;
         Ok(digest)
     }
 
@@ -208,7 +212,7 @@ impl Store {
     /// # Blocking
     /// Waits for the disk.
     pub fn remove_reference(&self, reference: &TagReference) -> Result<(), StoreError> {
-        match references::remove(&self.layout, reference)? {
+        match references::remove(&self.objects, reference)? {
             true => Ok(()),
             false => Err(StoreError::NotFound(reference.to_string())),
         }
@@ -232,7 +236,7 @@ impl Store {
     pub fn lease(&self, image: &Digest) -> Result<Arc<Lease>, StoreError> {
         match self.shared_lease(image) {
             Some(lease) => Ok(lease),
-            None => self.leases.take(&self.layout, image),
+            None => self.leases.take(&self.objects, image),
         }
     }
 
@@ -266,21 +270,6 @@ impl Store {
     }
 }
 
-/// Checks that `dir` is a store, and creates its missing directories. Warns if others may read it.
-fn open_layout(dir: &Path, domain: Domain) -> Result<Layout, OpenError> {
-    let missing = |_| OpenError::Missing(dir.to_owned());
-    // An absolute path, so that later changes of the working directory do not matter.
-    let layout = Layout::new(&dir.canonicalize().map_err(missing)?, domain);
-    if !layout.check_format()? {
-        return Err(OpenError::Missing(dir.to_owned()));
-    }
-    layout.create_directories()?;
-    if layout.is_open_to_others() {
-        tracing::warn!("other users may read {}: chmod it to 700, unless they are meant to", dir.display());
-    }
-    Ok(layout)
-}
-
 /// Returns an error with all of its causes, as one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -300,6 +289,7 @@ mod tests {
     use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
     use postcopy_proto::provenance::Labels;
     use std::fs;
+    use std::path::Path;
 
     fn create(dir: &Path) -> Result<Store, OpenError> {
         Store::open_or_create(dir, Domain::DEFAULT)
@@ -312,7 +302,7 @@ mod tests {
         assert!(matches!(Store::open(&path, Domain::DEFAULT), Err(OpenError::Missing(_))));
         assert!(!path.exists(), "only asked for");
         Image::of_seed(1).push(&create(&path).unwrap(), "a");
-        assert_eq!(references::list(&create(&path).unwrap().layout).unwrap().len(), 1);
+        assert_eq!(references::list(&create(&path).unwrap().objects).unwrap().len(), 1);
         assert_eq!(fs::read_to_string(path.join("format")).unwrap(), layout::FORMAT);
     }
 
@@ -347,7 +337,7 @@ mod tests {
         {
             let outcome = store.put_pack(digest, bytes.into(), &Caller::default());
             assert!(matches!(outcome, Err(StoreError::Invalid { .. })), "{outcome:?}");
-            assert!(!store.layout.pack(&digest).exists());
+            assert!(!store.objects.layout.pack(&digest).exists());
         }
         assert!(matches!(store.put_segment(Bytes::from_static(b"x")), Err(StoreError::Invalid { .. })));
     }
@@ -374,8 +364,8 @@ mod tests {
         let other = Image::of_seed(2);
         let put = store.put_pack(other.pack_digest(), other.pack.clone(), &caller);
         assert!(matches!(put, Err(StoreError::Abandoned)), "{put:?}");
-        assert!(!store.layout.pack(&other.pack_digest()).exists());
-        assert_eq!(references::list(&store.layout).unwrap().len(), 1);
+        assert!(!store.objects.layout.pack(&other.pack_digest()).exists());
+        assert_eq!(references::list(&store.objects).unwrap().len(), 1);
     }
 
     #[test]
@@ -404,7 +394,7 @@ mod tests {
         let (dir, store) = store();
         let (image, larger) = (Image::of_seed(1), Image::with_more_chunks(1));
         image.push(&store, "a");
-        let locator = store.layout.locator(&image.manifest.root.segment_digests()[0]);
+        let locator = store.objects.layout.locator(&image.manifest.root.segment_digests()[0]);
         let good = fs::read(&locator).unwrap();
         fs::remove_file(&locator).unwrap();
         assert!(image.load(&create(dir.path()).unwrap(), 3, true).is_ok());
@@ -414,7 +404,7 @@ mod tests {
         assert_eq!(fs::read(&locator).unwrap(), good);
         // Every chunk of the image is also in the other pack.
         store.put_pack(larger.pack_digest(), larger.pack.clone(), &Caller::default()).unwrap();
-        fs::remove_file(store.layout.pack(&image.pack_digest())).unwrap();
+        fs::remove_file(store.objects.layout.pack(&image.pack_digest())).unwrap();
         let reader = create(dir.path()).unwrap();
         (0..12).for_each(|chunk| drop(image.load(&reader, chunk, true).unwrap()));
         assert_ne!(fs::read(&locator).unwrap(), good, "it names the other pack");
@@ -428,7 +418,7 @@ mod tests {
         image.push(&store, "a");
         let (chunk, pack) = (*image.data_chunks().last().unwrap(), image.pack_digest());
         assert!(image.load(&store, 16, false).is_ok() && image.resident(&store, 16).is_some());
-        fs::File::options().write(true).open(store.layout.pack(&pack)).unwrap().set_len(0).unwrap();
+        fs::File::options().write(true).open(store.objects.layout.pack(&pack)).unwrap().set_len(0).unwrap();
         assert!(image.resident(&store, 16).is_none());
         let error = image.load(&store, 16, false).unwrap_err();
         assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
@@ -443,7 +433,7 @@ mod tests {
         let (_dir, store) = store();
         let (first, second) = (Image::of_seed(1), Image::with_more_chunks(1));
         first.push(&store, "a");
-        let path = store.layout.pack(&first.pack_digest());
+        let path = store.objects.layout.pack(&first.pack_digest());
         let mut bytes = fs::read(&path).unwrap();
         bytes[16 + 24] ^= 0xff;
         // The damage is in place, as on a disk, so the map stays.
@@ -504,7 +494,7 @@ mod tests {
         let names = ["a-b:x", "a/b/c:x", "a/b:latest", "a:latest", "a:v1"];
         names.iter().rev().for_each(|name| image.push(&store, name));
         let listed: Vec<_> =
-            references::list(&store.layout).unwrap().iter().map(ToString::to_string).collect();
+            references::list(&store.objects).unwrap().iter().map(ToString::to_string).collect();
         assert_eq!(listed, names, "in bytewise order");
         store.remove_reference(&"a:latest".parse().unwrap()).unwrap();
         assert!(store.resolve(&"a".parse().unwrap()).is_err());

@@ -5,6 +5,7 @@
 mod ahead;
 mod attach;
 mod bounds;
+mod buckets;
 mod changes;
 mod cli;
 mod connection;

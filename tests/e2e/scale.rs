@@ -228,7 +228,7 @@ impl Neighbours {
             std::thread::park_timeout(Duration::from_micros(200));
         }
         let longest = asking.join().unwrap();
-        let meanwhile = served.iter().filter(|served| longest.contains(served)).count();
+        let meanwhile = served.iter().filter(|served| longest.contains::<Instant>(served)).count();
         (meanwhile, longest.end - longest.start)
     }
 }

@@ -20,6 +20,7 @@ pub mod mounts;
 pub mod pool;
 pub mod proxy;
 pub mod reverse_proxy;
+pub mod s3;
 pub mod server;
 pub mod stopped_pager;
 pub mod store;

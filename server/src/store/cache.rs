@@ -1,7 +1,7 @@
 //! A cache that evicts the least recently used objects.
 
-use postcopy_proto::digest::Digest;
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug)]
@@ -12,65 +12,65 @@ struct Slot<V> {
 }
 
 #[derive(Debug)]
-struct Slots<V> {
-    by_digest: HashMap<Digest, Slot<V>>,
+struct Slots<K, V> {
+    by_key: HashMap<K, Slot<V>>,
     bytes: usize,
     clock: u64,
 }
 
-/// Parsed objects or open packs by digest, together at most `max_bytes`, or as many as that if each
-/// counts as one byte. A larger object is kept alone.
+/// Parsed objects, open packs or blocks of packs, together at most `max_bytes`, or as many as that
+/// if each counts as one byte. A larger object is kept alone.
 #[derive(Debug)]
-pub(crate) struct Cache<V> {
+pub(crate) struct Cache<K, V> {
     max_bytes: usize,
     /// Locked for a look-up or an insertion, never while an object is read or parsed.
-    slots: Mutex<Slots<V>>,
+    slots: Mutex<Slots<K, V>>,
 }
 
-impl<V> Cache<V> {
+impl<K: Copy + Eq + Hash, V> Cache<K, V> {
     pub(crate) fn new(max_bytes: usize) -> Self {
-        let slots = Slots { by_digest: HashMap::new(), bytes: 0, clock: 0 };
+        let slots = Slots { by_key: HashMap::new(), bytes: 0, clock: 0 };
         Self { max_bytes, slots: Mutex::new(slots) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Slots<V>> {
+    fn lock(&self) -> MutexGuard<'_, Slots<K, V>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn get(&self, digest: &Digest) -> Option<Arc<V>> {
+    pub(crate) fn get(&self, key: &K) -> Option<Arc<V>> {
         let mut slots = self.lock();
         slots.clock += 1;
         let clock = slots.clock;
-        let slot = slots.by_digest.get_mut(digest)?;
+        let slot = slots.by_key.get_mut(key)?;
         slot.used = clock;
         Some(slot.value.clone())
     }
 
-    pub(crate) fn remove(&self, digest: &Digest) {
+    pub(crate) fn remove(&self, key: &K) {
         let mut slots = self.lock();
-        let removed = slots.by_digest.remove(digest);
+        let removed = slots.by_key.remove(key);
         slots.bytes -= removed.as_ref().map_or(0, |removed| removed.bytes);
         // The drop may take long: it unmaps a pack.
         drop(slots);
         drop(removed);
     }
 
-    pub(crate) fn keys(&self) -> Vec<Digest> {
-        self.lock().by_digest.keys().copied().collect()
+    pub(crate) fn keys(&self) -> Vec<K> {
+        self.lock().by_key.keys().copied().collect()
     }
 
-    pub(crate) fn insert(&self, digest: Digest, value: Arc<V>, bytes: usize) {
+    pub(crate) fn insert(&self, key: K, value: Arc<V>, bytes: usize) {
         let mut slots = self.lock();
         slots.clock += 1;
         let used = slots.clock;
         let mut removed = Vec::new();
-        removed.extend(slots.by_digest.insert(digest, Slot { value, bytes, used }));
+        removed.extend(slots.by_key.insert(key, Slot { value, bytes, used }));
         slots.bytes += bytes;
         slots.bytes -= removed.first().map_or(0, |old| old.bytes);
-        while slots.bytes > self.max_bytes && slots.by_digest.len() > 1 {
+        while slots.bytes > self.max_bytes && slots.by_key.len() > 1 {
             // There are at most some thousand objects, so a search costs less than keeping an order.
-            let oldest = slots.by_digest.iter().min_by_key(|(_, slot)| slot.used).map(|(digest, _)| *digest);
-            let Some(evicted) = oldest.and_then(|oldest| slots.by_digest.remove(&oldest)) else { break };
+            let oldest = slots.by_key.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| *key);
+            let Some(evicted) = oldest.and_then(|oldest| slots.by_key.remove(&oldest)) else { break };
             slots.bytes -= evicted.bytes;
             removed.push(evicted);
         }
@@ -83,6 +83,7 @@ impl<V> Cache<V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use postcopy_proto::digest::Digest;
 
     #[test]
     fn the_least_recently_used_is_forgotten_first() {

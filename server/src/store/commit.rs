@@ -2,7 +2,6 @@
 
 use crate::store::error::{StoreError, damaged};
 use crate::store::index::run::PackLength;
-use crate::store::layout::sync_dir;
 use crate::store::locators::Locator;
 use crate::store::lock::StoreLock;
 use crate::store::{Caller, Referred, Store, condemned, references};
@@ -58,7 +57,7 @@ impl Store {
     /// # Blocking
     /// Checks each pack concerned, and waits for a collector's deletes.
     pub fn find_missing(&self, chunks: impl Iterator<Item = Digest>) -> Result<Vec<Digest>, StoreError> {
-        let _keep = StoreLock::keep_objects(&self.layout)?;
+        let _keep = StoreLock::keep_objects(&self.objects)?;
         let mut presence = self.packs.presence();
         let mut missing: Vec<_> = chunks.collect();
         let places = presence.places(&missing)?;
@@ -90,8 +89,8 @@ impl Store {
         match self.rely_on(&parsed, caller)? {
             Reliance::Missing(missing) => Ok(CommitOutcome::Missing(missing)),
             Reliance::Complete(_keep) => {
-                self.objects.put(&self.layout.manifest(&image), root)?;
-                references::write(&self.layout, &self.objects, reference, &image, labels)?;
+                self.objects.put(&self.objects.layout.manifest(&image), root)?;
+                references::write(&self.objects, reference, &image, labels)?;
                 Ok(CommitOutcome::Committed(image))
             }
         }
@@ -113,7 +112,7 @@ impl Store {
     ) -> Result<Digest, StoreError> {
         let _keep = match source {
             // An image with a tag is safe from gc, as long as the tag cannot lose it.
-            Reference::Tag(_) => StoreLock::keep_objects(&self.layout)?,
+            Reference::Tag(_) => StoreLock::keep_objects(&self.objects)?,
             Reference::Digest { image, .. } => {
                 let root = self.manifests.root(image)?;
                 let Reliance::Complete(keep) = self.rely_on(&root, caller)? else {
@@ -124,7 +123,7 @@ impl Store {
         };
         let Referred { image, provenance } = self.refer(source)?;
         let labels = provenance.unwrap_or_default().labels;
-        references::write(&self.layout, &self.objects, target, &image, labels)?;
+        references::write(&self.objects, target, &image, labels)?;
         Ok(image)
     }
 
@@ -137,10 +136,10 @@ impl Store {
                 Ok(packs) => packs,
                 Err(missing) => return Ok(Reliance::Missing(missing)),
             };
-            let keep = StoreLock::keep_objects(&self.layout)?;
+            let keep = StoreLock::keep_objects(&self.objects)?;
             // Otherwise a collector has deleted some of them meanwhile.
-            if packs.iter().all(|pack| self.packs.is_stored(*pack))
-                && segments.iter().all(|segment| self.manifests.is_stored(segment))
+            if self.packs.are_stored(&packs)?.iter().all(|is_stored| *is_stored)
+                && self.manifests.lacking(segments.iter().copied())?.is_empty()
             {
                 self.make_entries_last(&packs)?;
                 let packs = packs.iter().map(|known| &known.pack);
@@ -159,8 +158,8 @@ impl Store {
         segments: &HashSet<Digest>,
         caller: &Caller,
     ) -> Result<Result<Vec<PackLength>, Missing>, StoreError> {
-        let lacking = segments.iter().filter(|digest| !self.manifests.is_stored(digest));
-        let missing: Vec<_> = lacking.copied().take(MAX_FIND_MISSING).collect();
+        let mut missing = self.manifests.lacking(segments.iter().copied())?;
+        missing.truncate(MAX_FIND_MISSING);
         if !missing.is_empty() {
             return Ok(Err(Missing { segments: missing, chunks: Vec::new() }));
         }
@@ -177,7 +176,7 @@ impl Store {
             let segment = self.stored_segment(root, index)?;
             let chunks: Vec<_> = segment.digests().collect();
             let places = presence.places(&chunks)?;
-            if !places.contains(&None) && !self.locators.exists(digest) {
+            if !places.contains(&None) && !self.locators.exists(digest)? {
                 self.locators.write(digest, &Locator::new(&segment, &places))?;
             }
             for (chunk, _) in chunks.iter().zip(places).filter(|(_, place)| place.is_none()) {
@@ -208,21 +207,22 @@ impl Store {
 
     /// Syncs the directories of objects that another process may have renamed without syncing yet.
     fn make_entries_last(&self, packs: &[PackLength]) -> Result<(), StoreError> {
-        let paths = packs.iter().map(|known| self.layout.pack(&known.pack));
+        let layout = &self.objects.layout;
+        let paths = packs.iter().map(|known| layout.pack(&known.pack));
         let mut dirs: BTreeSet<_> = paths.filter_map(|p| p.parent().map(ToOwned::to_owned)).collect();
-        dirs.insert(self.layout.packs());
-        dirs.insert(self.layout.manifests());
-        dirs.iter().try_for_each(|dir| sync_dir(dir))
+        dirs.insert(layout.packs());
+        dirs.insert(layout.manifests());
+        self.objects.sync(&dirs)
     }
 
     fn pardon_all<'a>(&self, objects: impl Iterator<Item = &'a Digest>) -> Result<(), StoreError> {
         // Without a collector there are no entries, and one look is cheaper than an unlink for each
         // object.
-        let condemned: HashSet<_> = condemned::list(&self.layout)?.into_iter().map(|(d, _)| d).collect();
+        let condemned: HashSet<_> = condemned::list(&self.objects)?.into_iter().map(|(d, _)| d).collect();
         if condemned.is_empty() {
             return Ok(());
         }
         let mut objects = objects.filter(|object| condemned.contains(object));
-        objects.try_for_each(|object| condemned::pardon(&self.layout, object))
+        objects.try_for_each(|object| condemned::pardon(&self.objects, object))
     }
 }

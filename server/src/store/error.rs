@@ -35,6 +35,14 @@ pub enum StoreError {
     /// The disk or quota is full.
     #[error("{}: the disk is full, or its quota used up", .0.display())]
     Full(PathBuf),
+    /// The bucket refuses, or does not answer.
+    #[error("{object}: {reason}")]
+    Bucket {
+        /// The name of the object.
+        object: String,
+        /// The error of the request.
+        reason: String,
+    },
     /// The operating system refuses.
     #[error("{}", path.display())]
     Io {
@@ -45,7 +53,7 @@ pub enum StoreError {
     },
 }
 
-/// The reason why a directory cannot be used as a store.
+/// The reason why a directory or a bucket cannot be used as a store.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The store has another version of the layout.
@@ -67,6 +75,22 @@ pub enum OpenError {
     /// There is no store, and none was to be created.
     #[error("{}: there is no store", .0.display())]
     Missing(PathBuf),
+    /// There is no access to such a bucket.
+    #[error("{url}: {reason}")]
+    Bucket {
+        /// The URL of the bucket.
+        url: String,
+        /// The reason.
+        reason: String,
+    },
+    /// What was asked for is possible only with a store in a directory.
+    #[error("{url}: {reason}")]
+    DirectoryOnly {
+        /// The URL of the bucket.
+        url: String,
+        /// The reason.
+        reason: &'static str,
+    },
     /// A part of the store cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -8,17 +8,17 @@
 //!
 //! An unreadable reference or manifest might need any object, so it stops the collection.
 
-use crate::store::error::{OpenError, StoreError, io_error};
-use crate::store::layout::{Domain, Layout};
+use crate::store::error::{OpenError, StoreError};
+use crate::store::format::{self, Location};
+use crate::store::layout::Domain;
 use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
-use crate::store::packs::Pack;
-use crate::store::{condemned, lease, objects, open_layout, references, walk, working_sets};
+use crate::store::objects::{Objects, directory};
+use crate::store::packs::read_index;
+use crate::store::{condemned, lease, references, walk, working_sets};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
 use std::collections::HashSet;
-use std::fs;
-use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -46,7 +46,7 @@ pub struct Collected {
 /// The garbage collector of one domain of a store.
 #[derive(Debug)]
 pub struct Collector {
-    layout: Layout,
+    objects: Objects,
     manifests: Manifests,
 }
 
@@ -58,14 +58,18 @@ struct Marked {
 }
 
 impl Collector {
-    /// Makes a collector for the store in `dir`.
+    /// Makes a collector for the store at `location`.
     ///
     /// # Errors
-    /// Returns [`OpenError`] if `dir` is no store.
-    pub fn open(dir: &Path, domain: Domain) -> Result<Self, OpenError> {
-        let layout = open_layout(dir, domain)?;
-        let manifests = Manifests::new(&layout);
-        Ok(Self { layout, manifests })
+    /// Returns [`OpenError`] if there is no store.
+    pub fn open(location: impl Into<Location>, domain: Domain) -> Result<Self, OpenError> {
+        let objects = format::open(&location.into(), domain)?;
+        if !objects.has_locks() {
+            let reason = "this version collects no garbage in buckets";
+            return Err(OpenError::DirectoryOnly { url: objects.name().display().to_string(), reason });
+        }
+        let manifests = Manifests::new(&objects);
+        Ok(Self { objects, manifests })
     }
 
     /// Condemns the objects that no reference needs. Returns the time of the last condemned one;
@@ -79,17 +83,17 @@ impl Collector {
     /// Reads all manifests and the index of every pack.
     pub fn condemn(&self) -> Result<Option<SystemTime>, StoreError> {
         let marked = self.mark()?;
-        for (digest, _) in walk::manifests(&self.layout)? {
+        for digest in walk::manifests(&self.objects)?.0 {
             if !marked.manifests.contains(&digest) {
-                condemned::condemn(&self.layout, &digest)?;
+                condemned::condemn(&self.objects, &digest)?;
             }
         }
-        for (digest, path) in walk::packs(&self.layout)? {
-            if !is_needed(&marked, digest, &path) {
-                condemned::condemn(&self.layout, &digest)?;
+        for digest in walk::packs(&self.objects)? {
+            if !self.is_needed(&marked, digest) {
+                condemned::condemn(&self.objects, &digest)?;
             }
         }
-        Ok(condemned::list(&self.layout)?.into_iter().map(|(_, since)| since).max())
+        Ok(condemned::list(&self.objects)?.into_iter().map(|(_, since)| since).max())
     }
 
     /// Deletes objects that were condemned at least `grace` ago and are still not needed, and files
@@ -103,15 +107,16 @@ impl Collector {
     /// Delays commits while it reads all manifests and deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
         let mut collected = Collected::default();
-        let deleting = StoreLock::delete_objects(&self.layout)?;
+        let deleting = StoreLock::delete_objects(&self.objects)?;
         let marked = self.mark()?;
         let (mut manifests, mut packs) = (Vec::new(), Vec::new());
-        for (digest, since) in condemned::list(&self.layout)? {
-            let (manifest, pack) = (self.layout.manifest(&digest), self.layout.pack(&digest));
-            let is_manifest = manifest.exists() && !marked.manifests.contains(&digest);
-            let is_pack = pack.exists() && !is_needed(&marked, digest, &pack);
+        let layout = &self.objects.layout;
+        for (digest, since) in condemned::list(&self.objects)? {
+            let (manifest, pack) = (layout.manifest(&digest), layout.pack(&digest));
+            let is_manifest = !marked.manifests.contains(&digest) && self.objects.exists(&manifest)?;
+            let is_pack = self.objects.exists(&pack)? && !self.is_needed(&marked, digest);
             if !is_manifest && !is_pack {
-                condemned::pardon(&self.layout, &digest)?;
+                condemned::pardon(&self.objects, &digest)?;
             } else if since.elapsed().unwrap_or_default() < grace {
                 collected.waiting += 1;
             } else if is_manifest {
@@ -125,13 +130,13 @@ impl Collector {
         for (digest, path) in &manifests {
             collected.manifests += 1;
             collected.bytes += self.delete(digest, path)?;
-            collected.bytes += remove_sized(&self.layout.locator(digest))?;
+            collected.bytes += self.objects.remove_sized(&layout.locator(digest))?;
         }
         for (digest, path) in &packs {
             collected.packs += 1;
             collected.bytes += self.delete(digest, path)?;
         }
-        let (working_sets, bytes) = working_sets::remove_orphans(&self.layout)?;
+        let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
         collected.working_sets = working_sets;
         collected.bytes += bytes;
         drop(deleting);
@@ -140,23 +145,23 @@ impl Collector {
     }
 
     fn delete(&self, digest: &Digest, path: &Path) -> Result<u64, StoreError> {
-        let bytes = remove_sized(path)?;
-        condemned::pardon(&self.layout, digest)?;
+        let bytes = self.objects.remove_sized(path)?;
+        condemned::pardon(&self.objects, digest)?;
         Ok(bytes)
     }
 
     fn mark(&self) -> Result<Marked, StoreError> {
         let mut marked = Marked::default();
-        for reference in references::list(&self.layout)? {
+        for reference in references::list(&self.objects)? {
             // `None`: the reference was removed after it was listed.
-            if let Some(referred) = references::read(&self.layout, &reference)? {
+            if let Some(referred) = references::read(&self.objects, &reference)? {
                 self.mark_image(&referred.image, &mut marked)
                     .map_err(|error| needed_by(&reference, error))?;
             }
         }
-        for image in lease::held(&self.layout)? {
+        for image in lease::held(&self.objects)? {
             // A stream may outlive an image that was damaged or removed by hand.
-            if self.manifests.is_stored(&image) {
+            if self.manifests.is_stored(&image)? {
                 self.mark_image(&image, &mut marked)?;
             }
         }
@@ -178,43 +183,37 @@ impl Collector {
     }
 
     fn delete_left_overs(&self, grace: Duration, collected: &mut Collected) -> Result<(), StoreError> {
-        let nobody_writes = StoreLock::try_delete_staged(&self.layout)?;
+        let nobody_writes = StoreLock::try_delete_staged(&self.objects)?;
         // A commit may have written a locator while its segment was deleted.
-        for path in walk::orphan_locators(&self.layout)? {
-            collected.left_overs += 1;
-            collected.bytes += remove_sized(&path)?;
+        for path in walk::manifests(&self.objects)?.1 {
+            // The segment may have been written during the listing.
+            if !self.objects.exists(&path.with_extension(""))? {
+                collected.left_overs += 1;
+                collected.bytes += self.objects.remove_sized(&path)?;
+            }
         }
         let mut staged = Vec::new();
-        walk::staged(self.layout.domain(), &mut staged)?;
+        directory::staged(self.objects.layout.domain(), &mut staged)?;
         for path in staged {
-            let Ok(metadata) = fs::metadata(&path) else { continue };
-            let age = metadata.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
-            if (nobody_writes.is_some() || age > STAGED_MAX_AGE.max(grace)) && objects::remove(&path)? {
+            let Some(written) = self.objects.written(&path)? else { continue };
+            let age = written.elapsed().unwrap_or_default();
+            if nobody_writes.is_some() || age > STAGED_MAX_AGE.max(grace) {
                 collected.left_overs += 1;
-                collected.bytes += metadata.len();
+                collected.bytes += self.objects.remove_sized(&path)?;
             }
         }
         Ok(())
     }
-}
 
-/// Removes a file, and returns its length; 0 if it did not exist.
-fn remove_sized(path: &Path) -> Result<u64, StoreError> {
-    let bytes = match fs::metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
-        other => other.map_err(io_error(path))?.len(),
-    };
-    objects::remove(path)?;
-    Ok(bytes)
-}
-
-/// Returns true if a reference needs a chunk of the pack, or the pack cannot be read.
-fn is_needed(marked: &Marked, digest: Digest, path: &Path) -> bool {
-    match Pack::open_with_index(path, digest) {
-        Ok((_, index)) => index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk)),
-        Err(error) => {
-            tracing::warn!(pack = %digest, "kept, though it may be garbage: {}", crate::store::chain(&error));
-            true
+    /// Returns true if a reference needs a chunk of the pack, or the pack cannot be read.
+    fn is_needed(&self, marked: &Marked, pack: Digest) -> bool {
+        match read_index(&self.objects, pack) {
+            Ok(None) => false,
+            Ok(Some((_, index))) => index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk)),
+            Err(error) => {
+                tracing::warn!(%pack, "kept, though it may be garbage: {}", crate::store::chain(&error));
+                true
+            }
         }
     }
 }
@@ -235,6 +234,7 @@ mod tests {
     use crate::fixtures::{Image, store};
     use crate::store::{Caller, CommitOutcome, Store, verify};
     use postcopy_proto::provenance::Labels;
+    use std::fs;
 
     fn collector(dir: &Path) -> Collector {
         Collector::open(dir, Domain::DEFAULT).unwrap()
@@ -256,7 +256,7 @@ mod tests {
         let collected = collect(dir.path());
         assert_eq!((collected.packs, collected.manifests, collected.waiting), (1, 2, 0));
         let segment = &removed.manifest.root.segment_digests()[0];
-        assert!(!store.layout.locator(segment).exists());
+        assert!(!store.objects.layout.locator(segment).exists());
         assert!(collected.bytes > removed.pack.len() as u64);
         assert_eq!(collect(dir.path()), Collected::default());
         let verified = verify(dir.path(), Domain::DEFAULT).unwrap();
@@ -313,7 +313,7 @@ mod tests {
             collector(dir.path()).condemn().unwrap();
             pardon();
             assert_eq!(collector(dir.path()).sweep(Duration::ZERO).unwrap().packs, 0);
-            assert!(store.layout.pack(&pack).exists());
+            assert!(store.objects.layout.pack(&pack).exists());
         }
     }
 
@@ -324,7 +324,7 @@ mod tests {
         image.push(&store, "a:1");
         store.put_pack(garbage.pack_digest(), garbage.pack.clone(), &Caller::default()).unwrap();
         collector(dir.path()).condemn().unwrap();
-        let layout = &store.layout;
+        let layout = &store.objects.layout;
         let objects = [
             layout.manifest(&image.digest()),
             layout.manifest(&image.manifest.root.segment_digests()[0]),
@@ -351,20 +351,20 @@ mod tests {
         let (dir, store) = store();
         let pack = Image::of_seed(1).pack_digest();
         store.put_pack(pack, Image::of_seed(1).pack, &Caller::default()).unwrap();
-        fs::write(store.layout.pack(&pack), b"damaged").unwrap();
+        fs::write(store.objects.layout.pack(&pack), b"damaged").unwrap();
         assert_eq!(collect(dir.path()), Collected::default());
     }
 
     #[test]
     fn left_overs_are_deleted_unless_somebody_is_writing() {
         let (dir, store) = store();
-        let layout = &store.layout;
+        let layout = &store.objects.layout;
         let pack = layout.pack(&Digest::of(b"x"));
         fs::create_dir_all(pack.parent().unwrap()).unwrap();
         let staged =
             [pack.with_extension("#1"), layout.manifests().join("y#12"), layout.references().join("z#1")];
         staged.iter().for_each(|path| fs::write(path, "left over").unwrap());
-        let writing = StoreLock::write_staged(layout).unwrap();
+        let writing = StoreLock::write_staged(&store.objects).unwrap();
         assert_eq!(collect(dir.path()).left_overs, 0);
         drop(writing);
         let collected = collect(dir.path());
@@ -377,12 +377,12 @@ mod tests {
         let (dir, store) = store();
         let image = Image::of_seed(1);
         image.push(&store, "a:1");
-        let orphan = store.layout.locator(&Digest::of(b"x"));
+        let orphan = store.objects.layout.locator(&Digest::of(b"x"));
         fs::write(&orphan, "left over").unwrap();
         let collected = collect(dir.path());
         assert_eq!((collected.left_overs, collected.bytes), (1, 9));
         assert!(!orphan.exists());
-        assert!(store.layout.locator(&image.manifest.root.segment_digests()[0]).exists());
+        assert!(store.objects.layout.locator(&image.manifest.root.segment_digests()[0]).exists());
     }
 
     /// A process that relies on an object keeps the collector from deleting it until the reference

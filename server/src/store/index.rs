@@ -18,15 +18,17 @@ pub(super) mod run;
 mod tests;
 
 use crate::store::error::{StoreError, io_error};
-use crate::store::layout::{Layout, digest_of_name};
-use crate::store::lock::StoreLock;
-use crate::store::packs::Pack;
+use crate::store::layout::digest_of_name;
+use crate::store::objects::bucket::Bucket;
+use crate::store::objects::{Entry as ObjectEntry, Kind, Objects};
+use crate::store::packs::read_index;
+use crate::store::walk;
 use merge::{Hashing, MergeError, merge};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::PackIndex;
 use run::{Entry, Found, PackLength, Place, Run};
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -125,7 +127,7 @@ struct Scan {
 /// The index of a store's chunks.
 #[derive(Debug)]
 pub(crate) struct ChunkIndex {
-    layout: Layout,
+    objects: Objects,
     /// Locked for a look-up among recent packs or a change, never while a file is read.
     state: RwLock<State>,
     /// Locked while the directory is read, so that a burst of misses becomes one reading. Taken
@@ -138,9 +140,9 @@ pub(crate) struct ChunkIndex {
 
 impl ChunkIndex {
     /// Makes an index that has read nothing yet.
-    pub(crate) fn new(layout: &Layout) -> Self {
+    pub(crate) fn new(objects: &Objects) -> Self {
         Self {
-            layout: layout.clone(),
+            objects: objects.clone(),
             state: RwLock::default(),
             scan: Mutex::default(),
             writing: Mutex::default(),
@@ -195,7 +197,7 @@ impl ChunkIndex {
             is_known
         });
         if is_known {
-            delete_run(damaged.path(), error);
+            self.delete_run(damaged.path(), error);
         }
     }
 
@@ -234,7 +236,15 @@ impl ChunkIndex {
             scan.refused_runs.insert(path);
         }
         let mut learned = self.read_runs(scan)?;
-        let top = self.layout.packs();
+        if let Kind::Bucket(bucket) = self.objects.kind() {
+            let new = self.new_packs_in_bucket(bucket, scan)?;
+            for batch in new.chunks(BATCH) {
+                learned |= self.read_packs(batch, scan)?.learned;
+                self.write_in_scan();
+            }
+            return Ok(learned);
+        }
+        let top = self.objects.layout.packs();
         for dir in fs::read_dir(&top).map_err(io_error(&top))? {
             let dir = dir.map_err(io_error(&top))?;
             let path = dir.path();
@@ -247,7 +257,7 @@ impl ChunkIndex {
             let mut is_complete = changed.elapsed().is_ok_and(|age| age > RACY_MTIME);
             let new = self.new_packs_in(&path, scan)?;
             for batch in new.chunks(BATCH) {
-                let read = self.read_packs(batch, scan);
+                let read = self.read_packs(batch, scan)?;
                 learned |= read.learned;
                 is_complete &= !read.failed;
                 self.write_in_scan();
@@ -288,11 +298,11 @@ impl ChunkIndex {
             {
                 continue;
             }
-            match Run::open(path) {
-                Ok(run) => new.push(Arc::new(run)),
-                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            match self.open_run(path) {
+                Ok(None) => {}
+                Ok(Some(run)) => new.push(Arc::new(run)),
                 Err(error @ StoreError::Damaged { .. }) => {
-                    delete_run(path, &error);
+                    self.delete_run(path, &error);
                     scan.refused_runs.insert(path.clone());
                 }
                 // Its packs are read from their trailers.
@@ -318,19 +328,22 @@ impl ChunkIndex {
     }
 
     fn list_runs(&self) -> Result<HashSet<PathBuf>, StoreError> {
-        let dir = self.layout.index();
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(HashSet::new()),
-            other => other.map_err(io_error(&dir))?,
-        };
-        let mut runs = HashSet::new();
-        for entry in entries {
-            let entry = entry.map_err(io_error(&dir))?;
-            if digest_of_name(&entry.file_name()).is_some() {
-                runs.insert(entry.path());
-            }
-        }
-        Ok(runs)
+        let dir = self.objects.layout.index();
+        let names = self.objects.names_if_any(&dir)?;
+        let runs = names.into_iter().filter(|name| digest_of_name(name).is_some());
+        Ok(runs.map(|name| dir.join(name)).collect())
+    }
+
+    /// Opens a run; `None` if it does not exist. A run of a bucket is copied to a local file.
+    fn open_run(&self, path: &Path) -> Result<Option<Run>, StoreError> {
+        let file = self.objects.local_file(path)?;
+        file.map(|file| Run::new(file, path)).transpose()
+    }
+
+    fn delete_run(&self, path: &Path, error: &StoreError) {
+        tracing::error!("made again from the packs: {error}");
+        // On a read-only store it stays, and is not opened again.
+        let _ = self.objects.remove(path);
     }
 
     /// Returns the packs of a subdirectory that are unknown.
@@ -338,7 +351,7 @@ impl ChunkIndex {
         let mut new = Vec::new();
         for entry in fs::read_dir(dir).map_err(io_error(dir))? {
             let entry = entry.map_err(io_error(dir))?;
-            let Some(digest) = digest_of_name(&entry.file_name()) else { continue };
+            let Some(digest) = entry.file_name().to_str().and_then(digest_of_name) else { continue };
             if self.read(|state| state.covers(&digest)) {
                 continue;
             }
@@ -346,22 +359,38 @@ impl ChunkIndex {
             let Ok(metadata) = entry.metadata() else { continue };
             let version = version_of(&metadata);
             if !scan.refused.contains(&(digest, version)) {
-                new.push(NewPack { path: entry.path(), digest, version });
+                new.push(NewPack { digest, version });
             }
         }
         Ok(new)
     }
 
+    /// Returns the packs of a bucket that are unknown.
+    fn new_packs_in_bucket(&self, bucket: &Bucket, scan: &Scan) -> Result<Vec<NewPack>, StoreError> {
+        let listed = bucket.wait(bucket.entries_of(&self.objects.layout.pack_dirs()))?;
+        let new = listed.iter().filter_map(|ObjectEntry { name, written, .. }| {
+            let since_epoch = written.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            let version = (0, since_epoch.as_secs().cast_signed(), since_epoch.subsec_nanos().into());
+            let digest = digest_of_name(name).filter(|digest| !self.read(|state| state.covers(digest)))?;
+            (!scan.refused.contains(&(digest, version))).then_some(NewPack { digest, version })
+        });
+        Ok(new.collect())
+    }
+
     /// Reads the trailers of new packs. Logs and skips packs that do not parse.
-    fn read_packs(&self, new: &[NewPack], scan: &mut Scan) -> Read {
+    ///
+    /// # Errors
+    /// [`StoreError::Bucket`]. Files that cannot be read are skipped, too.
+    fn read_packs(&self, new: &[NewPack], scan: &mut Scan) -> Result<Read, StoreError> {
         let mut read = Read::default();
-        for (NewPack { digest, version, .. }, outcome) in new.iter().zip(read_trailers(new)) {
+        for (NewPack { digest, version }, outcome) in new.iter().zip(read_trailers(&self.objects, new)) {
             match outcome {
-                Ok((length, index)) => {
+                Ok(None) => {}
+                Ok(Some((length, index))) => {
                     self.add(length, &index);
                     read.learned = true;
                 }
-                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error @ StoreError::Bucket { .. }) => return Err(error),
                 Err(error) => {
                     tracing::error!(pack = %digest, "not served: {}", crate::store::chain(&error));
                     // Transient errors, such as too many open files, are retried at the next miss
@@ -373,7 +402,7 @@ impl ChunkIndex {
                 }
             }
         }
-        read
+        Ok(read)
     }
 
     /// Writes the recent packs to a run, if they are many. The owner calls it periodically.
@@ -425,7 +454,7 @@ impl ChunkIndex {
                 is_short
             })
             .collect();
-        let packs = self.stored_packs(&recent_packs, &absorbed);
+        let packs = self.stored_packs(&recent_packs, &absorbed)?;
         let merged = match self.write_merged(packs, &recent, &absorbed) {
             Ok(merged) => merged,
             Err(MergeError::Run(damaged, error)) => {
@@ -454,20 +483,32 @@ impl ChunkIndex {
         });
         for run in absorbed.iter().filter(|run| run.path() != merged.path()) {
             // Another process may have absorbed it too.
-            super::objects::remove(run.path())?;
+            self.objects.remove(run.path())?;
         }
         Ok(())
     }
 
     /// Returns the packs that still exist, in ascending order.
-    fn stored_packs(&self, recent: &HashMap<Digest, u32>, runs: &[Arc<Run>]) -> Vec<PackLength> {
+    fn stored_packs(
+        &self,
+        recent: &HashMap<Digest, u32>,
+        runs: &[Arc<Run>],
+    ) -> Result<Vec<PackLength>, StoreError> {
         let recent = recent.iter().map(|(pack, bytes)| PackLength { pack: *pack, bytes: *bytes });
         let mut packs: Vec<_> =
             recent.chain(runs.iter().flat_map(|run| run.packs().iter().copied())).collect();
         packs.sort_unstable();
         packs.dedup_by_key(|known| known.pack);
-        packs.retain(|known| self.layout.pack(&known.pack).exists());
-        packs
+        match self.objects.kind() {
+            Kind::Directory(_) => {
+                packs.retain(|known| self.objects.layout.pack(&known.pack).exists());
+            }
+            Kind::Bucket(_) => {
+                let stored: HashSet<_> = walk::packs(&self.objects)?.into_iter().collect();
+                packs.retain(|known| stored.contains(&known.pack));
+            }
+        }
+        Ok(packs)
     }
 
     fn write_merged(
@@ -476,21 +517,15 @@ impl ChunkIndex {
         recent: &[Entry],
         runs: &[Arc<Run>],
     ) -> Result<Arc<Run>, MergeError> {
-        let _writing = StoreLock::write_staged(&self.layout)?;
-        let dir = self.layout.index();
-        fs::create_dir_all(&dir).map_err(io_error(&dir))?;
-        let staged = dir.join(format!("{}#{}", Digest::of(b"").hex(), fastrand::u64(..)));
-        let out = File::create_new(&staged).map_err(io_error(&staged))?;
-        let written = merge(packs, recent, runs, Hashing::new(out), &staged);
-        let run = written.and_then(|digest| {
-            // Opened before it has its name, under which another process may absorb and delete it.
-            let run = Run::open(&staged)?.at(dir.join(digest.hex()));
-            fs::rename(&staged, run.path()).map_err(io_error(run.path()))?;
-            Ok(Arc::new(run))
-        });
-        // After the rename there is none.
-        let _ = fs::remove_file(&staged);
-        run
+        let dir = self.objects.layout.index();
+        let staged = self.objects.stage(&dir.join(Digest::of(b"").hex()))?;
+        let file = || staged.file().try_clone().map_err(|e| staged.error(e));
+        let digest = merge(packs, recent, runs, Hashing::new(file()?), &dir)?;
+        let path = dir.join(digest.hex());
+        // Opened before it has its name, under which another process may absorb and delete it.
+        let run = Run::new(file()?, &path)?;
+        self.objects.publish(&staged, &path)?;
+        Ok(Arc::new(run))
     }
 
     /// Returns the number of packs.
@@ -505,15 +540,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn delete_run(path: &Path, error: &StoreError) {
-    tracing::error!("made again from the packs: {error}");
-    // On a read-only store it stays, and is not opened again.
-    let _ = fs::remove_file(path);
-}
-
 /// A pack that the index lacks.
 struct NewPack {
-    path: PathBuf,
     digest: Digest,
     version: FileVersion,
 }
@@ -528,10 +556,11 @@ struct Read {
 }
 
 /// Reads the trailers of packs, on several threads.
-fn read_trailers(new: &[NewPack]) -> Vec<Result<(PackLength, PackIndex), StoreError>> {
-    let read = |new: &NewPack| {
-        Pack::open_with_index(&new.path, new.digest).map(|(pack, index)| (pack.length(), index))
-    };
+fn read_trailers(
+    objects: &Objects,
+    new: &[NewPack],
+) -> Vec<Result<Option<(PackLength, PackIndex)>, StoreError>> {
+    let read = |new: &NewPack| read_index(objects, new.digest);
     if new.len() < MIN_PART {
         return new.iter().map(read).collect();
     }

@@ -1,4 +1,4 @@
-//! The layout of a store's directory.
+//! The layout of a store's directory or bucket.
 //!
 //! ```text
 //! format                             version of the layout
@@ -13,11 +13,8 @@
 //! <domain>/lock                      see `lock.rs`
 //! ```
 
-use crate::store::error::{OpenError, StoreError, io_error};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
-use std::fs::{self, File};
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// The content of the file `format`.
@@ -69,6 +66,11 @@ impl Layout {
     pub(crate) fn pack(&self, pack: &Digest) -> PathBuf {
         let hex = pack.hex();
         self.packs().join(&hex[..2]).join(hex)
+    }
+
+    /// Returns the directories of all packs.
+    pub(crate) fn pack_dirs(&self) -> Vec<PathBuf> {
+        (0..=u8::MAX).map(|first| self.packs().join(format!("{first:02x}"))).collect()
     }
 
     pub(crate) fn manifests(&self) -> PathBuf {
@@ -138,73 +140,11 @@ impl Layout {
     pub(crate) fn condemned(&self, object: &Digest) -> PathBuf {
         self.condemned_dir().join(object.hex())
     }
-
-    /// Returns true for a store of the version that this code knows, false for an empty or missing
-    /// directory.
-    pub(crate) fn check_format(&self) -> Result<bool, OpenError> {
-        let path = self.format();
-        let mut found = Vec::new();
-        let read = File::open(&path).and_then(|file| file.take(80).read_to_end(&mut found));
-        match read {
-            Ok(_) if found == FORMAT.as_bytes() => Ok(true),
-            Ok(_) if found == FORMAT_1.as_bytes() => Err(OpenError::Old(self.root.clone())),
-            Ok(_) => {
-                let found = String::from_utf8_lossy(&found).trim_end().to_owned();
-                Err(OpenError::Format { path, found, known: FORMAT.trim_end() })
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => self.check_empty().map(|()| false),
-            Err(e) => Err(io_error(&path)(e).into()),
-        }
-    }
-
-    /// Rejects a directory with other content, for example a home directory named by mistake.
-    fn check_empty(&self) -> Result<(), OpenError> {
-        let entries = match fs::read_dir(&self.root) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other.map_err(io_error(&self.root))?,
-        };
-        for entry in entries {
-            let entry = entry.map_err(io_error(&self.root))?;
-            // Another process may be writing `format`, or was killed while it did.
-            if !entry.file_name().as_encoded_bytes().starts_with(b"format#") {
-                return Err(OpenError::NotAStore(self.root.clone()));
-            }
-        }
-        Ok(())
-    }
-
-    /// Creates the missing directories, and makes them durable. Changes nothing in a complete store,
-    /// which may lie on a read-only file system.
-    pub(crate) fn create_directories(&self) -> Result<(), StoreError> {
-        let dirs = [self.packs(), self.manifests(), self.references(), self.condemned_dir(), self.leases()];
-        let lock = self.lock();
-        if dirs.iter().all(|dir| dir.is_dir()) && lock.exists() {
-            return Ok(());
-        }
-        for dir in dirs {
-            fs::create_dir_all(&dir).map_err(io_error(&dir))?;
-        }
-        File::options().create(true).append(true).open(&lock).map_err(io_error(&lock))?;
-        sync_dir(&self.domain)?;
-        sync_dir(&self.root)
-    }
-
-    /// Returns true if other users may read the store.
-    pub(crate) fn is_open_to_others(&self) -> bool {
-        use std::os::unix::fs::PermissionsExt;
-        fs::metadata(&self.domain).is_ok_and(|metadata| metadata.permissions().mode() & 0o007 != 0)
-            && fs::metadata(&self.root).is_ok_and(|metadata| metadata.permissions().mode() & 0o007 != 0)
-    }
 }
 
-/// Makes the entries of a directory durable.
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
-}
-
-/// Returns the digest that names a file in `packs/`, `manifests/`, `condemned/` or `leases/`.
-pub(crate) fn digest_of_name(name: &std::ffi::OsStr) -> Option<Digest> {
-    Digest::from_hex(name.to_str()?).ok()
+/// Returns the digest that names an object in `packs/`, `manifests/`, `condemned/` or `leases/`.
+pub(crate) fn digest_of_name(name: &str) -> Option<Digest> {
+    Digest::from_hex(name).ok()
 }
 
 /// Returns true for the name of a staged file of object_store, `name#1`.

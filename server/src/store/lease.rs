@@ -8,16 +8,16 @@
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::{Layout, digest_of_name};
 use crate::store::lock::still_lies_at;
+use crate::store::objects::{Kind, Objects, found};
 use postcopy_proto::digest::Digest;
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// The protection of an image, until this is dropped.
 #[derive(Debug)]
 pub struct Lease {
-    _file: File,
+    _file: Option<File>,
 }
 
 /// The leases of this process: one for each image, shared by all streams that serve it.
@@ -40,8 +40,12 @@ impl Leases {
     ///
     /// # Blocking
     /// Creates a file.
-    pub(crate) fn take(&self, layout: &Layout, image: &Digest) -> Result<Arc<Lease>, StoreError> {
-        let lease = Arc::new(lock(layout, image)?);
+    pub(crate) fn take(&self, objects: &Objects, image: &Digest) -> Result<Arc<Lease>, StoreError> {
+        let file = match objects.kind() {
+            Kind::Directory(_) => Some(lock(&objects.layout, image)?),
+            Kind::Bucket(_) => None,
+        };
+        let lease = Arc::new(Lease { _file: file });
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         taken.retain(|_, lease| lease.strong_count() > 0);
         taken.insert(*image, Arc::downgrade(&lease));
@@ -49,14 +53,14 @@ impl Leases {
     }
 }
 
-fn lock(layout: &Layout, image: &Digest) -> Result<Lease, StoreError> {
+fn lock(layout: &Layout, image: &Digest) -> Result<File, StoreError> {
     let path = layout.lease(image);
     loop {
         let file = File::options().create(true).append(true).open(&path).map_err(io_error(&path))?;
         // A collector locks the file for a moment.
         file.lock_shared().map_err(io_error(&path))?;
         if still_lies_at(&path, &file)? {
-            return Ok(Lease { _file: file });
+            return Ok(file);
         }
     }
 }
@@ -65,17 +69,12 @@ fn lock(layout: &Layout, image: &Digest) -> Result<Lease, StoreError> {
 ///
 /// # Errors
 /// [`StoreError::Io`].
-pub(crate) fn held(layout: &Layout) -> Result<Vec<Digest>, StoreError> {
-    let dir = layout.leases();
+pub(crate) fn held(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
+    let dir = objects.layout.leases();
     let mut held = Vec::new();
-    for entry in fs::read_dir(&dir).map_err(io_error(&dir))? {
-        let entry = entry.map_err(io_error(&dir))?;
-        let (path, Some(image)) = (entry.path(), digest_of_name(&entry.file_name())) else { continue };
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(io_error(&path)(e)),
-        };
+    for name in objects.names(&dir)? {
+        let (path, Some(image)) = (dir.join(&name), digest_of_name(&name)) else { continue };
+        let Some(file) = found(File::open(&path)).map_err(io_error(&path))? else { continue };
         match file.try_lock() {
             Ok(()) => fs::remove_file(&path).map_err(io_error(&path))?,
             Err(TryLockError::WouldBlock) => held.push(image),

@@ -15,15 +15,13 @@
 //! reads a frame falls back to the chunk index, which makes a missing or wrong locator again.
 
 use crate::store::cache::Cache;
-use crate::store::error::{StoreError, io_error};
+use crate::store::error::StoreError;
 use crate::store::index::run::Place;
-use crate::store::layout::Layout;
-use crate::store::lock::StoreLock;
-use crate::store::objects::read_bounded;
+use crate::store::objects::Objects;
+use bytes::Bytes;
 use postcopy_proto::digest::{DIGEST_BYTES, Digest};
 use postcopy_proto::manifest::{ChunkContent, Segment};
 use std::collections::HashMap;
-use std::fs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const MAGIC: &[u8; 16] = b"postcopy locs 1\n";
@@ -105,7 +103,7 @@ impl Locator {
 
     /// Returns the locator of a segment of so many chunks; `None` if the bytes are another one, or
     /// damaged.
-    fn decode(bytes: &[u8], segment: &Digest, chunks: u32) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8], segment: &Digest, chunks: u32) -> Option<Self> {
         let (content, digest) = bytes.split_last_chunk::<DIGEST_BYTES>()?;
         let (header, rest) = content.split_at_checked(HEADER_BYTES)?;
         let is_its_own = header[..16] == MAGIC[..] && header[16..16 + DIGEST_BYTES] == segment.as_bytes()[..];
@@ -134,17 +132,17 @@ const LOADS: usize = 64;
 /// The locators of a store.
 #[derive(Debug)]
 pub(crate) struct Locators {
-    layout: Layout,
-    cache: Cache<Locator>,
+    objects: Objects,
+    cache: Cache<Digest, Locator>,
     /// Locked while a locator is read or made, by its segment, so that a burst of misses makes it
     /// once.
     loading: [Mutex<()>; LOADS],
 }
 
 impl Locators {
-    pub(crate) fn new(layout: &Layout) -> Self {
+    pub(crate) fn new(objects: &Objects) -> Self {
         let loading = std::array::from_fn(|_| Mutex::new(()));
-        Self { layout: layout.clone(), cache: Cache::new(CACHE_BYTES), loading }
+        Self { objects: objects.clone(), cache: Cache::new(CACHE_BYTES), loading }
     }
 
     /// Waits until no other thread reads or makes the locator of this segment.
@@ -158,14 +156,12 @@ impl Locators {
         self.cache.get(segment)
     }
 
-    /// Reads the locator of a segment of so many chunks; `None` if it is missing, damaged or cannot be
-    /// read.
+    /// Reads the encoding of a segment's locator; `None` if it is missing or cannot be read.
     ///
     /// # Blocking
-    /// Reads a file.
-    pub(crate) fn read(&self, segment: &Digest, chunks: u32) -> Option<Arc<Locator>> {
-        let bytes = read_bounded(&self.layout.locator(segment), MAX_BYTES).ok()??;
-        Locator::decode(&bytes, segment, chunks).map(Arc::new)
+    /// Waits for the disk, or the bucket.
+    pub(crate) fn read(&self, segment: &Digest) -> Option<Bytes> {
+        self.objects.read(&self.objects.layout.locator(segment), MAX_BYTES).ok()?
     }
 
     /// Keeps a locator in memory.
@@ -178,26 +174,17 @@ impl Locators {
     /// after a crash it may be damaged, and is then made again.
     ///
     /// # Errors
-    /// [`StoreError::Full`], [`StoreError::Io`].
+    /// [`StoreError::Full`], [`StoreError::Io`], [`StoreError::Bucket`].
     ///
     /// # Blocking
-    /// Writes a file.
+    /// Writes a file, or waits for the bucket.
     pub(crate) fn write(&self, segment: &Digest, locator: &Locator) -> Result<(), StoreError> {
-        let _writing = StoreLock::write_staged(&self.layout)?;
-        let place = self.layout.locator(segment);
-        let staged = place.with_extension(format!("loc#{}", fastrand::u64(..)));
-        let written = fs::write(&staged, locator.encode(segment)).map_err(io_error(&staged));
-        let written = written.and_then(|()| fs::rename(&staged, &place).map_err(io_error(&place)));
-        if written.is_err() {
-            // If this fails, gc removes the file as a left-over.
-            let _ = fs::remove_file(&staged);
-        }
-        written
+        self.objects.put_hint(&self.objects.layout.locator(segment), locator.encode(segment).into())
     }
 
     /// Returns true if a segment has a locator, whatever it holds.
-    pub(crate) fn exists(&self, segment: &Digest) -> bool {
-        self.layout.locator(segment).exists()
+    pub(crate) fn exists(&self, segment: &Digest) -> Result<bool, StoreError> {
+        self.objects.exists(&self.objects.layout.locator(segment))
     }
 }
 

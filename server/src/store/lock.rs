@@ -1,5 +1,6 @@
-//! The locks between the processes that use one store: flock(2), so that a process that dies holds
-//! none. A process takes them in this order:
+//! The locks between the processes that use one directory: flock(2), so that a process that dies
+//! holds none. A bucket has no locks: there every function returns at once, and what they exclude is
+//! excluded otherwise, see [`super::gc`]. A process takes the locks in this order:
 //!
 //! - `<domain>/condemned`: the turnstile before `lock`, held until `lock` is taken, at most for one
 //!   turn. flock admits new shared holders before a waiting exclusive one, so without the turnstile
@@ -15,6 +16,7 @@
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;
+use crate::store::objects::{Kind, Objects, found};
 use postcopy_proto::digest::Digest;
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -29,12 +31,14 @@ const TURN: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct StoreLock {
-    file: File,
+    /// `None` in a bucket.
+    _file: Option<File>,
 }
 
 impl StoreLock {
     /// Keeps all objects in the store until the drop. Waits for a collector's deletes.
-    pub(crate) fn keep_objects(layout: &Layout) -> Result<Self, StoreError> {
+    pub(crate) fn keep_objects(objects: &Objects) -> Result<Self, StoreError> {
+        let Some(layout) = files(objects) else { return Ok(NONE) };
         let _turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
         Self::with(&layout.lock(), File::lock_shared)
     }
@@ -42,7 +46,8 @@ impl StoreLock {
     /// Excludes all processes that rely on objects until the drop, so that unreferenced ones can be
     /// deleted. Waits for those processes. New ones get turns meanwhile, because one of the holders
     /// may take long: a check of the whole store.
-    pub(crate) fn delete_objects(layout: &Layout) -> Result<Self, StoreError> {
+    pub(crate) fn delete_objects(objects: &Objects) -> Result<Self, StoreError> {
+        let Some(layout) = files(objects) else { return Ok(NONE) };
         loop {
             let turnstile = Self::with(&layout.condemned_dir(), File::lock)?;
             let since = Instant::now();
@@ -58,55 +63,62 @@ impl StoreLock {
     }
 
     /// Keeps other processes from changing references until the drop.
-    pub(crate) fn change_references(layout: &Layout) -> Result<Self, StoreError> {
-        Self::with(&layout.references(), File::lock)
+    pub(crate) fn change_references(objects: &Objects) -> Result<Self, StoreError> {
+        match files(objects) {
+            Some(layout) => Self::with(&layout.references(), File::lock),
+            None => Ok(NONE),
+        }
     }
 
     /// Keeps other processes from changing the working set of an image until the drop. Returns
     /// `None` if the image has no recordings.
-    pub(crate) fn change_working_set(layout: &Layout, image: &Digest) -> Result<Option<Self>, StoreError> {
+    pub(crate) fn change_working_set(objects: &Objects, image: &Digest) -> Result<Option<Self>, StoreError> {
+        let Some(layout) = files(objects) else { return Ok(Some(NONE)) };
         let path = layout.working_set(image);
         loop {
-            let lock = match Self::with(&path, File::lock) {
-                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    return Ok(None);
-                }
-                other => other?,
-            };
-            if still_lies_at(&path, &lock.file)? {
-                return Ok(Some(lock));
+            let Some(file) = found(File::open(&path)).map_err(io_error(&path))? else { return Ok(None) };
+            file.lock().map_err(io_error(&path))?;
+            if still_lies_at(&path, &file)? {
+                return Ok(Some(Self { _file: Some(file) }));
             }
         }
     }
 
     /// Does the same without waiting. Returns `None` also if another process holds the lock.
     pub(crate) fn try_change_working_set(
-        layout: &Layout,
+        objects: &Objects,
         image: &Digest,
     ) -> Result<Option<Self>, StoreError> {
+        let Some(layout) = files(objects) else { return Ok(Some(NONE)) };
         let path = layout.working_set(image);
         match Self::try_exclusively(&path) {
             Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
-            Ok(Some(lock)) if !still_lies_at(&path, &lock.file)? => Ok(None),
+            Ok(Some(Self { _file: Some(file) })) if !still_lies_at(&path, &file)? => Ok(None),
             other => other,
         }
     }
 
     /// Protects staged files from removal as left-overs until the drop.
-    pub(crate) fn write_staged(layout: &Layout) -> Result<Self, StoreError> {
-        Self::with(layout.domain(), File::lock_shared)
+    pub(crate) fn write_staged(objects: &Objects) -> Result<Self, StoreError> {
+        match files(objects) {
+            Some(layout) => Self::with(layout.domain(), File::lock_shared),
+            None => Ok(NONE),
+        }
     }
 
     /// Makes every staged file a left-over until the drop. Returns `None` if a process is writing
     /// one.
-    pub(crate) fn try_delete_staged(layout: &Layout) -> Result<Option<Self>, StoreError> {
-        Self::try_exclusively(layout.domain())
+    pub(crate) fn try_delete_staged(objects: &Objects) -> Result<Option<Self>, StoreError> {
+        match files(objects) {
+            Some(layout) => Self::try_exclusively(layout.domain()),
+            None => Ok(Some(NONE)),
+        }
     }
 
     fn try_exclusively(path: &Path) -> Result<Option<Self>, StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Self { file })),
+            Ok(()) => Ok(Some(Self { _file: Some(file) })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(e)) => Err(io_error(path)(e)),
         }
@@ -115,7 +127,17 @@ impl StoreLock {
     fn with(path: &Path, lock: fn(&File) -> std::io::Result<()>) -> Result<Self, StoreError> {
         let file = File::open(path).map_err(io_error(path))?;
         lock(&file).map_err(io_error(path))?;
-        Ok(Self { file })
+        Ok(Self { _file: Some(file) })
+    }
+}
+
+const NONE: StoreLock = StoreLock { _file: None };
+
+/// Returns the paths of the locks; `None` for a bucket.
+fn files(objects: &Objects) -> Option<&Layout> {
+    match objects.kind() {
+        Kind::Directory(_) => Some(&objects.layout),
+        Kind::Bucket(_) => None,
     }
 }
 
@@ -134,13 +156,13 @@ mod tests {
     #[test]
     fn a_collector_that_waits_long_does_not_keep_others_waiting() {
         let (_dir, store) = crate::fixtures::store();
-        let layout = &store.layout;
-        let long = StoreLock::keep_objects(layout).unwrap();
+        let objects = &store.objects;
+        let long = StoreLock::keep_objects(objects).unwrap();
         std::thread::scope(|scope| {
-            let collector = scope.spawn(|| StoreLock::delete_objects(layout).unwrap());
+            let collector = scope.spawn(|| StoreLock::delete_objects(objects).unwrap());
             let started = Instant::now();
             for _ in 0..3 {
-                drop(StoreLock::keep_objects(layout).unwrap());
+                drop(StoreLock::keep_objects(objects).unwrap());
                 std::thread::park_timeout(TURN);
             }
             assert!(started.elapsed() < 10 * TURN, "{:?}", started.elapsed());

@@ -2,8 +2,7 @@
 
 use crate::store::cache::Cache;
 use crate::store::error::{StoreError, damaged};
-use crate::store::layout::Layout;
-use crate::store::objects::{Objects, read_bounded};
+use crate::store::objects::Objects;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, MAX_SEGMENT_BYTES, Root, Segment};
@@ -81,22 +80,22 @@ impl Drop for RootMemory {
 /// The manifests of a store.
 #[derive(Debug)]
 pub(crate) struct Manifests {
-    layout: Layout,
-    roots: Cache<StoredRoot>,
+    objects: Objects,
+    roots: Cache<Digest, StoredRoot>,
     /// The roots in use, cached or not. Locked for a look-up or a change.
     used_roots: Mutex<HashMap<Digest, Weak<StoredRoot>>>,
     /// Bytes of small roots, and of large ones.
     roots_bytes: [Arc<AtomicUsize>; 2],
-    segments: Cache<Segment>,
+    segments: Cache<Digest, Segment>,
     /// Locked while an object is read and parsed, by its digest, so that a burst of misses for one
     /// object reads it once. Others are loaded beside it.
     loading: [Mutex<()>; LOADS],
 }
 
 impl Manifests {
-    pub(crate) fn new(layout: &Layout) -> Self {
+    pub(crate) fn new(objects: &Objects) -> Self {
         Self {
-            layout: layout.clone(),
+            objects: objects.clone(),
             roots: Cache::new(ROOT_CACHE_BYTES),
             used_roots: Mutex::default(),
             roots_bytes: Default::default(),
@@ -106,8 +105,23 @@ impl Manifests {
     }
 
     /// Returns true if a root or segment exists, by path. Its content is not checked.
-    pub(crate) fn is_stored(&self, digest: &Digest) -> bool {
-        self.layout.manifest(digest).exists()
+    ///
+    /// # Blocking
+    /// Waits for the disk, or the bucket.
+    pub(crate) fn is_stored(&self, digest: &Digest) -> Result<bool, StoreError> {
+        self.objects.exists(&self.objects.layout.manifest(digest))
+    }
+
+    /// Returns those of the roots and segments that do not exist.
+    ///
+    /// # Blocking
+    /// As there.
+    pub(crate) fn lacking(&self, digests: impl Iterator<Item = Digest>) -> Result<Vec<Digest>, StoreError> {
+        let mut lacking: Vec<_> = digests.collect();
+        let paths: Vec<_> = lacking.iter().map(|digest| self.objects.layout.manifest(digest)).collect();
+        let mut lengths = self.objects.lengths(&paths)?.into_iter();
+        lacking.retain(|_| lengths.next().is_some_and(|length| length.is_none()));
+        Ok(lacking)
     }
 
     /// Returns the root of an image, if it is in memory.
@@ -165,7 +179,7 @@ impl Manifests {
         image: &Digest,
         max_bytes: usize,
     ) -> Result<Option<Root>, StoreError> {
-        let bytes = read_bounded(&self.layout.manifest(image), max_bytes)?;
+        let bytes = self.objects.read(&self.objects.layout.manifest(image), max_bytes)?;
         let bytes = bytes.ok_or_else(|| StoreError::NotFound(format!("image {image}")))?;
         match bytes.len() > max_bytes {
             true => Ok(None),
@@ -178,8 +192,8 @@ impl Manifests {
     }
 
     fn root_bytes(&self, image: &Digest) -> Result<Bytes, StoreError> {
-        let bytes = read_bounded(&self.layout.manifest(image), MAX_ROOT_BYTES)?;
-        bytes.map(Bytes::from).ok_or_else(|| StoreError::NotFound(format!("image {image}")))
+        let bytes = self.objects.read(&self.objects.layout.manifest(image), MAX_ROOT_BYTES)?;
+        bytes.ok_or_else(|| StoreError::NotFound(format!("image {image}")))
     }
 
     /// Returns a segment of an image, if it is in memory.
@@ -252,8 +266,8 @@ impl Manifests {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub(crate) fn segment_bytes(&self, digest: &Digest) -> Result<Bytes, StoreError> {
-        let bytes = read_bounded(&self.layout.manifest(digest), MAX_SEGMENT_BYTES)?;
-        bytes.map(Bytes::from).ok_or_else(|| StoreError::NotFound(format!("segment {digest}")))
+        let bytes = self.objects.read(&self.objects.layout.manifest(digest), MAX_SEGMENT_BYTES)?;
+        bytes.ok_or_else(|| StoreError::NotFound(format!("segment {digest}")))
     }
 
     /// Stores a segment.
@@ -263,14 +277,14 @@ impl Manifests {
     ///
     /// # Blocking
     /// Waits for the disk.
-    pub(crate) fn put_segment(&self, objects: &Objects, bytes: Bytes) -> Result<Digest, StoreError> {
+    pub(crate) fn put_segment(&self, bytes: Bytes) -> Result<Digest, StoreError> {
         let digest = Digest::of(&bytes);
         Segment::parse(&bytes).map_err(|e| StoreError::Invalid {
             object: format!("segment {digest}"),
             reason: e.to_string(),
         })?;
         // An existing segment is written again, because this repairs a damaged one.
-        objects.put(&self.layout.manifest(&digest), bytes)?;
+        self.objects.put(&self.objects.layout.manifest(&digest), bytes)?;
         Ok(digest)
     }
 }

@@ -1,90 +1,321 @@
-//! Reads and writes whole objects. A visible object is complete and synced: object_store's
-//! LocalFileSystem writes a staged file, syncs it, renames it, and syncs its directory.
+//! The objects of a store: files of a directory, or objects of a bucket, under the same paths.
+//!
+//! A visible object is complete and durable. Code outside of this module that depends on the kind
+//! of store: the locks ([`super::lock`]) and leases ([`super::lease`]), since a bucket has no
+//! locks; and the packs ([`super::packs`]), which are mapped where they are files.
+
+pub(crate) mod bucket;
+pub(crate) mod directory;
+mod staged;
+
+pub(crate) use staged::StagedFile;
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::layout::Layout;
 use crate::store::lock::StoreLock;
+use crate::store::map::{self, Map};
+use bucket::Bucket;
 use bytes::Bytes;
-use futures_util::FutureExt;
-use object_store::ObjectStoreExt;
-use object_store::local::LocalFileSystem;
-use std::error::Error;
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::Path;
+use directory::Directory;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
 
-/// The writer of a store's objects.
-#[derive(Debug)]
+/// The objects of one domain of a store.
+#[derive(Clone, Debug)]
 pub(crate) struct Objects {
-    files: LocalFileSystem,
-    layout: Layout,
+    pub(crate) layout: Layout,
+    kind: Kind,
+}
+
+/// Where the objects lie.
+#[derive(Clone, Debug)]
+pub(crate) enum Kind {
+    Directory(Arc<Directory>),
+    Bucket(Arc<Bucket>),
+}
+
+/// An object, as a listing shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// The last component of the path.
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    /// The time of writing, by the clock of the file system or the bucket.
+    pub(crate) written: SystemTime,
 }
 
 impl Objects {
-    /// Makes a writer for a store whose directory exists.
-    pub(crate) fn new(layout: &Layout) -> Result<Self, StoreError> {
-        let files = LocalFileSystem::new_with_prefix(layout.root());
-        let files = files.map_err(|e| store_error(layout.root(), e))?;
-        Ok(Self { files: files.with_fsync(true), layout: layout.clone() })
+    pub(crate) fn new(layout: Layout, kind: Kind) -> Self {
+        Self { layout, kind }
     }
 
-    /// Writes an object of the domain, and replaces an existing one. The object is durable on
-    /// return.
+    pub(crate) fn kind(&self) -> &Kind {
+        &self.kind
+    }
+
+    /// Returns true if locks exclude other processes, see [`super::lock`].
+    pub(crate) fn has_locks(&self) -> bool {
+        matches!(self.kind, Kind::Directory(_))
+    }
+
+    /// Returns the directory or the URL, for messages.
+    pub(crate) fn name(&self) -> PathBuf {
+        match &self.kind {
+            Kind::Directory(_) => self.layout.root().to_owned(),
+            Kind::Bucket(bucket) => bucket.name(self.layout.root()).into(),
+        }
+    }
+
+    /// Returns the bytes of an object, at most `max` and one more; `None` if it does not exist.
     ///
     /// # Blocking
-    /// Waits for the disk.
+    /// Waits for the disk, or the bucket.
+    pub(crate) fn read(&self, path: &Path, max: usize) -> Result<Option<Bytes>, StoreError> {
+        match &self.kind {
+            Kind::Directory(_) => directory::read(path, max),
+            Kind::Bucket(bucket) => bucket.wait(bucket.read(path, max)),
+        }
+    }
+
+    /// Returns a whole object, mapped if it is a file, and read from the disk; `None` if it does not
+    /// exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn map(&self, path: &Path) -> Result<Option<Bytes>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.read(path, usize::MAX - 1)),
+            Kind::Directory(_) => {
+                let Some(file) = found(File::open(path)).map_err(io_error(path))? else { return Ok(None) };
+                let map = Map::new(&file).map_err(io_error(path))?;
+                map::populate(map.bytes()).map_err(io_error(path))?;
+                Ok(Some(map.bytes().clone()))
+            }
+        }
+    }
+
+    /// Returns an object as an open file, a copy if it lies in a bucket; `None` if it does not exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn local_file(&self, path: &Path) -> Result<Option<File>, StoreError> {
+        match &self.kind {
+            Kind::Directory(_) => found(File::open(path)).map_err(io_error(path)),
+            Kind::Bucket(bucket) => bucket.wait(bucket.copy(path)),
+        }
+    }
+
+    /// Writes an object, and replaces an existing one. The object is durable on return.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
     pub(crate) fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
-        let _writing = StoreLock::write_staged(&self.layout)?;
-        self.put_unlocked(path, bytes)
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.put(path, bytes)),
+            Kind::Directory(directory) => {
+                let _writing = StoreLock::write_staged(self)?;
+                directory.put(path, bytes)
+            }
+        }
     }
 
     /// Writes an object as [`Objects::put`] does, before there is a domain to lock.
     pub(crate) fn put_unlocked(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
-        let relative = path.strip_prefix(self.layout.root()).expect("paths come from this store's layout");
-        let relative = relative.to_str().expect("the layout's names are ASCII");
-        let location = object_store::path::Path::from(relative);
-        // Within a runtime object_store hands its file work to another blocking thread. Threads
-        // that wait for each other could exhaust the pool. On a thread outside of any runtime it
-        // does the work itself, at once.
-        let put = || self.files.put(&location, bytes.into()).now_or_never();
-        let done = std::thread::scope(|scope| scope.spawn(put).join());
-        let done = done.expect("object_store does not panic").expect("without a runtime it is done at once");
-        done.map(|_| ()).map_err(|e| store_error(path, e))
-    }
-}
-
-/// Extracts the I/O error that object_store's errors wrap.
-fn store_error(path: &Path, error: object_store::Error) -> StoreError {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
-    while let Some(inner) = cause {
-        if let Some(io) = inner.downcast_ref::<io::Error>() {
-            return io_error(path)(io::Error::new(io.kind(), error.to_string()));
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.put(path, bytes)),
+            Kind::Directory(directory) => directory.put(path, bytes),
         }
-        cause = inner.source();
     }
-    io_error(path)(io::Error::other(error))
+
+    /// Writes an object that can be made again. A file is not durable on return: after a crash it
+    /// may be damaged.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn put_hint(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.put(path, bytes)),
+            Kind::Directory(_) => {
+                let mut staged = self.stage(path)?;
+                staged.write(&bytes)?;
+                staged.rename(path)
+            }
+        }
+    }
+
+    /// Replaces an object by what `change` makes of it, atomically: no other writer's object is
+    /// lost. In a bucket without conditional writes it may be.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`]. Waits for other writers.
+    pub(crate) fn update(
+        &self,
+        path: &Path,
+        max: usize,
+        change: impl Fn(Option<Bytes>) -> Result<Bytes, StoreError>,
+    ) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.update(path, max, &change)),
+            Kind::Directory(_) => {
+                let _changing = StoreLock::change_references(self)?;
+                self.put(path, change(self.read(path, max)?)?)
+            }
+        }
+    }
+
+    /// Creates an empty object. Leaves an existing one as it is.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn create(&self, path: &Path) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.create(path)),
+            Kind::Directory(_) => match File::create_new(path) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(io_error(path)(e)),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    /// Removes an object. Returns false if it did not exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn remove(&self, path: &Path) -> Result<bool, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.remove(path)),
+            Kind::Directory(_) => Ok(found(fs::remove_file(path)).map_err(io_error(path))?.is_some()),
+        }
+    }
+
+    /// Removes an object, and returns its length in bytes; 0 if it did not exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn remove_sized(&self, path: &Path) -> Result<u64, StoreError> {
+        let bytes = self.length(path)?;
+        self.remove(path)?;
+        Ok(bytes.unwrap_or(0))
+    }
+
+    /// Returns the length in bytes of an object; `None` if it does not exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn length(&self, path: &Path) -> Result<Option<u64>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.length(path)),
+            Kind::Directory(_) => {
+                Ok(found(fs::metadata(path)).map_err(io_error(path))?.map(|metadata| metadata.len()))
+            }
+        }
+    }
+
+    /// Returns the time at which an object was written; `None` if it does not exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn written(&self, path: &Path) -> Result<Option<SystemTime>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.written(path)),
+            Kind::Directory(_) => {
+                let written = fs::metadata(path).and_then(|metadata| metadata.modified());
+                found(written).map_err(io_error(path))
+            }
+        }
+    }
+
+    /// Returns the lengths of objects, in order, as [`Objects::length`] does.
+    pub(crate) fn lengths(&self, paths: &[PathBuf]) -> Result<Vec<Option<u64>>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.lengths(paths)),
+            Kind::Directory(_) => paths.iter().map(|path| self.length(path)).collect(),
+        }
+    }
+
+    pub(crate) fn exists(&self, path: &Path) -> Result<bool, StoreError> {
+        Ok(self.length(path)?.is_some())
+    }
+
+    /// Returns the names of the objects of a directory, and of its subdirectories. Leaves out names
+    /// that are no UTF-8.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Io`] for a directory that does not exist. In a bucket such one is empty.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn names(&self, dir: &Path) -> Result<Vec<String>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.names(dir)),
+            Kind::Directory(_) => directory::names(dir),
+        }
+    }
+
+    /// Does the same, and returns none for a directory that does not exist.
+    pub(crate) fn names_if_any(&self, dir: &Path) -> Result<Vec<String>, StoreError> {
+        if_any(self.names(dir))
+    }
+
+    /// Returns the objects of a directory, without those of its subdirectories.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Objects::names`].
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn entries(&self, dir: &Path) -> Result<Vec<Entry>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.entries(dir)),
+            Kind::Directory(_) => directory::entries(dir),
+        }
+    }
+
+    /// Does the same, and returns none for a directory that does not exist.
+    pub(crate) fn entries_if_any(&self, dir: &Path) -> Result<Vec<Entry>, StoreError> {
+        if_any(self.entries(dir))
+    }
+
+    /// Removes all objects below a directory. Returns their number of bytes, or `None` if there was
+    /// no such directory, or one that could not be removed because an object was written meanwhile.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn remove_below(&self, dir: &Path) -> Result<Option<u64>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.remove_below(dir)),
+            Kind::Directory(_) => directory::remove_below(dir),
+        }
+    }
+
+    /// Makes the entries of directories durable: another process may have written one and not have
+    /// done so yet.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn sync(&self, dirs: &BTreeSet<PathBuf>) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Bucket(_) => Ok(()),
+            Kind::Directory(_) => dirs.iter().try_for_each(|dir| directory::sync(dir)),
+        }
+    }
 }
 
-/// Bytes that are reserved for a file before it is read: more than most references and roots have.
-const FIRST_BYTES: usize = 4096;
-
-/// Returns the bytes of a file, at most `max` and one more; `None` if there is no such file.
-pub(crate) fn read_bounded(path: &Path, max: usize) -> Result<Option<Vec<u8>>, StoreError> {
-    let file = match File::open(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(io_error(path))?,
-    };
-    // With room from the start, a small file takes two calls of read(2).
-    let mut bytes = Vec::with_capacity(FIRST_BYTES.min(max + 1));
-    file.take(max as u64 + 1).read_to_end(&mut bytes).map_err(io_error(path))?;
-    Ok(Some(bytes))
+/// Returns `None` for an object that does not exist.
+pub(crate) fn found<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
+    match outcome {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
 }
 
-/// Removes a file. Returns false if it did not exist.
-pub(crate) fn remove(path: &Path) -> Result<bool, StoreError> {
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(io_error(path)(e)),
+fn if_any<T>(outcome: Result<Vec<T>, StoreError>) -> Result<Vec<T>, StoreError> {
+    match outcome {
+        Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other,
     }
 }

@@ -1,150 +1,101 @@
 //! The packs, and the way to the frame of a chunk.
 //!
-//! A pack is opened, which maps it, when a frame of it is read. [`MAX_OPEN`] packs stay open, so
-//! neither the start of a server nor its memory depends on how many packs a store has. A locator
+//! Neither the start of a server nor its memory depends on how many packs a store has: of files,
+//! some are mapped ([`maps`]), and of a bucket's packs, blocks are in memory ([`blocks`]). A locator
 //! ([`super::locators`]) tells the place of a frame; if it is missing or wrong, the chunk index
 //! ([`super::index`]) finds another.
 
-use crate::store::cache::Cache;
-use crate::store::error::{StoreError, damaged, io_error, pack_name};
+mod blocks;
+mod maps;
+
+use crate::store::error::{StoreError, damaged, pack_name};
 use crate::store::index::ChunkIndex;
 use crate::store::index::run::{Found, PackLength, Place};
-use crate::store::layout::Layout;
-use crate::store::map::{self, Map};
+use crate::store::objects::{Kind, Objects};
+use blocks::Blocks;
 use bytes::Bytes;
+use maps::{Maps, Pack};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::pack::PackIndex;
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Most packs that stay open. A process may have 65,530 maps (sysctl vm.max_map_count), and the
-/// frames that streams are sending keep the maps of their packs beyond these.
-const MAX_OPEN: usize = 1024;
+/// Bytes at the end of a bucket's pack that are read first: the index of most packs.
+const END_BYTES: u64 = 64 << 10;
 
-/// Bytes at the end of a pack that are read before it is parsed: more than the index of 16,384 raw
-/// 4 KiB chunks.
-const INDEX_READ_AHEAD: usize = 1 << 20;
-
-/// A pack, mapped into memory.
+/// Where the bytes of packs are read.
 #[derive(Debug)]
-pub(crate) struct Pack {
-    digest: Digest,
-    map: Map,
-    /// The inode of the mapped file. Another file may replace it, when a damaged pack is uploaded
-    /// again.
-    inode: u64,
-    damage_is_logged: AtomicBool,
-}
-
-impl Pack {
-    /// Maps a pack.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`].
-    pub(crate) fn open(path: &Path, digest: Digest) -> Result<Self, StoreError> {
-        let file = File::open(path).map_err(io_error(path))?;
-        let inode = file.metadata().map_err(io_error(path))?.ino();
-        let map = Map::new(&file).map_err(io_error(path))?;
-        Ok(Self { digest, map, inode, damage_is_logged: AtomicBool::new(false) })
-    }
-
-    /// Maps a pack and reads its index.
-    ///
-    /// # Errors
-    /// Returns [`StoreError::Damaged`] with the pack's name, or [`StoreError::Io`].
-    pub(crate) fn open_with_index(path: &Path, digest: Digest) -> Result<(Self, PackIndex), StoreError> {
-        let pack = Self::open(path, digest)?;
-        let bytes = pack.map.bytes();
-        let read_ahead = bytes.len().saturating_sub(INDEX_READ_AHEAD);
-        map::populate(&bytes[read_ahead..]).map_err(|e| damaged(pack_name(&digest), e))?;
-        let index = PackIndex::parse(bytes).map_err(|e| damaged(pack_name(&digest), e))?;
-        Ok((pack, index))
-    }
-
-    /// Returns the pack's name and length.
-    pub(crate) fn length(&self) -> PackLength {
-        // A longer file is no pack, and has no index.
-        let bytes = u32::try_from(self.map.bytes().len()).unwrap_or(u32::MAX);
-        PackLength { pack: self.digest, bytes }
-    }
-
-    /// Returns the whole pack, read from the disk.
-    ///
-    /// # Errors
-    /// Returns [`StoreError::Damaged`] if the pack was truncated or cannot be read.
-    ///
-    /// # Blocking
-    /// Waits for the disk.
-    pub(crate) fn populated(&self) -> Result<&Bytes, StoreError> {
-        map::populate(self.map.bytes()).map_err(|e| damaged(pack_name(&self.digest), e))?;
-        Ok(self.map.bytes())
-    }
-
-    /// Returns the frame's bytes; `None` if the mapped file is shorter.
-    fn frame(&self, place: &Place) -> Option<Bytes> {
-        let start = place.offset as usize;
-        let range = start..start + place.length as usize;
-        (range.end <= self.map.bytes().len()).then(|| self.map.bytes().slice(range))
-    }
-
-    /// Returns the frame of a chunk, read from the disk. Decodes it if `check` is set or the map
-    /// has lost pages.
-    fn load(&self, place: &Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        let object = || format!("chunk {chunk} in pack {}", self.digest);
-        let frame = self.frame(place).ok_or_else(|| damaged(object(), "the pack is too short"))?;
-        map::populate(&frame).map_err(|e| damaged(object(), e))?;
-        if check || self.map.was_cut() {
-            let outcome = ChunkFrame::parse(&frame).and_then(|parsed| {
-                let mut plain = vec![0; parsed.chunk_bytes()];
-                FrameDecoder::default().decode_verified(&parsed, chunk, &mut plain)
-            });
-            outcome.map_err(|e| damaged(object(), e))?;
-        }
-        Ok(frame)
-    }
-
-    /// Returns true if a new map of the pack would show nothing else.
-    fn is_of_same_file(&self, new: &Self) -> bool {
-        self.inode == new.inode && self.map.bytes().len() == new.map.bytes().len() && !self.map.was_cut()
-    }
-
-    fn log_damage(&self, error: &StoreError) {
-        if !self.damage_is_logged.swap(true, Ordering::Relaxed) {
-            tracing::error!(pack = %self.digest, "{error}");
-        }
-    }
-}
-
-/// Returns true if a file does not exist, for example because a collector has deleted it.
-fn is_gone(error: &StoreError) -> bool {
-    matches!(error, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+enum Frames {
+    Maps(Maps),
+    Blocks(Blocks),
 }
 
 /// The packs of a store.
 #[derive(Debug)]
 pub(crate) struct Packs {
-    layout: Layout,
-    open: Cache<Pack>,
+    objects: Objects,
+    frames: Frames,
     index: ChunkIndex,
+}
+
+/// Reads the index of a pack; `None` if the pack does not exist.
+///
+/// # Errors
+/// Returns [`StoreError::Damaged`] with the pack's name, or that it cannot be read.
+///
+/// # Blocking
+/// Waits for the disk, or for two or three requests to the bucket.
+pub(crate) fn read_index(
+    objects: &Objects,
+    digest: Digest,
+) -> Result<Option<(PackLength, PackIndex)>, StoreError> {
+    let path = objects.layout.pack(&digest);
+    let Kind::Bucket(bucket) = objects.kind() else {
+        let opened = Pack::open_with_index(&path, digest)?;
+        return Ok(opened.map(|(pack, index)| (pack.length(), index)));
+    };
+    let Some(length) = objects.length(&path)? else { return Ok(None) };
+    let wrong = |e| damaged(pack_name(&digest), e);
+    // A longer object is no pack, and has no index.
+    let bytes = usize::try_from(length).unwrap_or(usize::MAX);
+    let read =
+        |end_bytes: u64| bucket.wait(bucket.read_range(&path, length.saturating_sub(end_bytes)..length));
+    let (mut end, _) = read(END_BYTES)?;
+    let needed = PackIndex::end_bytes(&end, bytes).map_err(wrong)?;
+    if needed > end.len() {
+        (end, _) = read(needed as u64)?;
+    }
+    let index = PackIndex::parse_end(&end, bytes).map_err(wrong)?;
+    let bytes = u32::try_from(length).unwrap_or(u32::MAX);
+    Ok(Some((PackLength { pack: digest, bytes }, index)))
+}
+
+/// Decodes the frame of a chunk, and compares it with the chunk's digest.
+fn check_frame(frame: &[u8], chunk: &Digest, pack: &Digest) -> Result<(), StoreError> {
+    let outcome = ChunkFrame::parse(frame).and_then(|parsed| {
+        let mut plain = vec![0; parsed.chunk_bytes()];
+        FrameDecoder::default().decode_verified(&parsed, chunk, &mut plain)
+    });
+    outcome.map_err(|e| damaged(format!("chunk {chunk} in pack {pack}"), e))
 }
 
 impl Packs {
     /// Makes the access to a store's packs. Opens none.
-    pub(crate) fn new(layout: &Layout) -> Self {
-        Self { layout: layout.clone(), open: Cache::new(MAX_OPEN), index: ChunkIndex::new(layout) }
+    pub(crate) fn new(objects: &Objects) -> Self {
+        let frames = match objects.kind() {
+            Kind::Directory(_) => Frames::Maps(Maps::new(&objects.layout)),
+            Kind::Bucket(bucket) => Frames::Blocks(Blocks::new(&objects.layout, bucket)),
+        };
+        Self { objects: objects.clone(), frames, index: ChunkIndex::new(objects) }
     }
 
-    /// Returns the frame at a place, if its pack is open and the frame in memory; `None` also for a
-    /// place beyond the pack's end, and a pack that has lost pages. Never waits for a disk.
+    /// Returns the frame at a place, if it is in memory; `None` also for a place beyond the pack's
+    /// end, and a mapped pack that has lost pages. Never waits for a disk.
     pub(crate) fn resident_frame(&self, place: &Place) -> Option<Bytes> {
-        let pack = self.open.get(&place.pack).filter(|pack| !pack.map.was_cut())?;
-        pack.frame(place).filter(|frame| map::is_resident(frame))
+        match &self.frames {
+            Frames::Maps(maps) => maps.resident(place),
+            Frames::Blocks(blocks) => blocks.resident(place),
+        }
     }
 
     /// Returns the frame of a chunk at a place. With `check`, decodes it and compares it with the
@@ -154,32 +105,12 @@ impl Packs {
     /// Returns [`StoreError::NotFound`] if the pack does not exist, or [`StoreError::Damaged`].
     ///
     /// # Blocking
-    /// Waits for the disk.
+    /// Waits for the disk, or the bucket.
     pub(crate) fn load(&self, place: &Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        let known = self.open.get(&place.pack);
-        let outcome = known.as_ref().map(|pack| pack.load(place, chunk, check));
-        if let (Some(pack), Some(Ok(frame))) = (&known, &outcome)
-            && !pack.map.was_cut()
-        {
-            return Ok(frame.clone());
+        match &self.frames {
+            Frames::Maps(maps) => maps.load(place, chunk, check),
+            Frames::Blocks(blocks) => blocks.load(place, chunk, check),
         }
-        // A push may have replaced a damaged file by a good one.
-        let pack = match Pack::open(&self.layout.pack(&place.pack), place.pack) {
-            Err(error) if is_gone(&error) => {
-                self.open.remove(&place.pack);
-                return Err(StoreError::NotFound(format!("chunk {chunk}")));
-            }
-            other => Arc::new(other?),
-        };
-        if let (Some(known), Some(Err(error))) = (known, outcome)
-            && known.is_of_same_file(&pack)
-        {
-            known.log_damage(&error);
-            return Err(error);
-        }
-        let frame = pack.load(place, chunk, check).inspect_err(|error| pack.log_damage(error));
-        self.open.insert(place.pack, pack, 1);
-        frame
     }
 
     /// Returns the frame of a chunk from any pack with a good copy, and its place.
@@ -218,21 +149,30 @@ impl Packs {
     /// Adds a newly written pack to the index. Returns false if it is gone already.
     ///
     /// # Errors
-    /// Returns the errors of [`Pack::open_with_index`].
+    /// Returns the errors of [`read_index`].
+    ///
+    /// # Blocking
+    /// As there.
     pub(crate) fn add(&self, digest: Digest) -> Result<bool, StoreError> {
-        match Pack::open_with_index(&self.layout.pack(&digest), digest) {
-            Ok((pack, index)) => {
-                self.index.add(pack.length(), &index);
-                self.open.insert(digest, Arc::new(pack), 1);
-                Ok(true)
+        let found = match &self.frames {
+            Frames::Blocks(_) => read_index(&self.objects, digest)?,
+            Frames::Maps(maps) => {
+                let opened = Pack::open_with_index(&self.objects.layout.pack(&digest), digest)?;
+                opened.map(|(pack, index)| {
+                    let length = pack.length();
+                    maps.keep(pack);
+                    (length, index)
+                })
             }
-            Err(error) if is_gone(&error) => Ok(false),
-            Err(error) => Err(error),
+        };
+        if let Some((length, index)) = &found {
+            self.index.add(*length, index);
         }
+        Ok(found.is_some())
     }
 
-    /// Releases packs whose files a collector of any process has deleted, because their space is
-    /// free once no process maps them. Writes the index's recent packs to a run, if they are many.
+    /// Releases deleted packs that are mapped. Writes the index's recent packs to a run, if they are
+    /// many.
     ///
     /// # Errors
     /// Returns the errors of [`ChunkIndex::maintain`].
@@ -240,19 +180,20 @@ impl Packs {
     /// # Blocking
     /// See [`ChunkIndex::maintain`].
     pub(crate) fn maintain(&self) -> Result<(), StoreError> {
-        for pack in self.open.keys() {
-            let metadata = fs::metadata(self.layout.pack(&pack));
-            if metadata.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-                self.open.remove(&pack);
-            }
+        if let Frames::Maps(maps) = &self.frames {
+            maps.release_deleted();
         }
         self.index.maintain()
     }
 
-    /// Returns the open packs, and the number of packs in the index.
+    /// Returns the mapped packs, and the number of packs in the index.
     #[cfg(test)]
     pub(crate) fn known(&self) -> (Vec<Digest>, usize) {
-        (self.open.keys(), self.index.packs())
+        let open = match &self.frames {
+            Frames::Maps(maps) => maps.open(),
+            Frames::Blocks(_) => Vec::new(),
+        };
+        (open, self.index.packs())
     }
 
     /// Reads the directory, and writes all packs to a run.
@@ -272,10 +213,15 @@ impl Packs {
         Presence { packs: self, stored: HashMap::new(), has_scanned: false }
     }
 
-    /// Returns true if the pack's file exists with this length.
-    pub(crate) fn is_stored(&self, PackLength { pack, bytes }: PackLength) -> bool {
-        let metadata = fs::metadata(self.layout.pack(&pack));
-        metadata.is_ok_and(|metadata| metadata.len() == u64::from(bytes))
+    /// Returns for each pack whether it exists with this length.
+    ///
+    /// # Blocking
+    /// Waits for the disk, or the bucket.
+    pub(crate) fn are_stored(&self, packs: &[PackLength]) -> Result<Vec<bool>, StoreError> {
+        let paths: Vec<_> = packs.iter().map(|known| self.objects.layout.pack(&known.pack)).collect();
+        let lengths = self.objects.lengths(&paths)?;
+        let are_stored = packs.iter().zip(lengths).map(|(pack, length)| length == Some(pack.bytes.into()));
+        Ok(are_stored.collect())
     }
 }
 
@@ -310,13 +256,24 @@ impl Presence<'_> {
     }
 
     fn find(&mut self, chunks: &[Digest], places: &mut [Option<Place>]) -> Result<(), StoreError> {
-        let Self { packs, stored, .. } = self;
-        packs.index.find(chunks, |number, Found { place, pack_bytes }| {
-            let pack = PackLength { pack: place.pack, bytes: pack_bytes };
-            if places[number].is_none() && *stored.entry(pack).or_insert_with(|| packs.is_stored(pack)) {
+        let mut found: Vec<(usize, PackLength, Place)> = Vec::new();
+        self.packs.index.find(chunks, |number, Found { place, pack_bytes }| {
+            if places[number].is_none() {
+                found.push((number, PackLength { pack: place.pack, bytes: pack_bytes }, place));
+            }
+        })?;
+        let mut unknown: Vec<_> = found.iter().map(|(_, pack, _)| *pack).collect();
+        unknown.sort_unstable();
+        unknown.dedup();
+        unknown.retain(|pack| !self.stored.contains_key(pack));
+        let are_stored = self.packs.are_stored(&unknown)?;
+        self.stored.extend(unknown.into_iter().zip(are_stored));
+        for (number, pack, place) in found {
+            if places[number].is_none() && self.stored[&pack] {
                 places[number] = Some(place);
             }
-        })
+        }
+        Ok(())
     }
 
     /// Returns the packs that the caller relies on.

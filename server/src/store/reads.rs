@@ -63,20 +63,24 @@ impl Store {
     /// # Blocking
     /// Reads two files, if they are not in memory. Reads the chunk index, if the locator is missing.
     pub fn segment(&self, root: &Root, index: u32) -> Result<Located, StoreError> {
-        let segment = self.manifests.segment(root, index)?;
-        let digest = root.segment_digests()[index as usize];
-        if let Some(locator) = self.locators.cached(&digest) {
-            return Ok(Located { digest, segment, locator });
+        if let Some(located) = self.cached_segment(root, index) {
+            return Ok(located);
         }
+        let digest = root.segment_digests().get(index as usize).copied();
+        let digest = digest
+            .ok_or_else(|| StoreError::NotFound(format!("segment {index} of image {}", root.image())))?;
         let _one_at_a_time = self.locators.loading(&digest);
+        if let Some(located) = self.cached_segment(root, index) {
+            return Ok(located);
+        }
+        let read_segment = || self.manifests.segment(root, index);
+        let (segment, bytes) = self.beside(read_segment, || self.locators.read(&digest));
+        let segment = segment?;
         let locator = match self.locators.cached(&digest) {
             Some(locator) => locator,
-            None => {
-                let locator = self.read_locator(&digest, &segment)?;
-                self.locators.keep(&digest, locator.clone());
-                locator
-            }
+            None => self.decode_locator(&digest, &segment, bytes)?,
         };
+        self.locators.keep(&digest, locator.clone());
         Ok(Located { digest, segment, locator })
     }
 
@@ -93,15 +97,31 @@ impl Store {
         let digest = root.segment_digests()[index as usize];
         let locator = match self.locators.cached(&digest) {
             Some(locator) => locator,
-            None => self.read_locator(&digest, &segment)?,
+            None => self.decode_locator(&digest, &segment, self.locators.read(&digest))?,
         };
         Ok(Located { digest, segment, locator })
     }
 
-    /// Reads a segment's locator, or makes it.
-    fn read_locator(&self, digest: &Digest, segment: &Segment) -> Result<Arc<Locator>, StoreError> {
-        match self.locators.read(digest, segment.chunks()) {
-            Some(locator) => Ok(locator),
+    /// Does two readings, at the same time if each is a request to a bucket.
+    fn beside<A, B: Send>(&self, a: impl FnOnce() -> A, b: impl FnOnce() -> B + Send) -> (A, B) {
+        if self.objects.has_locks() {
+            return (a(), b());
+        }
+        std::thread::scope(|scope| {
+            let b = scope.spawn(b);
+            (a(), b.join().expect("a reading does not panic"))
+        })
+    }
+
+    /// Returns a segment's locator from its encoding, or makes it if there is none, or a wrong one.
+    fn decode_locator(
+        &self,
+        digest: &Digest,
+        segment: &Segment,
+        bytes: Option<Bytes>,
+    ) -> Result<Arc<Locator>, StoreError> {
+        match bytes.and_then(|bytes| Locator::decode(&bytes, digest, segment.chunks())) {
+            Some(locator) => Ok(Arc::new(locator)),
             None => self.make_locator(digest, segment),
         }
     }

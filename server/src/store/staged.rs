@@ -1,12 +1,12 @@
-//! Packs that are being received: each a staged file beside its later place.
+//! Packs that are being received: each a staged file.
 //!
 //! The bytes go to the file as they arrive, so an upload holds one message and 256 KiB in memory,
 //! however slow it is. The verification reads the file from the page cache.
 
-use crate::store::error::{self, StoreError, io_error};
-use crate::store::layout::{Layout, sync_dir};
+use crate::store::error::{self, StoreError};
 use crate::store::lock::StoreLock;
 use crate::store::map::{self, Map};
+use crate::store::objects::StagedFile;
 use crate::store::{Caller, Store, condemned};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
@@ -14,9 +14,6 @@ use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::pack::{MAX_PACK_CHUNK_BYTES, PackError, PackIndex, check_frame};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::PathBuf;
 use std::sync::LazyLock;
 
 /// Least number of frames for one thread to check, so that making its decompressor's state pays.
@@ -37,25 +34,10 @@ static VERIFIERS: LazyLock<ThreadPool> = LazyLock::new(|| {
 #[derive(Debug)]
 pub struct StagedPack {
     digest: Digest,
-    path: PathBuf,
-    file: File,
-    /// Protects the file from removal as a left-over.
-    _writing: StoreLock,
+    staged: StagedFile,
 }
 
 impl StagedPack {
-    fn create(layout: &Layout, digest: Digest) -> Result<Self, StoreError> {
-        let writing = StoreLock::write_staged(layout)?;
-        let place = layout.pack(&digest);
-        let dir = place.parent().expect("a pack lies in a directory");
-        fs::create_dir_all(dir).map_err(io_error(dir))?;
-        // Unique, because a client may send one pack twice at a time.
-        let path = dir.join(format!("{}#{}", digest.hex(), fastrand::u64(..)));
-        let mut options = File::options();
-        let file = options.read(true).write(true).create_new(true).open(&path);
-        Ok(Self { digest, file: file.map_err(io_error(&path))?, path, _writing: writing })
-    }
-
     /// Appends bytes to the staged file.
     ///
     /// # Errors
@@ -64,16 +46,17 @@ impl StagedPack {
     /// # Blocking
     /// Writes to the page cache, which may wait for the disk.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        self.file.write_all(bytes).map_err(io_error(&self.path))
+        self.staged.write(bytes)
     }
 
     fn verify(&self, caller: &Caller) -> Result<(), StoreError> {
         let invalid = |reason: String| StoreError::Invalid { object: error::pack_name(&self.digest), reason };
-        if self.file.metadata().map_err(io_error(&self.path))?.len() == 0 {
+        let failed = |e| self.staged.error(e);
+        if self.staged.file().metadata().map_err(failed)?.len() == 0 {
             return Err(invalid("it is empty".to_owned()));
         }
-        let map = Map::new(&self.file).map_err(io_error(&self.path))?;
-        map::populate(map.bytes()).map_err(io_error(&self.path))?;
+        let map = Map::new(self.staged.file()).map_err(failed)?;
+        map::populate(map.bytes()).map_err(failed)?;
         let bytes: &Bytes = map.bytes();
         let (actual, checked) =
             VERIFIERS.install(|| rayon::join(|| Digest::of(bytes), || check_upload(bytes, caller)));
@@ -87,22 +70,6 @@ impl StagedPack {
             false => Ok(()),
         }
     }
-
-    /// Gives the pack its name. Both are durable on return.
-    fn publish(&self, layout: &Layout) -> Result<(), StoreError> {
-        let place = layout.pack(&self.digest);
-        self.file.sync_all().map_err(io_error(&self.path))?;
-        fs::rename(&self.path, &place).map_err(io_error(&place))?;
-        sync_dir(place.parent().expect("a pack lies in a directory"))?;
-        sync_dir(&layout.packs())
-    }
-}
-
-impl Drop for StagedPack {
-    fn drop(&mut self) {
-        // After the rename there is none. On failure it is a left-over, which gc removes.
-        let _ = fs::remove_file(&self.path);
-    }
 }
 
 impl Store {
@@ -114,7 +81,8 @@ impl Store {
     /// # Blocking
     /// Creates a file.
     pub fn stage_pack(&self, digest: Digest) -> Result<StagedPack, StoreError> {
-        StagedPack::create(&self.layout, digest)
+        let staged = self.objects.stage(&self.objects.layout.pack(&digest))?;
+        Ok(StagedPack { digest, staged })
     }
 
     /// Verifies a received pack with all of its frames, and stores it. The pack is durable and
@@ -129,12 +97,12 @@ impl Store {
     /// the disk.
     pub fn put_staged(&self, staged: &StagedPack, caller: &Caller) -> Result<(), StoreError> {
         staged.verify(caller)?;
-        staged.publish(&self.layout)?;
-        let _keep = StoreLock::keep_objects(&self.layout)?;
+        self.objects.publish(&staged.staged, &self.objects.layout.pack(&staged.digest))?;
+        let _keep = StoreLock::keep_objects(&self.objects)?;
         // A collector without a grace time may have deleted the pack already. The commit then lists
         // it as missing.
         if self.packs.add(staged.digest)? {
-            condemned::pardon(&self.layout, &staged.digest)?;
+            condemned::pardon(&self.objects, &staged.digest)?;
         }
         Ok(())
     }

@@ -1,11 +1,14 @@
 //! Makes a store of format 2 of one of format 1, whose references are texts.
 
 use crate::store::error::{OpenError, StoreError};
+use crate::store::format;
 use crate::store::layout::{Domain, FORMAT, Layout};
 use crate::store::lock::StoreLock;
-use crate::store::objects::Objects;
+use crate::store::objects::directory::{self, Directory};
+use crate::store::objects::{Kind, Objects};
 use crate::store::{Store, chain, lease, references};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Upgrades the store in `dir`. Returns the number of references that were converted. Writes the
 /// chunk index and the locators of all images, so that a restore need not make them.
@@ -22,19 +25,21 @@ use std::path::Path;
 /// Reads the trailers of all packs, and waits for the disk.
 pub fn upgrade(dir: &Path, domain: Domain) -> Result<u64, OpenError> {
     let layout = Layout::new(dir, domain);
-    match layout.check_format() {
+    match format::is_store(&layout) {
         Ok(true) | Err(OpenError::Old(_)) => {}
         Ok(false) => return Err(OpenError::Missing(dir.to_owned())),
         Err(error) => return Err(error),
     }
     let missing = |_| OpenError::Missing(dir.to_owned());
     let layout = Layout::new(&dir.canonicalize().map_err(missing)?, domain);
-    layout.create_directories()?;
-    let converted = convert(&layout)?;
+    directory::create_domain(&layout)?;
+    let kind = Kind::Directory(Arc::new(Directory::new(layout.root())?));
+    let objects = Objects::new(layout, kind);
+    let converted = convert(&objects)?;
     let store = Store::open(dir, domain)?;
     store.packs.write_index()?;
-    for reference in references::list(&layout)? {
-        let image = references::read(&layout, &reference)?.map(|referred| referred.image);
+    for reference in references::list(&objects)? {
+        let image = references::read(&objects, &reference)?.map(|referred| referred.image);
         if let Some(Err(error)) = image.map(|image| store.write_locators(&image)) {
             // A restore that reads it reports this, too.
             tracing::warn!("reference {reference}: {}", chain(&error));
@@ -43,18 +48,17 @@ pub fn upgrade(dir: &Path, domain: Domain) -> Result<u64, OpenError> {
     Ok(converted)
 }
 
-fn convert(layout: &Layout) -> Result<u64, OpenError> {
-    let objects = Objects::new(layout)?;
-    let _exclusive = StoreLock::delete_objects(layout)?;
-    let _changing = StoreLock::change_references(layout)?;
-    if !lease::held(layout)?.is_empty() {
+fn convert(objects: &Objects) -> Result<u64, OpenError> {
+    let _exclusive = StoreLock::delete_objects(objects)?;
+    let _changing = StoreLock::change_references(objects)?;
+    if !lease::held(objects)?.is_empty() {
         return Err(StoreError::Busy("a server serves images of this store: stop it first").into());
     }
     let mut converted = 0;
-    for reference in references::list(layout)? {
-        converted += u64::from(references::upgrade(layout, &objects, &reference)?);
+    for reference in references::list(objects)? {
+        converted += u64::from(references::upgrade(objects, &reference)?);
     }
-    objects.put(&layout.format(), FORMAT.into())?;
+    objects.put(&objects.layout.format(), FORMAT.into())?;
     Ok(converted)
 }
 
@@ -69,7 +73,7 @@ mod tests {
     /// Makes a store of format 1 of a new one.
     fn downgrade(store: &Store, dir: &Path, references: &[(&str, &Image)]) {
         for (reference, image) in references {
-            let path = store.layout.reference(&reference.parse().unwrap());
+            let path = store.objects.layout.reference(&reference.parse().unwrap());
             fs::write(path, format!("{}\n", image.digest())).unwrap();
         }
         fs::write(dir.join("format"), FORMAT_1).unwrap();
@@ -84,14 +88,14 @@ mod tests {
         downgrade(&store, dir.path(), &[("a:1", &first), ("a/b", &second)]);
         let error = Store::open(dir.path(), Domain::DEFAULT).unwrap_err().to_string();
         assert!(error.contains("postcopyd upgrade"), "{error}");
-        let locator = store.layout.locator(&first.manifest.root.segment_digests()[0]);
+        let locator = store.objects.layout.locator(&first.manifest.root.segment_digests()[0]);
         fs::remove_file(&locator).unwrap();
         let lease = store.lease(&first.digest()).unwrap();
         let error = upgrade(dir.path(), Domain::DEFAULT).unwrap_err().to_string();
         assert!(error.contains("a server serves images"), "{error}");
         drop(lease);
         assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), 2);
-        assert!(locator.exists() && fs::read_dir(store.layout.index()).unwrap().count() == 1);
+        assert!(locator.exists() && fs::read_dir(store.objects.layout.index()).unwrap().count() == 1);
         assert_eq!(upgrade(dir.path(), Domain::DEFAULT).unwrap(), 0);
         let store = Store::open(dir.path(), Domain::DEFAULT).unwrap();
         let referred = store.refer(&"a:1".parse().unwrap()).unwrap();
@@ -108,7 +112,7 @@ mod tests {
         let image = Image::of_seed(1);
         ["a:1", "a:2", "a:3"].iter().for_each(|reference| image.push(&store, reference));
         downgrade(&store, dir.path(), &[("a:2", &image), ("a:3", &image)]);
-        let damaged = store.layout.reference(&"a:3".parse().unwrap());
+        let damaged = store.objects.layout.reference(&"a:3".parse().unwrap());
         fs::write(&damaged, "no digest").unwrap();
         let error = upgrade(dir.path(), Domain::DEFAULT).unwrap_err().to_string();
         assert!(error.contains("reference a:3"), "{error}");

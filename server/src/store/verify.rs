@@ -1,19 +1,18 @@
 //! Checks every byte of a store.
 
 use crate::store::error::{OpenError, StoreError, damaged};
-use crate::store::layout::{Domain, Layout};
+use crate::store::format::{self, Location};
+use crate::store::layout::Domain;
 use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
-use crate::store::objects::read_bounded;
-use crate::store::packs::Pack;
+use crate::store::objects::Objects;
 use crate::store::staged::check_pack;
-use crate::store::{chain, open_layout, references, walk};
+use crate::store::{chain, references, walk};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, Root, Segment};
 use postcopy_proto::reference::TagReference;
 use rayon::prelude::*;
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
 
 /// Most lost chunks that are named for one image; the others are counted.
 const MAX_NAMED_CHUNKS: usize = 10;
@@ -54,7 +53,7 @@ impl From<StoreError> for Damage {
     }
 }
 
-/// Checks every digest of every pack, root and segment of the store in `dir`. Checks also that
+/// Checks every digest of every pack, root and segment of the store at `location`. Checks also that
 /// every reference resolves, and that a sound pack holds every chunk that a reference needs.
 ///
 /// # Errors
@@ -62,17 +61,17 @@ impl From<StoreError> for Damage {
 ///
 /// # Blocking
 /// Reads everything, on all cores. Garbage collection waits for it; pushes continue.
-pub fn verify(dir: &Path, domain: Domain) -> Result<Verified, OpenError> {
-    let layout = open_layout(dir, domain)?;
-    let _keep = StoreLock::keep_objects(&layout)?;
+pub fn verify(location: impl Into<Location>, domain: Domain) -> Result<Verified, OpenError> {
+    let objects = format::open(&location.into(), domain)?;
+    let _keep = StoreLock::keep_objects(&objects)?;
     let mut verified = Verified::default();
     // References are read before the packs: a later push may store its chunks in packs that this
     // run does not read.
-    let images = images(&layout, &mut verified);
-    let sound = verify_packs(&layout, &mut verified)?;
+    let images = images(&objects, &mut verified);
+    let sound = verify_packs(&objects, &mut verified)?;
     verified.chunks = sound.len() as u64;
-    verify_manifests(&layout, &mut verified)?;
-    let manifests = Manifests::new(&layout);
+    verify_manifests(&objects, &mut verified)?;
+    let manifests = Manifests::new(&objects);
     let mut outcomes: HashMap<Digest, Vec<Damage>> = HashMap::new();
     for (reference, image) in images {
         let damage = outcomes.entry(image).or_insert_with(|| verify_image(&manifests, &image, &sound));
@@ -85,13 +84,13 @@ pub fn verify(dir: &Path, domain: Domain) -> Result<Verified, OpenError> {
     Ok(verified)
 }
 
-fn images(layout: &Layout, verified: &mut Verified) -> Vec<(TagReference, Digest)> {
+fn images(objects: &Objects, verified: &mut Verified) -> Vec<(TagReference, Digest)> {
     let mut images = Vec::new();
-    match references::list(layout) {
+    match references::list(objects) {
         Err(error) => verified.damage.push(error.into()),
         Ok(references) => {
             for reference in references {
-                match references::read(layout, &reference) {
+                match references::read(objects, &reference) {
                     Ok(Some(referred)) => images.push((reference, referred.image)),
                     Ok(None) => {}
                     Err(error) => verified.damage.push(error.into()),
@@ -103,9 +102,9 @@ fn images(layout: &Layout, verified: &mut Verified) -> Vec<(TagReference, Digest
 }
 
 /// Checks all packs, and returns the chunks of the sound ones.
-fn verify_packs(layout: &Layout, verified: &mut Verified) -> Result<HashSet<Digest>, StoreError> {
+fn verify_packs(objects: &Objects, verified: &mut Verified) -> Result<HashSet<Digest>, StoreError> {
     let outcomes: Vec<_> =
-        walk::packs(layout)?.into_par_iter().map(|(digest, path)| verify_pack(digest, &path)).collect();
+        walk::packs(objects)?.into_par_iter().map(|digest| verify_pack(objects, digest)).collect();
     let mut sound = HashSet::new();
     for outcome in outcomes {
         match outcome {
@@ -120,27 +119,23 @@ fn verify_packs(layout: &Layout, verified: &mut Verified) -> Result<HashSet<Dige
     Ok(sound)
 }
 
-fn verify_pack(digest: Digest, path: &Path) -> Result<(u64, Vec<Digest>), StoreError> {
+fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec<Digest>), StoreError> {
     let wrong = |reason: String| damaged(format!("pack {digest}"), reason);
-    let (pack, _) = Pack::open_with_index(path, digest).map_err(|error| match error {
-        StoreError::Damaged { .. } => error,
-        other => wrong(chain(&other)),
-    })?;
-    let bytes = pack.populated()?;
+    let bytes = objects.map(&objects.layout.pack(&digest)).map_err(|error| wrong(chain(&error)))?;
+    let bytes = bytes.ok_or_else(|| StoreError::NotFound(format!("pack {digest}")))?;
     // The frames are checked first, because they name the damaged chunk.
-    let index = check_pack(bytes).map_err(|e| wrong(e.to_string()))?;
-    let actual = Digest::of(bytes);
+    let index = check_pack(&bytes).map_err(|e| wrong(e.to_string()))?;
+    let actual = Digest::of(&bytes);
     if actual != digest {
         return Err(wrong(format!("its bytes have digest {actual}")));
     }
     Ok((bytes.len() as u64, index.entries().iter().map(|entry| entry.chunk).collect()))
 }
 
-fn verify_manifests(layout: &Layout, verified: &mut Verified) -> Result<(), StoreError> {
-    let outcomes: Vec<_> = walk::manifests(layout)?
-        .into_par_iter()
-        .map(|(digest, path)| verify_manifest(&digest, &path))
-        .collect();
+fn verify_manifests(objects: &Objects, verified: &mut Verified) -> Result<(), StoreError> {
+    let (manifests, _) = walk::manifests(objects)?;
+    let outcomes: Vec<_> =
+        manifests.into_par_iter().map(|digest| verify_manifest(objects, &digest)).collect();
     for outcome in outcomes {
         match outcome {
             Ok(()) => verified.manifests += 1,
@@ -150,9 +145,11 @@ fn verify_manifests(layout: &Layout, verified: &mut Verified) -> Result<(), Stor
     Ok(())
 }
 
-fn verify_manifest(digest: &Digest, path: &Path) -> Result<(), StoreError> {
+fn verify_manifest(objects: &Objects, digest: &Digest) -> Result<(), StoreError> {
     let object = || format!("manifest {digest}");
-    let bytes = read_bounded(path, MAX_ROOT_BYTES).map_err(|e| damaged(object(), chain(&e)))?;
+    let bytes = objects
+        .read(&objects.layout.manifest(digest), MAX_ROOT_BYTES)
+        .map_err(|e| damaged(object(), chain(&e)))?;
     let bytes = bytes.ok_or_else(|| StoreError::NotFound(object()))?;
     let actual = Digest::of(&bytes);
     if actual != *digest {
@@ -204,7 +201,7 @@ mod tests {
         let (dir, store) = store();
         let image = Image::of_seed(1);
         image.push(&store, "a:1");
-        let (layout, pack) = (&store.layout, image.pack_digest());
+        let (layout, pack) = (&store.objects.layout, image.pack_digest());
         let segment = image.manifest.root.segment_digests()[0];
         let check = || verify(dir.path(), Domain::DEFAULT).unwrap();
         assert_eq!(check().damage, []);

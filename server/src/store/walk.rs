@@ -1,77 +1,44 @@
-//! Lists every file of a domain by walking its directories, because object_store's `list` hides
-//! staged files.
+//! Lists the objects of a domain.
 
-use crate::store::error::{StoreError, io_error};
-use crate::store::layout::{Layout, digest_of_name, is_staged};
+use crate::store::error::StoreError;
+use crate::store::layout::digest_of_name;
+use crate::store::objects::{Kind, Objects};
 use postcopy_proto::digest::Digest;
-use std::fs::{self, DirEntry};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-fn entries(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
-    fs::read_dir(dir).and_then(Iterator::collect::<io::Result<_>>).map_err(io_error(dir))
-}
-
-fn is_dir(entry: &DirEntry) -> Result<bool, StoreError> {
-    // Symbolic links are not followed, because they could form cycles.
-    entry.file_type().map(|kind| kind.is_dir()).map_err(io_error(&entry.path()))
-}
-
-fn objects_in(dir: &Path) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
-    let named = |entry: DirEntry| Some((digest_of_name(&entry.file_name())?, entry.path()));
-    Ok(entries(dir)?.into_iter().filter_map(named).collect())
-}
-
-/// Returns all packs with their paths.
-pub(crate) fn packs(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
-    let mut packs = Vec::new();
-    for dir in entries(&layout.packs())? {
-        if is_dir(&dir)? {
-            packs.extend(objects_in(&dir.path())?);
+/// Returns all packs.
+pub(crate) fn packs(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
+    let top = objects.layout.packs();
+    let names = match objects.kind() {
+        Kind::Bucket(bucket) => {
+            let entries = bucket.wait(bucket.entries_of(&objects.layout.pack_dirs()))?;
+            entries.into_iter().map(|entry| entry.name).collect()
         }
-    }
-    Ok(packs)
-}
-
-/// Returns all roots and segments with their paths.
-pub(crate) fn manifests(layout: &Layout) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
-    objects_in(&layout.manifests())
-}
-
-/// Returns the locators whose segments do not exist.
-pub(crate) fn orphan_locators(layout: &Layout) -> Result<Vec<PathBuf>, StoreError> {
-    let orphan = |entry: DirEntry| {
-        let path = entry.path();
-        let is_orphan = path.extension().is_some_and(|extension| extension == "loc")
-            && path.file_stem().and_then(digest_of_name).is_some()
-            && !path.with_extension("").exists();
-        is_orphan.then_some(path)
+        Kind::Directory(_) => {
+            let mut names = Vec::new();
+            for dir in objects.names(&top)? {
+                let dir = top.join(dir);
+                // Symbolic links are not followed, because they could form cycles.
+                if std::fs::symlink_metadata(&dir).is_ok_and(|metadata| metadata.is_dir()) {
+                    names.extend(objects.names(&dir)?);
+                }
+            }
+            names
+        }
     };
-    Ok(entries(&layout.manifests())?.into_iter().filter_map(orphan).collect())
+    Ok(names.iter().filter_map(|name| digest_of_name(name)).collect())
 }
 
-/// Adds all staged files below a directory.
-pub(crate) fn staged(dir: &Path, found: &mut Vec<PathBuf>) -> Result<(), StoreError> {
-    for entry in entries(dir)? {
-        if is_dir(&entry)? {
-            staged(&entry.path(), found)?;
-        } else if is_staged(&entry.file_name()) {
-            found.push(entry.path());
-        }
-    }
-    Ok(())
-}
-
-/// Returns the bytes of all files below a directory. A file that is removed meanwhile counts as
-/// empty.
-pub(crate) fn bytes(dir: &Path) -> Result<u64, StoreError> {
-    let mut bytes = 0;
-    for entry in entries(dir)? {
-        if is_dir(&entry)? {
-            bytes += self::bytes(&entry.path())?;
-        } else if let Ok(metadata) = entry.metadata() {
-            bytes += metadata.len();
-        }
-    }
-    Ok(bytes)
+/// Returns all roots and segments, and the locators whose segments do not exist.
+pub(crate) fn manifests(objects: &Objects) -> Result<(Vec<Digest>, Vec<PathBuf>), StoreError> {
+    let dir = objects.layout.manifests();
+    let names = objects.names(&dir)?;
+    let manifests: Vec<_> = names.iter().filter_map(|name| digest_of_name(name)).collect();
+    let known: std::collections::HashSet<_> = manifests.iter().collect();
+    let is_orphan = |name: &&String| {
+        let segment = name.strip_suffix(".loc").and_then(digest_of_name);
+        segment.is_some_and(|segment| !known.contains(&segment))
+    };
+    let orphans = names.iter().filter(is_orphan).map(|name| dir.join(name)).collect();
+    Ok((manifests, orphans))
 }

@@ -16,12 +16,10 @@
 mod choose;
 mod recordings;
 
-use crate::store::error::{StoreError, damaged, io_error};
-use crate::store::layout::{Layout, digest_of_name, sync_dir};
+use crate::store::error::{StoreError, damaged};
+use crate::store::layout::digest_of_name;
 use crate::store::lock::StoreLock;
-use crate::store::map::{self, Map};
-use crate::store::objects::{self, read_bounded};
-use crate::store::walk;
+use crate::store::objects::{Entry, Objects};
 use crate::store::{Store, StoredChunk, StoredRoot};
 use bytes::Bytes;
 use choose::Page;
@@ -35,11 +33,9 @@ use postcopy_proto::set_frame::{SetChunk, SetEncoder, SetFrame};
 use postcopy_proto::v1::PageSpan;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::Duration;
 
 /// Most pages of a frame: 256 KiB, or one longer chunk.
 const FRAME_PAGES: usize = 64;
@@ -52,6 +48,9 @@ const LEVEL: i32 = 9;
 const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
 /// Most packs of a set.
 const MAX_PACKS: usize = 64;
+/// Age from which a pack of a bucket that the current set does not name is removed: longer than the
+/// build of a set takes.
+const MIN_PACK_AGE: Duration = Duration::from_secs(3600);
 
 /// A working set, ready to be sent.
 #[derive(Clone, Debug, Default)]
@@ -86,24 +85,13 @@ fn object(image: &Digest) -> String {
     format!("the working set of image {image}")
 }
 
-/// Returns a directory's entries whose names are digests, with their times of writing, the oldest
-/// first. Returns none if there is no such directory.
-fn by_age(dir: &PathBuf) -> Result<Vec<(SystemTime, PathBuf)>, StoreError> {
-    let entries = match fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(io_error(dir))?,
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(io_error(dir))?;
-        // An entry that was removed meanwhile has no time.
-        let time = entry.metadata().and_then(|metadata| metadata.modified());
-        if let (Ok(time), Some(_)) = (time, digest_of_name(&entry.file_name())) {
-            found.push((time, entry.path()));
-        }
-    }
-    found.sort_unstable();
-    Ok(found)
+/// Returns a directory's objects whose names are digests, the oldest first. Returns none if there is
+/// no such directory.
+fn by_age(objects: &Objects, dir: &Path) -> Result<Vec<Entry>, StoreError> {
+    let mut entries = objects.entries_if_any(dir)?;
+    entries.retain(|entry| digest_of_name(&entry.name).is_some());
+    entries.sort_unstable_by(|a, b| (a.written, &a.name).cmp(&(b.written, &b.name)));
+    Ok(entries)
 }
 
 /// The places of the pages of an image's files.
@@ -175,7 +163,7 @@ impl Store {
     /// changes the image's working set.
     pub fn build_working_set(&self, image: &Digest, share: f64) -> Result<WorkingSet, StoreError> {
         let files = Files::new(self.root(image)?);
-        let lock = StoreLock::change_working_set(&self.layout, image)?;
+        let lock = StoreLock::change_working_set(&self.objects, image)?;
         let recordings = if lock.is_some() { self.recordings(image, &files)? } else { None };
         let Some(recordings) = recordings else {
             // The recordings were removed before this build's turn.
@@ -195,17 +183,28 @@ impl Store {
             let digest = Digest::of(&pack);
             current.push_str(&digest.hex());
             current.push('\n');
-            self.objects.put(&self.layout.set(image, &digest), pack.into())?;
+            self.objects.put(&self.objects.layout.set(image, &digest), pack.into())?;
         }
-        self.objects.put(&self.layout.current_set(image), current.clone().into())?;
-        for (_, path) in by_age(&self.layout.sets(image))? {
-            // Streams that still send from a removed pack have it mapped.
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if !current.contains(name) {
-                objects::remove(&path)?;
+        self.objects.put(&self.objects.layout.current_set(image), current.clone().into())?;
+        self.remove_old_packs(image, &current)?;
+        Ok(self.working_set(image)?.unwrap_or_default())
+    }
+
+    /// Removes the packs of sets before the current one. Streams that still send from a removed pack
+    /// have it in memory.
+    fn remove_old_packs(&self, image: &Digest, current: &str) -> Result<(), StoreError> {
+        let dir = self.objects.layout.sets(image);
+        let packs = by_age(&self.objects, &dir)?;
+        // Without a lock, another server may have written the youngest ones for a set of its own.
+        let min_age = if self.objects.has_locks() { Duration::ZERO } else { MIN_PACK_AGE };
+        let newest = packs.last().map(|pack| pack.written);
+        for pack in packs {
+            let age = newest.and_then(|newest| newest.duration_since(pack.written).ok()).unwrap_or_default();
+            if age >= min_age && !current.contains(&pack.name) {
+                self.objects.remove(&dir.join(&pack.name))?;
             }
         }
-        Ok(self.working_set(image)?.unwrap_or_default())
+        Ok(())
     }
 
     /// Returns the packs of the frames of these pages, in this order.
@@ -310,7 +309,7 @@ impl Store {
         // The set in `current` may be replaced before its packs are open.
         for _ in 0..ATTEMPTS {
             match self.current_set(image) {
-                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(StoreError::NotFound(_)) => {}
                 other => return other,
             }
         }
@@ -319,18 +318,18 @@ impl Store {
 
     fn current_set(&self, image: &Digest) -> Result<Option<WorkingSet>, StoreError> {
         let wrong = |reason: String| damaged(object(image), reason);
-        let Some(current) = read_bounded(&self.layout.current_set(image), MAX_PACKS * 65)? else {
+        let layout = &self.objects.layout;
+        let Some(current) = self.objects.read(&layout.current_set(image), MAX_PACKS * 65)? else {
             return Ok(None);
         };
-        let mut set =
-            WorkingSet { recordings: by_age(&self.layout.recordings(image))?.len(), ..WorkingSet::default() };
+        let recordings = by_age(&self.objects, &layout.recordings(image))?.len();
+        let mut set = WorkingSet { recordings, ..WorkingSet::default() };
         for line in String::from_utf8_lossy(&current).lines() {
             let digest = Digest::from_hex(line).map_err(|e| wrong(format!("`current`: {e}")))?;
-            let path = self.layout.set(image, &digest);
-            let map = File::open(&path).and_then(|file| Map::new(&file)).map_err(io_error(&path))?;
-            map::populate(map.bytes()).map_err(io_error(&path))?;
-            for range in set_frames(map.bytes()).map_err(|e| wrong(e.to_string()))? {
-                let frame = map.bytes().slice(range);
+            let pack = self.objects.map(&layout.set(image, &digest))?;
+            let pack = pack.ok_or_else(|| StoreError::NotFound(object(image)))?;
+            for range in set_frames(&pack).map_err(|e| wrong(e.to_string()))? {
+                let frame = pack.slice(range);
                 let parsed = SetFrame::parse(&frame).map_err(|e| wrong(e.to_string()))?;
                 for run in parsed.runs() {
                     set.pages += u64::from(run.count);
@@ -350,8 +349,10 @@ impl Store {
     /// # Blocking
     /// Reads a directory.
     pub fn images_with_working_sets(&self) -> Result<Vec<Digest>, StoreError> {
-        let mut images = images(&self.layout)?;
-        images.retain(|image| self.layout.current_set(image).exists());
+        let mut images = images(&self.objects)?;
+        let paths: Vec<_> = images.iter().map(|image| self.objects.layout.current_set(image)).collect();
+        let mut lengths = self.objects.lengths(&paths)?.into_iter();
+        images.retain(|_| lengths.next().flatten().is_some());
         images.sort_unstable();
         Ok(images)
     }
@@ -364,8 +365,8 @@ impl Store {
     /// # Blocking
     /// Waits for the disk, and for a process that builds the set.
     pub fn remove_working_set(&self, image: &Digest) -> Result<bool, StoreError> {
-        match StoreLock::change_working_set(&self.layout, image)? {
-            Some(lock) => remove(&self.layout, image, lock),
+        match StoreLock::change_working_set(&self.objects, image)? {
+            Some(_lock) => Ok(self.objects.remove_below(&self.objects.layout.working_set(image))?.is_some()),
             None => Ok(false),
         }
     }
@@ -401,40 +402,23 @@ fn runs_of(mut pages: Vec<u16>) -> Vec<PageRun> {
     runs
 }
 
-fn images(layout: &Layout) -> Result<Vec<Digest>, StoreError> {
-    let dir = layout.working_sets();
-    let entries = match fs::read_dir(&dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io_error(&dir))?,
-    };
-    Ok(entries.iter().filter_map(|entry| digest_of_name(&entry.file_name())).collect())
-}
-
-/// Removes the working set of an image, which the caller has locked.
-fn remove(layout: &Layout, image: &Digest, _lock: StoreLock) -> Result<bool, StoreError> {
-    let dir = layout.working_set(image);
-    match fs::remove_dir_all(&dir) {
-        Ok(()) => sync_dir(&layout.working_sets()).map(|()| true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        // A recording was stored meanwhile; the next removal succeeds.
-        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
-        Err(e) => Err(io_error(&dir)(e)),
-    }
+fn images(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
+    let names = objects.names_if_any(&objects.layout.working_sets())?;
+    Ok(names.iter().filter_map(|name| digest_of_name(name)).collect())
 }
 
 /// Removes the working sets of deleted images. Returns their number, and the bytes of their files.
 /// Skips a set that is being built.
-pub(crate) fn remove_orphans(layout: &Layout) -> Result<(u64, u64), StoreError> {
+pub(crate) fn remove_orphans(objects: &Objects) -> Result<(u64, u64), StoreError> {
     let (mut removed, mut freed) = (0, 0);
-    for image in images(layout)? {
-        if layout.manifest(&image).exists() {
+    for image in images(objects)? {
+        if objects.exists(&objects.layout.manifest(&image))? {
             continue;
         }
-        if let Some(lock) = StoreLock::try_change_working_set(layout, &image)? {
-            let bytes = walk::bytes(&layout.working_set(&image))?;
-            if remove(layout, &image, lock)? {
-                (removed, freed) = (removed + 1, freed + bytes);
-            }
+        if let Some(_lock) = StoreLock::try_change_working_set(objects, &image)?
+            && let Some(bytes) = objects.remove_below(&objects.layout.working_set(&image))?
+        {
+            (removed, freed) = (removed + 1, freed + bytes);
         }
     }
     Ok((removed, freed))
@@ -445,10 +429,12 @@ mod tests {
     use super::recordings::RECORDINGS;
     use super::*;
     use crate::fixtures::{Image, store};
+    use crate::store::objects::directory::bytes_below;
     use crate::store::{Collector, Domain};
     use postcopy_proto::manifest::ChunkContent;
     use postcopy_proto::page::ChunkSize;
     use postcopy_proto::set_frame::{Expected, SetDecoder};
+    use std::fs;
     use std::time::Duration;
 
     impl Expected for Image {
@@ -505,11 +491,16 @@ mod tests {
         }
         let set = store.working_set(&image.digest()).unwrap().unwrap();
         assert_eq!(set.spans().collect::<Vec<_>>(), [span(5, 1)]);
-        assert_eq!(by_age(&store.layout.sets(&image.digest())).unwrap().len(), 1, "older sets are removed");
+        assert_eq!(
+            by_age(&store.objects, &store.objects.layout.sets(&image.digest())).unwrap().len(),
+            1,
+            "older sets are removed"
+        );
 
         store.remove_reference(&"a".parse().unwrap()).unwrap();
-        let all = || walk::bytes(store.layout.domain()).unwrap();
-        let (set_bytes, before) = (walk::bytes(&store.layout.working_set(&image.digest())).unwrap(), all());
+        let all = || bytes_below(store.objects.layout.domain()).unwrap();
+        let of_set = store.objects.layout.working_set(&image.digest());
+        let (set_bytes, before) = (bytes_below(&of_set).unwrap(), all());
         let collector = Collector::open(dir.path(), Domain::DEFAULT).unwrap();
         collector.condemn().unwrap();
         let collected = collector.sweep(Duration::ZERO).unwrap();
@@ -535,21 +526,22 @@ mod tests {
         let image = Image::of_seed(1);
         image.push(&store, "a");
         record(&store, &image, 0, vec![span(0, 1)]);
-        let held = StoreLock::change_working_set(&store.layout, &image.digest()).unwrap().unwrap();
-        assert!(StoreLock::try_change_working_set(&store.layout, &image.digest()).unwrap().is_none());
+        let held = StoreLock::change_working_set(&store.objects, &image.digest()).unwrap().unwrap();
+        assert!(StoreLock::try_change_working_set(&store.objects, &image.digest()).unwrap().is_none());
         std::thread::scope(|scope| {
             let other = scope.spawn(|| {
                 let store = Store::open(dir.path(), Domain::DEFAULT).unwrap();
                 record(&store, &image, 1, vec![span(0, 2)])
             });
-            let recordings = || by_age(&store.layout.recordings(&image.digest())).unwrap().len();
+            let recordings =
+                || by_age(&store.objects, &store.objects.layout.recordings(&image.digest())).unwrap().len();
             while recordings() < 2 {
                 std::thread::park_timeout(Duration::from_millis(1));
             }
             std::thread::park_timeout(Duration::from_millis(200));
             assert!(!other.is_finished());
             // The directory that the build waits for is then replaced.
-            fs::remove_dir_all(store.layout.working_set(&image.digest())).unwrap();
+            fs::remove_dir_all(store.objects.layout.working_set(&image.digest())).unwrap();
             store.keep_recording(&image.digest(), [2; 16], vec![span(0, 3)], Vec::new()).unwrap();
             drop(held);
             assert_eq!(other.join().unwrap().recordings, 1);
@@ -565,7 +557,7 @@ mod tests {
             }
         });
         assert_eq!(store.working_set(&image.digest()).unwrap().unwrap().recordings, RECORDINGS);
-        assert_eq!(by_age(&store.layout.sets(&image.digest())).unwrap().len(), 1);
+        assert_eq!(by_age(&store.objects, &store.objects.layout.sets(&image.digest())).unwrap().len(), 1);
     }
 
     #[test]
@@ -574,8 +566,9 @@ mod tests {
         let image = Image::of_seed(1);
         image.push(&store, "a");
         record(&store, &image, 1, vec![span(0, 4)]);
-        let (_, pack) = by_age(&store.layout.sets(&image.digest())).unwrap().remove(0);
-        fs::write(&pack, b"postcopy").unwrap();
+        let dir = store.objects.layout.sets(&image.digest());
+        let pack = by_age(&store.objects, &dir).unwrap().remove(0);
+        fs::write(dir.join(&pack.name), b"postcopy").unwrap();
         let error = store.working_set(&image.digest()).unwrap_err();
         assert!(
             matches!(&error, StoreError::Damaged { object, .. } if object.contains(&image.digest().to_string()))

@@ -76,12 +76,11 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Opens a run, and reads its table of packs.
+    /// Makes a run of an open file, and reads its table of packs. `path` is the object's.
     ///
     /// # Errors
     /// Returns [`StoreError::Damaged`] with the path, or [`StoreError::Io`].
-    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        let file = File::open(path).map_err(io_error(path))?;
+    pub(crate) fn new(file: File, path: &Path) -> Result<Self, StoreError> {
         let length = file.metadata().map_err(io_error(path))?.len();
         let wrong = |reason: &str| damaged(path.display().to_string(), reason);
         let trailer_at = length.checked_sub(TRAILER_BYTES as u64).ok_or_else(|| wrong("it is too short"))?;
@@ -109,11 +108,6 @@ impl Run {
             true => Ok(Self { path: path.to_owned(), file, packs, entries }),
             false => Err(wrong("its packs are not in ascending order")),
         }
-    }
-
-    /// Notes the path that the file will have.
-    pub(crate) fn at(self, path: PathBuf) -> Self {
-        Self { path, ..self }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -391,7 +385,7 @@ mod tests {
         }
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&writer.finish().unwrap()).unwrap();
-        let run = Run::open(file.path()).unwrap();
+        let run = Run::new(file.reopen().unwrap(), file.path()).unwrap();
         (file, run)
     }
 
@@ -446,7 +440,7 @@ mod tests {
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
             std::fs::write(file.path(), &bytes).unwrap();
-            if let Ok(run) = Run::open(file.path()) {
+            if let Ok(run) = Run::new(file.reopen().unwrap(), file.path()) {
                 prop_assert!(run.all().collect::<Result<Vec<_>, _>>().is_err());
             }
         }
@@ -461,7 +455,7 @@ mod tests {
             }
             let file = tempfile::NamedTempFile::new().unwrap();
             std::fs::write(file.path(), &bytes).unwrap();
-            if let Ok(run) = Run::open(file.path()) {
+            if let Ok(run) = Run::new(file.reopen().unwrap(), file.path()) {
                 run.all().for_each(drop);
             }
         }

@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::fixtures::{Image, store};
+use crate::store::format::open_directory;
+use crate::store::layout::Layout;
 use crate::store::{Caller, Domain, Store};
 use std::collections::BTreeSet;
 
@@ -9,8 +11,12 @@ fn put(store: &Store, image: &Image) {
     store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
 }
 
+fn objects(store: &tempfile::TempDir) -> Objects {
+    open_directory(store.path(), Domain::DEFAULT).unwrap()
+}
+
 fn layout(store: &tempfile::TempDir) -> Layout {
-    Layout::new(store.path(), Domain::DEFAULT)
+    objects(store).layout
 }
 
 /// Returns the packs in which the index finds chunks of the images, after it has read the
@@ -48,7 +54,7 @@ fn run_files(dir: &tempfile::TempDir) -> Vec<PathBuf> {
 fn runs_are_merged_and_found_by_other_processes_without_the_packs_trailers() {
     let (dir, store) = store();
     let images: Vec<_> = (0..9).map(|seed| Image::of_seed(seed * 3)).collect();
-    let index = ChunkIndex::new(&layout(&dir));
+    let index = ChunkIndex::new(&objects(&dir));
     for image in &images {
         put(&store, image);
         assert!(packs_found(&index, &images).contains(&image.pack_digest()));
@@ -60,7 +66,7 @@ fn runs_are_merged_and_found_by_other_processes_without_the_packs_trailers() {
     for image in &images {
         fs::write(layout(&dir).pack(&image.pack_digest()), b"no pack").unwrap();
     }
-    let other = ChunkIndex::new(&layout(&dir));
+    let other = ChunkIndex::new(&objects(&dir));
     assert_eq!(packs_found(&other, &images), all_packs(&images));
     assert!(other.read(|state| state.recent_packs.is_empty()));
 }
@@ -70,7 +76,7 @@ fn a_deleted_pack_leaves_the_index_with_the_next_merge_and_may_come_back() {
     let (dir, store) = store();
     let images: Vec<_> = (0..3).map(Image::of_seed).collect();
     images[..2].iter().for_each(|image| put(&store, image));
-    let index = ChunkIndex::new(&layout(&dir));
+    let index = ChunkIndex::new(&objects(&dir));
     index.scan().unwrap();
     write_run(&index);
     fs::remove_file(layout(&dir).pack(&images[1].pack_digest())).unwrap();
@@ -89,7 +95,7 @@ fn a_damaged_run_is_made_again_from_the_packs() {
     let images: Vec<_> = (0..20).map(Image::of_seed).collect();
     images.iter().for_each(|image| put(&store, image));
     let length = || fs::metadata(&run_files(&dir)[0]).unwrap().len();
-    let index = ChunkIndex::new(&layout(&dir));
+    let index = ChunkIndex::new(&objects(&dir));
     index.scan().unwrap();
     write_run(&index);
     for at in [0, 4096, length() - 1, length() - 70] {
@@ -97,14 +103,14 @@ fn a_damaged_run_is_made_again_from_the_packs() {
         let mut bytes = fs::read(&path).unwrap();
         bytes[usize::try_from(at).unwrap()] ^= 1;
         fs::write(&path, bytes).unwrap();
-        let other = ChunkIndex::new(&layout(&dir));
+        let other = ChunkIndex::new(&objects(&dir));
         other.scan().unwrap();
         // The process that finds the damage first finds fewer chunks, and reads the packs then.
         let _ = other.find(&images[0].data_chunks(), |_, _| {});
         let _ = other.find(&images[19].data_chunks(), |_, _| {});
         assert_eq!(packs_found(&other, &images), all_packs(&images), "{at}");
         write_run(&other);
-        assert!(!path.exists() || Run::open(&path).is_ok(), "{at}");
+        assert!(!path.exists() || Run::new(fs::File::open(&path).unwrap(), &path).is_ok(), "{at}");
     }
 }
 
@@ -113,7 +119,7 @@ fn a_damaged_run_is_not_merged_into_another() {
     let (dir, store) = store();
     let images: Vec<_> = (0..2).map(Image::of_seed).collect();
     put(&store, &images[0]);
-    let index = ChunkIndex::new(&layout(&dir));
+    let index = ChunkIndex::new(&objects(&dir));
     index.scan().unwrap();
     write_run(&index);
     let path = run_files(&dir).pop().unwrap();
@@ -136,14 +142,14 @@ fn processes_that_merge_at_once_lose_no_chunk() {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                let index = ChunkIndex::new(&layout(&dir));
+                let index = ChunkIndex::new(&objects(&dir));
                 while !done.load(std::sync::atomic::Ordering::Relaxed) {
                     index.scan().unwrap();
                     write_run(&index);
                 }
             });
         }
-        let index = ChunkIndex::new(&layout(&dir));
+        let index = ChunkIndex::new(&objects(&dir));
         for (number, image) in images.iter().enumerate() {
             put(&store, image);
             assert_eq!(packs_found(&index, &images), all_packs(&images[..=number]));

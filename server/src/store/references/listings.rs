@@ -12,6 +12,7 @@
 
 use crate::store::cache::Cache;
 use crate::store::error::StoreError;
+use crate::store::objects::Objects;
 use crate::store::references::directory::{Content, Directory, Stamp};
 use crate::store::references::names::{Group, Key, Names};
 use postcopy_proto::digest::Digest;
@@ -77,7 +78,7 @@ struct Listing {
 pub(crate) struct Listings {
     bounds: Bounds,
     /// Listings by the digest of the directory's path.
-    kept: Cache<Listing>,
+    kept: Cache<Digest, Listing>,
     id: u64,
     /// The number of walks that have begun.
     walks: AtomicU64,
@@ -117,22 +118,29 @@ impl Listings {
     /// `None` if the directory does not exist.
     pub(super) fn keys(
         &self,
+        objects: &Objects,
         path: &Path,
         content: Content,
         from: &str,
         walk: Walk,
     ) -> Result<Option<Keys>, StoreError> {
-        let names = match self.listing(path, content, walk)? {
+        let names = match self.listing(objects, path, content, walk)? {
             None => return Ok(None),
             Some(listing) => listing.names.clone(),
         };
         match names {
             Some(names) => Ok(Some(Keys { names, are_all: true })),
-            None => self.select(path, content, from),
+            None => self.select(objects, path, content, from),
         }
     }
 
-    fn listing(&self, path: &Path, content: Content, walk: Walk) -> Result<Option<Arc<Listing>>, StoreError> {
+    fn listing(
+        &self,
+        objects: &Objects,
+        path: &Path,
+        content: Content,
+        walk: Walk,
+    ) -> Result<Option<Arc<Listing>>, StoreError> {
         let place = Digest::of(path.as_os_str().as_bytes());
         let kept = self.kept.get(&place);
         if let Some(listing) = kept.as_ref().filter(|listing| listing.walk >= walk.number) {
@@ -140,7 +148,7 @@ impl Listings {
         }
         // Before the directory is read.
         let newest_walk = self.walks.load(Ordering::Acquire);
-        let Some(directory) = Directory::open(path, content)? else { return Ok(None) };
+        let Some(directory) = Directory::open(objects, path, content)? else { return Ok(None) };
         let stamp = directory.stamp()?;
         if let Some(listing) = kept.filter(|listing| stamp.is_some() && listing.stamp == stamp) {
             return Ok(Some(listing));
@@ -182,8 +190,14 @@ impl Listings {
     }
 
     /// Returns the next keys of a directory, in memory for as many keys.
-    fn select(&self, path: &Path, content: Content, from: &str) -> Result<Option<Keys>, StoreError> {
-        let Some(directory) = Directory::open(path, content)? else { return Ok(None) };
+    fn select(
+        &self,
+        objects: &Objects,
+        path: &Path,
+        content: Content,
+        from: &str,
+    ) -> Result<Option<Keys>, StoreError> {
+        let Some(directory) = Directory::open(objects, path, content)? else { return Ok(None) };
         let mut selected: BinaryHeap<Selected> = BinaryHeap::new();
         let mut are_all = true;
         directory.for_each(content, |component, groups| {

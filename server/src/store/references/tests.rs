@@ -14,14 +14,14 @@ const NARROW: Bounds = Bounds { kept_bytes: 150, kept_keys: 4, selected_keys: 3 
 /// Bounds with which every listing is kept.
 const WIDE: Bounds = Bounds { kept_bytes: 1 << 20, kept_keys: 1, selected_keys: 3 };
 
-fn create(layout: &Layout, reference: &str) {
-    let path = layout.reference(&reference.parse().unwrap());
+fn create(objects: &Objects, reference: &str) {
+    let path = objects.layout.reference(&reference.parse().unwrap());
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, "").unwrap();
 }
 
-fn delete(layout: &Layout, reference: &str) {
-    fs::remove_file(layout.reference(&reference.parse().unwrap())).unwrap();
+fn delete(objects: &Objects, reference: &str) {
+    fs::remove_file(objects.layout.reference(&reference.parse().unwrap())).unwrap();
 }
 
 fn text_of(entry: &Listed) -> String {
@@ -32,11 +32,11 @@ fn text_of(entry: &Listed) -> String {
 }
 
 /// Returns the texts of all pages. Calls `between` after each page.
-fn texts(layout: &Layout, listings: &Listings, size: usize, mut between: impl FnMut()) -> Vec<String> {
+fn texts(objects: &Objects, listings: &Listings, size: usize, mut between: impl FnMut()) -> Vec<String> {
     let mut texts = Vec::new();
     let mut after: Option<PageToken> = None;
     loop {
-        let page = page(layout, listings, after.as_ref(), size).unwrap();
+        let page = page(objects, listings, after.as_ref(), size).unwrap();
         assert!(page.entries.len() == size || page.next.is_none());
         texts.extend(page.entries.iter().map(text_of));
         let Some(next) = page.next else { return texts };
@@ -63,15 +63,15 @@ proptest! {
     #[test]
     fn pages_of_any_size_are_the_sorted_set(references in references(), size in 1..12_usize) {
         let (_dir, store) = store();
-        references.iter().for_each(|reference| create(&store.layout, reference));
+        references.iter().for_each(|reference| create(&store.objects, reference));
         let sorted: Vec<String> = references.into_iter().collect();
         for bounds in [NARROW, WIDE, Bounds::default()] {
             let listings = Listings::new(bounds);
             for _ in 0..2 {
-                prop_assert_eq!(&texts(&store.layout, &listings, size, || {}), &sorted);
+                prop_assert_eq!(&texts(&store.objects, &listings, size, || {}), &sorted);
             }
         }
-        let listed: Vec<_> = list(&store.layout).unwrap().iter().map(ToString::to_string).collect();
+        let listed: Vec<_> = list(&store.objects).unwrap().iter().map(ToString::to_string).collect();
         prop_assert_eq!(listed, sorted);
     }
 
@@ -84,8 +84,8 @@ proptest! {
         size in 1..6_usize,
     ) {
         let (_dir, store) = store();
-        let layout = &store.layout;
-        stay.iter().for_each(|reference| create(layout, reference));
+        let objects = &store.objects;
+        stay.iter().for_each(|reference| create(objects, reference));
         let change: Vec<_> = change.difference(&stay).collect();
         for bounds in [NARROW, WIDE] {
             let listings = Listings::new(bounds);
@@ -93,9 +93,9 @@ proptest! {
             let toggle = || {
                 exist.set(!exist.get());
                 let apply = if exist.get() { create } else { delete };
-                change.iter().for_each(|reference| apply(layout, reference));
+                change.iter().for_each(|reference| apply(objects, reference));
             };
-            let shown = texts(layout, &listings, size, toggle);
+            let shown = texts(objects, &listings, size, toggle);
             prop_assert!(shown.is_sorted_by(|a, b| a < b), "{:?}", shown);
             let shown: BTreeSet<String> = shown.into_iter().collect();
             prop_assert!(shown.is_superset(&stay), "{:?} are missing", stay.difference(&shown));
@@ -127,32 +127,32 @@ fn a_walk_shows_all_that_existed_when_it_began() {
     let (_dir, store) = store();
     let listings = Listings::new(WIDE);
     for n in 0..300 {
-        create(&store.layout, &format!("a:{n:03}"));
-        assert_eq!(texts(&store.layout, &listings, 200, || {}).len(), n + 1);
+        create(&store.objects, &format!("a:{n:03}"));
+        assert_eq!(texts(&store.objects, &listings, 200, || {}).len(), n + 1);
     }
 }
 
 #[test]
 fn a_walk_does_not_read_a_large_directory_again_for_each_page() {
     let (_dir, store) = store();
-    let layout = &store.layout;
+    let objects = &store.objects;
     let listings = Listings::new(WIDE);
-    (0..10).for_each(|n| create(layout, &format!("a:{n}")));
-    let first = page(layout, &listings, None, 4).unwrap();
-    create(layout, "a:9a");
-    let second = page(layout, &listings, first.next.as_ref(), 100).unwrap();
+    (0..10).for_each(|n| create(objects, &format!("a:{n}")));
+    let first = page(objects, &listings, None, 4).unwrap();
+    create(objects, "a:9a");
+    let second = page(objects, &listings, first.next.as_ref(), 100).unwrap();
     assert_eq!(second.entries.len(), 6, "the listing of the first page");
     // A walk that another server began has to see what existed then.
     let next = first.next.unwrap().of_another_walk();
-    assert_eq!(page(layout, &listings, Some(&next), 100).unwrap().entries.len(), 7);
+    assert_eq!(page(objects, &listings, Some(&next), 100).unwrap().entries.len(), 7);
 }
 
 #[test]
 fn entries_that_are_no_references_have_a_place_in_the_order() {
     let (dir, store) = store();
-    let layout = &store.layout;
-    let top = layout.references();
-    ["a:1", "a/b:1", "c:1"].iter().for_each(|reference| create(layout, reference));
+    let objects = &store.objects;
+    let top = objects.layout.references();
+    ["a:1", "a/b:1", "c:1"].iter().for_each(|reference| create(objects, reference));
     let bad: [(PathBuf, &str); 5] = [
         (top.join("_tags/x"), ":x"),
         (top.join("a/_tags/v 1~"), "a:v%201%7E"),
@@ -177,16 +177,16 @@ fn entries_that_are_no_references_have_a_place_in_the_order() {
     let expected = [":x", "a%3Ab:1", "a/b:1", "a:.swp", "a:1", "a:v%201%7E", "b%FF:1", "c:1"];
     for size in 1..10 {
         for bounds in [NARROW, WIDE] {
-            assert_eq!(texts(layout, &Listings::new(bounds), size, || {}), expected);
+            assert_eq!(texts(objects, &Listings::new(bounds), size, || {}), expected);
         }
     }
     for (path, text) in &bad {
-        let all = page(layout, &Listings::default(), None, 100).unwrap().entries;
+        let all = page(objects, &Listings::default(), None, 100).unwrap().entries;
         let error = all.into_iter().find(|entry| text_of(entry) == *text).unwrap().unwrap_err().error;
         let path = path.display().to_string();
         assert!(matches!(&error, StoreError::Damaged { object, .. } if *object == path), "{error}");
         // gc must not take such a store for one without references.
-        assert!(matches!(list(layout), Err(StoreError::Damaged { .. })));
+        assert!(matches!(list(objects), Err(StoreError::Damaged { .. })));
     }
     drop(dir);
 }
@@ -194,18 +194,18 @@ fn entries_that_are_no_references_have_a_place_in_the_order() {
 #[test]
 fn without_the_directory_of_references_there_is_an_error() {
     let (_dir, store) = store();
-    fs::remove_dir(store.layout.references()).unwrap();
-    assert!(matches!(list(&store.layout), Err(StoreError::Io { .. })));
+    fs::remove_dir(store.objects.layout.references()).unwrap();
+    assert!(matches!(list(&store.objects), Err(StoreError::Io { .. })));
 }
 
 /// Names may be longer together than a path may be.
 #[test]
 fn a_directory_that_cannot_be_read_is_an_entry() {
     let (_dir, store) = store();
-    let layout = &store.layout;
-    ["a:1", "z:1"].iter().for_each(|reference| create(layout, reference));
+    let objects = &store.objects;
+    ["a:1", "z:1"].iter().for_each(|reference| create(objects, reference));
     let part = "b".repeat(250);
-    let mut path = layout.references();
+    let mut path = objects.layout.references();
     // Each `..` leads to a shorter path of the directory that is made last.
     let mut dir = rustix::fs::open(&path, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
     while path.as_os_str().len() <= 4096 {
@@ -215,11 +215,11 @@ fn a_directory_that_cannot_be_read_is_an_entry() {
         path.push(&part);
     }
     let listings = Listings::default();
-    let all = page(layout, &listings, None, 100).unwrap().entries;
+    let all = page(objects, &listings, None, 100).unwrap().entries;
     let [Ok(_), Err(below), Err(tags), .., Ok(_)] = &all[..] else { panic!("{all:?}") };
     assert!(below.text.ends_with('/') && matches!(below.error, StoreError::Io { .. }), "{below:?}");
     assert!(tags.text.ends_with(':'), "{tags:?}");
     let expected: Vec<_> = all.iter().map(text_of).collect();
-    assert_eq!(texts(layout, &listings, 1, || {}), expected);
-    assert!(matches!(list(layout), Err(StoreError::Io { .. })));
+    assert_eq!(texts(objects, &listings, 1, || {}), expected);
+    assert!(matches!(list(objects), Err(StoreError::Io { .. })));
 }

@@ -7,7 +7,7 @@
 //! out that existed all the time.
 
 use crate::store::error::{StoreError, damaged, io_error};
-use crate::store::layout::Layout;
+use crate::store::objects::Objects;
 use crate::store::references::directory::{Content, TAGS};
 use crate::store::references::listings::{Keys, Listings, Walk};
 use crate::store::references::names::{Group, Key, unescape};
@@ -90,14 +90,14 @@ pub(crate) struct Page {
 /// [`StoreError::Io`], if the directory of references or one in which the walk goes on cannot be
 /// read.
 pub(crate) fn page(
-    layout: &Layout,
+    objects: &Objects,
     listings: &Listings,
     after: Option<&PageToken>,
     max: usize,
 ) -> Result<Page, StoreError> {
     let walk = after.map_or_else(|| listings.begin(), |after| listings.resume(after.walk));
-    let walker = Walker { listings, walk };
-    let top = layout.references();
+    let walker = Walker { objects, listings, walk };
+    let top = objects.layout.references();
     let after = after.map(|after| after.text.as_str());
     let max = max.max(1);
     // One more tells whether this is the last page.
@@ -120,6 +120,7 @@ fn text_of(entry: &Listed) -> String {
 
 #[derive(Clone, Copy, Debug)]
 struct Walker<'a> {
+    objects: &'a Objects,
     listings: &'a Listings,
     walk: Walk,
 }
@@ -147,7 +148,7 @@ impl Walker<'_> {
         let mut batch = 1;
         loop {
             let Some(Keys { names, are_all }) =
-                self.listings.keys(dir, Content::Parts { is_top }, &from, self.walk)?
+                self.listings.keys(self.objects, dir, Content::Parts { is_top }, &from, self.walk)?
             else {
                 // All references would seem to be removed, and gc would delete their images.
                 return match is_top {
@@ -215,8 +216,8 @@ impl Walker<'_> {
         // No text lies between a text and the same with a zero byte.
         let mut from = after.map_or_else(String::new, |after| [after, "\0"].concat());
         loop {
-            let Some(Keys { names, are_all }) = self.listings.keys(dir, Content::Tags, &from, self.walk)?
-            else {
+            let keys = self.listings.keys(self.objects, dir, Content::Tags, &from, self.walk)?;
+            let Some(Keys { names, are_all }) = keys else {
                 return Ok(found);
             };
             let places = names.place_of(&from)..names.len();

@@ -4,12 +4,10 @@ use super::choose::{self, Recording};
 use super::{Files, MAX_SET_PAGES, by_age};
 use crate::store::Store;
 use crate::store::error::StoreError;
-use crate::store::objects::{self, read_bounded};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1::{self, PageSpan};
 use prost::Message;
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
 
 /// Number of recordings that are kept for each file: the newest ones with faults on it. A restore
 /// of several processes makes one recording for each, and each process faults on files of its own.
@@ -79,7 +77,7 @@ impl Store {
         touched.iter().chain(&unseen).try_for_each(|span| files.check(span))?;
         let Recording { touched, unseen } = choose::bounded(touched, unseen, MAX_SET_PAGES);
         let recording = v1::RecordRequest { touched, unseen, ..Default::default() };
-        let path = self.layout.recordings(image).join(Digest::of(&id).hex());
+        let path = self.objects.layout.recordings(image).join(Digest::of(&id).hex());
         self.objects.put(&path, recording.encode_to_vec().into())?;
         self.forget_recordings(image, &files)
     }
@@ -87,16 +85,17 @@ impl Store {
     /// Removes recordings that newer ones make superfluous.
     fn forget_recordings(&self, image: &Digest, files: &Files) -> Result<(), StoreError> {
         let mut kept = Kept::default();
-        for (time, path) in by_age(&self.layout.recordings(image))?.into_iter().rev() {
-            let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
+        let dir = self.objects.layout.recordings(image);
+        for entry in by_age(&self.objects, &dir)?.into_iter().rev() {
+            let path = dir.join(&entry.name);
+            let Some(bytes) = self.objects.read(&path, MAX_RECORDING_BYTES)? else { continue };
             let touched = parse(&bytes, files).map(|recording| recording.touched).unwrap_or_default();
             if kept.takes(&touched, bytes.len()) {
                 continue;
             }
             // A restore may have sent its recording again meanwhile, so that it is new.
-            let written = fs::metadata(&path).and_then(|metadata| metadata.modified());
-            if written.is_ok_and(|written| written == time) {
-                objects::remove(&path)?;
+            if self.objects.written(&path)? == Some(entry.written) {
+                self.objects.remove(&path)?;
             }
         }
         Ok(())
@@ -108,13 +107,15 @@ impl Store {
         image: &Digest,
         files: &Files,
     ) -> Result<Option<Vec<Recording>>, StoreError> {
-        let paths = by_age(&self.layout.recordings(image))?;
-        if paths.is_empty() {
+        let dir = self.objects.layout.recordings(image);
+        let entries = by_age(&self.objects, &dir)?;
+        if entries.is_empty() {
             return Ok(None);
         }
         let mut recordings = Vec::new();
-        for (_, path) in paths {
-            let Some(bytes) = read_bounded(&path, MAX_RECORDING_BYTES)? else { continue };
+        for entry in entries {
+            let path = dir.join(&entry.name);
+            let Some(bytes) = self.objects.read(&path, MAX_RECORDING_BYTES)? else { continue };
             match parse(&bytes, files) {
                 Ok(recording) => recordings.push(recording),
                 // The other recordings suffice, and this one is removed in its turn.

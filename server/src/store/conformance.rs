@@ -1,0 +1,381 @@
+//! The tests that every kind of store passes: a directory, a bucket, and a bucket without
+//! conditional writes. Each test opens the store several times, as several servers do.
+
+use crate::fixtures::Image;
+use crate::store::objects::Objects;
+use crate::store::objects::bucket::faulty::{Faults, Faulty, depth};
+use crate::store::{
+    Bucket, Caller, CommitOutcome, Damage, Domain, Location, Missing, OpenError, Store, StoreError, format,
+    references, verify,
+};
+use bytes::Bytes;
+use object_store::ObjectStore;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::provenance::Labels;
+use postcopy_proto::reference::{Reference, TagReference};
+use postcopy_proto::v1::PageSpan;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A place for a store.
+struct Place {
+    location: Location,
+    faulty: Option<Arc<Faulty>>,
+    _dir: Option<tempfile::TempDir>,
+}
+
+impl Place {
+    fn directory() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let location = Location::Directory(dir.path().join("store"));
+        Self { location, faulty: None, _dir: Some(dir) }
+    }
+
+    fn bucket(seed: u64, faults: Faults) -> Self {
+        let faulty = Faulty::new(seed);
+        faulty.set(faults);
+        let store: Arc<dyn ObjectStore> = faulty.clone();
+        let bucket = Arc::new(Bucket::new(store, "a/prefix", "memory:").unwrap());
+        Self { location: Location::Bucket(bucket), faulty: Some(faulty), _dir: None }
+    }
+
+    /// Opens the store, as another server does.
+    fn open(&self) -> Store {
+        Store::open_or_create(self.location.clone(), Domain::DEFAULT).unwrap()
+    }
+
+    fn objects(&self) -> Objects {
+        format::open(&self.location, Domain::DEFAULT).unwrap()
+    }
+
+    fn damage(&self) -> Vec<Damage> {
+        verify(self.location.clone(), Domain::DEFAULT).unwrap().damage
+    }
+}
+
+/// Calls `test` with each kind of store.
+fn on_each_kind(test: impl Fn(&Place)) {
+    test(&Place::directory());
+    test(&Place::bucket(1, Faults::default()));
+    test(&Place::bucket(1, Faults { is_unconditional: true, ..Faults::default() }));
+}
+
+fn reference(text: &str) -> TagReference {
+    text.parse().unwrap()
+}
+
+fn put(objects: &Objects, path: &Path, bytes: &'static [u8]) {
+    objects.put_unlocked(path, Bytes::from_static(bytes)).unwrap();
+}
+
+/// Reads all chunks of an image, verified.
+fn assert_served(store: &Store, image: &Image) {
+    for chunk in 0..image.manifest.root.chunks() {
+        store.load_chunk(&image.manifest.root, postcopy_proto::page::ChunkIndex(chunk), true).unwrap();
+    }
+}
+
+#[test]
+fn a_store_is_created_once_and_other_content_is_refused() {
+    on_each_kind(|place| {
+        let open = || Store::open(place.location.clone(), Domain::DEFAULT);
+        assert!(matches!(open(), Err(OpenError::Missing(_))));
+        Image::of_seed(1).push(&place.open(), "a");
+        assert!(open().unwrap().resolve(&"a".parse().unwrap()).is_ok());
+        let objects = place.objects();
+        put(&objects, &objects.layout.format(), b"postcopy store 3\n");
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains("postcopy store 3"), "{error}");
+        objects.remove(&objects.layout.format()).unwrap();
+        let error = Store::open_or_create(place.location.clone(), Domain::DEFAULT).unwrap_err();
+        assert!(matches!(error, OpenError::NotAStore(_)), "{error}");
+    });
+}
+
+#[test]
+fn what_one_server_has_stored_another_serves() {
+    on_each_kind(|place| {
+        let (writer, reader) = (place.open(), place.open());
+        let (first, second) = (Image::of_seed(1), Image::large(2));
+        first.push(&writer, "a:1");
+        second.push(&writer, "a:2");
+        assert_served(&reader, &second);
+        assert_served(&place.open(), &first);
+        assert!(first.load(&reader, 3, true).is_ok() && first.resident(&reader, 3).is_some());
+        let by_digest: Reference = format!("b@{}", first.digest()).parse().unwrap();
+        let (root, provenance) = reader.open_reference(&by_digest).unwrap();
+        assert!(root.image() == first.digest() && provenance.is_none());
+        assert_eq!(reader.find_missing(second.data_chunks().into_iter()).unwrap(), []);
+        assert_eq!(place.damage(), []);
+    });
+}
+
+#[test]
+fn a_commit_says_what_is_missing_and_changes_nothing() {
+    on_each_kind(|place| {
+        // As behind a balancer, each request reaches another server.
+        let image = Image::of_seed(1);
+        let commit = || {
+            let root = image.manifest.root_bytes.clone();
+            place.open().commit(&reference("a"), Labels::default(), root, &Caller::default()).unwrap()
+        };
+        let segments = image.manifest.root.segment_digests().to_vec();
+        assert_eq!(commit(), CommitOutcome::Missing(Missing { segments, chunks: Vec::new() }));
+        place.open().put_segment(image.manifest.segments[0].clone()).unwrap();
+        let chunks = image.data_chunks();
+        assert_eq!(commit(), CommitOutcome::Missing(Missing { segments: Vec::new(), chunks }));
+        assert!(matches!(place.open().resolve(&"a".parse().unwrap()), Err(StoreError::NotFound(_))));
+        place.open().put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
+        assert_eq!(commit(), CommitOutcome::Committed(image.digest()));
+        assert_eq!(place.open().resolve(&"a".parse().unwrap()).unwrap(), image.digest());
+    });
+}
+
+#[test]
+fn what_does_not_verify_is_not_stored() {
+    on_each_kind(|place| {
+        let (store, image) = (place.open(), Image::of_seed(1));
+        let mut damaged = image.pack.to_vec();
+        damaged[200] ^= 1;
+        let outcome = store.put_pack(Digest::of(&damaged), damaged.into(), &Caller::default());
+        assert!(matches!(outcome, Err(StoreError::Invalid { .. })), "{outcome:?}");
+        let outcome = store.put_pack(image.pack_digest(), Bytes::new(), &Caller::default());
+        assert!(matches!(outcome, Err(StoreError::Invalid { .. })), "{outcome:?}");
+        assert!(!store.objects.exists(&store.objects.layout.pack(&image.pack_digest())).unwrap());
+    });
+}
+
+#[test]
+fn references_are_listed_in_pages_moved_and_removed() {
+    on_each_kind(|place| {
+        let (store, images) = (place.open(), [Image::of_seed(1), Image::of_seed(2)]);
+        let names = ["a-b:x", "a/b/c:x", "a/b:latest", "a:latest", "a:v1"];
+        names.iter().rev().for_each(|name| images[0].push(&store, name));
+        for size in [1, 2, 100] {
+            let (mut listed, mut after) = (Vec::new(), None);
+            loop {
+                let page = place.open().references(after.as_ref(), size).unwrap();
+                listed.extend(page.entries.into_iter().map(|entry| entry.unwrap().to_string()));
+                after = page.next;
+                if after.is_none() {
+                    break;
+                }
+            }
+            assert_eq!(listed, names, "in bytewise order");
+        }
+        let all = references::list(&store.objects).unwrap();
+        assert_eq!(all.iter().map(ToString::to_string).collect::<Vec<_>>(), names);
+        images[1].push(&store, "a:v1");
+        let referred = place.open().refer(&"a:v1".parse().unwrap()).unwrap();
+        assert_eq!(referred.image, images[1].digest());
+        assert_eq!(referred.provenance.unwrap().previous, Some(images[0].digest()));
+        store.remove_reference(&reference("a:v1")).unwrap();
+        assert!(matches!(store.remove_reference(&reference("a:v1")), Err(StoreError::NotFound(_))));
+        assert!(store.resolve(&"a:v1".parse().unwrap()).is_err());
+        assert!(store.resolve(&"a/b".parse().unwrap()).is_ok());
+    });
+}
+
+/// Each writer adds a byte of its own. A lost update would lose one.
+#[test]
+fn updates_at_once_lose_none() {
+    for place in [Place::directory(), Place::bucket(1, Faults::default())] {
+        let store = place.open();
+        let path = store.objects.layout.reference(&reference("a"));
+        std::thread::scope(|scope| {
+            for writer in 0..6u8 {
+                let (place, path) = (&place, &path);
+                scope.spawn(move || {
+                    let objects = place.objects();
+                    for _ in 0..5 {
+                        let added = |before: Option<Bytes>| {
+                            Ok([before.unwrap_or_default().as_ref(), &[writer]].concat().into())
+                        };
+                        while let Err(error) = objects.update(path, 1000, added) {
+                            assert!(matches!(error, StoreError::Busy(_)), "{error}");
+                        }
+                    }
+                });
+            }
+        });
+        let mut bytes = store.objects.read(&path, 1000).unwrap().unwrap().to_vec();
+        bytes.sort_unstable();
+        assert_eq!(bytes, (0..6u8).flat_map(|writer| [writer; 5]).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_missing_damaged_or_wrong_locator_is_made_again() {
+    on_each_kind(|place| {
+        let (store, image, larger) = (place.open(), Image::of_seed(1), Image::with_more_chunks(1));
+        image.push(&store, "a");
+        let objects = &store.objects;
+        let locator = objects.layout.locator(&image.manifest.root.segment_digests()[0]);
+        let read = || objects.read(&locator, 1 << 20).unwrap();
+        let good = read();
+        objects.remove(&locator).unwrap();
+        assert!(image.load(&place.open(), 3, true).is_ok());
+        assert_eq!(read(), good);
+        put(objects, &locator, b"damaged");
+        assert!(image.load(&place.open(), 3, true).is_ok());
+        assert_eq!(read(), good);
+        // Every chunk of the image is also in the other pack.
+        store.put_pack(larger.pack_digest(), larger.pack.clone(), &Caller::default()).unwrap();
+        objects.remove(&objects.layout.pack(&image.pack_digest())).unwrap();
+        let reader = place.open();
+        assert_served(&reader, &image);
+        assert_ne!(read(), good, "it names the other pack");
+        assert!(image.resident(&reader, 3).is_some(), "without another look at the index");
+    });
+}
+
+#[test]
+fn runs_of_the_index_are_shared_by_servers_and_made_again_if_damaged() {
+    on_each_kind(|place| {
+        let store = place.open();
+        let images: Vec<_> = (0..6).map(Image::of_seed).collect();
+        for image in &images {
+            store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
+            store.packs.write_index().unwrap();
+        }
+        let objects = &store.objects;
+        let runs = || objects.names(&objects.layout.index()).unwrap();
+        assert!((1..4).contains(&runs().len()), "{:?}", runs());
+        let missing = |store: &Store| {
+            let chunks: BTreeSet<_> = images.iter().flat_map(Image::data_chunks).collect();
+            store.find_missing(chunks.into_iter()).unwrap()
+        };
+        assert_eq!(missing(&place.open()), []);
+        for run in runs() {
+            put(objects, &objects.layout.index().join(run), b"damaged");
+        }
+        assert_eq!(missing(&place.open()), []);
+        objects.remove(&objects.layout.pack(&images[0].pack_digest())).unwrap();
+        assert_eq!(missing(&place.open()).len(), images[0].data_chunks().len());
+    });
+}
+
+#[test]
+fn a_working_set_is_built_read_replaced_and_removed() {
+    on_each_kind(|place| {
+        let (store, image) = (place.open(), Image::of_seed(1));
+        image.push(&store, "a");
+        let digest = image.digest();
+        assert!(store.working_set(&digest).unwrap().is_none());
+        for id in 0..3 {
+            let touched = vec![PageSpan { file: 0, first: id.into(), count: 4 }];
+            place.open().keep_recording(&digest, [id; 16], touched, Vec::new()).unwrap();
+            assert!(place.open().build_working_set(&digest, 0.5).unwrap().pages >= 4);
+        }
+        let set = place.open().working_set(&digest).unwrap().unwrap();
+        assert_eq!((set.recordings, set.pages), (3, 4));
+        assert_eq!(store.images_with_working_sets().unwrap(), [digest]);
+        assert!(store.remove_working_set(&digest).unwrap() && !store.remove_working_set(&digest).unwrap());
+        assert!(store.working_set(&digest).unwrap().is_none());
+        assert!(store.images_with_working_sets().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn damage_is_named() {
+    on_each_kind(|place| {
+        let (store, image) = (place.open(), Image::of_seed(1));
+        image.push(&store, "a:1");
+        assert_eq!(place.damage(), []);
+        let layout = &store.objects.layout;
+        let segment = image.manifest.root.segment_digests()[0];
+        put(&store.objects, &layout.manifest(&segment), b"damaged");
+        put(&store.objects, &layout.pack(&image.pack_digest()), b"damaged");
+        let damage = place.damage();
+        for name in [format!("manifest {segment}"), format!("pack {}", image.pack_digest())] {
+            assert!(damage.iter().any(|damage| damage.object.contains(&name)), "{name}: {damage:?}");
+        }
+    });
+}
+
+/// From a reference: the reference, the root, the segment beside its locator, and the frame.
+#[test]
+fn a_first_chunk_takes_four_sequential_reads_of_a_bucket() {
+    let faults = Faults { delay: Duration::from_millis(20), ..Faults::default() };
+    let place = Place::bucket(1, faults);
+    let faulty = place.faulty.as_ref().unwrap();
+    let writer = place.open();
+    (0..20).for_each(|seed| Image::of_seed(seed).push(&writer, &format!("a:{seed}")));
+    let image = Image::large(100);
+    image.push(&writer, "b");
+    let by_digest: Reference = format!("b@{}", image.digest()).parse().unwrap();
+    for (reference, reads) in [("b".parse().unwrap(), 4), (by_digest, 3)] {
+        let reader = place.open();
+        faulty.take_requests();
+        reader.open_reference(&reference).unwrap();
+        image.load(&reader, 62, false).unwrap();
+        let requests = faulty.take_requests();
+        assert!(depth(&requests) <= reads, "{requests:#?}");
+        assert!(requests.iter().all(|request| !request.text.starts_with("list")), "{requests:#?}");
+    }
+}
+
+#[test]
+fn a_block_is_read_once_for_all_who_wait_and_ahead_of_who_reads_on() {
+    let place = Place::bucket(1, Faults { delay: Duration::from_millis(20), ..Faults::default() });
+    let (writer, image) = (place.open(), Image::large(1));
+    image.push(&writer, "a");
+    let (reader, faulty) = (place.open(), place.faulty.as_ref().unwrap());
+    image.load(&reader, 1, false).unwrap();
+    faulty.take_requests();
+    std::thread::scope(|scope| {
+        for chunk in 100..116 {
+            let (reader, image) = (&reader, &image);
+            scope.spawn(move || image.load(reader, chunk, true).unwrap());
+        }
+    });
+    let gets = faulty.take_requests();
+    let packs = gets.iter().filter(|request| request.text.contains("/packs/")).count();
+    assert!(packs <= 4, "16 chunks of 4 KiB, in blocks of 256 KiB: {gets:#?}");
+    assert_served(&reader, &image);
+    let gets = faulty.take_requests();
+    let blocks = image.pack.len().div_ceil(256 << 10);
+    assert!(gets.len() + packs <= blocks, "{} blocks: {gets:#?}", blocks);
+}
+
+/// Requests fail, some after they have had their effect. What was reported as done is done.
+#[test]
+fn a_bucket_that_fails_at_random_loses_nothing_that_was_committed() {
+    for seed in 0..20 {
+        let place = Place::bucket(seed, Faults::default());
+        let images: Vec<_> = (0..4).map(Image::of_seed).collect();
+        let faults = Faults { fails_before: Some(12), fails_after: Some(12), ..Faults::default() };
+        drop(place.open());
+        place.faulty.as_ref().unwrap().set(faults);
+        let again = |work: &dyn Fn(&Store) -> Result<(), StoreError>| loop {
+            let Ok(store) = Store::open(place.location.clone(), Domain::DEFAULT) else { continue };
+            match work(&store) {
+                Ok(()) => break,
+                Err(error) => assert!(matches!(error, StoreError::Bucket { .. }), "{error}"),
+            }
+        };
+        let mut committed = Vec::new();
+        for (number, image) in images.iter().enumerate() {
+            let name = format!("a:{number}");
+            again(&|store| store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()));
+            again(&|store| store.put_segment(image.manifest.segments[0].clone()).map(|_| ()));
+            again(&|store| {
+                let root = image.manifest.root_bytes.clone();
+                let outcome = store.commit(&reference(&name), Labels::default(), root, &Caller::default())?;
+                assert_eq!(outcome, CommitOutcome::Committed(image.digest()));
+                Ok(())
+            });
+            committed.push((name, image));
+            for (name, image) in &committed {
+                again(&|store| {
+                    assert_eq!(store.resolve(&name.parse().unwrap())?, image.digest());
+                    (0..12).try_for_each(|chunk| image.load(store, chunk, true).map(|_| ()))
+                });
+            }
+        }
+        place.faulty.as_ref().unwrap().set(Faults::default());
+        assert_eq!(place.damage(), [], "seed {seed}");
+    }
+}

@@ -1,0 +1,175 @@
+//! Packs in a bucket: read in blocks, which stay in memory.
+//!
+//! A block is read once, however many callers wait for it. The blocks of a frame are read at the
+//! same time. Where the block before is in memory already, a reader probably goes through the pack,
+//! so the next blocks are read ahead of it.
+
+use crate::store::cache::Cache;
+use crate::store::error::{StoreError, damaged};
+use crate::store::index::run::Place;
+use crate::store::layout::Layout;
+use crate::store::objects::bucket::Bucket;
+use crate::store::packs::check_frame;
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared, try_join_all};
+use postcopy_proto::digest::Digest;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes of a block. A request for fewer takes about as long.
+const BLOCK_BYTES: u64 = 256 << 10;
+/// Bytes of all blocks in memory.
+const CACHE_BYTES: usize = 256 << 20;
+/// Blocks that are read ahead of a reader.
+const READ_AHEAD: u64 = 8;
+
+/// A block of a pack: the pack, and the number of the block.
+type BlockName = (Digest, u64);
+
+/// The reason why a block could not be read. All who wait for it get it.
+#[derive(Clone, Debug)]
+enum Failed {
+    NotFound,
+    Bucket { object: String, reason: String },
+}
+
+/// A block, and the length of its pack.
+#[derive(Clone, Debug)]
+struct Block {
+    bytes: Bytes,
+    pack_bytes: u64,
+}
+
+type Reading = Shared<BoxFuture<'static, Result<Block, Failed>>>;
+
+/// The blocks of the packs of a bucket.
+#[derive(Clone, Debug)]
+pub(super) struct Blocks {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    layout: Layout,
+    bucket: Arc<Bucket>,
+    kept: Cache<BlockName, Block>,
+    /// The blocks that are being read. Locked for a look-up or a change.
+    reading: Mutex<HashMap<BlockName, Reading>>,
+}
+
+impl Blocks {
+    pub(super) fn new(layout: &Layout, bucket: &Arc<Bucket>) -> Self {
+        let (layout, bucket) = (layout.clone(), bucket.clone());
+        let inner = Inner { layout, bucket, kept: Cache::new(CACHE_BYTES), reading: Mutex::default() };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// See [`super::Packs::resident_frame`].
+    pub(super) fn resident(&self, place: &Place) -> Option<Bytes> {
+        let blocks = blocks_of(place).map(|block| self.inner.kept.get(&(place.pack, block)));
+        let blocks: Option<Vec<_>> = blocks.map(|block| Some(block?.bytes.clone())).collect();
+        cut(place, &blocks?)
+    }
+
+    /// See [`super::Packs::load`].
+    pub(super) fn load(&self, place: &Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
+        let frame = self.read(place, chunk)?;
+        if !check || check_frame(&frame, chunk, &place.pack).is_ok() {
+            return Ok(frame);
+        }
+        // A push may have replaced a damaged pack by a good one.
+        blocks_of(place).for_each(|block| self.inner.kept.remove(&(place.pack, block)));
+        let frame = self.read(place, chunk)?;
+        check_frame(&frame, chunk, &place.pack).inspect_err(|error| {
+            tracing::error!(pack = %place.pack, "{error}");
+        })?;
+        Ok(frame)
+    }
+
+    fn read(&self, place: &Place, chunk: &Digest) -> Result<Bytes, StoreError> {
+        let blocks: Vec<_> = blocks_of(place).collect();
+        let reads: Vec<_> = blocks.iter().map(|block| self.block((place.pack, *block))).collect();
+        self.read_ahead(place.pack, &blocks);
+        let blocks = self.inner.bucket.wait(try_join_all(reads)).map_err(|failed| match failed {
+            Failed::NotFound => StoreError::NotFound(format!("chunk {chunk}")),
+            Failed::Bucket { object, reason } => StoreError::Bucket { object, reason },
+        })?;
+        let blocks: Vec<_> = blocks.into_iter().map(|block| block.bytes).collect();
+        let object = || format!("chunk {chunk} in pack {}", place.pack);
+        cut(place, &blocks).ok_or_else(|| damaged(object(), "the pack is too short"))
+    }
+
+    fn read_ahead(&self, pack: Digest, blocks: &[u64]) {
+        let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else { return };
+        let before = first.checked_sub(1).and_then(|before| self.inner.kept.get(&(pack, before)));
+        if let Some(Block { pack_bytes, .. }) = before.as_deref() {
+            let end = pack_bytes.div_ceil(BLOCK_BYTES).min(last + 1 + READ_AHEAD);
+            (last + 1..end).for_each(|block| drop(self.block((pack, block))));
+        }
+    }
+
+    /// Returns a block, which is read if it is not in memory.
+    fn block(&self, name: BlockName) -> Reading {
+        let mut reading = self.inner.lock();
+        if let Some(begun) = reading.get(&name) {
+            return begun.clone();
+        }
+        if let Some(kept) = self.inner.kept.get(&name) {
+            return std::future::ready(Ok(kept.as_ref().clone())).boxed().shared();
+        }
+        let inner = self.inner.clone();
+        let read = self.inner.bucket.start(async move {
+            let outcome = inner.read(name).await;
+            if let Ok(block) = &outcome {
+                inner.kept.insert(name, Arc::new(block.clone()), block.bytes.len());
+            }
+            inner.lock().remove(&name);
+            outcome
+        });
+        let read = read.map(|outcome| {
+            let ended =
+                |_| Failed::Bucket { object: "block".to_owned(), reason: "the server ends".to_owned() };
+            outcome.map_err(ended).flatten()
+        });
+        let read = read.boxed().shared();
+        reading.insert(name, read.clone());
+        read
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, HashMap<BlockName, Reading>> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn read(&self, (pack, block): BlockName) -> Result<Block, Failed> {
+        let start = block * BLOCK_BYTES;
+        let read = self.bucket.read_range(&self.layout.pack(&pack), start..start + BLOCK_BYTES).await;
+        read.map(|(bytes, pack_bytes)| Block { bytes, pack_bytes }).map_err(|error| match error {
+            StoreError::NotFound(_) => Failed::NotFound,
+            StoreError::Bucket { object, reason } => Failed::Bucket { object, reason },
+            other => Failed::Bucket { object: pack.to_string(), reason: other.to_string() },
+        })
+    }
+}
+
+/// Returns the numbers of the blocks on which a frame lies.
+fn blocks_of(place: &Place) -> std::ops::RangeInclusive<u64> {
+    let (start, length) = (u64::from(place.offset), u64::from(place.length));
+    start / BLOCK_BYTES..=(start + length.max(1) - 1) / BLOCK_BYTES
+}
+
+/// Returns a frame from its blocks; `None` if they end before it.
+fn cut(place: &Place, blocks: &[Bytes]) -> Option<Bytes> {
+    let block_bytes = usize::try_from(BLOCK_BYTES).expect("a small number");
+    let start = place.offset as usize % block_bytes;
+    let end = start + place.length as usize;
+    if let [block] = blocks {
+        return (end <= block.len()).then(|| block.slice(start..end));
+    }
+    let all = blocks.concat();
+    // Only the last block of a pack is shorter.
+    let are_whole = blocks.iter().rev().skip(1).all(|block| block.len() == block_bytes);
+    (are_whole && end <= all.len()).then(|| Bytes::from(all).slice(start..end))
+}

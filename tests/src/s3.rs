@@ -1,0 +1,76 @@
+//! An S3 server on a directory, in this process.
+
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto::Builder;
+use s3s::auth::SimpleAuth;
+use s3s::service::S3ServiceBuilder;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+const ACCESS_KEY: &str = "tests";
+const SECRET_KEY: &str = "a secret of tests";
+/// Short, because the server makes file names of bucket and key.
+const BUCKET: &str = "bkt";
+
+/// A running S3 server with one bucket, on loopback.
+#[derive(Debug)]
+pub struct S3Server {
+    address: SocketAddr,
+    dir: TempDir,
+    _runtime: Runtime,
+}
+
+impl S3Server {
+    /// Starts one.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(dir.path().join(BUCKET)).expect("a bucket");
+        let files = s3s_fs::FileSystem::new(dir.path()).expect("a directory");
+        let mut service = S3ServiceBuilder::new(files);
+        service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
+        let service = service.build();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .expect("threads");
+        let listener =
+            runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("loopback has ports");
+        let address = listener.local_addr().expect("it is bound");
+        runtime.spawn(async move {
+            let connections = Builder::new(TokioExecutor::new());
+            while let Ok((socket, _)) = listener.accept().await {
+                let connection =
+                    connections.serve_connection(TokioIo::new(socket), service.clone()).into_owned();
+                tokio::spawn(connection);
+            }
+        });
+        Self { address, dir, _runtime: runtime }
+    }
+
+    /// Returns the URL of a store in the bucket.
+    #[must_use]
+    pub fn url(&self, prefix: &str) -> String {
+        format!("s3://{BUCKET}/{prefix}")
+    }
+
+    /// Returns the file that holds an object.
+    #[must_use]
+    pub fn path(&self, key: &str) -> PathBuf {
+        self.dir.path().join(BUCKET).join(key)
+    }
+
+    /// Sets the address and the credentials in a command's environment.
+    pub fn set(&self, command: &mut Command) {
+        command.env("AWS_ENDPOINT", format!("http://{}", self.address)).env("AWS_ALLOW_HTTP", "true");
+        command.env("AWS_ACCESS_KEY_ID", ACCESS_KEY).env("AWS_SECRET_ACCESS_KEY", SECRET_KEY);
+        command.env("AWS_REGION", "us-east-1");
+    }
+}
