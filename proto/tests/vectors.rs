@@ -66,6 +66,8 @@ fn stored() -> Vec<Example> {
     vec![
         example(Root { format: 1, chunk_size_bytes: 4096, entries, segment_digests: digests([3]) }),
         example(Segment { runs }),
+        example(StoredLease { images: digests([1]), objects: digests([2, 3]), seconds: 600 }),
+        example(StoredDeletion { objects: digests([1]), seconds: 600 }),
         example(StoredReference { image: digests([1]), provenance: Some(provenance()) }),
     ]
 }

@@ -255,7 +255,7 @@ impl Gc {
             Err(error) => return Ok(Err(error)),
         };
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
-            let wait = self.grace.saturating_sub(latest.elapsed().unwrap_or_default());
+            let wait = self.grace.saturating_sub(latest);
             tracing::info!("unreferenced objects are condemned; they are deleted in {wait:.0?}");
             tokio::time::sleep(wait).await;
         }

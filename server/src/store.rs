@@ -31,6 +31,8 @@ mod objects;
 mod packs;
 mod reads;
 mod references;
+#[cfg(test)]
+mod simulation;
 mod staged;
 mod upgrade;
 mod verify;
@@ -110,7 +112,7 @@ impl Store {
             packs: Packs::new(objects),
             manifests: Manifests::new(objects),
             locators: Locators::new(objects),
-            leases: Leases::default(),
+            leases: Leases::new(objects),
             listings: Listings::default(),
         }
     }
@@ -236,7 +238,7 @@ impl Store {
     pub fn lease(&self, image: &Digest) -> Result<Arc<Lease>, StoreError> {
         match self.shared_lease(image) {
             Some(lease) => Ok(lease),
-            None => self.leases.take(&self.objects, image),
+            None => self.leases.take(image),
         }
     }
 

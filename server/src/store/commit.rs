@@ -3,7 +3,9 @@
 use crate::store::error::{StoreError, damaged};
 use crate::store::index::run::PackLength;
 use crate::store::locators::Locator;
+use crate::store::lease::stored::Reliance;
 use crate::store::lock::StoreLock;
+use crate::store::objects::Objects;
 use crate::store::{Caller, Referred, Store, condemned, references};
 use bytes::Bytes;
 use postcopy_proto::MAX_FIND_MISSING;
@@ -41,10 +43,43 @@ impl Missing {
 const RELIANCES: usize = 4;
 
 /// The objects of an image, found.
-enum Reliance {
-    /// All exist, and stay as long as the lock is held.
-    Complete(StoreLock),
+enum Found {
+    /// All exist, and stay until this is dropped.
+    Complete(Kept),
     Missing(Missing),
+}
+
+/// The protection of objects from collectors, until this is dropped: a lock in a directory, a lease
+/// in a bucket.
+#[derive(Debug)]
+struct Kept {
+    _lock: StoreLock,
+    lease: Option<Reliance>,
+    /// The image that the lease names, if it names one.
+    image: Option<Digest>,
+}
+
+impl Kept {
+    /// Protects an image with all of its parts, and objects.
+    fn new(objects: &Objects, image: Option<Digest>, parts: &[Digest]) -> Result<Self, StoreError> {
+        let lock = StoreLock::keep_objects(objects)?;
+        let lease = match objects.has_locks() {
+            true => None,
+            false => Some(Reliance::take(objects, image.as_slice(), parts)?),
+        };
+        Ok(Self { _lock: lock, lease, image })
+    }
+
+    /// Returns true if the image of a tag is protected: by the lock, or by the lease that was taken
+    /// for it.
+    fn protects(&self, image: &Digest) -> bool {
+        self.image.is_none_or(|protected| protected == *image)
+    }
+
+    /// Checks that the objects are still protected.
+    fn check(&self) -> Result<(), StoreError> {
+        self.lease.as_ref().map_or(Ok(()), Reliance::check)
+    }
 }
 
 impl Store {
@@ -87,10 +122,10 @@ impl Store {
             .map_err(|e| StoreError::Invalid { object: "root".into(), reason: e.to_string() })?;
         let image = parsed.image();
         match self.rely_on(&parsed, caller)? {
-            Reliance::Missing(missing) => Ok(CommitOutcome::Missing(missing)),
-            Reliance::Complete(_keep) => {
+            Found::Missing(missing) => Ok(CommitOutcome::Missing(missing)),
+            Found::Complete(kept) => {
                 self.objects.put(&self.objects.layout.manifest(&image), root)?;
-                references::write(&self.objects, reference, &image, labels)?;
+                references::write(&self.objects, reference, &image, labels, || kept.check())?;
                 Ok(CommitOutcome::Committed(image))
             }
         }
@@ -110,41 +145,46 @@ impl Store {
         target: &TagReference,
         caller: &Caller,
     ) -> Result<Digest, StoreError> {
-        let _keep = match source {
+        let kept = match source {
             // An image with a tag is safe from gc, as long as the tag cannot lose it.
-            Reference::Tag(_) => StoreLock::keep_objects(&self.objects)?,
+            Reference::Tag(_) if self.objects.has_locks() => Kept::new(&self.objects, None, &[])?,
+            Reference::Tag(_) => Kept::new(&self.objects, Some(self.resolve(source)?), &[])?,
             Reference::Digest { image, .. } => {
                 let root = self.manifests.root(image)?;
-                let Reliance::Complete(keep) = self.rely_on(&root, caller)? else {
+                let Found::Complete(kept) = self.rely_on(&root, caller)? else {
                     return Err(StoreError::NotFound(format!("a part of image {image}")));
                 };
-                keep
+                kept
             }
         };
         let Referred { image, provenance } = self.refer(source)?;
+        if !kept.protects(&image) {
+            return Err(StoreError::Busy("the reference was moved meanwhile"));
+        }
         let labels = provenance.unwrap_or_default().labels;
-        references::write(&self.objects, target, &image, labels)?;
+        references::write(&self.objects, target, &image, labels, || kept.check())?;
         Ok(image)
     }
 
     /// Checks that all objects of the image exist, makes them durable, and pardons them. Reads and
     /// parses the segments without a lock, and under the lock only looks for the objects again.
-    fn rely_on(&self, root: &Root, caller: &Caller) -> Result<Reliance, StoreError> {
+    fn rely_on(&self, root: &Root, caller: &Caller) -> Result<Found, StoreError> {
         let segments: HashSet<_> = root.segment_digests().iter().copied().collect();
         for _ in 0..RELIANCES {
             let packs = match self.packs_of(root, &segments, caller)? {
                 Ok(packs) => packs,
-                Err(missing) => return Ok(Reliance::Missing(missing)),
+                Err(missing) => return Ok(Found::Missing(missing)),
             };
-            let keep = StoreLock::keep_objects(&self.objects)?;
+            let mut parts: Vec<_> = packs.iter().map(|known| known.pack).collect();
+            parts.extend(segments.iter().copied().chain([root.image()]));
+            let kept = Kept::new(&self.objects, None, &parts)?;
             // Otherwise a collector has deleted some of them meanwhile.
             if self.packs.are_stored(&packs)?.iter().all(|is_stored| *is_stored)
                 && self.manifests.lacking(segments.iter().copied())?.is_empty()
             {
                 self.make_entries_last(&packs)?;
-                let packs = packs.iter().map(|known| &known.pack);
-                self.pardon_all(packs.chain(&segments).chain([&root.image()]))?;
-                return Ok(Reliance::Complete(keep));
+                self.pardon_all(parts.iter())?;
+                return Ok(Found::Complete(kept));
             }
         }
         Err(StoreError::Busy("collectors delete parts of the image each time they are found"))
@@ -173,7 +213,14 @@ impl Store {
                 continue;
             }
             caller.check()?;
-            let segment = self.stored_segment(root, index)?;
+            let segment = match self.stored_segment(root, index) {
+                // A collector has deleted it meanwhile.
+                Err(StoreError::NotFound(_)) => {
+                    let segments = vec![*digest];
+                    return Ok(Err(Missing { segments, chunks: Vec::new() }));
+                }
+                other => other?,
+            };
             let chunks: Vec<_> = segment.digests().collect();
             let places = presence.places(&chunks)?;
             if !places.contains(&None) && !self.locators.exists(digest)? {

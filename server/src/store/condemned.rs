@@ -6,13 +6,14 @@ use crate::store::objects::Objects;
 use postcopy_proto::digest::Digest;
 use std::time::SystemTime;
 
-/// Condemns an object. A condemned one keeps its time.
-pub(crate) fn condemn(objects: &Objects, object: &Digest) -> Result<(), StoreError> {
-    objects.create(&objects.layout.condemned(object))
+/// Condemns objects. A condemned one keeps its time.
+pub(crate) fn condemn(objects: &Objects, condemned: &[Digest]) -> Result<(), StoreError> {
+    let paths: Vec<_> = condemned.iter().map(|object| objects.layout.condemned(object)).collect();
+    objects.create_all(&paths)
 }
 
-/// Removes the entry of an object. The caller must hold [`super::lock::StoreLock::keep_objects`],
-/// and must have checked under it that the object exists.
+/// Removes the entry of an object. In a directory the caller must hold
+/// [`super::lock::StoreLock::keep_objects`], and must have checked under it that the object exists.
 pub(crate) fn pardon(objects: &Objects, object: &Digest) -> Result<(), StoreError> {
     objects.remove(&objects.layout.condemned(object)).map(|_| ())
 }

@@ -1,26 +1,28 @@
 //! Deletes the objects that no reference needs, beside running servers and pushes.
 //!
-//! 1. Mark: follow references, and images that are being served ([`super::lease`]), to roots,
-//!    segments and chunks. Unmarked objects are condemned by an empty file.
+//! 1. Mark: follow references, and what is leased ([`super::lease`]), to roots, segments and chunks.
+//!    Unmarked objects are condemned by an empty object.
 //! 2. Wait for the grace time. A push that finds a condemned object pardons it ([`super::commit`]).
-//! 3. Under the exclusive lock, mark again, and delete the objects that are still condemned and
-//!    unmarked.
+//! 3. Mark again, and delete the objects that are still condemned and unmarked. Commits are excluded
+//!    meanwhile, in a directory by a lock, in a bucket by a deletion ([`super::lease::stored`]).
 //!
 //! An unreadable reference or manifest might need any object, so it stops the collection.
 
 use crate::store::error::{OpenError, StoreError};
 use crate::store::format::{self, Location};
 use crate::store::layout::Domain;
+use crate::store::lease::stored::{self, Deletion, MAX_DELETIONS};
+use crate::store::lease::{Leased, leased};
 use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
 use crate::store::objects::{Objects, directory};
-use crate::store::packs::read_index;
-use crate::store::{condemned, lease, references, walk, working_sets};
+use crate::store::packs::{Packs, read_index};
+use crate::store::{condemned, references, walk, working_sets};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
 use std::collections::HashSet;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// Age from which a staged file is a left-over even while a process writes another one: writing
 /// takes seconds.
@@ -48,13 +50,46 @@ pub struct Collected {
 pub struct Collector {
     objects: Objects,
     manifests: Manifests,
+    packs: Packs,
 }
 
-/// The objects that references and served images need.
+/// The objects that references and leases need.
 #[derive(Debug, Default)]
 struct Marked {
     manifests: HashSet<Digest>,
     chunks: HashSet<Digest>,
+    /// Roots, segments and packs that a lease names.
+    leased: HashSet<Digest>,
+}
+
+impl Marked {
+    fn needs_manifest(&self, manifest: &Digest) -> bool {
+        self.manifests.contains(manifest) || self.leased.contains(manifest)
+    }
+}
+
+/// The right to delete objects, until this is dropped.
+#[derive(Debug)]
+struct Deleting {
+    _lock: StoreLock,
+    /// `None` in a directory.
+    announced: Option<Deletion>,
+}
+
+impl Deleting {
+    /// Waits until no commit relies on these objects, or sees to it that none does from now on.
+    fn begin(objects: &Objects, due: &[Digest]) -> Result<Self, StoreError> {
+        let lock = StoreLock::delete_objects(objects)?;
+        let announced = match objects.has_locks() || due.is_empty() {
+            true => None,
+            false => Some(Deletion::begin(objects, due)?),
+        };
+        Ok(Self { _lock: lock, announced })
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        self.announced.as_ref().map_or(Ok(()), Deletion::check)
+    }
 }
 
 impl Collector {
@@ -63,78 +98,83 @@ impl Collector {
     /// # Errors
     /// Returns [`OpenError`] if there is no store.
     pub fn open(location: impl Into<Location>, domain: Domain) -> Result<Self, OpenError> {
-        let objects = format::open(&location.into(), domain)?;
-        if !objects.has_locks() {
-            let reason = "this version collects no garbage in buckets";
-            return Err(OpenError::DirectoryOnly { url: objects.name().display().to_string(), reason });
-        }
-        let manifests = Manifests::new(&objects);
-        Ok(Self { objects, manifests })
+        Ok(Self::new(&format::open(&location.into(), domain)?))
     }
 
-    /// Condemns the objects that no reference needs. Returns the time of the last condemned one;
-    /// `None` if nothing is condemned.
+    fn new(objects: &Objects) -> Self {
+        Self { objects: objects.clone(), manifests: Manifests::new(objects), packs: Packs::new(objects) }
+    }
+
+    /// Condemns the objects that no reference needs. Returns the time since the last one was
+    /// condemned; `None` if nothing is condemned.
     ///
     /// # Errors
     /// Returns [`StoreError::Damaged`] if a reference or manifest cannot be read; nothing was
     /// changed.
     ///
     /// # Blocking
-    /// Reads all manifests and the index of every pack.
-    pub fn condemn(&self) -> Result<Option<SystemTime>, StoreError> {
+    /// Reads all manifests, the chunk index, and the trailers of all packs that the index lacks.
+    pub fn condemn(&self) -> Result<Option<Duration>, StoreError> {
         let marked = self.mark()?;
-        for digest in walk::manifests(&self.objects)?.0 {
-            if !marked.manifests.contains(&digest) {
-                condemned::condemn(&self.objects, &digest)?;
-            }
-        }
-        for digest in walk::packs(&self.objects)? {
-            if !self.is_needed(&marked, digest) {
-                condemned::condemn(&self.objects, &digest)?;
-            }
-        }
-        Ok(condemned::list(&self.objects)?.into_iter().map(|(_, since)| since).max())
+        let mut unneeded = walk::manifests(&self.objects)?.0;
+        unneeded.retain(|manifest| !marked.needs_manifest(manifest));
+        let packs = walk::packs(&self.objects)?;
+        let use_of = self.packs.use_of(&marked.chunks)?;
+        // What the index lacks cannot be read.
+        let is_unneeded = |pack: &Digest| use_of.get(pack) == Some(&false) && !marked.leased.contains(pack);
+        unneeded.extend(packs.into_iter().filter(is_unneeded));
+        let condemned: HashSet<_> = condemned::list(&self.objects)?.into_iter().map(|(d, _)| d).collect();
+        unneeded.retain(|object| !condemned.contains(object));
+        condemned::condemn(&self.objects, &unneeded)?;
+        let newest = condemned::list(&self.objects)?.into_iter().map(|(_, since)| since).max();
+        let now = self.objects.now()?;
+        Ok(newest.map(|newest| stored::age(now, newest)))
     }
 
     /// Deletes objects that were condemned at least `grace` ago and are still not needed, and files
-    /// that interrupted writes left.
+    /// that interrupted writes left. Ages are those of the store's clock.
     ///
     /// # Errors
     /// Returns [`StoreError::Damaged`] if a reference or manifest cannot be read; nothing was
     /// deleted.
     ///
     /// # Blocking
-    /// Delays commits while it reads all manifests and deletes.
+    /// Delays commits while it reads all manifests and deletes. In a bucket, it makes those fail that
+    /// need one of the objects which it deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
-        let mut collected = Collected::default();
-        let deleting = StoreLock::delete_objects(&self.objects)?;
+        let now = self.objects.now()?;
+        let (mut due, young): (Vec<_>, Vec<_>) =
+            condemned::list(&self.objects)?.into_iter().partition(|(_, since)| stored::age(now, *since) >= grace);
+        due.truncate(MAX_DELETIONS);
+        let due: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
+        let deleting = Deleting::begin(&self.objects, &due)?;
         let marked = self.mark()?;
+        let mut collected = Collected::default();
+        for (object, _) in young {
+            match self.garbage(&marked, object)? {
+                Some(_) => collected.waiting += 1,
+                None => condemned::pardon(&self.objects, &object)?,
+            }
+        }
         let (mut manifests, mut packs) = (Vec::new(), Vec::new());
-        let layout = &self.objects.layout;
-        for (digest, since) in condemned::list(&self.objects)? {
-            let (manifest, pack) = (layout.manifest(&digest), layout.pack(&digest));
-            let is_manifest = !marked.manifests.contains(&digest) && self.objects.exists(&manifest)?;
-            let is_pack = self.objects.exists(&pack)? && !self.is_needed(&marked, digest);
-            if !is_manifest && !is_pack {
-                condemned::pardon(&self.objects, &digest)?;
-            } else if since.elapsed().unwrap_or_default() < grace {
-                collected.waiting += 1;
-            } else if is_manifest {
-                manifests.push((digest, manifest));
-            } else {
-                packs.push((digest, pack));
+        for object in due {
+            match self.garbage(&marked, object)? {
+                Some(Garbage::Manifest) => manifests.push(object),
+                Some(Garbage::Pack) => packs.push(object),
+                None => condemned::pardon(&self.objects, &object)?,
             }
         }
         // Manifests, which include roots, are deleted first: a client must not reach by digest an
         // image whose packs are gone.
-        for (digest, path) in &manifests {
-            collected.manifests += 1;
-            collected.bytes += self.delete(digest, path)?;
+        let layout = &self.objects.layout;
+        for digest in &manifests {
+            collected.bytes += self.delete(&deleting, digest, &layout.manifest(digest))?;
             collected.bytes += self.objects.remove_sized(&layout.locator(digest))?;
+            collected.manifests += 1;
         }
-        for (digest, path) in &packs {
+        for digest in &packs {
+            collected.bytes += self.delete(&deleting, digest, &layout.pack(digest))?;
             collected.packs += 1;
-            collected.bytes += self.delete(digest, path)?;
         }
         let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
         collected.working_sets = working_sets;
@@ -144,14 +184,17 @@ impl Collector {
         Ok(collected)
     }
 
-    fn delete(&self, digest: &Digest, path: &Path) -> Result<u64, StoreError> {
+    fn delete(&self, deleting: &Deleting, digest: &Digest, path: &Path) -> Result<u64, StoreError> {
+        deleting.check()?;
         let bytes = self.objects.remove_sized(path)?;
         condemned::pardon(&self.objects, digest)?;
         Ok(bytes)
     }
 
     fn mark(&self) -> Result<Marked, StoreError> {
-        let mut marked = Marked::default();
+        // The leases first: a commit writes its reference before it gives up its lease.
+        let Leased { images, objects } = leased(&self.objects)?;
+        let mut marked = Marked { leased: objects, ..Marked::default() };
         for reference in references::list(&self.objects)? {
             // `None`: the reference was removed after it was listed.
             if let Some(referred) = references::read(&self.objects, &reference)? {
@@ -159,7 +202,7 @@ impl Collector {
                     .map_err(|error| needed_by(&reference, error))?;
             }
         }
-        for image in lease::held(&self.objects)? {
+        for image in images {
             // A stream may outlive an image that was damaged or removed by hand.
             if self.manifests.is_stored(&image)? {
                 self.mark_image(&image, &mut marked)?;
@@ -192,6 +235,10 @@ impl Collector {
                 collected.bytes += self.objects.remove_sized(&path)?;
             }
         }
+        if !self.objects.has_locks() {
+            // A bucket has no staged files.
+            return Ok(());
+        }
         let mut staged = Vec::new();
         directory::staged(self.objects.layout.domain(), &mut staged)?;
         for path in staged {
@@ -205,17 +252,36 @@ impl Collector {
         Ok(())
     }
 
-    /// Returns true if a reference needs a chunk of the pack, or the pack cannot be read.
-    fn is_needed(&self, marked: &Marked, pack: Digest) -> bool {
-        match read_index(&self.objects, pack) {
-            Ok(None) => false,
-            Ok(Some((_, index))) => index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk)),
+    /// Returns what a condemned object is; `None` if it is needed, does not exist, or cannot be read.
+    fn garbage(&self, marked: &Marked, object: Digest) -> Result<Option<Garbage>, StoreError> {
+        let layout = &self.objects.layout;
+        if marked.needs_manifest(&object) {
+            return Ok(None);
+        }
+        if self.objects.exists(&layout.manifest(&object))? {
+            return Ok(Some(Garbage::Manifest));
+        }
+        // The pack's own index, since the chunk index is a copy of it.
+        match read_index(&self.objects, object) {
+            Ok(None) => Ok(None),
+            Ok(Some((_, index))) => {
+                let is_needed = index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk));
+                Ok((!is_needed).then_some(Garbage::Pack))
+            }
             Err(error) => {
-                tracing::warn!(%pack, "kept, though it may be garbage: {}", crate::store::chain(&error));
-                true
+                let error = crate::store::chain(&error);
+                tracing::warn!(pack = %object, "kept, though it may be garbage: {error}");
+                Ok(None)
             }
         }
     }
+}
+
+/// The kind of an object that nothing needs.
+#[derive(Clone, Copy, Debug)]
+enum Garbage {
+    Manifest,
+    Pack,
 }
 
 /// Adds the reference to the error of its image.

@@ -185,6 +185,35 @@ impl ChunkIndex {
         Ok(())
     }
 
+    /// Returns for each known pack whether it holds one of these chunks.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Damaged`] for a damaged run.
+    ///
+    /// # Blocking
+    /// Reads all runs.
+    pub(crate) fn use_of(&self, chunks: &HashSet<Digest>) -> Result<HashMap<Digest, bool>, StoreError> {
+        let mut use_of: HashMap<Digest, bool> = HashMap::new();
+        let runs = self.read(|state| {
+            use_of.extend(state.recent_packs.keys().map(|pack| (*pack, false)));
+            let used = state.recent.keys().filter(|(chunk, _)| chunks.contains(chunk));
+            use_of.extend(used.map(|(_, pack)| (*pack, true)));
+            state.runs.clone()
+        });
+        for run in runs {
+            for known in run.packs() {
+                use_of.entry(known.pack).or_insert(false);
+            }
+            for entry in run.all() {
+                let (chunk, place) = entry.inspect_err(|error| self.forget_run(&run, error))?;
+                if chunks.contains(&chunk) {
+                    use_of.insert(place.pack, true);
+                }
+            }
+        }
+        Ok(use_of)
+    }
+
     /// Deletes a damaged run. The next reading of the directory reads its packs.
     fn forget_run(&self, damaged: &Arc<Run>, error: &StoreError) {
         let is_known = self.change(|state| {

@@ -9,6 +9,9 @@
 //! <domain>/refs/<name>/_tags/<tag>   an encoded StoredReference
 //! <domain>/condemned/<digest>        empty; its time is when gc condemned the object
 //! <domain>/leases/<image>            empty; locked by who serves the image, see `lease.rs`
+//! <domain>/leases/<random>           in a bucket: an encoded StoredLease
+//! <domain>/deleting/<random>         in a bucket: an encoded StoredDeletion, see `lease/stored.rs`
+//! <domain>/clock                     in a bucket: empty; its time is the bucket's
 //! <domain>/working-sets/<image>/     see `working_sets.rs`
 //! <domain>/lock                      see `lock.rs`
 //! ```
@@ -106,6 +109,16 @@ impl Layout {
 
     pub(crate) fn lease(&self, image: &Digest) -> PathBuf {
         self.leases().join(image.hex())
+    }
+
+    /// Returns the directory of the deletions that collectors of a bucket announce.
+    pub(crate) fn deletions(&self) -> PathBuf {
+        self.domain.join("deleting")
+    }
+
+    /// Returns the path of an object whose time of writing tells the bucket's clock.
+    pub(crate) fn clock(&self) -> PathBuf {
+        self.domain.join("clock")
     }
 
     pub(crate) fn working_sets(&self) -> PathBuf {

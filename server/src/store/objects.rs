@@ -21,8 +21,8 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The objects of one domain of a store.
 #[derive(Clone, Debug)]
@@ -229,6 +229,52 @@ impl Objects {
         }
     }
 
+    /// Returns the bytes of an object as [`Objects::read`] does, and the time at which it was written.
+    pub(crate) fn read_written(
+        &self,
+        path: &Path,
+        max: usize,
+    ) -> Result<Option<(Bytes, SystemTime)>, StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.read_written(path, max)),
+            Kind::Directory(_) => {
+                let (bytes, written) = (self.read(path, max)?, self.written(path)?);
+                Ok(bytes.zip(written))
+            }
+        }
+    }
+
+    /// Returns the time of the clock that tells the times of writing.
+    ///
+    /// # Blocking
+    /// Writes an object to a bucket.
+    pub(crate) fn now(&self) -> Result<SystemTime, StoreError> {
+        match &self.kind {
+            Kind::Directory(_) => Ok(SystemTime::now()),
+            Kind::Bucket(_) => {
+                let path = self.layout.clock();
+                self.put(&path, Bytes::new())?;
+                self.written(&path)?.ok_or_else(|| StoreError::NotFound(path.display().to_string()))
+            }
+        }
+    }
+
+    /// Returns the time since some moment of the past, by a clock of this process that is never set.
+    pub(crate) fn monotonic(&self) -> Duration {
+        match &self.kind {
+            Kind::Directory(_) => monotonic(),
+            Kind::Bucket(bucket) => bucket.monotonic(),
+        }
+    }
+
+    /// Creates empty objects, as [`Objects::create`] does.
+    pub(crate) fn create_all(&self, paths: &[PathBuf]) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Directory(_) => paths.iter().try_for_each(|path| self.create(path)),
+            Kind::Bucket(bucket) => bucket.wait(bucket.create_all(paths)),
+        }
+    }
+
     /// Returns the lengths of objects, in order, as [`Objects::length`] does.
     pub(crate) fn lengths(&self, paths: &[PathBuf]) -> Result<Vec<Option<u64>>, StoreError> {
         match &self.kind {
@@ -303,6 +349,12 @@ impl Objects {
             Kind::Directory(_) => dirs.iter().try_for_each(|dir| directory::sync(dir)),
         }
     }
+}
+
+/// Returns the time since the first call.
+fn monotonic() -> Duration {
+    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+    FIRST.elapsed()
 }
 
 /// Returns `None` for an object that does not exist.

@@ -18,7 +18,7 @@ use maps::{Maps, Pack};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::pack::PackIndex;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Bytes at the end of a bucket's pack that are read first: the index of most packs.
 const END_BYTES: u64 = 64 << 10;
@@ -206,6 +206,25 @@ impl Packs {
     pub(crate) fn write_index(&self) -> Result<(), StoreError> {
         self.index.scan()?;
         self.index.write()
+    }
+
+    /// Returns for each pack that the index knows whether it holds one of these chunks. Reads the
+    /// directory first.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Bucket`].
+    ///
+    /// # Blocking
+    /// Reads the whole chunk index, and the trailers of all packs that it lacks.
+    pub(crate) fn use_of(&self, chunks: &HashSet<Digest>) -> Result<HashMap<Digest, bool>, StoreError> {
+        loop {
+            self.index.scan()?;
+            match self.index.use_of(chunks) {
+                // A damaged run, which is gone now.
+                Err(StoreError::Damaged { .. }) => {}
+                other => return other,
+            }
+        }
     }
 
     /// Returns a check of chunks by path.

@@ -70,13 +70,14 @@ fn encode(image: &Digest, provenance: &Provenance) -> Bytes {
     message.encode_to_vec().into()
 }
 
-/// Points a reference to an image. The caller must hold [`StoreLock::keep_objects`], and must have
-/// checked under it that the image exists.
+/// Points a reference to an image, which the caller must protect, and must have checked to exist.
+/// Immediately before the write, `check` says whether it is still protected.
 pub(crate) fn write(
     objects: &Objects,
     reference: &TagReference,
     image: &Digest,
     labels: Labels,
+    check: impl Fn() -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
     objects.update(&objects.layout.reference(reference), MAX_REFERENCE_BYTES, |before| {
         // A damaged reference is replaced.
@@ -86,7 +87,7 @@ pub(crate) fn write(
             false => Some(before.image),
         });
         let provenance = Provenance { written: Some(SystemTime::now()), previous, labels: labels.clone() };
-        Ok(encode(image, &provenance))
+        check().map(|()| encode(image, &provenance))
     })
 }
 

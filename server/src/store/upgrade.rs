@@ -51,7 +51,7 @@ pub fn upgrade(dir: &Path, domain: Domain) -> Result<u64, OpenError> {
 fn convert(objects: &Objects) -> Result<u64, OpenError> {
     let _exclusive = StoreLock::delete_objects(objects)?;
     let _changing = StoreLock::change_references(objects)?;
-    if !lease::held(objects)?.is_empty() {
+    if !lease::leased(objects)?.images.is_empty() {
         return Err(StoreError::Busy("a server serves images of this store: stop it first").into());
     }
     let mut converted = 0;

@@ -10,13 +10,14 @@ mod client;
 pub(crate) mod faulty;
 
 use crate::store::error::{OpenError, StoreError, io_error};
-use crate::store::objects::Entry;
+use crate::store::objects::{Entry, monotonic};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::path::Path as Key;
 use object_store::{
     Error, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, UpdateVersion, WriteMultipart,
 };
+use std::fmt;
 use std::fs::File;
 use std::future::Future;
 use std::io::Write;
@@ -39,6 +40,15 @@ const PART_BYTES: usize = 64 << 20;
 /// Parts that are written at a time.
 const PARTS: usize = 2;
 
+/// A clock that is never set: the system's, or that of a simulation.
+struct Clock(Box<dyn Fn() -> Duration + Send + Sync>);
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Clock({:?})", self.0())
+    }
+}
+
 /// A bucket, or a part of one.
 #[derive(Debug)]
 pub struct Bucket {
@@ -47,6 +57,7 @@ pub struct Bucket {
     prefix: PathBuf,
     /// The name in messages.
     name: String,
+    clock: Clock,
     /// Always there; taken by the drop.
     runtime: Option<Runtime>,
 }
@@ -79,11 +90,18 @@ impl Bucket {
         let runtime = runtime.worker_threads(THREADS).thread_name("bucket").enable_all().build();
         let runtime = runtime
             .map_err(|e| OpenError::Bucket { url: name.to_owned(), reason: format!("no threads: {e}") })?;
-        Ok(Self { store, prefix: prefix.into(), name: name.to_owned(), runtime: Some(runtime) })
+        Ok(Self { store, prefix: prefix.into(), name: name.to_owned(), clock: Clock(Box::new(monotonic)), runtime: Some(runtime) })
     }
 
     pub(crate) fn prefix(&self) -> &Path {
         &self.prefix
+    }
+
+    /// Replaces the clock.
+    #[cfg(test)]
+    pub(crate) fn with_clock(mut self, clock: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        self.clock = Clock(Box::new(clock));
+        self
     }
 
     /// Returns the name of an object, for messages.
@@ -139,12 +157,27 @@ impl Bucket {
     }
 
     pub(super) async fn read(&self, path: &Path, max: usize) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.read_written(path, max).await?.map(|(bytes, _)| bytes))
+    }
+
+    pub(super) async fn read_written(
+        &self,
+        path: &Path,
+        max: usize,
+    ) -> Result<Option<(Bytes, SystemTime)>, StoreError> {
         let result = self.store.get(&key(path)).await;
         let Some(result) = self.found(path, result)? else { return Ok(None) };
-        match result.meta.size <= max as u64 {
-            true => result.bytes().await.map(Some).map_err(self.failed(path)),
-            false => Ok(Some(self.read_range(path, 0..max as u64 + 1).await?.0)),
-        }
+        let written = result.meta.last_modified.into();
+        let bytes = match result.meta.size <= max as u64 {
+            true => result.bytes().await.map_err(self.failed(path))?,
+            false => self.read_range(path, 0..max as u64 + 1).await?.0,
+        };
+        Ok(Some((bytes, written)))
+    }
+
+    /// Returns the time since some moment of the past.
+    pub(super) fn monotonic(&self) -> Duration {
+        self.clock.0()
     }
 
     /// Returns a range of an object's bytes, fewer if the object ends before; and the length of the
@@ -177,7 +210,7 @@ impl Bucket {
         Ok(Some(file))
     }
 
-    pub(super) async fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+    pub(crate) async fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
         self.store.put(&key(path), bytes.into()).await.map(|_| ()).map_err(self.failed(path))
     }
 
@@ -195,6 +228,10 @@ impl Bucket {
             upload.put(part);
         }
         upload.finish().await.map(|_| ()).map_err(self.failed(path))
+    }
+
+    pub(super) async fn create_all(&self, paths: &[PathBuf]) -> Result<(), StoreError> {
+        stream::iter(paths).map(Ok).try_for_each_concurrent(PARALLEL, |path| self.create(path)).await
     }
 
     pub(super) async fn create(&self, path: &Path) -> Result<(), StoreError> {
@@ -247,7 +284,7 @@ impl Bucket {
         Err(StoreError::Busy("others replace the same reference each time it is read"))
     }
 
-    pub(super) async fn remove(&self, path: &Path) -> Result<bool, StoreError> {
+    pub(crate) async fn remove(&self, path: &Path) -> Result<bool, StoreError> {
         if self.length(path).await?.is_none() {
             return Ok(false);
         }

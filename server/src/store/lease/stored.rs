@@ -1,0 +1,288 @@
+//! Leases and deletions in a bucket: objects that end when they are too old.
+//!
+//! A bucket has no locks, so a commit and a collector exclude each other by two writes and two reads:
+//!
+//! - a commit writes a lease that names the objects on which it relies, and then reads the deletions.
+//!   If one names such an object, the commit fails, and its client repeats it;
+//! - a collector writes a deletion that names the objects which it may delete, and then reads the
+//!   leases, and after them the references. It deletes what none of them needs.
+//!
+//! At least one of them reads what the other has written. Ages are judged by the bucket's clock. Who
+//! has written an object measures its time with a monotonic clock, from before the write, and stops
+//! [`MARGIN`] before the end, since a request may still take effect after its sender has given it up.
+
+use crate::store::error::{StoreError, damaged};
+use crate::store::layout::Layout;
+use crate::store::lease::Leased;
+use crate::store::objects::Objects;
+use crate::store::objects::bucket::Bucket;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::v1;
+use prost::Message;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+use tokio::sync::Notify;
+
+/// Time after which a lease or a deletion ends.
+const TIME: Duration = Duration::from_secs(600);
+/// Time before the end from which on its owner does not rely on it: longer than a request may be on
+/// its way.
+const MARGIN: Duration = Duration::from_secs(180);
+/// Time between two renewals of the lease of served images.
+const RENEWAL: Duration = Duration::from_secs(120);
+/// Most bytes of a lease or a deletion.
+const MAX_BYTES: usize = 64 << 20;
+/// Most objects that a deletion names.
+pub(crate) const MAX_DELETIONS: usize = 1_000_000;
+
+/// An object that its owner relies on for some time, and removes when it is dropped.
+#[derive(Debug)]
+struct Timed {
+    objects: Objects,
+    path: PathBuf,
+    /// By the bucket's monotonic clock of this process.
+    until: Duration,
+}
+
+impl Timed {
+    fn write(objects: &Objects, path: PathBuf, message: &impl Message) -> Result<Self, StoreError> {
+        let began = objects.monotonic();
+        objects.put(&path, message.encode_to_vec().into())?;
+        Ok(Self { objects: objects.clone(), path, until: began + TIME.saturating_sub(MARGIN) })
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        match self.objects.monotonic() < self.until {
+            true => Ok(()),
+            false => Err(StoreError::Busy("it has taken too long, and its lease has ended")),
+        }
+    }
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        // Otherwise it ends by itself.
+        let _ = self.objects.remove(&self.path);
+    }
+}
+
+fn seconds() -> u32 {
+    u32::try_from(TIME.as_secs()).expect("ten minutes")
+}
+
+fn random_name() -> String {
+    format!("{:032x}", fastrand::u128(..))
+}
+
+/// The lease of a commit.
+#[derive(Debug)]
+pub(crate) struct Reliance(Timed);
+
+impl Reliance {
+    /// Protects images with all of their parts, and objects, until the drop.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Busy`] if a collector is about to delete one of them.
+    pub(crate) fn take(objects: &Objects, images: &[Digest], parts: &[Digest]) -> Result<Self, StoreError> {
+        let message = v1::StoredLease {
+            images: Digest::concat(images),
+            objects: Digest::concat(parts),
+            seconds: seconds(),
+        };
+        let path = objects.layout.leases().join(random_name());
+        let lease = Self(Timed::write(objects, path, &message)?);
+        let deleted = deletions(objects)?;
+        match parts.iter().chain(images).any(|part| deleted.contains(part)) {
+            true => Err(StoreError::Busy("a collector is about to delete parts of the image")),
+            false => Ok(lease),
+        }
+    }
+
+    /// Checks that the objects are still protected.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`].
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        self.0.check()
+    }
+}
+
+/// The objects that a collector may delete, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Deletion(Timed);
+
+impl Deletion {
+    /// Announces the deletion of these objects.
+    pub(crate) fn begin(objects: &Objects, parts: &[Digest]) -> Result<Self, StoreError> {
+        let message = v1::StoredDeletion { objects: Digest::concat(parts), seconds: seconds() };
+        let path = objects.layout.deletions().join(random_name());
+        Timed::write(objects, path, &message).map(Self)
+    }
+
+    /// Checks that a deletion is still known to others.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`].
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        self.0.check()
+    }
+}
+
+/// Returns the objects that collectors may be deleting.
+fn deletions(objects: &Objects) -> Result<HashSet<Digest>, StoreError> {
+    let mut deleted = HashSet::new();
+    for (path, message) in live::<v1::StoredDeletion>(objects, &objects.layout.deletions(), |m| m.seconds)? {
+        deleted.extend(digests(&path, &message.objects)?);
+    }
+    Ok(deleted)
+}
+
+/// Returns what is leased. Removes leases that have ended.
+pub(super) fn leased(objects: &Objects, _bucket: &Bucket) -> Result<Leased, StoreError> {
+    let mut leased = Leased::default();
+    for (path, message) in live::<v1::StoredLease>(objects, &objects.layout.leases(), |m| m.seconds)? {
+        leased.images.extend(digests(&path, &message.images)?);
+        leased.objects.extend(digests(&path, &message.objects)?);
+    }
+    Ok(leased)
+}
+
+fn digests(path: &Path, bytes: &[u8]) -> Result<Vec<Digest>, StoreError> {
+    let digests = Digest::list(bytes).map_err(|e| damaged(path.display().to_string(), e))?;
+    Ok(digests.collect())
+}
+
+/// Returns the messages of a directory that have not ended, with their paths. Removes the others.
+fn live<M: Message + Default>(
+    objects: &Objects,
+    dir: &Path,
+    seconds: impl Fn(&M) -> u32,
+) -> Result<Vec<(PathBuf, M)>, StoreError> {
+    let names = objects.names(dir)?;
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Before the objects are read, so that one that is renewed meanwhile is young.
+    let now = objects.now()?;
+    let mut live = Vec::new();
+    for name in names {
+        let path = dir.join(name);
+        // `None`: its owner has removed it.
+        let Some((bytes, written)) = objects.read_written(&path, MAX_BYTES)? else { continue };
+        let message = M::decode(bytes).map_err(|e| damaged(path.display().to_string(), e))?;
+        let time = Duration::from_secs(seconds(&message).into());
+        match now.duration_since(written).unwrap_or_default() > time {
+            true => drop(objects.remove(&path)?),
+            false => live.push((path, message)),
+        }
+    }
+    Ok(live)
+}
+
+/// The lease of the images that this process serves: one object, which is written when an image is
+/// added, and renewed.
+#[derive(Clone, Debug)]
+pub(super) struct ImageLease {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    bucket: Arc<Bucket>,
+    path: PathBuf,
+    /// Locked for a look-up or a change.
+    state: Mutex<State>,
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The images, with the number of their holders.
+    images: HashMap<Digest, usize>,
+    is_renewed: bool,
+}
+
+/// An image in the lease, until this is dropped.
+#[derive(Debug)]
+pub(super) struct HeldImage {
+    lease: ImageLease,
+    image: Digest,
+}
+
+impl ImageLease {
+    pub(super) fn new(layout: &Layout, bucket: &Arc<Bucket>) -> Self {
+        let path = layout.leases().join(random_name());
+        let (bucket, changed) = (bucket.clone(), Arc::default());
+        Self { inner: Arc::new(Inner { bucket, path, state: Mutex::default(), changed }) }
+    }
+
+    pub(super) fn hold(&self, image: Digest) -> HeldImage {
+        let mut state = self.inner.lock();
+        *state.images.entry(image).or_default() += 1;
+        if !std::mem::replace(&mut state.is_renewed, true) {
+            let (inner, changed) = (Arc::downgrade(&self.inner), self.inner.changed.clone());
+            drop(self.inner.bucket.start(renew(inner, changed)));
+        }
+        drop(state);
+        self.inner.changed.notify_one();
+        HeldImage { lease: self.clone(), image }
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn write(&self) {
+        let images: Vec<_> = self.lock().images.keys().copied().collect();
+        let written = match images.is_empty() {
+            true => self.bucket.remove(&self.path).await.map(|_| ()),
+            false => {
+                let images = Digest::concat(&images);
+                let message = v1::StoredLease { images, seconds: seconds(), ..Default::default() };
+                self.bucket.put(&self.path, message.encode_to_vec().into()).await
+            }
+        };
+        if let Err(error) = written {
+            tracing::warn!(
+                "the lease of the served images is not renewed, gc may delete those without a reference: {error}"
+            );
+        }
+    }
+}
+
+impl Drop for HeldImage {
+    fn drop(&mut self) {
+        let mut state = self.lease.inner.lock();
+        if let Some(holders) = state.images.get_mut(&self.image) {
+            *holders -= 1;
+            if *holders == 0 {
+                // The next renewal leaves it out.
+                state.images.remove(&self.image);
+            }
+        }
+    }
+}
+
+/// Writes the lease at once when an image is added, and from time to time. Returns after the end of
+/// the process's store.
+async fn renew(inner: Weak<Inner>, changed: Arc<Notify>) {
+    loop {
+        tokio::select! {
+            () = changed.notified() => {}
+            () = tokio::time::sleep(RENEWAL) => {}
+        }
+        match inner.upgrade() {
+            Some(inner) => inner.write().await,
+            None => return,
+        }
+    }
+}
+
+/// Returns the age of an object that was written at `written`.
+pub(crate) fn age(now: SystemTime, written: SystemTime) -> Duration {
+    now.duration_since(written).unwrap_or_default()
+}
