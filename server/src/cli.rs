@@ -7,7 +7,8 @@ use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{
-    Bucket, Collected, Collector, Damage, Domain, Location, Store, StoreError, Verified, upgrade, verify,
+    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Store, StoreError, Verified, upgrade,
+    verify,
 };
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -72,6 +73,12 @@ struct StoreArgs {
 struct Serve {
     #[command(flatten)]
     store: StoreArgs,
+    /// Directory for a cache of what is read from a bucket; empty, or a server's cache before
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Most bytes of the cache, such as 500MiB or 2TiB
+    #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = size)]
+    cache_size: u64,
     /// Address to listen at: host:port (port 0: any free one) or unix:/path
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     listen: String,
@@ -118,6 +125,14 @@ struct Verify {
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+    let unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let (number, shift) = unit.unwrap_or((text, 0));
+    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "it must be a number of bytes, or of KiB, MiB, GiB or TiB".to_owned())
 }
 
 fn umask(text: &str) -> Result<u32, String> {
@@ -167,11 +182,15 @@ impl Cli {
 
 impl StoreArgs {
     fn location(&self) -> anyhow::Result<Location> {
-        let url = self.store.as_ref().and_then(|store| store.to_str()).filter(|store| store.contains("://"));
-        Ok(match url {
-            Some(url) => Location::Bucket(Arc::new(Bucket::of_url(url)?)),
+        Ok(match self.bucket()? {
+            Some(bucket) => Location::Bucket(Arc::new(bucket)),
             None => Location::Directory(self.dir()?),
         })
+    }
+
+    fn bucket(&self) -> anyhow::Result<Option<Bucket>> {
+        let url = self.store.as_ref().and_then(|store| store.to_str()).filter(|store| store.contains("://"));
+        Ok(url.map(Bucket::of_url).transpose()?)
     }
 
     fn dir(&self) -> anyhow::Result<PathBuf> {
@@ -186,10 +205,17 @@ impl StoreArgs {
 }
 
 impl Serve {
+    fn location(&self) -> anyhow::Result<Location> {
+        let Some(dir) = &self.cache else { return self.store.location() };
+        let bucket = self.store.bucket()?.context("--cache is for a store in a bucket")?;
+        let cache = DiskCache::open(dir, self.cache_size)?;
+        Ok(Location::Bucket(Arc::new(bucket.with_cache(cache))))
+    }
+
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(self.umask));
         let address: Address = self.listen.parse()?;
-        let location = self.store.location()?;
+        let location = self.location()?;
         let end = end_signals::first().context("a thread for signals")?;
         let listener = Listener::bind(&address, self.insecure)?;
         let url = listener.url().context("the listener's own address")?;

@@ -62,6 +62,7 @@ use locators::Locators;
 use lock::StoreLock;
 use manifests::Manifests;
 use objects::Objects;
+pub use packs::DiskCache;
 use packs::Packs;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::provenance::Provenance;

@@ -4,14 +4,17 @@ use crate::map::random_pages;
 use postcopy::{Options, Session};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise};
+use postcopy_tests::mounts::Tmpfs;
 use postcopy_tests::s3::S3Server;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::shown;
-use postcopy_tests::{PAGE, binary, wait_until};
+use postcopy_tests::{PAGE, binary, is_root, skip, wait_until};
+use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -129,6 +132,168 @@ fn a_bucket_that_cannot_be_reached_is_an_error_that_names_it() {
     let mut command = Command::new(binary("postcopyd"));
     let output = command.args(["verify", "--store", "ftp://host/x"]).output().unwrap();
     assert!(shown(&output).contains("ftp"), "{}", shown(&output));
-    let output = postcopyd(&s3, &["gc"]).output().unwrap();
-    assert!(!output.status.success(), "{}", shown(&output));
+}
+
+fn gc(s3: &S3Server, args: &[&str]) -> Value {
+    let output = postcopyd(s3, &["gc", "--json"]).args(args).output().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Pushes through servers that are killed, beside collectors without any grace time.
+#[test]
+fn collections_beside_pushes_and_servers_that_are_killed_lose_nothing() {
+    let s3 = S3Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let content = |pusher: u64, round: u64| {
+        [memory_like(MIB, 60 + (pusher + round) % 3), noise(MIB / 4, 100 * pusher + round)].concat()
+    };
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let pushers: Vec<_> = (0..2)
+            .map(|pusher| {
+                let (s3, folder) = (&s3, folder.path());
+                scope.spawn(move || {
+                    let dir = folder.join(format!("{pusher}"));
+                    fs::create_dir(&dir).unwrap();
+                    for round in 0..6 {
+                        fs::write(dir.join("mem"), content(pusher, round)).unwrap();
+                        let reference = format!("p{pusher}:r{round}");
+                        let mut server = serve(s3);
+                        for attempt in 0.. {
+                            let push = [OsStr::new("push"), dir.as_os_str(), OsStr::new(&reference)];
+                            let mut push = postcopy(server.address(), push);
+                            // Every third push loses its server.
+                            let output = match (round % 3, attempt) {
+                                (2, 0) => {
+                                    let push =
+                                        push.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+                                    std::thread::park_timeout(Duration::from_millis(100));
+                                    server.kill();
+                                    server = serve(s3);
+                                    push.wait_with_output().unwrap()
+                                }
+                                _ => push.output().unwrap(),
+                            };
+                            if output.status.success() {
+                                break;
+                            }
+                            assert!(attempt < 20, "{}", shown(&output));
+                        }
+                        if round % 2 == 1 {
+                            let _ = run(server.address(), ["rm", &format!("p{pusher}:r{}", round - 1)]);
+                        }
+                    }
+                })
+            })
+            .collect();
+        let collector = scope.spawn(|| {
+            let mut deleted = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                deleted += gc(&s3, &["--grace", "0s"])["packs"].as_u64().unwrap();
+            }
+            deleted
+        });
+        let ended: Vec<_> = pushers.into_iter().map(|pusher| pusher.join()).collect();
+        is_over.store(true, Ordering::Relaxed);
+        assert!(collector.join().unwrap() > 0);
+        ended.into_iter().for_each(|ended| ended.unwrap());
+    });
+    let output = verify(&s3);
+    assert!(output.status.success(), "{}", shown(&output));
+    let server = serve(&s3);
+    for (pusher, round) in [(0, 1), (0, 5), (1, 3), (1, 5)] {
+        let out = folder.path().join(format!("out-{pusher}-{round}"));
+        let reference = format!("p{pusher}:r{round}");
+        let _ = run(server.address(), ["pull".as_ref(), reference.as_ref(), out.as_os_str()]);
+        assert!(fs::read(out.join("mem")).unwrap() == content(pusher, round));
+    }
+}
+
+#[test]
+fn an_image_that_is_served_stays_without_a_reference() {
+    let s3 = S3Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    let bytes = noise(2 * MIB, 9);
+    fs::write(&path, &bytes).unwrap();
+    let server = serve(&s3);
+    push(&server, &path, "app");
+    let session = Session::open(server.address(), &"app".parse().unwrap(), Options::DEFAULT).unwrap();
+    let region = session.map("mem").unwrap();
+    assert!(region[0] == bytes[0]);
+    let leases = s3.path("s/default/leases");
+    wait_until("the lease is written", || {
+        fs::read_dir(&leases).is_ok_and(|mut leases| leases.next().is_some())
+    });
+    let _ = run(server.address(), ["rm", "app"]);
+    assert_eq!(gc(&s3, &["--grace", "0s"])["packs"], 0);
+    // Another server has none of it in memory.
+    let other = serve(&s3);
+    let image = session.image().digest();
+    let by_digest = format!("x@{image}").parse().unwrap();
+    let restore = Session::open(other.address(), &by_digest, Options::DEFAULT).unwrap();
+    let copy = restore.map("mem").unwrap();
+    assert!(*copy == *bytes && *region == *bytes, "a wrong byte");
+    drop((region, copy, session, restore, server, other));
+    // As after the time of a lease.
+    fs::remove_dir_all(&leases).unwrap();
+    assert_eq!(gc(&s3, &["--grace", "0s"])["packs"], 1);
+}
+
+/// The disk of the cache is full from the first blocks on.
+#[test]
+fn a_cache_on_a_full_disk_harms_nobody() {
+    if !is_root() {
+        return skip("a_cache_on_a_full_disk_harms_nobody", "a file system of its own needs root");
+    }
+    let s3 = S3Server::start();
+    let (disk, folder) = (Tmpfs::of_bytes(4 << 20), tempfile::tempdir().unwrap());
+    let (path, cache) = (folder.path().join("mem"), disk.path().join("cache"));
+    let bytes = noise(8 * MIB, 5);
+    fs::write(&path, &bytes).unwrap();
+    push(&serve(&s3), &path, "app");
+    let cached = || {
+        let mut command =
+            postcopyd(&s3, &["serve", "--listen", "127.0.0.1:0", "--cache-size", "1GiB", "--cache"]);
+        command.arg(&cache);
+        Server::spawn(command, Path::new(""))
+    };
+    for round in 0..2 {
+        let mut server = cached().unwrap();
+        let out = folder.path().join(format!("out-{round}"));
+        let _ = run(server.address(), ["pull".as_ref(), "app".as_ref(), out.as_os_str()]);
+        assert!(fs::read(out.join("mem")).unwrap() == bytes);
+        let stderr = cached().unwrap_err();
+        assert!(stderr.contains("another server uses it"), "{stderr}");
+        server.kill();
+    }
+    assert!(fs::read_dir(cache.join("blocks")).unwrap().count() == 256);
+}
+
+/// The commands of docs/OPERATIONS.md, with another bucket and other ports.
+#[test]
+fn the_documented_commands_work() {
+    let s3 = S3Server::start();
+    let document =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/OPERATIONS.md")).unwrap();
+    let section = document.split("## In a bucket").nth(1).unwrap().split("\n## ").next().unwrap();
+    let blocks: Vec<_> =
+        section.split("```sh\n").skip(1).map(|block| block.split("```").next().unwrap()).collect();
+    let [serve, maintain] = blocks[..] else { panic!("{section}") };
+    assert_eq!(serve.matches("postcopyd serve").count(), 3);
+    let script = format!(
+        "set -eu; trap 'kill $(jobs -p); wait' EXIT\n{{\n{serve}\n}} > ready\n\
+         while [ $(wc -l < ready) -lt 3 ]; do kill -0 $(jobs -p); sleep 0.01; done\n{maintain}"
+    );
+    let script = script.replace("s3://bucket/store", &s3.url("s"));
+    let script = [":7071", ":7072", ":7073"].iter().fold(script, |script, port| script.replace(port, ":0"));
+    let folder = tempfile::tempdir().unwrap();
+    let mut bash = Command::new("bash");
+    s3.set(&mut bash);
+    let bin = binary("postcopyd").parent().unwrap().display().to_string();
+    let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
+    let output = bash.args(["-c", &script]).env("PATH", path).current_dir(folder.path()).output().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert!(shown(&output).contains("sound: 0 packs"), "{}", shown(&output));
 }

@@ -2,8 +2,8 @@
 
 use crate::store::error::{StoreError, damaged};
 use crate::store::index::run::PackLength;
-use crate::store::locators::Locator;
 use crate::store::lease::stored::Reliance;
+use crate::store::locators::Locator;
 use crate::store::lock::StoreLock;
 use crate::store::objects::Objects;
 use crate::store::{Caller, Referred, Store, condemned, references};

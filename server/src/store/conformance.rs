@@ -5,17 +5,19 @@ use crate::fixtures::Image;
 use crate::store::objects::Objects;
 use crate::store::objects::bucket::faulty::{Faults, Faulty, depth};
 use crate::store::{
-    Bucket, Caller, CommitOutcome, Damage, Domain, Location, Missing, OpenError, Store, StoreError, format,
-    references, verify,
+    Bucket, Caller, Collected, Collector, CommitOutcome, Damage, DiskCache, Domain, Location, Missing,
+    OpenError, Store, StoreError, format, references, verify,
 };
 use bytes::Bytes;
 use object_store::ObjectStore;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::provenance::Labels;
 use postcopy_proto::reference::{Reference, TagReference};
-use postcopy_proto::v1::PageSpan;
+use postcopy_proto::v1::{self, PageSpan};
+use prost::Message;
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -295,6 +297,116 @@ fn damage_is_named() {
     });
 }
 
+fn collect(place: &Place, grace: Duration) -> Collected {
+    Collector::open(place.location.clone(), Domain::DEFAULT).unwrap().condemn().unwrap();
+    Collector::open(place.location.clone(), Domain::DEFAULT).unwrap().sweep(grace).unwrap()
+}
+
+#[test]
+fn what_no_reference_needs_is_deleted_and_the_rest_is_not() {
+    on_each_kind(|place| {
+        let (store, kept, removed) = (place.open(), Image::of_seed(1), Image::of_seed(2));
+        kept.push(&store, "a/b:kept");
+        removed.push(&store, "a:removed");
+        assert_eq!(collect(place, Duration::ZERO), Collected::default());
+        store.remove_reference(&reference("a:removed")).unwrap();
+        let hour = Duration::from_secs(3600);
+        assert_eq!(collect(place, hour), Collected { waiting: 3, ..Collected::default() });
+        let collected = collect(place, Duration::ZERO);
+        assert_eq!((collected.packs, collected.manifests, collected.waiting), (1, 2, 0));
+        assert!(collected.bytes > removed.pack.len() as u64);
+        let segment = &removed.manifest.root.segment_digests()[0];
+        assert!(!store.objects.exists(&store.objects.layout.locator(segment)).unwrap());
+        assert_eq!(collect(place, Duration::ZERO), Collected::default());
+        assert_eq!(place.damage(), []);
+        assert_served(&place.open(), &kept);
+        // What is deleted can be pushed again, also through a server that knew it.
+        removed.push(&store, "a:removed");
+        assert_served(&place.open(), &removed);
+    });
+}
+
+#[test]
+fn what_a_push_finds_is_pardoned() {
+    on_each_kind(|place| {
+        let (store, image) = (place.open(), Image::of_seed(1));
+        store.put_pack(image.pack_digest(), image.pack.clone(), &Caller::default()).unwrap();
+        let pardons: [&dyn Fn(); 3] = [
+            &|| assert_eq!(store.find_missing(image.data_chunks().into_iter()).unwrap(), []),
+            &|| assert!(store.keep_pack(&image.pack_digest()).unwrap()),
+            &|| image.push(&store, "a:1"),
+        ];
+        for pardon in pardons {
+            let collector = Collector::open(place.location.clone(), Domain::DEFAULT).unwrap();
+            collector.condemn().unwrap();
+            pardon();
+            assert_eq!(collector.sweep(Duration::ZERO).unwrap().packs, 0);
+        }
+        assert_served(&place.open(), &image);
+    });
+}
+
+#[test]
+fn an_image_that_is_served_stays_until_its_lease_ends() {
+    on_each_kind(|place| {
+        let (store, image) = (place.open(), Image::of_seed(1));
+        image.push(&store, "a");
+        let lease = store.lease(&image.digest()).unwrap();
+        let leases = store.objects.layout.leases();
+        // The lease of a bucket is written beside the stream.
+        while store.objects.names(&leases).unwrap().is_empty() {
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        store.remove_reference(&reference("a")).unwrap();
+        assert_eq!(collect(place, Duration::ZERO), Collected::default());
+        assert_served(&place.open(), &image);
+        drop(lease);
+        if !store.objects.has_locks() {
+            // As after its time.
+            store.objects.remove_below(&leases).unwrap();
+        }
+        assert_eq!(collect(place, Duration::ZERO).packs, 1);
+    });
+}
+
+/// A lease and a deletion, as a server and a collector write them which then die.
+#[test]
+fn who_has_died_is_waited_for_and_no_longer() {
+    let place = Place::bucket(1, Faults::default());
+    let (store, image) = (place.open(), Image::of_seed(1));
+    image.push(&store, "a");
+    let layout = &store.objects.layout;
+    let write = |path: &Path, seconds: u32| {
+        let objects = Digest::concat(&[image.pack_digest()]);
+        let lease = v1::StoredLease { objects: objects.clone(), seconds, ..Default::default() };
+        let deletion = v1::StoredDeletion { objects, seconds };
+        let bytes =
+            if path.starts_with(layout.leases()) { lease.encode_to_vec() } else { deletion.encode_to_vec() };
+        store.objects.put(path, bytes.into()).unwrap();
+    };
+    let (lease, deletion) = (layout.leases().join("1"), layout.deletions().join("1"));
+    let commit = || {
+        let root = image.manifest.root_bytes.clone();
+        store.commit(&reference("b"), Labels::default(), root, &Caller::default())
+    };
+    write(&deletion, 3600);
+    assert!(matches!(commit(), Err(StoreError::Busy(_))));
+    write(&deletion, 0);
+    std::thread::park_timeout(Duration::from_millis(5));
+    assert_eq!(commit().unwrap(), CommitOutcome::Committed(image.digest()));
+    assert!(!store.objects.exists(&deletion).unwrap());
+    ["a", "b"].iter().for_each(|name| store.remove_reference(&reference(name)).unwrap());
+    write(&lease, 3600);
+    assert_eq!(collect(&place, Duration::ZERO).packs, 0);
+    write(&lease, 0);
+    std::thread::park_timeout(Duration::from_millis(5));
+    assert_eq!(collect(&place, Duration::ZERO).packs, 1);
+    // What is no lease may protect anything.
+    put(&store.objects, &lease, b"\xff");
+    let collector = Collector::open(place.location.clone(), Domain::DEFAULT).unwrap();
+    assert!(matches!(collector.condemn(), Err(StoreError::Damaged { .. })));
+}
+
 /// From a reference: the reference, the root, the segment beside its locator, and the frame.
 #[test]
 fn a_first_chunk_takes_four_sequential_reads_of_a_bucket() {
@@ -338,6 +450,48 @@ fn a_block_is_read_once_for_all_who_wait_and_ahead_of_who_reads_on() {
     let gets = faulty.take_requests();
     let blocks = image.pack.len().div_ceil(256 << 10);
     assert!(gets.len() + packs <= blocks, "{} blocks: {gets:#?}", blocks);
+}
+
+#[test]
+fn a_server_that_starts_again_reads_its_disk_and_not_the_bucket() {
+    let place = Place::bucket(1, Faults::default());
+    let (image, faulty) = (Image::large(1), place.faulty.clone().unwrap());
+    image.push(&place.open(), "a");
+    let dir = tempfile::tempdir().unwrap();
+    let open = || {
+        let cache = DiskCache::open(dir.path(), 1 << 30).unwrap();
+        let bucket = Bucket::new(faulty.clone(), "a/prefix", "memory:").unwrap().with_cache(cache);
+        Store::open(Location::Bucket(Arc::new(bucket)), Domain::DEFAULT).unwrap()
+    };
+    let files = || walkdir(&dir.path().join("blocks"));
+    let blocks = image.pack.len().div_ceil(256 << 10);
+    let packs_read = || {
+        let requests = faulty.take_requests();
+        requests.iter().filter(|request| request.text.contains("/packs/")).count()
+    };
+    let store = open();
+    packs_read();
+    assert_served(&store, &image);
+    assert_eq!(packs_read(), blocks);
+    while files().len() < blocks {
+        std::thread::park_timeout(Duration::from_millis(1));
+    }
+    drop(store);
+    let store = open();
+    assert_served(&store, &image);
+    assert_eq!(packs_read(), 0);
+    drop(store);
+    // A damaged block is read again.
+    fs::write(&files()[0], "damaged").unwrap();
+    let store = open();
+    assert_served(&store, &image);
+    assert_eq!(packs_read(), 1);
+}
+
+fn walkdir(dir: &Path) -> Vec<PathBuf> {
+    let entries =
+        |dir: &Path| fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    entries(dir).iter().flat_map(|dir| entries(dir)).collect()
 }
 
 /// Requests fail, some after they have had their effect. What was reported as done is done.

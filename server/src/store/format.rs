@@ -105,9 +105,17 @@ pub(super) fn is_store(layout: &Layout) -> Result<bool, OpenError> {
 
 fn is_store_in(objects: &Objects) -> Result<bool, OpenError> {
     let layout = &objects.layout;
-    match objects.read(&layout.format(), MAX_FORMAT_BYTES)? {
+    let read = || objects.read(&layout.format(), MAX_FORMAT_BYTES);
+    let mut found = read()?;
+    if found.is_none() {
+        if objects.names(layout.root())?.is_empty() {
+            return Ok(false);
+        }
+        // Another server may have created the store meanwhile.
+        found = read()?;
+    }
+    match found {
         Some(found) => check(objects.name(), &found),
-        None if objects.names(layout.root())?.is_empty() => Ok(false),
         None => Err(OpenError::NotAStore(objects.name())),
     }
 }

@@ -143,8 +143,9 @@ impl Collector {
     /// need one of the objects which it deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
         let now = self.objects.now()?;
-        let (mut due, young): (Vec<_>, Vec<_>) =
-            condemned::list(&self.objects)?.into_iter().partition(|(_, since)| stored::age(now, *since) >= grace);
+        let (mut due, young): (Vec<_>, Vec<_>) = condemned::list(&self.objects)?
+            .into_iter()
+            .partition(|(_, since)| stored::age(now, *since) >= grace);
         due.truncate(MAX_DELETIONS);
         let due: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
         let deleting = Deleting::begin(&self.objects, &due)?;

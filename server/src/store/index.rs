@@ -396,7 +396,8 @@ impl ChunkIndex {
 
     /// Returns the packs of a bucket that are unknown.
     fn new_packs_in_bucket(&self, bucket: &Bucket, scan: &Scan) -> Result<Vec<NewPack>, StoreError> {
-        let listed = bucket.wait(bucket.entries_of(&self.objects.layout.pack_dirs()))?;
+        let layout = &self.objects.layout;
+        let listed = bucket.wait(bucket.entries_of(&layout.packs(), &layout.pack_dirs()))?;
         let new = listed.iter().filter_map(|ObjectEntry { name, written, .. }| {
             let since_epoch = written.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             let version = (0, since_epoch.as_secs().cast_signed(), since_epoch.subsec_nanos().into());

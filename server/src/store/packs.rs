@@ -6,6 +6,7 @@
 //! ([`super::index`]) finds another.
 
 mod blocks;
+mod disk;
 mod maps;
 
 use crate::store::error::{StoreError, damaged, pack_name};
@@ -14,6 +15,7 @@ use crate::store::index::run::{Found, PackLength, Place};
 use crate::store::objects::{Kind, Objects};
 use blocks::Blocks;
 use bytes::Bytes;
+pub use disk::DiskCache;
 use maps::{Maps, Pack};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};

@@ -6,9 +6,7 @@
 //! at any request, like a process that is killed.
 
 use crate::fixtures::Image;
-use crate::store::{
-    Bucket, Caller, Collector, CommitOutcome, Domain, Location, Store, StoreError, verify,
-};
+use crate::store::{Bucket, Caller, Collector, CommitOutcome, Domain, Location, Store, StoreError, verify};
 use futures_util::stream::{BoxStream, StreamExt};
 use object_store::memory::InMemory;
 use object_store::path::Path as Key;
@@ -283,7 +281,8 @@ fn no_order_of_requests_loses_what_a_reference_needs() {
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
             scope.spawn(|| {
-                while let Some(seed) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|seed| *seed < seeds) {
+                while let Some(seed) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|seed| *seed < seeds)
+                {
                     let damage = simulate(seed);
                     if !damage.is_empty() {
                         wrong.lock().unwrap().push(damage);

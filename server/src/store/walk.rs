@@ -11,7 +11,7 @@ pub(crate) fn packs(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
     let top = objects.layout.packs();
     let names = match objects.kind() {
         Kind::Bucket(bucket) => {
-            let entries = bucket.wait(bucket.entries_of(&objects.layout.pack_dirs()))?;
+            let entries = bucket.wait(bucket.entries_of(&top, &objects.layout.pack_dirs()))?;
             entries.into_iter().map(|entry| entry.name).collect()
         }
         Kind::Directory(_) => {

@@ -11,6 +11,7 @@ pub(crate) mod faulty;
 
 use crate::store::error::{OpenError, StoreError, io_error};
 use crate::store::objects::{Entry, monotonic};
+use crate::store::packs::DiskCache;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::path::Path as Key;
@@ -33,6 +34,8 @@ pub(super) const RETRY_TIME: Duration = Duration::from_secs(20);
 const THREADS: usize = 2;
 /// Most requests at a time of one call that asks for many objects.
 const PARALLEL: usize = 32;
+/// Most objects that are listed one request after another.
+const MAX_ONE_LIST: usize = 10_000;
 /// Attempts to replace an object that others replace, too.
 const UPDATES: usize = 20;
 /// Bytes from which on an object is written in parts of this size.
@@ -58,6 +61,7 @@ pub struct Bucket {
     /// The name in messages.
     name: String,
     clock: Clock,
+    cache: Option<Arc<DiskCache>>,
     /// Always there; taken by the drop.
     runtime: Option<Runtime>,
 }
@@ -90,11 +94,29 @@ impl Bucket {
         let runtime = runtime.worker_threads(THREADS).thread_name("bucket").enable_all().build();
         let runtime = runtime
             .map_err(|e| OpenError::Bucket { url: name.to_owned(), reason: format!("no threads: {e}") })?;
-        Ok(Self { store, prefix: prefix.into(), name: name.to_owned(), clock: Clock(Box::new(monotonic)), runtime: Some(runtime) })
+        Ok(Self {
+            store,
+            prefix: prefix.into(),
+            name: name.to_owned(),
+            clock: Clock(Box::new(monotonic)),
+            cache: None,
+            runtime: Some(runtime),
+        })
     }
 
     pub(crate) fn prefix(&self) -> &Path {
         &self.prefix
+    }
+
+    /// Keeps blocks of packs on a disk.
+    #[must_use]
+    pub fn with_cache(mut self, cache: DiskCache) -> Self {
+        self.cache = Some(Arc::new(cache));
+        self
+    }
+
+    pub(crate) fn cache(&self) -> Option<&Arc<DiskCache>> {
+        self.cache.as_ref()
     }
 
     /// Replaces the clock.
@@ -328,8 +350,19 @@ impl Bucket {
         Ok((objects, listed.common_prefixes.iter().filter_map(name).collect()))
     }
 
-    /// Returns the objects of several directories, as [`Bucket::entries`] does.
-    pub(crate) async fn entries_of(&self, dirs: &[PathBuf]) -> Result<Vec<Entry>, StoreError> {
+    /// Returns the objects of the subdirectories `dirs` of `top`, which has no others.
+    pub(crate) async fn entries_of(&self, top: &Path, dirs: &[PathBuf]) -> Result<Vec<Entry>, StoreError> {
+        // One list, a request for each 1,000 objects, unless they are many.
+        let first: Vec<_> = self
+            .store
+            .list(Some(&key(top)))
+            .take(MAX_ONE_LIST + 1)
+            .try_collect()
+            .await
+            .map_err(self.failed(top))?;
+        if first.len() <= MAX_ONE_LIST {
+            return Ok(first.iter().filter_map(entry).collect());
+        }
         let all = stream::iter(dirs).map(|dir| self.entries(dir)).buffered(PARALLEL);
         all.try_fold(Vec::new(), |mut all, entries| async {
             all.extend(entries);

@@ -1,4 +1,4 @@
-//! Packs in a bucket: read in blocks, which stay in memory.
+//! Packs in a bucket: read in blocks, which stay in memory and on a local disk ([`super::disk`]).
 //!
 //! A block is read once, however many callers wait for it. The blocks of a frame are read at the
 //! same time. Where the block before is in memory already, a reader probably goes through the pack,
@@ -10,6 +10,7 @@ use crate::store::index::run::Place;
 use crate::store::layout::Layout;
 use crate::store::objects::bucket::Bucket;
 use crate::store::packs::check_frame;
+use crate::store::packs::disk::{Block, BlockName, DiskCache};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, try_join_all};
@@ -24,21 +25,11 @@ const CACHE_BYTES: usize = 256 << 20;
 /// Blocks that are read ahead of a reader.
 const READ_AHEAD: u64 = 8;
 
-/// A block of a pack: the pack, and the number of the block.
-type BlockName = (Digest, u64);
-
 /// The reason why a block could not be read. All who wait for it get it.
 #[derive(Clone, Debug)]
 enum Failed {
     NotFound,
     Bucket { object: String, reason: String },
-}
-
-/// A block, and the length of its pack.
-#[derive(Clone, Debug)]
-struct Block {
-    bytes: Bytes,
-    pack_bytes: u64,
 }
 
 type Reading = Shared<BoxFuture<'static, Result<Block, Failed>>>;
@@ -79,7 +70,7 @@ impl Blocks {
             return Ok(frame);
         }
         // A push may have replaced a damaged pack by a good one.
-        blocks_of(place).for_each(|block| self.inner.kept.remove(&(place.pack, block)));
+        blocks_of(place).for_each(|block| self.inner.forget(&(place.pack, block)));
         let frame = self.read(place, chunk)?;
         check_frame(&frame, chunk, &place.pack).inspect_err(|error| {
             tracing::error!(pack = %place.pack, "{error}");
@@ -143,7 +134,27 @@ impl Inner {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn read(&self, (pack, block): BlockName) -> Result<Block, Failed> {
+    fn forget(&self, name: &BlockName) {
+        self.kept.remove(name);
+        if let Some(disk) = self.bucket.cache() {
+            disk.remove(name);
+        }
+    }
+
+    /// Reads a block from the disk, or else from the bucket.
+    async fn read(&self, name: BlockName) -> Result<Block, Failed> {
+        let Some(disk) = self.bucket.cache() else { return self.fetch(name).await };
+        if let Some(block) = with_disk(disk.clone(), move |disk| disk.get(&name)).await.flatten() {
+            return Ok(block);
+        }
+        let block = self.fetch(name).await?;
+        let kept = block.clone();
+        // Nobody waits for it.
+        drop(tokio::spawn(with_disk(disk.clone(), move |disk| disk.put(&name, &kept))));
+        Ok(block)
+    }
+
+    async fn fetch(&self, (pack, block): BlockName) -> Result<Block, Failed> {
         let start = block * BLOCK_BYTES;
         let read = self.bucket.read_range(&self.layout.pack(&pack), start..start + BLOCK_BYTES).await;
         read.map(|(bytes, pack_bytes)| Block { bytes, pack_bytes }).map_err(|error| match error {
@@ -152,6 +163,15 @@ impl Inner {
             other => Failed::Bucket { object: pack.to_string(), reason: other.to_string() },
         })
     }
+}
+
+/// Does work that waits for the disk, outside of the threads that wait for the network. Returns
+/// `None` only if that panics.
+async fn with_disk<T: Send + 'static>(
+    disk: Arc<DiskCache>,
+    work: impl FnOnce(&DiskCache) -> T + Send + 'static,
+) -> Option<T> {
+    tokio::task::spawn_blocking(move || work(&disk)).await.ok()
 }
 
 /// Returns the numbers of the blocks on which a frame lies.
