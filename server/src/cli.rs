@@ -7,8 +7,8 @@ use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{
-    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Store, StoreError, Verified, upgrade,
-    verify,
+    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Plan, Store, StoreError, Verified,
+    upgrade, verify,
 };
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -38,7 +38,7 @@ enum Command {
     /// Condemns the objects that no reference needs, waits for the grace time, and deletes those
     /// that are still not needed.
     #[command(
-        after_help = "Examples:\n  postcopyd gc --grace 10m\n  postcopyd gc --no-wait     # from cron, once a day"
+        after_help = "Examples:\n  postcopyd gc --grace 10m\n  postcopyd gc --dry-run      # what would be deleted\n  postcopyd gc --no-wait     # from cron, once a day"
     )]
     Gc(Gc),
     /// Check every byte of a store; exit status 1 if anything is damaged
@@ -108,6 +108,9 @@ struct Gc {
     /// Do not wait: delete only objects that an earlier run condemned at least the grace time ago
     #[arg(long)]
     no_wait: bool,
+    /// Say what would be deleted, and delete and condemn nothing
+    #[arg(long, conflicts_with = "no_wait")]
+    dry_run: bool,
     /// Report in JSON
     #[arg(long)]
     json: bool,
@@ -257,11 +260,12 @@ impl Gc {
         rustix::process::umask(Mode::from_raw_mode(0o077));
         let location = self.store.location()?;
         let collector = Arc::new(blocking(|| Collector::open(location, Domain::DEFAULT)).await??);
-        let collected = self.collect(collector).await?.map_err(|error| match error {
-            StoreError::Damaged { .. } => anyhow::Error::from(error)
-                .context("nothing was deleted, because an object cannot be read; run `postcopyd verify`"),
-            other => other.into(),
-        })?;
+        if self.dry_run {
+            let grace = self.grace;
+            let plan = blocking(move || collector.plan(grace)).await?.map_err(not_deleted)?;
+            return self.say_plan(&plan);
+        }
+        let collected = self.collect(collector).await?.map_err(not_deleted)?;
         if self.json {
             return print_json(&collected).map(|()| ExitCode::SUCCESS);
         }
@@ -271,6 +275,18 @@ impl Gc {
         );
         let later = if waiting > 0 { " for a run after the grace time" } else { "" };
         say(format_args!("deleted {deleted}: {bytes} bytes; {waiting} objects condemned, waiting{later}"))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn say_plan(&self, plan: &Plan) -> anyhow::Result<ExitCode> {
+        if self.json {
+            return print_json(plan).map(|()| ExitCode::SUCCESS);
+        }
+        let Plan { packs, manifests, bytes, waiting, waiting_bytes } = plan;
+        say(format_args!(
+            "would delete {packs} packs, {manifests} manifests: {bytes} bytes; {waiting} more objects of \
+             {waiting_bytes} bytes after their grace time"
+        ))?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -287,6 +303,14 @@ impl Gc {
         }
         let grace = self.grace;
         blocking(move || collector.sweep(grace)).await
+    }
+}
+
+fn not_deleted(error: StoreError) -> anyhow::Error {
+    match error {
+        StoreError::Damaged { .. } => anyhow::Error::from(error)
+            .context("nothing was deleted, because an object cannot be read; run `postcopyd verify`"),
+        other => other.into(),
     }
 }
 

@@ -43,7 +43,7 @@ pub use caller::{Caller, Waits};
 pub use commit::{CommitOutcome, Missing};
 pub use error::{OpenError, StoreError};
 pub use format::Location;
-pub use gc::{Collected, Collector};
+pub use gc::{Collected, Collector, Plan};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;

@@ -149,6 +149,8 @@ fn collections_beside_pushes_and_servers_that_are_killed_lose_nothing() {
         [memory_like(MIB, 60 + (pusher + round) % 3), noise(MIB / 4, 100 * pusher + round)].concat()
     };
     let is_over = AtomicBool::new(false);
+    // Creates the store.
+    drop(serve(&s3));
     std::thread::scope(|scope| {
         let pushers: Vec<_> = (0..2)
             .map(|pusher| {
@@ -254,9 +256,8 @@ fn a_cache_on_a_full_disk_harms_nobody() {
     fs::write(&path, &bytes).unwrap();
     push(&serve(&s3), &path, "app");
     let cached = || {
-        let mut command =
-            postcopyd(&s3, &["serve", "--listen", "127.0.0.1:0", "--cache-size", "1GiB", "--cache"]);
-        command.arg(&cache);
+        let mut command = postcopyd(&s3, &["serve", "--listen", "127.0.0.1:0", "--cache-size", "1GiB"]);
+        command.arg("--cache").arg(&cache);
         Server::spawn(command, Path::new(""))
     };
     for round in 0..2 {

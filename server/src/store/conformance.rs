@@ -311,7 +311,14 @@ fn what_no_reference_needs_is_deleted_and_the_rest_is_not() {
         assert_eq!(collect(place, Duration::ZERO), Collected::default());
         store.remove_reference(&reference("a:removed")).unwrap();
         let hour = Duration::from_secs(3600);
+        let plan =
+            |grace| Collector::open(place.location.clone(), Domain::DEFAULT).unwrap().plan(grace).unwrap();
+        let before = plan(Duration::ZERO);
+        assert_eq!((before.packs, before.bytes, before.waiting), (0, 0, 3));
         assert_eq!(collect(place, hour), Collected { waiting: 3, ..Collected::default() });
+        assert_eq!(plan(hour), before);
+        let due = plan(Duration::ZERO);
+        assert_eq!((due.packs, due.manifests, due.bytes, due.waiting), (1, 2, before.waiting_bytes, 0));
         let collected = collect(place, Duration::ZERO);
         assert_eq!((collected.packs, collected.manifests, collected.waiting), (1, 2, 0));
         assert!(collected.bytes > removed.pack.len() as u64);

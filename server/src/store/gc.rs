@@ -10,7 +10,7 @@
 
 use crate::store::error::{OpenError, StoreError};
 use crate::store::format::{self, Location};
-use crate::store::layout::Domain;
+use crate::store::layout::{Domain, Layout};
 use crate::store::lease::stored::{self, Deletion, MAX_DELETIONS};
 use crate::store::lease::{Leased, leased};
 use crate::store::lock::StoreLock;
@@ -20,8 +20,8 @@ use crate::store::packs::{Packs, read_index};
 use crate::store::{condemned, references, walk, working_sets};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
-use std::collections::HashSet;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Age from which a staged file is a left-over even while a process writes another one: writing
@@ -43,6 +43,28 @@ pub struct Collected {
     pub bytes: u64,
     /// Number of condemned objects whose grace time is not over.
     pub waiting: u64,
+}
+
+/// What a collection would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Plan {
+    /// Number of packs that would be deleted.
+    pub packs: u64,
+    /// Number of roots and segments that would be deleted.
+    pub manifests: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Number of objects that nothing needs, but whose grace time is not over, or has not begun.
+    pub waiting: u64,
+    /// Bytes of these.
+    pub waiting_bytes: u64,
+}
+
+/// The objects that nothing needs.
+#[derive(Debug)]
+struct Unneeded {
+    manifests: Vec<Digest>,
+    packs: Vec<Digest>,
 }
 
 /// The garbage collector of one domain of a store.
@@ -105,6 +127,51 @@ impl Collector {
         Self { objects: objects.clone(), manifests: Manifests::new(objects), packs: Packs::new(objects) }
     }
 
+    /// Returns what [`Collector::condemn`] and [`Collector::sweep`] would do, and changes nothing but
+    /// the chunk index.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Collector::condemn`].
+    ///
+    /// # Blocking
+    /// As for [`Collector::condemn`], and looks at each object that is not needed.
+    pub fn plan(&self, grace: Duration) -> Result<Plan, StoreError> {
+        let unneeded = self.unneeded()?;
+        let now = self.objects.now()?;
+        let since: HashMap<_, _> = condemned::list(&self.objects)?.into_iter().collect();
+        let layout = &self.objects.layout;
+        let paths = |objects: &[Digest], path: fn(&Layout, &Digest) -> PathBuf| -> Vec<_> {
+            objects.iter().map(|object| path(layout, object)).collect()
+        };
+        let lengths = |paths: &[PathBuf]| -> Result<u64, StoreError> {
+            Ok(self.objects.lengths(paths)?.into_iter().flatten().sum())
+        };
+        let is_due =
+            |object: &Digest| since.get(object).is_some_and(|since| stored::age(now, *since) >= grace);
+        let (packs, young_packs): (Vec<_>, Vec<_>) = unneeded.packs.into_iter().partition(is_due);
+        let (manifests, young): (Vec<_>, Vec<_>) = unneeded.manifests.into_iter().partition(is_due);
+        Ok(Plan {
+            packs: packs.len() as u64,
+            manifests: manifests.len() as u64,
+            bytes: lengths(&paths(&packs, Layout::pack))? + lengths(&paths(&manifests, Layout::manifest))?,
+            waiting: (young_packs.len() + young.len()) as u64,
+            waiting_bytes: lengths(&paths(&young_packs, Layout::pack))?
+                + lengths(&paths(&young, Layout::manifest))?,
+        })
+    }
+
+    /// Returns the objects that nothing needs.
+    fn unneeded(&self) -> Result<Unneeded, StoreError> {
+        let marked = self.mark()?;
+        let mut manifests = walk::manifests(&self.objects)?.0;
+        manifests.retain(|manifest| !marked.needs_manifest(manifest));
+        let mut packs = walk::packs(&self.objects)?;
+        let use_of = self.packs.use_of(&marked.chunks)?;
+        // What the index lacks cannot be read.
+        packs.retain(|pack| use_of.get(pack) == Some(&false) && !marked.leased.contains(pack));
+        Ok(Unneeded { manifests, packs })
+    }
+
     /// Condemns the objects that no reference needs. Returns the time since the last one was
     /// condemned; `None` if nothing is condemned.
     ///
@@ -115,14 +182,8 @@ impl Collector {
     /// # Blocking
     /// Reads all manifests, the chunk index, and the trailers of all packs that the index lacks.
     pub fn condemn(&self) -> Result<Option<Duration>, StoreError> {
-        let marked = self.mark()?;
-        let mut unneeded = walk::manifests(&self.objects)?.0;
-        unneeded.retain(|manifest| !marked.needs_manifest(manifest));
-        let packs = walk::packs(&self.objects)?;
-        let use_of = self.packs.use_of(&marked.chunks)?;
-        // What the index lacks cannot be read.
-        let is_unneeded = |pack: &Digest| use_of.get(pack) == Some(&false) && !marked.leased.contains(pack);
-        unneeded.extend(packs.into_iter().filter(is_unneeded));
+        let Unneeded { manifests: mut unneeded, packs } = self.unneeded()?;
+        unneeded.extend(packs);
         let condemned: HashSet<_> = condemned::list(&self.objects)?.into_iter().map(|(d, _)| d).collect();
         unneeded.retain(|object| !condemned.contains(object));
         condemned::condemn(&self.objects, &unneeded)?;
