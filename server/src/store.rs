@@ -57,6 +57,7 @@ pub use verify::{Damage, Verified, verify};
 pub use working_sets::WorkingSet;
 
 use bytes::Bytes;
+use cache::Cache;
 use lease::Leases;
 use locators::Locators;
 use lock::StoreLock;
@@ -79,6 +80,8 @@ pub struct Store {
     locators: Locators,
     leases: Leases,
     listings: Listings,
+    /// Packs of working sets, of a bucket.
+    sets: Cache<Digest, Bytes>,
 }
 
 impl Store {
@@ -115,6 +118,7 @@ impl Store {
             locators: Locators::new(objects),
             leases: Leases::new(objects),
             listings: Listings::default(),
+            sets: Cache::new(working_sets::KEPT_BYTES),
         }
     }
 

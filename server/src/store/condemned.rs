@@ -12,10 +12,16 @@ pub(crate) fn condemn(objects: &Objects, condemned: &[Digest]) -> Result<(), Sto
     objects.create_all(&paths)
 }
 
+/// Removes the entries of objects, as [`pardon`] does.
+pub(crate) fn pardon_all(objects: &Objects, pardoned: &[Digest]) -> Result<(), StoreError> {
+    let paths: Vec<_> = pardoned.iter().map(|object| objects.layout.condemned(object)).collect();
+    objects.delete_all(&paths)
+}
+
 /// Removes the entry of an object. In a directory the caller must hold
 /// [`super::lock::StoreLock::keep_objects`], and must have checked under it that the object exists.
 pub(crate) fn pardon(objects: &Objects, object: &Digest) -> Result<(), StoreError> {
-    objects.remove(&objects.layout.condemned(object)).map(|_| ())
+    objects.delete_all(&[objects.layout.condemned(object)])
 }
 
 /// Returns all condemned objects, with their times.

@@ -334,6 +334,28 @@ fn what_no_reference_needs_is_deleted_and_the_rest_is_not() {
 }
 
 #[test]
+fn many_objects_are_collected_by_several_threads() {
+    on_each_kind(|place| {
+        let (store, kept) = (place.open(), Image::large(1000));
+        kept.push(&store, "kept");
+        let images: Vec<_> = (0..40).map(Image::of_seed).collect();
+        for (number, image) in images.iter().enumerate() {
+            image.push(&store, &format!("a:{number}"));
+        }
+        assert_eq!(collect(place, Duration::ZERO), Collected::default());
+        for number in (0..40).filter(|number| number % 4 != 0) {
+            store.remove_reference(&reference(&format!("a:{number}"))).unwrap();
+        }
+        let collected = collect(place, Duration::ZERO);
+        assert_eq!((collected.packs, collected.manifests), (30, 60));
+        assert_eq!(place.damage(), []);
+        let objects = &store.objects;
+        assert_eq!(objects.names(&objects.layout.condemned_dir()).unwrap(), Vec::<String>::new());
+        assert_served(&place.open(), &kept);
+    });
+}
+
+#[test]
 fn what_a_push_finds_is_pardoned() {
     on_each_kind(|place| {
         let (store, image) = (place.open(), Image::of_seed(1));

@@ -21,12 +21,18 @@ use crate::store::{condemned, references, walk, working_sets};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::reference::TagReference;
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Age from which a staged file is a left-over even while a process writes another one: writing
 /// takes seconds.
 const STAGED_MAX_AGE: Duration = Duration::from_secs(3600);
+/// Objects that are deleted before the right to do so is renewed.
+const BATCH: usize = 1000;
+/// Most threads that read objects of a bucket.
+const MAX_THREADS: usize = 32;
+/// Least number of objects for one thread.
+const MIN_PART: usize = 16;
 
 /// The result of a collection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -109,8 +115,8 @@ impl Deleting {
         Ok(Self { _lock: lock, announced })
     }
 
-    fn check(&self) -> Result<(), StoreError> {
-        self.announced.as_ref().map_or(Ok(()), Deletion::check)
+    fn renew(&self) -> Result<(), StoreError> {
+        self.announced.as_ref().map_or(Ok(()), Deletion::renew)
     }
 }
 
@@ -212,31 +218,29 @@ impl Collector {
         let deleting = Deleting::begin(&self.objects, &due)?;
         let marked = self.mark()?;
         let mut collected = Collected::default();
-        for (object, _) in young {
-            match self.garbage(&marked, object)? {
-                Some(_) => collected.waiting += 1,
-                None => condemned::pardon(&self.objects, &object)?,
-            }
-        }
-        let (mut manifests, mut packs) = (Vec::new(), Vec::new());
-        for object in due {
-            match self.garbage(&marked, object)? {
-                Some(Garbage::Manifest) => manifests.push(object),
-                Some(Garbage::Pack) => packs.push(object),
-                None => condemned::pardon(&self.objects, &object)?,
-            }
-        }
+        let young: Vec<_> = young.into_iter().map(|(object, _)| object).collect();
+        let (waiting, needed) = self.garbage_of(&marked, &young)?;
+        collected.waiting = waiting.len() as u64;
+        condemned::pardon_all(&self.objects, &needed)?;
+        let (garbage, needed) = self.garbage_of(&marked, &due)?;
+        condemned::pardon_all(&self.objects, &needed)?;
+        let of_kind = |wanted: Garbage| -> Vec<Digest> {
+            garbage.iter().filter(|(_, kind)| *kind == wanted).map(|(object, _)| *object).collect()
+        };
         // Manifests, which include roots, are deleted first: a client must not reach by digest an
         // image whose packs are gone.
         let layout = &self.objects.layout;
-        for digest in &manifests {
-            collected.bytes += self.delete(&deleting, digest, &layout.manifest(digest))?;
-            collected.bytes += self.objects.remove_sized(&layout.locator(digest))?;
-            collected.manifests += 1;
+        for digests in of_kind(Garbage::Manifest).chunks(BATCH) {
+            let manifests = digests.iter().map(|digest| layout.manifest(digest));
+            let paths: Vec<_> =
+                manifests.chain(digests.iter().map(|digest| layout.locator(digest))).collect();
+            collected.bytes += self.delete(&deleting, digests, &paths)?;
+            collected.manifests += digests.len() as u64;
         }
-        for digest in &packs {
-            collected.bytes += self.delete(&deleting, digest, &layout.pack(digest))?;
-            collected.packs += 1;
+        for digests in of_kind(Garbage::Pack).chunks(BATCH) {
+            let paths: Vec<_> = digests.iter().map(|digest| layout.pack(digest)).collect();
+            collected.bytes += self.delete(&deleting, digests, &paths)?;
+            collected.packs += digests.len() as u64;
         }
         let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
         collected.working_sets = working_sets;
@@ -246,10 +250,12 @@ impl Collector {
         Ok(collected)
     }
 
-    fn delete(&self, deleting: &Deleting, digest: &Digest, path: &Path) -> Result<u64, StoreError> {
-        deleting.check()?;
-        let bytes = self.objects.remove_sized(path)?;
-        condemned::pardon(&self.objects, digest)?;
+    /// Deletes objects and their entries. Returns their bytes.
+    fn delete(&self, deleting: &Deleting, digests: &[Digest], paths: &[PathBuf]) -> Result<u64, StoreError> {
+        let bytes = self.objects.lengths(paths)?.into_iter().flatten().sum();
+        deleting.renew()?;
+        self.objects.delete_all(paths)?;
+        condemned::pardon_all(&self.objects, digests)?;
         Ok(bytes)
     }
 
@@ -257,34 +263,67 @@ impl Collector {
         // The leases first: a commit writes its reference before it gives up its lease.
         let Leased { images, objects } = leased(&self.objects)?;
         let mut marked = Marked { leased: objects, ..Marked::default() };
-        for reference in references::list(&self.objects)? {
+        let references = references::list(&self.objects)?;
+        let referred = self.parallel(&references, |reference| references::read(&self.objects, reference))?;
+        // Each image with one of its references, for messages.
+        let mut names: HashMap<Digest, Option<&TagReference>> = HashMap::new();
+        for (reference, referred) in references.iter().zip(referred) {
             // `None`: the reference was removed after it was listed.
-            if let Some(referred) = references::read(&self.objects, &reference)? {
-                self.mark_image(&referred.image, &mut marked)
-                    .map_err(|error| needed_by(&reference, error))?;
+            if let Some(referred) = referred {
+                names.entry(referred.image).or_insert(Some(reference));
             }
         }
         for image in images {
             // A stream may outlive an image that was damaged or removed by hand.
-            if self.manifests.is_stored(&image)? {
-                self.mark_image(&image, &mut marked)?;
+            if !names.contains_key(&image) && self.manifests.is_stored(&image)? {
+                names.insert(image, None);
             }
         }
+        let names: Vec<_> = names.into_iter().collect();
+        let roots = self.parallel(&names, |(image, name)| {
+            self.manifests.read_root(image).map_err(|error| needed_by(*name, error))
+        })?;
+        marked.manifests.extend(names.iter().map(|(image, _)| *image));
+        let mut segments = Vec::new();
+        for (root, (_, name)) in roots.iter().zip(&names) {
+            for (index, digest) in (0..).zip(root.segment_digests()) {
+                if marked.manifests.insert(*digest) {
+                    segments.push((root, index, *name));
+                }
+            }
+        }
+        let chunks = self.parallel(&segments, |(root, index, name)| {
+            let segment = self.manifests.passing_segment(root, *index);
+            Ok(segment.map_err(|error| needed_by(*name, error))?.digests().collect::<Vec<_>>())
+        })?;
+        marked.chunks.extend(chunks.into_iter().flatten());
         Ok(marked)
     }
 
-    fn mark_image(&self, image: &Digest, marked: &mut Marked) -> Result<(), StoreError> {
-        if !marked.manifests.insert(*image) {
-            return Ok(());
+    /// Calls `work` with each item, for many items on several threads: those of a bucket mostly wait.
+    fn parallel<T: Sync, R: Send>(
+        &self,
+        items: &[T],
+        work: impl Fn(&T) -> Result<R, StoreError> + Sync,
+    ) -> Result<Vec<R>, StoreError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if self.objects.has_locks() { cores } else { MAX_THREADS };
+        let part = items.len().div_ceil(threads).max(MIN_PART);
+        if items.len() <= part {
+            return items.iter().map(work).collect();
         }
-        let root = self.manifests.read_root(image)?;
-        for (index, digest) in (0..).zip(root.segment_digests()) {
-            if marked.manifests.insert(*digest) {
-                let segment = self.manifests.passing_segment(&root, index)?;
-                marked.chunks.extend(segment.digests());
+        std::thread::scope(|scope| {
+            let work = &work;
+            let parts: Vec<_> = items
+                .chunks(part)
+                .map(|part| scope.spawn(move || part.iter().map(work).collect::<Result<Vec<_>, _>>()))
+                .collect();
+            let mut all = Vec::with_capacity(items.len());
+            for part in parts {
+                all.extend(part.join().expect("reading an object does not panic")?);
             }
-        }
-        Ok(())
+            Ok(all)
+        })
     }
 
     fn delete_left_overs(&self, grace: Duration, collected: &mut Collected) -> Result<(), StoreError> {
@@ -314,6 +353,23 @@ impl Collector {
         Ok(())
     }
 
+    /// Returns those of the condemned objects that are garbage, with their kinds, and the others.
+    fn garbage_of(
+        &self,
+        marked: &Marked,
+        condemned: &[Digest],
+    ) -> Result<(Vec<(Digest, Garbage)>, Vec<Digest>), StoreError> {
+        let kinds = self.parallel(condemned, |object| self.garbage(marked, *object))?;
+        let (mut garbage, mut needed) = (Vec::new(), Vec::new());
+        for (object, kind) in condemned.iter().zip(kinds) {
+            match kind {
+                Some(kind) => garbage.push((*object, kind)),
+                None => needed.push(*object),
+            }
+        }
+        Ok((garbage, needed))
+    }
+
     /// Returns what a condemned object is; `None` if it is needed, does not exist, or cannot be read.
     fn garbage(&self, marked: &Marked, object: Digest) -> Result<Option<Garbage>, StoreError> {
         let layout = &self.objects.layout;
@@ -340,14 +396,15 @@ impl Collector {
 }
 
 /// The kind of an object that nothing needs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Garbage {
     Manifest,
     Pack,
 }
 
-/// Adds the reference to the error of its image.
-fn needed_by(reference: &TagReference, error: StoreError) -> StoreError {
+/// Adds the reference, if there is one, to the error of its image.
+fn needed_by(reference: Option<&TagReference>, error: StoreError) -> StoreError {
+    let Some(reference) = reference else { return error };
     let (object, reason) = match error {
         StoreError::Damaged { object, reason } => (object, reason),
         StoreError::NotFound(object) => (object, "it is gone".to_owned()),
@@ -363,6 +420,7 @@ mod tests {
     use crate::store::{Caller, CommitOutcome, Store, verify};
     use postcopy_proto::provenance::Labels;
     use std::fs;
+    use std::path::Path;
 
     fn collector(dir: &Path) -> Collector {
         Collector::open(dir, Domain::DEFAULT).unwrap()

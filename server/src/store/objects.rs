@@ -192,6 +192,17 @@ impl Objects {
         }
     }
 
+    /// Removes objects. Those that do not exist are no error.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn delete_all(&self, paths: &[PathBuf]) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.delete_all(paths)),
+            Kind::Directory(_) => paths.iter().try_for_each(|path| self.remove(path).map(drop)),
+        }
+    }
+
     /// Removes an object, and returns its length in bytes; 0 if it did not exist.
     ///
     /// # Blocking

@@ -7,6 +7,7 @@
 
 mod blocks;
 mod disk;
+mod hedge;
 mod maps;
 
 use crate::store::error::{StoreError, damaged, pack_name};

@@ -48,6 +48,8 @@ const LEVEL: i32 = 9;
 const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
 /// Most packs of a set.
 const MAX_PACKS: usize = 64;
+/// Bytes of the packs of working sets of a bucket that stay in memory.
+pub(super) const KEPT_BYTES: usize = 128 << 20;
 /// Age from which a pack of a bucket that the current set does not name is removed: longer than the
 /// build of a set takes.
 const MIN_PACK_AGE: Duration = Duration::from_secs(3600);
@@ -326,8 +328,7 @@ impl Store {
         let mut set = WorkingSet { recordings, ..WorkingSet::default() };
         for line in String::from_utf8_lossy(&current).lines() {
             let digest = Digest::from_hex(line).map_err(|e| wrong(format!("`current`: {e}")))?;
-            let pack = self.objects.map(&layout.set(image, &digest))?;
-            let pack = pack.ok_or_else(|| StoreError::NotFound(object(image)))?;
+            let pack = self.set_pack(image, &digest)?.ok_or_else(|| StoreError::NotFound(object(image)))?;
             for range in set_frames(&pack).map_err(|e| wrong(e.to_string()))? {
                 let frame = pack.slice(range);
                 let parsed = SetFrame::parse(&frame).map_err(|e| wrong(e.to_string()))?;
@@ -339,6 +340,23 @@ impl Store {
             }
         }
         Ok(Some(set))
+    }
+
+    /// Returns a pack of a working set: mapped from its file, or read from the bucket once for many
+    /// restores.
+    fn set_pack(&self, image: &Digest, pack: &Digest) -> Result<Option<Bytes>, StoreError> {
+        let path = self.objects.layout.set(image, pack);
+        if self.objects.has_locks() {
+            return self.objects.map(&path);
+        }
+        if let Some(kept) = self.sets.get(pack) {
+            return Ok(Some(kept.as_ref().clone()));
+        }
+        let read = self.objects.map(&path)?;
+        if let Some(bytes) = &read {
+            self.sets.insert(*pack, Arc::new(bytes.clone()), bytes.len());
+        }
+        Ok(read)
     }
 
     /// Returns the images that have working sets, in order of their digests.

@@ -16,6 +16,7 @@ use crate::store::layout::Layout;
 use crate::store::lease::Leased;
 use crate::store::objects::Objects;
 use crate::store::objects::bucket::Bucket;
+use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1;
 use prost::Message;
@@ -30,7 +31,8 @@ const TIME: Duration = Duration::from_secs(600);
 /// Time before the end from which on its owner does not rely on it: longer than a request may be on
 /// its way.
 const MARGIN: Duration = Duration::from_secs(180);
-/// Time between two renewals of the lease of served images.
+/// Time between two renewals of the lease of served images, and before the end of a deletion from
+/// which on it is renewed.
 const RENEWAL: Duration = Duration::from_secs(120);
 /// Most bytes of a lease or a deletion.
 const MAX_BYTES: usize = 64 << 20;
@@ -42,21 +44,42 @@ pub(crate) const MAX_DELETIONS: usize = 1_000_000;
 struct Timed {
     objects: Objects,
     path: PathBuf,
-    /// By the bucket's monotonic clock of this process.
-    until: Duration,
+    bytes: Bytes,
+    /// By the bucket's monotonic clock of this process. Locked for a look-up, and during a renewal.
+    until: Mutex<Duration>,
 }
 
 impl Timed {
     fn write(objects: &Objects, path: PathBuf, message: &impl Message) -> Result<Self, StoreError> {
-        let began = objects.monotonic();
-        objects.put(&path, message.encode_to_vec().into())?;
-        Ok(Self { objects: objects.clone(), path, until: began + TIME.saturating_sub(MARGIN) })
+        let bytes = message.encode_to_vec().into();
+        let timed = Self { objects: objects.clone(), path, bytes, until: Mutex::default() };
+        timed.put(&mut timed.until.lock().unwrap_or_else(PoisonError::into_inner))?;
+        Ok(timed)
     }
 
+    fn put(&self, until: &mut Duration) -> Result<(), StoreError> {
+        let began = self.objects.monotonic();
+        self.objects.put(&self.path, self.bytes.clone())?;
+        *until = began + TIME.saturating_sub(MARGIN);
+        Ok(())
+    }
+
+    /// Checks that it can still be relied on, without a request.
     fn check(&self) -> Result<(), StoreError> {
-        match self.objects.monotonic() < self.until {
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.objects.monotonic() < until {
             true => Ok(()),
             false => Err(StoreError::Busy("it has taken too long, and its lease has ended")),
+        }
+    }
+
+    /// Does the same, and writes it again if much of its time is over.
+    fn renew(&self) -> Result<(), StoreError> {
+        self.check()?;
+        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.objects.monotonic() + RENEWAL < *until {
+            true => Ok(()),
+            false => self.put(&mut until),
         }
     }
 }
@@ -64,7 +87,7 @@ impl Timed {
 impl Drop for Timed {
     fn drop(&mut self) {
         // Otherwise it ends by itself.
-        let _ = self.objects.remove(&self.path);
+        let _ = self.objects.delete_all(std::slice::from_ref(&self.path));
     }
 }
 
@@ -121,12 +144,12 @@ impl Deletion {
         Timed::write(objects, path, &message).map(Self)
     }
 
-    /// Checks that a deletion is still known to others.
+    /// Sees to it that the deletion is known to others for some minutes more.
     ///
     /// # Errors
-    /// [`StoreError::Busy`].
-    pub(crate) fn check(&self) -> Result<(), StoreError> {
-        self.0.check()
+    /// Returns [`StoreError::Busy`] if it has not been for a time.
+    pub(crate) fn renew(&self) -> Result<(), StoreError> {
+        self.0.renew()
     }
 }
 

@@ -313,6 +313,17 @@ impl Bucket {
         Ok(self.found(path, self.store.delete(&key(path)).await)?.is_some())
     }
 
+    /// Removes objects, many in one request where the bucket can.
+    pub(super) async fn delete_all(&self, paths: &[PathBuf]) -> Result<(), StoreError> {
+        let Some(first) = paths.first() else { return Ok(()) };
+        let keys: Vec<_> = paths.iter().map(|path| Ok(key(path))).collect();
+        let mut removed = self.store.delete_stream(stream::iter(keys).boxed());
+        while let Some(outcome) = removed.next().await {
+            self.found(first, outcome)?;
+        }
+        Ok(())
+    }
+
     async fn meta(&self, path: &Path) -> Result<Option<ObjectMeta>, StoreError> {
         self.found(path, self.store.head(&key(path)).await)
     }
@@ -381,11 +392,8 @@ impl Bucket {
         let listed: Vec<ObjectMeta> =
             self.store.list(Some(&key(dir))).try_collect().await.map_err(self.failed(dir))?;
         let bytes = listed.iter().map(|meta| meta.size).sum();
-        let keys = stream::iter(listed.clone().into_iter().map(|meta| Ok(meta.location))).boxed();
-        let mut removed = self.store.delete_stream(keys);
-        while let Some(outcome) = removed.next().await {
-            self.found(dir, outcome)?;
-        }
+        let paths: Vec<_> = listed.iter().map(|meta| PathBuf::from(meta.location.as_ref())).collect();
+        self.delete_all(&paths).await?;
         Ok((!listed.is_empty()).then_some(bytes))
     }
 }

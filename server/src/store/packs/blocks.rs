@@ -11,6 +11,7 @@ use crate::store::layout::Layout;
 use crate::store::objects::bucket::Bucket;
 use crate::store::packs::check_frame;
 use crate::store::packs::disk::{Block, BlockName, DiskCache};
+use crate::store::packs::hedge::Hedge;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, try_join_all};
@@ -45,6 +46,7 @@ struct Inner {
     layout: Layout,
     bucket: Arc<Bucket>,
     kept: Cache<BlockName, Block>,
+    hedge: Hedge,
     /// The blocks that are being read. Locked for a look-up or a change.
     reading: Mutex<HashMap<BlockName, Reading>>,
 }
@@ -52,7 +54,13 @@ struct Inner {
 impl Blocks {
     pub(super) fn new(layout: &Layout, bucket: &Arc<Bucket>) -> Self {
         let (layout, bucket) = (layout.clone(), bucket.clone());
-        let inner = Inner { layout, bucket, kept: Cache::new(CACHE_BYTES), reading: Mutex::default() };
+        let inner = Inner {
+            layout,
+            bucket,
+            kept: Cache::new(CACHE_BYTES),
+            hedge: Hedge::default(),
+            reading: Mutex::default(),
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -156,7 +164,8 @@ impl Inner {
 
     async fn fetch(&self, (pack, block): BlockName) -> Result<Block, Failed> {
         let start = block * BLOCK_BYTES;
-        let read = self.bucket.read_range(&self.layout.pack(&pack), start..start + BLOCK_BYTES).await;
+        let path = self.layout.pack(&pack);
+        let read = self.hedge.read(|| self.bucket.read_range(&path, start..start + BLOCK_BYTES)).await;
         read.map(|(bytes, pack_bytes)| Block { bytes, pack_bytes }).map_err(|error| match error {
             StoreError::NotFound(_) => Failed::NotFound,
             StoreError::Bucket { object, reason } => Failed::Bucket { object, reason },
