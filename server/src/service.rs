@@ -22,7 +22,7 @@ pub use pages::PageServer;
 pub use working_sets::WorkingSetServer;
 
 use crate::store::{StoreError, chain};
-use crate::transport::exhausted;
+use crate::transport::{exhausted, with_retry_time};
 use futures_util::Stream;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::v1;
@@ -44,7 +44,7 @@ impl From<StoreError> for Status {
             StoreError::Abandoned => Self::cancelled(text),
             StoreError::Bucket { .. } => {
                 tracing::error!("{text}");
-                Self::unavailable(text)
+                with_retry_time(Self::unavailable(text))
             }
             StoreError::Io { .. } => {
                 tracing::error!("{text}");

@@ -12,7 +12,7 @@ mod clients;
 mod received;
 pub(crate) mod unsent;
 
-pub(crate) use admission::exhausted;
+pub(crate) use admission::{exhausted, with_retry_time};
 
 use crate::limits::Limits;
 use crate::listen::Listener;

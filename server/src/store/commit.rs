@@ -49,31 +49,28 @@ enum Found {
     Missing(Missing),
 }
 
-/// The protection of objects from collectors, until this is dropped: a lock in a directory, a lease
-/// in a bucket.
+/// The protection of objects from collectors: a lock in a directory, a lease in a bucket.
 #[derive(Debug)]
 struct Kept {
     _lock: StoreLock,
     lease: Option<Reliance>,
-    /// The image that the lease names, if it names one.
-    image: Option<Digest>,
 }
 
 impl Kept {
-    /// Protects an image with all of its parts, and objects.
-    fn new(objects: &Objects, image: Option<Digest>, parts: &[Digest]) -> Result<Self, StoreError> {
+    fn new(objects: &Objects, parts: &[Digest]) -> Result<Self, StoreError> {
         let lock = StoreLock::keep_objects(objects)?;
         let lease = match objects.has_locks() {
             true => None,
-            false => Some(Reliance::take(objects, image.as_slice(), parts)?),
+            false => Some(Reliance::take(objects, parts)?),
         };
-        Ok(Self { _lock: lock, lease, image })
+        Ok(Self { _lock: lock, lease })
     }
 
-    /// Returns true if the image of a tag is protected: by the lock, or by the lease that was taken
-    /// for it.
-    fn protects(&self, image: &Digest) -> bool {
-        self.image.is_none_or(|protected| protected == *image)
+    /// Ends the protection after the reference has been written.
+    fn finish(self) {
+        if let Some(lease) = self.lease {
+            lease.finish();
+        }
     }
 
     /// Checks that the objects are still protected.
@@ -126,6 +123,7 @@ impl Store {
             Found::Complete(kept) => {
                 self.objects.put(&self.objects.layout.manifest(&image), root)?;
                 references::write(&self.objects, reference, &image, labels, || kept.check())?;
+                kept.finish();
                 Ok(CommitOutcome::Committed(image))
             }
         }
@@ -145,24 +143,25 @@ impl Store {
         target: &TagReference,
         caller: &Caller,
     ) -> Result<Digest, StoreError> {
+        let found = self.resolve(source)?;
         let kept = match source {
-            // An image with a tag is safe from gc, as long as the tag cannot lose it.
-            Reference::Tag(_) if self.objects.has_locks() => Kept::new(&self.objects, None, &[])?,
-            Reference::Tag(_) => Kept::new(&self.objects, Some(self.resolve(source)?), &[])?,
-            Reference::Digest { image, .. } => {
-                let root = self.manifests.root(image)?;
+            // An image with a tag is safe from gc, as long as the lock keeps the tag from losing it.
+            Reference::Tag(_) if self.objects.has_locks() => Kept::new(&self.objects, &[])?,
+            _ => {
+                let root = self.manifests.root(&found)?;
                 let Found::Complete(kept) = self.rely_on(&root, caller)? else {
-                    return Err(StoreError::NotFound(format!("a part of image {image}")));
+                    return Err(StoreError::NotFound(format!("a part of image {found}")));
                 };
                 kept
             }
         };
         let Referred { image, provenance } = self.refer(source)?;
-        if !kept.protects(&image) {
+        if image != found && !self.objects.has_locks() {
             return Err(StoreError::Busy("the reference was moved meanwhile"));
         }
         let labels = provenance.unwrap_or_default().labels;
         references::write(&self.objects, target, &image, labels, || kept.check())?;
+        kept.finish();
         Ok(image)
     }
 
@@ -177,7 +176,7 @@ impl Store {
             };
             let mut parts: Vec<_> = packs.iter().map(|known| known.pack).collect();
             parts.extend(segments.iter().copied().chain([root.image()]));
-            let kept = Kept::new(&self.objects, None, &parts)?;
+            let kept = Kept::new(&self.objects, &parts)?;
             // Otherwise a collector has deleted some of them meanwhile.
             if self.packs.are_stored(&packs)?.iter().all(|is_stored| *is_stored)
                 && self.manifests.lacking(segments.iter().copied())?.is_empty()

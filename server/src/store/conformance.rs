@@ -413,7 +413,7 @@ fn who_has_died_is_waited_for_and_no_longer() {
             if path.starts_with(layout.leases()) { lease.encode_to_vec() } else { deletion.encode_to_vec() };
         store.objects.put(path, bytes.into()).unwrap();
     };
-    let (lease, deletion) = (layout.leases().join("1"), layout.deletions().join("1"));
+    let (lease, deletion) = (layout.leases().join("1".repeat(32)), layout.deletions().join("1".repeat(32)));
     let commit = || {
         let root = image.manifest.root_bytes.clone();
         store.commit(&reference("b"), Labels::default(), root, &Caller::default())

@@ -29,6 +29,8 @@ use std::time::Duration;
 const STAGED_MAX_AGE: Duration = Duration::from_secs(3600);
 /// Objects that are deleted before the right to do so is renewed.
 const BATCH: usize = 1000;
+/// Items of parallel work before which the right to delete is renewed: some seconds' work.
+const RENEWED: usize = 5000;
 /// Most threads that read objects of a bucket.
 const MAX_THREADS: usize = 32;
 /// Least number of objects for one thread.
@@ -81,6 +83,9 @@ pub struct Collector {
     packs: Packs,
 }
 
+/// Renews the right to delete, in long work.
+type Renew<'a> = dyn Fn() -> Result<(), StoreError> + 'a;
+
 /// The objects that references and leases need.
 #[derive(Debug, Default)]
 struct Marked {
@@ -96,7 +101,7 @@ impl Marked {
     }
 }
 
-/// The right to delete objects, until this is dropped.
+/// The right to delete objects.
 #[derive(Debug)]
 struct Deleting {
     _lock: StoreLock,
@@ -117,6 +122,12 @@ impl Deleting {
 
     fn renew(&self) -> Result<(), StoreError> {
         self.announced.as_ref().map_or(Ok(()), Deletion::renew)
+    }
+
+    fn finish(self) {
+        if let Some(announced) = self.announced {
+            announced.finish();
+        }
     }
 }
 
@@ -168,7 +179,7 @@ impl Collector {
 
     /// Returns the objects that nothing needs.
     fn unneeded(&self) -> Result<Unneeded, StoreError> {
-        let marked = self.mark()?;
+        let marked = self.mark(&|| Ok(()))?;
         let mut manifests = walk::manifests(&self.objects)?.0;
         manifests.retain(|manifest| !marked.needs_manifest(manifest));
         let mut packs = walk::packs(&self.objects)?;
@@ -216,13 +227,10 @@ impl Collector {
         due.truncate(MAX_DELETIONS);
         let due: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
         let deleting = Deleting::begin(&self.objects, &due)?;
-        let marked = self.mark()?;
+        let renew = || deleting.renew();
+        let marked = self.mark(&renew)?;
         let mut collected = Collected::default();
-        let young: Vec<_> = young.into_iter().map(|(object, _)| object).collect();
-        let (waiting, needed) = self.garbage_of(&marked, &young)?;
-        collected.waiting = waiting.len() as u64;
-        condemned::pardon_all(&self.objects, &needed)?;
-        let (garbage, needed) = self.garbage_of(&marked, &due)?;
+        let (garbage, needed) = self.garbage_of(&marked, &due, &renew)?;
         condemned::pardon_all(&self.objects, &needed)?;
         let of_kind = |wanted: Garbage| -> Vec<Digest> {
             garbage.iter().filter(|(_, kind)| *kind == wanted).map(|(object, _)| *object).collect()
@@ -245,7 +253,11 @@ impl Collector {
         let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
         collected.working_sets = working_sets;
         collected.bytes += bytes;
-        drop(deleting);
+        deleting.finish();
+        let young: Vec<_> = young.into_iter().map(|(object, _)| object).collect();
+        let (waiting, needed) = self.garbage_of(&marked, &young, &|| Ok(()))?;
+        collected.waiting = waiting.len() as u64;
+        condemned::pardon_all(&self.objects, &needed)?;
         self.delete_left_overs(grace, &mut collected)?;
         Ok(collected)
     }
@@ -259,12 +271,14 @@ impl Collector {
         Ok(bytes)
     }
 
-    fn mark(&self) -> Result<Marked, StoreError> {
+    /// Returns what is needed. Calls `renew` from time to time.
+    fn mark(&self, renew: &Renew<'_>) -> Result<Marked, StoreError> {
         // The leases first: a commit writes its reference before it gives up its lease.
         let Leased { images, objects } = leased(&self.objects)?;
         let mut marked = Marked { leased: objects, ..Marked::default() };
         let references = references::list(&self.objects)?;
-        let referred = self.parallel(&references, |reference| references::read(&self.objects, reference))?;
+        let referred =
+            self.parallel(&references, renew, |reference| references::read(&self.objects, reference))?;
         // Each image with one of its references, for messages.
         let mut names: HashMap<Digest, Option<&TagReference>> = HashMap::new();
         for (reference, referred) in references.iter().zip(referred) {
@@ -280,7 +294,7 @@ impl Collector {
             }
         }
         let names: Vec<_> = names.into_iter().collect();
-        let roots = self.parallel(&names, |(image, name)| {
+        let roots = self.parallel(&names, renew, |(image, name)| {
             self.manifests.read_root(image).map_err(|error| needed_by(*name, error))
         })?;
         marked.manifests.extend(names.iter().map(|(image, _)| *image));
@@ -292,7 +306,7 @@ impl Collector {
                 }
             }
         }
-        let chunks = self.parallel(&segments, |(root, index, name)| {
+        let chunks = self.parallel(&segments, renew, |(root, index, name)| {
             let segment = self.manifests.passing_segment(root, *index);
             Ok(segment.map_err(|error| needed_by(*name, error))?.digests().collect::<Vec<_>>())
         })?;
@@ -301,10 +315,25 @@ impl Collector {
     }
 
     /// Calls `work` with each item, for many items on several threads: those of a bucket mostly wait.
+    /// Calls `renew` before each [`RENEWED`] items.
     fn parallel<T: Sync, R: Send>(
         &self,
         items: &[T],
+        renew: &Renew<'_>,
         work: impl Fn(&T) -> Result<R, StoreError> + Sync,
+    ) -> Result<Vec<R>, StoreError> {
+        let mut all = Vec::with_capacity(items.len());
+        for items in items.chunks(RENEWED) {
+            renew()?;
+            all.extend(self.parallel_part(items, &work)?);
+        }
+        Ok(all)
+    }
+
+    fn parallel_part<T: Sync, R: Send>(
+        &self,
+        items: &[T],
+        work: &(impl Fn(&T) -> Result<R, StoreError> + Sync),
     ) -> Result<Vec<R>, StoreError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if self.objects.has_locks() { cores } else { MAX_THREADS };
@@ -313,7 +342,6 @@ impl Collector {
             return items.iter().map(work).collect();
         }
         std::thread::scope(|scope| {
-            let work = &work;
             let parts: Vec<_> = items
                 .chunks(part)
                 .map(|part| scope.spawn(move || part.iter().map(work).collect::<Result<Vec<_>, _>>()))
@@ -358,8 +386,9 @@ impl Collector {
         &self,
         marked: &Marked,
         condemned: &[Digest],
+        renew: &Renew<'_>,
     ) -> Result<(Vec<(Digest, Garbage)>, Vec<Digest>), StoreError> {
-        let kinds = self.parallel(condemned, |object| self.garbage(marked, *object))?;
+        let kinds = self.parallel(condemned, renew, |object| self.garbage(marked, *object))?;
         let (mut garbage, mut needed) = (Vec::new(), Vec::new());
         for (object, kind) in condemned.iter().zip(kinds) {
             match kind {

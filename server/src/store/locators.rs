@@ -156,12 +156,19 @@ impl Locators {
         self.cache.get(segment)
     }
 
-    /// Reads the encoding of a segment's locator; `None` if it is missing or cannot be read.
+    /// Reads the encoding of a segment's locator; `None` if it is missing, or a file that cannot be
+    /// read.
+    ///
+    /// # Errors
+    /// [`StoreError::Bucket`].
     ///
     /// # Blocking
     /// Waits for the disk, or the bucket.
-    pub(crate) fn read(&self, segment: &Digest) -> Option<Bytes> {
-        self.objects.read(&self.objects.layout.locator(segment), MAX_BYTES).ok()?
+    pub(crate) fn read(&self, segment: &Digest) -> Result<Option<Bytes>, StoreError> {
+        match self.objects.read(&self.objects.layout.locator(segment), MAX_BYTES) {
+            Err(StoreError::Io { .. }) => Ok(None),
+            other => other,
+        }
     }
 
     /// Keeps a locator in memory.

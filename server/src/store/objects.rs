@@ -21,8 +21,8 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 /// The objects of one domain of a store.
 #[derive(Clone, Debug)]
@@ -255,6 +255,14 @@ impl Objects {
         }
     }
 
+    /// Returns true if two times of writing of an object are the same. Some buckets tell milliseconds
+    /// in lists only.
+    pub(crate) fn is_same_time(&self, a: SystemTime, b: SystemTime) -> bool {
+        let seconds =
+            |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_secs());
+        if self.has_locks() { a == b } else { seconds(a) == seconds(b) }
+    }
+
     /// Returns the time of the clock that tells the times of writing.
     ///
     /// # Blocking
@@ -362,10 +370,11 @@ impl Objects {
     }
 }
 
-/// Returns the time since the first call.
+/// Returns the time since the start of the machine, which goes on while the machine is suspended.
 fn monotonic() -> Duration {
-    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
-    FIRST.elapsed()
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
 }
 
 /// Returns `None` for an object that does not exist.

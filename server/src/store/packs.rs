@@ -20,7 +20,7 @@ pub use disk::DiskCache;
 use maps::{Maps, Pack};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
-use postcopy_proto::pack::PackIndex;
+use postcopy_proto::pack::{PackError, PackIndex};
 use std::collections::{HashMap, HashSet};
 
 /// Bytes at the end of a bucket's pack that are read first: the index of most packs.
@@ -59,6 +59,9 @@ pub(crate) fn read_index(
     };
     let Some(length) = objects.length(&path)? else { return Ok(None) };
     let wrong = |e| damaged(pack_name(&digest), e);
+    if length == 0 {
+        return Err(wrong(PackError::Length(0)));
+    }
     // A longer object is no pack, and has no index.
     let bytes = usize::try_from(length).unwrap_or(usize::MAX);
     let read =

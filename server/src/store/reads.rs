@@ -78,7 +78,7 @@ impl Store {
         let segment = segment?;
         let locator = match self.locators.cached(&digest) {
             Some(locator) => locator,
-            None => self.decode_locator(&digest, &segment, bytes)?,
+            None => self.decode_locator(&digest, &segment, bytes?)?,
         };
         self.locators.keep(&digest, locator.clone());
         Ok(Located { digest, segment, locator })
@@ -97,7 +97,7 @@ impl Store {
         let digest = root.segment_digests()[index as usize];
         let locator = match self.locators.cached(&digest) {
             Some(locator) => locator,
-            None => self.decode_locator(&digest, &segment, self.locators.read(&digest))?,
+            None => self.decode_locator(&digest, &segment, self.locators.read(&digest)?)?,
         };
         Ok(Located { digest, segment, locator })
     }

@@ -131,7 +131,11 @@ pub(crate) fn admit(server: &Quota, client: &Quota, path: &str) -> Result<Permit
 /// `grpc-retry-pushback-ms` tells when to retry.
 pub(crate) fn exhausted(reason: &str) -> Status {
     let seconds = RETRY_AFTER.as_secs();
-    let mut status = Status::resource_exhausted(format!("{reason}; try again in {seconds} s"));
+    with_retry_time(Status::resource_exhausted(format!("{reason}; try again in {seconds} s")))
+}
+
+/// Tells the client when to repeat the request, also one that changes something.
+pub(crate) fn with_retry_time(mut status: Status) -> Status {
     let milliseconds = i32::try_from(RETRY_AFTER.as_millis()).expect("a second");
     status.metadata_mut().insert("grpc-retry-pushback-ms", milliseconds.into());
     status

@@ -35,11 +35,14 @@ const MARGIN: Duration = Duration::from_secs(180);
 /// which on it is renewed.
 const RENEWAL: Duration = Duration::from_secs(120);
 /// Most bytes of a lease or a deletion.
-const MAX_BYTES: usize = 64 << 20;
+const MAX_BYTES: usize = 256 << 20;
 /// Most objects that a deletion names.
-pub(crate) const MAX_DELETIONS: usize = 1_000_000;
+pub(crate) const MAX_DELETIONS: usize = 100_000;
+/// Time after which the lease of served images is written again if that has failed.
+const RETRY: Duration = Duration::from_secs(5);
 
-/// An object that its owner relies on for some time, and removes when it is dropped.
+/// An object that its owner relies on for some time. The owner removes it when all is done. After a
+/// failure it stays until it ends by itself, because a request that was given up may still take effect.
 #[derive(Debug)]
 struct Timed {
     objects: Objects,
@@ -73,6 +76,11 @@ impl Timed {
         }
     }
 
+    fn finish(self) {
+        // Otherwise it ends by itself.
+        let _ = self.objects.delete_all(&[self.path]);
+    }
+
     /// Does the same, and writes it again if much of its time is over.
     fn renew(&self) -> Result<(), StoreError> {
         self.check()?;
@@ -84,19 +92,14 @@ impl Timed {
     }
 }
 
-impl Drop for Timed {
-    fn drop(&mut self) {
-        // Otherwise it ends by itself.
-        let _ = self.objects.delete_all(std::slice::from_ref(&self.path));
-    }
-}
-
 fn seconds() -> u32 {
     u32::try_from(TIME.as_secs()).expect("ten minutes")
 }
 
+const NAME_DIGITS: usize = 32;
+
 fn random_name() -> String {
-    format!("{:032x}", fastrand::u128(..))
+    format!("{:0NAME_DIGITS$x}", fastrand::u128(..))
 }
 
 /// The lease of a commit.
@@ -104,23 +107,26 @@ fn random_name() -> String {
 pub(crate) struct Reliance(Timed);
 
 impl Reliance {
-    /// Protects images with all of their parts, and objects, until the drop.
+    /// Protects objects for some minutes, or until [`Reliance::finish`].
     ///
     /// # Errors
     /// Returns [`StoreError::Busy`] if a collector is about to delete one of them.
-    pub(crate) fn take(objects: &Objects, images: &[Digest], parts: &[Digest]) -> Result<Self, StoreError> {
-        let message = v1::StoredLease {
-            images: Digest::concat(images),
-            objects: Digest::concat(parts),
-            seconds: seconds(),
-        };
+    pub(crate) fn take(objects: &Objects, parts: &[Digest]) -> Result<Self, StoreError> {
+        let message =
+            v1::StoredLease { objects: Digest::concat(parts), seconds: seconds(), ..Default::default() };
         let path = objects.layout.leases().join(random_name());
         let lease = Self(Timed::write(objects, path, &message)?);
         let deleted = deletions(objects)?;
-        match parts.iter().chain(images).any(|part| deleted.contains(part)) {
-            true => Err(StoreError::Busy("a collector is about to delete parts of the image")),
-            false => Ok(lease),
+        if parts.iter().any(|part| deleted.contains(part)) {
+            lease.finish();
+            return Err(StoreError::Busy("a collector is about to delete parts of the image"));
         }
+        Ok(lease)
+    }
+
+    /// Ends the protection, once nothing relies on it any more.
+    pub(crate) fn finish(self) {
+        self.0.finish();
     }
 
     /// Checks that the objects are still protected.
@@ -132,7 +138,7 @@ impl Reliance {
     }
 }
 
-/// The objects that a collector may delete, until this is dropped.
+/// The objects that a collector may delete.
 #[derive(Debug)]
 pub(crate) struct Deletion(Timed);
 
@@ -142,6 +148,11 @@ impl Deletion {
         let message = v1::StoredDeletion { objects: Digest::concat(parts), seconds: seconds() };
         let path = objects.layout.deletions().join(random_name());
         Timed::write(objects, path, &message).map(Self)
+    }
+
+    /// Ends the right to delete, after the last deletion.
+    pub(crate) fn finish(self) {
+        self.0.finish();
     }
 
     /// Sees to it that the deletion is known to others for some minutes more.
@@ -191,15 +202,22 @@ fn live<M: Message + Default>(
     let now = objects.now()?;
     let mut live = Vec::new();
     for name in names {
+        // Others are not ours.
+        if name.len() != NAME_DIGITS || !name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            continue;
+        }
         let path = dir.join(name);
         // `None`: its owner has removed it.
         let Some((bytes, written)) = objects.read_written(&path, MAX_BYTES)? else { continue };
-        let message = M::decode(bytes).map_err(|e| damaged(path.display().to_string(), e))?;
-        let time = Duration::from_secs(seconds(&message).into());
-        match now.duration_since(written).unwrap_or_default() > time {
-            true => drop(objects.remove(&path)?),
-            false => live.push((path, message)),
+        let message = M::decode(bytes);
+        // What cannot be read might protect anything.
+        let time = message.as_ref().map_or(TIME, |message| Duration::from_secs(seconds(message).into()));
+        if age(now, written) > time {
+            objects.delete_all(&[path])?;
+            continue;
         }
+        let message = message.map_err(|e| damaged(path.display().to_string(), e))?;
+        live.push((path, message));
     }
     Ok(live)
 }
@@ -259,7 +277,8 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn write(&self) {
+    /// Writes the lease. Returns false if that has failed.
+    async fn write(&self) -> bool {
         let images: Vec<_> = self.lock().images.keys().copied().collect();
         let written = match images.is_empty() {
             true => self.bucket.remove(&self.path).await.map(|_| ()),
@@ -269,11 +288,12 @@ impl Inner {
                 self.bucket.put(&self.path, message.encode_to_vec().into()).await
             }
         };
-        if let Err(error) = written {
+        if let Err(error) = &written {
             tracing::warn!(
                 "the lease of the served images is not renewed, gc may delete those without a reference: {error}"
             );
         }
+        written.is_ok()
     }
 }
 
@@ -293,15 +313,14 @@ impl Drop for HeldImage {
 /// Writes the lease at once when an image is added, and from time to time. Returns after the end of
 /// the process's store.
 async fn renew(inner: Weak<Inner>, changed: Arc<Notify>) {
+    let mut pause = RENEWAL;
     loop {
         tokio::select! {
             () = changed.notified() => {}
-            () = tokio::time::sleep(RENEWAL) => {}
+            () = tokio::time::sleep(pause) => {}
         }
-        match inner.upgrade() {
-            Some(inner) => inner.write().await,
-            None => return,
-        }
+        let Some(inner) = inner.upgrade() else { return };
+        pause = if inner.write().await { RENEWAL } else { RETRY };
     }
 }
 

@@ -13,7 +13,7 @@ use crate::store::error::{OpenError, StoreError, io_error};
 use crate::store::objects::{Entry, monotonic};
 use crate::store::packs::DiskCache;
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
 use object_store::path::Path as Key;
 use object_store::{
     Error, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, UpdateVersion, WriteMultipart,
@@ -21,7 +21,7 @@ use object_store::{
 use std::fmt;
 use std::fs::File;
 use std::future::Future;
-use std::io::Write;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use std::time::{Duration, SystemTime};
 use tokio::runtime::{Builder, Runtime};
 
 /// Time for which a failed request is repeated.
-pub(super) const RETRY_TIME: Duration = Duration::from_secs(20);
+pub(super) const RETRY_TIME: Duration = Duration::from_secs(40);
 /// Threads that wait for the network. Hashing and decoding happen elsewhere.
 const THREADS: usize = 2;
 /// Most requests at a time of one call that asks for many objects.
@@ -38,10 +38,11 @@ const PARALLEL: usize = 32;
 const MAX_ONE_LIST: usize = 10_000;
 /// Attempts to replace an object that others replace, too.
 const UPDATES: usize = 20;
-/// Bytes from which on an object is written in parts of this size.
-const PART_BYTES: usize = 64 << 20;
-/// Parts that are written at a time.
-const PARTS: usize = 2;
+/// Bytes from which on an object is read and written in parts of this size, so that each request is
+/// short.
+const PART_BYTES: usize = 8 << 20;
+/// Parts that are read or written at a time.
+const PARTS: usize = 4;
 
 /// A clock that is never set: the system's, or that of a simulation.
 struct Clock(Box<dyn Fn() -> Duration + Send + Sync>);
@@ -78,7 +79,11 @@ impl Bucket {
         #[cfg(feature = "clients")]
         {
             let (store, prefix) = client::connect(url).map_err(refused)?;
-            Self::new(store, prefix.as_ref(), url.trim_end_matches(prefix.as_ref()).trim_end_matches('/'))
+            let name = url.trim_end_matches(prefix.as_ref()).trim_end_matches('/');
+            // Without a name and a password.
+            let (scheme, rest) = name.split_once("://").unwrap_or(("", name));
+            let rest = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
+            Self::new(store, prefix.as_ref(), &format!("{scheme}://{rest}"))
         }
         #[cfg(not(feature = "clients"))]
         Err(refused("this build has no clients of buckets".to_owned()))
@@ -162,6 +167,10 @@ impl Bucket {
         let object = self.name(path);
         match error {
             Error::NotFound { .. } => StoreError::NotFound(object),
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => StoreError::Io {
+                path: object.into(),
+                source: io::Error::new(io::ErrorKind::PermissionDenied, error.to_string()),
+            },
             error => StoreError::Bucket { object, reason: error.to_string() },
         }
     }
@@ -190,11 +199,29 @@ impl Bucket {
         let result = self.store.get(&key(path)).await;
         let Some(result) = self.found(path, result)? else { return Ok(None) };
         let written = result.meta.last_modified.into();
-        let bytes = match result.meta.size <= max as u64 {
-            true => result.bytes().await.map_err(self.failed(path))?,
-            false => self.read_range(path, 0..max as u64 + 1).await?.0,
+        let length = result.meta.size.min((max as u64).saturating_add(1));
+        if length == result.meta.size && length <= PART_BYTES as u64 {
+            return Ok(Some((result.bytes().await.map_err(self.failed(path))?, written)));
+        }
+        drop(result);
+        let mut bytes = Vec::new();
+        let mut parts = self.parts(path, length);
+        while let Some(part) = parts.next().await {
+            match part {
+                Err(StoreError::NotFound(_)) => return Ok(None),
+                part => bytes.extend_from_slice(&part?),
+            }
+        }
+        Ok(Some((bytes.into(), written)))
+    }
+
+    /// Returns the first bytes of an object, part by part.
+    fn parts(&self, path: &Path, length: u64) -> impl Stream<Item = Result<Bytes, StoreError>> + Unpin {
+        let part = move |start: u64| async move {
+            let range = start..length.min(start + PART_BYTES as u64);
+            Ok(self.read_range(path, range).await?.0)
         };
-        Ok(Some((bytes, written)))
+        Box::pin(stream::iter((0..length).step_by(PART_BYTES)).map(part).buffered(PARTS))
     }
 
     /// Returns the time since some moment of the past.
@@ -219,14 +246,11 @@ impl Bucket {
     pub(super) async fn copy(&self, path: &Path) -> Result<Option<File>, StoreError> {
         let Some(length) = self.length(path).await? else { return Ok(None) };
         let mut file = self.spool()?;
-        let starts = (0..length).step_by(PART_BYTES);
-        let mut parts = stream::iter(starts)
-            .map(|start| self.read_range(path, start..length.min(start + PART_BYTES as u64)))
-            .buffered(PARTS);
+        let mut parts = self.parts(path, length);
         while let Some(part) = parts.next().await {
             match part {
                 Err(StoreError::NotFound(_)) => return Ok(None),
-                part => file.write_all(&part?.0).map_err(io_error(&std::env::temp_dir()))?,
+                part => file.write_all(&part?).map_err(io_error(&std::env::temp_dir()))?,
             }
         }
         Ok(Some(file))
@@ -246,7 +270,11 @@ impl Bucket {
         let mut rest = bytes;
         while !rest.is_empty() {
             let part = rest.split_to(rest.len().min(PART_BYTES));
-            upload.wait_for_capacity(PARTS).await.map_err(self.failed(path))?;
+            if let Err(error) = upload.wait_for_capacity(PARTS).await {
+                // The parts that were written take room until the bucket removes them.
+                let _ = upload.abort().await;
+                return Err(self.error(path, &error));
+            }
             upload.put(part);
         }
         upload.finish().await.map(|_| ()).map_err(self.failed(path))
@@ -328,7 +356,7 @@ impl Bucket {
         self.found(path, self.store.head(&key(path)).await)
     }
 
-    pub(super) async fn length(&self, path: &Path) -> Result<Option<u64>, StoreError> {
+    pub(crate) async fn length(&self, path: &Path) -> Result<Option<u64>, StoreError> {
         Ok(self.meta(path).await?.map(|meta| meta.size))
     }
 
@@ -342,7 +370,8 @@ impl Bucket {
 
     pub(super) async fn names(&self, dir: &Path) -> Result<Vec<String>, StoreError> {
         let listed = self.store.list_with_delimiter(Some(&key(dir))).await.map_err(self.failed(dir))?;
-        let objects = listed.objects.iter().map(|meta| &meta.location);
+        // Some tools make an object of a directory's own name.
+        let objects = listed.objects.iter().map(|meta| &meta.location).filter(|path| **path != key(dir));
         let names = objects.chain(&listed.common_prefixes).filter_map(Key::filename);
         Ok(names.map(ToOwned::to_owned).collect())
     }
@@ -408,7 +437,9 @@ impl Drop for Bucket {
 }
 
 fn key(path: &Path) -> Key {
-    Key::from(path.to_str().expect("the layout's names are ASCII"))
+    let text = path.to_str().expect("the layout's names are ASCII");
+    // A prefix may have characters that would be escaped.
+    Key::parse(text).unwrap_or_else(|_| Key::from(text))
 }
 
 fn entry(meta: &ObjectMeta) -> Option<Entry> {

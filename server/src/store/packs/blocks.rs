@@ -18,11 +18,14 @@ use futures_util::future::{BoxFuture, Shared, try_join_all};
 use postcopy_proto::digest::Digest;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Semaphore;
 
 /// Bytes of a block. A request for fewer takes about as long.
 const BLOCK_BYTES: u64 = 256 << 10;
 /// Bytes of all blocks in memory.
 const CACHE_BYTES: usize = 256 << 20;
+/// Most blocks that are written to the disk at a time.
+const MAX_WRITING: usize = 32;
 /// Blocks that are read ahead of a reader.
 const READ_AHEAD: u64 = 8;
 
@@ -47,6 +50,8 @@ struct Inner {
     bucket: Arc<Bucket>,
     kept: Cache<BlockName, Block>,
     hedge: Hedge,
+    /// The right to write blocks to the disk.
+    writing: Arc<Semaphore>,
     /// The blocks that are being read. Locked for a look-up or a change.
     reading: Mutex<HashMap<BlockName, Reading>>,
 }
@@ -59,6 +64,7 @@ impl Blocks {
             bucket,
             kept: Cache::new(CACHE_BYTES),
             hedge: Hedge::default(),
+            writing: Arc::new(Semaphore::new(MAX_WRITING)),
             reading: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
@@ -156,9 +162,14 @@ impl Inner {
             return Ok(block);
         }
         let block = self.fetch(name).await?;
-        let kept = block.clone();
-        // Nobody waits for it.
-        drop(tokio::spawn(with_disk(disk.clone(), move |disk| disk.put(&name, &kept))));
+        // Nobody waits for it. A disk that is slower than the bucket keeps fewer blocks.
+        if let Ok(writing) = self.writing.clone().try_acquire_owned() {
+            let (kept, disk) = (block.clone(), disk.clone());
+            drop(tokio::spawn(with_disk(disk, move |disk| {
+                disk.put(&name, &kept);
+                drop(writing);
+            })));
+        }
         Ok(block)
     }
 
@@ -166,6 +177,13 @@ impl Inner {
         let start = block * BLOCK_BYTES;
         let path = self.layout.pack(&pack);
         let read = self.hedge.read(|| self.bucket.read_range(&path, start..start + BLOCK_BYTES)).await;
+        if let Err(StoreError::Bucket { .. }) = read
+            && let Ok(Some(pack_bytes)) = self.bucket.length(&path).await
+            && pack_bytes <= start
+        {
+            // A truncated pack, or a wrong locator.
+            return Ok(Block { bytes: Bytes::new(), pack_bytes });
+        }
         read.map(|(bytes, pack_bytes)| Block { bytes, pack_bytes }).map_err(|error| match error {
             StoreError::NotFound(_) => Failed::NotFound,
             StoreError::Bucket { object, reason } => Failed::Bucket { object, reason },

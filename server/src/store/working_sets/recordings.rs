@@ -94,7 +94,8 @@ impl Store {
                 continue;
             }
             // A restore may have sent its recording again meanwhile, so that it is new.
-            if self.objects.written(&path)? == Some(entry.written) {
+            let written = self.objects.written(&path)?;
+            if written.is_some_and(|written| self.objects.is_same_time(written, entry.written)) {
                 self.objects.remove(&path)?;
             }
         }

@@ -9,10 +9,10 @@ use url::Url;
 
 /// Time in which a connection must be made.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
-/// Time in which a request must end: 64 MiB at 18 Mbit/s.
-const REQUEST_TIME: Duration = Duration::from_secs(30);
-/// Most repetitions of a failed request.
-const RETRIES: usize = 8;
+/// Time in which a request must end: 4 of 8 MiB at a time, at 18 Mbit/s.
+const REQUEST_TIME: Duration = Duration::from_secs(15);
+/// Most repetitions of a failed request. The time ends them before.
+const RETRIES: usize = 1000;
 
 /// Makes the client of a URL's bucket. Returns it with the path in the bucket.
 pub(super) fn connect(url: &str) -> Result<(Arc<dyn ObjectStore>, Key), String> {
@@ -64,7 +64,7 @@ fn options() -> ClientOptions {
 fn retry() -> RetryConfig {
     let backoff = BackoffConfig {
         init_backoff: Duration::from_millis(50),
-        max_backoff: Duration::from_secs(5),
+        max_backoff: Duration::from_secs(2),
         ..BackoffConfig::default()
     };
     RetryConfig { backoff, max_retries: RETRIES, retry_timeout: RETRY_TIME }
