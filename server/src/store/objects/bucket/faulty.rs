@@ -21,6 +21,8 @@ pub(crate) struct Faults {
     pub(crate) fails_before: Option<u64>,
     /// Every so many writes, on average, one is done, and reported as failed.
     pub(crate) fails_after: Option<u64>,
+    /// Nothing is deleted: the requests fail.
+    pub(crate) deletes_fail: bool,
     /// The bucket has no conditional writes.
     pub(crate) is_unconditional: bool,
 }
@@ -73,7 +75,6 @@ impl Faulty {
         if !faults.delay.is_zero() {
             tokio::time::sleep(faults.delay).await;
         }
-        let failed = || Err(Error::Generic { store: "faulty", source: "it fails for a test".into() });
         let outcome = match self.draws(faults.fails_before) {
             true => failed(),
             false => request.await,
@@ -82,6 +83,10 @@ impl Faulty {
         self.requests.lock().unwrap().push(Request { text, began, ended: Instant::now() });
         outcome
     }
+}
+
+fn failed<T>() -> Result<T> {
+    Err(Error::Generic { store: "faulty", source: "it fails for a test".into() })
 }
 
 /// Returns the length of the longest chain of requests that began after one another's end.
@@ -127,7 +132,10 @@ impl ObjectStore for Faulty {
     }
 
     fn delete_stream(&self, keys: BoxStream<'static, Result<Key>>) -> BoxStream<'static, Result<Key>> {
-        self.inner.delete_stream(keys)
+        match self.faults.lock().unwrap().deletes_fail {
+            true => futures_util::stream::iter([failed()]).boxed(),
+            false => self.inner.delete_stream(keys),
+        }
     }
 
     fn list(&self, prefix: Option<&Key>) -> BoxStream<'static, Result<ObjectMeta>> {
