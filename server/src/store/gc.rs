@@ -230,7 +230,7 @@ impl Collector {
         let renew = || deleting.renew();
         let marked = self.mark(&renew)?;
         let mut collected = Collected::default();
-        let (garbage, needed) = self.garbage_of(&marked, &due, &renew)?;
+        let Judged { garbage, needed } = self.garbage_of(&marked, &due, &renew)?;
         condemned::pardon_all(&self.objects, &needed)?;
         let of_kind = |wanted: Garbage| -> Vec<Digest> {
             garbage.iter().filter(|(_, kind)| *kind == wanted).map(|(object, _)| *object).collect()
@@ -255,8 +255,8 @@ impl Collector {
         collected.bytes += bytes;
         deleting.finish();
         let young: Vec<_> = young.into_iter().map(|(object, _)| object).collect();
-        let (waiting, needed) = self.garbage_of(&marked, &young, &|| Ok(()))?;
-        collected.waiting = waiting.len() as u64;
+        let Judged { garbage, needed } = self.garbage_of(&marked, &young, &|| Ok(()))?;
+        collected.waiting = garbage.len() as u64;
         condemned::pardon_all(&self.objects, &needed)?;
         self.delete_left_overs(grace, &mut collected)?;
         Ok(collected)
@@ -387,16 +387,16 @@ impl Collector {
         marked: &Marked,
         condemned: &[Digest],
         renew: &Renew<'_>,
-    ) -> Result<(Vec<(Digest, Garbage)>, Vec<Digest>), StoreError> {
+    ) -> Result<Judged, StoreError> {
         let kinds = self.parallel(condemned, renew, |object| self.garbage(marked, *object))?;
-        let (mut garbage, mut needed) = (Vec::new(), Vec::new());
+        let mut judged = Judged::default();
         for (object, kind) in condemned.iter().zip(kinds) {
             match kind {
-                Some(kind) => garbage.push((*object, kind)),
-                None => needed.push(*object),
+                Some(kind) => judged.garbage.push((*object, kind)),
+                None => judged.needed.push(*object),
             }
         }
-        Ok((garbage, needed))
+        Ok(judged)
     }
 
     /// Returns what a condemned object is; `None` if it is needed, does not exist, or cannot be read.
@@ -422,6 +422,13 @@ impl Collector {
             }
         }
     }
+}
+
+/// Condemned objects: those that nothing needs, with their kinds, and the others.
+#[derive(Debug, Default)]
+struct Judged {
+    garbage: Vec<(Digest, Garbage)>,
+    needed: Vec<Digest>,
 }
 
 /// The kind of an object that nothing needs.
