@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, try_join_all};
 use postcopy_proto::digest::Digest;
+use postcopy_proto::frame::MAX_FRAME_BYTES;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Semaphore;
@@ -72,6 +73,9 @@ impl Blocks {
 
     /// See [`super::Packs::resident_frame`].
     pub(super) fn resident(&self, place: &Place) -> Option<Bytes> {
+        if place.length as usize > MAX_FRAME_BYTES {
+            return None;
+        }
         let blocks = blocks_of(place).map(|block| self.inner.kept.get(&(place.pack, block)));
         let blocks: Option<Vec<_>> = blocks.map(|block| Some(block?.bytes.clone())).collect();
         cut(place, &blocks?)
@@ -93,6 +97,10 @@ impl Blocks {
     }
 
     fn read(&self, place: &Place, chunk: &Digest) -> Result<Bytes, StoreError> {
+        let object = || format!("chunk {chunk} in pack {}", place.pack);
+        if place.length as usize > MAX_FRAME_BYTES {
+            return Err(damaged(object(), "no frame is that long"));
+        }
         let blocks: Vec<_> = blocks_of(place).collect();
         let reads: Vec<_> = blocks.iter().map(|block| self.block((place.pack, *block))).collect();
         self.read_ahead(place.pack, &blocks);
@@ -101,7 +109,6 @@ impl Blocks {
             Failed::Bucket { object, reason } => StoreError::Bucket { object, reason },
         })?;
         let blocks: Vec<_> = blocks.into_iter().map(|block| block.bytes).collect();
-        let object = || format!("chunk {chunk} in pack {}", place.pack);
         cut(place, &blocks).ok_or_else(|| damaged(object(), "the pack is too short"))
     }
 
@@ -126,7 +133,9 @@ impl Blocks {
         let inner = self.inner.clone();
         let read = self.inner.bucket.start(async move {
             let outcome = inner.read(name).await;
-            if let Ok(block) = &outcome {
+            if let Ok(block) = &outcome
+                && !block.bytes.is_empty()
+            {
                 inner.kept.insert(name, Arc::new(block.clone()), block.bytes.len());
             }
             inner.lock().remove(&name);
@@ -163,7 +172,9 @@ impl Inner {
         }
         let block = self.fetch(name).await?;
         // Nobody waits for it. A disk that is slower than the bucket keeps fewer blocks.
-        if let Ok(writing) = self.writing.clone().try_acquire_owned() {
+        if !block.bytes.is_empty()
+            && let Ok(writing) = self.writing.clone().try_acquire_owned()
+        {
             let (kept, disk) = (block.clone(), disk.clone());
             drop(tokio::spawn(with_disk(disk, move |disk| {
                 disk.put(&name, &kept);
