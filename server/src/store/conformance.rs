@@ -482,13 +482,14 @@ fn who_has_died_is_waited_for_and_no_longer() {
 /// From a reference: the reference, the root, the segment beside its locator, and the frame.
 #[test]
 fn a_first_chunk_takes_four_sequential_reads_of_a_bucket() {
-    let faults = Faults { delay: Duration::from_millis(20), ..Faults::default() };
-    let place = Place::bucket(1, faults);
+    let place = Place::bucket(1, Faults::default());
     let faulty = place.faulty.as_ref().unwrap();
     let writer = place.open();
     (0..20).for_each(|seed| Image::of_seed(seed).push(&writer, &format!("a:{seed}")));
     let image = Image::large(100);
     image.push(&writer, "b");
+    // Long, so that a thread which starts late asks while the others still wait.
+    faulty.set(Faults { delay: Duration::from_millis(150), ..Faults::default() });
     let by_digest: Reference = format!("b@{}", image.digest()).parse().unwrap();
     for (reference, reads) in [("b".parse().unwrap(), 4), (by_digest, 3)] {
         let reader = place.open();
