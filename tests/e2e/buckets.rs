@@ -1,4 +1,4 @@
-//! Servers over a bucket: real `postcopyd` processes, and an S3 server on loopback.
+//! Servers over a bucket: real `postcopyd` processes, and an S3 server on loopback. And backups.
 
 use crate::map::random_pages;
 use postcopy::{Options, Session};
@@ -272,12 +272,51 @@ fn a_cache_on_a_full_disk_harms_nobody() {
     assert!(fs::read_dir(cache.join("blocks")).unwrap().count() == 256);
 }
 
+fn operations() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/OPERATIONS.md")).unwrap()
+}
+
+/// The commands of docs/OPERATIONS.md, in other directories, beside a server that gets pushes.
+#[test]
+fn a_backup_of_a_store_in_use_is_a_store() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let path = folder.path().join("mem");
+    let bytes = noise(3 * MIB, 8);
+    fs::write(&path, &bytes).unwrap();
+    push(&server, &path, "app:first");
+    let document = operations();
+    let section = document.split("## Backup").nth(1).unwrap();
+    let script = section.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    let backup = folder.path().join("backup");
+    let script = script.replace("/srv/postcopy", server.store().to_str().unwrap());
+    let script = script.replace("/backup", backup.to_str().unwrap());
+    let is_over = AtomicBool::new(false);
+    let output = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in (0..).take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                let other = folder.path().join("other");
+                fs::write(&other, noise(MIB, number)).unwrap();
+                push(&server, &other, &format!("app:{number}"));
+            }
+        });
+        let bin = binary("postcopyd").parent().unwrap().display().to_string();
+        let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
+        let output = Command::new("bash").args(["-euc", &script]).env("PATH", path).output();
+        is_over.store(true, Ordering::Relaxed);
+        output.unwrap()
+    });
+    assert!(output.status.success() && shown(&output).contains("sound: "), "{}", shown(&output));
+    let copy = Server::on(&backup.join("postcopy"), "127.0.0.1:0");
+    let out = folder.path().join("out");
+    let _ = run(copy.address(), ["pull".as_ref(), "app:first".as_ref(), out.as_os_str()]);
+    assert!(fs::read(out.join("mem")).unwrap() == bytes);
+}
+
 /// The commands of docs/OPERATIONS.md, with another bucket and other ports.
 #[test]
 fn the_documented_commands_work() {
     let s3 = S3Server::start();
-    let document =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/OPERATIONS.md")).unwrap();
+    let document = operations();
     let section = document.split("## In a bucket").nth(1).unwrap().split("\n## ").next().unwrap();
     let blocks: Vec<_> =
         section.split("```sh\n").skip(1).map(|block| block.split("```").next().unwrap()).collect();
