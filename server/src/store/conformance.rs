@@ -327,7 +327,7 @@ fn what_no_reference_needs_is_deleted_and_the_rest_is_not() {
         assert_eq!(collect(place, Duration::ZERO), Collected::default());
         assert_eq!(place.damage(), []);
         assert_served(&place.open(), &kept);
-        // What is deleted can be pushed again, also through a server that knew it.
+        // A deleted image can be pushed again, also through a server that has had it in memory.
         removed.push(&store, "a:removed");
         assert_served(&place.open(), &removed);
     });
@@ -473,7 +473,7 @@ fn who_has_died_is_waited_for_and_no_longer() {
     write(&lease, 0);
     std::thread::park_timeout(Duration::from_millis(5));
     assert_eq!(collect(&place, Duration::ZERO).packs, 1);
-    // What is no lease may protect anything.
+    // An object that cannot be decoded may be a lease of any object.
     put(&store.objects, &lease, b"\xff");
     let collector = Collector::open(place.location.clone(), Domain::DEFAULT).unwrap();
     assert!(matches!(collector.condemn(), Err(StoreError::Damaged { .. })));

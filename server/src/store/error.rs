@@ -80,16 +80,8 @@ pub enum OpenError {
     Bucket {
         /// The URL of the bucket.
         url: String,
-        /// The reason.
+        /// The wrong setting, or the kind of URL that is not supported.
         reason: String,
-    },
-    /// What was asked for is possible only with a store in a directory.
-    #[error("{url}: {reason}")]
-    DirectoryOnly {
-        /// The URL of the bucket.
-        url: String,
-        /// The reason.
-        reason: &'static str,
     },
     /// A part of the store cannot be read or written.
     #[error(transparent)]

@@ -53,7 +53,7 @@ pub struct Collected {
     pub waiting: u64,
 }
 
-/// What a collection would do.
+/// The effect that a collection would have.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Plan {
     /// Number of packs that would be deleted.
@@ -184,7 +184,7 @@ impl Collector {
         manifests.retain(|manifest| !marked.needs_manifest(manifest));
         let mut packs = walk::packs(&self.objects)?;
         let use_of = self.packs.use_of(&marked.chunks)?;
-        // What the index lacks cannot be read.
+        // The index lacks packs that cannot be read: they may be needed.
         packs.retain(|pack| use_of.get(pack) == Some(&false) && !marked.leased.contains(pack));
         Ok(Unneeded { manifests, packs })
     }

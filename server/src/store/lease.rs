@@ -2,8 +2,8 @@
 //!
 //! So a restored program does not lose its memory when a tag moves and a collector runs. A client
 //! that reconnects takes the lease again; in between, the collector's grace time protects the image.
-//! In a directory a lease is a lock on a file ([`files`]), in a bucket an object that is renewed until
-//! it expires ([`stored`]).
+//! In a directory a lease is a lock on a file ([`files`]), in a bucket an object that is renewed
+//! until it expires ([`stored`]).
 
 mod files;
 pub(super) mod stored;
@@ -28,7 +28,7 @@ enum Held {
     Stored { _image: HeldImage },
 }
 
-/// What must stay in a store, besides what references need.
+/// The images and objects that leases protect from the collector.
 #[derive(Debug, Default)]
 pub(crate) struct Leased {
     /// Images that stay with all of their parts.
@@ -81,13 +81,13 @@ impl Leases {
     }
 }
 
-/// Returns what is leased. Removes leases that have ended.
+/// Returns the leased images and objects. Removes leases that have ended.
 ///
 /// # Errors
 /// Returns the errors of reading the leases, or [`StoreError::Damaged`].
 pub(crate) fn leased(objects: &Objects) -> Result<Leased, StoreError> {
     match objects.kind() {
         Kind::Directory(_) => Ok(Leased { images: files::held(objects)?, objects: HashSet::new() }),
-        Kind::Bucket(bucket) => stored::leased(objects, bucket),
+        Kind::Bucket(_) => stored::leased(objects),
     }
 }

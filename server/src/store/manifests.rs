@@ -115,7 +115,7 @@ impl Manifests {
     /// Returns those of the roots and segments that do not exist.
     ///
     /// # Blocking
-    /// As there.
+    /// Waits for the disk, or the bucket.
     pub(crate) fn lacking(&self, digests: impl Iterator<Item = Digest>) -> Result<Vec<Digest>, StoreError> {
         let mut lacking: Vec<_> = digests.collect();
         let paths: Vec<_> = lacking.iter().map(|digest| self.objects.layout.manifest(digest)).collect();

@@ -1,9 +1,9 @@
 //! Servers and collectors over one bucket, in many orders of their requests.
 //!
 //! The store's own code runs, each actor on a thread of its own. A request of an actor waits for its
-//! turn: when all actors wait, a random one goes on. So one seed gives one order. The bucket's clock
-//! is the simulation's, and every turn takes time, sometimes as long as leases last. An actor may die
-//! at any request, like a process that is killed.
+//! turn: when all actors wait, a random one goes on. So a seed gives one order, where no hash map orders requests. The bucket's clock
+//! is the simulation's, and every turn takes time, sometimes as long as leases last. An actor may
+//! die at any request, like a process that is killed.
 
 use crate::fixtures::Image;
 use crate::store::{Bucket, Caller, Collector, CommitOutcome, Domain, Location, Store, StoreError, verify};

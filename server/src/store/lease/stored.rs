@@ -1,15 +1,17 @@
 //! Leases and deletions in a bucket: objects that end when they are too old.
 //!
-//! A bucket has no locks, so a commit and a collector exclude each other by two writes and two reads:
+//! A bucket has no locks, so a commit and a collector exclude each other by two writes and two
+//! reads:
 //!
-//! - a commit writes a lease that names the objects on which it relies, and then reads the deletions.
-//!   If one names such an object, the commit fails, and its client repeats it;
+//! - a commit writes a lease that names the objects on which it relies, and then reads the
+//!   deletions. If one names such an object, the commit fails, and its client repeats it;
 //! - a collector writes a deletion that names the objects which it may delete, and then reads the
 //!   leases, and after them the references. It deletes what none of them needs.
 //!
 //! At least one of them reads what the other has written. Ages are judged by the bucket's clock. Who
 //! has written an object measures its time with a monotonic clock, from before the write, and stops
-//! [`MARGIN`] before the end, since a request may still take effect after its sender has given it up.
+//! [`MARGIN`] before the end, since a request may still take effect after its sender has given it
+//! up.
 
 use crate::store::error::{StoreError, damaged};
 use crate::store::layout::Layout;
@@ -42,7 +44,8 @@ pub(crate) const MAX_DELETIONS: usize = 100_000;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// An object that its owner relies on for some time. The owner removes it when all is done. After a
-/// failure it stays until it ends by itself, because a request that was given up may still take effect.
+/// failure it stays until it ends by itself, because a request that was given up may still take
+/// effect.
 #[derive(Debug)]
 struct Timed {
     objects: Objects,
@@ -173,8 +176,8 @@ fn deletions(objects: &Objects) -> Result<HashSet<Digest>, StoreError> {
     Ok(deleted)
 }
 
-/// Returns what is leased. Removes leases that have ended.
-pub(super) fn leased(objects: &Objects, _bucket: &Bucket) -> Result<Leased, StoreError> {
+/// Returns the leased images and objects. Removes leases that have ended.
+pub(super) fn leased(objects: &Objects) -> Result<Leased, StoreError> {
     let mut leased = Leased::default();
     for (path, message) in live::<v1::StoredLease>(objects, &objects.layout.leases(), |m| m.seconds)? {
         leased.images.extend(digests(&path, &message.images)?);
@@ -210,7 +213,7 @@ fn live<M: Message + Default>(
         // `None`: its owner has removed it.
         let Some((bytes, written)) = objects.read_written(&path, MAX_BYTES)? else { continue };
         let message = M::decode(bytes);
-        // What cannot be read might protect anything.
+        // A message that cannot be decoded may protect any object, until it is too old.
         let time = message.as_ref().map_or(TIME, |message| Duration::from_secs(seconds(message).into()));
         if age(now, written) > time {
             objects.delete_all(&[path])?;

@@ -57,8 +57,8 @@ fn store_error(path: &Path, error: object_store::Error) -> StoreError {
     io_error(path)(io::Error::other(error))
 }
 
-/// Creates the missing directories of a domain, and makes them durable. Changes nothing in a complete
-/// store, which may lie on a read-only file system.
+/// Creates the missing directories of a domain, and makes them durable. Changes nothing in a
+/// complete store, which may lie on a read-only file system.
 pub(crate) fn create_domain(layout: &Layout) -> Result<(), StoreError> {
     let dirs =
         [layout.packs(), layout.manifests(), layout.references(), layout.condemned_dir(), layout.leases()];

@@ -2,15 +2,15 @@
 //! also after a restart.
 //!
 //! ```text
-//! <dir>/cache                          "postcopy cache 1\n"; locked by the server that uses the directory
+//! <dir>/cache                          "postcopy cache 1\n"; locked by the server that uses it
 //! <dir>/blocks/<ab>/<pack>-<number>    a block:
 //!     BLAKE3 of the pack's digest, the block's number and all that follows    32 bytes
 //!     length of the pack in bytes                                             u64
 //!     the block's bytes
 //! ```
 //!
-//! All integers are little-endian. A block is verified when it is read, so nothing needs to be synced:
-//! a file that a crash has damaged is removed. When the disk is full, blocks are not kept.
+//! All integers are little-endian. A block is verified when it is read, so nothing needs to be
+//! synced: a file that a crash has damaged is removed. When the disk is full, blocks are not kept.
 
 use crate::store::error::{StoreError, io_error};
 use crate::store::objects::found;

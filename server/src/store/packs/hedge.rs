@@ -1,8 +1,9 @@
 //! Second requests for readings that take long.
 //!
-//! A few requests of a large object store take ten times as long as most. If a reading takes longer
-//! than 98 of 100 have taken, the same is requested once more, and the first answer counts. At most 2
-//! of 100 readings are hedged, so an object store that is slow as a whole gets hardly more requests.
+//! A few requests to a large object store take ten times as long as most. If a reading takes longer
+//! than 98 of the last 100 have taken, it is requested a second time, and the first answer counts.
+//! At most 2 of 100 readings are hedged, so a bucket that is slow as a whole gets hardly more
+//! requests.
 
 use futures_util::FutureExt;
 use futures_util::future::select_ok;
