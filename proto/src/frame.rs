@@ -6,7 +6,8 @@
 //! ```text
 //! offset  size
 //!      0     1  codec: 0 raw, 1 zstd, 2 zstd with a dictionary (kept for later, refused here)
-//!      1     1  kind: 0 a chunk's frame (1 is kept for working sets, refused here)
+//!      1     1  kind: 0 a chunk's frame (1: a working set's, see [`crate::set_frame`]; 2: a patch,
+//!               see [`patch`])
 //!      2     2  number of page runs: 1 to 256
 //!      4     4  chunk length: plain bytes of the chunk, zeros included: 1 to 2 MiB
 //!      8     4  plain length: bytes of the pages held, a chunk's last page not padded
@@ -17,6 +18,8 @@
 //!
 //! Pages outside of all runs are zero. A frame never holds a zero page. So a chunk and a codec
 //! determine the frame, and a chunk of zeros has none.
+
+pub mod patch;
 
 use crate::digest::Digest;
 use crate::page::{ChunkSize, MAX_PAGES_PER_CHUNK, PAGE_BYTES, PageRun, is_zero};
@@ -44,7 +47,7 @@ pub enum FrameError {
     #[error("codec {0} is not known")]
     Codec(u8),
     /// A kind that this version does not know, or that has no place here.
-    #[error("kind {0} is not a chunk's frame")]
+    #[error("kind {0} has no place here")]
     Kind(u8),
     /// A header field out of its range.
     #[error("{field} is {value}, which is not in its range")]
@@ -95,6 +98,13 @@ enum Codec {
     Zstd = 1,
 }
 
+/// The kind of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Chunk = 0,
+    Patch = 2,
+}
+
 /// A frame with a valid header; its coded bytes are unchecked.
 #[derive(Clone, Copy, Debug)]
 pub struct ChunkFrame<'a> {
@@ -116,7 +126,11 @@ impl<'a> ChunkFrame<'a> {
     /// # Errors
     /// Returns the defect of the header, or [`FrameError::Length`] if bytes follow the frame.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, FrameError> {
-        let (frame, rest) = Self::parse_first(bytes)?;
+        Self::parse_whole(bytes, Kind::Chunk)
+    }
+
+    fn parse_whole(bytes: &'a [u8], kind: Kind) -> Result<Self, FrameError> {
+        let (frame, rest) = Self::parse_kind(bytes, kind)?;
         if rest.is_empty() {
             return Ok(frame);
         }
@@ -129,6 +143,10 @@ impl<'a> ChunkFrame<'a> {
     /// # Errors
     /// Returns the defect of the header.
     pub fn parse_first(bytes: &'a [u8]) -> Result<(Self, &'a [u8]), FrameError> {
+        Self::parse_kind(bytes, Kind::Chunk)
+    }
+
+    fn parse_kind(bytes: &'a [u8], kind: Kind) -> Result<(Self, &'a [u8]), FrameError> {
         let too_short = |expected| FrameError::Length { actual: bytes.len(), expected };
         let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>().ok_or(too_short(HEADER_BYTES))?;
         let word = |i: usize| u32::from_le_bytes([header[i], header[i + 1], header[i + 2], header[i + 3]]);
@@ -138,7 +156,7 @@ impl<'a> ChunkFrame<'a> {
             1 => Codec::Zstd,
             other => return Err(FrameError::Codec(other)),
         };
-        if header[1] != 0 {
+        if header[1] != kind as u8 {
             return Err(FrameError::Kind(header[1]));
         }
         let run_count = usize::from(u16::from_le_bytes([header[2], header[3]]));
@@ -352,12 +370,19 @@ impl FrameEncoder {
                 held.extend_from_slice(&chunk[run.start_byte()..run.end_byte().min(chunk.len())]);
             }
         }
-        self.encode_held(chunk.len(), &runs, if whole { chunk } else { &held }, out);
+        self.encode_held(Kind::Chunk, chunk.len(), &runs, if whole { chunk } else { &held }, out);
         self.held = held;
         true
     }
 
-    fn encode_held(&mut self, chunk_len: usize, runs: &[PageRun], held: &[u8], out: &mut Vec<u8>) {
+    fn encode_held(
+        &mut self,
+        kind: Kind,
+        chunk_len: usize,
+        runs: &[PageRun],
+        held: &[u8],
+        out: &mut Vec<u8>,
+    ) {
         let start = out.len();
         out.resize(start + HEADER_BYTES, 0);
         for run in runs {
@@ -377,6 +402,7 @@ impl FrameEncoder {
         out.extend_from_slice(coded);
         let header = &mut out[start..start + HEADER_BYTES];
         header[0] = codec as u8;
+        header[1] = kind as u8;
         header[2..4].copy_from_slice(&le32(runs.len())[..2]);
         header[4..8].copy_from_slice(&le32(chunk_len));
         header[8..12].copy_from_slice(&le32(held.len()));

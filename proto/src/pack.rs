@@ -18,7 +18,7 @@
 //! ```text
 //! chunk's digest   32 bytes
 //! frames           u8: 1 to 3
-//! base             u8: 0 none, 1 a digest follows (a layer: kept for later, refused here)
+//! base             u8: 0 none, 1 a digest follows (reserved, refused here)
 //! zero             2 bytes
 //! base's digest    32 bytes, if there is one
 //! for each frame:  offset from the pack's beginning u32, length u32

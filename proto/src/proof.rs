@@ -36,8 +36,9 @@ pub enum ProofError {
     Mismatch(Digest),
 }
 
-/// The chaining values of a chunk's pages, for making proofs of any of them.
-#[derive(Debug)]
+/// The chaining values of a chunk's pages: for proofs of any of them, and for the digest of a chunk
+/// that differs in some of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leaves {
     chunk_bytes: usize,
     values: Vec<ChainingValue>,
@@ -50,6 +51,50 @@ impl Leaves {
         let pages = (0..).step_by(PAGE_BYTES).zip(chunk.chunks(PAGE_BYTES));
         let values = pages.map(|(start, bytes)| Span { start, len: bytes.len() }.chaining_value(bytes));
         Self { chunk_bytes: chunk.len(), values: values.collect() }
+    }
+
+    /// Returns the values of a chunk of `chunk_bytes` bytes from their encoding
+    /// ([`Leaves::to_bytes`]); `None` if these are another number of values.
+    #[must_use]
+    pub fn parse(chunk_bytes: usize, bytes: &[u8]) -> Option<Self> {
+        let (values, []) = bytes.as_chunks::<DIGEST_BYTES>() else { return None };
+        let is_complete = values.len() == chunk_bytes.div_ceil(PAGE_BYTES);
+        is_complete.then(|| Self { chunk_bytes, values: values.to_vec() })
+    }
+
+    /// Returns the values, 32 bytes each, one after another.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.values.concat()
+    }
+
+    /// Returns the chunk's digest; `None` for a chunk of at most one page, for which the values do
+    /// not suffice.
+    #[must_use]
+    pub fn digest(&self) -> Option<Digest> {
+        let span = Span { start: 0, len: self.chunk_bytes };
+        if span.is_page() {
+            return None;
+        }
+        let (left, right) = span.halves();
+        Some(merge_subtrees_root(&self.value(left), &self.value(right), Mode::Hash).into())
+    }
+
+    /// Replaces the pages of `runs`, whose bytes are `pages`, one after another, the chunk's last
+    /// page not padded.
+    ///
+    /// # Errors
+    /// Returns [`ProofError::Run`] for runs that do not fit the chunk, or [`ProofError::PageBytes`].
+    pub fn replace(&mut self, runs: &[PageRun], mut pages: &[u8]) -> Result<(), ProofError> {
+        check_runs(self.chunk_bytes, runs)?;
+        check_page_bytes(self.chunk_bytes, runs, pages)?;
+        for page in runs.iter().flat_map(|run| usize::from(run.first)..run.end_page()) {
+            let start = page * PAGE_BYTES;
+            let (bytes, rest) = pages.split_at(PAGE_BYTES.min(self.chunk_bytes - start));
+            self.values[page] = Span { start, len: bytes.len() }.chaining_value(bytes);
+            pages = rest;
+        }
+        Ok(())
     }
 
     /// Returns the proof for the pages of `runs`: concatenated chaining values of 32 bytes.
@@ -114,10 +159,7 @@ pub fn verify(
     proof: &[u8],
 ) -> Result<(), ProofError> {
     check_runs(chunk_bytes, runs)?;
-    let expected = runs.iter().map(|run| run.end_byte().min(chunk_bytes) - run.start_byte()).sum();
-    if pages.len() != expected {
-        return Err(ProofError::PageBytes { actual: pages.len(), expected });
-    }
+    check_page_bytes(chunk_bytes, runs, pages)?;
     let (values, []) = proof.as_chunks::<DIGEST_BYTES>() else {
         return Err(ProofError::ProofBytes(proof.len()));
     };
@@ -139,6 +181,14 @@ fn check_runs(chunk_bytes: usize, runs: &[PageRun]) -> Result<(), ProofError> {
         next = run.end_page();
     }
     if runs.is_empty() { Err(ProofError::Run(0)) } else { Ok(()) }
+}
+
+fn check_page_bytes(chunk_bytes: usize, runs: &[PageRun], pages: &[u8]) -> Result<(), ProofError> {
+    let expected = runs.iter().map(|run| run.end_byte().min(chunk_bytes) - run.start_byte()).sum();
+    match pages.len() == expected {
+        true => Ok(()),
+        false => Err(ProofError::PageBytes { actual: pages.len(), expected }),
+    }
 }
 
 /// A subtree, as bytes of the chunk: a power of two of whole pages, or the rest up to the chunk's
@@ -280,6 +330,25 @@ mod tests {
             let mut long = proof.clone();
             long.extend([0; 32]);
             prop_assert_eq!(verify(&digest, len, &runs, &pages, &long), Err(ProofError::ProofBytes(long.len())));
+        }
+
+        #[test]
+        fn leaves_tell_the_digest_of_a_chunk_with_other_pages((len, runs) in any_case()) {
+            let mut chunk = noise(len);
+            let mut leaves = Leaves::parse(len, &Leaves::of(&chunk).to_bytes()).unwrap();
+            let digest = |chunk: &[u8]| (len > PAGE_BYTES).then(|| Digest::of(chunk));
+            prop_assert_eq!(leaves.digest(), digest(&chunk));
+            for run in &runs {
+                chunk[run.start_byte()..run.end_byte().min(len)].fill(0);
+            }
+            let mut pages = pages_of(&chunk, &runs);
+            leaves.replace(&runs, &pages).unwrap();
+            prop_assert_eq!(&leaves, &Leaves::of(&chunk));
+            prop_assert_eq!(leaves.digest(), digest(&chunk));
+            pages.pop();
+            prop_assert!(leaves.replace(&runs, &pages).is_err());
+            prop_assert_eq!(Leaves::parse(len, &leaves.to_bytes()[1..]), None);
+            prop_assert_eq!(Leaves::parse(len + PAGE_BYTES, &leaves.to_bytes()), None);
         }
 
         #[test]

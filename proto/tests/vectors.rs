@@ -183,6 +183,18 @@ fn image_service() -> Vec<Example> {
         pack(upload_pack_request::Part::Begin(UploadPackBegin { digest: digests([1]), size_bytes: LARGE })),
         pack(upload_pack_request::Part::Data(bytes("data"))),
         example(UploadPackResponse {}),
+        example(PatchChunksRequest {
+            patches: vec![
+                ChunkPatch { base: digests([1]), patch: bytes("patch") },
+                ChunkPatch { base: digests([2]), patch: bytes("") },
+            ],
+        }),
+        example(PatchChunksResponse {
+            chunks: vec![
+                PatchedChunk { chunk: digests([3]), leaves: digests([4, 5]) },
+                PatchedChunk { chunk: bytes(""), leaves: bytes("") },
+            ],
+        }),
         example(UploadSegmentRequest { segment: bytes("segment") }),
         example(UploadSegmentResponse { digest: digests([1]) }),
         commit(commit_request::Part::Begin(begin(vec![]))),

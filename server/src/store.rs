@@ -29,6 +29,7 @@ mod manifests;
 pub(crate) mod map;
 mod objects;
 mod packs;
+mod patch;
 mod reads;
 mod references;
 #[cfg(test)]
@@ -48,6 +49,7 @@ pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;
 pub use objects::bucket::Bucket;
+pub use patch::{ChunkPatch, PatchedChunk};
 pub use reads::{Located, StoredChunk};
 pub use references::Referred;
 pub(crate) use references::{Listed, NoReference, PageToken};

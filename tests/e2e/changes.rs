@@ -1,8 +1,10 @@
 //! What has been written to and removed since the restore.
 
 use crate::session::Source;
+use postcopy::proto::path::ImagePath;
 use postcopy::proto::v1::ChunkAnswer;
-use postcopy::{Changes, ForeignMemory, ForeignRegion, LossError, Options, Region, Session, Sharing};
+use postcopy::push::{self, ImageChanges, PushOptions};
+use postcopy::{Changes, ForeignMemory, ForeignRegion, LossError, Options, Region, Remote, Session, Sharing};
 use postcopy_tests::chaos::{Chaos, Lies, within};
 use postcopy_tests::faulter::{ALL_EVENTS, Faulter};
 use postcopy_tests::fixtures::memory_like;
@@ -14,6 +16,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -48,6 +51,65 @@ fn remove(region: &mut Region, pages: Range<usize>) {
     let start = region[pages.start * PAGE..].as_mut_ptr();
     // SAFETY: the region is borrowed exclusively, so nobody holds a slice whose bytes change.
     unsafe { rustix::mm::madvise(start.cast(), pages.len() * PAGE, Advice::LinuxDontNeed) }.unwrap();
+}
+
+#[test]
+fn what_has_changed_is_pushed_as_an_image_without_the_rest() {
+    within(WATCHDOG, || {
+        let source = start();
+        let session = open(&source, true);
+        let mut region = session.map("mem").unwrap();
+        let mut expected = source.bytes.clone();
+        for (pages, fill) in [(3..5, 7), (100..101, 8), (200..216, 0), (PAGES - 1..PAGES, 9)] {
+            region[pages.start * PAGE..pages.end * PAGE].fill(fill);
+            expected[pages.start * PAGE..pages.end * PAGE].fill(fill);
+        }
+        remove(&mut region, 300..340);
+        expected[300 * PAGE..340 * PAGE].fill(0);
+        let changes = region.take_changes().unwrap();
+        let memory = Arc::new(region);
+        let read = Arc::clone(&memory);
+        let mut pushed =
+            ImageChanges::new(Arc::new(move |path: &ImagePath, offset: u64, buffer: &mut [u8]| {
+                assert_eq!(path.as_bytes(), b"mem");
+                read.read_at(usize::try_from(offset).unwrap(), buffer).map_err(std::io::Error::other)
+            }));
+        for run in changes.written.into_iter().chain(changes.removed) {
+            pushed.add(b"mem"[..].try_into().unwrap(), run.start as u64..run.end as u64);
+        }
+        let push = |changes: &ImageChanges, reference: &str| {
+            let reference = reference.parse().unwrap();
+            let server = source.server.address().clone();
+            let work = async {
+                let remote = Remote::connect(server).await.unwrap();
+                let (image, none) = (session.image().digest(), Arc::new(|_, _| ()));
+                push::push_changes(&remote, &image, changes, &reference, PushOptions::default(), none).await
+            };
+            tokio::runtime::Runtime::new().unwrap().block_on(work)
+        };
+        let report = push(&pushed, "app:changed").unwrap();
+        for page in [50, 150, 250, 350] {
+            assert!(!memory.is_resident(page * PAGE), "page {page} was fetched for it");
+        }
+        let changed = (2 + 1 + 16 + 1 + 40) * PAGE;
+        // Chunks that were zero are sent whole.
+        assert!(report.sent_bytes <= (changed + CHUNK) as u64, "{report:?}");
+        let again = Session::open(source.server.address(), &"app:changed".parse().unwrap(), Options::DEFAULT)
+            .unwrap();
+        assert!(again.map("mem").unwrap()[..] == expected[..]);
+        // Nothing has changed, and what the image does not have.
+        let mut nothing =
+            ImageChanges::new(Arc::new(|_: &ImagePath, _, _: &mut [u8]| unreachable!("nothing to read")));
+        assert_eq!(push(&nothing, "app:same").unwrap().image, session.image().digest());
+        nothing.add(b"mem"[..].try_into().unwrap(), 0..(PAGES * PAGE + 1) as u64);
+        let error = push(&nothing, "app:beyond").unwrap_err().to_string();
+        assert!(error.contains("mem: the changes end at byte 1638401, and the file at 1638400"), "{error}");
+        let mut other =
+            ImageChanges::new(Arc::new(|_: &ImagePath, _, _: &mut [u8]| unreachable!("nothing to read")));
+        other.add(b"other"[..].try_into().unwrap(), 0..1);
+        let error = push(&other, "app:other").unwrap_err().to_string();
+        assert!(error.contains("other: the image has no such file"), "{error}");
+    });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod files;
 mod labels;
+mod layers;
 mod pulled;
 mod sent;
 

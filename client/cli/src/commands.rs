@@ -50,15 +50,22 @@ struct Cli {
 enum Command {
     /// Store a file or a directory tree as an image; of a checkpoint's archive (.tar, .tar.gz,
     /// .tar.zst), store the content
-    #[command(after_help = "Example:\n  postcopy push ./snapshot vm/web:v1 --chunk-size 65536")]
+    #[command(
+        after_help = "Examples:\n  postcopy push ./snapshot vm/web:v1 --chunk-size 65536\n  postcopy push ./diff-snapshot vm/web:v2 --base vm/web:v1"
+    )]
     Push {
         /// The file or directory
         path: PathBuf,
         /// name or name:tag
         reference: TagReference,
-        /// Chunk size in bytes: a power of two from 4096 to 2097152
-        #[arg(long, default_value = "65536", value_parser = chunk_size)]
-        chunk_size: ChunkSize,
+        /// An image of the server: in files that it has, holes stand for its bytes and not for
+        /// zeros, as in a diff snapshot of Firecracker
+        #[arg(long, value_name = "REFERENCE")]
+        base: Option<Reference>,
+        /// Chunk size in bytes: a power of two from 4096 to 2097152 [default: that of the base, or
+        /// else 65536]
+        #[arg(long, value_parser = chunk_size)]
+        chunk_size: Option<ChunkSize>,
         /// Compression level of zstd, from 1 to 19
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
         level: i32,
@@ -223,13 +230,13 @@ pub(crate) fn main() -> ExitCode {
 fn run(cli: Cli, output: Output) -> Result<ExitCode> {
     let server = || cli.server.parse::<ServerAddress>().context("--server or POSTCOPY_SERVER");
     match cli.command {
-        Command::Push { path, reference, chunk_size, level, label } => {
+        Command::Push { path, reference, base, chunk_size, level, label } => {
             let mut labels = Labels::default();
             for (key, value) in label {
                 ensure!(labels.get(&key).is_none(), "--label {key}: it is given twice");
                 labels.set(&key, &value).context("--label")?;
             }
-            let options = postcopy::push::PushOptions { chunk_size, level, labels };
+            let options = postcopy::push::PushOptions { chunk_size, level, labels, base };
             images::push(server()?, &path, &reference, options, output)
         }
         Command::Pull { reference, directory, only, criu, expect } => {

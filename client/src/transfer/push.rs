@@ -5,31 +5,41 @@
 //! compressed, the server checks the next one, and the one after that is read. So all cores and the
 //! connection are busy at once. Only missing chunks are compressed and sent. The last step commits
 //! the manifest.
+//!
+//! Over a base ([`PushOptions::base`]), [`places`] takes the holes of a file as in the base, and
+//! [`patching`] sends the changed pages of chunks. [`push_changes`] pushes changes without files.
 
+mod changes;
 mod encoding;
+mod error;
+mod patching;
+mod places;
 mod reading;
 mod snapshot;
 mod sources;
 
-use crate::remote::{Patience, Remote, RemoteError};
+pub use changes::{ImageChanges, ReadChanged};
+pub use error::PushError;
+
+use crate::remote::{Image, Patience, Remote, RemoteError};
+use changes::ChangedEntries;
 use encoding::{Encoded, Encoders, encode};
+use places::{Entries, Places};
 use postcopy_proto::buffers::Buffers;
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder, ManifestError};
+use postcopy_proto::manifest::{ChunkContent, Manifest, ManifestBuilder};
 use postcopy_proto::pack::{MAX_PACK_CHUNK_BYTES, PackBuilder};
 use postcopy_proto::page::ChunkSize;
-use postcopy_proto::path::PathError;
 use postcopy_proto::provenance::Labels;
-use postcopy_proto::reference::TagReference;
+use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1::commit_response::Outcome;
 use postcopy_proto::v1::{self, commit_request, upload_pack_request};
 use postcopy_proto::{MAX_FIND_MISSING, MAX_PART_BYTES};
-use reading::{Chunk, NewChunk, Places, spawn_read};
+use reading::{Chunk, Found, NewChunk, spawn_read};
 use sources::{Source, SourceKind, collect};
 use std::collections::HashSet;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -44,22 +54,26 @@ const COMMITS: usize = 4;
 /// The options of a push.
 #[derive(Clone, Debug)]
 pub struct PushOptions {
-    /// Chunk size of the image.
-    pub chunk_size: ChunkSize,
+    /// Chunk size of the image. `None`: that of the base, or else 64 KiB.
+    pub chunk_size: Option<ChunkSize>,
     /// Compression level of zstd, 1 to 19.
     pub level: i32,
     /// Labels of the reference. The push adds those that the files of a Firecracker snapshot or
     /// CRIU's log give, unless their keys are here.
     pub labels: Labels,
+    /// An image of the server. In each file whose path it has, holes then stand for the bytes of
+    /// its file, and not for zeros, as in a diff snapshot of Firecracker. The push reads neither
+    /// holes nor this image's pages.
+    pub base: Option<Reference>,
 }
 
 impl Default for PushOptions {
     fn default() -> Self {
-        Self { chunk_size: ChunkSize::DEFAULT, level: 3, labels: Labels::default() }
+        Self { chunk_size: None, level: 3, labels: Labels::default(), base: None }
     }
 }
 
-/// The result of a push. Bytes are plain ones unless a field says otherwise; `size = zero +
+/// The result of a push. Bytes are plain ones unless a field says otherwise; `size = zero + base +
 /// deduplicated + sent`.
 #[derive(Clone, Copy, Debug)]
 pub struct PushReport {
@@ -69,11 +83,13 @@ pub struct PushReport {
     pub size_bytes: u64,
     /// Bytes of chunks that hold only zeros.
     pub zero_bytes: u64,
+    /// Bytes that are as in the base, and were not read.
+    pub base_bytes: u64,
     /// Bytes of chunks that the server had, or that occur more than once.
     pub deduplicated_bytes: u64,
-    /// Bytes of chunks that were sent.
+    /// Bytes of chunks that were sent, and of the changed pages of chunks of the base.
     pub sent_bytes: u64,
-    /// Bytes of the packs with the sent chunks, compressed.
+    /// Bytes of the packs and patches that were sent, compressed.
     pub pack_bytes: u64,
     /// Time from the call to the commit.
     pub elapsed: Duration,
@@ -86,68 +102,6 @@ impl PushReport {
     pub fn ratio(&self) -> f64 {
         if self.pack_bytes == 0 { 1.0 } else { self.sent_bytes as f64 / self.pack_bytes as f64 }
     }
-}
-
-/// The reason why a push failed.
-#[derive(Debug, thiserror::Error)]
-pub enum PushError {
-    /// The server failed, or sent a wrong answer.
-    #[error(transparent)]
-    Remote(#[from] RemoteError),
-    /// A file could not be read.
-    #[error("{path}")]
-    File {
-        /// The path of the file.
-        path: PathBuf,
-        /// The error of the system call.
-        source: io::Error,
-    },
-    /// A file changed while the push read it. What was read may be no state that the file ever had.
-    #[error("{0} changed while it was read. Push it again when nothing writes to it")]
-    Changed(PathBuf),
-    /// A file that has content, although its size is 0.
-    #[error(
-        "{0} has content, although its size is 0: the kernel makes it up. Copy the file, and push the copy"
-    )]
-    NoSize(PathBuf),
-    /// A path that is no file, directory or symbolic link.
-    #[error("{0} is no file, directory or symbolic link")]
-    Kind(PathBuf),
-    /// A directory without any entries.
-    #[error(
-        "{0} is empty, so there is nothing to push. If a program should have filled it (criu dump), check its log and run it again"
-    )]
-    Empty(PathBuf),
-    /// A path that an image cannot hold.
-    #[error(transparent)]
-    Path(#[from] PathError),
-    /// A chain of CRIU's incremental images that leads back to itself.
-    #[error("{0}: the `parent` links of incremental images form a cycle")]
-    Parents(PathBuf),
-    /// A link `parent` beside CRIU's images that leads to something else.
-    #[error(
-        "{0} leads to a directory without CRIU's images, which is not stored. If the dump is not incremental, remove the link"
-    )]
-    NoParent(PathBuf),
-    /// The entries do not form a valid manifest.
-    #[error("the files do not form a valid image")]
-    Manifest(#[from] ManifestError),
-    /// The server lost chunks during each attempt.
-    #[error(
-        "the server lost chunks during each attempt of the push; run `postcopyd gc` with a longer --grace"
-    )]
-    Lost,
-    /// The server has accepted the segments of the manifest, and lost them during each attempt.
-    #[error(
-        "server {server} asks for segments again that it has accepted. Run `postcopyd gc` with a longer --grace, or check the store with `postcopyd verify`"
-    )]
-    Segments {
-        /// The server's address.
-        server: String,
-    },
-    /// A worker panicked.
-    #[error("a worker stopped: {0}")]
-    Worker(String),
 }
 
 /// The progress callback. Its arguments are the bytes done so far and all bytes.
@@ -172,22 +126,103 @@ pub async fn push(
 ) -> Result<PushReport, PushError> {
     let (started, mut lost) = (Instant::now(), PushError::Lost);
     for _ in 0..COMMITS {
-        let entries = collect(path)?;
+        let sources = collect(path)?;
         let mut labels = options.labels.clone();
-        snapshot::add_labels(&entries, &mut labels)?;
-        let mut push = Push::new(remote.clone(), &options, &entries, Arc::clone(&on_progress));
-        let manifest = push.entries(entries).await?;
-        match commit(remote, reference, &labels, &manifest).await? {
-            Ok(image) => return Ok(PushReport { image, elapsed: started.elapsed(), ..push.report }),
+        snapshot::add_labels(&sources, &mut labels)?;
+        let base = match &options.base {
+            Some(base) => Some(open_base(remote, base).await?),
+            None => None,
+        };
+        let size_bytes = size(&sources);
+        let push = Push::new(remote.clone(), &options, base, size_bytes, Arc::clone(&on_progress))?;
+        match push.once(Entries::Files(sources.into_iter()), reference, &labels).await? {
+            Ok(report) => return Ok(PushReport { elapsed: started.elapsed(), ..report }),
             Err(error) => lost = error,
         }
     }
     Err(lost)
 }
 
+/// Pushes the image with this digest, with these changes, as `reference`. Reads only what has
+/// changed. The base of the options is ignored, because the image is the base.
+///
+/// # Errors
+/// Returns [`PushError`]; the reference is then unchanged. [`PushError::Changes`]: the changes name
+/// a file that the image does not have, or bytes beyond its end.
+///
+/// # Examples
+/// The changes of a file that a session has mapped, while nothing writes to it. The session tracks
+/// writes ([`crate::Options::track_writes`]):
+///
+/// ```no_run
+/// use postcopy::push::{self, ImageChanges, PushOptions};
+/// use postcopy::{Region, Remote, Session};
+/// use std::{io, sync::Arc};
+///
+/// async fn push_memory(
+///     remote: &Remote,
+///     session: &Session,
+///     memory: &Arc<Region>,
+/// ) -> Result<(), Box<dyn std::error::Error>> {
+///     let changed = memory.changes()?;
+///     let region = Arc::clone(memory);
+///     let read = move |_path: &_, offset: u64, buffer: &mut [u8]| {
+///         region.read_at(offset.try_into().unwrap(), buffer).map_err(io::Error::other)
+///     };
+///     let mut changes = ImageChanges::new(Arc::new(read));
+///     for bytes in changed.written.into_iter().chain(changed.removed) {
+///         let end = bytes.end.min(memory.len()); // the last page may end beyond the file
+///         changes.add(b"mem"[..].try_into()?, bytes.start as u64..end as u64);
+///     }
+///     let (image, reference) = (session.image().digest(), "app:v2".parse()?);
+///     let options = PushOptions::default();
+///     let progress = Arc::new(|_, _| ());
+///     push::push_changes(remote, &image, &changes, &reference, options, progress).await?;
+///     Ok(())
+/// }
+/// ```
+pub async fn push_changes(
+    remote: &Remote,
+    image: &Digest,
+    changes: &ImageChanges,
+    reference: &TagReference,
+    options: PushOptions,
+    on_progress: OnProgress,
+) -> Result<PushReport, PushError> {
+    let base = Reference::Digest { name: reference.name.clone(), image: *image };
+    let (started, mut lost) = (Instant::now(), PushError::Lost);
+    for _ in 0..COMMITS {
+        let base = open_base(remote, &base).await?;
+        let entries = Entries::Changed(ChangedEntries::new(&base, changes)?);
+        let size_bytes = base.root().size_bytes();
+        let push = Push::new(remote.clone(), &options, Some(base), size_bytes, Arc::clone(&on_progress))?;
+        match push.once(entries, reference, &options.labels).await? {
+            Ok(report) => return Ok(PushReport { elapsed: started.elapsed(), ..report }),
+            Err(error) => lost = error,
+        }
+    }
+    Err(lost)
+}
+
+/// Fetches the whole manifest of a base.
+async fn open_base(remote: &Remote, base: &Reference) -> Result<Arc<Image>, RemoteError> {
+    let (image, segments) = remote.open(base, &[], true).await?;
+    segments.all_into(&image).await?;
+    Ok(image)
+}
+
+fn size(sources: &[Source]) -> u64 {
+    let size = |source: &Source| match source.kind {
+        SourceKind::File { state, .. } => state.size_bytes,
+        SourceKind::SymbolicLink | SourceKind::EmptyDirectory => 0,
+    };
+    sources.iter().map(size).sum()
+}
+
 struct Push {
     remote: Remote,
     chunk_size: ChunkSize,
+    base: Option<Arc<Image>>,
     report: PushReport,
     total_bytes: u64,
     on_progress: OnProgress,
@@ -207,28 +242,33 @@ struct Push {
 }
 
 impl Push {
-    fn new(remote: Remote, options: &PushOptions, sources: &[Source], on_progress: OnProgress) -> Self {
-        let size = |source: &Source| match source.kind {
-            SourceKind::File { state, .. } => state.size_bytes,
-            SourceKind::SymbolicLink | SourceKind::EmptyDirectory => 0,
-        };
-        Self {
+    fn new(
+        remote: Remote,
+        options: &PushOptions,
+        base: Option<Arc<Image>>,
+        total_bytes: u64,
+        on_progress: OnProgress,
+    ) -> Result<Self, PushError> {
+        let chunk_size = chunk_size(options, base.as_deref())?;
+        Ok(Self {
             remote,
-            chunk_size: options.chunk_size,
+            chunk_size,
+            base,
             report: PushReport {
                 image: Digest::of(&[]),
                 size_bytes: 0,
                 zero_bytes: 0,
+                base_bytes: 0,
                 deduplicated_bytes: 0,
                 sent_bytes: 0,
                 pack_bytes: 0,
                 elapsed: Duration::ZERO,
             },
-            total_bytes: sources.iter().map(size).sum(),
+            total_bytes,
             on_progress,
-            builder: ManifestBuilder::new(options.chunk_size),
+            builder: ManifestBuilder::new(chunk_size),
             seen: HashSet::new(),
-            encoders: Arc::new(Encoders { level: options.level, idle: Mutex::default() }),
+            encoders: Arc::new(Encoders::new(options.level)),
             encoding: None,
             buffers: Vec::new(),
             pack_buffers: Buffers::new(UPLOADS + 1, PACK_BYTES),
@@ -236,23 +276,42 @@ impl Push {
             pack_plain_bytes: 0,
             pack_chunk_bytes: 0,
             uploads: JoinSet::new(),
-        }
+        })
+    }
+
+    /// Sends what is missing, and commits. Returns the inner error if the server has lost something
+    /// meanwhile.
+    async fn once(
+        mut self,
+        entries: Entries,
+        reference: &TagReference,
+        labels: &Labels,
+    ) -> Result<Result<PushReport, PushError>, PushError> {
+        let manifest = self.entries(entries).await?;
+        let committed = commit(&self.remote, reference, labels, &manifest).await?;
+        Ok(committed.map(|image| PushReport { image, ..self.report }))
     }
 
     /// Sends the missing chunks of the entries, and makes the manifest.
-    async fn entries(&mut self, sources: Vec<Source>) -> Result<Manifest, PushError> {
-        let mut places = Places { chunk_size: self.chunk_size, sources: sources.into_iter(), current: None };
-        let mut reading = spawn_read(places.batch(&mut self.builder)?, Vec::new());
+    async fn entries(&mut self, entries: Entries) -> Result<Manifest, PushError> {
+        let mut places =
+            Places { chunk_size: self.chunk_size, base: self.base.clone(), entries, current: None };
+        let mut reading = spawn_read(places.batch(&mut self.builder)?, Vec::new(), &self.encoders);
         loop {
             let batch = reading.await.map_err(worker)??;
             if batch.chunks.is_empty() {
                 break;
             }
-            for chunk in &batch.chunks {
-                self.builder.chunk(chunk.content);
-            }
             let buffer = self.buffers.pop().unwrap_or_default();
-            reading = spawn_read(places.batch(&mut self.builder)?, buffer);
+            reading = spawn_read(places.batch(&mut self.builder)?, buffer, &self.encoders);
+            let (batch, changed) = patching::patch(&self.remote, batch).await?;
+            let mut changed = changed.into_iter();
+            for chunk in &batch.chunks {
+                self.builder.chunk(match chunk.found {
+                    Found::Read(content) | Found::Known(content) => content,
+                    Found::Changed(_) => changed.next().expect("one for each changed chunk"),
+                });
+            }
             let new = self.missing_of(&batch.chunks).await?;
             let encoders = Arc::clone(&self.encoders);
             let encode = tokio::task::spawn_blocking(move || encode(batch, new, &encoders));
@@ -275,12 +334,22 @@ impl Push {
     async fn missing_of(&mut self, chunks: &[Chunk]) -> Result<Vec<NewChunk>, PushError> {
         let mut new = Vec::new();
         for chunk in chunks {
-            match chunk.content {
-                ChunkContent::Zero => self.report.zero_bytes += chunk.len as u64,
-                ChunkContent::Data(digest) if self.seen.insert(digest) => {
-                    new.push((digest, chunk.bytes.clone()));
+            let len = chunk.len as u64;
+            match &chunk.found {
+                Found::Read(ChunkContent::Zero) | Found::Known(ChunkContent::Zero) => {
+                    self.report.zero_bytes += len;
                 }
-                ChunkContent::Data(_) => self.report.deduplicated_bytes += chunk.len as u64,
+                Found::Read(ChunkContent::Data(digest)) if self.seen.insert(*digest) => {
+                    new.push((*digest, chunk.bytes.clone()));
+                }
+                Found::Read(ChunkContent::Data(_)) => self.report.deduplicated_bytes += len,
+                Found::Known(ChunkContent::Data(_)) => self.report.base_bytes += len,
+                Found::Changed(changed) => {
+                    let sent = chunk.bytes.len() as u64;
+                    self.report.sent_bytes += sent;
+                    self.report.base_bytes += len - sent;
+                    self.report.pack_bytes += changed.patch.len() as u64;
+                }
             }
         }
         let digests: Vec<_> = new.iter().map(|(digest, _)| *digest).collect();
@@ -335,6 +404,15 @@ impl Push {
     ) -> Result<(), PushError> {
         self.report.pack_bytes += upload.map_err(worker)??;
         Ok(())
+    }
+}
+
+/// Returns the chunk size of a push.
+fn chunk_size(options: &PushOptions, base: Option<&Image>) -> Result<ChunkSize, PushError> {
+    match (options.chunk_size, base.map(|base| base.root().chunk_size())) {
+        (Some(wanted), Some(base)) if wanted != base => Err(PushError::BaseChunkSize { base, wanted }),
+        (_, Some(base)) => Ok(base),
+        (wanted, None) => Ok(wanted.unwrap_or_default()),
     }
 }
 

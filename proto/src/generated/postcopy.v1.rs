@@ -1236,6 +1236,42 @@ pub struct UploadPackBegin {
 /// The pack is stored and synced to disk.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UploadPackResponse {}
+/// Stores changed chunks.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PatchChunksRequest {
+    /// At least one.
+    #[prost(message, repeated, tag = "1")]
+    pub patches: ::prost::alloc::vec::Vec<ChunkPatch>,
+}
+/// How a new chunk differs from a stored one.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChunkPatch {
+    /// The digest of the stored chunk, 32 bytes.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub base: ::prost::bytes::Bytes,
+    /// A patch, see docs/FORMATS.md.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub patch: ::prost::bytes::Bytes,
+}
+/// The changed chunks.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PatchChunksResponse {
+    /// One for each patch, in the order of the request.
+    #[prost(message, repeated, tag = "1")]
+    pub chunks: ::prost::alloc::vec::Vec<PatchedChunk>,
+}
+/// A changed chunk.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PatchedChunk {
+    /// The digest of the new chunk, 32 bytes. If all of its bytes are zero, it is not stored. Empty: the
+    /// store does not have the base.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub chunk: ::prost::bytes::Bytes,
+    /// The BLAKE3 chaining values of all pages of the base, 32 bytes each, in the order of the pages. They
+    /// give the base's digest; with those of the changed pages in their places, the new chunk's.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub leaves: ::prost::bytes::Bytes,
+}
 /// A segment to store.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UploadSegmentRequest {
@@ -1566,6 +1602,42 @@ pub mod image_service_client {
                 .insert(GrpcMethod::new("postcopy.v1.ImageService", "UploadPack"));
             self.inner.client_streaming(req, path, codec).await
         }
+        /// Stores chunks that differ from stored ones in some pages, which are sent. So a client that has
+        /// only the changed pages can store an image: the answer tells what it needs to compute, and so to
+        /// check, the digests of the new chunks. What FindMissing says of the protection of chunks holds
+        /// for the new ones.
+        ///
+        /// INVALID_ARGUMENT: a base is not 32 bytes long; a patch is not well-formed, or of a chunk of at
+        /// most 4 KiB or of another length than the base; there are none, more than 8,192, or of chunks with
+        /// more than 16 MiB together. DATA_LOSS: the stored copy of a base is damaged. RESOURCE_EXHAUSTED:
+        /// the disk is full, or the server has too many requests.
+        ///
+        /// grpcurl -plaintext -d '{"patches": \[{"base": "<base64>", "patch": "<base64>"}\]}'
+        /// 127.0.0.1:7070 postcopy.v1.ImageService/PatchChunks
+        pub async fn patch_chunks(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PatchChunksRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PatchChunksResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.ImageService/PatchChunks",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("postcopy.v1.ImageService", "PatchChunks"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Stores a segment of a manifest. Sending one that is there already is no error.
         ///
         /// INVALID_ARGUMENT: it is not a canonical Segment.
@@ -1757,6 +1829,25 @@ pub mod image_service_server {
             request: tonic::Request<tonic::Streaming<super::UploadPackRequest>>,
         ) -> std::result::Result<
             tonic::Response<super::UploadPackResponse>,
+            tonic::Status,
+        >;
+        /// Stores chunks that differ from stored ones in some pages, which are sent. So a client that has
+        /// only the changed pages can store an image: the answer tells what it needs to compute, and so to
+        /// check, the digests of the new chunks. What FindMissing says of the protection of chunks holds
+        /// for the new ones.
+        ///
+        /// INVALID_ARGUMENT: a base is not 32 bytes long; a patch is not well-formed, or of a chunk of at
+        /// most 4 KiB or of another length than the base; there are none, more than 8,192, or of chunks with
+        /// more than 16 MiB together. DATA_LOSS: the stored copy of a base is damaged. RESOURCE_EXHAUSTED:
+        /// the disk is full, or the server has too many requests.
+        ///
+        /// grpcurl -plaintext -d '{"patches": \[{"base": "<base64>", "patch": "<base64>"}\]}'
+        /// 127.0.0.1:7070 postcopy.v1.ImageService/PatchChunks
+        async fn patch_chunks(
+            &self,
+            request: tonic::Request<super::PatchChunksRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PatchChunksResponse>,
             tonic::Status,
         >;
         /// Stores a segment of a manifest. Sending one that is there already is no error.
@@ -2070,6 +2161,51 @@ pub mod image_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.client_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/postcopy.v1.ImageService/PatchChunks" => {
+                    #[allow(non_camel_case_types)]
+                    struct PatchChunksSvc<T: ImageService>(pub Arc<T>);
+                    impl<
+                        T: ImageService,
+                    > tonic::server::UnaryService<super::PatchChunksRequest>
+                    for PatchChunksSvc<T> {
+                        type Response = super::PatchChunksResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PatchChunksRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ImageService>::patch_chunks(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PatchChunksSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -1,19 +1,20 @@
 //! ImageService: receives images into a store, and describes them.
 
 use crate::service::upload::Uploads;
-use crate::service::{reference, work};
+use crate::service::{digest, reference, work};
 use crate::shutdown::Drain;
 use crate::store::{
-    Caller, CommitOutcome, Listed, NoReference, PageToken, Referred, Store, StoreError, chain,
+    Caller, ChunkPatch, CommitOutcome, Listed, NoReference, PageToken, PatchedChunk, Referred, Store,
+    StoreError, chain,
 };
 use bytes::Bytes;
-use postcopy_proto::MAX_FIND_MISSING;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root};
 use postcopy_proto::provenance::{Labels, Provenance};
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1;
 use postcopy_proto::v1::image_service_server::ImageService;
+use postcopy_proto::{MAX_FIND_MISSING, MAX_PATCHES};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -95,6 +96,29 @@ impl ImageService for ImageServer {
         let _in_flight = self.drain.enter()?;
         self.uploads.pack(request.into_inner()).await?;
         Ok(Response::new(v1::UploadPackResponse {}))
+    }
+
+    async fn patch_chunks(
+        &self,
+        request: Request<v1::PatchChunksRequest>,
+    ) -> Result<Response<v1::PatchChunksResponse>, Status> {
+        let _in_flight = self.drain.enter()?;
+        let patches = request.into_inner().patches;
+        if !(1..=MAX_PATCHES).contains(&patches.len()) {
+            let reason = format!("patches: {} are not 1 to {MAX_PATCHES}", patches.len());
+            return Err(Status::invalid_argument(reason));
+        }
+        let patch = |v1::ChunkPatch { base, patch }| Ok(ChunkPatch { base: digest("base", &base)?, patch });
+        let patches: Vec<_> = patches.into_iter().map(patch).collect::<Result<_, Status>>()?;
+        let store = self.store.clone();
+        let chunks = work::heavy(move |caller| store.patch_chunks(&patches, caller)).await?;
+        let chunk = |patched: Option<PatchedChunk>| match patched {
+            None => v1::PatchedChunk::default(),
+            Some(PatchedChunk { chunk, base }) => {
+                v1::PatchedChunk { chunk: chunk.into(), leaves: base.to_bytes().into() }
+            }
+        };
+        Ok(Response::new(v1::PatchChunksResponse { chunks: chunks.into_iter().map(chunk).collect() }))
     }
 
     async fn upload_segment(

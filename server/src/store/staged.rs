@@ -17,11 +17,11 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::LazyLock;
 
 /// Least number of frames for one thread to check, so that making its decompressor's state pays.
-const FRAMES_PER_TASK: usize = 32;
+pub(super) const FRAMES_PER_TASK: usize = 32;
 
 /// The threads that verify uploads, one for each core. They have a low priority, so that
 /// uploads do not delay the answers to page faults.
-static VERIFIERS: LazyLock<ThreadPool> = LazyLock::new(|| {
+pub(super) static VERIFIERS: LazyLock<ThreadPool> = LazyLock::new(|| {
     let yielding = |_| {
         // Without it the threads only yield less.
         let _ = rustix::process::setpriority_process(None, 10);
@@ -97,6 +97,11 @@ impl Store {
     /// the disk.
     pub fn put_staged(&self, staged: &StagedPack, caller: &Caller) -> Result<(), StoreError> {
         staged.verify(caller)?;
+        self.put_verified(staged)
+    }
+
+    /// Stores a pack whose frames are known to be right.
+    pub(super) fn put_verified(&self, staged: &StagedPack) -> Result<(), StoreError> {
         self.objects.publish(&staged.staged, &self.objects.layout.pack(&staged.digest))?;
         let _keep = StoreLock::keep_objects(&self.objects)?;
         // A collector without a grace time may have deleted the pack already. The commit then lists

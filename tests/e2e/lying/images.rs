@@ -63,6 +63,13 @@ impl ImageService for Liar {
         Err(Status::unimplemented(""))
     }
 
+    async fn patch_chunks(
+        &self,
+        _: Request<v1::PatchChunksRequest>,
+    ) -> Result<Response<v1::PatchChunksResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn upload_segment(
         &self,
         _: Request<v1::UploadSegmentRequest>,

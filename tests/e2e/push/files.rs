@@ -143,7 +143,7 @@ fn a_file_that_is_cut_while_it_is_pushed_is_an_error_that_names_it() {
         sparse(&path, len, if with_island { &island } else { &[] });
         let cut = path.clone();
         // A batch of holes is 256 MiB at this chunk size, so the first report comes in the middle.
-        let options = PushOptions { chunk_size: ChunkSize::MIN, ..PushOptions::default() };
+        let options = PushOptions { chunk_size: Some(ChunkSize::MIN), ..PushOptions::default() };
         let on_progress = Arc::new(move |done, all| {
             assert!(done <= all);
             File::options().write(true).open(&cut).unwrap().set_len(cut_to).unwrap();

@@ -4,7 +4,7 @@ use super::interrupts;
 use super::origin::{self, Restorer};
 use super::output::{self, Advised, INSPECT, Output, bytes, complain, counted, printable, time};
 use crate::daemon::criu;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 use indicatif::{ProgressBar, ProgressStyle};
 use postcopy::proto::digest::Digest;
@@ -54,6 +54,13 @@ pub(crate) fn push(
     output: Output,
 ) -> Result<ExitCode> {
     let unpacked = super::archive::unpack(path)?;
+    // Unpacking turns holes into zeros.
+    ensure!(
+        unpacked.is_none() || options.base.is_none(),
+        "{}: an archive does not tell holes from zeros, so it cannot be pushed over a base. Push the directory \
+         that was packed",
+        path.display()
+    );
     let path = unpacked.as_ref().map_or(path, TempDir::path);
     criu::ensure_whole(path)?;
     // The bar draws nothing if stderr is not a terminal.
@@ -67,6 +74,7 @@ pub(crate) fn push(
             bar.set_position(done);
         })
     };
+    let has_base = options.base.is_some();
     let pushed = with_remote(server, |remote| async move {
         Ok(push::push(&remote, path, reference, options, on_progress).await?)
     });
@@ -79,6 +87,7 @@ pub(crate) fn push(
         image: String,
         size_bytes: u64,
         zero_bytes: u64,
+        base_bytes: u64,
         deduplicated_bytes: u64,
         sent_bytes: u64,
         pack_bytes: u64,
@@ -90,6 +99,7 @@ pub(crate) fn push(
         image: report.image.to_string(),
         size_bytes: report.size_bytes,
         zero_bytes: report.zero_bytes,
+        base_bytes: report.base_bytes,
         deduplicated_bytes: report.deduplicated_bytes,
         sent_bytes: report.sent_bytes,
         pack_bytes: report.pack_bytes,
@@ -100,9 +110,13 @@ pub(crate) fn push(
         0 => "nothing: the server had all chunks already".to_owned(),
         sent => format!("{} as {} ({:.2} : 1)", bytes(sent), bytes(report.pack_bytes), report.ratio()),
     };
+    let base = match has_base {
+        true => format!("\n  as in base   {}", bytes(report.base_bytes)),
+        false => String::new(),
+    };
     output.show(&pushed, || {
         format!(
-            "{reference} is {}\n  size         {}\n  zero         {}\n  deduplicated {}\n  sent         {sent}\n  time         {}",
+            "{reference} is {}\n  size         {}\n  zero         {}{base}\n  deduplicated {}\n  sent         {sent}\n  time         {}",
             report.image,
             bytes(report.size_bytes),
             bytes(report.zero_bytes),

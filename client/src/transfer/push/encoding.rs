@@ -3,20 +3,25 @@
 use super::reading::{Batch, NewChunk};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
+use postcopy_proto::page::PageRun;
 use rayon::prelude::*;
 use std::sync::{Mutex, PoisonError};
 
 /// Idle compressors. Making one costs as much as compressing several chunks.
 pub(super) struct Encoders {
-    pub(super) level: i32,
+    level: i32,
     /// Locked only to take or to return an encoder.
-    pub(super) idle: Mutex<Vec<FrameEncoder>>,
+    idle: Mutex<Vec<FrameEncoder>>,
 }
 
 /// An encoder that returns to the idle ones when it is dropped.
 pub(super) struct Borrowed<'a>(&'a Encoders, Option<FrameEncoder>);
 
 impl Encoders {
+    pub(super) fn new(level: i32) -> Self {
+        Self { level, idle: Mutex::default() }
+    }
+
     pub(super) fn borrow(&self) -> Borrowed<'_> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         Borrowed(self, Some(idle.unwrap_or_else(|| FrameEncoder::new(self.level))))
@@ -30,6 +35,14 @@ impl Borrowed<'_> {
             encoder.encode(plain, &mut frame);
         }
         frame
+    }
+
+    pub(super) fn encode_patch(&mut self, chunk_bytes: usize, runs: &[PageRun], pages: &[u8]) -> Vec<u8> {
+        let mut patch = Vec::new();
+        if let Some(encoder) = &mut self.1 {
+            encoder.encode_patch(chunk_bytes, runs, pages, &mut patch);
+        }
+        patch
     }
 }
 

@@ -1,11 +1,14 @@
 //! Reads the files of a push, in batches of chunks, on all cores.
 
-use super::PushError;
-use super::sources::{FileState, Source, SourceKind, file_error};
-use postcopy_proto::MAX_FIND_MISSING;
+use super::changes::ReadChanged;
+use super::encoding::Encoders;
+use super::error::PushError;
+use super::places::{Part, Place};
+use super::sources::{FileState, file_error};
 use postcopy_proto::digest::Digest;
-use postcopy_proto::manifest::{ChunkContent, ManifestBuilder};
-use postcopy_proto::page::{ChunkSize, is_zero};
+use postcopy_proto::manifest::ChunkContent;
+use postcopy_proto::page::{PageRun, is_zero};
+use postcopy_proto::path::ImagePath;
 use rayon::prelude::*;
 use std::fs::File;
 use std::io;
@@ -15,27 +18,38 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::task::JoinHandle;
 
-/// Plain bytes of a batch, which is read, hashed and compressed together. Three batches are in
-/// memory at a time.
-const BATCH_BYTES: usize = 16 << 20;
-/// Most files of a batch. Three batches hold their files open at most, below the usual limit of
-/// 1,024.
-const BATCH_FILES: usize = 128;
-
 /// A batch of chunks that were read together.
 pub(super) struct Batch {
     pub(super) chunks: Vec<Chunk>,
-    /// The plain bytes of all chunks except holes, one after another. Batches reuse the buffer,
-    /// because fresh memory costs more than reading into it.
+    /// The plain bytes that were read, one chunk after another. Batches reuse the buffer, because
+    /// fresh memory costs more than reading into it.
     pub(super) bytes: Vec<u8>,
 }
 
 /// A chunk that has been read.
 pub(super) struct Chunk {
-    pub(super) content: ChunkContent,
+    pub(super) found: Found,
     pub(super) len: usize,
-    /// The chunk's place in the bytes of the batch; empty for a hole.
+    /// The place in the bytes of the batch of the part that was read.
     pub(super) bytes: Range<usize>,
+}
+
+/// The result of reading a chunk.
+pub(super) enum Found {
+    /// The content, whose bytes were read if it has some.
+    Read(ChunkContent),
+    /// The content, of which nothing was read.
+    Known(ChunkContent),
+    /// The pages that differ from a chunk of the base.
+    Changed(ChangedChunk),
+}
+
+/// A chunk that differs from one of the base.
+pub(super) struct ChangedChunk {
+    pub(super) base: Digest,
+    pub(super) runs: Vec<PageRun>,
+    /// The encoding of the changed pages.
+    pub(super) patch: Vec<u8>,
 }
 
 /// A chunk to send: its digest, and its place in the bytes of the batch.
@@ -43,240 +57,129 @@ pub(super) type NewChunk = (Digest, Range<usize>);
 
 /// A file that is being read.
 pub(super) struct Reading {
-    pub(super) file: File,
+    /// The path for messages.
     pub(super) path: PathBuf,
-    /// The state of the file before the first byte was read.
-    pub(super) state: FileState,
+    from: From,
+}
+
+enum From {
+    /// A file, and its state before the first byte was read.
+    File(File, FileState),
+    /// Memory of the caller, which stands for this file of the image.
+    Memory(ImagePath, ReadChanged),
 }
 
 impl Reading {
-    /// Checks that the file is as it was before the first byte was read.
-    fn ensure_unchanged(&self) -> Result<(), PushError> {
-        let metadata = self.file.metadata().map_err(file_error(&self.path))?;
-        match FileState::of(&metadata) == self.state {
+    pub(super) fn of_file(file: File, path: PathBuf, state: FileState) -> Self {
+        Self { path, from: From::File(file, state) }
+    }
+
+    pub(super) fn of_memory(path: ImagePath, read: ReadChanged) -> Self {
+        Self { path: path.to_string().into(), from: From::Memory(path, read) }
+    }
+
+    /// Returns the file; `None` for memory.
+    pub(super) fn file(&self) -> Option<&File> {
+        match &self.from {
+            From::File(file, _) => Some(file),
+            From::Memory(..) => None,
+        }
+    }
+
+    /// Checks that a file is as it was before the first byte was read.
+    pub(super) fn ensure_unchanged(&self) -> Result<(), PushError> {
+        let From::File(file, state) = &self.from else { return Ok(()) };
+        let metadata = file.metadata().map_err(file_error(&self.path))?;
+        match FileState::of(&metadata) == *state {
             true => Ok(()),
             false => Err(PushError::Changed(self.path.clone())),
         }
     }
-}
 
-/// The place of a chunk in a file.
-pub(super) struct Place {
-    pub(super) file: Arc<Reading>,
-    pub(super) offset: u64,
-    pub(super) len: usize,
-    /// True for a hole of the file: the chunk is zeros, and is not read.
-    pub(super) hole: bool,
-}
-
-/// The places of the chunks of all files, in order.
-pub(super) struct Places {
-    pub(super) chunk_size: ChunkSize,
-    pub(super) sources: std::vec::IntoIter<Source>,
-    pub(super) current: Option<OpenFile>,
-}
-
-pub(super) struct OpenFile {
-    pub(super) file: Arc<Reading>,
-    pub(super) size_bytes: u64,
-    pub(super) next: u64,
-    /// The extent of data that was found last.
-    pub(super) data: Range<u64>,
-}
-
-impl Places {
-    /// Returns the next chunks, at most a batch, and adds the entries that they belong to.
-    pub(super) fn batch(&mut self, builder: &mut ManifestBuilder) -> Result<Vec<Place>, PushError> {
-        let (mut places, mut data_bytes, mut files) = (Vec::new(), 0, 0);
-        // Holes cost no reading, but the second bound covers them, too.
-        while data_bytes < BATCH_BYTES && places.len() < MAX_FIND_MISSING {
-            let Some(file) = &mut self.current else {
-                if files >= BATCH_FILES && !places.is_empty() {
-                    break;
-                }
-                let Some(source) = self.sources.next() else { break };
-                self.current = open(&source, builder)?;
-                files += usize::from(self.current.is_some());
-                continue;
-            };
-            let Some(place) = file.next_place(self.chunk_size) else {
-                self.current = None;
-                continue;
-            };
-            data_bytes += if place.hole { 0 } else { place.len };
-            places.push(place);
-        }
-        Ok(places)
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), PushError> {
+        let read = match &self.from {
+            From::File(file, _) => file.read_exact_at(buffer, offset),
+            From::Memory(path, read) => read(path, offset, buffer),
+        };
+        read.map_err(|source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => PushError::Changed(self.path.clone()),
+            _ => PushError::File { path: self.path.clone(), source },
+        })
     }
 }
 
-pub(super) fn open(source: &Source, builder: &mut ManifestBuilder) -> Result<Option<OpenFile>, PushError> {
-    let directory = &source.root.directory;
-    let error = |e| file_error(&source.from())(e);
-    match source.kind {
-        SourceKind::EmptyDirectory => builder.empty_directory(&source.path),
-        SourceKind::SymbolicLink => {
-            builder.symbolic_link(&source.path, &directory.link(&source.below).map_err(error)?);
-        }
-        SourceKind::File { state, executable } => {
-            let size_bytes = state.size_bytes;
-            builder.file(&source.path, size_bytes, executable);
-            let file = directory.file(&source.below).map_err(error)?;
-            let file = Reading { file, path: source.from(), state };
-            file.ensure_unchanged()?;
-            // Files of /proc and the like have content, but no size.
-            if size_bytes == 0 && file.file.read_at(&mut [0], 0).map_err(error)? > 0 {
-                return Err(PushError::NoSize(file.path));
-            }
-            return Ok(Some(OpenFile { file: Arc::new(file), size_bytes, next: 0, data: 0..0 }));
-        }
-    }
-    Ok(None)
+pub(super) fn spawn_read(
+    places: Vec<Place>,
+    buffer: Vec<u8>,
+    encoders: &Arc<Encoders>,
+) -> JoinHandle<Result<Batch, PushError>> {
+    let encoders = Arc::clone(encoders);
+    tokio::task::spawn_blocking(move || read_batch(places, buffer, &encoders))
 }
 
-impl OpenFile {
-    pub(super) fn next_place(&mut self, chunk_size: ChunkSize) -> Option<Place> {
-        let offset = self.next;
-        if offset >= self.size_bytes {
-            return None;
-        }
-        let len = chunk_size.chunk_len(self.size_bytes, offset / chunk_size.bytes() as u64);
-        self.next += len as u64;
-        if self.data.end <= offset {
-            self.data = self.data_after(offset);
-        }
-        let hole = self.data.start >= self.next;
-        Some(Place { file: Arc::clone(&self.file), offset, len, hole })
-    }
-
-    /// Returns the next extent of data; the rest of the file if the file system cannot tell.
-    pub(super) fn data_after(&self, offset: u64) -> Range<u64> {
-        use rustix::fs::{SeekFrom, seek};
-        match seek(&self.file.file, SeekFrom::Data(offset)) {
-            Ok(start) => {
-                start..seek(&self.file.file, SeekFrom::Hole(start)).unwrap_or(u64::MAX).max(start + 1)
-            }
-            // ENXIO: no data up to the end. The file may have been cut; reading its last byte shows
-            // that.
-            Err(rustix::io::Errno::NXIO) => self.size_bytes - 1..u64::MAX,
-            Err(_) => offset..u64::MAX,
-        }
-    }
-}
-
-pub(super) fn spawn_read(places: Vec<Place>, buffer: Vec<u8>) -> JoinHandle<Result<Batch, PushError>> {
-    tokio::task::spawn_blocking(move || read_batch(&places, buffer))
-}
-
-pub(super) fn read_batch(places: &[Place], mut buffer: Vec<u8>) -> Result<Batch, PushError> {
-    let bytes_of = |place: &Place| if place.hole { 0 } else { place.len };
-    buffer.resize(places.iter().map(bytes_of).sum(), 0);
+pub(super) fn read_batch(
+    places: Vec<Place>,
+    mut buffer: Vec<u8>,
+    encoders: &Encoders,
+) -> Result<Batch, PushError> {
+    buffer.resize(places.iter().map(Place::read_bytes).sum(), 0);
+    let mut files: Vec<_> = places.iter().map(|place| Arc::clone(&place.file)).collect();
+    files.dedup_by(|a, b| Arc::ptr_eq(a, b));
     let (mut rest, mut end) = (&mut buffer[..], 0);
     let mut parts = Vec::with_capacity(places.len());
     for place in places {
-        let (part, after) = rest.split_at_mut(bytes_of(place));
+        let (part, after) = rest.split_at_mut(place.read_bytes());
         rest = after;
         let start = end;
         end += part.len();
         parts.push((place, part, start..end));
     }
-    let read = |(place, part, bytes)| read(place, part, bytes);
+    let read = |(place, part, bytes)| read(place, part, bytes, encoders);
     let chunks = parts.into_par_iter().map(read).collect::<Result<_, _>>()?;
     // A writer may have changed a file between two of its chunks, so the batch is not the file.
-    let ends = places.chunk_by(|a, b| Arc::ptr_eq(&a.file, &b.file));
-    ends.filter_map(<[Place]>::first).try_for_each(|place| place.file.ensure_unchanged())?;
+    files.iter().try_for_each(|file| file.ensure_unchanged())?;
     Ok(Batch { chunks, bytes: buffer })
 }
 
-/// Reads a chunk into `buffer`, which is the range `bytes` of the batch.
-pub(super) fn read(place: &Place, buffer: &mut [u8], bytes: Range<usize>) -> Result<Chunk, PushError> {
-    let Reading { file, path, .. } = &*place.file;
-    if !place.hole {
-        file.read_exact_at(buffer, place.offset).map_err(|source| match source.kind() {
-            io::ErrorKind::UnexpectedEof => PushError::Changed(path.clone()),
-            _ => PushError::File { path: path.clone(), source },
-        })?;
-    }
-    let zero = place.hole || is_zero(buffer);
-    let content = if zero { ChunkContent::Zero } else { ChunkContent::Data(Digest::of(buffer)) };
-    Ok(Chunk { content, len: place.len, bytes })
+/// Reads a part of a chunk into `buffer`, which is the range `bytes` of the batch.
+fn read(
+    place: Place,
+    buffer: &mut [u8],
+    bytes: Range<usize>,
+    encoders: &Encoders,
+) -> Result<Chunk, PushError> {
+    let Place { file, offset, len, part } = place;
+    let page = |run: &PageRun| run.start_byte()..run.end_byte().min(len);
+    let found = match part {
+        Part::Nothing(content) => Found::Known(content),
+        Part::All => {
+            file.read_exact_at(buffer, offset)?;
+            Found::Read(content_of(buffer))
+        }
+        Part::Pages(runs, ChunkContent::Zero) => {
+            buffer.fill(0);
+            for range in runs.iter().map(page) {
+                file.read_exact_at(&mut buffer[range.clone()], offset + range.start as u64)?;
+            }
+            Found::Read(content_of(buffer))
+        }
+        Part::Pages(runs, ChunkContent::Data(base)) => {
+            let mut rest = &mut *buffer;
+            for range in runs.iter().map(page) {
+                let (pages, after) = rest.split_at_mut(range.len());
+                file.read_exact_at(pages, offset + range.start as u64)?;
+                rest = after;
+            }
+            let patch = encoders.borrow().encode_patch(len, &runs, buffer);
+            Found::Changed(ChangedChunk { base, runs, patch })
+        }
+    };
+    Ok(Chunk { found, len, bytes })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::sources::collect;
-    use super::*;
-    use rustix::fs::FileType;
-
-    #[test]
-    fn a_file_that_changes_between_its_first_and_its_last_byte_is_an_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("file");
-        let change: [(&str, &dyn Fn()); 3] = [
-            ("its content", &|| {
-                std::fs::File::options().write(true).open(&file).unwrap().write_all_at(b"B", 3).unwrap()
-            }),
-            ("its end", &|| {
-                std::fs::File::options().write(true).open(&file).unwrap().set_len(200_000).unwrap()
-            }),
-            ("its time", &|| {
-                let times = std::fs::FileTimes::new().set_modified(std::time::SystemTime::UNIX_EPOCH);
-                std::fs::File::options().write(true).open(&file).unwrap().set_times(times).unwrap();
-            }),
-        ];
-        for (what, change) in change {
-            std::fs::write(&file, vec![b'A'; 100_000]).unwrap();
-            let builder = &mut ManifestBuilder::new(ChunkSize::DEFAULT);
-            let sources = collect(&file).unwrap().into_iter();
-            let mut places = Places { chunk_size: ChunkSize::DEFAULT, sources, current: None };
-            let batch = places.batch(builder).unwrap();
-            assert!(read_batch(&batch, Vec::new()).is_ok());
-            // The kernel's clock for files ticks every few milliseconds.
-            std::thread::park_timeout(std::time::Duration::from_millis(20));
-            change();
-            let Err(error) = read_batch(&batch, Vec::new()) else { panic!("{what}") };
-            assert!(error.to_string().contains("file changed while it was read"), "{what}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_file_without_a_size_that_has_content_is_an_error() {
-        let sources = collect(std::path::Path::new("/proc/cpuinfo")).unwrap();
-        let Err(error) = open(&sources[0], &mut ManifestBuilder::new(ChunkSize::DEFAULT)) else {
-            panic!("it was opened")
-        };
-        assert!(error.to_string().contains("/proc/cpuinfo has content"), "{error}");
-    }
-
-    #[test]
-    fn a_file_that_is_replaced_before_it_is_read_is_an_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, secret) = (folder.path().join("root"), folder.path().join("secret"));
-        let file = root.join("in/file");
-        std::fs::create_dir_all(root.join("in")).unwrap();
-        std::fs::write(&secret, "secret").unwrap();
-        let replace: [(&str, &dyn Fn()); 4] = [
-            ("link", &|| std::os::unix::fs::symlink(&secret, &file).unwrap()),
-            ("file", &|| std::fs::hard_link(&secret, &file).unwrap()),
-            ("fifo", &|| {
-                let mode = rustix::fs::Mode::RUSR;
-                rustix::fs::mknodat(rustix::fs::CWD, &file, FileType::Fifo, mode, 0).unwrap();
-            }),
-            ("directory", &|| {
-                std::fs::rename(root.join("in"), root.join("was")).unwrap();
-                std::fs::rename(&secret, folder.path().join("file")).unwrap();
-                std::os::unix::fs::symlink(folder.path(), root.join("in")).unwrap();
-            }),
-        ];
-        for (what, replace) in replace {
-            let _ = std::fs::remove_file(&file);
-            std::fs::write(&file, "public").unwrap();
-            let sources = collect(&root).unwrap();
-            std::fs::rename(&file, root.join("old")).unwrap();
-            replace();
-            let opened = open(&sources[0], &mut ManifestBuilder::new(ChunkSize::DEFAULT));
-            assert!(opened.is_err(), "a {what}");
-            std::fs::remove_file(root.join("old")).unwrap();
-        }
+fn content_of(chunk: &[u8]) -> ChunkContent {
+    match is_zero(chunk) {
+        true => ChunkContent::Zero,
+        false => ChunkContent::Data(Digest::of(chunk)),
     }
 }

@@ -56,6 +56,11 @@ impl FileState {
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
+
+    /// Returns true for the same file with the same size.
+    pub(super) fn is_same_file(&self, other: &Self) -> bool {
+        (self.id, self.size_bytes) == (other.id, other.size_bytes)
+    }
 }
 
 impl Source {
