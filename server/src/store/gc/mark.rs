@@ -1,0 +1,135 @@
+//! Marks the objects that references and leases need, on several threads.
+
+use crate::store::error::StoreError;
+use crate::store::gc::Collector;
+use crate::store::lease::{Leased, leased};
+use crate::store::references;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::reference::TagReference;
+use std::collections::HashSet;
+
+/// Items of parallel work before which the right to delete is renewed: some seconds' work.
+const RENEWED: usize = 5000;
+/// Most threads that read objects of a bucket.
+const MAX_THREADS: usize = 32;
+/// Least number of objects for one thread.
+const MIN_PART: usize = 16;
+
+/// Renews the right to delete, in long work.
+pub(super) type Renew<'a> = dyn Fn() -> Result<(), StoreError> + 'a;
+
+/// The objects that references and leases need.
+#[derive(Debug, Default)]
+pub(super) struct Marked {
+    /// The images, in order of their first reference, and then those of streams.
+    pub(super) images: Vec<Digest>,
+    manifests: HashSet<Digest>,
+    pub(super) chunks: HashSet<Digest>,
+    /// Roots, segments and packs that a lease names.
+    pub(super) leased: HashSet<Digest>,
+}
+
+impl Marked {
+    pub(super) fn needs_manifest(&self, manifest: &Digest) -> bool {
+        self.manifests.contains(manifest) || self.leased.contains(manifest)
+    }
+}
+
+impl Collector {
+    /// Returns what is needed. Calls `renew` from time to time.
+    pub(super) fn mark(&self, renew: &Renew<'_>) -> Result<Marked, StoreError> {
+        // The leases first: a commit writes its reference before it gives up its lease.
+        let Leased { images, objects } = leased(&self.objects)?;
+        let mut marked = Marked { leased: objects, ..Marked::default() };
+        let references = references::list(&self.objects)?;
+        let referred =
+            self.parallel(&references, renew, |reference| references::read(&self.objects, reference))?;
+        // Each image with one of its references, for messages.
+        let (mut names, mut named) = (Vec::new(), HashSet::new());
+        for (reference, referred) in references.iter().zip(referred) {
+            // `None`: the reference was removed after it was listed.
+            if let Some(referred) = referred
+                && named.insert(referred.image)
+            {
+                names.push((referred.image, Some(reference)));
+            }
+        }
+        for image in images {
+            // A stream may outlive an image that was damaged or removed by hand.
+            if !named.contains(&image) && self.manifests.is_stored(&image)? {
+                named.insert(image);
+                names.push((image, None));
+            }
+        }
+        let roots = self.parallel(&names, renew, |(image, name)| {
+            self.manifests.read_root(image).map_err(|error| needed_by(*name, error))
+        })?;
+        marked.images.extend(names.iter().map(|(image, _)| *image));
+        marked.manifests.extend(marked.images.iter().copied());
+        let mut segments = Vec::new();
+        for (root, (_, name)) in roots.iter().zip(&names) {
+            for (index, digest) in (0..).zip(root.segment_digests()) {
+                if marked.manifests.insert(*digest) {
+                    segments.push((root, index, *name));
+                }
+            }
+        }
+        let chunks = self.parallel(&segments, renew, |(root, index, name)| {
+            let segment = self.manifests.passing_segment(root, *index);
+            Ok(segment.map_err(|error| needed_by(*name, error))?.digests().collect::<Vec<_>>())
+        })?;
+        marked.chunks.extend(chunks.into_iter().flatten());
+        Ok(marked)
+    }
+
+    /// Calls `work` with each item, for many items on several threads: those of a bucket mostly wait.
+    /// Calls `renew` before each [`RENEWED`] items.
+    pub(super) fn parallel<T: Sync, R: Send>(
+        &self,
+        items: &[T],
+        renew: &Renew<'_>,
+        work: impl Fn(&T) -> Result<R, StoreError> + Sync,
+    ) -> Result<Vec<R>, StoreError> {
+        let mut all = Vec::with_capacity(items.len());
+        for items in items.chunks(RENEWED) {
+            renew()?;
+            all.extend(self.parallel_part(items, &work)?);
+        }
+        Ok(all)
+    }
+
+    fn parallel_part<T: Sync, R: Send>(
+        &self,
+        items: &[T],
+        work: &(impl Fn(&T) -> Result<R, StoreError> + Sync),
+    ) -> Result<Vec<R>, StoreError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if self.objects.has_locks() { cores } else { MAX_THREADS };
+        let part = items.len().div_ceil(threads).max(MIN_PART);
+        if items.len() <= part {
+            return items.iter().map(work).collect();
+        }
+        std::thread::scope(|scope| {
+            let parts: Vec<_> = items
+                .chunks(part)
+                .map(|part| scope.spawn(move || part.iter().map(work).collect::<Result<Vec<_>, _>>()))
+                .collect();
+            let mut all = Vec::with_capacity(items.len());
+            for part in parts {
+                all.extend(part.join().expect("reading an object does not panic")?);
+            }
+            Ok(all)
+        })
+    }
+}
+
+/// Adds the reference, if there is one, to the error of its image.
+fn needed_by(reference: Option<&TagReference>, error: StoreError) -> StoreError {
+    let Some(reference) = reference else { return error };
+    let (object, reason) = match error {
+        StoreError::Damaged { object, reason } => (object, reason),
+        StoreError::NotFound(object) => (object, "it is gone".to_owned()),
+        other => return other,
+    };
+    StoreError::Damaged { object: format!("reference {reference}: {object}"), reason }
+}
