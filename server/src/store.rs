@@ -44,7 +44,7 @@ pub use caller::{Caller, Waits};
 pub use commit::{CommitOutcome, Missing};
 pub use error::{OpenError, StoreError};
 pub use format::Location;
-pub use gc::{Collected, Collector, Plan};
+pub use gc::{Collected, Collector, Plan, Progress, Repacked};
 pub use layout::Domain;
 pub use lease::Lease;
 pub use manifests::StoredRoot;

@@ -1,6 +1,8 @@
 //! The tests that every kind of store passes: a directory, a bucket, and a bucket without
 //! conditional writes. Each test opens the store several times, as several servers do.
 
+mod repacking;
+
 use crate::fixtures::Image;
 use crate::store::objects::Objects;
 use crate::store::objects::bucket::faulty::{Faults, Faulty, depth};

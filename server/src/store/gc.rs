@@ -1,32 +1,46 @@
 //! Deletes the objects that no reference needs, beside running servers and pushes.
 //!
 //! 1. Mark: follow references, and what is leased ([`super::lease`]), to roots, segments and chunks.
-//!    Unmarked objects are condemned by an empty object.
-//! 2. Wait for the grace time. A push that finds a condemned object pardons it ([`super::commit`]).
-//! 3. Mark again, and delete the objects that are still condemned and unmarked. Commits are excluded
-//!    meanwhile, in a directory by a lock, in a bucket by a deletion ([`super::lease::stored`]).
+//!    Roots and segments that are not marked are condemned by an empty object, and packs that are not
+//!    the preferred ones of a marked chunk ([`uses`]).
+//! 2. Wait for the grace time. A push that relies on a condemned object pardons it
+//!    ([`super::commit`]).
+//! 3. Decode the copies of condemned packs' chunks in other packs. Mark again, and delete the objects
+//!    that are still condemned and that nothing needs ([`judge`]). Commits and other collectors are
+//!    excluded meanwhile, in a directory by a lock, in a bucket by a deletion
+//!    ([`super::lease::stored`]).
 //!
 //! An unreadable reference or manifest might need any object, so it stops the collection.
 
 mod judge;
 mod mark;
+mod progress;
+mod repack;
 #[cfg(test)]
 mod tests;
+mod uses;
+
+pub use progress::Progress;
+pub use repack::Repacked;
 
 use crate::store::error::{OpenError, StoreError};
 use crate::store::format::{self, Location};
 use crate::store::layout::{Domain, Layout};
 use crate::store::lease::stored::{self, Deletion, MAX_DELETIONS};
+use crate::store::locators::Locators;
 use crate::store::lock::StoreLock;
 use crate::store::manifests::Manifests;
 use crate::store::objects::{Objects, directory};
 use crate::store::packs::Packs;
 use crate::store::{condemned, walk, working_sets};
 use judge::{Garbage, Judged};
+use mark::Marked;
 use postcopy_proto::digest::Digest;
+use progress::Reporter;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use uses::Uses;
 
 /// Age from which a staged file is a left-over even while a process writes another one: writing
 /// takes seconds.
@@ -64,6 +78,9 @@ pub struct Plan {
     pub waiting: u64,
     /// Bytes of these.
     pub waiting_bytes: u64,
+    /// The packs that would be repacked.
+    #[serde(flatten)]
+    pub repacked: Repacked,
 }
 
 /// The objects that nothing needs.
@@ -79,6 +96,8 @@ pub struct Collector {
     objects: Objects,
     manifests: Manifests,
     packs: Packs,
+    locators: Locators,
+    reporter: Reporter,
 }
 
 /// The right to delete objects.
@@ -104,6 +123,14 @@ impl Deleting {
         self.announced.as_ref().map_or(Ok(()), Deletion::renew)
     }
 
+    /// Returns the packs on whose copies no deletion may rely: those that this collector or one beside
+    /// it may delete. Of two collectors that would each rely on the other's pack, one finds it here.
+    fn gone(&self, due: &[Digest]) -> Result<HashSet<Digest>, StoreError> {
+        let mut gone = self.announced.as_ref().map_or(Ok(HashSet::new()), Deletion::others)?;
+        gone.extend(due);
+        Ok(gone)
+    }
+
     fn finish(self) {
         if let Some(announced) = self.announced {
             announced.finish();
@@ -121,11 +148,20 @@ impl Collector {
     }
 
     fn new(objects: &Objects) -> Self {
-        Self { objects: objects.clone(), manifests: Manifests::new(objects), packs: Packs::new(objects) }
+        let (manifests, packs) = (Manifests::new(objects), Packs::new(objects));
+        let (locators, reporter) = (Locators::new(objects), Reporter::default());
+        Self { objects: objects.clone(), manifests, packs, locators, reporter }
     }
 
-    /// Returns what [`Collector::condemn`] and [`Collector::sweep`] would do, and changes nothing but
-    /// the chunk index.
+    /// Calls `report` from time to time during the collector's work, from the thread that works.
+    #[must_use]
+    pub fn with_progress(mut self, report: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        self.reporter = Reporter(Box::new(report));
+        self
+    }
+
+    /// Returns what [`Collector::repack_and_condemn`] and [`Collector::sweep`] would do, and changes
+    /// nothing but the chunk index.
     ///
     /// # Errors
     /// Returns the errors of [`Collector::condemn`].
@@ -133,7 +169,9 @@ impl Collector {
     /// # Blocking
     /// As for [`Collector::condemn`], and looks at each object that is not needed.
     pub fn plan(&self, grace: Duration) -> Result<Plan, StoreError> {
-        let unneeded = self.unneeded()?;
+        let marked = self.mark(&|| Ok(()))?;
+        let uses = self.uses(&marked)?;
+        let unneeded = self.unneeded(&marked, &uses)?;
         let now = self.objects.now()?;
         let since: HashMap<_, _> = condemned::list(&self.objects)?.into_iter().collect();
         let layout = &self.objects.layout;
@@ -154,19 +192,24 @@ impl Collector {
             waiting: (young_packs.len() + young.len()) as u64,
             waiting_bytes: lengths(&paths(&young_packs, Layout::pack))?
                 + lengths(&paths(&young, Layout::manifest))?,
+            repacked: self.plan_repacking(&marked, &uses, grace)?,
         })
     }
 
+    fn uses(&self, marked: &Marked) -> Result<Uses, StoreError> {
+        let stored = walk::packs(&self.objects)?.into_iter().collect();
+        let uses = Uses::find(&self.packs, &stored, &marked.chunks)?;
+        self.reporter.report("packs looked at", uses.packs.len() as u64, stored.len() as u64);
+        Ok(uses)
+    }
+
     /// Returns the objects that nothing needs.
-    fn unneeded(&self) -> Result<Unneeded, StoreError> {
-        let marked = self.mark(&|| Ok(()))?;
+    fn unneeded(&self, marked: &Marked, uses: &Uses) -> Result<Unneeded, StoreError> {
         let mut manifests = walk::manifests(&self.objects)?.0;
         manifests.retain(|manifest| !marked.needs_manifest(manifest));
-        let mut packs = walk::packs(&self.objects)?;
-        let use_of = self.packs.use_of(&marked.chunks)?;
-        // The index lacks packs that cannot be read: they may be needed.
-        packs.retain(|pack| use_of.get(pack) == Some(&false) && !marked.leased.contains(pack));
-        Ok(Unneeded { manifests, packs })
+        // Packs that cannot be read are not among these: they may be needed.
+        let unneeded = uses.packs.iter().filter(|(_, used)| !used.is_needed).map(|(pack, _)| *pack);
+        Ok(Unneeded { manifests, packs: unneeded.filter(|pack| !marked.leased.contains(pack)).collect() })
     }
 
     /// Condemns the objects that no reference needs. Returns the time since the last one was
@@ -179,7 +222,30 @@ impl Collector {
     /// # Blocking
     /// Reads all manifests, the chunk index, and the trailers of all packs that the index lacks.
     pub fn condemn(&self) -> Result<Option<Duration>, StoreError> {
-        let Unneeded { manifests: mut unneeded, packs } = self.unneeded()?;
+        let marked = self.mark(&|| Ok(()))?;
+        self.condemn_unneeded(&marked, &self.uses(&marked)?)
+    }
+
+    /// Repacks packs that are at least `min_age` old, and then condemns as [`Collector::condemn`]
+    /// does, also the packs that were repacked.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Collector::condemn`].
+    ///
+    /// # Blocking
+    /// As for [`Collector::condemn`], and copies up to 4 GiB.
+    pub fn repack_and_condemn(&self, min_age: Duration) -> Result<(Repacked, Option<Duration>), StoreError> {
+        let marked = self.mark(&|| Ok(()))?;
+        let mut uses = self.uses(&marked)?;
+        let repacked = self.repack(&marked, &uses, min_age)?;
+        if repacked.new_packs > 0 {
+            uses = self.uses(&marked)?;
+        }
+        Ok((repacked, self.condemn_unneeded(&marked, &uses)?))
+    }
+
+    fn condemn_unneeded(&self, marked: &Marked, uses: &Uses) -> Result<Option<Duration>, StoreError> {
+        let Unneeded { manifests: mut unneeded, packs } = self.unneeded(marked, uses)?;
         unneeded.extend(packs);
         let condemned: HashSet<_> = condemned::list(&self.objects)?.into_iter().map(|(d, _)| d).collect();
         unneeded.retain(|object| !condemned.contains(object));
@@ -201,16 +267,24 @@ impl Collector {
     /// need one of the objects which it deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
         let now = self.objects.now()?;
-        let (mut due, young): (Vec<_>, Vec<_>) = condemned::list(&self.objects)?
-            .into_iter()
-            .partition(|(_, since)| stored::age(now, *since) >= grace);
+        let is_due = |(_, since): &(Digest, SystemTime)| stored::age(now, *since) >= grace;
+        let (mut due, young): (Vec<_>, Vec<_>) =
+            condemned::list(&self.objects)?.into_iter().partition(is_due);
         due.truncate(MAX_DELETIONS);
-        let due: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
-        let deleting = Deleting::begin(&self.objects, &due)?;
+        let announced: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
+        // Before commits are delayed, because it takes long.
+        let copies = self.sound_copies(&announced)?;
+        let deleting = Deleting::begin(&self.objects, &announced)?;
         let renew = || deleting.renew();
+        // A push may have pardoned some meanwhile.
+        let listed = condemned::list(&self.objects)?.into_iter().filter(is_due);
+        let still_due: HashSet<_> = listed.map(|(object, _)| object).collect();
+        let due: Vec<_> = announced.iter().copied().filter(|object| still_due.contains(object)).collect();
         let marked = self.mark(&renew)?;
+        // After the mark: a collector that began later has then marked what this one has.
+        let gone = deleting.gone(&announced)?;
         let mut collected = Collected::default();
-        let Judged { garbage, needed } = self.garbage_of(&marked, &due, &renew)?;
+        let Judged { garbage, needed } = self.judge(&marked, &due, Some(&copies), &gone, &renew)?;
         condemned::pardon_all(&self.objects, &needed)?;
         let of_kind = |wanted: Garbage| -> Vec<Digest> {
             garbage.iter().filter(|(_, kind)| *kind == wanted).map(|(object, _)| *object).collect()
@@ -225,17 +299,21 @@ impl Collector {
             collected.bytes += self.delete(&deleting, digests, &paths)?;
             collected.manifests += digests.len() as u64;
         }
-        for digests in of_kind(Garbage::Pack).chunks(BATCH) {
+        let packs = of_kind(Garbage::Pack);
+        for digests in packs.chunks(BATCH) {
             let paths: Vec<_> = digests.iter().map(|digest| layout.pack(digest)).collect();
             collected.bytes += self.delete(&deleting, digests, &paths)?;
             collected.packs += digests.len() as u64;
+            self.reporter.report("packs deleted", collected.packs, packs.len() as u64);
         }
         let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
         collected.working_sets = working_sets;
         collected.bytes += bytes;
         deleting.finish();
         let young: Vec<_> = young.into_iter().map(|(object, _)| object).collect();
-        let Judged { garbage, needed } = self.garbage_of(&marked, &young, &|| Ok(()))?;
+        // The collection after the grace time checks the copies.
+        let gone = gone.into_iter().chain(young.iter().copied()).collect();
+        let Judged { garbage, needed } = self.judge(&marked, &young, None, &gone, &|| Ok(()))?;
         collected.waiting = garbage.len() as u64;
         condemned::pardon_all(&self.objects, &needed)?;
         self.delete_left_overs(grace, &mut collected)?;

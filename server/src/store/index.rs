@@ -23,7 +23,7 @@ use crate::store::objects::bucket::Bucket;
 use crate::store::objects::{Entry as ObjectEntry, Kind, Objects};
 use crate::store::packs::read_index;
 use crate::store::walk;
-use merge::{Hashing, MergeError, merge};
+use merge::{Hashing, MergeError, Merged, merge};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::PackIndex;
 use run::{Entry, Found, PackLength, Place, Run};
@@ -88,6 +88,14 @@ impl State {
                 found(*number, Found { place, pack_bytes: self.recent_packs[pack] });
             }
         }
+    }
+
+    /// Returns the entries of recent packs, in ascending order.
+    fn recent_entries(&self) -> Vec<Entry> {
+        let entry = |((chunk, pack), (offset, length)): (&(Digest, Digest), &(u32, u32))| -> Entry {
+            (*chunk, Place { pack: *pack, offset: *offset, length: *length })
+        };
+        self.recent.iter().map(entry).collect()
     }
 
     /// Forgets the recent packs for which `is_covered`.
@@ -185,33 +193,38 @@ impl ChunkIndex {
         Ok(())
     }
 
-    /// Returns for each known pack whether it holds one of these chunks.
+    /// Returns the known packs. Deleted ones may be among them, and a pack may be named twice.
+    pub(crate) fn known_packs(&self) -> Vec<PackLength> {
+        self.read(|state| {
+            let recent =
+                state.recent_packs.iter().map(|(pack, bytes)| PackLength { pack: *pack, bytes: *bytes });
+            recent.chain(state.runs.iter().flat_map(|run| run.packs().iter().copied())).collect()
+        })
+    }
+
+    /// Calls `visit` with each entry, in ascending order of chunk and pack.
     ///
     /// # Errors
-    /// Returns [`StoreError::Damaged`] for a damaged run.
+    /// Returns [`StoreError::Damaged`] for a damaged run, which is gone then.
     ///
     /// # Blocking
     /// Reads all runs.
-    pub(crate) fn use_of(&self, chunks: &HashSet<Digest>) -> Result<HashMap<Digest, bool>, StoreError> {
-        let mut use_of: HashMap<Digest, bool> = HashMap::new();
-        let runs = self.read(|state| {
-            use_of.extend(state.recent_packs.keys().map(|pack| (*pack, false)));
-            let used = state.recent.keys().filter(|(chunk, _)| chunks.contains(chunk));
-            use_of.extend(used.map(|(_, pack)| (*pack, true)));
-            state.runs.clone()
+    pub(crate) fn visit(&self, visit: &mut dyn FnMut(&Digest, Place)) -> Result<(), StoreError> {
+        let (recent, runs) = self.read(|state| (state.recent_entries(), state.runs.clone()));
+        let merged = Merged::new(&recent, &runs).and_then(|mut merged| {
+            merged.try_for_each(|entry| {
+                let (chunk, place) = entry?;
+                visit(&chunk, place);
+                Ok(())
+            })
         });
-        for run in runs {
-            for known in run.packs() {
-                use_of.entry(known.pack).or_insert(false);
+        merged.map_err(|error| match error {
+            MergeError::Store(error) => error,
+            MergeError::Run(damaged, error) => {
+                self.forget_run(&damaged, &error);
+                error
             }
-            for entry in run.all() {
-                let (chunk, place) = entry.inspect_err(|error| self.forget_run(&run, error))?;
-                if chunks.contains(&chunk) {
-                    use_of.insert(place.pack, true);
-                }
-            }
-        }
-        Ok(use_of)
+        })
     }
 
     /// Deletes a damaged run. The next reading of the directory reads its packs.
@@ -467,13 +480,8 @@ impl ChunkIndex {
         if *is_read_only || self.read(|state| state.recent_packs.is_empty()) {
             return Ok(());
         }
-        let (recent_packs, recent, mut runs) = self.read(|state| {
-            let entry = |((chunk, pack), (offset, length)): (&(Digest, Digest), &(u32, u32))| -> Entry {
-                (*chunk, Place { pack: *pack, offset: *offset, length: *length })
-            };
-            let entries: Vec<Entry> = state.recent.iter().map(entry).collect();
-            (state.recent_packs.clone(), entries, state.runs.clone())
-        });
+        let (recent_packs, recent, mut runs) =
+            self.read(|state| (state.recent_packs.clone(), state.recent_entries(), state.runs.clone()));
         let mut entries = recent.len() as u64;
         runs.sort_by_key(|run| run.entries());
         let absorbed: Vec<_> = runs

@@ -10,6 +10,7 @@ mod disk;
 mod hedge;
 mod maps;
 
+use crate::store::condemned;
 use crate::store::error::{StoreError, damaged, pack_name};
 use crate::store::index::ChunkIndex;
 use crate::store::index::run::{Found, PackLength, Place};
@@ -21,10 +22,21 @@ use maps::{Maps, Pack};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::pack::{PackError, PackIndex};
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
 /// Bytes at the end of a bucket's pack that are read first: the index of most packs.
 const END_BYTES: u64 = 64 << 10;
+
+/// Attempts to find a chunk whose packs are deleted each time they are found.
+const SCANS: usize = 3;
+
+/// The reason why no known pack has a good copy of a chunk.
+struct NoFrame {
+    error: StoreError,
+    /// All packs that are known to hold the chunk are deleted.
+    was_known: bool,
+}
 
 /// Where the bytes of packs are read.
 #[derive(Debug)]
@@ -128,28 +140,39 @@ impl Packs {
     /// # Blocking
     /// Waits for the disk, and reads the directory again if necessary.
     pub(crate) fn find_frame(&self, chunk: &Digest, check: bool) -> Result<(Place, Bytes), StoreError> {
-        let first = self.find_known_frame(chunk, check);
-        if first.is_ok() {
-            return first;
+        let mut outcome = self.find_known_frame(chunk, check);
+        for _ in 0..SCANS {
+            if !matches!(outcome, Ok(Ok(_))) {
+                // Another call may have found the pack meanwhile, also if this one finds none.
+                self.index.scan()?;
+                outcome = self.find_known_frame(chunk, check);
+            }
+            // Otherwise a collector has deleted the packs, and the chunk lies in a newer one.
+            if !matches!(outcome, Ok(Err(NoFrame { was_known: true, .. }))) {
+                break;
+            }
         }
-        // Another call may have found the pack meanwhile, also if this one finds none.
-        self.index.scan()?;
-        self.find_known_frame(chunk, check)
+        outcome?.map_err(|none| none.error)
     }
 
-    fn find_known_frame(&self, chunk: &Digest, check: bool) -> Result<(Place, Bytes), StoreError> {
+    fn find_known_frame(
+        &self,
+        chunk: &Digest,
+        check: bool,
+    ) -> Result<Result<(Place, Bytes), NoFrame>, StoreError> {
         let mut places = Vec::new();
         self.index.find(&[*chunk], |_, found| places.push(found.place))?;
-        let mut outcome = Err(StoreError::NotFound(format!("chunk {chunk}")));
+        let error = StoreError::NotFound(format!("chunk {chunk}"));
+        let mut outcome = NoFrame { error, was_known: !places.is_empty() };
         for place in places {
             match self.load(&place, chunk, check) {
                 // A deleted pack says nothing of the other ones.
                 Err(StoreError::NotFound(_)) => {}
-                Ok(frame) => return Ok((place, frame)),
-                Err(error) => outcome = Err(error),
+                Ok(frame) => return Ok(Ok((place, frame))),
+                Err(error) => outcome = NoFrame { error, was_known: false },
             }
         }
-        outcome
+        Ok(Err(outcome))
     }
 
     /// Adds a newly written pack to the index. Returns false if it is gone already.
@@ -214,28 +237,22 @@ impl Packs {
         self.index.write()
     }
 
-    /// Returns for each pack that the index knows whether it holds one of these chunks. Reads the
-    /// directory first.
+    /// Returns the chunk index, after it has read the directory.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Bucket`].
     ///
     /// # Blocking
-    /// Reads the whole chunk index, and the trailers of all packs that it lacks.
-    pub(crate) fn use_of(&self, chunks: &HashSet<Digest>) -> Result<HashMap<Digest, bool>, StoreError> {
-        loop {
-            self.index.scan()?;
-            match self.index.use_of(chunks) {
-                // A damaged run, which is gone now.
-                Err(StoreError::Damaged { .. }) => {}
-                other => return other,
-            }
-        }
+    /// Reads the trailers of all packs that the index lacks.
+    pub(crate) fn scanned_index(&self) -> Result<&ChunkIndex, StoreError> {
+        self.index.scan()?;
+        Ok(&self.index)
     }
 
     /// Returns a check of chunks by path.
     pub(crate) fn presence(&self) -> Presence<'_> {
-        Presence { packs: self, stored: HashMap::new(), has_scanned: false }
+        let (stored, relied_on) = (HashMap::new(), HashSet::new());
+        Presence { packs: self, stored, relied_on, condemned: None, has_scanned: false }
     }
 
     /// Returns for each pack whether it exists with this length.
@@ -250,14 +267,24 @@ impl Packs {
     }
 }
 
+/// A place, and its pack.
+type Known = (PackLength, Place);
+
 /// A check of chunks by path, whatever the index says. It checks each pack once, so the caller must
 /// hold [`super::lock::StoreLock::keep_objects`] while it uses this, or look for the packs again
 /// under that lock.
+///
+/// Of several packs that hold a chunk, the caller relies on one: if possible one that no collector
+/// has condemned, since a pack that was repacked would else be pardoned with each push. A chunk that
+/// is only known in condemned packs may lie in a new one, so the directory is read for it, too.
 #[derive(Debug)]
 pub(crate) struct Presence<'a> {
     packs: &'a Packs,
     /// The packs that were looked for, and whether their files exist.
     stored: HashMap<PackLength, bool>,
+    relied_on: HashSet<PackLength>,
+    /// `None` until a chunk is found.
+    condemned: Option<HashSet<Digest>>,
     has_scanned: bool,
 }
 
@@ -270,39 +297,55 @@ impl Presence<'_> {
     pub(crate) fn places(&mut self, chunks: &[Digest]) -> Result<Vec<Option<Place>>, StoreError> {
         let mut places = vec![None; chunks.len()];
         self.find(chunks, &mut places)?;
-        if places.contains(&None) && !self.has_scanned {
+        if !self.has_scanned && !places.iter().all(|place| self.is_lasting(place.as_ref())) {
             self.has_scanned = true;
             self.packs.index.scan()?;
             // The scan may have found a pack again that did not exist before.
             self.stored.retain(|_, is_stored| *is_stored);
             self.find(chunks, &mut places)?;
         }
-        Ok(places)
+        self.relied_on.extend(places.iter().flatten().map(|(known, _)| *known));
+        Ok(places.into_iter().map(|place| place.map(|(_, place)| place)).collect())
     }
 
-    fn find(&mut self, chunks: &[Digest], places: &mut [Option<Place>]) -> Result<(), StoreError> {
-        let mut found: Vec<(usize, PackLength, Place)> = Vec::new();
+    /// Finds the places of chunks that have none, or one in a condemned pack.
+    fn find(&mut self, chunks: &[Digest], places: &mut [Option<Known>]) -> Result<(), StoreError> {
+        let mut found: Vec<(usize, Known)> = Vec::new();
         self.packs.index.find(chunks, |number, Found { place, pack_bytes }| {
-            if places[number].is_none() {
-                found.push((number, PackLength { pack: place.pack, bytes: pack_bytes }, place));
+            if !self.is_lasting(places[number].as_ref()) {
+                found.push((number, (PackLength { pack: place.pack, bytes: pack_bytes }, place)));
             }
         })?;
-        let mut unknown: Vec<_> = found.iter().map(|(_, pack, _)| *pack).collect();
+        let mut unknown: Vec<_> = found.iter().map(|(_, (pack, _))| *pack).collect();
         unknown.sort_unstable();
         unknown.dedup();
         unknown.retain(|pack| !self.stored.contains_key(pack));
         let are_stored = self.packs.are_stored(&unknown)?;
         self.stored.extend(unknown.into_iter().zip(are_stored));
-        for (number, pack, place) in found {
-            if places[number].is_none() && self.stored[&pack] {
-                places[number] = Some(place);
+        found.retain(|(_, (pack, _))| self.stored[pack]);
+        if !found.is_empty() && self.condemned.is_none() {
+            let listed = condemned::list(&self.packs.objects)?;
+            self.condemned = Some(listed.into_iter().map(|(object, _)| object).collect());
+        }
+        for (number, known) in found {
+            let rank = |(pack, _): &Known| (self.is_condemned(pack), Reverse(pack.bytes), pack.pack);
+            if places[number].as_ref().is_none_or(|before| rank(&known) < rank(before)) {
+                places[number] = Some(known);
             }
         }
         Ok(())
     }
 
+    fn is_condemned(&self, pack: &PackLength) -> bool {
+        self.condemned.as_ref().is_some_and(|condemned| condemned.contains(&pack.pack))
+    }
+
+    fn is_lasting(&self, place: Option<&Known>) -> bool {
+        place.is_some_and(|(pack, _)| !self.is_condemned(pack))
+    }
+
     /// Returns the packs that the caller relies on.
     pub(crate) fn relied_on(self) -> Vec<PackLength> {
-        self.stored.into_iter().filter(|(_, is_stored)| *is_stored).map(|(pack, _)| pack).collect()
+        self.relied_on.into_iter().collect()
     }
 }

@@ -64,12 +64,15 @@ struct Seen {
     actor: usize,
     /// The number of requests until the actor dies.
     lives_for: Mutex<u64>,
+    /// Locked while one of the actor's threads waits for a turn.
+    waiting: Mutex<()>,
 }
 
 impl Seen {
     /// Waits for the actor's turn. A write is on its way for a minute at most; before a reading, the
     /// actor may have been stopped for long.
     fn wait(&self, is_write: bool) -> Result<()> {
+        let _one_at_a_time = self.waiting.lock().unwrap();
         let mut state = self.world.state.lock().unwrap();
         state.actors[self.actor] = Actor::Waiting;
         state.go_on();
@@ -155,8 +158,11 @@ impl ObjectStore for Seen {
     }
 }
 
-static IMAGES: LazyLock<[Image; 3]> =
-    LazyLock::new(|| [Image::of_seed(1), Image::with_more_chunks(1), Image::of_seed(2)]);
+static IMAGES: LazyLock<[Image; 4]> = LazyLock::new(|| {
+    [Image::of_seed(1), Image::with_more_chunks(1), Image::of_seed(2), Image::with_more_chunks(3)]
+});
+/// An image that keeps its reference. All its chunks are also chunks of the last one above.
+static KEPT: LazyLock<Image> = LazyLock::new(|| Image::of_seed(3));
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
 /// What an actor does, until it has done it or dies.
@@ -210,7 +216,12 @@ fn change(place: &Location, random: &mut fastrand::Rng) -> std::result::Result<(
 fn collect(place: &Location, random: &mut fastrand::Rng) -> std::result::Result<(), StoreError> {
     let collector = Collector::open(place.clone(), Domain::DEFAULT).map_err(|_| StoreError::Abandoned)?;
     for _ in 0..3 {
-        collector.condemn()?;
+        if random.bool() {
+            let min_age = [0, 60, 900][random.usize(..3)];
+            collector.repack_and_condemn(Duration::from_secs(min_age))?;
+        } else {
+            collector.condemn()?;
+        }
         let grace = [0, 60, 900][random.usize(..3)];
         match collector.sweep(Duration::from_secs(grace)) {
             Ok(_) | Err(StoreError::Busy(_)) => {}
@@ -220,9 +231,23 @@ fn collect(place: &Location, random: &mut fastrand::Rng) -> std::result::Result<
     Ok(())
 }
 
+/// Reads the image that keeps its reference, as servers do that start and go on. An error is a failure.
+fn read(place: &Location, random: &mut fastrand::Rng) -> std::result::Result<(), StoreError> {
+    for _ in 0..6 {
+        let store = Store::open(place.clone(), Domain::DEFAULT).map_err(|_| StoreError::Abandoned)?;
+        let root = store.root(&KEPT.digest())?;
+        // Its packs may be replaced after that.
+        store.segment(&root, 0)?;
+        for _ in 0..2 {
+            KEPT.load(&store, random.u64(..12), true)?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs a simulation. Returns the damage of the store at its end.
 fn simulate(seed: u64) -> String {
-    let works: [Work; 6] = [push, push, change, change, collect, collect];
+    let works: [Work; 7] = [push, push, change, change, collect, collect, read];
     let mut random = fastrand::Rng::with_seed(seed);
     let state = State {
         random: random.fork(),
@@ -242,12 +267,18 @@ fn simulate(seed: u64) -> String {
     let quiet = reached_by(Arc::new(world.bucket.clone()));
     let store = Store::open_or_create(quiet.clone(), Domain::DEFAULT).unwrap();
     IMAGES.iter().zip(NAMES).for_each(|(image, name)| image.push(&store, name));
+    KEPT.push(&store, "kept");
     std::thread::scope(|scope| {
         for (actor, work) in works.into_iter().enumerate() {
             // Every third dies before its end.
             let lives_for = if random.u8(0..3) == 0 { random.u64(1..60) } else { u64::MAX };
             let (world, mut random) = (world.clone(), random.fork());
-            let seen = Seen { world: world.clone(), actor, lives_for: Mutex::new(lives_for) };
+            let seen = Seen {
+                world: world.clone(),
+                actor,
+                lives_for: Mutex::new(lives_for),
+                waiting: Mutex::default(),
+            };
             let place = reached_by(Arc::new(seen));
             scope.spawn(move || {
                 let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -272,8 +303,8 @@ fn simulate(seed: u64) -> String {
     if damage.is_empty() { String::new() } else { format!("seed {seed}: {damage:?}") }
 }
 
-/// No order of the requests of pushes, tags, removals and collectors, no death and no pause loses a
-/// part of an image that a reference names.
+/// No order of the requests of pushes, tags, removals and collectors that repack, no death and no
+/// pause loses a part of an image that a reference names, or shows an error to a reader of it.
 #[test]
 fn no_order_of_requests_loses_what_a_reference_needs() {
     let seeds = std::env::var("POSTCOPY_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(2000);

@@ -319,26 +319,10 @@ impl Store {
     }
 
     fn current_set(&self, image: &Digest) -> Result<Option<WorkingSet>, StoreError> {
-        let wrong = |reason: String| damaged(object(image), reason);
-        let layout = &self.objects.layout;
-        let Some(current) = self.objects.read(&layout.current_set(image), MAX_PACKS * 65)? else {
+        let Some(mut set) = read_set(&self.objects, image, |pack| self.set_pack(image, pack))? else {
             return Ok(None);
         };
-        let recordings = by_age(&self.objects, &layout.recordings(image))?.len();
-        let mut set = WorkingSet { recordings, ..WorkingSet::default() };
-        for line in String::from_utf8_lossy(&current).lines() {
-            let digest = Digest::from_hex(line).map_err(|e| wrong(format!("`current`: {e}")))?;
-            let pack = self.set_pack(image, &digest)?.ok_or_else(|| StoreError::NotFound(object(image)))?;
-            for range in set_frames(&pack).map_err(|e| wrong(e.to_string()))? {
-                let frame = pack.slice(range);
-                let parsed = SetFrame::parse(&frame).map_err(|e| wrong(e.to_string()))?;
-                for run in parsed.runs() {
-                    set.pages += u64::from(run.count);
-                    set.zero_pages += if run.is_zero { u64::from(run.count) } else { 0 };
-                }
-                set.frames.push(frame);
-            }
-        }
+        set.recordings = by_age(&self.objects, &self.objects.layout.recordings(image))?.len();
         Ok(Some(set))
     }
 
@@ -390,6 +374,58 @@ impl Store {
     }
 }
 
+/// Reads the working set of an image, without the number of its recordings.
+fn read_set(
+    objects: &Objects,
+    image: &Digest,
+    read_pack: impl Fn(&Digest) -> Result<Option<Bytes>, StoreError>,
+) -> Result<Option<WorkingSet>, StoreError> {
+    let wrong = |reason: String| damaged(object(image), reason);
+    let Some(current) = objects.read(&objects.layout.current_set(image), MAX_PACKS * 65)? else {
+        return Ok(None);
+    };
+    let mut set = WorkingSet::default();
+    for line in String::from_utf8_lossy(&current).lines() {
+        let digest = Digest::from_hex(line).map_err(|e| wrong(format!("`current`: {e}")))?;
+        let pack = read_pack(&digest)?.ok_or_else(|| StoreError::NotFound(object(image)))?;
+        for range in set_frames(&pack).map_err(|e| wrong(e.to_string()))? {
+            let frame = pack.slice(range);
+            let parsed = SetFrame::parse(&frame).map_err(|e| wrong(e.to_string()))?;
+            for run in parsed.runs() {
+                set.pages += u64::from(run.count);
+                set.zero_pages += if run.is_zero { u64::from(run.count) } else { 0 };
+            }
+            set.frames.push(frame);
+        }
+    }
+    Ok(Some(set))
+}
+
+/// Returns the chunks of an image's working set, in the order in which restores touch them. An image
+/// without a set has none.
+///
+/// # Errors
+/// Returns the errors of [`Store::working_set`].
+///
+/// # Blocking
+/// Reads the packs of the set.
+pub(crate) fn touched_chunks(objects: &Objects, root: &Root) -> Result<Vec<ChunkIndex>, StoreError> {
+    let image = root.image();
+    let layout = &objects.layout;
+    let set = read_set(objects, &image, |pack| objects.map(&layout.set(&image, pack)))?.unwrap_or_default();
+    let files: Vec<_> = root.files().map(|(_, file)| *file).collect();
+    let chunk_pages = (root.chunk_size().bytes() / PAGE_BYTES) as u64;
+    let mut chunks = Vec::new();
+    for PageSpan { file, first, count } in set.spans() {
+        let Some(file) = files.get(file as usize) else { continue };
+        let pages = u64::from(first)..u64::from(first) + u64::from(count);
+        let of_file = pages.start / chunk_pages..pages.end.div_ceil(chunk_pages);
+        chunks.extend(of_file.map(|chunk| ChunkIndex(file.first_chunk.0 + chunk)));
+    }
+    chunks.dedup();
+    Ok(chunks)
+}
+
 /// Returns the frame number of each page. Keeps a chunk in one frame if all its pages follow one
 /// another.
 fn frame_numbers(files: &Files, pages: &[Page]) -> Vec<usize> {
@@ -420,7 +456,8 @@ fn runs_of(mut pages: Vec<u16>) -> Vec<PageRun> {
     runs
 }
 
-fn images(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
+/// Returns the images that may have working sets.
+pub(crate) fn images(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
     let names = objects.names_if_any(&objects.layout.working_sets())?;
     Ok(names.iter().filter_map(|name| digest_of_name(name)).collect())
 }

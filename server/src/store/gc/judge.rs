@@ -1,10 +1,19 @@
 //! Judges condemned objects: which of them nothing needs.
+//!
+//! A pack that holds a marked chunk may be deleted if another pack holds a copy of it. The chunk index
+//! proposes these packs; before the deletion, the collector decodes the copies, and reads the other
+//! packs' own indexes. It relies on no pack that it, or a collector beside it, may delete: see
+//! [`super::Deleting::gone`].
 
+use crate::store::chain;
 use crate::store::error::StoreError;
 use crate::store::gc::Collector;
 use crate::store::gc::mark::{Marked, Renew};
+use crate::store::index::run::{Found, Place};
 use crate::store::packs::read_index;
 use postcopy_proto::digest::Digest;
+use postcopy_proto::pack::PackIndex;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// Condemned objects: those that nothing needs, with their kinds, and the others.
 #[derive(Debug, Default)]
@@ -20,46 +29,159 @@ pub(super) enum Garbage {
     Pack,
 }
 
+/// A condemned object, by itself.
+enum Seen {
+    /// It is needed, does not exist, or cannot be read.
+    Needed,
+    Manifest,
+    /// A pack, with the marked chunks that it holds.
+    Pack(Vec<Digest>),
+}
+
+/// The places of chunks of condemned packs in other packs.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    places: HashMap<Digest, Vec<Place>>,
+}
+
+impl Copies {
+    fn new(found: impl Iterator<Item = (Place, Digest)>) -> Self {
+        let mut copies = Self::default();
+        found.for_each(|(place, chunk)| copies.places.entry(chunk).or_default().push(place));
+        copies
+    }
+
+    fn of<'a>(&'a self, chunk: &Digest, gone: &'a HashSet<Digest>) -> impl Iterator<Item = &'a Place> {
+        self.places.get(chunk).into_iter().flatten().filter(|place| !gone.contains(&place.pack))
+    }
+}
+
 impl Collector {
-    /// Returns those of the condemned objects that are garbage, with their kinds, and the others.
-    pub(super) fn garbage_of(
+    /// Returns the copies of these packs' chunks in packs that are not among them. Decodes them, and
+    /// leaves out those whose frames are damaged.
+    pub(super) fn sound_copies(&self, condemned: &[Digest]) -> Result<Copies, StoreError> {
+        let chunks_of = |object: &Digest| match read_index(&self.objects, *object) {
+            Ok(Some((_, index))) => Ok(index.entries().iter().map(|entry| entry.chunk).collect()),
+            // No pack, or one that is kept because it cannot be read.
+            _ => Ok(Vec::new()),
+        };
+        let chunks = self.parallel("condemned packs read", condemned, &|| Ok(()), chunks_of)?;
+        let condemned = condemned.iter().copied().collect();
+        let found = self.find_copies(chunks.into_iter().flatten().collect(), &condemned)?;
+        let is_sound = |(place, chunk): &(Place, Digest)| match self.packs.load(place, chunk, true) {
+            Ok(_) => Ok(true),
+            Err(error @ StoreError::Bucket { .. }) => Err(error),
+            // Another copy may be sound. If none is, the pack is kept.
+            Err(_) => Ok(false),
+        };
+        let are_sound = self.parallel("copies checked", &found, &|| Ok(()), is_sound)?;
+        let found = found.into_iter().zip(are_sound).filter(|(_, is_sound)| *is_sound);
+        Ok(Copies::new(found.map(|(copy, _)| copy)))
+    }
+
+    /// Returns places of chunks by the chunk index, outside of some packs, in the order in which they
+    /// lie.
+    fn find_copies(
+        &self,
+        mut chunks: Vec<Digest>,
+        outside: &HashSet<Digest>,
+    ) -> Result<Vec<(Place, Digest)>, StoreError> {
+        let mut found = Vec::new();
+        if chunks.is_empty() {
+            return Ok(found);
+        }
+        chunks.sort_unstable();
+        chunks.dedup();
+        self.packs.scanned_index()?.find(&chunks, |number, Found { place, .. }| {
+            if !outside.contains(&place.pack) {
+                found.push((place, chunks[number]));
+            }
+        })?;
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// Judges condemned objects by what is stored now. Relies on none of the packs that are `gone`,
+    /// and on no copies but `sound` ones; with `None`, on those that the chunk index knows.
+    pub(super) fn judge(
         &self,
         marked: &Marked,
         condemned: &[Digest],
+        sound: Option<&Copies>,
+        gone: &HashSet<Digest>,
         renew: &Renew<'_>,
     ) -> Result<Judged, StoreError> {
-        let kinds = self.parallel(condemned, renew, |object| self.garbage(marked, *object))?;
+        let seen =
+            self.parallel("condemned objects read", condemned, renew, |object| self.look(marked, *object))?;
+        let chunks: Vec<_> = seen.iter().flat_map(Seen::chunks).copied().collect();
+        let found = match sound {
+            Some(_) => None,
+            None => Some(Copies::new(self.find_copies(chunks.clone(), gone)?.into_iter())),
+        };
+        let copies = sound.or(found.as_ref()).expect("one or the other");
+        let relied_on: BTreeSet<_> =
+            chunks.iter().flat_map(|chunk| copies.of(chunk, gone)).map(|place| place.pack).collect();
+        // The packs' own indexes, since the chunk index is a copy of them. One that cannot be read
+        // holds no copies.
+        let relied_on: Vec<_> = relied_on.into_iter().collect();
+        let indexes = self.parallel("packs of copies read", &relied_on, renew, |pack| {
+            Ok(read_index(&self.objects, *pack).ok().flatten().map(|(_, index)| (*pack, index)))
+        })?;
+        let indexes: HashMap<_, _> = indexes.into_iter().flatten().collect();
+        let has_copy = |chunk: &Digest| {
+            let mut places = copies.of(chunk, gone);
+            places.any(|place| indexes.get(&place.pack).is_some_and(|index| holds(index, chunk, place)))
+        };
         let mut judged = Judged::default();
-        for (object, kind) in condemned.iter().zip(kinds) {
-            match kind {
-                Some(kind) => judged.garbage.push((*object, kind)),
-                None => judged.needed.push(*object),
+        for (object, seen) in condemned.iter().zip(seen) {
+            match seen {
+                Seen::Manifest => judged.garbage.push((*object, Garbage::Manifest)),
+                Seen::Pack(chunks) if chunks.iter().all(has_copy) => {
+                    judged.garbage.push((*object, Garbage::Pack));
+                }
+                Seen::Pack(_) | Seen::Needed => judged.needed.push(*object),
             }
         }
         Ok(judged)
     }
 
-    /// Returns what a condemned object is; `None` if it is needed, does not exist, or cannot be read.
-    fn garbage(&self, marked: &Marked, object: Digest) -> Result<Option<Garbage>, StoreError> {
+    fn look(&self, marked: &Marked, object: Digest) -> Result<Seen, StoreError> {
         let layout = &self.objects.layout;
         if marked.needs_manifest(&object) {
-            return Ok(None);
+            return Ok(Seen::Needed);
         }
         if self.objects.exists(&layout.manifest(&object))? {
-            return Ok(Some(Garbage::Manifest));
+            return Ok(Seen::Manifest);
         }
-        // The pack's own index, since the chunk index is a copy of it.
         match read_index(&self.objects, object) {
-            Ok(None) => Ok(None),
+            Ok(None) => Ok(Seen::Needed),
             Ok(Some((_, index))) => {
-                let is_needed = index.entries().iter().any(|entry| marked.chunks.contains(&entry.chunk));
-                Ok((!is_needed).then_some(Garbage::Pack))
+                let chunks = index.entries().iter().map(|entry| entry.chunk);
+                Ok(Seen::Pack(chunks.filter(|chunk| marked.chunks.contains(chunk)).collect()))
             }
             Err(error) => {
-                let error = crate::store::chain(&error);
-                tracing::warn!(pack = %object, "kept, though it may be garbage: {error}");
-                Ok(None)
+                tracing::warn!(pack = %object, "kept, though it may be garbage: {}", chain(&error));
+                Ok(Seen::Needed)
             }
         }
     }
+}
+
+impl Seen {
+    fn chunks(&self) -> &[Digest] {
+        match self {
+            Self::Pack(chunks) => chunks,
+            Self::Needed | Self::Manifest => &[],
+        }
+    }
+}
+
+/// Returns true if a pack's index has this place of a chunk.
+fn holds(index: &PackIndex, chunk: &Digest, place: &Place) -> bool {
+    let found = index.entries().binary_search_by(|entry| entry.chunk.cmp(chunk));
+    found.is_ok_and(|at| {
+        let entry = index.entries()[at];
+        (entry.offset, entry.length) == (place.offset, place.length)
+    })
 }

@@ -42,8 +42,9 @@ impl Collector {
         let Leased { images, objects } = leased(&self.objects)?;
         let mut marked = Marked { leased: objects, ..Marked::default() };
         let references = references::list(&self.objects)?;
-        let referred =
-            self.parallel(&references, renew, |reference| references::read(&self.objects, reference))?;
+        let referred = self.parallel("references read", &references, renew, |reference| {
+            references::read(&self.objects, reference)
+        })?;
         // Each image with one of its references, for messages.
         let (mut names, mut named) = (Vec::new(), HashSet::new());
         for (reference, referred) in references.iter().zip(referred) {
@@ -61,7 +62,7 @@ impl Collector {
                 names.push((image, None));
             }
         }
-        let roots = self.parallel(&names, renew, |(image, name)| {
+        let roots = self.parallel("images read", &names, renew, |(image, name)| {
             self.manifests.read_root(image).map_err(|error| needed_by(*name, error))
         })?;
         marked.images.extend(names.iter().map(|(image, _)| *image));
@@ -74,7 +75,7 @@ impl Collector {
                 }
             }
         }
-        let chunks = self.parallel(&segments, renew, |(root, index, name)| {
+        let chunks = self.parallel("segments read", &segments, renew, |(root, index, name)| {
             let segment = self.manifests.passing_segment(root, *index);
             Ok(segment.map_err(|error| needed_by(*name, error))?.digests().collect::<Vec<_>>())
         })?;
@@ -83,22 +84,25 @@ impl Collector {
     }
 
     /// Calls `work` with each item, for many items on several threads: those of a bucket mostly wait.
-    /// Calls `renew` before each [`RENEWED`] items.
+    /// Calls `renew` before each [`RENEWED`] items, and reports the progress of `name` after them.
     pub(super) fn parallel<T: Sync, R: Send>(
         &self,
+        name: &'static str,
         items: &[T],
         renew: &Renew<'_>,
         work: impl Fn(&T) -> Result<R, StoreError> + Sync,
     ) -> Result<Vec<R>, StoreError> {
         let mut all = Vec::with_capacity(items.len());
-        for items in items.chunks(RENEWED) {
+        for part in items.chunks(RENEWED) {
             renew()?;
-            all.extend(self.parallel_part(items, &work)?);
+            all.extend(self.parallel_part(part, &work)?);
+            self.reporter.report(name, all.len() as u64, items.len() as u64);
         }
         Ok(all)
     }
 
-    fn parallel_part<T: Sync, R: Send>(
+    /// Does the same for few items, without renewal and reports.
+    pub(super) fn parallel_part<T: Sync, R: Send>(
         &self,
         items: &[T],
         work: &(impl Fn(&T) -> Result<R, StoreError> + Sync),

@@ -22,6 +22,55 @@ impl From<StoreError> for MergeError {
     }
 }
 
+type Source<'a> = Box<dyn Iterator<Item = Result<Entry, MergeError>> + 'a>;
+
+/// The entries of recent packs and of runs, in ascending order of chunk and pack, each once.
+pub(super) struct Merged<'a> {
+    sources: Vec<Source<'a>>,
+    /// The next entry of each source, with the source's number.
+    next: BTreeSet<(Entry, usize)>,
+    last: Option<Entry>,
+}
+
+impl<'a> Merged<'a> {
+    pub(super) fn new(recent: &'a [Entry], runs: &'a [Arc<Run>]) -> Result<Self, MergeError> {
+        let of_run = |run: &'a Arc<Run>| -> Source<'a> {
+            Box::new(run.all().map(|entry| entry.map_err(|error| MergeError::Run(run.clone(), error))))
+        };
+        let mut sources: Vec<Source<'a>> = vec![Box::new(recent.iter().map(|entry| Ok(*entry)))];
+        sources.extend(runs.iter().map(of_run));
+        let count = sources.len();
+        let mut merged = Self { sources, next: BTreeSet::new(), last: None };
+        (0..count).try_for_each(|source| merged.advance(source))?;
+        Ok(merged)
+    }
+
+    fn advance(&mut self, source: usize) -> Result<(), MergeError> {
+        if let Some(entry) = self.sources[source].next() {
+            self.next.insert((entry?, source));
+        }
+        Ok(())
+    }
+}
+
+impl Iterator for Merged<'_> {
+    type Item = Result<Entry, MergeError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while let Some((entry, source)) = self.next.pop_first() {
+            if let Err(error) = self.advance(source) {
+                return Some(Err(error));
+            }
+            // Two runs may cover one pack, if two processes have written them.
+            let last = self.last.replace(entry);
+            if last.is_none_or(|last| (last.0, last.1.pack) != (entry.0, entry.1.pack)) {
+                return Some(Ok(entry));
+            }
+        }
+        None
+    }
+}
+
 /// Merges entries into a run at `out`, and returns its digest. The run is durable on return.
 pub(super) fn merge(
     packs: Vec<PackLength>,
@@ -30,33 +79,9 @@ pub(super) fn merge(
     out: Hashing,
     path: &Path,
 ) -> Result<Digest, MergeError> {
-    type Source<'a> = Box<dyn Iterator<Item = Result<Entry, MergeError>> + 'a>;
-    let of_run = |run: &Arc<Run>| {
-        let run = run.clone();
-        move |entry: Result<Entry, StoreError>| entry.map_err(|error| MergeError::Run(run.clone(), error))
-    };
-    let mut sources: Vec<Source<'_>> = vec![Box::new(recent.iter().map(|entry| Ok(*entry)))];
-    sources.extend(runs.iter().map(|run| Box::new(run.all().map(of_run(run))) as Source<'_>));
     let mut writer = RunWriter::new(out, packs);
-    // The next entry of each source, with the source's number.
-    let mut next = BTreeSet::new();
-    let advance = |sources: &mut Vec<Source<'_>>, next: &mut BTreeSet<_>, source: usize| {
-        if let Some(entry) = sources[source].next() {
-            next.insert((entry?, source));
-        }
-        Ok::<(), MergeError>(())
-    };
-    for source in 0..sources.len() {
-        advance(&mut sources, &mut next, source)?;
-    }
-    let mut last = None;
-    while let Some((entry, source)) = next.pop_first() {
-        // Two runs may cover one pack, if two processes have written them.
-        if last.is_none_or(|last: Entry| (last.0, last.1.pack) != (entry.0, entry.1.pack)) {
-            writer.push(&entry).map_err(io_error(path))?;
-        }
-        last = Some(entry);
-        advance(&mut sources, &mut next, source)?;
+    for entry in Merged::new(recent, runs)? {
+        writer.push(&entry?).map_err(io_error(path))?;
     }
     let (digest, file) = writer.finish().and_then(Hashing::finish).map_err(io_error(path))?;
     file.sync_all().map_err(io_error(path))?;

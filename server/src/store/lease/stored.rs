@@ -119,7 +119,7 @@ impl Reliance {
             v1::StoredLease { objects: Digest::concat(parts), seconds: seconds(), ..Default::default() };
         let path = objects.layout.leases().join(random_name());
         let lease = Self(Timed::write(objects, path, &message)?);
-        let deleted = deletions(objects)?;
+        let deleted = deletions(objects, None)?;
         if parts.iter().any(|part| deleted.contains(part)) {
             lease.finish();
             return Err(StoreError::Busy("a collector is about to delete parts of the image"));
@@ -153,6 +153,15 @@ impl Deletion {
         Timed::write(objects, path, &message).map(Self)
     }
 
+    /// Returns the objects that other collectors may be deleting. Of two collectors, at least one
+    /// reads what the other has announced, since each announces its deletion before it reads others.
+    ///
+    /// # Errors
+    /// Returns the errors of reading the deletions, or [`StoreError::Damaged`].
+    pub(crate) fn others(&self) -> Result<HashSet<Digest>, StoreError> {
+        deletions(&self.0.objects, Some(&self.0.path))
+    }
+
     /// Ends the right to delete, after the last deletion.
     pub(crate) fn finish(self) {
         self.0.finish();
@@ -167,10 +176,11 @@ impl Deletion {
     }
 }
 
-/// Returns the objects that collectors may be deleting.
-fn deletions(objects: &Objects) -> Result<HashSet<Digest>, StoreError> {
+/// Returns the objects that collectors may be deleting, without those of the deletion at `own`.
+fn deletions(objects: &Objects, own: Option<&Path>) -> Result<HashSet<Digest>, StoreError> {
     let mut deleted = HashSet::new();
-    for (path, message) in live::<v1::StoredDeletion>(objects, &objects.layout.deletions(), |m| m.seconds)? {
+    let dir = objects.layout.deletions();
+    for (path, message) in live::<v1::StoredDeletion>(objects, &dir, own, |m| m.seconds)? {
         deleted.extend(digests(&path, &message.objects)?);
     }
     Ok(deleted)
@@ -179,7 +189,7 @@ fn deletions(objects: &Objects) -> Result<HashSet<Digest>, StoreError> {
 /// Returns the leased images and objects. Removes leases that have ended.
 pub(super) fn leased(objects: &Objects) -> Result<Leased, StoreError> {
     let mut leased = Leased::default();
-    for (path, message) in live::<v1::StoredLease>(objects, &objects.layout.leases(), |m| m.seconds)? {
+    for (path, message) in live::<v1::StoredLease>(objects, &objects.layout.leases(), None, |m| m.seconds)? {
         leased.images.extend(digests(&path, &message.images)?);
         leased.objects.extend(digests(&path, &message.objects)?);
     }
@@ -191,13 +201,16 @@ fn digests(path: &Path, bytes: &[u8]) -> Result<Vec<Digest>, StoreError> {
     Ok(digests.collect())
 }
 
-/// Returns the messages of a directory that have not ended, with their paths. Removes the others.
+/// Returns the messages of a directory that have not ended, with their paths. Removes those that
+/// have. Leaves out the one at `own`.
 fn live<M: Message + Default>(
     objects: &Objects,
     dir: &Path,
+    own: Option<&Path>,
     seconds: impl Fn(&M) -> u32,
 ) -> Result<Vec<(PathBuf, M)>, StoreError> {
-    let names = objects.names(dir)?;
+    let mut names = objects.names(dir)?;
+    names.retain(|name| own != Some(&dir.join(name)));
     if names.is_empty() {
         return Ok(Vec::new());
     }
