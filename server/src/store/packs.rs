@@ -28,16 +28,6 @@ use std::collections::{HashMap, HashSet};
 /// Bytes at the end of a bucket's pack that are read first: the index of most packs.
 const END_BYTES: u64 = 64 << 10;
 
-/// Attempts to find a chunk whose packs are deleted each time they are found.
-const SCANS: usize = 3;
-
-/// The reason why no known pack has a good copy of a chunk.
-struct NoFrame {
-    error: StoreError,
-    /// All packs that are known to hold the chunk are deleted.
-    was_known: bool,
-}
-
 /// Where the bytes of packs are read.
 #[derive(Debug)]
 enum Frames {
@@ -140,39 +130,28 @@ impl Packs {
     /// # Blocking
     /// Waits for the disk, and reads the directory again if necessary.
     pub(crate) fn find_frame(&self, chunk: &Digest, check: bool) -> Result<(Place, Bytes), StoreError> {
-        let mut outcome = self.find_known_frame(chunk, check);
-        for _ in 0..SCANS {
-            if !matches!(outcome, Ok(Ok(_))) {
-                // Another call may have found the pack meanwhile, also if this one finds none.
-                self.index.scan()?;
-                outcome = self.find_known_frame(chunk, check);
-            }
-            // Otherwise a collector has deleted the packs, and the chunk lies in a newer one.
-            if !matches!(outcome, Ok(Err(NoFrame { was_known: true, .. }))) {
-                break;
-            }
+        let first = self.find_known_frame(chunk, check);
+        if first.is_ok() {
+            return first;
         }
-        outcome?.map_err(|none| none.error)
+        // Another call may have found the pack meanwhile, also if this one finds none.
+        self.index.scan()?;
+        self.find_known_frame(chunk, check)
     }
 
-    fn find_known_frame(
-        &self,
-        chunk: &Digest,
-        check: bool,
-    ) -> Result<Result<(Place, Bytes), NoFrame>, StoreError> {
+    fn find_known_frame(&self, chunk: &Digest, check: bool) -> Result<(Place, Bytes), StoreError> {
         let mut places = Vec::new();
         self.index.find(&[*chunk], |_, found| places.push(found.place))?;
-        let error = StoreError::NotFound(format!("chunk {chunk}"));
-        let mut outcome = NoFrame { error, was_known: !places.is_empty() };
+        let mut outcome = Err(StoreError::NotFound(format!("chunk {chunk}")));
         for place in places {
             match self.load(&place, chunk, check) {
                 // A deleted pack says nothing of the other ones.
                 Err(StoreError::NotFound(_)) => {}
-                Ok(frame) => return Ok(Ok((place, frame))),
-                Err(error) => outcome = NoFrame { error, was_known: false },
+                Ok(frame) => return Ok((place, frame)),
+                Err(error) => outcome = Err(error),
             }
         }
-        Ok(Err(outcome))
+        outcome
     }
 
     /// Adds a newly written pack to the index. Returns false if it is gone already.

@@ -103,22 +103,27 @@ fn images(objects: &Objects, verified: &mut Verified) -> Vec<(TagReference, Dige
 
 /// Checks all packs, and returns the chunks of the sound ones.
 fn verify_packs(objects: &Objects, verified: &mut Verified) -> Result<HashSet<Digest>, StoreError> {
-    let outcomes: Vec<_> =
-        walk::packs(objects)?.into_par_iter().map(|digest| verify_pack(objects, digest)).collect();
-    let mut sound = HashSet::new();
-    for outcome in outcomes {
-        match outcome {
-            // A collector of a bucket has deleted it. An image that needs it lacks its chunks.
-            Err(StoreError::NotFound(_)) if !objects.has_locks() => {}
-            Ok((bytes, chunks)) => {
-                verified.packs += 1;
-                verified.pack_bytes += bytes;
-                sound.extend(chunks);
+    let (mut sound, mut seen) = (HashSet::new(), HashSet::new());
+    loop {
+        let packs: Vec<_> = walk::packs(objects)?.into_iter().filter(|pack| seen.insert(*pack)).collect();
+        let mut is_complete = true;
+        let outcomes: Vec<_> = packs.into_par_iter().map(|digest| verify_pack(objects, digest)).collect();
+        for outcome in outcomes {
+            match outcome {
+                // A collector of a bucket has deleted it, perhaps because newer packs hold its chunks.
+                Err(StoreError::NotFound(_)) if !objects.has_locks() => is_complete = false,
+                Ok((bytes, chunks)) => {
+                    verified.packs += 1;
+                    verified.pack_bytes += bytes;
+                    sound.extend(chunks);
+                }
+                Err(error) => verified.damage.push(error.into()),
             }
-            Err(error) => verified.damage.push(error.into()),
+        }
+        if is_complete {
+            return Ok(sound);
         }
     }
-    Ok(sound)
 }
 
 fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec<Digest>), StoreError> {

@@ -7,8 +7,8 @@
 
 use crate::store::chain;
 use crate::store::error::StoreError;
-use crate::store::gc::Collector;
 use crate::store::gc::mark::{Marked, Renew};
+use crate::store::gc::{BATCH, Collector};
 use crate::store::index::run::{Found, Place};
 use crate::store::packs::read_index;
 use postcopy_proto::digest::Digest;
@@ -45,10 +45,8 @@ pub(super) struct Copies {
 }
 
 impl Copies {
-    fn new(found: impl Iterator<Item = (Place, Digest)>) -> Self {
-        let mut copies = Self::default();
-        found.for_each(|(place, chunk)| copies.places.entry(chunk).or_default().push(place));
-        copies
+    fn add(&mut self, found: impl Iterator<Item = (Place, Digest)>) {
+        found.for_each(|(place, chunk)| self.places.entry(chunk).or_default().push(place));
     }
 
     fn of<'a>(&'a self, chunk: &Digest, gone: &'a HashSet<Digest>) -> impl Iterator<Item = &'a Place> {
@@ -60,23 +58,29 @@ impl Collector {
     /// Returns the copies of these packs' chunks in packs that are not among them. Decodes them, and
     /// leaves out those whose frames are damaged.
     pub(super) fn sound_copies(&self, condemned: &[Digest]) -> Result<Copies, StoreError> {
-        let chunks_of = |object: &Digest| match read_index(&self.objects, *object) {
-            Ok(Some((_, index))) => Ok(index.entries().iter().map(|entry| entry.chunk).collect()),
-            // No pack, or one that is kept because it cannot be read.
-            _ => Ok(Vec::new()),
-        };
-        let chunks = self.parallel("condemned packs read", condemned, &|| Ok(()), chunks_of)?;
-        let condemned = condemned.iter().copied().collect();
-        let found = self.find_copies(chunks.into_iter().flatten().collect(), &condemned)?;
-        let is_sound = |(place, chunk): &(Place, Digest)| match self.packs.load(place, chunk, true) {
-            Ok(_) => Ok(true),
-            Err(error @ StoreError::Bucket { .. }) => Err(error),
-            // Another copy may be sound. If none is, the pack is kept.
-            Err(_) => Ok(false),
-        };
-        let are_sound = self.parallel("copies checked", &found, &|| Ok(()), is_sound)?;
-        let found = found.into_iter().zip(are_sound).filter(|(_, is_sound)| *is_sound);
-        Ok(Copies::new(found.map(|(copy, _)| copy)))
+        let outside = condemned.iter().copied().collect();
+        let mut copies = Copies::default();
+        // In batches, because the chunks that have no copies may be many.
+        for (number, batch) in condemned.chunks(BATCH).enumerate() {
+            let chunks = self.parallel_part(batch, &|object| match read_index(&self.objects, *object) {
+                Ok(Some((_, index))) => Ok(index.entries().iter().map(|entry| entry.chunk).collect()),
+                // No pack, or one that is kept because it cannot be read.
+                _ => Ok(Vec::new()),
+            })?;
+            let found = self.find_copies(chunks.into_iter().flatten().collect(), &outside)?;
+            let are_sound =
+                self.parallel_part(&found, &|(place, chunk)| match self.packs.load(place, chunk, true) {
+                    Ok(_) => Ok(true),
+                    Err(error @ StoreError::Bucket { .. }) => Err(error),
+                    // Another copy may be sound. If none is, the pack is kept.
+                    Err(_) => Ok(false),
+                })?;
+            let found = found.into_iter().zip(are_sound).filter(|(_, is_sound)| *is_sound);
+            copies.add(found.map(|(copy, _)| copy));
+            let done = (number * BATCH + batch.len()) as u64;
+            self.reporter.report("condemned objects compared", done, condemned.len() as u64);
+        }
+        Ok(copies)
     }
 
     /// Returns places of chunks by the chunk index, outside of some packs, in the order in which they
@@ -115,11 +119,11 @@ impl Collector {
         let seen =
             self.parallel("condemned objects read", condemned, renew, |object| self.look(marked, *object))?;
         let chunks: Vec<_> = seen.iter().flat_map(Seen::chunks).copied().collect();
-        let found = match sound {
-            Some(_) => None,
-            None => Some(Copies::new(self.find_copies(chunks.clone(), gone)?.into_iter())),
-        };
-        let copies = sound.or(found.as_ref()).expect("one or the other");
+        let mut found = Copies::default();
+        if sound.is_none() {
+            found.add(self.find_copies(chunks.clone(), gone)?.into_iter());
+        }
+        let copies = sound.unwrap_or(&found);
         let relied_on: BTreeSet<_> =
             chunks.iter().flat_map(|chunk| copies.of(chunk, gone)).map(|place| place.pack).collect();
         // The packs' own indexes, since the chunk index is a copy of them. One that cannot be read
