@@ -7,16 +7,16 @@ use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{
-    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Plan, Store, StoreError, Verified,
-    upgrade, verify,
+    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Plan, Progress, Repacked, Store,
+    StoreError, Verified, upgrade, verify,
 };
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Keep page images and serve their pages over gRPC
 #[derive(Debug, Parser)]
@@ -35,8 +35,9 @@ enum Command {
     Serve(Serve),
     /// Delete the objects that no reference needs; safe beside running servers and pushes
     ///
-    /// Condemns the objects that no reference needs, waits for the grace time, and deletes those
-    /// that are still not needed.
+    /// Copies what is needed of small packs and of packs that are mostly garbage into new packs.
+    /// Condemns the objects that are not needed, waits for the grace time, and deletes those that are
+    /// still not needed.
     #[command(
         after_help = "Examples:\n  postcopyd gc --grace 10m\n  postcopyd gc --dry-run      # what would be deleted\n  postcopyd gc --no-wait     # from cron, once a day"
     )]
@@ -108,9 +109,12 @@ struct Gc {
     /// Do not wait: delete only objects that an earlier run condemned at least the grace time ago
     #[arg(long)]
     no_wait: bool,
-    /// Say what would be deleted, and delete and condemn nothing
+    /// Say what would be deleted and repacked, and change nothing
     #[arg(long, conflicts_with = "no_wait")]
     dry_run: bool,
+    /// Leave packs as they are that are small or mostly garbage
+    #[arg(long)]
+    no_repack: bool,
     /// Report in JSON
     #[arg(long)]
     json: bool,
@@ -259,15 +263,24 @@ impl Gc {
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(0o077));
         let location = self.store.location()?;
-        let collector = Arc::new(blocking(|| Collector::open(location, Domain::DEFAULT)).await??);
+        let collector = blocking(|| Collector::open(location, Domain::DEFAULT)).await??;
+        let collector = Arc::new(match io::stderr().is_terminal() {
+            true => collector.with_progress(show_progress()),
+            false => collector,
+        });
         if self.dry_run {
-            let grace = self.grace;
+            let (grace, repacks) = (self.grace, !self.no_repack);
             let plan = blocking(move || collector.plan(grace)).await?.map_err(not_deleted)?;
-            return self.say_plan(&plan);
+            let repacked = if repacks { plan.repacked } else { Repacked::default() };
+            return self.say_plan(&Plan { repacked, ..plan });
         }
-        let collected = self.collect(collector).await?.map_err(not_deleted)?;
+        let report = self.collect(collector).await?.map_err(not_deleted)?;
         if self.json {
-            return print_json(&collected).map(|()| ExitCode::SUCCESS);
+            return print_json(&report).map(|()| ExitCode::SUCCESS);
+        }
+        let Report { repacked: Repacked { packs, new_packs, bytes }, collected } = report;
+        if new_packs > 0 {
+            say(format_args!("repacked {packs} packs into {new_packs}: copied {bytes} bytes"))?;
         }
         let Collected { packs, manifests, working_sets, left_overs, bytes, waiting } = collected;
         let deleted = format!(
@@ -282,7 +295,11 @@ impl Gc {
         if self.json {
             return print_json(plan).map(|()| ExitCode::SUCCESS);
         }
-        let Plan { packs, manifests, bytes, waiting, waiting_bytes } = plan;
+        let Plan { packs, manifests, bytes, waiting, waiting_bytes, repacked } = plan;
+        if repacked.new_packs > 0 {
+            let Repacked { packs, new_packs, bytes } = repacked;
+            say(format_args!("would repack {packs} packs into {new_packs}: copy {bytes} bytes"))?;
+        }
         say(format_args!(
             "would delete {packs} packs, {manifests} manifests: {bytes} bytes; {waiting} more objects of \
              {waiting_bytes} bytes after their grace time"
@@ -290,10 +307,14 @@ impl Gc {
         Ok(ExitCode::SUCCESS)
     }
 
-    async fn collect(&self, collector: Arc<Collector>) -> anyhow::Result<Result<Collected, StoreError>> {
-        let condemner = collector.clone();
-        let latest = match blocking(move || condemner.condemn()).await? {
-            Ok(latest) => latest,
+    async fn collect(&self, collector: Arc<Collector>) -> anyhow::Result<Result<Report, StoreError>> {
+        let (condemner, grace, repacks) = (collector.clone(), self.grace, !self.no_repack);
+        let condemn = move || match repacks {
+            true => condemner.repack_and_condemn(grace),
+            false => condemner.condemn().map(|latest| (Repacked::default(), latest)),
+        };
+        let (repacked, latest) = match blocking(condemn).await? {
+            Ok(condemned) => condemned,
             Err(error) => return Ok(Err(error)),
         };
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
@@ -301,8 +322,34 @@ impl Gc {
             tracing::info!("unreferenced objects are condemned; they are deleted in {wait:.0?}");
             tokio::time::sleep(wait).await;
         }
-        let grace = self.grace;
-        blocking(move || collector.sweep(grace)).await
+        let collected = blocking(move || collector.sweep(grace)).await?;
+        Ok(collected.map(|collected| Report { collected, repacked }))
+    }
+}
+
+/// The result of `gc`.
+#[derive(Debug, serde::Serialize)]
+struct Report {
+    #[serde(flatten)]
+    collected: Collected,
+    #[serde(flatten)]
+    repacked: Repacked,
+}
+
+/// Time between two lines about one part of a collection's work.
+const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
+
+/// Returns a function that prints the progress of a collection: the end of each part of the work, and
+/// a line from time to time.
+fn show_progress() -> impl Fn(Progress) {
+    let last = Mutex::new(Instant::now());
+    move |progress| {
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        if progress.done == progress.total || last.elapsed() >= PROGRESS_PAUSE {
+            *last = Instant::now();
+            // The work goes on without a reader.
+            let _ = writeln!(io::stderr(), "postcopyd: {progress}");
+        }
     }
 }
 

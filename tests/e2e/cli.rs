@@ -100,7 +100,19 @@ fn every_report_in_json_parses_and_has_its_fields() {
         assert_eq!(output.status.code(), Some(1));
     }
     let store = StoreDir::of(&server);
-    assert_has_fields(&store.gc(&["--no-wait"]), &["packs", "manifests", "left_overs", "bytes", "waiting"]);
+    assert_has_fields(
+        &store.gc(&["--no-wait"]),
+        &[
+            "packs",
+            "manifests",
+            "left_overs",
+            "bytes",
+            "waiting",
+            "repacked",
+            "repacked_into",
+            "repacked_bytes",
+        ],
+    );
     assert_has_fields(
         &store.assert_sound(),
         &["packs", "pack_bytes", "chunks", "manifests", "references", "damage"],

@@ -141,12 +141,12 @@ fn removing_and_collecting_gives_the_space_back() {
     let before = store.bytes();
     push(&server, &path, &noise(20 * CHUNK, 71), "gone:1");
     let full = store.bytes();
-    let nothing = store.gc(&["--grace", "0s"]);
+    let nothing = store.gc(&["--grace", "0s", "--no-repack"]);
     assert_eq!((count(&nothing, "packs"), count(&nothing, "bytes")), (0, 0), "{nothing}");
     let _ = run(server.address(), ["rm", "gone:1"]);
     assert!(full - store.bytes() < 100, "rm alone gives nothing back");
     let removed = store.bytes();
-    let report = store.gc(&["--grace", "0s"]);
+    let report = store.gc(&["--grace", "0s", "--no-repack"]);
     assert_eq!(
         (count(&report, "packs"), count(&report, "manifests"), count(&report, "waiting")),
         (1, 2, 0),
@@ -181,13 +181,50 @@ fn an_image_that_a_session_is_filled_from_is_kept_without_a_reference() {
     // The same again, so that its files may be others, and then something else.
     push(&server, &path, &old, "app:1");
     push(&server, &path, &noise(3 * CHUNK, 74), "app:1");
-    let report = store.gc(&["--grace", "0s"]);
+    let report = store.gc(&["--grace", "0s", "--no-repack"]);
     assert_eq!((count(&report, "packs"), count(&report, "manifests")), (0, 0), "{report}");
     assert!(region[..] == old[..], "every byte, from the server");
     drop((region, session));
-    wait_until("what nobody needs is collected", || count(&store.gc(&["--grace", "0s"]), "packs") == 1);
+    wait_until("what nobody needs is collected", || {
+        count(&store.gc(&["--grace", "0s", "--no-repack"]), "packs") == 1
+    });
     assert_eq!((store.packs().len(), store.files("leases").len()), (1, 0));
     store.assert_sound();
+}
+
+#[test]
+fn a_session_goes_on_while_the_packs_of_its_image_are_repacked() {
+    let server = Server::start();
+    let store = StoreDir::of(&server);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    let mut content = noise(40 * CHUNK, 80);
+    let mut contents = Vec::new();
+    for round in 0..12 {
+        content[round * CHUNK..][..CHUNK].copy_from_slice(&noise(CHUNK, 81 + round as u64));
+        push(&server, &path, &content, &format!("app:{round}"));
+        contents.push(content.clone());
+    }
+    let session = Session::open(server.address(), &"app:11".parse().unwrap(), Options::DEFAULT).unwrap();
+    let region = session.map("mem").unwrap();
+    assert_eq!(region[CHUNK], content[CHUNK]);
+    let before = store.packs();
+    let plan = store.gc(&["--grace", "0s", "--dry-run"]);
+    assert_eq!((count(&plan, "repacked"), count(&plan, "repacked_into")), (12, 1), "{plan}");
+    assert_eq!(store.packs(), before);
+    let output = store.postcopyd("gc", &["--grace", "0s"]);
+    let text = shown(&output);
+    assert!(output.status.success() && text.contains("repacked 12 packs into 1"), "{text}");
+    assert!(!text.contains("segments read"), "progress is for terminals: {text}");
+    assert!(store.packs().len() == 1 && store.packs().is_disjoint(&before));
+    assert!(region[..] == content[..], "every byte, from the server");
+    let rpc = Rpc::connect(server.address());
+    for (round, content) in contents.iter().enumerate() {
+        assert!(rpc.read_file(&format!("app:{round}"), "mem").unwrap() == *content);
+    }
+    store.assert_sound();
+    let again = store.gc(&["--grace", "0s"]);
+    assert_eq!((count(&again, "repacked_into"), count(&again, "packs")), (0, 0), "{again}");
 }
 
 /// `object_store` hides staged files in its lists, so a collector that trusted these would leave them for ever.
