@@ -2,8 +2,7 @@
 
 use super::*;
 use crate::store::packs::read_index;
-use crate::store::{Progress, Repacked};
-use crate::store::{condemned, walk};
+use crate::store::{Progress, Repacked, condemned, walk};
 use postcopy_proto::pack::{PackBuilder, PackIndex};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -71,8 +70,8 @@ fn small_packs_are_merged_and_servers_go_on_reading() {
         assert_eq!((plan.repacked.packs, plan.repacked.new_packs), (21, 1));
         let after: BTreeSet<_> = packs(place).difference(&before).copied().collect();
         assert_eq!(after.len(), 1);
-        for read in 0..3 {
-            images.iter().for_each(|image| assert_served(&readers[read], image));
+        for reader in &readers {
+            images.iter().for_each(|image| assert_served(reader, image));
         }
         assert_eq!(sweep(place), 21);
         assert_eq!((packs(place), place.damage()), (after.clone(), vec![]));
