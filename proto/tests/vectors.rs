@@ -243,8 +243,18 @@ fn working_set_service() -> Vec<Example> {
     ]
 }
 
+fn peer_service() -> Vec<Example> {
+    vec![
+        example(ReadBlockRequest { pack: digests([1]), block: 255, server: bytes("sixteen random b") }),
+        example(ReadBlockResponse { pack_bytes: LARGE, data: bytes("data") }),
+    ]
+}
+
 fn examples() -> Vec<Example> {
-    [stored(), page_service(), image_service(), working_set_service()].into_iter().flatten().collect()
+    [stored(), page_service(), image_service(), working_set_service(), peer_service()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn hex(bytes: &[u8]) -> String {

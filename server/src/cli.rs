@@ -5,6 +5,7 @@ use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use postcopy_server::limits::Limits;
 use postcopy_server::listen::{Address, Listener};
+use postcopy_server::peers::{Fleet, PeerList};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{
     Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Plan, Progress, Repacked, Store,
@@ -80,6 +81,10 @@ struct Serve {
     /// Most bytes of the cache, such as 500MiB or 2TiB
     #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = size)]
     cache_size: u64,
+    /// All servers of the bucket: http://host:port, separated by commas, or dns:NAME:PORT for the
+    /// addresses of a name; each reads a part of the packs from the bucket, and sends it to the others
+    #[arg(long, value_name = "LIST")]
+    peers: Option<PeerList>,
     /// Address to listen at: host:port (port 0: any free one) or unix:/path
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     listen: String,
@@ -212,17 +217,28 @@ impl StoreArgs {
 }
 
 impl Serve {
-    fn location(&self) -> anyhow::Result<Location> {
-        let Some(dir) = &self.cache else { return self.store.location() };
-        let bucket = self.store.bucket()?.context("--cache is for a store in a bucket")?;
-        let cache = DiskCache::open(dir, self.cache_size)?;
-        Ok(Location::Bucket(Arc::new(bucket.with_cache(cache))))
+    fn location(&self, fleet: Option<&Arc<Fleet>>) -> anyhow::Result<Location> {
+        let Some(mut bucket) = self.store.bucket()? else {
+            let of_buckets = [("--cache", self.cache.is_some()), ("--peers", fleet.is_some())];
+            if let Some((option, _)) = of_buckets.iter().find(|(_, is_given)| *is_given) {
+                anyhow::bail!("{option} is for a store in a bucket");
+            }
+            return self.store.location();
+        };
+        if let Some(dir) = &self.cache {
+            bucket = bucket.with_cache(DiskCache::open(dir, self.cache_size)?);
+        }
+        if let Some(fleet) = fleet {
+            bucket = bucket.with_peers(fleet.clone());
+        }
+        Ok(Location::Bucket(Arc::new(bucket)))
     }
 
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(self.umask));
         let address: Address = self.listen.parse()?;
-        let location = self.location()?;
+        let fleet = self.peers.clone().map(|list| Arc::new(Fleet::new(list)));
+        let location = self.location(fleet.as_ref())?;
         let end = end_signals::first().context("a thread for signals")?;
         let listener = Listener::bind(&address, self.insecure)?;
         let url = listener.url().context("the listener's own address")?;
@@ -231,7 +247,7 @@ impl Serve {
         // The parent process reads this line, if it still exists.
         let _ = writeln!(io::stdout(), "postcopyd listening on {url}");
         let limits = Limits::default().with_connections(connections(self.max_connections));
-        serve(store, listener, limits, self.working_set_share, end).await?;
+        serve(store, listener, limits, self.working_set_share, fleet, end).await?;
         Ok(ExitCode::SUCCESS)
     }
 }

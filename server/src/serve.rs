@@ -2,12 +2,14 @@
 
 use crate::limits::Limits;
 use crate::listen::Listener;
-use crate::service::{ImageServer, PageServer, WorkingSetServer};
+use crate::peers::Fleet;
+use crate::service::{ImageServer, PageServer, PeerServer, WorkingSetServer};
 use crate::shutdown::Drain;
 use crate::store::{Store, chain};
 use crate::transport;
 use postcopy_proto::v1::image_service_server::ImageServiceServer;
 use postcopy_proto::v1::page_service_server::PageServiceServer;
+use postcopy_proto::v1::peer_service_server::PeerServiceServer;
 use postcopy_proto::v1::working_set_service_server::WorkingSetServiceServer;
 use postcopy_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES};
 use std::future::Future;
@@ -36,7 +38,7 @@ pub enum ServeError {
 ///
 /// After the signal the server refuses new requests, health becomes NOT_SERVING, the listener is
 /// closed, and requests in flight finish within 10 s. For `working_set_share` see
-/// [`WorkingSetServer::new`].
+/// [`WorkingSetServer::new`]. With a fleet, the server sends blocks of packs to its other servers.
 ///
 /// # Errors
 /// Returns [`ServeError`] if the server ended without a signal.
@@ -45,6 +47,7 @@ pub async fn serve(
     listener: Listener,
     limits: Limits,
     working_set_share: f64,
+    fleet: Option<Arc<Fleet>>,
     signal: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let drain = Drain::default();
@@ -52,7 +55,7 @@ pub async fn serve(
     health.set_serving::<PageServiceServer<PageServer>>().await;
     health.set_serving::<ImageServiceServer<ImageServer>>().await;
     health.set_serving::<WorkingSetServiceServer<WorkingSetServer>>().await;
-    let routes = routes(store.clone(), working_set_share, &drain, &health)?;
+    let routes = routes(store.clone(), working_set_share, fleet.as_deref(), &drain, &health)?;
     let stop = stop(signal, drain.clone(), health);
     let too_late = async {
         drain.begun().await;
@@ -60,15 +63,19 @@ pub async fn serve(
     };
     tokio::select! {
         () = transport::serve(listener, limits, routes, &drain, stop) => {}
-        () = maintain(store) => {}
+        () = maintain(store, fleet) => {}
         () = too_late => tracing::warn!("ending with requests in flight after {DRAIN_TIMEOUT:?}"),
     }
     Ok(())
 }
 
-/// Releases the space of deleted packs, and keeps the chunk index short. Does not return.
-async fn maintain(store: Arc<Store>) {
+/// Releases the space of deleted packs, keeps the chunk index short, and looks up the servers of the
+/// fleet. Does not return.
+async fn maintain(store: Arc<Store>, fleet: Option<Arc<Fleet>>) {
     loop {
+        if let Some(fleet) = &fleet {
+            fleet.refresh().await;
+        }
         tokio::time::sleep(MAINTENANCE_INTERVAL).await;
         let store = store.clone();
         // The message of a panic is on stderr; the next turn may succeed.
@@ -81,6 +88,7 @@ async fn maintain(store: Arc<Store>) {
 fn routes(
     store: Arc<Store>,
     share: f64,
+    fleet: Option<&Fleet>,
     drain: &Drain,
     health: &HealthReporter,
 ) -> Result<Routes, ServeError> {
@@ -90,6 +98,10 @@ fn routes(
     let images = ImageServiceServer::new(ImageServer::new(store.clone(), drain.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let peers = fleet.map(|fleet| {
+        let peers = PeerServer::new(store.clone(), drain.clone(), *fleet.id());
+        PeerServiceServer::new(peers).max_encoding_message_size(MAX_MESSAGE_BYTES)
+    });
     let working_sets = WorkingSetServiceServer::new(WorkingSetServer::new(store, drain.clone(), share))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -99,7 +111,11 @@ fn routes(
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    Ok(Routes::new(pages)
+    let routes = match peers {
+        Some(peers) => Routes::new(pages).add_service(peers),
+        None => Routes::new(pages),
+    };
+    Ok(routes
         .add_service(images)
         .add_service(working_sets)
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))

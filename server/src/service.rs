@@ -10,6 +10,7 @@ mod images;
 mod lanes;
 mod open;
 mod pages;
+mod peers;
 mod read_file;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ mod working_sets;
 
 pub use images::ImageServer;
 pub use pages::PageServer;
+pub use peers::PeerServer;
 pub use working_sets::WorkingSetServer;
 
 use crate::store::{StoreError, chain};

@@ -65,8 +65,8 @@ use locators::Locators;
 use lock::StoreLock;
 use manifests::Manifests;
 use objects::Objects;
-pub use packs::DiskCache;
 use packs::Packs;
+pub use packs::{DiskCache, PackBlock, PeerReading, Peers};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::provenance::Provenance;
 use postcopy_proto::reference::{Reference, TagReference};
@@ -211,6 +211,15 @@ impl Store {
         let _keep = StoreLock::keep_objects(&self.objects)?;
         condemned::pardon(&self.objects, &digest)?;
         Ok(digest)
+    }
+
+    /// Returns a block of 256 KiB of a bucket's pack, for another server of the bucket.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] if the pack does not exist, [`StoreError::Invalid`] for a
+    /// block that no pack has, or [`StoreError::Bucket`].
+    pub async fn pack_block(&self, pack: Digest, block: u64) -> Result<PackBlock, StoreError> {
+        self.packs.block(pack, block).await
     }
 
     /// Removes a reference.

@@ -1,17 +1,21 @@
 //! Servers over a bucket: real `postcopyd` processes, and an S3 server on loopback. And backups.
 
 use crate::map::random_pages;
+use postcopy::proto::digest::Digest;
+use postcopy::proto::v1;
+use postcopy::proto::v1::peer_service_client::PeerServiceClient;
 use postcopy::{Options, Session};
 use postcopy_tests::cli::{postcopy, run};
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::mounts::Tmpfs;
 use postcopy_tests::s3::S3Server;
 use postcopy_tests::server::Server;
-use postcopy_tests::store::shown;
+use postcopy_tests::store::{Rpc, shown};
 use postcopy_tests::{PAGE, binary, is_root, skip, wait_until};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -336,4 +340,91 @@ fn the_documented_commands_work() {
     let output = bash.args(["-c", &script]).env("PATH", path).current_dir(folder.path()).output().unwrap();
     assert!(output.status.success(), "{}", shown(&output));
     assert!(shown(&output).contains("sound: 0 packs"), "{}", shown(&output));
+}
+
+/// Returns addresses of loopback with free ports.
+fn free_addresses(count: usize) -> Vec<String> {
+    let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    listeners.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect()
+}
+
+fn serve_as(s3: &S3Server, address: &str, peers: &str) -> Server {
+    let command = postcopyd(s3, &["serve", "--listen", address, "--peers", peers]);
+    Server::spawn(command, Path::new("")).unwrap()
+}
+
+#[test]
+fn servers_that_are_peers_read_each_block_from_the_bucket_about_once() {
+    let s3 = S3Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    // Of several packs, since a pack belongs to one server.
+    let bytes = [memory_like(20 * MIB, 1), noise(30 * MIB, 2)].concat();
+    fs::write(&path, &bytes).unwrap();
+    push(&serve(&s3), &path, "app:1");
+    let addresses = free_addresses(3);
+    let peers = addresses.iter().map(|address| format!("http://{address}")).collect::<Vec<_>>().join(",");
+    let (before, _) = s3.pack_reads();
+    let mut servers: Vec<_> = addresses.iter().map(|address| serve_as(&s3, address, &peers)).collect();
+    std::thread::scope(|scope| {
+        for server in &servers {
+            scope.spawn(|| run(server.address(), ["verify", "app:1"]));
+        }
+    });
+    let (reads, parts) = s3.pack_reads();
+    // The first request of a server to itself tells it which of the addresses is its own, and a
+    // loaded machine may let a few requests run into their time limit.
+    assert!((reads - before) * 10 <= parts * 12, "{} readings of {parts} parts", reads - before);
+    // Without one of them, and with a list that names nobody, all is served as before.
+    servers[0].kill();
+    let alone = serve_as(&s3, "127.0.0.1:0", "http://127.0.0.1:9");
+    for server in servers[1..].iter().chain([&alone]) {
+        let _ = run(server.address(), ["verify", "app:1"]);
+    }
+    drop(servers);
+    // A server that starts again finds its peers gone, and then there again.
+    let servers: Vec<_> = addresses.iter().map(|address| serve_as(&s3, address, &peers)).collect();
+    let out = folder.path().join("out");
+    let _ = run(servers[2].address(), ["pull".as_ref(), "app:1".as_ref(), out.as_os_str()]);
+    assert!(fs::read(out.join("mem")).unwrap() == bytes);
+}
+
+#[test]
+fn a_peer_answers_with_blocks_of_packs_and_refuses_the_rest() {
+    let s3 = S3Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    fs::write(&path, noise(MIB, 3)).unwrap();
+    let address = free_addresses(1).remove(0);
+    let server = serve_as(&s3, &address, &format!("http://{address}"));
+    push(&server, &path, "app:1");
+    let pack = fs::read_dir(s3.path("s/default/packs")).unwrap().next().unwrap().unwrap().path();
+    let pack = fs::read_dir(pack).unwrap().next().unwrap().unwrap().path();
+    let content = fs::read(&pack).unwrap();
+    let digest = Digest::of(&content);
+    let rpc = Rpc::connect(server.address());
+    let channel =
+        rpc.wait(tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap().connect());
+    let peers = PeerServiceClient::new(channel.unwrap()).max_decoding_message_size(4 << 20);
+    let read = |pack: Vec<u8>, block: u32| {
+        let request = v1::ReadBlockRequest { pack: pack.into(), block, server: vec![1; 16].into() };
+        let mut peers = peers.clone();
+        rpc.wait(peers.read_block(request)).map(tonic::Response::into_inner)
+    };
+    let digest = digest.as_bytes().to_vec();
+    for block in 0..6 {
+        let answer = read(digest.clone(), block).unwrap();
+        let start = content.len().min(block as usize * 256 * 1024);
+        let end = content.len().min(start + 256 * 1024);
+        assert_eq!(answer.pack_bytes, content.len() as u64);
+        assert!(answer.data[..] == content[start..end], "block {block}");
+    }
+    for (code, pack, block) in [
+        (tonic::Code::InvalidArgument, digest.clone(), 256),
+        (tonic::Code::InvalidArgument, digest.clone(), u32::MAX),
+        (tonic::Code::InvalidArgument, vec![1; 31], 0),
+        (tonic::Code::NotFound, vec![1; 32], 0),
+    ] {
+        assert_eq!(read(pack, block).unwrap_err().code(), code);
+    }
 }

@@ -1,12 +1,15 @@
 //! An S3 server on a directory, in this process.
 
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -20,7 +23,20 @@ const BUCKET: &str = "bkt";
 pub struct S3Server {
     address: SocketAddr,
     dir: TempDir,
+    reads: Reads,
     _runtime: Runtime,
+}
+
+/// For each part of an object that was read, the number of its readings.
+type Reads = Arc<Mutex<HashMap<String, u64>>>;
+
+/// Counts a request, if it reads an object.
+fn count(reads: &Reads, request: &hyper::Request<Incoming>) {
+    if request.method() == hyper::Method::GET && request.uri().query().is_none() {
+        let range = request.headers().get("range").and_then(|range| range.to_str().ok()).unwrap_or("");
+        let part = format!("{} {range}", request.uri().path());
+        *reads.lock().expect("nobody panics with it").entry(part).or_default() += 1;
+    }
 }
 
 impl S3Server {
@@ -44,15 +60,21 @@ impl S3Server {
         let listener =
             runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("loopback has ports");
         let address = listener.local_addr().expect("it is bound");
+        let reads = Reads::default();
+        let counted = Arc::clone(&reads);
         runtime.spawn(async move {
             let connections = Builder::new(TokioExecutor::new());
             while let Ok((socket, _)) = listener.accept().await {
-                let connection =
-                    connections.serve_connection(TokioIo::new(socket), service.clone()).into_owned();
-                tokio::spawn(connection);
+                let (service, reads) = (service.clone(), Arc::clone(&counted));
+                let answer = move |request: hyper::Request<Incoming>| {
+                    count(&reads, &request);
+                    hyper::service::Service::call(&service, request)
+                };
+                let answer = hyper::service::service_fn(answer);
+                tokio::spawn(connections.serve_connection(TokioIo::new(socket), answer).into_owned());
             }
         });
-        Self { address, dir, _runtime: runtime }
+        Self { address, dir, reads, _runtime: runtime }
     }
 
     /// Returns the URL of a store in the bucket.
@@ -65,6 +87,17 @@ impl S3Server {
     #[must_use]
     pub fn path(&self, key: &str) -> PathBuf {
         self.dir.path().join(BUCKET).join(key)
+    }
+
+    /// Returns the number of readings of parts of packs, and the number of different such parts.
+    ///
+    /// # Panics
+    /// If a thread has panicked with the counters.
+    #[must_use]
+    pub fn pack_reads(&self) -> (u64, u64) {
+        let reads = self.reads.lock().expect("nobody panics with it");
+        let of_packs = reads.iter().filter(|(part, _)| part.contains("/packs/"));
+        of_packs.fold((0, 0), |(all, distinct), (_, count)| (all + count, distinct + 1))
     }
 
     /// Sets the address and the credentials in a command's environment.

@@ -45,7 +45,7 @@ impl Server {
         let listener = Listener::bind(&Address::Unix(socket.clone()), false).unwrap();
         let (stop, stopped) = oneshot::channel();
         let signal = async { stopped.await.unwrap_or(()) };
-        let served = tokio::spawn(serve(store.clone(), listener, Limits::default(), 0.5, signal));
+        let served = tokio::spawn(serve(store.clone(), listener, Limits::default(), 0.5, None, signal));
         let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).unwrap();
         let channel = endpoint.connect().await.unwrap();
         Self { dir, store, channel, stop, served }

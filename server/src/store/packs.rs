@@ -9,6 +9,7 @@ mod blocks;
 mod disk;
 mod hedge;
 mod maps;
+mod peers;
 
 use crate::store::condemned;
 use crate::store::error::{StoreError, damaged, pack_name};
@@ -19,6 +20,7 @@ use blocks::Blocks;
 use bytes::Bytes;
 pub use disk::DiskCache;
 use maps::{Maps, Pack};
+pub use peers::{PackBlock, PeerReading, Peers};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::{ChunkFrame, FrameDecoder};
 use postcopy_proto::pack::{PackError, PackIndex};
@@ -118,6 +120,21 @@ impl Packs {
         match &self.frames {
             Frames::Maps(maps) => maps.load(place, chunk, check),
             Frames::Blocks(blocks) => blocks.load(place, chunk, check),
+        }
+    }
+
+    /// Returns a block of a pack, for another server: asks none itself.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] if the pack does not exist, or [`StoreError::Invalid`] for a
+    /// block that no pack has, or if the store is a directory.
+    pub(crate) async fn block(&self, pack: Digest, block: u64) -> Result<PackBlock, StoreError> {
+        match &self.frames {
+            Frames::Blocks(blocks) => blocks.block_here(pack, block).await,
+            Frames::Maps(_) => {
+                let reason = "the store is a directory, which has none".to_owned();
+                Err(StoreError::Invalid { object: format!("block {block}"), reason })
+            }
         }
     }
 

@@ -11,7 +11,7 @@ pub(crate) mod faulty;
 
 use crate::store::error::{OpenError, StoreError, io_error};
 use crate::store::objects::{Entry, monotonic};
-use crate::store::packs::DiskCache;
+use crate::store::packs::{DiskCache, Peers};
 use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
 use object_store::path::Path as Key;
@@ -63,6 +63,7 @@ pub struct Bucket {
     name: String,
     clock: Clock,
     cache: Option<Arc<DiskCache>>,
+    peers: Option<Arc<dyn Peers>>,
     /// Always there; taken by the drop.
     runtime: Option<Runtime>,
 }
@@ -105,6 +106,7 @@ impl Bucket {
             name: name.to_owned(),
             clock: Clock(Box::new(monotonic)),
             cache: None,
+            peers: None,
             runtime: Some(runtime),
         })
     }
@@ -122,6 +124,17 @@ impl Bucket {
 
     pub(crate) fn cache(&self) -> Option<&Arc<DiskCache>> {
         self.cache.as_ref()
+    }
+
+    /// Asks other servers for blocks of packs.
+    #[must_use]
+    pub fn with_peers(mut self, peers: Arc<dyn Peers>) -> Self {
+        self.peers = Some(peers);
+        self
+    }
+
+    pub(crate) fn peers(&self) -> Option<&Arc<dyn Peers>> {
+        self.peers.as_ref()
     }
 
     /// Replaces the clock.

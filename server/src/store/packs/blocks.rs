@@ -1,7 +1,7 @@
 //! Packs in a bucket: read in blocks, which stay in memory and on a local disk ([`super::disk`]).
 //!
-//! A block is read once, however many callers wait for it. The blocks of a frame are read at the
-//! same time. Where the block before is in memory already, a reader probably goes through the pack,
+//! A block is read once, however many callers wait for it: from the server that the pack belongs to
+//! ([`super::peers`]), or else from the bucket. The blocks of a frame are read at the same time. Where the block before is in memory already, a reader probably goes through the pack,
 //! so the next blocks are read ahead of it.
 
 use crate::store::cache::Cache;
@@ -12,11 +12,13 @@ use crate::store::objects::bucket::Bucket;
 use crate::store::packs::check_frame;
 use crate::store::packs::disk::{Block, BlockName, DiskCache};
 use crate::store::packs::hedge::Hedge;
+use crate::store::packs::peers::PackBlock;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, try_join_all};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::MAX_FRAME_BYTES;
+use postcopy_proto::pack::MAX_PACK_BYTES;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Semaphore;
@@ -27,6 +29,8 @@ const BLOCK_BYTES: u64 = 256 << 10;
 const CACHE_BYTES: usize = 256 << 20;
 /// Most blocks that are written to the disk at a time.
 const MAX_WRITING: usize = 32;
+/// Most blocks of a pack.
+const MAX_BLOCKS: u64 = (MAX_PACK_BYTES as u64).div_ceil(BLOCK_BYTES);
 /// Blocks that are read ahead of a reader.
 const READ_AHEAD: u64 = 8;
 
@@ -35,6 +39,15 @@ const READ_AHEAD: u64 = 8;
 enum Failed {
     NotFound,
     Bucket { object: String, reason: String },
+}
+
+impl Failed {
+    fn into_error(self, object: impl FnOnce() -> String) -> StoreError {
+        match self {
+            Self::NotFound => StoreError::NotFound(object()),
+            Self::Bucket { object, reason } => StoreError::Bucket { object, reason },
+        }
+    }
 }
 
 type Reading = Shared<BoxFuture<'static, Result<Block, Failed>>>;
@@ -54,7 +67,16 @@ struct Inner {
     /// The right to write blocks to the disk.
     writing: Arc<Semaphore>,
     /// The blocks that are being read. Locked for a look-up or a change.
-    reading: Mutex<HashMap<BlockName, Reading>>,
+    reading: Mutex<HashMap<(BlockName, From), Reading>>,
+}
+
+/// The place from which a block that is not in memory is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum From {
+    /// Another server, and if it does not answer, as with the other variant.
+    Peer,
+    /// The disk or the bucket.
+    Here,
 }
 
 impl Blocks {
@@ -83,31 +105,29 @@ impl Blocks {
 
     /// See [`super::Packs::load`].
     pub(super) fn load(&self, place: &Place, chunk: &Digest, check: bool) -> Result<Bytes, StoreError> {
-        let frame = self.read(place, chunk)?;
+        let frame = self.read(place, chunk, From::Peer)?;
         if !check || check_frame(&frame, chunk, &place.pack).is_ok() {
             return Ok(frame);
         }
-        // A push may have replaced a damaged pack by a good one.
+        // A push may have replaced a damaged pack by a good one, or another server's copy is damaged.
         blocks_of(place).for_each(|block| self.inner.forget(&(place.pack, block)));
-        let frame = self.read(place, chunk)?;
+        let frame = self.read(place, chunk, From::Here)?;
         check_frame(&frame, chunk, &place.pack).inspect_err(|error| {
             tracing::error!(pack = %place.pack, "{error}");
         })?;
         Ok(frame)
     }
 
-    fn read(&self, place: &Place, chunk: &Digest) -> Result<Bytes, StoreError> {
+    fn read(&self, place: &Place, chunk: &Digest, from: From) -> Result<Bytes, StoreError> {
         let object = || format!("chunk {chunk} in pack {}", place.pack);
         if place.length as usize > MAX_FRAME_BYTES {
             return Err(damaged(object(), "no frame is that long"));
         }
         let blocks: Vec<_> = blocks_of(place).collect();
-        let reads: Vec<_> = blocks.iter().map(|block| self.block((place.pack, *block))).collect();
+        let reads: Vec<_> = blocks.iter().map(|block| self.block((place.pack, *block), from)).collect();
         self.read_ahead(place.pack, &blocks);
-        let blocks = self.inner.bucket.wait(try_join_all(reads)).map_err(|failed| match failed {
-            Failed::NotFound => StoreError::NotFound(format!("chunk {chunk}")),
-            Failed::Bucket { object, reason } => StoreError::Bucket { object, reason },
-        })?;
+        let blocks = self.inner.bucket.wait(try_join_all(reads));
+        let blocks = blocks.map_err(|failed| failed.into_error(|| format!("chunk {chunk}")))?;
         let blocks: Vec<_> = blocks.into_iter().map(|block| block.bytes).collect();
         cut(place, &blocks).ok_or_else(|| damaged(object(), "the pack is too short"))
     }
@@ -117,28 +137,52 @@ impl Blocks {
         let before = first.checked_sub(1).and_then(|before| self.inner.kept.get(&(pack, before)));
         if let Some(Block { pack_bytes, .. }) = before.as_deref() {
             let end = pack_bytes.div_ceil(BLOCK_BYTES).min(last + 1 + READ_AHEAD);
-            (last + 1..end).for_each(|block| drop(self.block((pack, block))));
+            (last + 1..end).for_each(|block| drop(self.block((pack, block), From::Peer)));
         }
     }
 
+    /// See [`super::Packs::block`].
+    pub(super) async fn block_here(&self, pack: Digest, block: u64) -> Result<PackBlock, StoreError> {
+        if block >= MAX_BLOCKS {
+            let reason = format!("a pack has at most {MAX_BLOCKS}");
+            return Err(StoreError::Invalid { object: format!("block {block}"), reason });
+        }
+        let read = self.block((pack, block), From::Here).await;
+        read.map(Into::into).map_err(|failed| failed.into_error(|| format!("pack {pack}")))
+    }
+
     /// Returns a block, which is read if it is not in memory.
-    fn block(&self, name: BlockName) -> Reading {
+    fn block(&self, name: BlockName, from: From) -> Reading {
+        let asked = match (from, self.inner.bucket.peers()) {
+            (From::Peer, Some(peers)) => peers.read(&name.0, name.1),
+            _ => None,
+        };
+        let from = if asked.is_some() { From::Peer } else { From::Here };
         let mut reading = self.inner.lock();
-        if let Some(begun) = reading.get(&name) {
+        if let Some(begun) = reading.get(&(name, from)) {
             return begun.clone();
         }
         if let Some(kept) = self.inner.kept.get(&name) {
             return std::future::ready(Ok(kept.as_ref().clone())).boxed().shared();
         }
-        let inner = self.inner.clone();
+        let blocks = self.clone();
         let read = self.inner.bucket.start(async move {
-            let outcome = inner.read(name).await;
+            let inner = &blocks.inner;
+            let answered = match asked {
+                Some(asked) => asked.await,
+                None => None,
+            };
+            let outcome = match (answered, from) {
+                (Some(block), _) => Ok(block.into()),
+                (None, From::Peer) => blocks.block(name, From::Here).await,
+                (None, From::Here) => inner.read(name).await,
+            };
             if let Ok(block) = &outcome
                 && !block.bytes.is_empty()
             {
                 inner.kept.insert(name, Arc::new(block.clone()), block.bytes.len());
             }
-            inner.lock().remove(&name);
+            inner.lock().remove(&(name, from));
             outcome
         });
         let read = read.map(|outcome| {
@@ -147,13 +191,13 @@ impl Blocks {
             outcome.map_err(ended).flatten()
         });
         let read = read.boxed().shared();
-        reading.insert(name, read.clone());
+        reading.insert((name, from), read.clone());
         read
     }
 }
 
 impl Inner {
-    fn lock(&self) -> MutexGuard<'_, HashMap<BlockName, Reading>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(BlockName, From), Reading>> {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

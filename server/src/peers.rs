@@ -1,0 +1,319 @@
+//! The servers of a fleet that share a bucket.
+//!
+//! Each pack belongs to one of the servers by rendezvous hashing: to the one with the highest hash
+//! of its address and the pack's digest. A server that misses a block asks the pack's owner, which
+//! reads the bucket. So each block leaves the bucket about once. All servers need the same list of
+//! addresses for that; with different ones, blocks are read more often, and nothing else is lost.
+//!
+//! An owner that does not answer in time is left out for some seconds; its packs then belong to the
+//! next servers in the order of hashes, and the block is read from the bucket.
+
+use crate::store::{PackBlock, PeerReading, Peers};
+use futures_util::FutureExt;
+use postcopy_proto::MAX_MESSAGE_BYTES;
+use postcopy_proto::digest::Digest;
+use postcopy_proto::v1;
+use postcopy_proto::v1::peer_service_client::PeerServiceClient;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+/// Time in which a connection must be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time in which a server must answer, which may have to read the bucket.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time for which a server that has not answered is left out.
+const PAUSE: Duration = Duration::from_secs(5);
+/// Age from which on addresses are looked up again.
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(10);
+/// HTTP/2 windows of a stream and of a connection: a whole block, and some tens of them.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
+/// A number that a server draws at its start, by which it knows its own requests.
+pub type ServerId = [u8; 16];
+
+/// The list of a fleet's servers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PeerList {
+    /// These addresses: `http://host:port`.
+    Addresses(Vec<String>),
+    /// All addresses of a name in the DNS, which may change, and a port.
+    Dns {
+        /// The name.
+        name: String,
+        /// The port of all servers.
+        port: u16,
+    },
+}
+
+/// Text that is no list of servers.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is neither http://host:port nor dns:name:port")]
+pub struct PeerListError(String);
+
+impl FromStr for PeerList {
+    type Err = PeerListError;
+
+    /// Parses `http://host:port,http://host:port` or `dns:name:port`.
+    fn from_str(text: &str) -> Result<Self, PeerListError> {
+        let error = |text: &str| PeerListError(text.to_owned());
+        if let Some(name) = text.strip_prefix("dns:") {
+            let (name, port) = name.rsplit_once(':').ok_or_else(|| error(text))?;
+            let port = port.parse().map_err(|_| error(text))?;
+            return match name.is_empty() {
+                true => Err(error(text)),
+                false => Ok(Self::Dns { name: name.to_owned(), port }),
+            };
+        }
+        let address = |text: &str| {
+            let has_port = |rest: &str| {
+                rest.rsplit_once(':')
+                    .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+            };
+            let is_address = text.strip_prefix("http://").is_some_and(has_port)
+                && Endpoint::from_shared(text.to_owned()).is_ok();
+            is_address.then(|| text.to_owned()).ok_or_else(|| error(text))
+        };
+        text.split(',')
+            .map(|part| address(part.trim().trim_end_matches('/')))
+            .collect::<Result<_, _>>()
+            .map(Self::Addresses)
+    }
+}
+
+/// The servers of a fleet, as one of them knows them.
+#[derive(Debug)]
+pub struct Fleet {
+    id: ServerId,
+    list: PeerList,
+    /// Locked for a look-up or a change.
+    members: Mutex<Members>,
+}
+
+#[derive(Debug, Default)]
+struct Members {
+    members: Vec<Arc<Member>>,
+    looked_up: Option<Instant>,
+}
+
+/// A server of the fleet.
+#[derive(Debug)]
+struct Member {
+    address: String,
+    /// Made at the first request, in the runtime that needs it.
+    channel: OnceLock<Channel>,
+    is_self: AtomicBool,
+    left_out_until: Mutex<Option<Instant>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Fleet {
+    /// Makes the view of a server on its fleet.
+    #[must_use]
+    pub fn new(list: PeerList) -> Self {
+        let id = fastrand::u128(..).to_le_bytes();
+        let members = match &list {
+            PeerList::Addresses(addresses) => addresses.iter().cloned().map(Member::new).collect(),
+            PeerList::Dns { .. } => Vec::new(),
+        };
+        Self { id, list, members: Mutex::new(Members { members, looked_up: None }) }
+    }
+
+    /// Returns the number of this server.
+    #[must_use]
+    pub fn id(&self) -> &ServerId {
+        &self.id
+    }
+
+    /// Looks the addresses up, if they are due, and keeps the old ones if that fails.
+    ///
+    /// # Blocking
+    /// Waits for the resolver of the system.
+    pub async fn refresh(&self) {
+        let PeerList::Dns { name, port } = &self.list else { return };
+        {
+            let mut members = lock(&self.members);
+            if members.looked_up.is_some_and(|at| at.elapsed() < LOOKUP_INTERVAL) {
+                return;
+            }
+            members.looked_up = Some(Instant::now());
+        }
+        let mut addresses: Vec<String> = match tokio::net::lookup_host((name.as_str(), *port)).await {
+            Ok(found) => found.map(|address| format!("http://{address}")).collect(),
+            Err(error) => return tracing::warn!("the peers of dns:{name}:{port} stay as they were: {error}"),
+        };
+        addresses.sort_unstable();
+        addresses.dedup();
+        let mut members = lock(&self.members);
+        let known = |address: String| {
+            let known = members.members.iter().find(|member| member.address == address).cloned();
+            known.unwrap_or_else(|| Member::new(address))
+        };
+        members.members = addresses.into_iter().map(known).collect();
+    }
+
+    /// Returns the server that a pack belongs to.
+    fn owner(&self, pack: &Digest) -> Option<Arc<Member>> {
+        let members = lock(&self.members);
+        let present = members.members.iter().filter(|member| !member.is_left_out());
+        present.max_by_key(|member| (member.score(pack), &member.address)).cloned()
+    }
+}
+
+impl Peers for Fleet {
+    fn read(&self, pack: &Digest, block: u64) -> Option<PeerReading> {
+        let owner = self.owner(pack).filter(|owner| !owner.is_self.load(Ordering::Relaxed))?;
+        let block = u32::try_from(block).ok()?;
+        let request = v1::ReadBlockRequest { pack: (*pack).into(), block, server: self.id.to_vec().into() };
+        Some(async move { owner.ask(request).await }.boxed())
+    }
+}
+
+impl Member {
+    fn new(address: String) -> Arc<Self> {
+        let (channel, is_self) = (OnceLock::new(), AtomicBool::new(false));
+        Arc::new(Self { address, channel, is_self, left_out_until: Mutex::default() })
+    }
+
+    fn score(&self, pack: &Digest) -> u64 {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(pack.as_bytes()).update(self.address.as_bytes());
+        u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("32 bytes"))
+    }
+
+    fn is_left_out(&self) -> bool {
+        lock(&self.left_out_until).is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Asks this server for a block.
+    async fn ask(&self, request: v1::ReadBlockRequest) -> Option<PackBlock> {
+        let answer = async {
+            let channel = self.channel()?;
+            let mut client = PeerServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+            Ok::<_, Status>(client.read_block(request).await?.into_inner())
+        };
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, answer).await;
+        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
+            Ok(v1::ReadBlockResponse { pack_bytes, data }) => Some(PackBlock { bytes: data, pack_bytes }),
+            Err(status) => {
+                self.failed(&status);
+                None
+            }
+        }
+    }
+
+    fn failed(&self, status: &Status) {
+        match status.code() {
+            Code::FailedPrecondition => self.is_self.store(true, Ordering::Relaxed),
+            // It has looked, so another request to it is of use.
+            Code::NotFound | Code::ResourceExhausted => {}
+            _ => {
+                let was_left_out = lock(&self.left_out_until).replace(Instant::now() + PAUSE);
+                if was_left_out.is_none_or(|until| until.elapsed() > PAUSE) {
+                    tracing::warn!(peer = self.address, "left out for a while: {}", status.message());
+                }
+            }
+        }
+    }
+
+    fn channel(&self) -> Result<Channel, Status> {
+        if let Some(channel) = self.channel.get() {
+            return Ok(channel.clone());
+        }
+        let endpoint = Endpoint::from_shared(self.address.clone());
+        let endpoint = endpoint.map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let channel = endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .connect_lazy();
+        Ok(self.channel.get_or_init(|| channel).clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn fleet(addresses: &[&str]) -> Fleet {
+        Fleet::new(PeerList::Addresses(addresses.iter().map(ToString::to_string).collect()))
+    }
+
+    fn owners(fleet: &Fleet) -> Vec<String> {
+        (0..3000u32).map(|n| fleet.owner(&Digest::of(&n.to_le_bytes())).unwrap().address.clone()).collect()
+    }
+
+    #[test]
+    fn lists_are_parsed_and_others_named() {
+        let list = |text: &str| text.parse::<PeerList>();
+        let two = ["http://a:7070", "http://10.0.0.1:80"].map(str::to_owned).to_vec();
+        assert_eq!(list("http://a:7070, http://10.0.0.1:80/"), Ok(PeerList::Addresses(two)));
+        assert_eq!(list("http://[::1]:7070"), Ok(PeerList::Addresses(vec!["http://[::1]:7070".to_owned()])));
+        let dns = PeerList::Dns { name: "postcopy.svc".to_owned(), port: 7070 };
+        assert_eq!(list("dns:postcopy.svc:7070"), Ok(dns));
+        for bad in [
+            "",
+            "a:7070",
+            "http://a",
+            "http://:1",
+            "https://a:1",
+            "dns:a",
+            "dns::1",
+            "dns:a:x",
+            "http://a:1,,",
+        ] {
+            assert!(list(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn packs_are_shared_evenly_and_few_move_when_a_server_goes() {
+        let addresses = ["http://a:1", "http://b:1", "http://c:1", "http://d:1"];
+        let (all, fewer) = (fleet(&addresses), fleet(&addresses[..3]));
+        let (before, after) = (owners(&all), owners(&fewer));
+        let mut counts: HashMap<&String, u32> = HashMap::new();
+        before.iter().for_each(|owner| *counts.entry(owner).or_default() += 1);
+        assert!(counts.len() == 4 && counts.values().all(|count| (650..850).contains(count)), "{counts:?}");
+        let moved = before.iter().zip(&after).filter(|(before, after)| before != after);
+        assert!(moved.into_iter().all(|(before, _)| before == "http://d:1"));
+        // The order of the list does not matter.
+        let turned: Vec<_> = addresses.iter().rev().copied().collect();
+        assert_eq!(owners(&fleet(&turned)), before);
+        // A server that does not answer is left out, and its packs have other owners.
+        let members = lock(&all.members).members.clone();
+        members[3].failed(&Status::unavailable("gone"));
+        assert_eq!(owners(&all), after);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_cannot_be_reached_answers_nothing_and_is_left_out() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        drop(listener);
+        let fleet = fleet(&[&address]);
+        let pack = Digest::of(b"pack");
+        assert_eq!(fleet.read(&pack, 0).expect("another server").await, None);
+        assert!(fleet.read(&pack, 0).is_none(), "left out");
+    }
+
+    #[tokio::test]
+    async fn the_addresses_of_a_name_are_looked_up() {
+        let fleet = Fleet::new("dns:localhost:7070".parse().unwrap());
+        assert!(fleet.owner(&Digest::of(b"pack")).is_none());
+        fleet.refresh().await;
+        let owner = fleet.owner(&Digest::of(b"pack")).unwrap();
+        assert!(owner.address.ends_with(":7070"), "{}", owner.address);
+        let other = Fleet::new("dns:no-such-name.invalid:7070".parse().unwrap());
+        other.refresh().await;
+        assert!(other.owner(&Digest::of(b"pack")).is_none());
+    }
+}
