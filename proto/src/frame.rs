@@ -32,6 +32,12 @@ const MAX_RUNS: usize = MAX_PAGES_PER_CHUNK / 2;
 /// Bytes of the longest frame: header, runs and an uncompressed chunk.
 pub const MAX_FRAME_BYTES: usize = HEADER_BYTES + RUN_BYTES * MAX_RUNS + ChunkSize::MAX.bytes();
 
+/// Returns the most bytes of a frame of a chunk with so many bytes.
+#[must_use]
+pub const fn max_frame_bytes(chunk_bytes: usize) -> usize {
+    HEADER_BYTES + RUN_BYTES * chunk_bytes.div_ceil(PAGE_BYTES).div_ceil(2) + chunk_bytes
+}
+
 /// A defect of a frame, or a frame of another chunk than the expected one.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {

@@ -59,7 +59,7 @@ pub const MAX_BULK_CHUNKS: u64 = 16_384;
 pub const MAX_FIND_MISSING: usize = 65_536;
 
 /// Most patches of one `PatchChunks` request.
-pub const MAX_PATCHES: usize = 8192;
+pub const MAX_PATCHES: usize = 4096;
 
 /// Most bytes of the chunks of one `PatchChunks` request: 16 MiB.
 pub const MAX_PATCHED_BYTES: usize = 16 << 20;

@@ -136,15 +136,7 @@ impl Tmpfs {
 
     /// Gives it room for so many bytes.
     pub fn resize(&self, bytes: usize) {
-        self.remount(&format!("size={bytes}"));
-    }
-
-    /// Changes an option of the mount.
-    ///
-    /// # Panics
-    /// If that cannot be.
-    pub fn remount(&self, option: &str) {
-        run("mount", &["-o", &format!("remount,{option}"), self.text()]);
+        run("mount", &["-o", &format!("remount,size={bytes}"), self.text()]);
     }
 }
 

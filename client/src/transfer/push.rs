@@ -12,6 +12,7 @@
 mod changes;
 mod encoding;
 mod error;
+mod extents;
 mod patching;
 mod places;
 mod reading;
@@ -79,6 +80,8 @@ impl Default for PushOptions {
 pub struct PushReport {
     /// Digest of the image.
     pub image: Digest,
+    /// Digest of the base.
+    pub base: Option<Digest>,
     /// Bytes of all files together.
     pub size_bytes: u64,
     /// Bytes of chunks that hold only zeros.
@@ -125,13 +128,21 @@ pub async fn push(
     on_progress: OnProgress,
 ) -> Result<PushReport, PushError> {
     let (started, mut lost) = (Instant::now(), PushError::Lost);
+    // A tag may move between two attempts.
+    let mut base_reference = options.base.clone();
     for _ in 0..COMMITS {
         let sources = collect(path)?;
         let mut labels = options.labels.clone();
         snapshot::add_labels(&sources, &mut labels)?;
-        let base = match &options.base {
-            Some(base) => Some(open_base(remote, base).await?),
+        let base = match &mut base_reference {
             None => None,
+            Some(reference) => {
+                let base = open_base(remote, reference).await?;
+                if let Reference::Tag(TagReference { name, .. }) = reference {
+                    *reference = Reference::Digest { name: name.clone(), image: base.digest() };
+                }
+                Some(base)
+            }
         };
         let size_bytes = size(&sources);
         let push = Push::new(remote.clone(), &options, base, size_bytes, Arc::clone(&on_progress))?;
@@ -253,9 +264,9 @@ impl Push {
         Ok(Self {
             remote,
             chunk_size,
-            base,
             report: PushReport {
                 image: Digest::of(&[]),
+                base: base.as_deref().map(Image::digest),
                 size_bytes: 0,
                 zero_bytes: 0,
                 base_bytes: 0,
@@ -264,6 +275,7 @@ impl Push {
                 pack_bytes: 0,
                 elapsed: Duration::ZERO,
             },
+            base,
             total_bytes,
             on_progress,
             builder: ManifestBuilder::new(chunk_size),

@@ -1608,7 +1608,7 @@ pub mod image_service_client {
         /// for the new ones.
         ///
         /// INVALID_ARGUMENT: a base is not 32 bytes long; a patch is not well-formed, or of a chunk of at
-        /// most 4 KiB or of another length than the base; there are none, more than 8,192, or of chunks with
+        /// most 4 KiB or of another length than the base; there are none, more than 4,096, or of chunks with
         /// more than 16 MiB together. DATA_LOSS: the stored copy of a base is damaged. RESOURCE_EXHAUSTED:
         /// the disk is full, or the server has too many requests.
         ///
@@ -1837,7 +1837,7 @@ pub mod image_service_server {
         /// for the new ones.
         ///
         /// INVALID_ARGUMENT: a base is not 32 bytes long; a patch is not well-formed, or of a chunk of at
-        /// most 4 KiB or of another length than the base; there are none, more than 8,192, or of chunks with
+        /// most 4 KiB or of another length than the base; there are none, more than 4,096, or of chunks with
         /// more than 16 MiB together. DATA_LOSS: the stored copy of a base is damaged. RESOURCE_EXHAUSTED:
         /// the disk is full, or the server has too many requests.
         ///

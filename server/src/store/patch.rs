@@ -12,7 +12,7 @@ use bytes::Bytes;
 use postcopy_proto::MAX_PATCHED_BYTES;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::patch::Patch;
-use postcopy_proto::frame::{ChunkFrame, FrameDecoder, FrameEncoder};
+use postcopy_proto::frame::{ChunkFrame, FrameDecoder, FrameEncoder, max_frame_bytes};
 use postcopy_proto::pack::PackBuilder;
 use postcopy_proto::page::{PAGE_BYTES, is_zero};
 use postcopy_proto::proof::Leaves;
@@ -65,15 +65,14 @@ impl Store {
         caller: &Caller,
     ) -> Result<Vec<Option<PatchedChunk>>, StoreError> {
         let parsed = parse(patches)?;
-        let frames = self.frames_of(patches)?;
-        caller.check()?;
+        let frames = self.frames_of(patches, &parsed, caller)?;
         let make = |(decoder, encoder): &mut (FrameDecoder, FrameEncoder),
                     (number, patch): (usize, &Patch<'_>)| {
             caller.check()?;
             let base = &patches[number].base;
             let Some(frame) = frames.get(base) else { return Ok(None) };
-            let mut chunk = self.plain(base, frame, decoder)?;
-            make(number, base, patch, &mut chunk, decoder, encoder).map(Some)
+            let mut chunk = self.plain(base, frame, number, patch, decoder)?;
+            make(number, patch, &mut chunk, decoder, encoder).map(Some)
         };
         let coders = || (FrameDecoder::default(), FrameEncoder::new(LEVEL));
         let made: Vec<Option<Made>> = VERIFIERS.install(|| {
@@ -105,26 +104,45 @@ impl Store {
         Ok(made.into_iter().map(|made| made.map(|made| made.patched)).collect())
     }
 
-    /// Returns the frames of the stored chunks that patches are for, as far as they are there.
-    fn frames_of(&self, patches: &[ChunkPatch]) -> Result<HashMap<Digest, Bytes>, StoreError> {
-        let bases: HashSet<_> = patches.iter().map(|patch| patch.base).collect();
-        let bases: Vec<_> = bases.into_iter().collect();
+    /// Returns the frames of the stored chunks that patches are for, as far as they are there. Reads
+    /// none that is longer than a frame of the patch's length can be.
+    fn frames_of(
+        &self,
+        patches: &[ChunkPatch],
+        parsed: &[Patch<'_>],
+        caller: &Caller,
+    ) -> Result<HashMap<Digest, Bytes>, StoreError> {
+        let mut most: HashMap<Digest, (usize, usize)> = HashMap::new();
+        for (number, (ChunkPatch { base, .. }, patch)) in patches.iter().zip(parsed).enumerate() {
+            let (_, bytes) = most.entry(*base).or_insert((number, patch.chunk_bytes()));
+            *bytes = patch.chunk_bytes().min(*bytes);
+        }
+        let bases: Vec<_> = most.keys().copied().collect();
         let places = self.packs.presence().places(&bases)?;
         let mut found: Vec<(Digest, Place)> =
             bases.into_iter().zip(places).filter_map(|(base, place)| Some((base, place?))).collect();
+        for (base, place) in &found {
+            let (number, chunk_bytes) = most[base];
+            if place.length as usize > max_frame_bytes(chunk_bytes) {
+                return Err(other_length(number, base, chunk_bytes));
+            }
+        }
         found.sort_unstable_by_key(|(_, place)| (place.pack, place.offset));
-        let load = |(base, place): &(Digest, Place)| match self.packs.load(place, base, false) {
-            Ok(frame) => Ok(Some((*base, frame))),
-            // A collector has deleted it meanwhile.
-            Err(StoreError::NotFound(_)) => Ok(None),
-            Err(_) => self.packs.find_frame(base, true).map(|(_, frame)| Some((*base, frame))),
+        let load = |(base, place): &(Digest, Place)| {
+            caller.check()?;
+            let loaded = self.packs.load(place, base, false);
+            let found = loaded.or_else(|_| self.packs.find_frame(base, true).map(|(_, frame)| frame));
+            match found {
+                Err(StoreError::NotFound(_)) => Ok(None),
+                other => other.map(|frame| Some((*base, frame))),
+            }
         };
         let load_part = |part: &[(Digest, Place)]| part.iter().map(load).collect::<Result<Vec<_>, _>>();
         let readers = if self.objects.has_locks() { 1 } else { READERS };
-        let loaded = std::thread::scope(|scope| {
+        let loaded: Vec<_> = std::thread::scope(|scope| {
             let part = found.len().div_ceil(readers).max(1);
             let parts: Vec<_> = found.chunks(part).map(|part| scope.spawn(move || load_part(part))).collect();
-            parts.into_iter().map(|part| part.join().expect("a reading does not panic")).collect::<Vec<_>>()
+            parts.into_iter().map(|part| part.join().expect("a reading does not panic")).collect()
         });
         let mut frames = HashMap::new();
         for part in loaded {
@@ -133,20 +151,34 @@ impl Store {
         Ok(frames)
     }
 
-    /// Returns the plain bytes of a stored chunk from its frame, or from a better copy of it. They
-    /// are not verified.
-    fn plain(&self, base: &Digest, frame: &[u8], decoder: &mut FrameDecoder) -> Result<Vec<u8>, StoreError> {
+    /// Returns the plain bytes of a stored chunk from its frame, or from a better copy of it.
+    fn plain(
+        &self,
+        base: &Digest,
+        frame: &[u8],
+        number: usize,
+        patch: &Patch<'_>,
+        decoder: &mut FrameDecoder,
+    ) -> Result<Vec<u8>, StoreError> {
+        let chunk_bytes = patch.chunk_bytes();
         let mut decode = |frame: &[u8]| {
-            let parsed = ChunkFrame::parse(frame)?;
-            let mut chunk = vec![0; parsed.chunk_bytes()];
-            decoder.decode_verified(&parsed, base, &mut chunk).map(|()| chunk)
+            let parsed = ChunkFrame::parse(frame).map_err(|e| damaged(format!("chunk {base}"), e))?;
+            if parsed.chunk_bytes() != chunk_bytes {
+                return Err(other_length(number, base, chunk_bytes));
+            }
+            let mut chunk = vec![0; chunk_bytes];
+            let decoded = decoder.decode_verified(&parsed, base, &mut chunk);
+            decoded.map(|()| chunk).map_err(|e| damaged(format!("chunk {base}"), e))
         };
-        if let Ok(chunk) = decode(frame) {
-            return Ok(chunk);
+        match decode(frame) {
+            Err(StoreError::Damaged { .. }) => decode(&self.packs.find_frame(base, true)?.1),
+            other => other,
         }
-        let (_, frame) = self.packs.find_frame(base, true)?;
-        decode(&frame).map_err(|e| damaged(format!("chunk {base}"), e))
     }
+}
+
+fn other_length(number: usize, base: &Digest, chunk_bytes: usize) -> StoreError {
+    invalid(number, format!("it is for a chunk of {chunk_bytes} bytes, and chunk {base} has another length"))
 }
 
 /// Parses the patches, and checks the sum of their chunks' lengths.
@@ -174,15 +206,13 @@ fn invalid(number: usize, reason: String) -> StoreError {
 /// Replaces pages of `chunk`, which has the plain bytes of the stored chunk.
 fn make(
     number: usize,
-    base: &Digest,
     patch: &Patch<'_>,
     chunk: &mut [u8],
     decoder: &mut FrameDecoder,
     encoder: &mut FrameEncoder,
 ) -> Result<Made, StoreError> {
     let base_leaves = Leaves::of(chunk);
-    let pages =
-        decoder.apply(patch, chunk).map_err(|e| invalid(number, format!("over chunk {base}: {e}")))?;
+    let pages = decoder.apply(patch, chunk).map_err(|e| invalid(number, e.to_string()))?;
     let mut leaves = base_leaves.clone();
     leaves.replace(&patch.runs().collect::<Vec<_>>(), pages).map_err(|e| invalid(number, e.to_string()))?;
     let chunk_digest = leaves.digest().ok_or_else(|| invalid(number, "its chunk has one page".to_owned()))?;

@@ -1,6 +1,7 @@
 //! Images that are pushed over a base: only what differs is read and sent.
 
 use super::{CHUNK, number, pull_cli, push_cli};
+use postcopy::proto::digest::Digest;
 use postcopy::proto::frame::FrameEncoder;
 use postcopy::proto::page::PageRun;
 use postcopy::proto::v1;
@@ -9,12 +10,17 @@ use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::mounts::Tmpfs;
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, StoreDir};
-use postcopy_tests::{PAGE, is_root, skip};
+use postcopy_tests::{PAGE, is_root, resident_kib, skip};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+/// Makes a directory on the file system of the build: /tmp may be a tmpfs, which is refused.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
 
 /// Writes a sparse file with these pages, and nothing else.
 fn write_pages(path: &Path, len: usize, pages: &[(usize, Vec<u8>)]) -> File {
@@ -63,7 +69,7 @@ fn generations_of_diffs_are_the_images_of_the_whole_files() {
     for (seed, chunk) in [(1, 4096), (2, 65_536), (3, 2 << 20)] {
         let server = Server::start();
         let store = StoreDir::of(&server);
-        let folder = tempfile::tempdir().unwrap();
+        let folder = scratch();
         let (whole, diff) = (folder.path().join("whole"), folder.path().join("diff"));
         fs::create_dir_all(&whole).unwrap();
         fs::create_dir_all(&diff).unwrap();
@@ -102,7 +108,7 @@ fn generations_of_diffs_are_the_images_of_the_whole_files() {
 #[test]
 fn of_changed_chunks_only_the_changed_pages_are_sent_and_the_rest_is_not_read() {
     let server = Server::start();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
     let path = folder.path().join("mem");
     let bytes = noise(100 * CHUNK, 4);
     fs::write(&path, &bytes).unwrap();
@@ -126,7 +132,7 @@ fn of_changed_chunks_only_the_changed_pages_are_sent_and_the_rest_is_not_read() 
 #[test]
 fn pages_that_were_written_a_moment_ago_are_not_taken_for_holes() {
     let server = Server::start();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
     let path = folder.path().join("mem");
     let mut bytes = noise(30 * CHUNK, 5);
     fs::write(&path, &bytes).unwrap();
@@ -153,7 +159,7 @@ fn pages_that_were_written_a_moment_ago_are_not_taken_for_holes() {
 #[test]
 fn files_that_the_base_does_not_have_are_pushed_as_they_are() {
     let server = Server::start();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
     let (one, two) = (folder.path().join("one"), folder.path().join("two"));
     fs::create_dir_all(one.join("gone")).unwrap();
     fs::create_dir_all(&two).unwrap();
@@ -179,7 +185,7 @@ fn files_that_the_base_does_not_have_are_pushed_as_they_are() {
 #[test]
 fn what_cannot_be_told_from_the_base_is_an_error_that_names_the_file() {
     let server = Server::start();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
     let path = folder.path().join("mem");
     fs::write(&path, noise(3 * CHUNK + 5000, 9)).unwrap();
     push_cli(&server, &path, "vm:1");
@@ -205,32 +211,59 @@ fn what_cannot_be_told_from_the_base_is_an_error_that_names_the_file() {
 }
 
 #[test]
-fn a_file_system_that_makes_data_of_holes_is_refused() {
-    if !is_root() {
-        return skip("a_file_system_that_makes_data_of_holes_is_refused", "only root may mount");
-    }
+fn files_of_which_the_written_parts_are_not_known_are_refused() {
+    const TEST: &str = "push::layers::files_of_which_the_written_parts_are_not_known_are_refused";
     let server = Server::start();
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
+    let path = folder.path().join("mem");
     let bytes = noise(4 << 20, 10);
-    fs::write(folder.path().join("mem"), &bytes).unwrap();
-    push_cli(&server, &folder.path().join("mem"), "vm:1");
-    // A page that is written there makes 2 MiB of data.
+    fs::write(&path, &bytes).unwrap();
+    push_cli(&server, &path, "vm:1");
+    // A page that is read there looks like one that was written, to SEEK_DATA.
+    let file = write_pages(&path, bytes.len(), &[(3, noise(PAGE, 11))]);
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 1 << 20, 1 << 20).unwrap();
+    file.read_exact_at(&mut [0; PAGE], 1 << 20).unwrap();
+    let text = fail_over(&server, &path, "vm:1");
+    assert!(text.contains("mem: some of its parts were allocated, and never written"), "{text}");
+    if !is_root() {
+        return skip(TEST, "only root may mount a tmpfs");
+    }
     let tmpfs = Tmpfs::of_bytes(64 << 20);
-    tmpfs.remount("huge=always");
     let path = tmpfs.path().join("mem");
     write_pages(&path, bytes.len(), &[(3, noise(PAGE, 11))]);
     let text = fail_over(&server, &path, "vm:1");
-    assert!(text.contains("mem: its file system keeps blocks of 2097152 bytes"), "{text}");
-    // All of it was written, so it has no holes to take for anything.
-    fs::write(&path, noise(bytes.len(), 12)).unwrap();
-    push_over(&server, &path, "vm:2", "vm:1");
+    assert!(text.contains("mem: its file system does not tell which parts were written"), "{text}");
+}
+
+#[test]
+fn a_patch_of_another_length_than_its_chunk_is_refused_before_the_chunk_is_read() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mem");
+    let bytes = noise(64 << 20, 16);
+    fs::write(&path, &bytes).unwrap();
+    let words = ["push", path.to_str().unwrap(), "vm:1", "--chunk-size", "2097152"];
+    let _ = run(server.address(), words);
+    let rpc = Rpc::connect(server.address());
+    let mut patch = Vec::new();
+    FrameEncoder::new(3).encode_patch(PAGE + 1, &[PageRun { first: 1, count: 1 }], &[1], &mut patch);
+    let patches: Vec<_> = bytes
+        .chunks(2 << 20)
+        .map(|chunk| v1::ChunkPatch { base: Digest::of(chunk).into(), patch: patch.clone().into() })
+        .collect();
+    let before = resident_kib(server.pid());
+    let status = rpc.wait(rpc.images().patch_chunks(v1::PatchChunksRequest { patches })).unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status:?}");
+    assert!(status.message().contains("has another length"), "{status:?}");
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 16 << 10, "the server has read the chunks: {grown} KiB");
 }
 
 #[test]
 fn a_chunk_of_the_base_that_is_lost_is_named() {
     let server = Server::start();
     let store = StoreDir::of(&server);
-    let folder = tempfile::tempdir().unwrap();
+    let folder = scratch();
     let path = folder.path().join("mem");
     let bytes = noise(3 * CHUNK, 13);
     fs::write(&path, &bytes).unwrap();
@@ -238,7 +271,7 @@ fn a_chunk_of_the_base_that_is_lost_is_named() {
     store.packs().iter().for_each(|pack| fs::remove_file(store.root().join(pack)).unwrap());
     write_pages(&path, bytes.len(), &[(3, noise(PAGE, 14))]);
     let text = fail_over(&server, &path, "vm:1");
-    let chunk = postcopy::proto::digest::Digest::of(&bytes[..CHUNK]);
+    let chunk = Digest::of(&bytes[..CHUNK]);
     assert!(text.contains(&format!("has lost chunk {chunk} of the base")), "{text}");
     // A chunk that is as in the base is missed by the commit.
     write_pages(&path, bytes.len(), &[]);
@@ -264,7 +297,7 @@ fn strange_patches_are_refused_and_a_right_one_is_stored_once() {
         FrameEncoder::new(3).encode_patch(chunk, &runs, content, &mut patch);
         patch
     };
-    let base = postcopy::proto::digest::Digest::of(&bytes[..CHUNK]);
+    let base = Digest::of(&bytes[..CHUNK]);
     let send = |patches: Vec<(Vec<u8>, Vec<u8>)>| {
         let patch =
             |(base, patch): (Vec<u8>, Vec<u8>)| v1::ChunkPatch { base: base.into(), patch: patch.into() };
@@ -283,8 +316,8 @@ fn strange_patches_are_refused_and_a_right_one_is_stored_once() {
     undecodable[last - 3] ^= 0xff;
     let large = patch_of(2 << 20, &[(0, 1)], &[9; PAGE]);
     let refused = [
-        ("patches: 0 are not 1 to 8192", vec![]),
-        ("patches: 8193 are not 1 to 8192", vec![(digest.clone(), Vec::new()); 8193]),
+        ("patches: 0 are not 1 to 4096", vec![]),
+        ("patches: 4097 are not 1 to 4096", vec![(digest.clone(), Vec::new()); 4097]),
         ("base: ", vec![(digest[1..].to_vec(), good.clone())]),
         ("patch 0: the frame has 0 bytes", vec![(digest.clone(), Vec::new())]),
         ("patch 1: page run 0", vec![(digest.clone(), good.clone()), (digest.clone(), beyond)]),
@@ -293,7 +326,7 @@ fn strange_patches_are_refused_and_a_right_one_is_stored_once() {
             "patch 0: its chunk has at most one page",
             vec![(digest.clone(), patch_of(PAGE, &[(0, 1)], &[9; PAGE]))],
         ),
-        ("patch 0: over chunk", vec![(digest.clone(), other_length)]),
+        ("has another length", vec![(digest.clone(), other_length)]),
         (
             "patch 8: the chunks up to this one have more than 16777216 bytes",
             vec![(digest.clone(), large); 9],
@@ -314,7 +347,7 @@ fn strange_patches_are_refused_and_a_right_one_is_stored_once() {
         let mut new = bytes[..CHUNK].to_vec();
         new[2 * PAGE..3 * PAGE].fill(9);
         let chunks: Vec<_> = answer.chunks.iter().map(|chunk| chunk.chunk.to_vec()).collect();
-        let of = |bytes: &[u8]| postcopy::proto::digest::Digest::of(bytes).as_bytes().to_vec();
+        let of = |bytes: &[u8]| Digest::of(bytes).as_bytes().to_vec();
         assert_eq!(chunks, [of(&new), Vec::new(), of(&new), of(&[0; CHUNK])]);
         assert_eq!(store.packs().len(), before.len() + 1);
     }

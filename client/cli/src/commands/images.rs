@@ -74,7 +74,6 @@ pub(crate) fn push(
             bar.set_position(done);
         })
     };
-    let has_base = options.base.is_some();
     let pushed = with_remote(server, |remote| async move {
         Ok(push::push(&remote, path, reference, options, on_progress).await?)
     });
@@ -85,6 +84,8 @@ pub(crate) fn push(
     struct Pushed {
         reference: String,
         image: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        base: Option<String>,
         size_bytes: u64,
         zero_bytes: u64,
         base_bytes: u64,
@@ -97,6 +98,7 @@ pub(crate) fn push(
     let pushed = Pushed {
         reference: reference.to_string(),
         image: report.image.to_string(),
+        base: report.base.as_ref().map(ToString::to_string),
         size_bytes: report.size_bytes,
         zero_bytes: report.zero_bytes,
         base_bytes: report.base_bytes,
@@ -110,9 +112,9 @@ pub(crate) fn push(
         0 => "nothing: the server had all chunks already".to_owned(),
         sent => format!("{} as {} ({:.2} : 1)", bytes(sent), bytes(report.pack_bytes), report.ratio()),
     };
-    let base = match has_base {
-        true => format!("\n  as in base   {}", bytes(report.base_bytes)),
-        false => String::new(),
+    let base = match report.base {
+        Some(base) => format!("\n  as in base   {}, of {base}", bytes(report.base_bytes)),
+        None => String::new(),
     };
     output.show(&pushed, || {
         format!(

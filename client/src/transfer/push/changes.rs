@@ -58,6 +58,9 @@ impl ChangedEntries {
             let wrong = |reason: String| PushError::Changes { path: path.clone(), reason };
             let file = image.file(path.as_bytes());
             let size = file.ok_or_else(|| wrong("the image has no such file".to_owned()))?.size_bytes;
+            if let Some(range) = ranges.iter().find(|range| range.start > range.end) {
+                return Err(wrong(format!("the changes from byte {} end at {}", range.start, range.end)));
+            }
             if let Some(beyond) = ranges.iter().find(|range| range.end > size) {
                 return Err(wrong(format!("the changes end at byte {}, and the file at {size}", beyond.end)));
             }

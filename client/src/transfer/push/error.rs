@@ -65,15 +65,15 @@ pub enum PushError {
         /// The server's address.
         server: String,
     },
-    /// A file system that does not tell which pages of a file were written. Over a base, the others
-    /// are those of the base.
+    /// A file of which is not known which pages were written. Over a base, the others are those of
+    /// the base.
     #[error(
-        "{path}: {reason}, so it does not tell which pages of the file are as in the base. Copy the file to one that does (ext4, xfs, tmpfs) with `cp --sparse=auto`, or push it without a base"
+        "{path}: {reason}, so it is not known which pages are as in the base. Have the file written anew to ext4, xfs or btrfs (a copy may have other holes), or push the whole file without a base"
     )]
     Holes {
         /// The path of the file.
         path: PathBuf,
-        /// The property of the file system.
+        /// The reason why that is not known.
         reason: String,
     },
     /// A file of another size than in the base, with a hole where one of both ends.

@@ -6,6 +6,7 @@
 
 use super::changes::ChangedEntries;
 use super::error::PushError;
+use super::extents::{self, NoExtents};
 use super::reading::Reading;
 use super::sources::{FileState, Source, SourceKind, file_error};
 use crate::remote::{Content, Image};
@@ -15,7 +16,7 @@ use postcopy_proto::page::{ChunkIndex, ChunkSize, PAGE_BYTES, PageRun};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Plain bytes of a batch, which is read, hashed and compressed together. Three batches are in
@@ -127,9 +128,9 @@ pub(super) fn open(
             builder.file(&source.path, size_bytes, executable);
             let file = directory.file(&source.below).map_err(error)?;
             let path = source.from();
-            let state = match base {
-                Some(_) => written_state(&file, &path, state)?,
-                None => state,
+            let (state, extents) = match base {
+                Some(_) => written_parts(&file, &path, state)?,
+                None => (state, Extents::Found(0..0)),
             };
             let reading = Reading::of_file(file, path, state);
             reading.ensure_unchanged()?;
@@ -138,27 +139,33 @@ pub(super) fn open(
             if size_bytes == 0 && file.read_at(&mut [0], 0).map_err(error)? > 0 {
                 return Err(PushError::NoSize(reading.path));
             }
-            let extents = Extents::Found(0..0);
             let opened = OpenFile { file: Arc::new(reading), size_bytes, next: 0, extents, base };
-            if base.is_some() {
-                opened.ensure_tells_holes()?;
-            }
             return Ok(Some(opened));
         }
     }
     Ok(None)
 }
 
-/// Writes a file's content to its file system, without which that may take written pages for holes.
-/// Returns the state of the file after this, which may have a new time of modification.
-fn written_state(file: &File, path: &std::path::Path, before: FileState) -> Result<FileState, PushError> {
-    let error = |e| file_error(path)(e);
-    file.sync_all().map_err(error)?;
-    let state = FileState::of(&file.metadata().map_err(error)?);
-    match state.is_same_file(&before) {
-        true => Ok(state),
-        false => Err(PushError::Changed(path.to_owned())),
+/// Returns the parts of a file that were written, and the state of the file. To find them, the
+/// content is written to the file system, which may set the time of modification.
+fn written_parts(file: &File, path: &Path, before: FileState) -> Result<(FileState, Extents), PushError> {
+    let io_error = |e| file_error(path)(e);
+    let wrong = |reason: &str| PushError::Holes { path: path.to_owned(), reason: reason.to_owned() };
+    let extents = extents::written(file, before.size_bytes).map_err(|error| match error {
+        NoExtents::Unsupported => wrong("its file system does not tell which parts were written"),
+        NoExtents::Unwritten => wrong("some of its parts were allocated, and never written"),
+        NoExtents::Io(error) => io_error(error),
+    })?;
+    let metadata = file.metadata().map_err(io_error)?;
+    let state = FileState::of(&metadata);
+    if !state.is_same_file(&before) {
+        return Err(PushError::Changed(path.to_owned()));
     }
+    let is_whole = extents.front().is_some_and(|extent| *extent == (0..before.size_bytes));
+    if metadata.blksize() > PAGE && !is_whole {
+        return Err(wrong(&format!("its file system keeps blocks of {} bytes", metadata.blksize())));
+    }
+    Ok((state, Extents::Listed(extents)))
 }
 
 /// A file whose chunks are told one after another.
@@ -173,7 +180,7 @@ pub(super) struct OpenFile {
 
 /// The parts of a file that are read.
 pub(super) enum Extents {
-    /// Those that the file system tells; this extent of data was found last.
+    /// Those with data, as the file system tells; this one was found last.
     Found(Range<u64>),
     /// These, in ascending order.
     Listed(std::collections::VecDeque<Range<u64>>),
@@ -289,24 +296,6 @@ impl OpenFile {
             Ok(PageRun { first, count: page(extent.end.next_multiple_of(PAGE)) - first })
         };
         data.iter().map(run).collect()
-    }
-
-    /// Checks that the holes of a file are pages that nobody has written. The file must be synced.
-    fn ensure_tells_holes(&self) -> Result<(), PushError> {
-        let Some(file) = self.file.file() else { return Ok(()) };
-        let path: &PathBuf = &self.file.path;
-        let metadata = file.metadata().map_err(file_error(path))?;
-        let data = next_data(file, 0);
-        let has_holes = data.start > 0 || data.end < self.size_bytes;
-        let wrong = |reason: String| Err(PushError::Holes { path: path.clone(), reason });
-        // The file system has less than the file holds, but tells of no hole.
-        if !has_holes && metadata.blocks() * 512 < self.size_bytes / PAGE * PAGE {
-            return wrong("its file system does not tell where it has holes".to_owned());
-        }
-        if has_holes && metadata.blksize() > PAGE {
-            return wrong(format!("its file system keeps blocks of {} bytes", metadata.blksize()));
-        }
-        Ok(())
     }
 }
 

@@ -7,13 +7,18 @@
 
 use crate::store::chain;
 use crate::store::error::StoreError;
+use crate::store::gc::Collector;
 use crate::store::gc::mark::{Marked, Renew};
-use crate::store::gc::{BATCH, Collector};
 use crate::store::index::run::{Found, Place};
 use crate::store::packs::read_index;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::PackIndex;
 use std::collections::{BTreeSet, HashMap, HashSet};
+
+/// Packs whose indexes are read together.
+const READ_TOGETHER: usize = 64;
+/// Chunks from which on their copies are looked for: 32 MiB of digests.
+const BATCH_CHUNKS: usize = 1 << 20;
 
 /// Condemned objects: those that nothing needs, with their kinds, and the others.
 #[derive(Debug, Default)]
@@ -61,13 +66,19 @@ impl Collector {
         let outside = condemned.iter().copied().collect();
         let mut copies = Copies::default();
         // In batches, because the chunks that have no copies may be many.
-        for (number, batch) in condemned.chunks(BATCH).enumerate() {
-            let chunks = self.parallel_part(batch, &|object| match read_index(&self.objects, *object) {
+        let (mut chunks, mut done) = (Vec::new(), 0);
+        for packs in condemned.chunks(READ_TOGETHER) {
+            let read = self.parallel_part(packs, &|object| match read_index(&self.objects, *object) {
                 Ok(Some((_, index))) => Ok(index.entries().iter().map(|entry| entry.chunk).collect()),
                 // No pack, or one that is kept because it cannot be read.
                 _ => Ok(Vec::new()),
             })?;
-            let found = self.find_copies(chunks.into_iter().flatten().collect(), &outside)?;
+            chunks.extend(read.into_iter().flatten());
+            done += packs.len();
+            if chunks.len() < BATCH_CHUNKS && done < condemned.len() {
+                continue;
+            }
+            let found = self.find_copies(std::mem::take(&mut chunks), &outside)?;
             let are_sound =
                 self.parallel_part(&found, &|(place, chunk)| match self.packs.load(place, chunk, true) {
                     Ok(_) => Ok(true),
@@ -77,8 +88,7 @@ impl Collector {
                 })?;
             let found = found.into_iter().zip(are_sound).filter(|(_, is_sound)| *is_sound);
             copies.add(found.map(|(copy, _)| copy));
-            let done = (number * BATCH + batch.len()) as u64;
-            self.reporter.report("condemned objects compared", done, condemned.len() as u64);
+            self.reporter.report("condemned objects compared", done as u64, condemned.len() as u64);
         }
         Ok(copies)
     }
@@ -129,6 +139,12 @@ impl Collector {
         // The packs' own indexes, since the chunk index is a copy of them. One that cannot be read
         // holds no copies.
         let relied_on: Vec<_> = relied_on.into_iter().collect();
+        // Another process may have died before it synced them.
+        if sound.is_some() && !relied_on.is_empty() {
+            let layout = &self.objects.layout;
+            let dirs = relied_on.iter().filter_map(|pack| layout.pack(pack).parent().map(ToOwned::to_owned));
+            self.objects.sync(&dirs.chain([layout.packs()]).collect())?;
+        }
         let indexes = self.parallel("packs of copies read", &relied_on, renew, |pack| {
             Ok(read_index(&self.objects, *pack).ok().flatten().map(|(_, index)| (*pack, index)))
         })?;

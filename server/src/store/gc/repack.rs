@@ -65,9 +65,12 @@ struct Choice {
 }
 
 /// The order in which chunks are copied.
+#[derive(Default)]
 struct Order {
     /// Numbers of the chosen chunks.
     chunks: Vec<usize>,
+    /// For each of these, the most bytes of the chunk.
+    plain_bytes: Vec<u64>,
     /// The segments that have such chunks.
     segments: Vec<(Arc<Root>, u32)>,
 }
@@ -81,6 +84,13 @@ fn packs_for(bytes: u64) -> u64 {
 /// Returns true if it is worth copying: it makes fewer packs, or frees a quarter of what it copies.
 fn pays(packs: u64, pack_bytes: u64, new_packs: u64, bytes: u64) -> bool {
     new_packs < packs || pack_bytes.saturating_sub(bytes) >= bytes.div_ceil(4).max(1)
+}
+
+impl Order {
+    /// Returns the least number of packs that have room for the chunks, whose frames may be short.
+    fn packs_of_plain_bytes(&self) -> u64 {
+        self.plain_bytes.iter().sum::<u64>().div_ceil(MAX_PACK_CHUNK_BYTES)
+    }
 }
 
 impl Choice {
@@ -179,19 +189,20 @@ impl Collector {
 
     /// Orders the chunks to copy. Those that no image has any more are left out.
     fn order(&self, marked: &Marked, choice: &Choice) -> Result<Order, StoreError> {
-        let mut order = Order { chunks: Vec::with_capacity(choice.chunks.len()), segments: Vec::new() };
+        let mut order = Order::default();
         let mut is_placed = vec![false; choice.chunks.len()];
-        let mut place = |chunks: &mut Vec<usize>, number: usize| {
+        let mut place = |order: &mut Order, number: usize, root: &Root| {
             if !std::mem::replace(&mut is_placed[number], true) {
-                chunks.push(number);
+                order.chunks.push(number);
+                order.plain_bytes.push(root.chunk_size().bytes() as u64);
             }
         };
         let with_sets: HashSet<_> = working_sets::images(&self.objects)?.into_iter().collect();
         for image in marked.images.iter().filter(|image| with_sets.contains(image)) {
             match self.touched(image) {
-                Ok(touched) => {
+                Ok((root, touched)) => {
                     let numbers = touched.iter().filter_map(|chunk| choice.number(chunk));
-                    numbers.for_each(|number| place(&mut order.chunks, number));
+                    numbers.for_each(|number| place(&mut order, number, &root));
                 }
                 // Only the order suffers.
                 Err(error) => tracing::warn!("repacking ignores a working set: {}", chain(&error)),
@@ -224,7 +235,7 @@ impl Collector {
                     if !numbers.is_empty() {
                         order.segments.push((Arc::clone(root), *index));
                     }
-                    numbers.into_iter().for_each(|number| place(&mut order.chunks, number));
+                    numbers.into_iter().for_each(|number| place(&mut order, number, root));
                 }
             }
             let done = (number * ORDERED + images.len()) as u64;
@@ -233,8 +244,8 @@ impl Collector {
         Ok(order)
     }
 
-    /// Returns the chunks of an image's working set, in order.
-    fn touched(&self, image: &Digest) -> Result<Vec<Digest>, StoreError> {
+    /// Returns an image's root, and the chunks of its working set, in order.
+    fn touched(&self, image: &Digest) -> Result<(Root, Vec<Digest>), StoreError> {
         let root = self.manifests.read_root(image)?;
         let (mut segments, mut touched) = (HashMap::new(), Vec::new());
         for chunk in working_sets::touched_chunks(&self.objects, &root)? {
@@ -247,7 +258,7 @@ impl Collector {
                 touched.push(chunk);
             }
         }
-        Ok(touched)
+        Ok((root, touched))
     }
 
     /// Copies chunks into new packs, and adds their places to `moved`.
@@ -260,6 +271,11 @@ impl Collector {
     ) -> Result<(), StoreError> {
         let bytes_of = |number: &usize| chunk_bytes(&choice.chunks[*number].1[0]);
         let all_bytes: u64 = order.chunks.iter().map(bytes_of).sum();
+        let (packs, filled) = (choice.sources.len() as u64, order.packs_of_plain_bytes());
+        // Packs that are short because their chunks have 1 GiB, which merging makes hardly fewer.
+        if filled > packs_for(all_bytes) && 2 * filled > packs {
+            return Ok(());
+        }
         let (mut rest, mut rest_bytes) = (&order.chunks[..], all_bytes);
         // The packs of damaged frames.
         let mut kept = HashSet::new();
