@@ -5,8 +5,8 @@
 //! reads the bucket. So each block leaves the bucket about once. All servers need the same list of
 //! addresses for that; with different ones, blocks are read more often, and nothing else is lost.
 //!
-//! An owner that does not answer in time is left out for some seconds; its packs then belong to the
-//! next servers in the order of hashes, and the block is read from the bucket.
+//! An owner that does not answer is left out for a while; its packs then belong to the next servers
+//! in the order of hashes. After that time one request finds out whether it answers again.
 
 use crate::store::{PackBlock, PeerReading, Peers};
 use futures_util::FutureExt;
@@ -25,8 +25,9 @@ use tonic::{Code, Status};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time in which a server must answer, which may have to read the bucket.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
-/// Time for which a server that has not answered is left out.
-const PAUSE: Duration = Duration::from_secs(5);
+/// Times for which a server that has not answered is left out: at first, and at most. They double.
+const MIN_PAUSE: Duration = Duration::from_secs(5);
+const MAX_PAUSE: Duration = Duration::from_secs(300);
 /// Age from which on addresses are looked up again.
 const LOOKUP_INTERVAL: Duration = Duration::from_secs(10);
 /// HTTP/2 windows of a stream and of a connection: a whole block, and some tens of them.
@@ -107,7 +108,16 @@ struct Member {
     /// Made at the first request, in the runtime that needs it.
     channel: OnceLock<Channel>,
     is_self: AtomicBool,
-    left_out_until: Mutex<Option<Instant>>,
+    /// Locked for a look-up or a change.
+    left_out: Mutex<Option<LeftOut>>,
+}
+
+/// The time for which a server is left out.
+#[derive(Clone, Copy, Debug)]
+struct LeftOut {
+    until: Instant,
+    /// The pause after the next failure.
+    next_pause: Duration,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -163,7 +173,9 @@ impl Fleet {
     fn owner(&self, pack: &Digest) -> Option<Arc<Member>> {
         let members = lock(&self.members);
         let present = members.members.iter().filter(|member| !member.is_left_out());
-        present.max_by_key(|member| (member.score(pack), &member.address)).cloned()
+        let owner = present.max_by_key(|member| (member.score(pack), &member.address)).cloned()?;
+        owner.begin_probe();
+        Some(owner)
     }
 }
 
@@ -172,14 +184,15 @@ impl Peers for Fleet {
         let owner = self.owner(pack).filter(|owner| !owner.is_self.load(Ordering::Relaxed))?;
         let block = u32::try_from(block).ok()?;
         let request = v1::ReadBlockRequest { pack: (*pack).into(), block, server: self.id.to_vec().into() };
-        Some(async move { owner.ask(request).await }.boxed())
+        // It goes on if nobody waits for it any more, so that its failure is noted.
+        Some(async move { tokio::spawn(owner.ask(request)).await.ok().flatten() }.boxed())
     }
 }
 
 impl Member {
     fn new(address: String) -> Arc<Self> {
         let (channel, is_self) = (OnceLock::new(), AtomicBool::new(false));
-        Arc::new(Self { address, channel, is_self, left_out_until: Mutex::default() })
+        Arc::new(Self { address, channel, is_self, left_out: Mutex::default() })
     }
 
     fn score(&self, pack: &Digest) -> u64 {
@@ -189,11 +202,18 @@ impl Member {
     }
 
     fn is_left_out(&self) -> bool {
-        lock(&self.left_out_until).is_some_and(|until| Instant::now() < until)
+        lock(&self.left_out).is_some_and(|left_out| Instant::now() < left_out.until)
+    }
+
+    /// After its pause, leaves the server out for all but the present request.
+    fn begin_probe(&self) {
+        if let Some(left_out) = &mut *lock(&self.left_out) {
+            left_out.until = Instant::now() + ANSWER_TIMEOUT;
+        }
     }
 
     /// Asks this server for a block.
-    async fn ask(&self, request: v1::ReadBlockRequest) -> Option<PackBlock> {
+    async fn ask(self: Arc<Self>, request: v1::ReadBlockRequest) -> Option<PackBlock> {
         let answer = async {
             let channel = self.channel()?;
             let mut client = PeerServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
@@ -201,7 +221,10 @@ impl Member {
         };
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, answer).await;
         match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
-            Ok(v1::ReadBlockResponse { pack_bytes, data }) => Some(PackBlock { bytes: data, pack_bytes }),
+            Ok(v1::ReadBlockResponse { pack_bytes, data }) => {
+                *lock(&self.left_out) = None;
+                Some(PackBlock { bytes: data, pack_bytes })
+            }
             Err(status) => {
                 self.failed(&status);
                 None
@@ -212,15 +235,23 @@ impl Member {
     fn failed(&self, status: &Status) {
         match status.code() {
             Code::FailedPrecondition => self.is_self.store(true, Ordering::Relaxed),
-            // It has looked, so another request to it is of use.
-            Code::NotFound | Code::ResourceExhausted => {}
-            _ => {
-                let was_left_out = lock(&self.left_out_until).replace(Instant::now() + PAUSE);
-                if was_left_out.is_none_or(|until| until.elapsed() > PAUSE) {
-                    tracing::warn!(peer = self.address, "left out for a while: {}", status.message());
-                }
-            }
+            // It answers, so other requests to it are of use.
+            Code::NotFound | Code::ResourceExhausted => *lock(&self.left_out) = None,
+            _ => self.leave_out(status),
         }
+    }
+
+    fn leave_out(&self, status: &Status) {
+        let mut left_out = lock(&self.left_out);
+        let pause = match *left_out {
+            // Another request has failed at the same time.
+            Some(left_out) if left_out.until > Instant::now() + ANSWER_TIMEOUT => return,
+            Some(left_out) => left_out.next_pause,
+            None => MIN_PAUSE,
+        };
+        let (until, next_pause) = (Instant::now() + pause, (2 * pause).min(MAX_PAUSE));
+        *left_out = Some(LeftOut { until, next_pause });
+        tracing::warn!(peer = self.address, ?pause, "left out: {}", status.message());
     }
 
     fn channel(&self) -> Result<Channel, Status> {
@@ -303,6 +334,17 @@ mod tests {
         let pack = Digest::of(b"pack");
         assert_eq!(fleet.read(&pack, 0).expect("another server").await, None);
         assert!(fleet.read(&pack, 0).is_none(), "left out");
+        // After the pause one request asks it, and the next pause is longer.
+        let member = lock(&fleet.members).members[0].clone();
+        let end_pause = || lock(&member.left_out).as_mut().unwrap().until = Instant::now();
+        end_pause();
+        let probe = fleet.read(&pack, 0).expect("a probe");
+        assert!(fleet.read(&pack, 0).is_none(), "one is enough");
+        assert_eq!(probe.await, None);
+        let LeftOut { until, next_pause } = lock(&member.left_out).unwrap();
+        assert!(until > Instant::now() + MIN_PAUSE && next_pause == 4 * MIN_PAUSE, "{next_pause:?}");
+        end_pause();
+        assert!(fleet.read(&pack, 0).is_some());
     }
 
     #[tokio::test]

@@ -12,15 +12,16 @@ use crate::store::objects::bucket::Bucket;
 use crate::store::packs::check_frame;
 use crate::store::packs::disk::{Block, BlockName, DiskCache};
 use crate::store::packs::hedge::Hedge;
-use crate::store::packs::peers::PackBlock;
+use crate::store::packs::peers::{PackBlock, PeerReading};
 use bytes::Bytes;
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, Shared, try_join_all};
+use futures_util::future::{BoxFuture, Either, Shared, select, try_join_all};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::MAX_FRAME_BYTES;
 use postcopy_proto::pack::MAX_PACK_BYTES;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// Bytes of a block. A request for fewer takes about as long.
@@ -29,6 +30,8 @@ const BLOCK_BYTES: u64 = 256 << 10;
 const CACHE_BYTES: usize = 256 << 20;
 /// Most blocks that are written to the disk at a time.
 const MAX_WRITING: usize = 32;
+/// Time after which the bucket is asked beside a server that has not answered.
+const PEER_PATIENCE: Duration = Duration::from_secs(1);
 /// Most blocks of a pack.
 const MAX_BLOCKS: u64 = (MAX_PACK_BYTES as u64).div_ceil(BLOCK_BYTES);
 /// Blocks that are read ahead of a reader.
@@ -168,14 +171,9 @@ impl Blocks {
         let blocks = self.clone();
         let read = self.inner.bucket.start(async move {
             let inner = &blocks.inner;
-            let answered = match asked {
-                Some(asked) => asked.await,
-                None => None,
-            };
-            let outcome = match (answered, from) {
-                (Some(block), _) => Ok(block.into()),
-                (None, From::Peer) => blocks.block(name, From::Here).await,
-                (None, From::Here) => inner.read(name).await,
+            let outcome = match asked {
+                Some(asked) => blocks.from_peer(name, asked).await,
+                None => inner.read(name).await,
             };
             if let Ok(block) = &outcome
                 && !block.bytes.is_empty()
@@ -193,6 +191,23 @@ impl Blocks {
         let read = read.boxed().shared();
         reading.insert((name, from), read.clone());
         read
+    }
+}
+
+impl Blocks {
+    /// Waits for a block of another server; if it does not answer in time, also for the bucket.
+    async fn from_peer(&self, name: BlockName, mut asked: PeerReading) -> Result<Block, Failed> {
+        let answered = match tokio::time::timeout(PEER_PATIENCE, &mut asked).await {
+            Ok(answered) => answered,
+            Err(_) => match select(asked, self.block(name, From::Here)).await {
+                Either::Left((answered, _)) => answered,
+                Either::Right((outcome, _)) => return outcome,
+            },
+        };
+        match answered {
+            Some(block) => Ok(block.into()),
+            None => self.block(name, From::Here).await,
+        }
     }
 }
 
