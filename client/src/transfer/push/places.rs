@@ -161,8 +161,8 @@ fn written_parts(file: &File, path: &Path, before: FileState) -> Result<(FileSta
     if !state.is_same_file(&before) {
         return Err(PushError::Changed(path.to_owned()));
     }
-    let is_whole = extents.front().is_some_and(|extent| *extent == (0..before.size_bytes));
-    if metadata.blksize() > PAGE && !is_whole {
+    let has_holes = before.size_bytes > 0 && extents.front() != Some(&(0..before.size_bytes));
+    if metadata.blksize() > PAGE && has_holes {
         return Err(wrong(&format!("its file system keeps blocks of {} bytes", metadata.blksize())));
     }
     Ok((state, Extents::Listed(extents)))

@@ -76,7 +76,7 @@ struct Inner {
 /// The place from which a block that is not in memory is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum From {
-    /// Another server, and if it does not answer, as with the other variant.
+    /// Another server; if it does not answer, the disk or the bucket.
     Peer,
     /// The disk or the bucket.
     Here,
@@ -156,6 +156,10 @@ impl Blocks {
 
     /// Returns a block, which is read if it is not in memory.
     fn block(&self, name: BlockName, from: From) -> Reading {
+        let ready = |kept: Arc<Block>| std::future::ready(Ok(kept.as_ref().clone())).boxed().shared();
+        if let Some(kept) = self.inner.kept.get(&name) {
+            return ready(kept);
+        }
         let asked = match (from, self.inner.bucket.peers()) {
             (From::Peer, Some(peers)) => peers.read(&name.0, name.1),
             _ => None,
@@ -165,14 +169,15 @@ impl Blocks {
         if let Some(begun) = reading.get(&(name, from)) {
             return begun.clone();
         }
+        // It may have come meanwhile.
         if let Some(kept) = self.inner.kept.get(&name) {
-            return std::future::ready(Ok(kept.as_ref().clone())).boxed().shared();
+            return ready(kept);
         }
         let blocks = self.clone();
         let read = self.inner.bucket.start(async move {
             let inner = &blocks.inner;
             let outcome = match asked {
-                Some(asked) => blocks.from_peer(name, asked).await,
+                Some(asked) => blocks.answer_of(name, asked).await,
                 None => inner.read(name).await,
             };
             if let Ok(block) = &outcome
@@ -196,7 +201,7 @@ impl Blocks {
 
 impl Blocks {
     /// Waits for a block of another server; if it does not answer in time, also for the bucket.
-    async fn from_peer(&self, name: BlockName, mut asked: PeerReading) -> Result<Block, Failed> {
+    async fn answer_of(&self, name: BlockName, mut asked: PeerReading) -> Result<Block, Failed> {
         let answered = match tokio::time::timeout(PEER_PATIENCE, &mut asked).await {
             Ok(answered) => answered,
             Err(_) => match select(asked, self.block(name, From::Here)).await {
@@ -204,11 +209,17 @@ impl Blocks {
                 Either::Right((outcome, _)) => return outcome,
             },
         };
-        match answered {
-            Some(block) => Ok(block.into()),
+        match answered.map(Block::from).filter(|block| is_whole(name.1, block)) {
+            Some(block) => Ok(block),
             None => self.block(name, From::Here).await,
         }
     }
+}
+
+/// Returns true if a block of this number has the length that its pack's length gives.
+fn is_whole(number: u64, block: &Block) -> bool {
+    let rest = block.pack_bytes.saturating_sub(number * BLOCK_BYTES);
+    block.pack_bytes <= MAX_PACK_BYTES as u64 && block.bytes.len() as u64 == rest.min(BLOCK_BYTES)
 }
 
 impl Inner {
