@@ -355,8 +355,8 @@ struct Report {
 /// Time between two lines about one part of a collection's work.
 const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
 
-/// Returns a function that prints the progress of a collection: the end of each part of the work, and
-/// a line from time to time.
+/// Returns a function that prints the progress of a collection: the end of each part of the work,
+/// and a line from time to time.
 fn show_progress() -> impl Fn(Progress) {
     let last = Mutex::new(Instant::now());
     move |progress| {

@@ -44,7 +44,7 @@ pub enum PeerList {
     Addresses(Vec<String>),
     /// All addresses of a name in the DNS, which may change, and a port.
     Dns {
-        /// The name.
+        /// The name in the DNS.
         name: String,
         /// The port of all servers.
         port: u16,
@@ -184,7 +184,7 @@ impl Peers for Fleet {
         let owner = self.owner(pack).filter(|owner| !owner.is_self.load(Ordering::Relaxed))?;
         let block = u32::try_from(block).ok()?;
         let request = v1::ReadBlockRequest { pack: (*pack).into(), block, server: self.id.to_vec().into() };
-        // It goes on if nobody waits for it any more, so that its failure is noted.
+        // The request goes on after its waiters have left, so that its failure is noted.
         Some(async move { tokio::spawn(owner.ask(request)).await.ok().flatten() }.boxed())
     }
 }

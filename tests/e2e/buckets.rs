@@ -375,7 +375,7 @@ fn servers_that_are_peers_read_each_block_from_the_bucket_about_once() {
     // The first request of a server to itself tells it which of the addresses is its own, and a
     // loaded machine may let a few requests run into their time limit.
     assert!((reads - before) * 10 <= parts * 12, "{} readings of {parts} parts", reads - before);
-    // Without one of them, and with a list that names nobody, all is served as before.
+    // Without one of them, and by a server whose only peer does not exist, all is served as before.
     servers[0].kill();
     let alone = serve_as(&s3, "127.0.0.1:0", "http://127.0.0.1:9");
     for server in servers[1..].iter().chain([&alone]) {

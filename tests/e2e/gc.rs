@@ -185,7 +185,7 @@ fn an_image_that_a_session_is_filled_from_is_kept_without_a_reference() {
     assert_eq!((count(&report, "packs"), count(&report, "manifests")), (0, 0), "{report}");
     assert!(region[..] == old[..], "every byte, from the server");
     drop((region, session));
-    wait_until("what nobody needs is collected", || {
+    wait_until("the garbage is collected", || {
         count(&store.gc(&["--grace", "0s", "--no-repack"]), "packs") == 1
     });
     assert_eq!((store.packs().len(), store.files("leases").len()), (1, 0));

@@ -1243,7 +1243,7 @@ pub struct PatchChunksRequest {
     #[prost(message, repeated, tag = "1")]
     pub patches: ::prost::alloc::vec::Vec<ChunkPatch>,
 }
-/// How a new chunk differs from a stored one.
+/// The difference between a new chunk and a stored one.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ChunkPatch {
     /// The digest of the stored chunk, 32 bytes.
@@ -3241,8 +3241,8 @@ pub mod peer_service_client {
         }
         /// A block of a pack.
         ///
-        /// NOT_FOUND: the bucket has no such pack. INVALID_ARGUMENT: the digest is not 32 bytes long, or a pack
-        /// has no block of that number. FAILED_PRECONDITION: the asking server is this one. UNAVAILABLE: the
+        /// NOT_FOUND: the bucket has no such pack. INVALID_ARGUMENT: the digest is not 32 bytes long, or no
+        /// pack has a block of that number. FAILED_PRECONDITION: the asking server is this one. UNAVAILABLE: the
         /// bucket does not answer.
         ///
         /// grpcurl -plaintext -d '{"pack": "<base64>", "block": 0}'
@@ -3288,8 +3288,8 @@ pub mod peer_service_server {
     pub trait PeerService: std::marker::Send + std::marker::Sync + 'static {
         /// A block of a pack.
         ///
-        /// NOT_FOUND: the bucket has no such pack. INVALID_ARGUMENT: the digest is not 32 bytes long, or a pack
-        /// has no block of that number. FAILED_PRECONDITION: the asking server is this one. UNAVAILABLE: the
+        /// NOT_FOUND: the bucket has no such pack. INVALID_ARGUMENT: the digest is not 32 bytes long, or no
+        /// pack has a block of that number. FAILED_PRECONDITION: the asking server is this one. UNAVAILABLE: the
         /// bucket does not answer.
         ///
         /// grpcurl -plaintext -d '{"pack": "<base64>", "block": 0}'

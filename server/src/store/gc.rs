@@ -1,12 +1,12 @@
 //! Deletes the objects that no reference needs, beside running servers and pushes.
 //!
 //! 1. Mark: follow references, and what is leased ([`super::lease`]), to roots, segments and chunks.
-//!    Roots and segments that are not marked are condemned by an empty object, and packs that are not
-//!    the preferred ones of a marked chunk ([`uses`]).
+//!    Roots and segments that are not marked are condemned by an empty object, and so are packs
+//!    that are not the preferred ones of a marked chunk ([`uses`]).
 //! 2. Wait for the grace time. A push that relies on a condemned object pardons it
 //!    ([`super::commit`]).
-//! 3. Decode the copies of condemned packs' chunks in other packs. Mark again, and delete the objects
-//!    that are still condemned and that nothing needs ([`judge`]). Commits and other collectors are
+//! 3. Decode the copies of condemned packs' chunks in other packs. Mark again, and delete the
+//!    objects that are still condemned and that nothing needs ([`judge`]). Commits and other collectors are
 //!    excluded meanwhile, in a directory by a lock, in a bucket by a deletion
 //!    ([`super::lease::stored`]).
 //!

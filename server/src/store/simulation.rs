@@ -231,7 +231,8 @@ fn collect(place: &Location, random: &mut fastrand::Rng) -> std::result::Result<
     Ok(())
 }
 
-/// Reads the image that keeps its reference, as servers do that start and go on. An error is a failure.
+/// Reads the image that keeps its reference, as servers do that start and go on. An error is a
+/// failure.
 fn read(place: &Location, random: &mut fastrand::Rng) -> std::result::Result<(), StoreError> {
     for _ in 0..6 {
         let store = Store::open(place.clone(), Domain::DEFAULT).map_err(|_| StoreError::Abandoned)?;

@@ -50,7 +50,7 @@ const FIEMAP: u32 = 0xC020_660B;
 pub(super) enum NoExtents {
     /// The file system does not tell them.
     Unsupported,
-    /// Some parts were allocated, and nobody has written to them.
+    /// Some parts were allocated, and never written.
     Unwritten,
     /// The error of the system call.
     Io(std::io::Error),
@@ -141,7 +141,7 @@ mod tests {
         file.write_all_at(&[1; 4096], 0).unwrap();
         fallocate(&file, FallocateFlags::empty(), 1 << 19, 4096).unwrap();
         assert!(matches!(written(&file, 1 << 20), Err(NoExtents::Unwritten)));
-        // Nobody sees those beyond the end.
+        // Such parts beyond the file's end do not matter.
         file.set_len(1 << 19).unwrap();
         fallocate(&file, FallocateFlags::KEEP_SIZE, 1 << 20, 4096).unwrap();
         let found: Vec<_> =

@@ -1,7 +1,7 @@
 //! Judges condemned objects: which of them nothing needs.
 //!
-//! A pack that holds a marked chunk may be deleted if another pack holds a copy of it. The chunk index
-//! proposes these packs; before the deletion, the collector decodes the copies, and reads the other
+//! A pack that holds a marked chunk may be deleted if another pack holds a copy of it. The chunk
+//! index proposes these packs; before the deletion, the collector decodes the copies, and reads the other
 //! packs' own indexes. It relies on no pack that it, or a collector beside it, may delete: see
 //! [`super::Deleting::gone`].
 

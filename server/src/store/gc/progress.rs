@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-/// How far a part of a collection's work is.
+/// The progress of a part of a collection's work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// What is done with what, such as `segments read`.
+    /// The part of the work, such as `segments read`.
     pub work: &'static str,
     /// Number of items that are done.
     pub done: u64,

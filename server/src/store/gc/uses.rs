@@ -1,8 +1,8 @@
 //! The packs that marked chunks need, by the chunk index.
 //!
 //! Several packs may hold a chunk. One of them is preferred, by an order of all packs that every
-//! collector finds anew; a pack is needed if it is the preferred one of a marked chunk. First come the
-//! good packs, long ones that are mostly live. The others are worn: repacking ([`super::repack`])
+//! collector finds anew; a pack is needed if it is the preferred one of a marked chunk. First come
+//! the good packs: long ones that are mostly live. The others are worn: repacking ([`super::repack`])
 //! puts their chunks into new packs. The order is such that the new packs come before the worn ones
 //! from which they were made, which then are not needed.
 

@@ -1,8 +1,9 @@
 //! Packs in a bucket: read in blocks, which stay in memory and on a local disk ([`super::disk`]).
 //!
 //! A block is read once, however many callers wait for it: from the server that the pack belongs to
-//! ([`super::peers`]), or else from the bucket. The blocks of a frame are read at the same time. Where the block before is in memory already, a reader probably goes through the pack,
-//! so the next blocks are read ahead of it.
+//! ([`super::peers`]), or else from the bucket. The blocks of a frame are read at the same time.
+//! Where the block before is in memory already, a reader probably goes through the pack, so the
+//! next blocks are read ahead of it.
 
 use crate::store::cache::Cache;
 use crate::store::error::{StoreError, damaged};
