@@ -81,6 +81,9 @@ struct Serve {
     /// Most bytes of the cache, such as 500MiB or 2TiB
     #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = size)]
     cache_size: u64,
+    /// Most bytes in memory of what is read from a bucket [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    cache_memory: Option<u64>,
     /// All servers of the bucket: http://host:port, separated by commas, or dns:NAME:PORT for the
     /// addresses of a name; each reads a part of the packs from the bucket, and sends it to the others
     #[arg(long, value_name = "LIST")]
@@ -219,12 +222,19 @@ impl StoreArgs {
 impl Serve {
     fn location(&self, fleet: Option<&Arc<Fleet>>) -> anyhow::Result<Location> {
         let Some(mut bucket) = self.store.bucket()? else {
-            let of_buckets = [("--cache", self.cache.is_some()), ("--peers", fleet.is_some())];
+            let of_buckets = [
+                ("--cache", self.cache.is_some()),
+                ("--cache-memory", self.cache_memory.is_some()),
+                ("--peers", fleet.is_some()),
+            ];
             if let Some((option, _)) = of_buckets.iter().find(|(_, is_given)| *is_given) {
                 anyhow::bail!("{option} is for a store in a bucket");
             }
             return self.store.location();
         };
+        if let Some(bytes) = self.cache_memory {
+            bucket = bucket.with_cache_memory(usize::try_from(bytes).unwrap_or(usize::MAX));
+        }
         if let Some(dir) = &self.cache {
             bucket = bucket.with_cache(DiskCache::open(dir, self.cache_size)?);
         }

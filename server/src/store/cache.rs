@@ -1,6 +1,6 @@
 //! A cache that evicts the least recently used objects.
 
-use std::collections::HashMap;
+use lru::LruCache;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,20 +8,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 struct Slot<V> {
     value: Arc<V>,
     bytes: usize,
-    used: u64,
 }
 
 #[derive(Debug)]
-struct Slots<K, V> {
-    by_key: HashMap<K, Slot<V>>,
+struct Slots<K: Eq + Hash, V> {
+    by_key: LruCache<K, Slot<V>>,
     bytes: usize,
-    clock: u64,
 }
 
 /// Parsed objects, open packs or blocks of packs, together at most `max_bytes`, or as many as that
 /// if each counts as one byte. A larger object is kept alone.
 #[derive(Debug)]
-pub(crate) struct Cache<K, V> {
+pub(crate) struct Cache<K: Eq + Hash, V> {
     max_bytes: usize,
     /// Locked for a look-up or an insertion, never while an object is read or parsed.
     slots: Mutex<Slots<K, V>>,
@@ -29,8 +27,7 @@ pub(crate) struct Cache<K, V> {
 
 impl<K: Copy + Eq + Hash, V> Cache<K, V> {
     pub(crate) fn new(max_bytes: usize) -> Self {
-        let slots = Slots { by_key: HashMap::new(), bytes: 0, clock: 0 };
-        Self { max_bytes, slots: Mutex::new(slots) }
+        Self { max_bytes, slots: Mutex::new(Slots { by_key: LruCache::unbounded(), bytes: 0 }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Slots<K, V>> {
@@ -38,17 +35,12 @@ impl<K: Copy + Eq + Hash, V> Cache<K, V> {
     }
 
     pub(crate) fn get(&self, key: &K) -> Option<Arc<V>> {
-        let mut slots = self.lock();
-        slots.clock += 1;
-        let clock = slots.clock;
-        let slot = slots.by_key.get_mut(key)?;
-        slot.used = clock;
-        Some(slot.value.clone())
+        self.lock().by_key.get(key).map(|slot| slot.value.clone())
     }
 
     pub(crate) fn remove(&self, key: &K) {
         let mut slots = self.lock();
-        let removed = slots.by_key.remove(key);
+        let removed = slots.by_key.pop(key);
         slots.bytes -= removed.as_ref().map_or(0, |removed| removed.bytes);
         // The drop may take long: it unmaps a pack.
         drop(slots);
@@ -56,21 +48,17 @@ impl<K: Copy + Eq + Hash, V> Cache<K, V> {
     }
 
     pub(crate) fn keys(&self) -> Vec<K> {
-        self.lock().by_key.keys().copied().collect()
+        self.lock().by_key.iter().map(|(key, _)| *key).collect()
     }
 
     pub(crate) fn insert(&self, key: K, value: Arc<V>, bytes: usize) {
         let mut slots = self.lock();
-        slots.clock += 1;
-        let used = slots.clock;
         let mut removed = Vec::new();
-        removed.extend(slots.by_key.insert(key, Slot { value, bytes, used }));
+        removed.extend(slots.by_key.put(key, Slot { value, bytes }));
         slots.bytes += bytes;
         slots.bytes -= removed.first().map_or(0, |old| old.bytes);
         while slots.bytes > self.max_bytes && slots.by_key.len() > 1 {
-            // There are at most some thousand objects, so a search costs less than keeping an order.
-            let oldest = slots.by_key.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| *key);
-            let Some(evicted) = oldest.and_then(|oldest| slots.by_key.remove(&oldest)) else { break };
+            let Some((_, evicted)) = slots.by_key.pop_lru() else { break };
             slots.bytes -= evicted.bytes;
             removed.push(evicted);
         }

@@ -43,6 +43,8 @@ const UPDATES: usize = 20;
 const PART_BYTES: usize = 8 << 20;
 /// Parts that are read or written at a time.
 const PARTS: usize = 4;
+/// Bytes of the blocks of packs in memory.
+const CACHE_MEMORY_BYTES: usize = 256 << 20;
 
 /// A clock that is never set: the system's, or that of a simulation.
 struct Clock(Box<dyn Fn() -> Duration + Send + Sync>);
@@ -62,6 +64,7 @@ pub struct Bucket {
     /// The name in messages.
     name: String,
     clock: Clock,
+    cache_memory: usize,
     cache: Option<Arc<DiskCache>>,
     peers: Option<Arc<dyn Peers>>,
     /// Always there; taken by the drop.
@@ -105,6 +108,7 @@ impl Bucket {
             prefix: prefix.into(),
             name: name.to_owned(),
             clock: Clock(Box::new(monotonic)),
+            cache_memory: CACHE_MEMORY_BYTES,
             cache: None,
             peers: None,
             runtime: Some(runtime),
@@ -113,6 +117,17 @@ impl Bucket {
 
     pub(crate) fn prefix(&self) -> &Path {
         &self.prefix
+    }
+
+    /// Keeps so many bytes of blocks of packs in memory, instead of 256 MiB.
+    #[must_use]
+    pub fn with_cache_memory(mut self, bytes: usize) -> Self {
+        self.cache_memory = bytes;
+        self
+    }
+
+    pub(crate) fn cache_memory(&self) -> usize {
+        self.cache_memory
     }
 
     /// Keeps blocks of packs on a disk.

@@ -27,8 +27,6 @@ use tokio::sync::Semaphore;
 
 /// Bytes of a block. A request for fewer takes about as long.
 const BLOCK_BYTES: u64 = 256 << 10;
-/// Bytes of all blocks in memory.
-const CACHE_BYTES: usize = 256 << 20;
 /// Most blocks that are written to the disk at a time.
 const MAX_WRITING: usize = 32;
 /// Time after which the bucket is asked beside a server that has not answered.
@@ -85,11 +83,10 @@ enum From {
 
 impl Blocks {
     pub(super) fn new(layout: &Layout, bucket: &Arc<Bucket>) -> Self {
-        let (layout, bucket) = (layout.clone(), bucket.clone());
         let inner = Inner {
-            layout,
-            bucket,
-            kept: Cache::new(CACHE_BYTES),
+            layout: layout.clone(),
+            bucket: bucket.clone(),
+            kept: Cache::new(bucket.cache_memory()),
             hedge: Hedge::default(),
             writing: Arc::new(Semaphore::new(MAX_WRITING)),
             reading: Mutex::default(),
