@@ -5,7 +5,8 @@
 //! reads the bucket. So each block leaves the bucket about once. All servers need the same list of
 //! addresses for that; with different ones, blocks are read more often, and nothing else is lost.
 //!
-//! An owner that does not answer is left out for a while; its packs then belong to the next servers
+//! An owner that refuses a connection may be starting, and is asked again for a moment. One that
+//! does not answer is left out for a while; its packs then belong to the next servers
 //! in the order of hashes. After that time one request finds out whether it answers again.
 
 use crate::store::{PackBlock, PeerReading, Peers};
@@ -25,6 +26,10 @@ use tonic::{Code, Status};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time in which a server must answer, which may have to read the bucket.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time for which a server that refuses connections, or ends one, is asked again: it may be
+/// starting. And the pause between two requests.
+const RESTART_TIME: Duration = Duration::from_millis(500);
+const RESTART_PAUSE: Duration = Duration::from_millis(25);
 /// Times for which a server that has not answered is left out: at first, and at most. They double.
 const MIN_PAUSE: Duration = Duration::from_secs(5);
 const MAX_PAUSE: Duration = Duration::from_secs(300);
@@ -214,12 +219,7 @@ impl Member {
 
     /// Asks this server for a block.
     async fn ask(self: Arc<Self>, request: v1::ReadBlockRequest) -> Option<PackBlock> {
-        let answer = async {
-            let channel = self.channel()?;
-            let mut client = PeerServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-            Ok::<_, Status>(client.read_block(request).await?.into_inner())
-        };
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, answer).await;
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.answer(request)).await;
         match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
             Ok(v1::ReadBlockResponse { pack_bytes, data }) => {
                 *lock(&self.left_out) = None;
@@ -232,12 +232,25 @@ impl Member {
         }
     }
 
+    async fn answer(&self, request: v1::ReadBlockRequest) -> Result<v1::ReadBlockResponse, Status> {
+        let mut client = PeerServiceClient::new(self.channel()?).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let started = Instant::now();
+        loop {
+            match client.read_block(request.clone()).await {
+                Err(status) if has_no_answer(&status) && started.elapsed() < RESTART_TIME => {
+                    tokio::time::sleep(RESTART_PAUSE).await;
+                }
+                answer => return answer.map(tonic::Response::into_inner),
+            }
+        }
+    }
+
     fn failed(&self, status: &Status) {
         match status.code() {
             Code::FailedPrecondition => self.is_self.store(true, Ordering::Relaxed),
-            // It answers, so other requests to it are of use.
-            Code::NotFound | Code::ResourceExhausted => *lock(&self.left_out) = None,
-            _ => self.leave_out(status),
+            _ if has_no_answer(status) => self.leave_out(status),
+            // Other requests to it are of use.
+            _ => *lock(&self.left_out) = None,
         }
     }
 
@@ -268,6 +281,12 @@ impl Member {
             .connect_lazy();
         Ok(self.channel.get_or_init(|| channel).clone())
     }
+}
+
+/// Returns true for the status of a request to a server that has not answered, as opposed to one
+/// that has no such block or is busy.
+fn has_no_answer(status: &Status) -> bool {
+    !matches!(status.code(), Code::NotFound | Code::ResourceExhausted | Code::FailedPrecondition)
 }
 
 #[cfg(test)]
