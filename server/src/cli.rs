@@ -8,8 +8,8 @@ use postcopy_server::listen::{Address, Listener};
 use postcopy_server::peers::{Fleet, PeerList};
 use postcopy_server::serve::serve;
 use postcopy_server::store::{
-    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Plan, Progress, Repacked, Store,
-    StoreError, Verified, upgrade, verify,
+    Bucket, Collected, Collector, Damage, DiskCache, Domain, Location, Plan, Progress, Repacked, Repaired,
+    Store, StoreError, Verified, repair, upgrade, verify,
 };
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -46,6 +46,12 @@ enum Command {
     /// Check every byte of a store; exit status 1 if anything is damaged
     #[command(after_help = "Example:\n  postcopyd verify --store /srv/postcopy")]
     Verify(Verify),
+    /// Set damaged objects aside, so that pushes replace them; safe beside running servers
+    ///
+    /// Copies what is sound of damaged packs into new ones, and moves damaged packs, roots and segments
+    /// to the store's directory `damaged`. Deletes nothing.
+    #[command(after_help = "Example:\n  postcopyd repair --store /srv/postcopy")]
+    Repair(Repair),
     /// Convert a store of format 1, which its servers must not use meanwhile, to format 2
     ///
     /// Rewrites each reference, and leaves images as they are. Run it again if it was interrupted.
@@ -137,6 +143,15 @@ struct Verify {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+struct Repair {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
@@ -161,6 +176,7 @@ impl Cli {
         match &self.command {
             Command::Gc(options) => options.json,
             Command::Verify(options) => options.json,
+            Command::Repair(options) => options.json,
             Command::Serve(_) | Command::Upgrade { .. } | Command::Completions { .. } => false,
         }
     }
@@ -176,6 +192,7 @@ impl Cli {
             Command::Serve(options) => options.run().await,
             Command::Gc(options) => options.run().await,
             Command::Verify(options) => options.run().await,
+            Command::Repair(options) => options.run().await,
             Command::Upgrade { store } => {
                 rustix::process::umask(Mode::from_raw_mode(0o077));
                 let Location::Directory(dir) = store.location()? else {
@@ -405,6 +422,25 @@ impl Verify {
             ))?;
         }
         Ok(if is_sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+impl Repair {
+    async fn run(self) -> anyhow::Result<ExitCode> {
+        rustix::process::umask(Mode::from_raw_mode(0o077));
+        let location = self.store.location()?;
+        let repaired = blocking(|| repair(location, Domain::DEFAULT)).await??;
+        if self.json {
+            print_json(&repaired)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let Repaired { set_aside, chunks } = repaired;
+        for Damage { object, reason } in &set_aside {
+            say(format_args!("set aside: {object}: {reason}"))?;
+        }
+        let objects = set_aside.len();
+        say(format_args!("{objects} damaged objects set aside, {chunks} sound chunks of them copied"))?;
+        Ok(ExitCode::SUCCESS)
     }
 }
 

@@ -32,6 +32,7 @@ mod packs;
 mod patch;
 mod reads;
 mod references;
+mod repair;
 #[cfg(test)]
 mod simulation;
 mod staged;
@@ -53,6 +54,7 @@ pub use patch::{ChunkPatch, PatchedChunk};
 pub use reads::{Located, StoredChunk};
 pub use references::Referred;
 pub(crate) use references::{Listed, NoReference, PageToken};
+pub use repair::{Repaired, repair};
 pub use staged::StagedPack;
 pub use upgrade::upgrade;
 pub use verify::{Damage, Verified, verify};

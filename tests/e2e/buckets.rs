@@ -10,9 +10,9 @@ use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::mounts::Tmpfs;
 use postcopy_tests::s3::S3Server;
 use postcopy_tests::server::Server;
-use postcopy_tests::store::{Rpc, shown};
+use postcopy_tests::store::{Rpc, StoreDir, flip, shown};
 use postcopy_tests::{PAGE, binary, is_root, skip, wait_until};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::fs;
 use std::net::TcpListener;
@@ -105,7 +105,7 @@ fn a_changed_image_shares_its_chunks_with_the_one_before() {
 }
 
 #[test]
-fn a_damaged_pack_in_a_bucket_is_named_and_mended_by_a_push() {
+fn a_damaged_pack_in_a_bucket_is_named_and_replaced_by_a_push_after_a_repair() {
     let s3 = S3Server::start();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("mem");
@@ -124,6 +124,12 @@ fn a_damaged_pack_in_a_bucket_is_named_and_mended_by_a_push() {
     let server = serve(&s3);
     let output = postcopy(server.address(), ["verify", "app"]).output().unwrap();
     assert!(!output.status.success(), "{}", shown(&output));
+    let output = postcopyd(&s3, &["repair", "--json"]).output().unwrap();
+    let repaired: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((repaired["set_aside"].as_array().unwrap().len(), &repaired["chunks"]), (1, &json!(15)));
+    push(&server, &path, "app");
+    assert!(verify(&s3).status.success(), "{}", shown(&verify(&s3)));
+    let _ = run(server.address(), ["verify", "app"]);
 }
 
 #[test]
@@ -314,6 +320,42 @@ fn a_backup_of_a_store_in_use_is_a_store() {
     let out = folder.path().join("out");
     let _ = run(copy.address(), ["pull".as_ref(), "app:first".as_ref(), out.as_os_str()]);
     assert!(fs::read(out.join("mem")).unwrap() == bytes);
+}
+
+/// The commands of docs/OPERATIONS.md, beside a server.
+#[test]
+fn a_store_with_damaged_packs_and_manifests_is_repaired_by_pushes() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let path = folder.path().join("mem");
+    let bytes = noise(20 * MIB, 9);
+    fs::write(&path, &bytes).unwrap();
+    push(&server, &path, "vm/web:v1");
+    let store = StoreDir::of(&server);
+    let section = operations();
+    let section = section.split("## Repair").nth(1).unwrap();
+    let script = section.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    let script = script.replace("/srv/postcopy", server.store().to_str().unwrap());
+    let script = script.replace("/var/snapshots/web", path.to_str().unwrap());
+    let (packs, manifests) = (store.packs(), store.manifests());
+    for damaged in packs.iter().take(1).chain(&manifests) {
+        flip(damaged, fs::metadata(damaged).unwrap().len() / 3);
+        let bin = binary("postcopyd").parent().unwrap().display().to_string();
+        let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
+        let mut bash = Command::new("bash");
+        bash.args(["-euc", &script]).env("PATH", path);
+        let output = bash.env("POSTCOPY_SERVER", server.address().to_string()).output().unwrap();
+        let shown = shown(&output);
+        assert!(output.status.success() && shown.contains("set aside"), "{}: {shown}", damaged.display());
+        let sent =
+            if damaged == packs.first().unwrap() { "sent         64.00 KiB" } else { "sent         nothing" };
+        assert!(shown.contains(sent), "{shown}");
+        let name = damaged.file_name().unwrap();
+        assert!(store.domain().join("damaged").join(name).exists());
+        let out = tempfile::tempdir().unwrap();
+        let _ =
+            run(server.address(), ["pull".as_ref(), "vm/web:v1".as_ref(), out.path().join("o").as_os_str()]);
+        assert!(fs::read(out.path().join("o/mem")).unwrap() == bytes);
+    }
 }
 
 /// The commands of docs/OPERATIONS.md, with another bucket and other ports.

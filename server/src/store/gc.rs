@@ -102,7 +102,7 @@ pub struct Collector {
 
 /// The right to delete objects.
 #[derive(Debug)]
-struct Deleting {
+pub(super) struct Deleting {
     _lock: StoreLock,
     /// `None` in a directory.
     announced: Option<Deletion>,
@@ -110,7 +110,7 @@ struct Deleting {
 
 impl Deleting {
     /// Waits until no commit relies on these objects, or sees to it that none does from now on.
-    fn begin(objects: &Objects, due: &[Digest]) -> Result<Self, StoreError> {
+    pub(super) fn begin(objects: &Objects, due: &[Digest]) -> Result<Self, StoreError> {
         let lock = StoreLock::delete_objects(objects)?;
         let announced = match objects.has_locks() || due.is_empty() {
             true => None,
@@ -119,7 +119,7 @@ impl Deleting {
         Ok(Self { _lock: lock, announced })
     }
 
-    fn renew(&self) -> Result<(), StoreError> {
+    pub(super) fn renew(&self) -> Result<(), StoreError> {
         self.announced.as_ref().map_or(Ok(()), Deletion::renew)
     }
 
@@ -131,7 +131,7 @@ impl Deleting {
         Ok(gone)
     }
 
-    fn finish(self) {
+    pub(super) fn finish(self) {
         if let Some(announced) = self.announced {
             announced.finish();
         }

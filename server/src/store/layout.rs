@@ -13,6 +13,7 @@
 //! <domain>/deleting/<random>         in a bucket: an encoded StoredDeletion, see `lease/stored.rs`
 //! <domain>/clock                     in a bucket: empty; its time is the bucket's
 //! <domain>/working-sets/<image>/     see `working_sets.rs`
+//! <domain>/damaged/<digest>          packs, roots and segments that a repair has set aside
 //! <domain>/lock                      see `lock.rs`
 //! ```
 
@@ -101,6 +102,11 @@ impl Layout {
     pub(crate) fn reference(&self, reference: &TagReference) -> PathBuf {
         let name = self.references().join(reference.name.as_str());
         name.join("_tags").join(reference.tag.as_str())
+    }
+
+    /// Returns the place to which a repair moves a damaged pack, root or segment.
+    pub(crate) fn damaged(&self, digest: &Digest) -> PathBuf {
+        self.domain.join("damaged").join(digest.hex())
     }
 
     pub(crate) fn leases(&self) -> PathBuf {

@@ -286,6 +286,27 @@ impl Objects {
         }
     }
 
+    /// Moves an object, whose bytes need not be readable, and replaces one that has the name. Does
+    /// nothing if it does not exist.
+    ///
+    /// # Blocking
+    /// As for [`Objects::read`].
+    pub(crate) fn move_to(&self, from: &Path, to: &Path) -> Result<(), StoreError> {
+        match &self.kind {
+            Kind::Bucket(bucket) => bucket.wait(bucket.move_to(from, to)),
+            Kind::Directory(_) => {
+                let (Some(from_dir), Some(to_dir)) = (from.parent(), to.parent()) else { return Ok(()) };
+                fs::create_dir_all(to_dir).map_err(io_error(to_dir))?;
+                if found(fs::rename(from, to)).map_err(io_error(from))?.is_some() {
+                    for dir in [to_dir, from_dir].into_iter().chain(to_dir.parent()) {
+                        directory::sync(dir)?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
     /// Creates empty objects, as [`Objects::create`] does.
     pub(crate) fn create_all(&self, paths: &[PathBuf]) -> Result<(), StoreError> {
         match &self.kind {

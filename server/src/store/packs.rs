@@ -15,6 +15,7 @@ use crate::store::condemned;
 use crate::store::error::{StoreError, damaged, pack_name};
 use crate::store::index::ChunkIndex;
 use crate::store::index::run::{Found, PackLength, Place};
+use crate::store::lock::StoreLock;
 use crate::store::objects::{Kind, Objects};
 use blocks::Blocks;
 use bytes::Bytes;
@@ -81,7 +82,7 @@ pub(crate) fn read_index(
 }
 
 /// Decodes the frame of a chunk, and compares it with the chunk's digest.
-fn check_frame(frame: &[u8], chunk: &Digest, pack: &Digest) -> Result<(), StoreError> {
+pub(super) fn check_frame(frame: &[u8], chunk: &Digest, pack: &Digest) -> Result<(), StoreError> {
     let outcome = ChunkFrame::parse(frame).and_then(|parsed| {
         let mut plain = vec![0; parsed.chunk_bytes()];
         FrameDecoder::default().decode_verified(&parsed, chunk, &mut plain)
@@ -194,6 +195,27 @@ impl Packs {
             self.index.add(*length, index);
         }
         Ok(found.is_some())
+    }
+
+    /// Writes a pack that the store makes of its own frames, and adds it to the index. Returns false
+    /// if it is gone already, by a collector without a grace time.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Full`], [`StoreError::Bucket`].
+    ///
+    /// # Blocking
+    /// Waits for the disk, or the bucket, and for collectors.
+    pub(crate) fn store(&self, digest: Digest, pack: &[u8]) -> Result<bool, StoreError> {
+        let path = self.objects.layout.pack(&digest);
+        let mut staged = self.objects.stage(&path)?;
+        staged.write(pack)?;
+        self.objects.publish(&staged, &path)?;
+        let _keep = StoreLock::keep_objects(&self.objects)?;
+        let exists = self.add(digest)?;
+        if exists {
+            condemned::pardon(&self.objects, &digest)?;
+        }
+        Ok(exists)
     }
 
     /// Releases deleted packs that are mapped. Writes the index's recent packs to a run, if they are

@@ -12,6 +12,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, Root, Segment};
 use postcopy_proto::reference::TagReference;
 use rayon::prelude::*;
+use rustix::io::Errno;
 use std::collections::{HashMap, HashSet};
 
 /// Most lost chunks that are named for one image; the others are counted.
@@ -126,9 +127,13 @@ fn verify_packs(objects: &Objects, verified: &mut Verified) -> Result<HashSet<Di
     }
 }
 
-fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec<Digest>), StoreError> {
+/// Checks a pack. Returns its length and the digests of its chunks.
+///
+/// # Errors
+/// [`StoreError::Damaged`]; [`StoreError::NotFound`]; others if it cannot be read.
+pub(super) fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec<Digest>), StoreError> {
     let wrong = |reason: String| damaged(format!("pack {digest}"), reason);
-    let bytes = objects.map(&objects.layout.pack(&digest)).map_err(|error| wrong(chain(&error)))?;
+    let bytes = objects.map(&objects.layout.pack(&digest)).map_err(|error| unreadable(error, wrong))?;
     let bytes = bytes.ok_or_else(|| StoreError::NotFound(format!("pack {digest}")))?;
     // The frames are checked first, because they name the damaged chunk.
     let index = check_pack(&bytes).map_err(|e| wrong(e.to_string()))?;
@@ -137,6 +142,16 @@ fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec<Digest>), 
         return Err(wrong(format!("its bytes have digest {actual}")));
     }
     Ok((bytes.len() as u64, index.entries().iter().map(|entry| entry.chunk).collect()))
+}
+
+/// Makes the error for an object that cannot be read: damage, if the disk says so.
+fn unreadable(error: StoreError, damaged: impl Fn(String) -> StoreError) -> StoreError {
+    match &error {
+        StoreError::Io { source, .. } if source.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
+            damaged(chain(&error))
+        }
+        _ => error,
+    }
 }
 
 fn verify_manifests(objects: &Objects, verified: &mut Verified) -> Result<(), StoreError> {
@@ -152,11 +167,14 @@ fn verify_manifests(objects: &Objects, verified: &mut Verified) -> Result<(), St
     Ok(())
 }
 
-fn verify_manifest(objects: &Objects, digest: &Digest) -> Result<(), StoreError> {
+/// Checks a root or segment.
+///
+/// # Errors
+/// As for [`verify_pack`].
+pub(super) fn verify_manifest(objects: &Objects, digest: &Digest) -> Result<(), StoreError> {
     let object = || format!("manifest {digest}");
-    let bytes = objects
-        .read(&objects.layout.manifest(digest), MAX_ROOT_BYTES)
-        .map_err(|e| damaged(object(), chain(&e)))?;
+    let bytes = objects.read(&objects.layout.manifest(digest), MAX_ROOT_BYTES);
+    let bytes = bytes.map_err(|error| unreadable(error, |reason| damaged(object(), reason)))?;
     let bytes = bytes.ok_or_else(|| StoreError::NotFound(object()))?;
     let actual = Digest::of(&bytes);
     if actual != *digest {

@@ -19,8 +19,7 @@ use crate::store::gc::uses::{PackUse, Uses, chunk_bytes};
 use crate::store::index::run::Place;
 use crate::store::lease::stored;
 use crate::store::locators::Locator;
-use crate::store::lock::StoreLock;
-use crate::store::{chain, condemned, working_sets};
+use crate::store::{chain, working_sets};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::ChunkFrame;
@@ -352,17 +351,9 @@ impl Collector {
         moved: &mut HashMap<Digest, Place>,
     ) -> Result<u64, StoreError> {
         let digest = Digest::of(&pack);
-        if !choice.sources.contains_key(&digest) {
-            let path = self.objects.layout.pack(&digest);
-            let mut staged = self.objects.stage(&path)?;
-            staged.write(&pack)?;
-            self.objects.publish(&staged, &path)?;
-            let _keep = StoreLock::keep_objects(&self.objects)?;
-            // A collector without a grace time may have deleted it already; the worn packs exist then.
-            if !self.packs.add(digest)? {
-                return Ok(0);
-            }
-            condemned::pardon(&self.objects, &digest)?;
+        // If it is gone already, the worn packs exist.
+        if !choice.sources.contains_key(&digest) && !self.packs.store(digest, &pack)? {
+            return Ok(0);
         }
         let index = PackIndex::parse(&pack).expect("it was built here");
         for entry in index.entries() {

@@ -369,6 +369,10 @@ impl Bucket {
         Ok(self.found(path, self.store.delete(&key(path)).await)?.is_some())
     }
 
+    pub(super) async fn move_to(&self, from: &Path, to: &Path) -> Result<(), StoreError> {
+        self.found(from, self.store.rename(&key(from), &key(to)).await).map(drop)
+    }
+
     /// Removes objects, many in one request where the bucket can.
     pub(super) async fn delete_all(&self, paths: &[PathBuf]) -> Result<(), StoreError> {
         let Some(first) = paths.first() else { return Ok(()) };
