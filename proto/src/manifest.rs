@@ -421,6 +421,20 @@ impl Segment {
         Ok(Self { runs, chunks })
     }
 
+    /// Returns the canonical encoding: the bytes that [`Segment::parse`] was given.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let kind = |run: &Run| match run {
+            Run::Zero(count) => v1::segment_run::Kind::ZeroChunks(*count),
+            Run::Data(digests) => {
+                let bytes: Vec<u8> = digests.iter().flat_map(Digest::as_bytes).copied().collect();
+                v1::segment_run::Kind::ChunkDigests(bytes.into())
+            }
+        };
+        let runs = self.runs.iter().map(|(_, run)| v1::SegmentRun { kind: Some(kind(run)) });
+        v1::Segment { runs: runs.collect() }.encode_to_vec().into()
+    }
+
     /// Returns the number of chunks: 1 to 16,384.
     #[must_use]
     pub fn chunks(&self) -> u32 {
@@ -738,6 +752,7 @@ mod tests {
                 (0..).zip(&zeros).map(|(n, zero)| if *zero { ChunkContent::Zero } else { data(n) }).collect();
             let manifest = manifest_of(&contents);
             let segment = manifest.root.check_segment(0, &manifest.segments[0]).unwrap();
+            prop_assert_eq!(segment.encode(), manifest.segments[0].clone());
             prop_assert_eq!(segment.contents().collect::<Vec<_>>(), contents.clone());
             let digests: Vec<_> = segment.digests().map(ChunkContent::Data).collect();
             prop_assert_eq!(digests, contents.into_iter().filter(|c| *c != ChunkContent::Zero).collect::<Vec<_>>());

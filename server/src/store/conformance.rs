@@ -501,6 +501,11 @@ fn a_first_chunk_takes_four_sequential_reads_of_a_bucket() {
         let requests = faulty.take_requests();
         assert!(depth(&requests) <= reads, "{requests:#?}");
         assert!(requests.iter().all(|request| !request.text.starts_with("list")), "{requests:#?}");
+        // A second restore reads the reference alone.
+        let (root, _) = reader.open_reference(&reference).unwrap();
+        assert_eq!(reader.read_segment(&root, 0).unwrap(), image.manifest.segments[0]);
+        image.load(&reader, 62, false).unwrap();
+        assert_eq!(faulty.take_requests().len(), reads - 3);
     }
 }
 

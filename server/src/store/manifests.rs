@@ -217,7 +217,12 @@ impl Manifests {
         let _one_at_a_time = digest.map(|digest| self.loading(digest));
         match self.cached_segment(root, index) {
             Some(segment) => Ok(segment),
-            None => self.read_segment(root, index).map(|(segment, _)| segment),
+            None => {
+                let (digest, segment, bytes) = self.parse_segment(root, index)?;
+                let segment = Arc::new(segment);
+                self.segments.insert(digest, segment.clone(), bytes);
+                Ok(segment)
+            }
         }
     }
 
@@ -236,21 +241,8 @@ impl Manifests {
         }
     }
 
-    /// Reads a segment of an image and its encoding from the disk.
-    ///
-    /// # Errors
-    /// Returns the errors of [`Manifests::segment`].
-    ///
-    /// # Blocking
-    /// As there.
-    pub(crate) fn read_segment(&self, root: &Root, index: u32) -> Result<(Arc<Segment>, Bytes), StoreError> {
-        let (digest, segment, bytes) = self.parse_segment(root, index)?;
-        let segment = Arc::new(segment);
-        self.segments.insert(digest, segment.clone(), bytes.len());
-        Ok((segment, bytes))
-    }
-
-    fn parse_segment(&self, root: &Root, index: u32) -> Result<(Digest, Segment, Bytes), StoreError> {
+    /// Reads a segment of an image. Returns the bytes of its encoding, too.
+    fn parse_segment(&self, root: &Root, index: u32) -> Result<(Digest, Segment, usize), StoreError> {
         let image = root.image();
         let digest = root.segment_digests().get(index as usize);
         let digest =
@@ -258,7 +250,7 @@ impl Manifests {
         let object = || format!("segment {index} ({digest}) of image {image}");
         let bytes = self.segment_bytes(digest)?;
         let segment = root.check_segment(index, &bytes).map_err(|e| damaged(object(), e))?;
-        Ok((*digest, segment, bytes))
+        Ok((*digest, segment, bytes.len()))
     }
 
     /// Reads a segment's encoding, without verification.

@@ -147,9 +147,9 @@ impl Store {
     /// Returns the errors of [`Store::segment`].
     ///
     /// # Blocking
-    /// Reads a file.
+    /// Reads a file, if the segment is not in memory.
     pub fn read_segment(&self, root: &Root, index: u32) -> Result<Bytes, StoreError> {
-        self.manifests.read_segment(root, index).map(|(_, bytes)| bytes)
+        self.manifests.segment(root, index).map(|segment| segment.encode())
     }
 
     /// Returns an image's chunk, if its frame is in memory; `None` also beyond the segment's last

@@ -198,8 +198,8 @@ fn verify_image(manifests: &Manifests, image: &Digest, sound: &HashSet<Digest>) 
     let mut damage = Vec::new();
     let mut lost = HashSet::new();
     for index in (0..).take(root.segment_digests().len()) {
-        match manifests.read_segment(&root, index) {
-            Ok((segment, _)) => lost.extend(segment.digests().filter(|chunk| !sound.contains(chunk))),
+        match manifests.segment(&root, index) {
+            Ok(segment) => lost.extend(segment.digests().filter(|chunk| !sound.contains(chunk))),
             Err(error) => damage.push(error.into()),
         }
     }
