@@ -16,6 +16,7 @@ mod caller;
 mod commit;
 mod condemned;
 #[cfg(test)]
+#[cfg(feature = "aws")]
 mod conformance;
 mod error;
 mod format;

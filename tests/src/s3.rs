@@ -13,10 +13,14 @@ use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-const ACCESS_KEY: &str = "tests";
-const SECRET_KEY: &str = "a secret of tests";
-/// Short, because the server makes file names of bucket and key.
-const BUCKET: &str = "bkt";
+/// The credentials that the server accepts.
+pub const ACCESS_KEY: &str = "tests";
+/// See [`ACCESS_KEY`].
+pub const SECRET_KEY: &str = "a secret of tests";
+/// The name of the bucket. Short, because the server makes file names of bucket and key.
+pub const BUCKET: &str = "bkt";
+/// The region that clients sign their requests with.
+pub const REGION: &str = "us-east-1";
 
 /// A running S3 server with one bucket, on loopback.
 #[derive(Debug)]
@@ -83,6 +87,12 @@ impl S3Server {
         format!("s3://{BUCKET}/{prefix}")
     }
 
+    /// Returns where it listens, as a URL.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
     /// Returns the file that holds an object.
     #[must_use]
     pub fn path(&self, key: &str) -> PathBuf {
@@ -102,8 +112,8 @@ impl S3Server {
 
     /// Sets the address and the credentials in a command's environment.
     pub fn set(&self, command: &mut Command) {
-        command.env("AWS_ENDPOINT", format!("http://{}", self.address)).env("AWS_ALLOW_HTTP", "true");
+        command.env("AWS_ENDPOINT", self.endpoint()).env("AWS_ALLOW_HTTP", "true");
         command.env("AWS_ACCESS_KEY_ID", ACCESS_KEY).env("AWS_SECRET_ACCESS_KEY", SECRET_KEY);
-        command.env("AWS_REGION", "us-east-1");
+        command.env("AWS_REGION", REGION);
     }
 }

@@ -1,5 +1,9 @@
-//! The tests that every kind of store passes: a directory, a bucket, and a bucket without
-//! conditional writes. Each test opens the store several times, as several servers do.
+//! The tests that every kind of store passes: a directory, a bucket in memory, one without
+//! conditional writes, and a bucket of an S3 server. Each test opens the store several times, as
+//! several servers do.
+//!
+//! The S3 server is one in this process, or another one, if POSTCOPY_TEST_BUCKET has the URL of its
+//! bucket: `make fleet` runs these tests on Garage.
 
 mod repacking;
 
@@ -12,10 +16,12 @@ use crate::store::{
 };
 use bytes::Bytes;
 use object_store::ObjectStore;
+use object_store::aws::AmazonS3Builder;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::provenance::Labels;
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1::{self, PageSpan};
+use postcopy_tests::s3::{self, S3Server};
 use prost::Message;
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,13 +34,14 @@ struct Place {
     location: Location,
     faulty: Option<Arc<Faulty>>,
     _dir: Option<tempfile::TempDir>,
+    _server: Option<S3Server>,
 }
 
 impl Place {
     fn directory() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
-        Self { location, faulty: None, _dir: Some(dir) }
+        Self { location, faulty: None, _dir: Some(dir), _server: None }
     }
 
     fn bucket(seed: u64, faults: Faults) -> Self {
@@ -42,7 +49,29 @@ impl Place {
         faulty.set(faults);
         let store: Arc<dyn ObjectStore> = faulty.clone();
         let bucket = Arc::new(Bucket::new(store, "a/prefix", "memory:").unwrap());
-        Self { location: Location::Bucket(bucket), faulty: Some(faulty), _dir: None }
+        Self { location: Location::Bucket(bucket), faulty: Some(faulty), _dir: None, _server: None }
+    }
+
+    fn s3() -> Self {
+        if let Ok(url) = std::env::var(TESTED) {
+            let bucket = Bucket::of_url(&format!("{url}/{:016x}", fastrand::u64(..))).unwrap();
+            return Self::of(bucket, None);
+        }
+        let server = S3Server::start();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let store = AmazonS3Builder::new()
+            .with_endpoint(server.endpoint())
+            .with_allow_http(true)
+            .with_bucket_name(s3::BUCKET)
+            .with_region(s3::REGION)
+            .with_access_key_id(s3::ACCESS_KEY)
+            .with_secret_access_key(s3::SECRET_KEY)
+            .build();
+        Self::of(Bucket::new(Arc::new(store.unwrap()), "p", "s3://bkt").unwrap(), Some(server))
+    }
+
+    fn of(bucket: Bucket, server: Option<S3Server>) -> Self {
+        Self { location: Location::Bucket(Arc::new(bucket)), faulty: None, _dir: None, _server: server }
     }
 
     /// Opens the store, as another server does.
@@ -59,11 +88,25 @@ impl Place {
     }
 }
 
+/// The variable with the URL of a bucket to test.
+const TESTED: &str = "POSTCOPY_TEST_BUCKET";
+
 /// Calls `test` with each kind of store.
 fn on_each_kind(test: impl Fn(&Place)) {
+    on_each_fast_kind(&test);
+    if std::env::var_os(TESTED).is_none() {
+        test(&Place::s3());
+    }
+}
+
+/// Does the same, for a test of thousands of requests, without the slow S3 server of this process.
+fn on_each_fast_kind(test: impl Fn(&Place)) {
     test(&Place::directory());
     test(&Place::bucket(1, Faults::default()));
     test(&Place::bucket(1, Faults { is_unconditional: true, ..Faults::default() }));
+    if std::env::var_os(TESTED).is_some() {
+        test(&Place::s3());
+    }
 }
 
 fn reference(text: &str) -> TagReference {
@@ -337,7 +380,7 @@ fn what_no_reference_needs_is_deleted_and_the_rest_is_not() {
 
 #[test]
 fn many_objects_are_collected_by_several_threads() {
-    on_each_kind(|place| {
+    on_each_fast_kind(|place| {
         let (store, kept) = (place.open(), Image::large(1000));
         kept.push(&store, "kept");
         let images: Vec<_> = (0..40).map(Image::of_seed).collect();
@@ -426,7 +469,7 @@ fn a_collection_that_fails_keeps_commits_away_until_its_deletion_ends() {
 #[test]
 fn odd_prefixes_and_odd_objects_are_no_obstacle() {
     let bucket = Bucket::new(Faulty::new(1), "a/~x=1", "memory:").unwrap();
-    let place = Place { location: Location::Bucket(Arc::new(bucket)), faulty: None, _dir: None };
+    let place = Place::of(bucket, None);
     let (store, image) = (place.open(), Image::of_seed(1));
     let (layout, empty) = (&store.objects.layout, Digest::of(b"empty"));
     put(&store.objects, &layout.pack(&empty), b"");

@@ -53,7 +53,7 @@ fn damage(place: &Place, image: &Image, chunk: usize) {
 
 #[test]
 fn small_packs_are_merged_and_servers_go_on_reading() {
-    on_each_kind(|place| {
+    on_each_fast_kind(|place| {
         let store = place.open();
         let images: Vec<_> = (0..20).map(Image::of_seed).chain([Image::large(1000)]).collect();
         let names: Vec<_> = (0..images.len()).map(|number| format!("a:{number}")).collect();
