@@ -6,7 +6,7 @@ CARGO ?= cargo
 # Another file for the demo: make demo FILE=/path/to/model.bin
 FILE ?=
 
-.PHONY: help build demo test soak test-list lint look bench bench-full bench-build clean
+.PHONY: help build demo test soak test-list lint look fleet bench bench-full bench-build clean
 
 help:
 	@echo "make demo    push a large file and use it lazily (FILE=... for one of yours); restore a Redis, where CRIU runs"
@@ -14,6 +14,7 @@ help:
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting, clippy, and the words of comments"
 	@echo "make bench   real programs restored over a network, into docs/BENCHMARKS.md; make bench-full: all figures there"
+	@echo "make fleet   three servers over a bucket of three Garage nodes, killed while 64 clients restore"
 	@echo "make look    a report of a trace, looked at in Chromium; pictures in target/look"
 	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
 
@@ -52,6 +53,11 @@ lint:
 look: build
 	@tests/setup look
 	@tests/look
+
+# A real object store is built first; that takes a quarter of an hour, once.
+fleet: build
+	@tests/setup fleet
+	target/debug/postcopy-fleet
 
 # Two programs over one network: the table and the plots, in docs.
 bench: bench-build

@@ -1,9 +1,10 @@
 //! Three servers over a bucket of three Garage nodes, and 64 clients that restore images: `make fleet`.
 //!
-//! First the CPU time of a block is measured, by the place from which a server reads it. Then the clients restore
-//! images from empty caches; the model of a fleet says what that should have taken, and both are compared. Then the
-//! same with a server killed every 2 s. At last everything fails: the caches' disks are full, a node of Garage is
-//! killed and comes back, and servers are killed as before. Every client compares every byte.
+//! First the tests that every kind of store passes run on the bucket, while a node is killed and comes back. Then the
+//! CPU time of a block is measured, by the place from which a server reads it. Then the clients restore images from
+//! empty caches, and this is compared with what the model of a fleet says. Then the same with a server killed every
+//! 2 s. At last everything fails: the disks of the caches are full, a node of Garage is killed and comes back, and
+//! servers are killed as before. Every client compares every byte.
 //!
 //! What the model says of 100 servers and 10,000 restores a minute is printed at the end. The exit status is 1 if a
 //! byte was wrong, a restore failed, or a bar was missed.
@@ -21,7 +22,7 @@ use crate::model::{Costs, Shape, Work};
 use crate::restores::{Images, Outcome};
 use crate::servers::{SERVERS, Servers, Setting, postcopyd};
 use anyhow::{Context, Result, bail, ensure};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -31,6 +32,10 @@ const BLOCK_BYTES: u64 = 256 << 10;
 const MIB: usize = 1 << 20;
 /// Time of each part of the run.
 const PART: Duration = Duration::from_secs(40);
+/// The node of Garage that is killed.
+const KILLED_NODE: usize = 1;
+/// Time for which a node of Garage is there and gone.
+const NODE_PAUSE: Duration = Duration::from_secs(5);
 const KILL_PAUSE: Duration = Duration::from_secs(2);
 /// Most bytes from the bucket, beside those of all packs.
 const MOST_READ: f64 = 1.2;
@@ -47,8 +52,9 @@ struct Fleet {
 }
 
 fn main() -> Result<ExitCode> {
-    let garage = Garage::start()?;
+    let mut garage = Garage::start()?;
     let balancer = Balancer::start(garage.ports())?;
+    conformance(&mut garage, &balancer)?;
     let mut fleet =
         Fleet { garage, balancer, images: Images::new(IMAGES), pack_bytes: 0, missed: Vec::new() };
     fleet.push()?;
@@ -61,6 +67,30 @@ fn main() -> Result<ExitCode> {
         println!("MISSED: {missed}");
     }
     Ok(if fleet.missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs the tests that every kind of store passes on the bucket, while a node is killed and comes back.
+fn conformance(garage: &mut Garage, balancer: &Balancer) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut tests = Command::new(cargo);
+    tests.args(["test", "--quiet", "--workspace", "--lib", "store::conformance", "--", "--test-threads=2"]);
+    tests.env("POSTCOPY_TEST_BUCKET", Garage::url("conformance"));
+    Garage::set(&mut tests, balancer.port());
+    let built =
+        Command::new(tests.get_program()).args(["test", "--workspace", "--lib", "--no-run"]).status()?;
+    ensure!(built.success(), "the tests cannot be built");
+    let mut tests = tests.spawn()?;
+    loop {
+        std::thread::park_timeout(NODE_PAUSE);
+        if let Some(status) = tests.try_wait()? {
+            ensure!(status.success(), "the tests of the store fail on Garage");
+            return Ok(());
+        }
+        // The same each time: Garage needs some time to find that it is there again, and two others.
+        garage.kill(KILLED_NODE)?;
+        std::thread::park_timeout(NODE_PAUSE);
+        garage.start_again(KILLED_NODE)?;
+    }
 }
 
 impl Fleet {
@@ -153,7 +183,7 @@ impl Fleet {
         let servers = Servers::start(self.setting(32, 24))?;
         let images = &self.images;
         let third = PART / 3;
-        for (seed, node) in [(3, None), (4, Some(1)), (5, None)] {
+        for (seed, node) in [(3, None), (4, Some(KILLED_NODE)), (5, None)] {
             if let Some(node) = node {
                 self.garage.kill(node)?;
             }
