@@ -4,12 +4,13 @@
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
 //! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, references, scale,
 //! progress, kills, machines, criu, children, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
-//! restores, threads, store. Prints a table in Markdown and, with `--json FILE`, the raw values.
+//! restores, threads, store, bucket, pushes, collections, neighbour. Prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
 //! (`taskset -c 0`).
 
 mod arms;
+mod bucket;
 mod changes;
 mod children;
 mod cpu;
@@ -17,8 +18,10 @@ mod criu;
 mod daemons;
 mod fill;
 mod floor;
+mod generations;
 mod mapped;
 mod memory;
+mod neighbour;
 mod pace;
 mod plot;
 mod programs;
@@ -165,6 +168,18 @@ fn main() -> Result<()> {
     }
     if named("store") {
         figures.extend(store::measure()?);
+    }
+    if named("bucket") {
+        figures.extend(bucket::measure()?);
+    }
+    if named("pushes") {
+        figures.push(generations::pushes()?);
+    }
+    if named("neighbour") {
+        figures.push(neighbour::measure()?);
+    }
+    if named("collections") {
+        figures.push(generations::beside_collections()?);
     }
     print!("{}", table(&figures));
     if let Some(path) = json {

@@ -74,7 +74,7 @@ fn write_image(store: &StoreDir, number: usize) -> Result<String> {
 fn first_page(server: &Server) -> Result<Duration> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut images = ImageServiceClient::connect(format!("http://{}", server.address())).await?;
+        let mut images = ImageServiceClient::connect(server.address().to_string()).await?;
         let started = Instant::now();
         let page = images.list_images(ListImagesRequest::default()).await?.into_inner();
         ensure!(page.images.len() == 1000, "{} references", page.images.len());
