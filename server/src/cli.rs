@@ -256,7 +256,7 @@ impl Serve {
             bucket = bucket.with_cache(DiskCache::open(dir, self.cache_size)?);
         }
         if let Some(fleet) = fleet {
-            bucket = bucket.with_peers(fleet.clone());
+            bucket = bucket.with_peers(Arc::new(fleet.clone()));
         }
         Ok(Location::Bucket(Arc::new(bucket)))
     }

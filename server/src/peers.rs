@@ -30,6 +30,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// starting. And the pause between two requests.
 const RESTART_TIME: Duration = Duration::from_millis(500);
 const RESTART_PAUSE: Duration = Duration::from_millis(25);
+/// Time after that in which servers are not asked again.
+const RESTART_REST: Duration = Duration::from_secs(1);
 /// Times for which a server that has not answered is left out: at first, and at most. They double.
 const MIN_PAUSE: Duration = Duration::from_secs(5);
 const MAX_PAUSE: Duration = Duration::from_secs(300);
@@ -98,6 +100,27 @@ pub struct Fleet {
     list: PeerList,
     /// Locked for a look-up or a change.
     members: Mutex<Members>,
+    patience: Patience,
+}
+
+/// Bounds the time for which servers that may be starting are waited for: however many are gone, a
+/// request waits [`RESTART_TIME`] for all of them.
+#[derive(Debug, Default)]
+struct Patience {
+    /// The end of the present or of the last such time. Locked for a look-up or a change.
+    end: Mutex<Option<Instant>>,
+}
+
+impl Patience {
+    /// Returns true while a server that has not answered may be asked again.
+    fn lasts(&self) -> bool {
+        let now = Instant::now();
+        let mut end = lock(&self.end);
+        if end.is_none_or(|end| now > end + RESTART_REST) {
+            *end = Some(now + RESTART_TIME);
+        }
+        end.is_some_and(|end| now < end)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -138,7 +161,8 @@ impl Fleet {
             PeerList::Addresses(addresses) => addresses.iter().cloned().map(Member::new).collect(),
             PeerList::Dns { .. } => Vec::new(),
         };
-        Self { id, list, members: Mutex::new(Members { members, looked_up: None }) }
+        let members = Mutex::new(Members { members, looked_up: None });
+        Self { id, list, members, patience: Patience::default() }
     }
 
     /// Returns the number of this server.
@@ -178,19 +202,58 @@ impl Fleet {
     fn owner(&self, pack: &Digest) -> Option<Arc<Member>> {
         let members = lock(&self.members);
         let present = members.members.iter().filter(|member| !member.is_left_out());
-        let owner = present.max_by_key(|member| (member.score(pack), &member.address)).cloned()?;
-        owner.begin_probe();
-        Some(owner)
+        let owner = present.max_by_key(|member| (member.score(pack), &member.address)).cloned();
+        owner.filter(|owner| !owner.is_self.load(Ordering::Relaxed))
+    }
+
+    /// Asks the owner for a block.
+    async fn ask(self: Arc<Self>, owner: Arc<Member>, request: v1::ReadBlockRequest) -> Option<PackBlock> {
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.answer(&owner, request)).await;
+        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
+            Ok(v1::ReadBlockResponse { pack_bytes, data }) => {
+                *lock(&owner.left_out) = None;
+                Some(PackBlock { bytes: data, pack_bytes })
+            }
+            Err(status) => {
+                owner.failed(&status);
+                None
+            }
+        }
+    }
+
+    async fn answer(
+        &self,
+        owner: &Member,
+        request: v1::ReadBlockRequest,
+    ) -> Result<v1::ReadBlockResponse, Status> {
+        let mut client =
+            PeerServiceClient::new(owner.channel()?).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        loop {
+            match client.read_block(request.clone()).await {
+                Err(status) if has_no_answer(&status) && self.patience.lasts() => {
+                    tokio::time::sleep(RESTART_PAUSE).await;
+                }
+                answer => return answer.map(tonic::Response::into_inner),
+            }
+        }
     }
 }
 
-impl Peers for Fleet {
+impl Peers for Arc<Fleet> {
     fn read(&self, pack: &Digest, block: u64) -> Option<PeerReading> {
-        let owner = self.owner(pack).filter(|owner| !owner.is_self.load(Ordering::Relaxed))?;
+        let owner = self.owner(pack)?;
+        owner.begin_probe();
         let block = u32::try_from(block).ok()?;
         let request = v1::ReadBlockRequest { pack: (*pack).into(), block, server: self.id.to_vec().into() };
         // The request goes on after its waiters have left, so that its failure is noted.
-        Some(async move { tokio::spawn(owner.ask(request)).await.ok().flatten() }.boxed())
+        let fleet = self.clone();
+        Some(async move { tokio::spawn(fleet.ask(owner, request)).await.ok().flatten() }.boxed())
+    }
+
+    fn distrust(&self, pack: &Digest) {
+        if let Some(owner) = self.owner(pack) {
+            owner.leave_out(&Status::data_loss(format!("it has sent a damaged frame of pack {pack}")));
+        }
     }
 }
 
@@ -217,34 +280,6 @@ impl Member {
         }
     }
 
-    /// Asks this server for a block.
-    async fn ask(self: Arc<Self>, request: v1::ReadBlockRequest) -> Option<PackBlock> {
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.answer(request)).await;
-        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
-            Ok(v1::ReadBlockResponse { pack_bytes, data }) => {
-                *lock(&self.left_out) = None;
-                Some(PackBlock { bytes: data, pack_bytes })
-            }
-            Err(status) => {
-                self.failed(&status);
-                None
-            }
-        }
-    }
-
-    async fn answer(&self, request: v1::ReadBlockRequest) -> Result<v1::ReadBlockResponse, Status> {
-        let mut client = PeerServiceClient::new(self.channel()?).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let started = Instant::now();
-        loop {
-            match client.read_block(request.clone()).await {
-                Err(status) if has_no_answer(&status) && started.elapsed() < RESTART_TIME => {
-                    tokio::time::sleep(RESTART_PAUSE).await;
-                }
-                answer => return answer.map(tonic::Response::into_inner),
-            }
-        }
-    }
-
     fn failed(&self, status: &Status) {
         match status.code() {
             Code::FailedPrecondition => self.is_self.store(true, Ordering::Relaxed),
@@ -264,7 +299,8 @@ impl Member {
         };
         let (until, next_pause) = (Instant::now() + pause, (2 * pause).min(MAX_PAUSE));
         *left_out = Some(LeftOut { until, next_pause });
-        tracing::warn!(peer = self.address, ?pause, "left out: {}", status.message());
+        let (code, message) = (status.code(), status.message());
+        tracing::warn!(peer = self.address, ?pause, "left out: {code}: {message}");
     }
 
     fn channel(&self) -> Result<Channel, Status> {
@@ -294,11 +330,11 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    fn fleet(addresses: &[&str]) -> Fleet {
-        Fleet::new(PeerList::Addresses(addresses.iter().map(ToString::to_string).collect()))
+    fn fleet(addresses: &[&str]) -> Arc<Fleet> {
+        Arc::new(Fleet::new(PeerList::Addresses(addresses.iter().map(ToString::to_string).collect())))
     }
 
-    fn owners(fleet: &Fleet) -> Vec<String> {
+    fn owners(fleet: &Arc<Fleet>) -> Vec<String> {
         (0..3000u32).map(|n| fleet.owner(&Digest::of(&n.to_le_bytes())).unwrap().address.clone()).collect()
     }
 
@@ -364,6 +400,33 @@ mod tests {
         assert!(until > Instant::now() + MIN_PAUSE && next_pause == 4 * MIN_PAUSE, "{next_pause:?}");
         end_pause();
         assert!(fleet.read(&pack, 0).is_some());
+    }
+
+    #[tokio::test]
+    async fn many_servers_that_are_gone_are_waited_for_together() {
+        let listeners: Vec<_> =
+            (0..50).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let address = |listener: &std::net::TcpListener| format!("http://{}", listener.local_addr().unwrap());
+        let addresses: Vec<_> = listeners.iter().map(address).collect();
+        drop(listeners);
+        let fleet = fleet(&addresses.iter().map(String::as_str).collect::<Vec<_>>());
+        let started = Instant::now();
+        for number in 0..1000u32 {
+            if let Some(asked) = fleet.read(&Digest::of(&number.to_le_bytes()), 0) {
+                assert_eq!(asked.await, None);
+            }
+        }
+        assert!(lock(&fleet.members).members.iter().all(|member| member.is_left_out()));
+        assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_server_that_sends_damaged_frames_is_left_out() {
+        let fleet = fleet(&["http://127.0.0.1:9", "http://127.0.0.1:10"]);
+        let pack = Digest::of(b"pack");
+        let owner = fleet.owner(&pack).unwrap();
+        fleet.distrust(&pack);
+        assert!(owner.is_left_out() && fleet.owner(&pack).unwrap().address != owner.address);
     }
 
     #[tokio::test]

@@ -461,6 +461,9 @@ fn a_peer_answers_with_blocks_of_packs_and_refuses_the_rest() {
         assert_eq!(answer.pack_bytes, content.len() as u64);
         assert!(answer.data[..] == content[start..end], "block {block}");
     }
+    let request = v1::ReadBlockRequest { pack: digest.clone().into(), block: 0, server: vec![1; 17].into() };
+    let refused = rpc.wait(peers.clone().read_block(request)).unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
     for (code, pack, block) in [
         (tonic::Code::InvalidArgument, digest.clone(), 256),
         (tonic::Code::InvalidArgument, digest.clone(), u32::MAX),

@@ -34,6 +34,9 @@ impl PeerService for PeerServer {
     ) -> Result<Response<v1::ReadBlockResponse>, Status> {
         let _in_flight = self.drain.enter()?;
         let v1::ReadBlockRequest { pack, block, server } = request.into_inner();
+        if server.len() != self.id.len() {
+            return Err(Status::invalid_argument(format!("server: {} bytes instead of 16", server.len())));
+        }
         if server[..] == self.id {
             return Err(Status::failed_precondition("the asking server is this one"));
         }

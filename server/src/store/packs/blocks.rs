@@ -116,6 +116,9 @@ impl Blocks {
         check_frame(&frame, chunk, &place.pack).inspect_err(|error| {
             tracing::error!(pack = %place.pack, "{error}");
         })?;
+        if let Some(peers) = self.inner.bucket.peers() {
+            peers.distrust(&place.pack);
+        }
         Ok(frame)
     }
 

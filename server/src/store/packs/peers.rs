@@ -24,6 +24,10 @@ pub trait Peers: fmt::Debug + Send + Sync {
     /// that is this server. Does not block. The reading must be awaited in a tokio runtime, and ends
     /// within a few seconds.
     fn read(&self, pack: &Digest, block: u64) -> Option<PeerReading>;
+
+    /// Asks the server of this pack for nothing during some time, because it has sent a damaged
+    /// frame. Does nothing if that is this server.
+    fn distrust(&self, pack: &Digest);
 }
 
 impl From<Block> for PackBlock {
