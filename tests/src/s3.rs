@@ -69,6 +69,7 @@ impl S3Server {
         runtime.spawn(async move {
             let connections = Builder::new(TokioExecutor::new());
             while let Ok((socket, _)) = listener.accept().await {
+                socket.set_nodelay(true).expect("a socket");
                 let (service, reads) = (service.clone(), Arc::clone(&counted));
                 let answer = move |request: hyper::Request<Incoming>| {
                     count(&reads, &request);

@@ -464,10 +464,12 @@ async fn segments_that_are_short_come_unasked_as_far_as_they_are_wanted() {
         }
     }
     // The request that needs a damaged segment gets the error.
-    let segment = server.path("manifests").join(image.manifest.root.segment_digests()[0].hex());
+    let other = Image::of_seed(2);
+    pushed(&server, &other, "b:1").await;
+    let segment = server.path("manifests").join(other.manifest.root.segment_digests()[0].hex());
     std::fs::write(segment, b"").unwrap();
     let request =
-        v1::OpenImageRequest { reference: "a:1".into(), more_segments_bytes: u32::MAX, ..Default::default() };
+        v1::OpenImageRequest { reference: "b:1".into(), more_segments_bytes: u32::MAX, ..Default::default() };
     assert_eq!(opened_by(&server, request).await.unwrap().1, 0);
 }
 

@@ -539,7 +539,8 @@ fn a_first_chunk_takes_four_sequential_reads_of_a_bucket() {
     for (reference, reads) in [("b".parse().unwrap(), 4), (by_digest, 3)] {
         let reader = place.open();
         faulty.take_requests();
-        reader.open_reference(&reference).unwrap();
+        let (root, _) = reader.open_reference(&reference).unwrap();
+        reader.read_segment(&root, 0).unwrap();
         image.load(&reader, 62, false).unwrap();
         let requests = faulty.take_requests();
         assert!(depth(&requests) <= reads, "{requests:#?}");

@@ -141,15 +141,31 @@ impl Store {
         Arc::new(locator)
     }
 
-    /// Returns the encoding of segment `index`.
+    /// Returns the encoding of segment `index`. Of a bucket, reads its locator at the same time,
+    /// because the reader's first page fault needs it.
     ///
     /// # Errors
     /// Returns the errors of [`Store::segment`].
     ///
     /// # Blocking
-    /// Reads a file, if the segment is not in memory.
+    /// Reads a file, if the segment is not in memory, and in a bucket two.
     pub fn read_segment(&self, root: &Root, index: u32) -> Result<Bytes, StoreError> {
-        self.manifests.segment(root, index).map(|segment| segment.encode())
+        let digest = root.segment_digests().get(index as usize);
+        let Some(digest) =
+            digest.filter(|digest| !self.objects.has_locks() && self.locators.cached(digest).is_none())
+        else {
+            return self.manifests.segment(root, index).map(|segment| segment.encode());
+        };
+        let read_segment = || self.manifests.segment(root, index);
+        let (segment, bytes) = self.beside(read_segment, || self.locators.read(digest));
+        let segment = segment?;
+        // A missing one is made when it is needed.
+        let locator =
+            bytes.ok().flatten().and_then(|bytes| Locator::decode(&bytes, digest, segment.chunks()));
+        if let Some(locator) = locator {
+            self.locators.keep(digest, Arc::new(locator));
+        }
+        Ok(segment.encode())
     }
 
     /// Returns an image's chunk, if its frame is in memory; `None` also beyond the segment's last
