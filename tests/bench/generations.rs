@@ -87,7 +87,7 @@ pub(crate) fn pushes() -> Result<Figure> {
         let path = diffs.write(BYTES, number)?;
         times.push(push_over(server.address(), &path, "image"));
         if number % COLLECTED == 0 {
-            let _ = store.gc(&["--grace", "1s", "--json"]);
+            let _ = store.gc(&["--grace", "1s"]);
             packs.push(store.packs().len());
         }
     }
@@ -153,7 +153,7 @@ fn work_on(server: &Server, diffs: &Diffs, turn: usize, is_over: &AtomicBool) ->
             let path = diffs.write(16 * RESTORED, (turn * 1000 + collections) * 5 + number)?;
             push_over(server.address(), &path, "image");
         }
-        let _ = store.gc(&["--grace", "1s", "--json"]);
+        let _ = store.gc(&["--grace", "1s"]);
         collections += 1;
     }
     Ok(collections)

@@ -2,6 +2,7 @@
 
 use crate::Figure;
 use anyhow::{Context, Result, ensure};
+use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::{ChunkContent, ManifestBuilder};
 use postcopy::proto::page::ChunkSize;
 use postcopy::proto::path::ImagePath;
@@ -60,14 +61,14 @@ fn list(layout: &str, reference: fn(usize) -> (String, String)) -> Result<Figure
 }
 
 /// Writes an image of one file of zeros, whose name contains the number. Returns its digest.
-fn write_image(store: &StoreDir, number: usize) -> Result<String> {
+fn write_image(store: &StoreDir, number: usize) -> Result<Digest> {
     let mut manifest = ManifestBuilder::new(ChunkSize::MIN);
     manifest.file(&ImagePath::try_from(format!("mem-{number}").as_bytes())?, 4096, false);
     manifest.chunk(ChunkContent::Zero);
     let manifest = manifest.finish()?;
     let image = manifest.root.image();
     fs::write(store.manifest(&image), &manifest.root_bytes)?;
-    Ok(image.to_string())
+    Ok(image)
 }
 
 /// Returns the time of the first page, right after the references were written.
