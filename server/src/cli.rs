@@ -14,6 +14,7 @@ use postcopy_server::store::{
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -152,6 +153,32 @@ struct Repair {
     json: bool,
 }
 
+/// As root, works from now on as the owner of the store: what root writes, a server of that user
+/// could not read.
+fn become_owner(location: &Location) -> anyhow::Result<()> {
+    let Location::Directory(dir) = location else { return Ok(()) };
+    // A missing store is an error of the command.
+    let Ok(metadata) = std::fs::metadata(dir) else { return Ok(()) };
+    let (user, group) = (metadata.uid(), metadata.gid());
+    if !rustix::process::geteuid().is_root() || user == 0 {
+        return Ok(());
+    }
+    #[expect(
+        unsafe_code,
+        clippy::multiple_unsafe_ops_per_block,
+        reason = "the C library changes all threads"
+    )]
+    // SAFETY: the calls have no preconditions; the list has one group.
+    let failed = unsafe {
+        libc::setgroups(1, &raw const group) != 0 || libc::setgid(group) != 0 || libc::setuid(user) != 0
+    };
+    match failed {
+        true => Err(io::Error::last_os_error())
+            .with_context(|| format!("root cannot become the store's owner, user {user}")),
+        false => Ok(()),
+    }
+}
+
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
@@ -195,7 +222,9 @@ impl Cli {
             Command::Repair(options) => options.run().await,
             Command::Upgrade { store } => {
                 rustix::process::umask(Mode::from_raw_mode(0o077));
-                let Location::Directory(dir) = store.location()? else {
+                let location = store.location()?;
+                become_owner(&location)?;
+                let Location::Directory(dir) = location else {
                     anyhow::bail!("stores in buckets have format 2 from the beginning");
                 };
                 let converted = upgrade(&dir, Domain::DEFAULT)?;
@@ -306,6 +335,7 @@ impl Gc {
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(0o077));
         let location = self.store.location()?;
+        become_owner(&location)?;
         let collector = blocking(|| Collector::open(location, Domain::DEFAULT)).await??;
         let collector = Arc::new(match io::stderr().is_terminal() {
             true => collector.with_progress(show_progress()),
@@ -407,6 +437,7 @@ fn not_deleted(error: StoreError) -> anyhow::Error {
 impl Verify {
     async fn run(self) -> anyhow::Result<ExitCode> {
         let location = self.store.location()?;
+        become_owner(&location)?;
         let verified = blocking(|| verify(location, Domain::DEFAULT)).await??;
         let is_sound = verified.damage.is_empty();
         if self.json {
@@ -429,18 +460,23 @@ impl Repair {
     async fn run(self) -> anyhow::Result<ExitCode> {
         rustix::process::umask(Mode::from_raw_mode(0o077));
         let location = self.store.location()?;
+        become_owner(&location)?;
         let repaired = blocking(|| repair(location, Domain::DEFAULT)).await??;
+        let exit = if repaired.unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         if self.json {
             print_json(&repaired)?;
-            return Ok(ExitCode::SUCCESS);
+            return Ok(exit);
         }
-        let Repaired { set_aside, chunks } = repaired;
-        for Damage { object, reason } in &set_aside {
-            say(format_args!("set aside: {object}: {reason}"))?;
+        let Repaired { set_aside, chunks, unreadable } = repaired;
+        for Damage { object, reason } in &unreadable {
+            say(format_args!("cannot be read: {object}: {reason}"))?;
         }
-        let objects = set_aside.len();
-        say(format_args!("{objects} damaged objects set aside, {chunks} sound chunks of them copied"))?;
-        Ok(ExitCode::SUCCESS)
+        // The log names them.
+        say(format_args!("set aside {} damaged objects, copied {chunks} sound chunks", set_aside.len()))?;
+        if !set_aside.is_empty() {
+            say(format_args!("push the images again that `postcopyd verify` names now"))?;
+        }
+        Ok(exit)
     }
 }
 

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -320,6 +321,40 @@ fn a_backup_of_a_store_in_use_is_a_store() {
     let out = folder.path().join("out");
     let _ = run(copy.address(), ["pull".as_ref(), "app:first".as_ref(), out.as_os_str()]);
     assert!(fs::read(out.join("mem")).unwrap() == bytes);
+}
+
+#[test]
+fn what_root_repairs_and_collects_belongs_to_the_owner_of_the_store() {
+    const TEST: &str = "what_root_repairs_and_collects_belongs_to_the_owner_of_the_store";
+    if !is_root() {
+        return skip(TEST, "it needs root");
+    }
+    let (mut server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let path = folder.path().join("mem");
+    for number in 0..3 {
+        fs::write(&path, noise(MIB, number)).unwrap();
+        push(&server, &path, &format!("app:{number}"));
+    }
+    assert!(server.stop().success());
+    let store = StoreDir::of(&server);
+    let owner = Some(65534);
+    let mut all = vec![store.root().parent().unwrap().to_owned(), store.root().to_owned()];
+    while let Some(path) = all.pop() {
+        std::os::unix::fs::chown(&path, owner, owner).unwrap();
+        if path.is_dir() {
+            all.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+    let before = store.files("");
+    flip(store.packs().first().unwrap(), 1000);
+    let repaired = store.postcopyd("repair", &[]);
+    assert!(repaired.status.success(), "{}", shown(&repaired));
+    let _ = store.gc(&["--grace", "0s"]);
+    let new: Vec<_> = store.files("").difference(&before).cloned().collect();
+    assert!(new.len() >= 2, "{new:?}");
+    for path in new.iter().flat_map(|path| [path.as_path(), path.parent().unwrap()]) {
+        assert_eq!(Some(fs::metadata(path).unwrap().uid()), owner, "{}", path.display());
+    }
 }
 
 /// The commands of docs/OPERATIONS.md, beside a server.

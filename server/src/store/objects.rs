@@ -90,7 +90,9 @@ impl Objects {
         match &self.kind {
             Kind::Bucket(bucket) => bucket.wait(bucket.read(path, usize::MAX - 1)),
             Kind::Directory(_) => {
-                let Some(file) = found(File::open(path)).map_err(io_error(path))? else { return Ok(None) };
+                let Some(file) = found(directory::open(path)).map_err(io_error(path))? else {
+                    return Ok(None);
+                };
                 let map = Map::new(&file).map_err(io_error(path))?;
                 map::populate(map.bytes()).map_err(io_error(path))?;
                 Ok(Some(map.bytes().clone()))
@@ -104,7 +106,7 @@ impl Objects {
     /// As for [`Objects::read`].
     pub(crate) fn local_file(&self, path: &Path) -> Result<Option<File>, StoreError> {
         match &self.kind {
-            Kind::Directory(_) => found(File::open(path)).map_err(io_error(path)),
+            Kind::Directory(_) => found(directory::open(path)).map_err(io_error(path)),
             Kind::Bucket(bucket) => bucket.wait(bucket.copy(path)),
         }
     }
@@ -297,7 +299,7 @@ impl Objects {
             Kind::Directory(_) => {
                 let (Some(from_dir), Some(to_dir)) = (from.parent(), to.parent()) else { return Ok(()) };
                 fs::create_dir_all(to_dir).map_err(io_error(to_dir))?;
-                if found(fs::rename(from, to)).map_err(io_error(from))?.is_some() {
+                if found(fs::rename(from, to)).map_err(io_error(to))?.is_some() {
                     for dir in [to_dir, from_dir].into_iter().chain(to_dir.parent()) {
                         directory::sync(dir)?;
                     }

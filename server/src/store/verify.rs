@@ -14,6 +14,7 @@ use postcopy_proto::reference::TagReference;
 use rayon::prelude::*;
 use rustix::io::Errno;
 use std::collections::{HashMap, HashSet};
+use std::io::ErrorKind;
 
 /// Most lost chunks that are named for one image; the others are counted.
 const MAX_NAMED_CHUNKS: usize = 10;
@@ -49,6 +50,10 @@ impl From<StoreError> for Damage {
         match error {
             StoreError::Damaged { object, reason } => Self { object, reason },
             StoreError::NotFound(object) => Self { object, reason: "it is gone".to_owned() },
+            StoreError::Io { path, source } => {
+                Self { object: path.display().to_string(), reason: source.to_string() }
+            }
+            StoreError::Bucket { object, reason } => Self { object, reason },
             other => Self { object: "store".to_owned(), reason: chain(&other) },
         }
     }
@@ -144,11 +149,15 @@ pub(super) fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec
     Ok((bytes.len() as u64, index.entries().iter().map(|entry| entry.chunk).collect()))
 }
 
-/// Makes the error for an object that cannot be read: damage, if the disk says so.
+/// Makes the error for an object that cannot be read: damage, if the disk says so, or if it is no
+/// file.
 fn unreadable(error: StoreError, damaged: impl Fn(String) -> StoreError) -> StoreError {
     match &error {
-        StoreError::Io { source, .. } if source.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
-            damaged(chain(&error))
+        StoreError::Io { source, .. }
+            if source.kind() == ErrorKind::InvalidData
+                || source.raw_os_error() == Some(Errno::IO.raw_os_error()) =>
+        {
+            damaged(source.to_string())
         }
         _ => error,
     }

@@ -8,9 +8,11 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use object_store::ObjectStoreExt;
 use object_store::local::LocalFileSystem;
+use rustix::fs::OFlags;
 use std::error::Error;
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes that are reserved for a file before it is read: more than most references and roots have.
@@ -87,9 +89,22 @@ pub(crate) fn sync(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
 }
 
+/// Opens an object. Does not wait for a writer, if somebody has put a FIFO in its place.
+///
+/// # Errors
+/// Also [`io::ErrorKind::InvalidData`], for what is no file.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no regular file")),
+    }
+}
+
 /// Returns the bytes of a file, at most `max` and one more; `None` if there is no such file.
 pub(super) fn read(path: &Path, max: usize) -> Result<Option<Bytes>, StoreError> {
-    let Some(file) = found(File::open(path)).map_err(io_error(path))? else { return Ok(None) };
+    let Some(file) = found(open(path)).map_err(io_error(path))? else { return Ok(None) };
     // With room from the start, a small file takes two calls of read(2).
     let mut bytes = Vec::with_capacity(FIRST_BYTES.min(max + 1));
     file.take(max as u64 + 1).read_to_end(&mut bytes).map_err(io_error(path))?;

@@ -5,11 +5,12 @@ use crate::store::error::{StoreError, damaged, io_error, pack_name};
 use crate::store::index::run::{PackLength, Place};
 use crate::store::layout::Layout;
 use crate::store::map::{self, Map};
+use crate::store::objects::directory;
 use crate::store::packs::check_frame;
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::PackIndex;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -41,7 +42,7 @@ impl Pack {
     /// # Errors
     /// [`StoreError::Io`].
     fn open(path: &Path, digest: Digest) -> Result<Self, StoreError> {
-        let file = File::open(path).map_err(io_error(path))?;
+        let file = directory::open(path).map_err(io_error(path))?;
         let inode = file.metadata().map_err(io_error(path))?.ino();
         let map = Map::new(&file).map_err(io_error(path))?;
         Ok(Self { digest, map, inode, damage_is_logged: AtomicBool::new(false) })
