@@ -26,11 +26,11 @@ use tonic::{Code, Status};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time in which a server must answer, which may have to read the bucket.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
-/// Time for which a server that refuses connections, or ends one, is asked again: it may be
-/// starting. And the pause between two requests.
+/// Time for which requests that fail without a usable answer are repeated, since the server may be
+/// starting; and the pause between two attempts.
 const RESTART_TIME: Duration = Duration::from_millis(500);
 const RESTART_PAUSE: Duration = Duration::from_millis(25);
-/// Time after that in which servers are not asked again.
+/// Pause after [`RESTART_TIME`] in which no request is repeated.
 const RESTART_REST: Duration = Duration::from_secs(1);
 /// Times for which a server that has not answered is left out: at first, and at most. They double.
 const MIN_PAUSE: Duration = Duration::from_secs(5);
@@ -103,8 +103,8 @@ pub struct Fleet {
     patience: Patience,
 }
 
-/// Bounds the time for which servers that may be starting are waited for: however many are gone, a
-/// request waits [`RESTART_TIME`] for all of them.
+/// The time in which requests to servers that may be starting are repeated. All requests share it,
+/// so many absent servers delay readers by [`RESTART_TIME`] in all, and not each.
 #[derive(Debug, Default)]
 struct Patience {
     /// The end of the present or of the last such time. Locked for a look-up or a change.
@@ -143,6 +143,7 @@ struct Member {
 /// The time for which a server is left out.
 #[derive(Clone, Copy, Debug)]
 struct LeftOut {
+    since: Instant,
     until: Instant,
     /// The pause after the next failure.
     next_pause: Duration,
@@ -171,7 +172,7 @@ impl Fleet {
         &self.id
     }
 
-    /// Looks the addresses up, if they are due, and keeps the old ones if that fails.
+    /// Looks the name up if the last look-up is old; keeps the addresses if that fails.
     ///
     /// # Blocking
     /// Waits for the resolver of the system.
@@ -208,14 +209,15 @@ impl Fleet {
 
     /// Asks the owner for a block.
     async fn ask(self: Arc<Self>, owner: Arc<Member>, request: v1::ReadBlockRequest) -> Option<PackBlock> {
+        let asked = Instant::now();
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.answer(&owner, request)).await;
         match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("it does not answer"))) {
             Ok(v1::ReadBlockResponse { pack_bytes, data }) => {
-                *lock(&owner.left_out) = None;
+                owner.works(asked);
                 Some(PackBlock { bytes: data, pack_bytes })
             }
             Err(status) => {
-                owner.failed(&status);
+                owner.failed(&status, asked);
                 None
             }
         }
@@ -280,12 +282,19 @@ impl Member {
         }
     }
 
-    fn failed(&self, status: &Status) {
+    /// Ends the time for which the server is left out, if it was asked within that time.
+    fn works(&self, asked: Instant) {
+        let mut left_out = lock(&self.left_out);
+        if left_out.is_some_and(|left_out| left_out.since <= asked) {
+            *left_out = None;
+        }
+    }
+
+    fn failed(&self, status: &Status, asked: Instant) {
         match status.code() {
             Code::FailedPrecondition => self.is_self.store(true, Ordering::Relaxed),
             _ if has_no_answer(status) => self.leave_out(status),
-            // Other requests to it are of use.
-            _ => *lock(&self.left_out) = None,
+            _ => self.works(asked),
         }
     }
 
@@ -297,8 +306,8 @@ impl Member {
             Some(left_out) => left_out.next_pause,
             None => MIN_PAUSE,
         };
-        let (until, next_pause) = (Instant::now() + pause, (2 * pause).min(MAX_PAUSE));
-        *left_out = Some(LeftOut { until, next_pause });
+        let (since, next_pause) = (Instant::now(), (2 * pause).min(MAX_PAUSE));
+        *left_out = Some(LeftOut { since, until: since + pause, next_pause });
         let (code, message) = (status.code(), status.message());
         tracing::warn!(peer = self.address, ?pause, "left out: {code}: {message}");
     }
@@ -319,8 +328,8 @@ impl Member {
     }
 }
 
-/// Returns true for the status of a request to a server that has not answered, as opposed to one
-/// that has no such block or is busy.
+/// Returns true unless the status shows that the server works: it has no such block, is busy, or is
+/// this server.
 fn has_no_answer(status: &Status) -> bool {
     !matches!(status.code(), Code::NotFound | Code::ResourceExhausted | Code::FailedPrecondition)
 }
@@ -376,7 +385,7 @@ mod tests {
         assert_eq!(owners(&fleet(&turned)), before);
         // A server that does not answer is left out, and its packs have other owners.
         let members = lock(&all.members).members.clone();
-        members[3].failed(&Status::unavailable("gone"));
+        members[3].failed(&Status::unavailable("gone"), Instant::now());
         assert_eq!(owners(&all), after);
     }
 
@@ -396,7 +405,7 @@ mod tests {
         let probe = fleet.read(&pack, 0).expect("a probe");
         assert!(fleet.read(&pack, 0).is_none(), "one is enough");
         assert_eq!(probe.await, None);
-        let LeftOut { until, next_pause } = lock(&member.left_out).unwrap();
+        let LeftOut { until, next_pause, .. } = lock(&member.left_out).unwrap();
         assert!(until > Instant::now() + MIN_PAUSE && next_pause == 4 * MIN_PAUSE, "{next_pause:?}");
         end_pause();
         assert!(fleet.read(&pack, 0).is_some());
@@ -427,6 +436,11 @@ mod tests {
         let owner = fleet.owner(&pack).unwrap();
         fleet.distrust(&pack);
         assert!(owner.is_left_out() && fleet.owner(&pack).unwrap().address != owner.address);
+        // The answer to an older request does not change that.
+        owner.works(Instant::now().checked_sub(Duration::from_secs(1)).unwrap());
+        assert!(owner.is_left_out());
+        owner.works(Instant::now());
+        assert!(!owner.is_left_out());
     }
 
     #[tokio::test]
