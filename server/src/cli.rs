@@ -88,7 +88,7 @@ struct Serve {
     /// Most bytes of the cache, such as 500MiB or 2TiB
     #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = size)]
     cache_size: u64,
-    /// Most bytes in memory of what is read from a bucket [default: 256MiB]
+    /// Most bytes of blocks of packs in memory, for a store in a bucket [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     cache_memory: Option<u64>,
     /// All servers of the bucket: http://host:port, separated by commas, or dns:NAME:PORT for the
@@ -153,12 +153,12 @@ struct Repair {
     json: bool,
 }
 
-/// As root, works from now on as the owner of the store: what root writes, a server of that user
-/// could not read.
+/// Gives up root's rights for those of the store's owner, whose server could not read root's files.
+/// The owner is that of the file `format`: the directory may be older than the store.
 fn become_owner(location: &Location) -> anyhow::Result<()> {
     let Location::Directory(dir) = location else { return Ok(()) };
     // A missing store is an error of the command.
-    let Ok(metadata) = std::fs::metadata(dir) else { return Ok(()) };
+    let Ok(metadata) = std::fs::metadata(dir.join("format")) else { return Ok(()) };
     let (user, group) = (metadata.uid(), metadata.gid());
     if !rustix::process::geteuid().is_root() || user == 0 {
         return Ok(());
@@ -462,20 +462,26 @@ impl Repair {
         let location = self.store.location()?;
         become_owner(&location)?;
         let repaired = blocking(|| repair(location, Domain::DEFAULT)).await??;
-        let exit = if repaired.unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        let exit = if repaired.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         if self.json {
             print_json(&repaired)?;
             return Ok(exit);
         }
-        let Repaired { set_aside, chunks, unreadable } = repaired;
-        for Damage { object, reason } in &unreadable {
-            say(format_args!("cannot be read: {object}: {reason}"))?;
+        let Repaired { set_aside, chunks, errors } = repaired;
+        for Damage { object, reason } in &set_aside {
+            say(format_args!("set aside: {object}: {reason}"))?;
         }
-        // The log names them.
-        say(format_args!("set aside {} damaged objects, copied {chunks} sound chunks", set_aside.len()))?;
-        if !set_aside.is_empty() {
-            say(format_args!("push the images again that `postcopyd verify` names now"))?;
+        for Damage { object, reason } in &errors {
+            say(format_args!("error: {object}: {reason}"))?;
         }
+        let next = match set_aside.len() {
+            0 => "",
+            _ => "; push the images again that `postcopyd verify` names now",
+        };
+        say(format_args!(
+            "{} objects set aside, {chunks} sound chunks of them copied{next}",
+            set_aside.len()
+        ))?;
         Ok(exit)
     }
 }

@@ -19,6 +19,9 @@ use std::io::ErrorKind;
 /// Most lost chunks that are named for one image; the others are counted.
 const MAX_NAMED_CHUNKS: usize = 10;
 
+/// Errors that a disk has read: by read(2), and by madvise(2) for a mapped file.
+const DISK_ERRORS: [Errno; 2] = [Errno::IO, Errno::FAULT];
+
 /// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Verified {
@@ -66,7 +69,8 @@ impl From<StoreError> for Damage {
 /// Returns [`OpenError`] if the store cannot be read. Damage is no error of this function.
 ///
 /// # Blocking
-/// Reads everything, on all cores. Garbage collection waits for it; pushes continue.
+/// Reads everything, on all cores. In a directory, garbage collection waits for it. Pushes
+/// go on.
 pub fn verify(location: impl Into<Location>, domain: Domain) -> Result<Verified, OpenError> {
     let objects = format::open(&location.into(), domain)?;
     let _keep = StoreLock::keep_objects(&objects)?;
@@ -149,13 +153,13 @@ pub(super) fn verify_pack(objects: &Objects, digest: Digest) -> Result<(u64, Vec
     Ok((bytes.len() as u64, index.entries().iter().map(|entry| entry.chunk).collect()))
 }
 
-/// Makes the error for an object that cannot be read: damage, if the disk says so, or if it is no
-/// file.
-fn unreadable(error: StoreError, damaged: impl Fn(String) -> StoreError) -> StoreError {
+/// Turns an I/O error of the disk, or an object that is no regular file, into damage. Returns other
+/// errors as they are.
+pub(super) fn unreadable(error: StoreError, damaged: impl Fn(String) -> StoreError) -> StoreError {
     match &error {
         StoreError::Io { source, .. }
             if source.kind() == ErrorKind::InvalidData
-                || source.raw_os_error() == Some(Errno::IO.raw_os_error()) =>
+                || DISK_ERRORS.iter().any(|disk| source.raw_os_error() == Some(disk.raw_os_error())) =>
         {
             damaged(source.to_string())
         }
