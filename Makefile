@@ -14,7 +14,7 @@ help:
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting, clippy, and the words of comments"
 	@echo "make bench   real programs restored over a network, into docs/BENCHMARKS.md; make bench-full: all figures there"
-	@echo "make fleet   three servers over a bucket of three Garage nodes, killed while 64 clients restore"
+	@echo "make fleet   three servers, killed while 64 clients restore, over a bucket of three Garage nodes"
 	@echo "make look    a report of a trace, looked at in Chromium; pictures in target/look"
 	@echo "make build   target/debug/postcopy and target/debug/postcopyd"
 

@@ -26,7 +26,7 @@ const RESTORES: usize = 64;
 /// The files of many restores at a time, and of pushes.
 const SMALL_BYTES: usize = 16 * MIB;
 const PUSHED_BYTES: usize = 256 * MIB;
-/// What the network to a bucket is like.
+/// The network to a distant bucket.
 const FAR: Quality = Quality { round_trip: Duration::from_millis(20), bytes_per_second: 1e9 };
 /// Requests for the first chunk of an image, one after another.
 const FIRST_REQUESTS: u32 = 4;
@@ -127,7 +127,7 @@ fn warm() -> Result<Vec<Figure>> {
                 let address = server.address();
                 Ok([touch(address, &bytes, seed)?, fill(address, "large")?, many(address)?])
             };
-            // Which of them is first alternates.
+            // The two arms alternate in being first.
             let (ours, theirs) = if seed % 2 == 0 {
                 let ours = arms(server)?;
                 (ours, arms(&directory)?)

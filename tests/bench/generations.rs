@@ -76,6 +76,7 @@ pub(crate) fn pushes() -> Result<Figure> {
         Ok(count) => count.parse().context("POSTCOPY_BENCH_PUSHES")?,
         Err(_) => PUSHES,
     };
+    ensure!(count >= 10 + 2 * COMPARED, "{count} pushes are too few");
     let diffs = Diffs::new()?;
     let server = Server::on(&diffs.folder.path().join("store"), "127.0.0.1:0");
     let store = StoreDir::of(&server);

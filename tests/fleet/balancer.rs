@@ -1,15 +1,16 @@
-//! What stands before the nodes of a bucket: forwards each connection to a node that answers, and
+//! A balancer before the nodes of a bucket. It forwards each connection to a node that answers, and
 //! counts the bytes that come from it.
 
 use anyhow::Result;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 
-/// See the module.
+/// A running balancer.
 pub(crate) struct Balancer {
     port: u16,
     shared: Arc<Shared>,
@@ -33,8 +34,12 @@ impl Balancer {
         let of_connections = Arc::clone(&shared);
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).expect("it is bound");
-            while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(Arc::clone(&of_connections).serve(client));
+            loop {
+                match listener.accept().await {
+                    Ok((client, _)) => drop(tokio::spawn(Arc::clone(&of_connections).serve(client))),
+                    // No descriptor is free, or the client has gone already.
+                    Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                }
             }
         });
         Ok(Self { port, shared, _runtime: runtime })

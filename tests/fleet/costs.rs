@@ -8,12 +8,12 @@ use anyhow::Result;
 /// Starts of the server whose disk is measured: the kernel counts CPU time in steps of 10 ms.
 const STARTS: u32 = 4;
 
-/// Measures with servers whose caches hold all images. `blocks` of all images together are read
-/// by a server that restores each once, of which `distinct` are different ones.
+/// Measures servers whose caches hold all images. `blocks` is the count of blocks that a server
+/// reads to restore each image once, `distinct` the count of different ones.
 #[expect(clippy::cast_precision_loss, reason = "counts")]
 pub(crate) fn measure(servers: &Servers, images: &Images, blocks: u64, distinct: u64) -> Result<Costs> {
-    // The first pass reads all packs from the bucket, each by its owner; a new server, which its
-    // peers know nothing of, has nothing to ask them.
+    // In the first pass each owner reads its packs from the bucket, and server 0 gets the blocks of
+    // others from them.
     let restore_all = |number: usize| -> Result<f64> {
         let before = servers.cpu_seconds();
         for image in 0..images.count() {

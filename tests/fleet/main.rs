@@ -21,8 +21,9 @@ use crate::garage::Garage;
 use crate::model::{Costs, Shape, Work};
 use crate::restores::{Images, Outcome};
 use crate::servers::{SERVERS, Servers, Setting, postcopyd};
-use anyhow::{Context, Result, bail, ensure};
-use std::process::{Command, ExitCode};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use std::panic::AssertUnwindSafe;
+use std::process::{Child, Command, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -34,12 +35,13 @@ const MIB: usize = 1 << 20;
 const PART: Duration = Duration::from_secs(40);
 /// The node of Garage that is killed.
 const KILLED_NODE: usize = 1;
-/// Time for which a node of Garage is there and gone.
+/// Time for which a node of Garage runs, and for which it is dead.
 const NODE_PAUSE: Duration = Duration::from_secs(5);
+/// Time between two kills of servers.
 const KILL_PAUSE: Duration = Duration::from_secs(2);
-/// Most bytes from the bucket, beside those of all packs.
+/// Most bytes that the servers read from the bucket, as a multiple of all packs' bytes.
 const MOST_READ: f64 = 1.2;
-/// How far the model may be from what it models.
+/// Largest ratio of modelled to measured CPU time, or its inverse.
 const MOST_APART: f64 = 1.3;
 
 struct Fleet {
@@ -80,13 +82,21 @@ fn conformance(garage: &mut Garage, balancer: &Balancer) -> Result<()> {
         Command::new(tests.get_program()).args(["test", "--workspace", "--lib", "--no-run"]).status()?;
     ensure!(built.success(), "the tests cannot be built");
     let mut tests = tests.spawn()?;
+    let outcome = kill_a_node_during(garage, &mut tests);
+    if outcome.is_err() {
+        let _ = (tests.kill(), tests.wait());
+    }
+    outcome
+}
+
+fn kill_a_node_during(garage: &mut Garage, tests: &mut Child) -> Result<()> {
     loop {
         std::thread::park_timeout(NODE_PAUSE);
         if let Some(status) = tests.try_wait()? {
             ensure!(status.success(), "the tests of the store fail on Garage");
             return Ok(());
         }
-        // The same each time: Garage needs some time to find that it is there again, and two others.
+        // Always the same node: Garage needs two others until it has noticed that this one is back.
         garage.kill(KILLED_NODE)?;
         std::thread::park_timeout(NODE_PAUSE);
         garage.start_again(KILLED_NODE)?;
@@ -257,13 +267,14 @@ fn while_killing<T>(servers: &Servers, work: impl FnOnce() -> T) -> Result<T> {
             }
             Ok(kills)
         });
-        let result = work();
+        // The killer ends also if this panics.
+        let result = std::panic::catch_unwind(AssertUnwindSafe(work));
         is_over.store(true, Ordering::Relaxed);
         match killer.join() {
             Ok(kills) => println!("{} servers were killed", kills?),
             Err(_) => bail!("a server did not come up again"),
         }
-        Ok(result)
+        result.map_err(|_| anyhow!("a client panicked"))
     })
 }
 
@@ -290,7 +301,7 @@ fn what_is_needed(costs: &Costs) {
         let late: u64 = seconds[last..].iter().map(|second| second.0).sum();
         println!(
             "{servers} servers with {memory_gib} GiB of memory and {disk_gib} GiB of disk each, 1,000 images, 10,000 \
-             restores a minute: {:.2} cores on average, {:.2} in the busiest second of a server; {:.0} MiB/s sent by \
+             restores a minute: {:.2} cores on average, {:.2} in the busiest second of a server; {:.0} MiB/s sent to clients by \
              each; {:.0} reads of the bucket in the first second, {:.1} a second in the last minute; each block left \
              the bucket {:.2} times",
             costs.of(&blocks) / servers as f64 / seconds.len() as f64,

@@ -14,7 +14,7 @@ const PACK_BLOCKS: u64 = 64;
 /// CPU seconds that a server takes for one block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Costs {
-    /// To send what is in it, from memory, with its part of a restore's other requests.
+    /// To send it from memory, with its share of a restore's other requests.
     pub(crate) serve: f64,
     /// To read it from its disk.
     pub(crate) disk: f64,
@@ -135,7 +135,7 @@ fn read(servers: &mut [Server], at: usize, block: u64, costs: &Costs) -> Blocks 
         }
         servers[at].memory.put(block, ());
     }
-    // What the owner does is put down to who asks: over all servers it is the same.
+    // The asking server is charged for the owner's work, too: the sum over all servers is the same.
     servers[at].busy += costs.of(&blocks);
     blocks
 }

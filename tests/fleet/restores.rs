@@ -16,7 +16,7 @@ const TOUCHES: usize = 100;
 /// Time in which a server that was killed serves again, at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// See the module.
+/// The images.
 pub(crate) struct Images {
     bytes: Vec<Vec<u8>>,
 }
@@ -90,8 +90,8 @@ impl Images {
         Ok(Outcome { restores: 1, touches, complete, failures: Vec::new() })
     }
 
-    /// Lets so many clients restore images one after another until the time is over. Each has a
-    /// server of its own choice, as behind a balancer.
+    /// Lets `clients` threads restore images until `time` is over. Each restore picks a server at
+    /// random, as a balancer does.
     pub(crate) fn restore_by_many(
         &self,
         clients: usize,
@@ -108,12 +108,12 @@ impl Images {
                     while Instant::now() < end {
                         let address = &addresses[random.usize(..addresses.len())];
                         let outcome = self.restore(address, random.usize(..self.count()), random.u64(..));
-                        all.lock().expect("nobody panics with it").add(outcome);
+                        all.lock().expect("no holder panics").add(outcome);
                     }
                 });
             }
         });
-        all.into_inner().expect("nobody panics with it")
+        all.into_inner().expect("no holder panics")
     }
 }
 
@@ -130,7 +130,7 @@ impl Outcome {
     }
 }
 
-/// Opens an image; again while the server is not there.
+/// Opens an image; retries while the server does not answer.
 fn open(address: &ServerAddress, number: usize) -> Result<Session> {
     let reference = Images::name(number).parse()?;
     let started = Instant::now();

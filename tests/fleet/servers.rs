@@ -1,4 +1,4 @@
-//! Three servers over one bucket, each with a cache on a disk of its own.
+//! Three servers over one bucket, each with a cache on a tmpfs of its own.
 
 use crate::garage::Garage;
 use anyhow::{Error, Result};
@@ -25,7 +25,7 @@ pub(crate) struct Setting {
     pub(crate) disk_bytes: usize,
 }
 
-/// See the module. The servers are killed when dropped.
+/// The running servers; killed when dropped.
 pub(crate) struct Servers {
     setting: Setting,
     pub(crate) addresses: Vec<ServerAddress>,
