@@ -241,7 +241,7 @@ impl Manifests {
         }
     }
 
-    /// Reads a segment of an image. Returns the bytes of its encoding, too.
+    /// Reads a segment of an image. Returns its digest, the segment, and the length of its encoding.
     fn parse_segment(&self, root: &Root, index: u32) -> Result<(Digest, Segment, usize), StoreError> {
         let image = root.image();
         let digest = root.segment_digests().get(index as usize);

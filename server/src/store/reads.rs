@@ -141,25 +141,26 @@ impl Store {
         Arc::new(locator)
     }
 
-    /// Returns the encoding of segment `index`. Of a bucket, reads its locator at the same time,
-    /// because the reader's first page fault needs it.
+    /// Returns the encoding of segment `index`. In a bucket, reads the segment's locator at the
+    /// same time, because the first page fault of the client needs it.
     ///
     /// # Errors
     /// Returns the errors of [`Store::segment`].
     ///
     /// # Blocking
-    /// Reads a file, if the segment is not in memory, and in a bucket two.
+    /// Reads the segment if it is not in memory; in a bucket also the locator, under the same
+    /// condition.
     pub fn read_segment(&self, root: &Root, index: u32) -> Result<Bytes, StoreError> {
-        let digest = root.segment_digests().get(index as usize);
-        let Some(digest) =
-            digest.filter(|digest| !self.objects.has_locks() && self.locators.cached(digest).is_none())
-        else {
-            return self.manifests.segment(root, index).map(|segment| segment.encode());
-        };
         let read_segment = || self.manifests.segment(root, index);
+        let digest = root.segment_digests().get(index as usize).filter(|_| !self.objects.has_locks());
+        let Some(digest) = digest else { return read_segment().map(|segment| segment.encode()) };
+        let _one_at_a_time = self.locators.loading(digest);
+        if self.locators.cached(digest).is_some() {
+            return read_segment().map(|segment| segment.encode());
+        }
         let (segment, bytes) = self.beside(read_segment, || self.locators.read(digest));
         let segment = segment?;
-        // A missing one is made when it is needed.
+        // [`Store::segment`] makes a missing locator.
         let locator =
             bytes.ok().flatten().and_then(|bytes| Locator::decode(&bytes, digest, segment.chunks()));
         if let Some(locator) = locator {
@@ -238,7 +239,7 @@ impl Store {
         Ok(frame)
     }
 
-    /// Writes the chunk index, and the missing locators of an image.
+    /// Makes and writes the missing locators of an image from the chunk index.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Damaged`], [`StoreError::Io`], [`StoreError::Full`].

@@ -29,14 +29,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes at which a new pack is closed: one that is read once costs little memory, and a bucket's
-/// request little time.
+/// Most bytes of a new pack, about: a server that reads it once needs little memory, and a request
+/// of it to a bucket takes little time.
 const PACK_BYTES: u64 = 16 << 20;
 /// Most bytes that a collection copies, so that it ends. The next one goes on.
 const MAX_COPIED_BYTES: u64 = 4 << 30;
 /// Most chunks that a collection copies. They take about 200 bytes of memory each.
 const MAX_COPIED_CHUNKS: u64 = 1 << 20;
-/// Images and segments that are in memory at a time while the chunks are ordered.
+/// Images that are read at a time while the chunks are ordered, and segments of these.
 const ORDERED: usize = 256;
 
 /// The result of a repacking.
@@ -93,7 +93,7 @@ impl Order {
 }
 
 impl Choice {
-    /// Returns what is left of the sources if these packs stay.
+    /// Returns the number of sources that are empty afterwards, and their bytes, if `kept` stay.
     fn repacked(&self, kept: &HashSet<Digest>) -> (u64, u64) {
         let emptied = self.sources.iter().filter(|(pack, _)| !kept.contains(pack));
         emptied.fold((0, 0), |(packs, bytes), (_, pack_bytes)| (packs + 1, bytes + pack_bytes))
@@ -161,7 +161,7 @@ impl Collector {
         let mut written = written.into_iter();
         let is_old = |written| stored::age(now, written) >= min_age;
         worn.retain(|_| written.next().flatten().is_some_and(is_old));
-        // So that a bound on the bytes leaves few packs.
+        // The packs with least to copy come first, so that the bounds exclude few packs.
         worn.sort_unstable_by_key(|(pack, used)| (used.owed_bytes, *pack));
         let (mut bytes, mut chunks) = (0, 0);
         worn.retain(|(_, used)| {
@@ -271,7 +271,7 @@ impl Collector {
         let bytes_of = |number: &usize| chunk_bytes(&choice.chunks[*number].1[0]);
         let all_bytes: u64 = order.chunks.iter().map(bytes_of).sum();
         let (packs, filled) = (choice.sources.len() as u64, order.packs_of_plain_bytes());
-        // Packs that are short because their chunks have 1 GiB, which merging makes hardly fewer.
+        // These packs are short because their chunks have 1 GiB each pack; merging saves few packs.
         if filled > packs_for(all_bytes) && 2 * filled > packs {
             return Ok(());
         }
@@ -314,8 +314,9 @@ impl Collector {
                 return Ok(());
             }
             for pack in packs {
-                repacked.bytes += self.write_pack(pack, choice, moved)?;
-                repacked.new_packs += 1;
+                let bytes = self.write_pack(pack, choice, moved)?;
+                repacked.bytes += bytes;
+                repacked.new_packs += u64::from(bytes > 0);
             }
             self.reporter.report("bytes repacked", all_bytes - rest_bytes, all_bytes);
         }
@@ -351,7 +352,7 @@ impl Collector {
         moved: &mut HashMap<Digest, Place>,
     ) -> Result<u64, StoreError> {
         let digest = Digest::of(&pack);
-        // If it is gone already, the worn packs exist.
+        // If a collector has deleted the new pack already, the chunks remain in the worn packs.
         if !choice.sources.contains_key(&digest) && !self.packs.store(digest, &pack)? {
             return Ok(0);
         }

@@ -8,8 +8,8 @@
 //! - a collector writes a deletion that names the objects which it may delete, and then reads the
 //!   leases, and after them the references. It deletes what none of them needs.
 //!
-//! At least one of them reads what the other has written. Ages are judged by the bucket's clock. Who
-//! has written an object measures its time with a monotonic clock, from before the write, and stops
+//! At least one of them reads what the other has written. Ages are judged by the bucket's clock. The
+//! writer of an object measures its time with a monotonic clock, from before the write, and stops
 //! [`MARGIN`] before the end, since a request may still take effect after its sender has given it
 //! up.
 
@@ -33,8 +33,8 @@ const TIME: Duration = Duration::from_secs(600);
 /// Time before the end from which on its owner does not rely on it: longer than a request may be on
 /// its way.
 const MARGIN: Duration = Duration::from_secs(180);
-/// Time between two renewals of the lease of served images, and before the end of a deletion from
-/// which on it is renewed.
+/// Time between two renewals of the lease of served images. A deletion is renewed when its owner may
+/// rely on it for less than this.
 const RENEWAL: Duration = Duration::from_secs(120);
 /// Most bytes of a lease or a deletion.
 const MAX_BYTES: usize = 256 << 20;
@@ -51,7 +51,8 @@ struct Timed {
     objects: Objects,
     path: PathBuf,
     bytes: Bytes,
-    /// By the bucket's monotonic clock of this process. Locked for a look-up, and during a renewal.
+    /// End of the time for which its owner may rely on it, by [`Objects::monotonic`]. Locked for a
+    /// look-up, and while the object is written.
     until: Mutex<Duration>,
 }
 
@@ -218,7 +219,7 @@ fn live<M: Message + Default>(
     let now = objects.now()?;
     let mut live = Vec::new();
     for name in names {
-        // Others are not ours.
+        // An object with another name is no lease or deletion.
         if name.len() != NAME_DIGITS || !name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             continue;
         }
@@ -258,6 +259,7 @@ struct Inner {
 struct State {
     /// The images, with the number of their holders.
     images: HashMap<Digest, usize>,
+    /// The task that renews the lease has been started.
     is_renewed: bool,
 }
 

@@ -89,7 +89,7 @@ pub(crate) fn sync(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
 }
 
-/// Opens an object. Does not wait for a writer, if somebody has put a FIFO in its place.
+/// Opens an object. Does not wait for a writer if a FIFO has the object's name.
 ///
 /// # Errors
 /// Also [`io::ErrorKind::InvalidData`], for what is no file.

@@ -29,7 +29,7 @@ use tokio::sync::Semaphore;
 const BLOCK_BYTES: u64 = 256 << 10;
 /// Most blocks that are written to the disk at a time.
 const MAX_WRITING: usize = 32;
-/// Time after which the bucket is asked beside a server that has not answered.
+/// Time after which a reader that waits for a peer also asks the bucket.
 const PEER_PATIENCE: Duration = Duration::from_secs(1);
 /// Most blocks of a pack.
 const MAX_BLOCKS: u64 = (MAX_PACK_BYTES as u64).div_ceil(BLOCK_BYTES);
@@ -170,7 +170,7 @@ impl Blocks {
         if let Some(begun) = reading.get(&(name, from)) {
             return begun.clone();
         }
-        // It may have come meanwhile.
+        // Another thread may have read it meanwhile.
         if let Some(kept) = self.inner.kept.get(&name) {
             return ready(kept);
         }
@@ -242,7 +242,7 @@ impl Inner {
             return Ok(block);
         }
         let block = self.fetch(name).await?;
-        // Nobody waits for it. A disk that is slower than the bucket keeps fewer blocks.
+        // No reader waits for the write. If the disk is slower than the bucket, fewer blocks are kept.
         if !block.bytes.is_empty()
             && let Ok(writing) = self.writing.clone().try_acquire_owned()
         {
