@@ -31,8 +31,14 @@ const COLLECTED: usize = 500;
 const RESTORED: usize = 16 * MIB;
 const RESTORE_PAUSE: Duration = Duration::from_millis(500);
 const TURN: Duration = Duration::from_secs(60);
+/// The number of turns without POSTCOPY_BENCH_TURNS.
 const TURNS: usize = 10;
 const TOUCHES: usize = 100;
+
+/// Returns the number in a variable of the environment, or else `default`.
+fn number(variable: &'static str, default: usize) -> Result<usize> {
+    std::env::var(variable).map_or(Ok(default), |number| number.parse().context(variable))
+}
 
 /// A file whose written parts are what a push changes.
 struct Diffs {
@@ -72,10 +78,7 @@ fn push_over(address: &ServerAddress, path: &Path, reference: &str) -> f64 {
 }
 
 pub(crate) fn pushes() -> Result<Figure> {
-    let count = match std::env::var("POSTCOPY_BENCH_PUSHES") {
-        Ok(count) => count.parse().context("POSTCOPY_BENCH_PUSHES")?,
-        Err(_) => PUSHES,
-    };
+    let count = number("POSTCOPY_BENCH_PUSHES", PUSHES)?;
     ensure!(count >= 10 + 2 * COMPARED, "{count} pushes are too few");
     let diffs = Diffs::new()?;
     let server = Server::on(&diffs.folder.path().join("store"), "127.0.0.1:0");
@@ -120,7 +123,7 @@ pub(crate) fn beside_collections() -> Result<Figure> {
     std::fs::write(diffs.path(), memory_like(16 * RESTORED, 33))?;
     let _ = run(server.address(), ["push".as_ref(), diffs.path().as_os_str(), "image".as_ref()]);
     let (mut quiet, mut beside, mut collections) = (Vec::new(), Vec::new(), 0);
-    for turn in 0..TURNS {
+    for turn in 0..number("POSTCOPY_BENCH_TURNS", TURNS)? {
         quiet.extend(restores(server.address(), &bytes, turn as u64)?);
         let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| -> Result<()> {
