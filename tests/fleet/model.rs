@@ -24,7 +24,7 @@ pub(crate) struct Costs {
     pub(crate) bucket: f64,
 }
 
-/// A fleet, and what its clients do.
+/// A fleet, and the restores of its clients.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub(crate) servers: usize,
@@ -51,7 +51,7 @@ pub(crate) struct Blocks {
     pub(crate) bucket: u64,
 }
 
-/// What a fleet has done.
+/// The work of a fleet.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     pub(crate) blocks: Blocks,

@@ -28,7 +28,7 @@ pub(crate) struct Outcome {
     /// Seconds of each touch, and of each restore until all of it was there.
     pub(crate) touches: Vec<f64>,
     pub(crate) complete: Vec<f64>,
-    /// What went wrong: wrong bytes, lost pages, sessions that ended.
+    /// Wrong bytes, lost pages, and sessions that ended.
     pub(crate) failures: Vec<String>,
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) const SERVERS: usize = 3;
 
-/// What the servers have in common.
+/// The settings that the servers have in common.
 pub(crate) struct Setting {
     /// The URL of the store.
     pub(crate) store: String,
