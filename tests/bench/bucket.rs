@@ -1,5 +1,6 @@
-//! Servers over a bucket beside a server of a directory: restores from warm caches, the first answer from cold ones,
-//! and pushes. The bucket is an S3 server in this process, so its work is done by the same cores.
+//! Servers over a bucket beside a server of a directory: restores from warm caches, the first
+//! answer from cold ones, and pushes. The bucket is an S3 server in this process, so its work is
+//! done by the same cores.
 
 use crate::{Figure, aa, median, percentile};
 use anyhow::{Context, Error, Result, ensure};

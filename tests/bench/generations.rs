@@ -1,5 +1,5 @@
-//! A store that lives long: thousands of pushes that change a part of an image, and restores beside collections that
-//! repack it.
+//! A store that lives long: thousands of pushes that change a part of an image, and restores beside
+//! collections that repack it.
 
 use crate::{Figure, aa, median, percentile};
 use anyhow::{Context, Result, ensure};
@@ -118,7 +118,7 @@ pub(crate) fn pushes() -> Result<Figure> {
     })
 }
 
-/// Touches of restores, two a second, while the store is quiet, and while pushes and collections go on.
+/// Touches of two restores a second, in a quiet store, and beside pushes and collections.
 pub(crate) fn beside_collections() -> Result<Figure> {
     let diffs = Diffs::new()?;
     let server = Server::on(&diffs.folder.path().join("store"), "127.0.0.1:0");

@@ -1,13 +1,15 @@
-//! Three servers over a bucket of three Garage nodes, and 64 clients that restore images: `make fleet`.
+//! Three servers over a bucket of three Garage nodes, and 64 clients that restore images: `make
+//! fleet`.
 //!
-//! First the tests that every kind of store passes run on the bucket, while a node is killed and comes back. Then the
-//! CPU time of a block is measured, by the place from which a server reads it. Then the clients restore images from
-//! empty caches, and this is compared with what the model of a fleet says. Then the same with a server killed every
-//! 2 s. At last everything fails: the disks of the caches are full, a node of Garage is killed and comes back, and
-//! servers are killed as before. Every client compares every byte.
+//! First the tests that every kind of store passes run on the bucket, while a node is killed and
+//! comes back. Then the CPU time of a block is measured, by the place from which a server reads it.
+//! Then the clients restore images from empty caches, and this is compared with what the model of a
+//! fleet says. Then the same with a server killed every 2 s. At last everything fails: the disks of
+//! the caches are full, a node of Garage is killed and comes back, and servers are killed as
+//! before. Every client compares every byte.
 //!
-//! What the model says of 100 servers and 10,000 restores a minute is printed at the end. The exit status is 1 if a
-//! byte was wrong, a restore failed, or a bar was missed.
+//! The model's figures for 100 servers and 10,000 restores a minute are printed at the end. The
+//! exit status is 1 if a byte was wrong, a restore failed, or a bar was missed.
 
 mod balancer;
 mod costs;
@@ -71,7 +73,7 @@ fn main() -> Result<ExitCode> {
     Ok(if fleet.missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs the tests that every kind of store passes on the bucket, while a node is killed and comes back.
+/// Runs the tests of all kinds of stores on the bucket, while a node is killed and comes back.
 fn conformance(garage: &mut Garage, balancer: &Balancer) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut tests = Command::new(cargo);
@@ -281,7 +283,7 @@ fn while_killing<T>(servers: &Servers, work: impl FnOnce() -> T) -> Result<T> {
 /// Prints what the model says of a large fleet.
 #[expect(clippy::cast_precision_loss, reason = "counts")]
 fn what_is_needed(costs: &Costs) {
-    // Images of 1 GiB of which a restore reads 64 MiB, 32 MiB as packs have them; half of that is common.
+    // A restore reads 32 MiB of packs. Half of that is common to all images.
     for (servers, memory_gib, disk_gib) in [(3, 16, 64), (10, 4, 16), (100, 1, 4)] {
         let (minutes, each_second) = (5, 10_000 / 60);
         let shape = Shape {

@@ -16,7 +16,7 @@ const TOUCHES: usize = 100;
 /// Time in which a server that was killed serves again, at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The images.
+/// Images of different bytes, by number.
 pub(crate) struct Images {
     bytes: Vec<Vec<u8>>,
 }

@@ -64,7 +64,8 @@ impl Servers {
         let mut command = postcopyd(&self.setting, "serve");
         command.args(["--listen", listen, "--peers", &peers.join(",")]);
         command.args(["--cache-memory", &self.setting.memory_bytes.to_string()]);
-        command.args(["--cache-size", &self.setting.disk_bytes.to_string(), "--cache"]);
+        // The disk may have room for less.
+        command.args(["--cache-size", "1GiB", "--cache"]);
         command.arg(self.disks[number].path().join("cache"));
         Server::spawn(command, Path::new("")).map_err(Error::msg)
     }

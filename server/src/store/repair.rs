@@ -94,7 +94,7 @@ fn repair_packs(objects: &Objects, packs: &[Digest], repaired: &mut Repaired) ->
         let Some((saved, chunks)) = sound_chunks(objects, pack, places.get(pack))? else { continue };
         repaired.chunks += chunks;
         let digest = Digest::of(&saved);
-        match packs.contains(&digest) {
+        match places.contains_key(&digest) {
             true => mended.push((digest, saved)),
             false => drop(known.store(digest, &saved)?),
         }
