@@ -12,7 +12,7 @@ pub(crate) mod lane;
 mod pings;
 
 pub use asking::Patience;
-pub(crate) use asking::patiently;
+pub(crate) use asking::{Attempts, Repeated, repeat};
 pub use image::{Content, Image, ImageSource};
 
 use bytes::BytesMut;
@@ -268,7 +268,7 @@ impl Remote {
     }
 
     /// Sends a request, which `what` names, and again for up to 30 s while the server refuses it
-    /// because of its load. `attempt` sends it once.
+    /// because of its load, and for up to 10 s if the connection is cut. `attempt` sends it once.
     ///
     /// # Errors
     /// [`RemoteError::Status`]: the server's answer. [`RemoteError::Wrong`]: none came within the
@@ -328,7 +328,7 @@ impl Remote {
         first_paths: &[&[u8]],
         all_segments: bool,
     ) -> Result<(Arc<Image>, Segments), RemoteError> {
-        patiently(|| self.open_once(reference, first_paths, all_segments)).await
+        repeat(Repeated::Refused, || self.open_once(reference, first_paths, all_segments)).await
     }
 
     async fn open_once(

@@ -1,5 +1,6 @@
 //! Images that are pushed and pulled: what is sent, what is kept, and that it comes back as it was.
 
+mod cuts;
 mod files;
 mod labels;
 mod layers;

@@ -6,16 +6,24 @@
 //! A server or proxy that closes a connection in order (GOAWAY) names the last request that it
 //! processes. The client sends later ones again over the next connection, as gRPC's own clients do
 //! ("transparent retries" of gRPC proposal A6).
+//!
+//! A proxy that reloads, and a server that starts again, cut requests in the middle. The client
+//! sends all but changes again, for at most 10 s without an answer: every other request has the
+//! same effect once and twice.
 
 use super::backoff::Backoff;
 use super::{MAX_SILENCE, RemoteError, ServerAddress};
 use std::future::Future;
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 use tonic::{Code, Response, Status};
 
 /// The longest time in which the client repeats a request that the server refuses.
 const MAX_REFUSED: Duration = Duration::from_secs(30);
-/// The longest time for the answer to an upload or a change. Three packs of 16 MiB at a time take
+/// The longest time in which the client repeats a request after its connection was cut. A server
+/// that starts again takes a second or two.
+const MAX_CUT: Duration = Duration::from_secs(10);
+/// The longest time for the answer to other requests. Three packs of 16 MiB at a time take
 /// this long at 0.12 Mbit/s, and a commit may check a million chunks on a slow disk. The keep-alive
 /// of the connection finds a lost server much sooner.
 const MAX_WORK: Duration = Duration::from_secs(3600);
@@ -27,7 +35,8 @@ const PUSHBACK: &str = "grpc-retry-pushback-ms";
 pub enum Patience {
     /// 30 s, for a question.
     Short,
-    /// An hour, for an upload or a commit.
+    /// An hour, for an upload, a commit, or a look for missing chunks. For the last, a server whose
+    /// chunk index is lost reads the trailers of all its packs.
     Long,
     /// An hour, for a change that must not be repeated without the server's word: a proxy may
     /// answer UNAVAILABLE after the server has made it.
@@ -63,7 +72,8 @@ async fn ask_within<T, F>(
 where
     F: Future<Output = Result<Response<T>, Status>>,
 {
-    repeat(is_change, || {
+    let repeated = if is_change { Repeated::Unprocessed } else { Repeated::Cut };
+    repeat(repeated, || {
         let answer = tokio::time::timeout(silence, attempt());
         async move {
             let answer = answer.await;
@@ -74,40 +84,86 @@ where
     .await
 }
 
-/// Repeats `attempt` while the server refuses it, for at most 30 s.
+/// Repeats `attempt` while the server refuses it, for at most 30 s; after a cut, for at most 10 s.
 ///
 /// # Errors
 /// The error of the last attempt.
-pub(crate) async fn patiently<T, F>(attempt: impl FnMut() -> F) -> Result<T, RemoteError>
+pub(crate) async fn repeat<T, F>(repeated: Repeated, mut attempt: impl FnMut() -> F) -> Result<T, RemoteError>
 where
     F: Future<Output = Result<T, RemoteError>>,
 {
-    repeat(false, attempt).await
+    let mut attempts = Attempts::new(repeated);
+    loop {
+        match attempt().await {
+            Err(error) => attempts.after(error).await?,
+            done => return done,
+        }
+    }
 }
 
-/// Repeats `attempt` while the server refuses it; a change only if the server has said when, or if
-/// no server has processed it.
-async fn repeat<T, F>(is_change: bool, mut attempt: impl FnMut() -> F) -> Result<T, RemoteError>
-where
-    F: Future<Output = Result<T, RemoteError>>,
-{
-    let (started, mut backoff) = (Instant::now(), Backoff::new());
-    loop {
-        let error = match attempt().await {
-            Err(error) => error,
-            done => return done,
-        };
-        let Some(pause) = pause_after(&error, is_change, &mut backoff) else { return Err(error) };
-        if started.elapsed() + pause > MAX_REFUSED {
-            return Err(error);
-        }
+/// The failures of a request after which the client sends it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Repeated {
+    /// No server has processed the request, or the server has said when to send it again.
+    Unprocessed,
+    /// The server has refused the request.
+    Refused,
+    /// The server has refused the request, or the connection was cut meanwhile.
+    Cut,
+}
+
+/// The failed attempts at one request since the last answer.
+#[derive(Debug)]
+pub(crate) struct Attempts {
+    repeated: Repeated,
+    /// The time of the first failure.
+    since: Option<Instant>,
+    was_cut: bool,
+    backoff: Backoff,
+}
+
+impl Attempts {
+    pub(crate) fn new(repeated: Repeated) -> Self {
+        Self { repeated, since: None, was_cut: false, backoff: Backoff::new() }
+    }
+
+    /// Pauses until the next attempt is due.
+    ///
+    /// # Errors
+    /// `error`, if there is no next attempt.
+    pub(crate) async fn after(&mut self, error: RemoteError) -> Result<(), RemoteError> {
+        let Some(pause) = self.pause_after(&error) else { return Err(error) };
         tokio::time::sleep(pause).await;
+        Ok(())
+    }
+
+    fn pause_after(&mut self, error: &RemoteError) -> Option<Duration> {
+        let (pause, most) = match pause_of_refusal(error, self.repeated, &mut self.backoff) {
+            Some(pause) => (pause, MAX_REFUSED),
+            None if self.repeated == Repeated::Cut && self.is_cut(error) => (self.backoff.pause(), MAX_CUT),
+            None => return None,
+        };
+        let since = self.since.get_or_insert_with(Instant::now);
+        (since.elapsed() + pause <= most).then_some(pause)
+    }
+
+    /// Returns true if the connection was lost while the server could process the request, or if
+    /// it cannot be made again after that.
+    fn is_cut(&mut self, error: &RemoteError) -> bool {
+        match error {
+            RemoteError::Connect { is_denied, .. } => self.was_cut && !is_denied,
+            RemoteError::Status { status, .. } if super::is_of_connection(status) => {
+                self.was_cut |= !is_of_connecting(status);
+                self.was_cut
+            }
+            _ => false,
+        }
     }
 }
 
 /// Returns the pause before the next attempt, if the server has refused the request early.
 /// RESOURCE_EXHAUSTED without a time to retry is no early refusal: the server's disk is full.
-fn pause_after(error: &RemoteError, is_change: bool, backoff: &mut Backoff) -> Option<Duration> {
+fn pause_of_refusal(error: &RemoteError, repeated: Repeated, backoff: &mut Backoff) -> Option<Duration> {
     let RemoteError::Status { status, .. } = error else { return None };
     if is_unprocessed(status) {
         return Some(backoff.pause());
@@ -118,12 +174,25 @@ fn pause_after(error: &RemoteError, is_change: bool, backoff: &mut Backoff) -> O
     }
     let pause = backoff.pause();
     match status.metadata().get(PUSHBACK).map(|text| text.to_str().ok()?.parse::<u64>().ok()) {
-        None => (status.code() == Code::Unavailable && !is_change).then_some(pause),
+        None => (status.code() == Code::Unavailable && repeated != Repeated::Unprocessed).then_some(pause),
         // A server that does not want another attempt sends a negative number.
         Some(None) => None,
         // The random part keeps clients apart that were refused at once.
         Some(Some(ms)) => Some(Duration::from_millis(ms) + pause),
     }
+}
+
+/// Returns true if the connection could not be made.
+fn is_of_connecting(status: &Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let error_of_io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        if matches!(error_of_io, Some(ErrorKind::ConnectionRefused | ErrorKind::NotFound)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Returns true if no server has processed the request: the client had it in a queue when the
@@ -158,7 +227,7 @@ mod tests {
 
     #[test]
     fn only_early_refusals_are_repeated_and_no_sooner_than_the_server_wants() {
-        let pause = |error: &RemoteError| pause_after(error, false, &mut Backoff::new());
+        let pause = |error: &RemoteError| pause_of_refusal(error, Repeated::Refused, &mut Backoff::new());
         assert!(pause(&refused(Code::Unavailable, None)).unwrap() < Duration::from_millis(20));
         let wanted = Duration::from_millis(1234);
         let pushed = pause(&refused(Code::ResourceExhausted, Some("1234"))).unwrap();
@@ -171,7 +240,8 @@ mod tests {
         ] {
             assert_eq!(pause(&no), None, "{no}");
         }
-        let change = |error: &RemoteError| pause_after(error, true, &mut Backoff::new());
+        let change =
+            |error: &RemoteError| pause_of_refusal(error, Repeated::Unprocessed, &mut Backoff::new());
         assert_eq!(change(&refused(Code::Unavailable, None)), None);
         assert!(change(&refused(Code::ResourceExhausted, Some("1"))).is_some());
     }
@@ -183,14 +253,15 @@ mod tests {
     #[test]
     fn a_refusal_is_repeated_and_a_pause_that_is_too_long_does_not_begin() {
         let mut attempts = 0;
-        let answer = patiently(|| {
+        let answer = repeat(Repeated::Refused, || {
             attempts += 1;
             let is_last = attempts == 5;
             async move { if is_last { Ok(7) } else { Err(refused(Code::Unavailable, Some("10"))) } }
         });
         assert_eq!(runtime().block_on(answer).unwrap(), 7);
         let started = Instant::now();
-        let answer = patiently(|| async { Err::<(), _>(refused(Code::Unavailable, Some("40000"))) });
+        let refused = || async { Err::<(), _>(refused(Code::Unavailable, Some("40000"))) };
+        let answer = repeat(Repeated::Cut, refused);
         assert!(runtime().block_on(answer).is_err());
         assert!(started.elapsed() < Duration::from_secs(5));
     }

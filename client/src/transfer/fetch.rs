@@ -4,10 +4,11 @@
 //! outstanding, whatever the size of the image.
 
 mod chunks;
+mod requests;
 
 use crate::memory::ChunkPages;
-use crate::remote::lane::{BulkLane, frame_of, runs_of};
-use crate::remote::{Image, Remote, RemoteError, within};
+use crate::remote::lane::frame_of;
+use crate::remote::{Image, Remote, RemoteError};
 use chunks::Chunks;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
@@ -15,7 +16,7 @@ use postcopy_proto::manifest::{FileEntry, chunk_len, chunk_offset};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::path::ImagePath;
 use postcopy_proto::v1;
-use std::collections::HashMap;
+use requests::Requests;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -98,46 +99,22 @@ impl Fetch {
         distinct: bool,
         attempt: u32,
     ) -> Result<(u64, Vec<Damage>), RemoteError> {
-        let address = remote.address();
         let mut chunks = Chunks::new(remote, &self.image, ranges, distinct);
         let mut part = chunks.next(REQUEST_CHUNKS).await?;
         let (mut count, mut damaged) = (0, Vec::new());
-        if part.is_empty() {
-            return Ok((count, damaged));
-        }
-        let mut lane = BulkLane::open(address, &self.image.digest()).await?;
-        // Each chunk is accepted once, and only if this map holds it: a server may send any answer.
-        let mut missing: HashMap<u64, Digest> = HashMap::new();
+        let mut requests = Requests::new(remote.address(), self.image.digest(), attempt);
         let mut decoding = JoinSet::new();
-        let mut id = 0;
         loop {
             // The next request is sent before the last one is answered.
-            while missing.len() < REQUEST_CHUNKS && !part.is_empty() {
-                id += 1;
+            while requests.outstanding() < REQUEST_CHUNKS && !part.is_empty() {
                 count += part.len() as u64;
-                let runs = runs_of(part.iter().map(|(chunk, _)| *chunk));
-                missing.extend(part);
-                let request = v1::StreamChunksRequest { id, attempt, runs, ..Default::default() };
-                // A closed queue means a lost lane, and the next message has the reason.
-                let _ = lane.requests.send(request).await;
+                requests.send(part).await;
                 part = chunks.next(REQUEST_CHUNKS).await?;
             }
-            if missing.is_empty() || damaged.len() >= MAX_DAMAGED {
+            if requests.outstanding() == 0 || damaged.len() >= MAX_DAMAGED {
                 break;
             }
-            let message = within(address, "bulk answer", lane.answer()).await??;
-            let message = message.ok_or_else(|| address.wrong("bulk answer", "the stream has ended"))?;
-            if message.chunks.is_empty() {
-                return Err(address.wrong("bulk answer", "it holds nothing"));
-            }
-            let mut answers = Vec::with_capacity(message.chunks.len());
-            for answer in message.chunks {
-                let digest = missing.remove(&answer.chunk).ok_or_else(|| {
-                    let reason = format!("chunk {} was not asked for, or has come before", answer.chunk);
-                    address.wrong("bulk answer", reason)
-                })?;
-                answers.push((answer, digest));
-            }
+            let answers = requests.answers().await?;
             if decoding.len() >= DECODING
                 && let Some(done) = decoding.join_next().await
             {

@@ -5,7 +5,7 @@
 //! holds already is not read again.
 
 use crate::remote::lane::may_pass;
-use crate::remote::{Image, Remote, RemoteError, patiently, within};
+use crate::remote::{Image, Remote, RemoteError, Repeated, repeat, within};
 use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{ChunkContent, Root, SEGMENT_CHUNKS};
 use postcopy_proto::page::ChunkIndex;
@@ -108,8 +108,8 @@ impl<'a> Chunks<'a> {
             }
         }
         self.window.clear();
-        // The server may refuse for a moment in the middle of a long transfer.
-        self.window.extend(patiently(|| self.read(&wanted)).await?);
+        // The server may refuse for a moment in the middle of a long transfer, or start again.
+        self.window.extend(repeat(Repeated::Cut, || self.read(&wanted)).await?);
         self.window.get(&digest).cloned().ok_or_else(|| self.left_out(index))
     }
 

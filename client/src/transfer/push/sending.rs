@@ -21,7 +21,7 @@ pub(super) async fn find_missing(remote: &Remote, digests: &[Digest]) -> Result<
             let (mut images, request) = (remote.images(), request.clone());
             async move { images.find_missing(request).await }
         };
-        let response = remote.ask("find missing chunks", Patience::Short, ask).await?;
+        let response = remote.ask("find missing chunks", Patience::Long, ask).await?;
         let digests = Digest::list(&response.missing_chunk_digests);
         missing.extend(digests.map_err(|e| remote.address().wrong("list of missing chunks", e))?);
     }
