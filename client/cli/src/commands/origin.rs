@@ -8,6 +8,7 @@ use postcopy::proto::digest::Digest;
 use postcopy::proto::provenance::Provenance;
 use postcopy::proto::reference::Reference;
 use std::fmt::Write;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 /// The program that restores the image.
@@ -23,13 +24,19 @@ struct Host {
     arch: &'static str,
     /// The processor's vendor, as /proc/cpuinfo names it; `None` where it does not.
     cpu_vendor: Option<String>,
+    /// The sizes of its huge pages in bytes.
+    huge_page_bytes: Vec<u64>,
 }
 
 impl Host {
     fn this() -> Self {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "));
-        Self { arch: std::env::consts::ARCH, cpu_vendor: vendor.map(|(_, vendor)| vendor.to_owned()) }
+        Self {
+            arch: std::env::consts::ARCH,
+            cpu_vendor: vendor.map(|(_, vendor)| vendor.to_owned()),
+            huge_page_bytes: huge_page_sizes(Path::new("/sys/kernel/mm/hugepages")),
+        }
     }
 
     /// Returns the first label that does not fit this host, and why.
@@ -42,7 +49,16 @@ impl Host {
         if let Some(arch) = arch.filter(|arch| *arch != self.arch) {
             return Some(format!("it is of a host of {arch}, this host is {}", self.arch));
         }
-        let template = label("firecracker.cpu-template").filter(|_| restorer == Restorer::Firecracker)?;
+        if restorer != Restorer::Firecracker {
+            return None;
+        }
+        if let Some(bytes) = label("firecracker.page-bytes").and_then(|bytes| bytes.parse::<u64>().ok())
+            && bytes > 4096
+            && !self.huge_page_bytes.contains(&bytes)
+        {
+            return Some(format!("its memory is of pages of {bytes} bytes, this host has none of this size"));
+        }
+        let template = label("firecracker.cpu-template")?;
         let needs = match template {
             "T2A" => "AuthenticAMD",
             "C3" | "T2" | "T2S" | "T2CL" => "GenuineIntel",
@@ -55,6 +71,14 @@ impl Host {
             _ => None,
         }
     }
+}
+
+/// Returns the sizes of the kernel's huge pages in bytes, from the names of the folders in `dir`,
+/// for example `hugepages-2048kB`.
+fn huge_page_sizes(dir: &Path) -> Vec<u64> {
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let size = |name: &str| name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok();
+    names.filter_map(|name| Some(size(name.to_str()?)? << 10)).collect()
 }
 
 /// Checks that a reference stands for the expected image.
@@ -119,7 +143,8 @@ mod tests {
     }
 
     fn host(vendor: Option<&str>) -> Host {
-        Host { arch: "x86_64", cpu_vendor: vendor.map(ToOwned::to_owned) }
+        let cpu_vendor = vendor.map(ToOwned::to_owned);
+        Host { arch: "x86_64", cpu_vendor, huge_page_bytes: vec![2 << 20] }
     }
 
     #[test]
@@ -138,6 +163,11 @@ mod tests {
         assert_eq!(mismatch(&host(None), Restorer::Firecracker, &amd), "");
         assert_eq!(mismatch(&intel, Restorer::Firecracker, &[("firecracker.cpu-template", "T2CL")]), "");
         assert_eq!(mismatch(&intel, Restorer::Firecracker, &[]), "");
+        let pages = |bytes: &'static str| [("firecracker.page-bytes", bytes)];
+        for fits in ["4096", "2097152", "", "many"] {
+            assert_eq!(mismatch(&intel, Restorer::Firecracker, &pages(fits)), "");
+        }
+        assert!(mismatch(&intel, Restorer::Firecracker, &pages("1073741824")).contains("1073741824 bytes"));
         let own = [("firecracker.cpu-template", "our-own")];
         assert_eq!(mismatch(&host(Some("AuthenticAMD")), Restorer::Firecracker, &own), "");
     }
