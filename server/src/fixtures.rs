@@ -1,6 +1,6 @@
 //! Fixtures of the tests: a store in a temporary directory, and small images.
 
-use crate::store::{Caller, CommitOutcome, Domain, Store, StoreError, StoredChunk};
+use crate::store::{Caller, CommitOutcome, Domain, RecordingOf, Store, StoreError, StoredChunk};
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameEncoder;
@@ -144,4 +144,9 @@ impl Image {
     pub(crate) fn push_until_committed(&self, store: &Store, reference: &str) {
         while self.try_push(store, reference) != CommitOutcome::Committed(self.digest()) {}
     }
+}
+
+/// Returns the identity of a recording of restore `id`, all of one sender.
+pub(crate) fn of_restore(id: u8) -> RecordingOf {
+    RecordingOf { restore: [id; 16], sender: [0; 16] }
 }

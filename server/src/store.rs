@@ -59,7 +59,7 @@ pub use repair::{Repaired, repair};
 pub use staged::StagedPack;
 pub use upgrade::upgrade;
 pub use verify::{Damage, Verified, verify};
-pub use working_sets::WorkingSet;
+pub use working_sets::{RecordingOf, WorkingSet};
 
 use bytes::Bytes;
 use cache::Cache;

@@ -18,7 +18,8 @@ use crate::limits::Limits;
 use crate::listen::Listener;
 use crate::shutdown::Drain;
 use admission::{Permits, Quota};
-use clients::{ActiveRequest, Admitted, Client, Connection, Connections, Refused};
+pub(crate) use clients::Client;
+use clients::{ActiveRequest, Admitted, Connection, Connections, Refused};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
@@ -219,9 +220,9 @@ impl Server {
     async fn connection(self, socket: impl AsyncRead + AsyncWrite + Unpin, admitted: Admitted) {
         let http = self.http();
         let Self { routes, quota, mut leaving, .. } = self;
-        let connection = Arc::clone(&admitted.connection);
+        let (client, connection) = (admitted.client, Arc::clone(&admitted.connection));
         let answer = service_fn(move |request| {
-            answer(routes.clone(), Arc::clone(&quota), Arc::clone(&connection), request)
+            answer(routes.clone(), Arc::clone(&quota), (client, Arc::clone(&connection)), request)
         });
         let mut serving = pin!(http.serve_connection(TokioIo::new(Prefaced::new(socket)), answer));
         let connection = &admitted.connection;
@@ -287,7 +288,7 @@ async fn reads_nothing(connection: &Connection) {
 async fn answer(
     mut routes: Routes,
     server: Arc<Quota>,
-    connection: Arc<Connection>,
+    (client, connection): (Client, Arc<Connection>),
     request: Request<Incoming>,
 ) -> Result<Response<Metered<Option<InFlight>>>, Infallible> {
     let stream = StreamUnsent::new(Arc::clone(&connection.unsent));
@@ -298,6 +299,7 @@ async fn answer(
     let in_flight = InFlight { _active: connection.begin_request(), _permits: permits };
     let mut request = request.map(|body| Body::new(Received::new(body, Arc::clone(&connection.unfinished))));
     request.extensions_mut().insert(stream.clone());
+    request.extensions_mut().insert(client);
     let response = routes.call(request).await?;
     Ok(response.map(|body| stream.meter(body, Some(in_flight))))
 }

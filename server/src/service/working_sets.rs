@@ -8,7 +8,8 @@ mod builds;
 
 use crate::service::{Answers, digest, reference, work};
 use crate::shutdown::Drain;
-use crate::store::{Store, StoreError, WorkingSet};
+use crate::store::{RecordingOf, Store, StoreError, WorkingSet};
+use crate::transport::Client;
 use builds::Builds;
 use futures_util::stream;
 use postcopy_proto::digest::Digest;
@@ -123,6 +124,7 @@ impl WorkingSetService for WorkingSetServer {
         request: Request<Streaming<v1::RecordRequest>>,
     ) -> Result<Response<v1::WorkingSet>, Status> {
         let _in_flight = self.drain.enter()?;
+        let sender = request.extensions().get().map_or([0; 16], Client::id);
         let mut requests = request.into_inner();
         let mut received = Received::new(Arc::clone(&self.spans));
         let deadline = Instant::now() + MAX_TIME;
@@ -141,7 +143,7 @@ impl WorkingSetService for WorkingSetServer {
         let turn = Arc::clone(&self.keeping).acquire_owned().await.expect("it is never closed");
         work::look(move || {
             let _held = (room, turn);
-            store.keep_recording(&image, id, touched, unseen)
+            store.keep_recording(&image, RecordingOf { restore: id, sender }, touched, unseen)
         })
         .await?;
         let (store, share) = (Arc::clone(&self.store), self.share);

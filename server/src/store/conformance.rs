@@ -7,7 +7,7 @@
 
 mod repacking;
 
-use crate::fixtures::Image;
+use crate::fixtures::{Image, of_restore};
 use crate::store::objects::Objects;
 use crate::store::objects::bucket::faulty::{Faults, Faulty, depth};
 use crate::store::{
@@ -313,7 +313,7 @@ fn a_working_set_is_built_read_replaced_and_removed() {
         assert!(store.working_set(&digest).unwrap().is_none());
         for id in 0..3 {
             let touched = vec![PageSpan { file: 0, first: id.into(), count: 4 }];
-            place.open().keep_recording(&digest, [id; 16], touched, Vec::new()).unwrap();
+            place.open().keep_recording(&digest, of_restore(id), touched, Vec::new()).unwrap();
             assert!(place.open().build_working_set(&digest, 0.5).unwrap().pages >= 4);
         }
         let set = place.open().working_set(&digest).unwrap().unwrap();

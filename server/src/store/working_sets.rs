@@ -16,6 +16,8 @@
 mod choose;
 mod recordings;
 
+pub use recordings::RecordingOf;
+
 use crate::store::error::{StoreError, damaged};
 use crate::store::layout::digest_of_name;
 use crate::store::lock::StoreLock;
@@ -483,7 +485,7 @@ pub(crate) fn remove_orphans(objects: &Objects) -> Result<(u64, u64), StoreError
 mod tests {
     use super::recordings::RECORDINGS;
     use super::*;
-    use crate::fixtures::{Image, store};
+    use crate::fixtures::{Image, of_restore, store};
     use crate::store::objects::directory::bytes_below;
     use crate::store::{Collector, Domain};
     use postcopy_proto::manifest::ChunkContent;
@@ -518,7 +520,7 @@ mod tests {
     }
 
     fn record(store: &Store, image: &Image, id: u8, touched: Vec<PageSpan>) -> WorkingSet {
-        store.keep_recording(&image.digest(), [id; 16], touched, Vec::new()).unwrap();
+        store.keep_recording(&image.digest(), of_restore(id), touched, Vec::new()).unwrap();
         store.build_working_set(&image.digest(), 0.5).unwrap()
     }
 
@@ -569,7 +571,7 @@ mod tests {
         let (_dir, store) = store();
         let image = Image::of_seed(1);
         image.push(&store, "a");
-        store.keep_recording(&image.digest(), [1; 16], vec![span(0, 4)], Vec::new()).unwrap();
+        store.keep_recording(&image.digest(), of_restore(1), vec![span(0, 4)], Vec::new()).unwrap();
         assert!(store.remove_working_set(&image.digest()).unwrap());
         assert_eq!(store.build_working_set(&image.digest(), 0.5).unwrap().recordings, 0);
         assert!(store.images_with_working_sets().unwrap().is_empty());
@@ -597,7 +599,7 @@ mod tests {
             assert!(!other.is_finished());
             // The directory that the build waits for is then replaced.
             fs::remove_dir_all(store.objects.layout.working_set(&image.digest())).unwrap();
-            store.keep_recording(&image.digest(), [2; 16], vec![span(0, 3)], Vec::new()).unwrap();
+            store.keep_recording(&image.digest(), of_restore(2), vec![span(0, 3)], Vec::new()).unwrap();
             drop(held);
             assert_eq!(other.join().unwrap().recordings, 1);
         });

@@ -3,6 +3,7 @@
 use crate::limits::Limits;
 use crate::transport::admission::Quota;
 use crate::transport::budget::{Budget, Held};
+use postcopy_proto::digest::Digest;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,6 +32,16 @@ impl Client {
             }
             v4 @ IpAddr::V4(_) => Self::Ip(v4),
         }
+    }
+
+    /// Returns a name for stored objects, which tells clients apart and does not show addresses.
+    pub(crate) fn id(&self) -> [u8; 16] {
+        let text = match self {
+            Self::Ip(address) => format!("ip {address}"),
+            Self::User(user) => format!("user {user}"),
+        };
+        let digest = Digest::of(text.as_bytes());
+        *digest.as_bytes().first_chunk().expect("a digest has 32 bytes")
     }
 }
 
@@ -193,7 +204,7 @@ impl Connections {
         open.last_number += 1;
         let number = open.last_number;
         open.connections.insert(number, (client, Arc::clone(&connection)));
-        Ok(Admitted { connections: Arc::clone(self), connection, number })
+        Ok(Admitted { connections: Arc::clone(self), client, connection, number })
     }
 
     /// Returns the number of open connections, with those that are being closed.
@@ -207,6 +218,7 @@ impl Connections {
 #[derive(Debug)]
 pub(crate) struct Admitted {
     connections: Arc<Connections>,
+    pub(crate) client: Client,
     pub(crate) connection: Arc<Connection>,
     number: u64,
 }

@@ -135,10 +135,10 @@ fn chunks_lie_as_restores_touch_them_and_then_as_in_their_file() {
         image.push(&store, "a");
         other.push(&store, "b");
         let touched = [(200, 3), (10, 2), (201, 1)].map(|(first, count)| PageSpan { file: 0, first, count });
-        store.keep_recording(&image.digest(), [1; 16], touched.to_vec(), Vec::new()).unwrap();
+        store.keep_recording(&image.digest(), of_restore(1), touched.to_vec(), Vec::new()).unwrap();
         assert_eq!(store.build_working_set(&image.digest(), 0.5).unwrap().pages, 5);
         // A set that is damaged is ignored.
-        store.keep_recording(&other.digest(), [1; 16], touched[1..2].to_vec(), Vec::new()).unwrap();
+        store.keep_recording(&other.digest(), of_restore(1), touched[1..2].to_vec(), Vec::new()).unwrap();
         put(&store.objects, &store.objects.layout.current_set(&other.digest()), b"damaged");
         let before = packs(place);
         assert_eq!(repack(place, Duration::ZERO).new_packs, 1);
