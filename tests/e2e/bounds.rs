@@ -13,7 +13,7 @@ use postcopy_tests::h2_client::{H2Client, H2Stream, connect, framed};
 use postcopy_tests::server::Server;
 use postcopy_tests::store::{Rpc, digest};
 use postcopy_tests::uploads::{frame_of, pack_of, upload_parts, upload_whole};
-use postcopy_tests::{binary, is_root, resident_kib, skip, wait_until};
+use postcopy_tests::{PAGE, anonymous_kib, binary, is_root, resident_kib, skip, wait_until};
 use prost::Message;
 use std::ffi::OsStr;
 use std::fs;
@@ -241,6 +241,29 @@ fn a_root_that_names_one_segment_many_times_costs_no_more_than_its_segments() {
     let image = rpc.wait(rpc.images().get_image(request)).expect("it is described").into_inner();
     assert_eq!((image.chunks, image.distinct_chunks), (TIMES as u64 * u64::from(SEGMENT_CHUNKS), 1));
     target.assert_serves_others();
+}
+
+#[test]
+fn building_a_large_working_set_takes_little_memory_and_gives_it_back() {
+    const PAGES: u32 = 65_536;
+    // A window of pages, what becomes of it, and a pack: not the set.
+    const BUILD: u64 = 200 << 10;
+    let target = Target::new(PAGES as usize * PAGE, &[]);
+    let (rpc, pid) = (Rpc::connect(target.server.address()), target.server.pid());
+    let before = anonymous_kib(pid);
+    let touched = vec![v1::PageSpan { file: 0, first: 0, count: PAGES }];
+    let (image, id) = (target.image.clone(), vec![1; 16].into());
+    let recording = v1::RecordRequest { image, id, touched, ..Default::default() };
+    rpc.wait(rpc.remote().working_sets().record(tokio_stream::iter([recording]))).unwrap();
+    let mut most = 0;
+    wait_until("the set is built", || {
+        most = anonymous_kib(pid).max(most);
+        let sets = run(target.server.address(), ["working-set", "ls"]);
+        sets[0]["pages"] == PAGES
+    });
+    assert!(most < before + BUILD, "{most} KiB while the set was built, {before} KiB before");
+    let after = anonymous_kib(pid);
+    assert!(after < before + BUILD / 2, "{after} KiB after the set was built, {before} KiB before");
 }
 
 #[test]

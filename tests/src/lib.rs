@@ -82,11 +82,21 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// How much of a process's memory is there; 0 if it is gone.
+/// Returns the resident memory of a process; 0 if it is gone.
 #[must_use]
 pub fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0 kB");
+    of_status(pid, "VmRSS:")
+}
+
+/// Returns the resident memory of a process that is no file's; 0 if it is gone.
+#[must_use]
+pub fn anonymous_kib(pid: u32) -> u64 {
+    of_status(pid, "RssAnon:")
+}
+
+fn of_status(pid: u32, field: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0 kB");
     line.trim_end_matches(" kB").trim().parse().unwrap_or(0)
 }
 

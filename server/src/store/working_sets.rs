@@ -35,6 +35,7 @@ use postcopy_proto::set_frame::{SetChunk, SetEncoder, SetFrame};
 use postcopy_proto::v1::PageSpan;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,8 +46,10 @@ const FRAME_PAGES: usize = 64;
 const ATTEMPTS: usize = 3;
 /// Compression level of zstd: a set is made once and sent often.
 const LEVEL: i32 = 9;
-/// Most pages of a set: 1 GiB, which is held in memory during the build. Restores that fault on
-/// more gain little from a larger set.
+/// Frames that are encoded together: up to 32 MiB of pages in memory. A chunk whose pages lie in
+/// several windows is read and decoded for each.
+const WINDOW_FRAMES: usize = 128;
+/// Most pages of a set: 1 GiB. Restores that fault on more gain little from a larger set.
 const MAX_SET_PAGES: usize = (1 << 30) / PAGE_BYTES;
 /// Most packs of a set.
 const MAX_PACKS: usize = 64;
@@ -181,14 +184,13 @@ impl Store {
             );
             pages.truncate(MAX_SET_PAGES);
         }
-        let packs = self.build(&files, &pages)?;
         let mut current = String::new();
-        for pack in packs {
+        self.build(&files, &pages, |pack| {
             let digest = Digest::of(&pack);
             current.push_str(&digest.hex());
             current.push('\n');
-            self.objects.put(&self.objects.layout.set(image, &digest), pack.into())?;
-        }
+            self.objects.put(&self.objects.layout.set(image, &digest), pack.into())
+        })?;
         self.objects.put(&self.objects.layout.current_set(image), current.clone().into())?;
         self.remove_old_packs(image, &current)?;
         Ok(self.working_set(image)?.unwrap_or_default())
@@ -211,36 +213,50 @@ impl Store {
         Ok(())
     }
 
-    /// Returns the packs of the frames of these pages, in this order.
-    fn build(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<u8>>, StoreError> {
-        let frames: Vec<Vec<u8>> = self
-            .cut(files, pages)?
-            .into_par_iter()
-            .map_init(|| SetEncoder::new(LEVEL), |encoder, chunks| encoder.encode(&chunks).0)
-            .collect();
-        let mut packs = vec![SetPackBuilder::default()];
-        for frame in frames {
-            if !packs.last().expect("not empty").fits(frame.len()) {
-                if packs.len() == MAX_PACKS {
-                    tracing::warn!(
-                        "a working set is longer than {MAX_PACKS} packs; the pages after these are left out"
-                    );
-                    break;
+    /// Calls `store` with each pack of the frames of these pages, in this order. Holds the pages of
+    /// [`WINDOW_FRAMES`] frames and one pack at a time.
+    fn build(
+        &self,
+        files: &Files,
+        pages: &[Page],
+        mut store: impl FnMut(Vec<u8>) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let (mut pack, mut stored) = (SetPackBuilder::default(), 0);
+        let numbers = frame_numbers(files, pages);
+        for window in windows(&numbers) {
+            let cut = self.cut(files, &pages[window.clone()], &numbers[window])?;
+            let encode = |encoder: &mut SetEncoder, chunks: Vec<SetChunk>| encoder.encode(&chunks).0;
+            let frames: Vec<Vec<u8>> =
+                cut.into_par_iter().map_init(|| SetEncoder::new(LEVEL), encode).collect();
+            for frame in frames {
+                if !pack.fits(frame.len()) {
+                    stored += 1;
+                    if stored == MAX_PACKS {
+                        tracing::warn!(
+                            "a working set is longer than {MAX_PACKS} packs; the pages after these are left out"
+                        );
+                        return store(pack.finish());
+                    }
+                    store(std::mem::take(&mut pack).finish())?;
                 }
-                packs.push(SetPackBuilder::default());
+                pack.push(&frame);
             }
-            packs.last_mut().expect("not empty").push(&frame);
         }
-        Ok(packs.into_iter().map(SetPackBuilder::finish).collect())
+        store(pack.finish())
     }
 
-    /// Returns the pages of chunks for each frame. Reads each chunk once, for all frames that hold
-    /// some of it.
-    fn cut(&self, files: &Files, pages: &[Page]) -> Result<Vec<Vec<SetChunk>>, StoreError> {
+    /// Returns the pages of chunks for each frame; `numbers` are the frames of the pages. Reads each
+    /// chunk once, for all frames that hold some of it.
+    fn cut(
+        &self,
+        files: &Files,
+        pages: &[Page],
+        numbers: &[usize],
+    ) -> Result<Vec<Vec<SetChunk>>, StoreError> {
         // The keys are file and chunk, ascending, as in frames.
         let mut wanted: BTreeMap<(u32, u32), Wanted> = BTreeMap::new();
-        let numbers = frame_numbers(files, pages);
-        for (page, number) in pages.iter().zip(&numbers) {
+        let first_frame = numbers.first().copied().unwrap_or_default();
+        for (page, number) in pages.iter().zip(numbers) {
             let (chunk, first_page, in_chunk) = files.chunk_of(*page);
             let of_chunk = || Wanted { chunk, file: page.0, first_page, pages: Vec::new() };
             let wanted = wanted.entry((page.0, first_page)).or_insert_with(of_chunk);
@@ -254,9 +270,9 @@ impl Store {
                 |(decoder, plain), wanted| self.cut_chunk(files, wanted, decoder, plain),
             )
             .collect::<Result<_, _>>()?;
-        let mut frames = vec![Vec::new(); numbers.last().map_or(0, |last| last + 1)];
+        let mut frames = vec![Vec::new(); numbers.last().map_or(0, |last| last + 1 - first_frame)];
         for (frame, chunk) in cut.into_iter().flatten() {
-            frames[frame].push(chunk);
+            frames[frame - first_frame].push(chunk);
         }
         Ok(frames)
     }
@@ -443,6 +459,17 @@ fn frame_numbers(files: &Files, pages: &[Page]) -> Vec<usize> {
         }
     }
     numbers
+}
+
+/// Returns the ranges of pages whose frames are encoded together. `numbers` are the pages' frames.
+fn windows(numbers: &[usize]) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    let of_windows = numbers.chunk_by(|a, b| a / WINDOW_FRAMES == b / WINDOW_FRAMES);
+    of_windows.map(move |window| {
+        let range = start..start + window.len();
+        start = range.end;
+        range
+    })
 }
 
 /// Returns page numbers as ascending runs.
