@@ -477,6 +477,27 @@ fn odd_prefixes_and_odd_objects_are_no_obstacle() {
     put(&store.objects, &layout.deletions().join("letter"), b"dear");
     image.push(&store, "a");
     assert_eq!(collect(&place, Duration::ZERO), Collected::default());
+#[test]
+fn times_are_those_of_the_store_s_clock() {
+    on_each_kind(|place| {
+        drop(place.open());
+        let objects = place.objects();
+        // The clocks of file systems and buckets tell a time in steps of up to a second.
+        let step = Duration::from_secs(1);
+        for _ in 0..3 {
+            let (before, path) = (objects.now().unwrap(), objects.layout.manifests().join("times"));
+            put(&objects, &path, b"");
+            let written = objects.written(&path).unwrap().unwrap();
+            let after = objects.now().unwrap();
+            assert!(before <= written + step && written <= after + step, "{before:?} {written:?} {after:?}");
+        }
+        if let Location::Directory(_) = &place.location {
+            let now = objects.now().unwrap();
+            assert_eq!(now, fs::metadata(objects.layout.lock()).unwrap().modified().unwrap());
+        }
+    });
+}
+
     assert_served(&place.open(), &image);
     let damage = place.damage();
     assert!(damage.len() == 1 && damage[0].object == format!("pack {empty}"), "{damage:?}");

@@ -268,10 +268,13 @@ impl Objects {
     /// Returns the time of the clock that tells the times of writing.
     ///
     /// # Blocking
-    /// Writes an object to a bucket.
+    /// Writes an object to a bucket, or the time of a directory's lock, which its file system tells.
     pub(crate) fn now(&self) -> Result<SystemTime, StoreError> {
         match &self.kind {
-            Kind::Directory(_) => Ok(SystemTime::now()),
+            Kind::Directory(_) => {
+                let path = self.layout.lock();
+                directory::now(&path).map_err(io_error(&path))
+            }
             Kind::Bucket(_) => {
                 let path = self.layout.clock();
                 self.put(&path, Bytes::new())?;

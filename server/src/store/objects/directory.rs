@@ -8,12 +8,14 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use object_store::ObjectStoreExt;
 use object_store::local::LocalFileSystem;
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, CWD, OFlags, Timespec, Timestamps, UTIME_NOW};
+use rustix::io::Errno;
 use std::error::Error;
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Bytes that are reserved for a file before it is read: more than most references and roots have.
 const FIRST_BYTES: usize = 4096;
@@ -113,6 +115,19 @@ pub(super) fn read(path: &Path, max: usize) -> Result<Option<Bytes>, StoreError>
 
 fn read_dir(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
     fs::read_dir(dir).and_then(Iterator::collect::<io::Result<_>>).map_err(io_error(dir))
+}
+
+/// Returns the time of the clock that tells files' times of writing, by means of the file `path`.
+/// On a network file system, that is the clock of another machine. Where the file cannot be changed,
+/// nothing is deleted either, and this machine's clock suffices.
+pub(super) fn now(path: &Path) -> io::Result<SystemTime> {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    match rustix::fs::utimensat(CWD, path, &times, AtFlags::empty()) {
+        Ok(()) => fs::metadata(path)?.modified(),
+        Err(Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::NOENT) => Ok(SystemTime::now()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(super) fn names(dir: &Path) -> Result<Vec<String>, StoreError> {
