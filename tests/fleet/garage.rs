@@ -27,17 +27,23 @@ struct Node {
     child: Child,
 }
 
-/// The program that `tests/setup fleet` has built.
-fn program() -> Result<PathBuf> {
-    let path = std::env::var_os("POSTCOPY_GARAGE").map(PathBuf::from);
+/// The folder of the programs that `tests/setup fleet` has built or installed.
+pub(crate) fn cache() -> Result<PathBuf> {
     let cache = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(cache);
-    let path = path.or_else(|| Some(cache?.join("postcopy/garage/bin/garage"))).context("no HOME")?;
+    Ok(cache.context("no HOME")?.join("postcopy"))
+}
+
+fn program() -> Result<PathBuf> {
+    let path = match std::env::var_os("POSTCOPY_GARAGE") {
+        Some(path) => PathBuf::from(path),
+        None => cache()?.join("garage/bin/garage"),
+    };
     ensure!(path.exists(), "{} is not there: run `tests/setup fleet`", path.display());
     Ok(path)
 }
 
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 

@@ -1,8 +1,8 @@
 //! Three servers over a bucket of three Garage nodes, and 64 clients that restore images: `make
 //! fleet`.
 //!
-//! First the tests that every kind of store passes run on the bucket, while a node is killed and
-//! comes back. Then the CPU time of a block is measured, by the place from which a server reads it.
+//! First the tests that every kind of store passes run on Azurite, and on the bucket while a node is
+//! killed and comes back. Then the CPU time of a block is measured, by the place from which a server reads it.
 //! Then the clients restore images from empty caches, and this is compared with what the model of a
 //! fleet says. Then the same with a server killed every 2 s. At last everything fails: the disks of
 //! the caches are full, a node of Garage is killed and comes back, and servers are killed as
@@ -11,6 +11,7 @@
 //! The model's figures for 100 servers and 10,000 restores a minute are printed at the end. The
 //! exit status is 1 if a byte was wrong, a restore failed, or a bar was missed.
 
+mod azurite;
 mod balancer;
 mod costs;
 mod garage;
@@ -18,6 +19,7 @@ mod model;
 mod restores;
 mod servers;
 
+use crate::azurite::Azurite;
 use crate::balancer::Balancer;
 use crate::garage::Garage;
 use crate::model::{Costs, Shape, Work};
@@ -73,16 +75,26 @@ fn main() -> Result<ExitCode> {
     Ok(if fleet.missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs the tests of all kinds of stores on the bucket, while a node is killed and comes back.
+/// Runs the tests of all kinds of stores on Azurite, and on Garage while a node is killed and comes
+/// back.
 fn conformance(garage: &mut Garage, balancer: &Balancer) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut tests = Command::new(cargo);
-    tests.args(["test", "--quiet", "--workspace", "--lib", "store::conformance", "--", "--test-threads=2"]);
+    let test = |args: &[&str]| {
+        let mut test = Command::new(&cargo);
+        test.args(["test", "--quiet", "--workspace", "--lib"]).args(args);
+        test
+    };
+    ensure!(test(&["--no-run"]).status()?.success(), "the tests cannot be built");
+    let conformance = || test(&["store::conformance", "--", "--test-threads=2"]);
+
+    let (azurite, mut tests) = (Azurite::start()?, conformance());
+    azurite.set(&mut tests);
+    ensure!(tests.status()?.success(), "the tests of the store fail on Azurite");
+    drop(azurite);
+
+    let mut tests = conformance();
     tests.env("POSTCOPY_TEST_BUCKET", Garage::url("conformance"));
     Garage::set(&mut tests, balancer.port());
-    let built =
-        Command::new(tests.get_program()).args(["test", "--workspace", "--lib", "--no-run"]).status()?;
-    ensure!(built.success(), "the tests cannot be built");
     let mut tests = tests.spawn()?;
     let outcome = kill_a_node_during(garage, &mut tests);
     if outcome.is_err() {

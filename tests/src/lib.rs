@@ -8,6 +8,7 @@ pub mod chaos;
 pub mod cli;
 pub mod criu;
 pub mod daemon;
+pub mod dav;
 pub mod descriptors;
 pub mod faulter;
 pub mod fixtures;
@@ -85,7 +86,6 @@ pub fn is_root() -> bool {
 /// Returns the resident memory of a process; 0 if it is gone.
 #[must_use]
 pub fn resident_kib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     of_status(pid, "VmRSS:")
 }
 
@@ -96,6 +96,7 @@ pub fn anonymous_kib(pid: u32) -> u64 {
 }
 
 fn of_status(pid: u32, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0 kB");
     line.trim_end_matches(" kB").trim().parse().unwrap_or(0)
 }

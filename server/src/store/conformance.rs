@@ -1,6 +1,6 @@
 //! The tests that every kind of store passes: a directory, a bucket in memory, one without
-//! conditional writes, and a bucket of an S3 server. Each test opens the store several times, as
-//! several servers do.
+//! conditional writes, a bucket of an S3 server, and a WebDAV server. Each test opens the store
+//! several times, as several servers do.
 //!
 //! The S3 server is one in this process, or another one, if POSTCOPY_TEST_BUCKET has the URL of its
 //! bucket: `make fleet` runs these tests on Garage.
@@ -21,6 +21,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::provenance::Labels;
 use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1::{self, PageSpan};
+use postcopy_tests::dav::DavServer;
 use postcopy_tests::s3::{self, S3Server};
 use prost::Message;
 use std::collections::BTreeSet;
@@ -35,13 +36,14 @@ struct Place {
     faulty: Option<Arc<Faulty>>,
     _dir: Option<tempfile::TempDir>,
     _server: Option<S3Server>,
+    _dav: Option<DavServer>,
 }
 
 impl Place {
     fn directory() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let location = Location::Directory(dir.path().join("store"));
-        Self { location, faulty: None, _dir: Some(dir), _server: None }
+        Self { location, faulty: None, _dir: Some(dir), _server: None, _dav: None }
     }
 
     fn bucket(seed: u64, faults: Faults) -> Self {
@@ -49,7 +51,8 @@ impl Place {
         faulty.set(faults);
         let store: Arc<dyn ObjectStore> = faulty.clone();
         let bucket = Arc::new(Bucket::new(store, "a/prefix", "memory:").unwrap());
-        Self { location: Location::Bucket(bucket), faulty: Some(faulty), _dir: None, _server: None }
+        let location = Location::Bucket(bucket);
+        Self { location, faulty: Some(faulty), _dir: None, _server: None, _dav: None }
     }
 
     fn s3() -> Self {
@@ -70,8 +73,15 @@ impl Place {
         Self::of(Bucket::new(Arc::new(store.unwrap()), "p", "s3://bkt").unwrap(), Some(server))
     }
 
+    fn dav() -> Self {
+        let server = DavServer::start();
+        let bucket = Bucket::of_url(&server.url("a/prefix")).unwrap();
+        Self { _dav: Some(server), ..Self::of(bucket, None) }
+    }
+
     fn of(bucket: Bucket, server: Option<S3Server>) -> Self {
-        Self { location: Location::Bucket(Arc::new(bucket)), faulty: None, _dir: None, _server: server }
+        let location = Location::Bucket(Arc::new(bucket));
+        Self { location, faulty: None, _dir: None, _server: server, _dav: None }
     }
 
     /// Opens the store, as another server does.
@@ -96,6 +106,7 @@ fn on_each_kind(test: impl Fn(&Place)) {
     on_each_fast_kind(&test);
     if std::env::var_os(TESTED).is_none() {
         test(&Place::s3());
+        test(&Place::dav());
     }
 }
 
@@ -467,17 +478,6 @@ fn a_collection_that_fails_keeps_commits_away_until_its_deletion_ends() {
 }
 
 #[test]
-fn odd_prefixes_and_odd_objects_are_no_obstacle() {
-    let bucket = Bucket::new(Faulty::new(1), "a/~x=1", "memory:").unwrap();
-    let place = Place::of(bucket, None);
-    let (store, image) = (place.open(), Image::of_seed(1));
-    let (layout, empty) = (&store.objects.layout, Digest::of(b"empty"));
-    put(&store.objects, &layout.pack(&empty), b"");
-    put(&store.objects, &layout.packs().join("00/letter"), b"dear");
-    put(&store.objects, &layout.deletions().join("letter"), b"dear");
-    image.push(&store, "a");
-    assert_eq!(collect(&place, Duration::ZERO), Collected::default());
-#[test]
 fn times_are_those_of_the_store_s_clock() {
     on_each_kind(|place| {
         drop(place.open());
@@ -498,6 +498,17 @@ fn times_are_those_of_the_store_s_clock() {
     });
 }
 
+#[test]
+fn odd_prefixes_and_odd_objects_are_no_obstacle() {
+    let bucket = Bucket::new(Faulty::new(1), "a/~x=1", "memory:").unwrap();
+    let place = Place::of(bucket, None);
+    let (store, image) = (place.open(), Image::of_seed(1));
+    let (layout, empty) = (&store.objects.layout, Digest::of(b"empty"));
+    put(&store.objects, &layout.pack(&empty), b"");
+    put(&store.objects, &layout.packs().join("00/letter"), b"dear");
+    put(&store.objects, &layout.deletions().join("letter"), b"dear");
+    image.push(&store, "a");
+    assert_eq!(collect(&place, Duration::ZERO), Collected::default());
     assert_served(&place.open(), &image);
     let damage = place.damage();
     assert!(damage.len() == 1 && damage[0].object == format!("pack {empty}"), "{damage:?}");

@@ -38,6 +38,9 @@ const PARALLEL: usize = 32;
 const MAX_ONE_LIST: usize = 10_000;
 /// Attempts to replace an object that others replace, too.
 const UPDATES: usize = 20;
+/// More attempts to write an object of a WebDAV server, one for each folder above it that others
+/// may make.
+const FOLDER_ATTEMPTS: usize = 4;
 /// Bytes from which on an object is read and written in parts of this size, so that each request is
 /// short.
 const PART_BYTES: usize = 8 << 20;
@@ -64,6 +67,8 @@ pub struct Bucket {
     /// The name in messages.
     name: String,
     clock: Clock,
+    /// True if one request lists objects at any depth. Many WebDAV servers refuse that.
+    lists_trees: bool,
     cache_memory: usize,
     cache: Option<Arc<DiskCache>>,
     peers: Option<Arc<dyn Peers>>,
@@ -82,12 +87,14 @@ impl Bucket {
         let refused = |reason: String| OpenError::Bucket { url: url.to_owned(), reason };
         #[cfg(feature = "clients")]
         {
-            let (store, prefix) = client::connect(url).map_err(refused)?;
+            let client::Client { store, prefix, lists_trees } = client::connect(url).map_err(refused)?;
             let name = url.trim_end_matches(prefix.as_ref()).trim_end_matches('/');
             // Without a name and a password.
             let (scheme, rest) = name.split_once("://").unwrap_or(("", name));
             let rest = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
-            Self::new(store, prefix.as_ref(), &format!("{scheme}://{rest}"))
+            let mut bucket = Self::new(store, prefix.as_ref(), &format!("{scheme}://{rest}"))?;
+            bucket.lists_trees = lists_trees;
+            Ok(bucket)
         }
         #[cfg(not(feature = "clients"))]
         Err(refused("this build has no clients of buckets".to_owned()))
@@ -108,6 +115,7 @@ impl Bucket {
             prefix: prefix.into(),
             name: name.to_owned(),
             clock: Clock(Box::new(monotonic)),
+            lists_trees: true,
             cache_memory: CACHE_MEMORY_BYTES,
             cache: None,
             peers: None,
@@ -285,7 +293,15 @@ impl Bucket {
     }
 
     pub(crate) async fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
-        self.store.put(&key(path), bytes.into()).await.map(|_| ()).map_err(self.failed(path))
+        let mut put = self.store.put(&key(path), bytes.clone().into()).await;
+        // Of two requests that make the same folder of a WebDAV server at once, one fails.
+        for _ in 0..FOLDER_ATTEMPTS {
+            if put.is_ok() || self.lists_trees {
+                break;
+            }
+            put = self.store.put(&key(path), bytes.clone().into()).await;
+        }
+        put.map(|_| ()).map_err(self.failed(path))
     }
 
     /// Writes an object, in parts if it is large.
@@ -293,7 +309,13 @@ impl Bucket {
         if bytes.len() <= PART_BYTES {
             return self.put(path, bytes).await;
         }
-        let upload = self.store.put_multipart(&key(path)).await.map_err(self.failed(path))?;
+        let upload = match self.store.put_multipart(&key(path)).await {
+            // WebDAV has no parts.
+            Err(Error::NotImplemented { .. } | Error::NotSupported { .. }) => {
+                return self.put(path, bytes).await;
+            }
+            upload => upload.map_err(self.failed(path))?,
+        };
         let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -425,14 +447,8 @@ impl Bucket {
     /// Returns the objects of the subdirectories `dirs` of `top`, which has no others.
     pub(crate) async fn entries_of(&self, top: &Path, dirs: &[PathBuf]) -> Result<Vec<Entry>, StoreError> {
         // One list, a request for each 1,000 objects, unless they are many.
-        let first: Vec<_> = self
-            .store
-            .list(Some(&key(top)))
-            .take(MAX_ONE_LIST + 1)
-            .try_collect()
-            .await
-            .map_err(self.failed(top))?;
-        if first.len() <= MAX_ONE_LIST {
+        let first = if self.lists_trees { self.below(top, MAX_ONE_LIST + 1).await? } else { Vec::new() };
+        if self.lists_trees && first.len() <= MAX_ONE_LIST {
             return Ok(first.iter().filter_map(entry).collect());
         }
         let all = stream::iter(dirs).map(|dir| self.entries(dir)).buffered(PARALLEL);
@@ -443,15 +459,34 @@ impl Bucket {
         .await
     }
 
+    /// Returns the first `most` objects below a directory, at any depth.
+    async fn below(&self, dir: &Path, most: usize) -> Result<Vec<ObjectMeta>, StoreError> {
+        if self.lists_trees {
+            let listed = self.store.list(Some(&key(dir))).take(most);
+            return listed.try_collect().await.map_err(self.failed(dir));
+        }
+        let (mut found, mut dirs) = (Vec::new(), vec![key(dir)]);
+        while !dirs.is_empty() && found.len() < most {
+            let listed = stream::iter(&dirs).map(|dir| self.store.list_with_delimiter(Some(dir)));
+            let listed: Vec<_> = listed.buffered(PARALLEL).try_collect().await.map_err(self.failed(dir))?;
+            dirs.clear();
+            for listed in listed {
+                found.extend(listed.objects);
+                dirs.extend(listed.common_prefixes);
+            }
+        }
+        found.truncate(most);
+        Ok(found)
+    }
+
     /// Returns the paths below a directory, at any depth.
     pub(crate) async fn paths_below(&self, dir: &Path) -> Result<Vec<PathBuf>, StoreError> {
-        let listed = self.store.list(Some(&key(dir))).map_ok(|meta| PathBuf::from(meta.location.as_ref()));
-        listed.try_collect().await.map_err(self.failed(dir))
+        let listed = self.below(dir, usize::MAX).await?;
+        Ok(listed.iter().map(|meta| PathBuf::from(meta.location.as_ref())).collect())
     }
 
     pub(super) async fn remove_below(&self, dir: &Path) -> Result<Option<u64>, StoreError> {
-        let listed: Vec<ObjectMeta> =
-            self.store.list(Some(&key(dir))).try_collect().await.map_err(self.failed(dir))?;
+        let listed = self.below(dir, usize::MAX).await?;
         let bytes = listed.iter().map(|meta| meta.size).sum();
         let paths: Vec<_> = listed.iter().map(|meta| PathBuf::from(meta.location.as_ref())).collect();
         self.delete_all(&paths).await?;

@@ -14,13 +14,22 @@ const REQUEST_TIME: Duration = Duration::from_secs(15);
 /// Most repetitions of a failed request. The time ends them before.
 const RETRIES: usize = 1000;
 
-/// Makes the client of a URL's bucket. Returns it with the path in the bucket.
-pub(super) fn connect(url: &str) -> Result<(Arc<dyn ObjectStore>, Key), String> {
+/// A client of a URL's bucket.
+pub(super) struct Client {
+    pub(super) store: Arc<dyn ObjectStore>,
+    /// The path in the bucket.
+    pub(super) prefix: Key,
+    /// True if one request lists objects at any depth.
+    pub(super) lists_trees: bool,
+}
+
+/// Makes the client of a URL's bucket.
+pub(super) fn connect(url: &str) -> Result<Client, String> {
     // Only one caller installs it; the others find it installed.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let parsed = Url::parse(url).map_err(|e| e.to_string())?;
     let (scheme, path) = ObjectStoreScheme::parse(&parsed).map_err(|e| e.to_string())?;
-    let store: object_store::Result<Arc<dyn ObjectStore>> = match scheme {
+    let store: object_store::Result<Arc<dyn ObjectStore>> = match &scheme {
         #[cfg(feature = "aws")]
         ObjectStoreScheme::AmazonS3 => {
             let builder = object_store::aws::AmazonS3Builder::from_env().with_url(url);
@@ -49,8 +58,10 @@ pub(super) fn connect(url: &str) -> Result<(Arc<dyn ObjectStore>, Key), String> 
         }
         _ => return Err(format!("{}: not a kind of bucket that this build knows", parsed.scheme())),
     };
-    let path = Key::parse(path).map_err(|e| e.to_string())?;
-    store.map(|store| (store, path)).map_err(|e| crate::store::chain(&e))
+    let prefix = Key::parse(path).map_err(|e| e.to_string())?;
+    // Many WebDAV servers refuse it.
+    let lists_trees = !matches!(scheme, ObjectStoreScheme::Http);
+    store.map(|store| Client { store, prefix, lists_trees }).map_err(|e| crate::store::chain(&e))
 }
 
 /// Returns the options of the HTTP client. Endpoints of plain HTTP must be allowed by the operator.
