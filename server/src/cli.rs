@@ -121,7 +121,7 @@ struct Gc {
     /// Time from condemning an object to its deletion, longer than a push takes, such as 90s or 7d
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
     grace: Duration,
-    /// Do not wait: delete only objects that an earlier run condemned at least the grace time ago
+    /// Do not wait: delete only objects that were condemned at least the grace time ago
     #[arg(long)]
     no_wait: bool,
     /// Say what would be deleted and repacked, and change nothing

@@ -5,10 +5,11 @@
 //!    that are not the preferred ones of a marked chunk ([`uses`]).
 //! 2. Wait for the grace time. A push that relies on a condemned object pardons it
 //!    ([`super::commit`]).
-//! 3. Decode the copies of condemned packs' chunks in other packs. Mark again, and delete the
-//!    objects that are still condemned and that nothing needs ([`judge`]). Commits and other collectors are
-//!    excluded meanwhile, in a directory by a lock, in a bucket by a deletion
-//!    ([`super::lease::stored`]).
+//! 3. Mark again, and decode the copies of condemned packs' chunks in other packs. Then exclude
+//!    commits and other collectors, in a directory by a lock, in a bucket by a deletion
+//!    ([`super::lease::stored`]). Mark what has come meanwhile, and delete the objects that are still
+//!    condemned and that nothing needs ([`judge`]). In a directory this happens in rounds, between
+//!    which pushes have their turn.
 //!
 //! An unreadable reference or manifest might need any object, so it stops the collection.
 
@@ -47,6 +48,8 @@ use uses::Uses;
 const STAGED_MAX_AGE: Duration = Duration::from_secs(3600);
 /// Objects that are deleted before the right to do so is renewed.
 const BATCH: usize = 1000;
+/// Objects that are deleted from a directory under one lock, which takes about half a second.
+const ROUND: usize = if cfg!(test) { 3 } else { 1000 };
 
 /// The result of a collection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -263,8 +266,9 @@ impl Collector {
     /// deleted.
     ///
     /// # Blocking
-    /// Delays commits while it reads all manifests and deletes. In a bucket, it makes those fail that
-    /// need one of the objects which it deletes.
+    /// Delays commits while it reads the references and what is new of their images, and while it
+    /// deletes, in rounds of some hundred milliseconds. In a bucket, it makes those fail that need one
+    /// of the objects which it deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
         let now = self.objects.now()?;
         let is_due = |(_, since): &(Digest, SystemTime)| stored::age(now, *since) >= grace;
@@ -274,42 +278,38 @@ impl Collector {
         let announced: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
         // Before commits are delayed, because it takes long.
         let copies = self.sound_copies(&announced)?;
-        let deleting = Deleting::begin(&self.objects, &announced)?;
-        let renew = || deleting.renew();
-        // A push may have pardoned some meanwhile.
-        let listed = condemned::list(&self.objects)?.into_iter().filter(is_due);
-        let still_due: HashSet<_> = listed.map(|(object, _)| object).collect();
-        let due: Vec<_> = announced.iter().copied().filter(|object| still_due.contains(object)).collect();
-        let marked = self.mark(&renew)?;
-        // After the mark: a collector that began later has then marked what this one has.
-        let gone = deleting.gone(&announced)?;
-        let mut collected = Collected::default();
-        let Judged { garbage, needed } = self.judge(&marked, &due, Some(&copies), &gone, &renew)?;
-        condemned::pardon_all(&self.objects, &needed)?;
-        let of_kind = |wanted: Garbage| -> Vec<Digest> {
-            garbage.iter().filter(|(_, kind)| *kind == wanted).map(|(object, _)| *object).collect()
+        let mut marked = self.mark(&|| Ok(()))?;
+        let (mut collected, mut is_first) = (Collected::default(), true);
+        let mut left = self.in_order(&announced)?;
+        let gone = loop {
+            // In a bucket all objects are announced together.
+            let round = if self.objects.has_locks() { ROUND.min(left.len()) } else { left.len() };
+            let rest = left.split_off(round);
+            let deleting = Deleting::begin(&self.objects, &left)?;
+            let renew = || deleting.renew();
+            // Who refers to an image after the first round pardons what the image needs.
+            match std::mem::take(&mut is_first) {
+                true => self.mark_more(&mut marked, &renew)?,
+                false => self.mark_leases(&mut marked, &renew)?,
+            }
+            // After the mark: a collector that began later has then marked what this one has.
+            let gone = deleting.gone(&announced)?;
+            let due = self.still_due(&left, is_due)?;
+            let judged = self.judge(&marked, &due, Some(&copies), &gone, &renew)?;
+            self.delete_garbage(&deleting, judged, &mut collected)?;
+            if rest.is_empty() {
+                let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
+                collected.working_sets = working_sets;
+                collected.bytes += bytes;
+            }
+            deleting.finish();
+            if rest.is_empty() {
+                break gone;
+            }
+            let done = announced.len() - rest.len();
+            self.reporter.report("condemned objects judged", done as u64, announced.len() as u64);
+            left = rest;
         };
-        // Manifests, which include roots, are deleted first: a client must not reach by digest an
-        // image whose packs are gone.
-        let layout = &self.objects.layout;
-        for digests in of_kind(Garbage::Manifest).chunks(BATCH) {
-            let manifests = digests.iter().map(|digest| layout.manifest(digest));
-            let paths: Vec<_> =
-                manifests.chain(digests.iter().map(|digest| layout.locator(digest))).collect();
-            collected.bytes += self.delete(&deleting, digests, &paths)?;
-            collected.manifests += digests.len() as u64;
-        }
-        let packs = of_kind(Garbage::Pack);
-        for digests in packs.chunks(BATCH) {
-            let paths: Vec<_> = digests.iter().map(|digest| layout.pack(digest)).collect();
-            collected.bytes += self.delete(&deleting, digests, &paths)?;
-            collected.packs += digests.len() as u64;
-            self.reporter.report("packs deleted", collected.packs, packs.len() as u64);
-        }
-        let (working_sets, bytes) = working_sets::remove_orphans(&self.objects)?;
-        collected.working_sets = working_sets;
-        collected.bytes += bytes;
-        deleting.finish();
         let young: Vec<_> = young.into_iter().map(|(object, _)| object).collect();
         // The collection after the grace time checks the copies.
         let gone = gone.into_iter().chain(young.iter().copied()).collect();
@@ -318,6 +318,69 @@ impl Collector {
         condemned::pardon_all(&self.objects, &needed)?;
         self.delete_left_overs(grace, &mut collected)?;
         Ok(collected)
+    }
+
+    /// Returns condemned objects in the order of their deletion, roots and segments before packs: a
+    /// client must not reach by digest an image whose packs are gone.
+    fn in_order(&self, condemned: &[Digest]) -> Result<Vec<Digest>, StoreError> {
+        if !self.objects.has_locks() {
+            // One round holds all.
+            return Ok(condemned.to_vec());
+        }
+        let paths: Vec<_> = condemned.iter().map(|object| self.objects.layout.manifest(object)).collect();
+        let lengths = self.objects.lengths(&paths)?;
+        let (manifests, packs): (Vec<_>, Vec<_>) =
+            condemned.iter().zip(lengths).partition(|(_, length)| length.is_some());
+        Ok(manifests.into_iter().chain(packs).map(|(object, _)| *object).collect())
+    }
+
+    /// Returns those of a round's objects that no push has pardoned meanwhile.
+    fn still_due(
+        &self,
+        round: &[Digest],
+        is_due: impl Fn(&(Digest, SystemTime)) -> bool,
+    ) -> Result<Vec<Digest>, StoreError> {
+        if !self.objects.has_locks() {
+            let listed = condemned::list(&self.objects)?.into_iter().filter(is_due);
+            let listed: HashSet<_> = listed.map(|(object, _)| object).collect();
+            return Ok(round.iter().copied().filter(|object| listed.contains(object)).collect());
+        }
+        let mut due = Vec::new();
+        for object in round {
+            let since = self.objects.written(&self.objects.layout.condemned(object))?;
+            due.extend(since.map(|since| (*object, since)).filter(&is_due).map(|(object, _)| object));
+        }
+        Ok(due)
+    }
+
+    /// Deletes what nothing needs, and pardons the other objects.
+    fn delete_garbage(
+        &self,
+        deleting: &Deleting,
+        Judged { garbage, needed }: Judged,
+        collected: &mut Collected,
+    ) -> Result<(), StoreError> {
+        condemned::pardon_all(&self.objects, &needed)?;
+        let layout = &self.objects.layout;
+        let of_kind = |wanted: Garbage| -> Vec<Digest> {
+            garbage.iter().filter(|(_, kind)| *kind == wanted).map(|(object, _)| *object).collect()
+        };
+        for digests in of_kind(Garbage::Manifest).chunks(BATCH) {
+            let manifests = digests.iter().map(|digest| layout.manifest(digest));
+            let paths: Vec<_> =
+                manifests.chain(digests.iter().map(|digest| layout.locator(digest))).collect();
+            collected.bytes += self.delete(deleting, digests, &paths)?;
+            collected.manifests += digests.len() as u64;
+        }
+        let packs = of_kind(Garbage::Pack);
+        let before = collected.packs;
+        for digests in packs.chunks(BATCH) {
+            let paths: Vec<_> = digests.iter().map(|digest| layout.pack(digest)).collect();
+            collected.bytes += self.delete(deleting, digests, &paths)?;
+            collected.packs += digests.len() as u64;
+            self.reporter.report("packs deleted", collected.packs - before, packs.len() as u64);
+        }
+        Ok(())
     }
 
     /// Deletes objects and their entries. Returns their bytes.

@@ -10,7 +10,6 @@ use crate::store::format::{self, Location};
 use crate::store::gc::Deleting;
 use crate::store::index::run::Place;
 use crate::store::layout::{Domain, Layout};
-use crate::store::lease::stored::MAX_DELETIONS;
 use crate::store::objects::Objects;
 use crate::store::packs::{Packs, check_frame};
 use crate::store::verify::{Damage, unreadable, verify_manifest, verify_pack};
@@ -19,7 +18,7 @@ use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::pack::{MAX_PACK_BYTES, PackBuilder, PackIndex};
 use rayon::prelude::*;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -59,8 +58,8 @@ type Places = HashMap<Digest, Vec<(Digest, Place)>>;
 /// Returns [`OpenError`] if the store cannot be opened. Later errors are in the result.
 ///
 /// # Blocking
-/// Reads all packs, roots and segments, on all cores. Delays commits while it
-/// reads the damaged ones again and moves them.
+/// Reads all packs, roots and segments, on all cores. Delays commits while it reads some damaged ones
+/// again and moves them.
 pub fn repair(location: impl Into<Location>, domain: Domain) -> Result<Repaired, OpenError> {
     let objects = format::open(&location.into(), domain)?;
     let mut repaired = Repaired::default();
@@ -88,19 +87,32 @@ fn repair_all(objects: &Objects, repaired: &mut Repaired) -> Result<(), StoreErr
 fn repair_packs(objects: &Objects, packs: &[Digest], repaired: &mut Repaired) -> Result<(), StoreError> {
     let known = Packs::new(objects);
     let places = places(&known, packs)?;
-    // New packs that have the names of damaged ones: those with a damaged header or trailer alone.
-    let mut mended = Vec::new();
-    for pack in packs {
-        let Some((saved, chunks)) = sound_chunks(objects, pack, places.get(pack))? else { continue };
-        repaired.chunks += chunks;
-        let digest = Digest::of(&saved);
-        match places.contains_key(&digest) {
-            true => mended.push((digest, saved)),
-            false => drop(known.store(digest, &saved)?),
+    let is_damaged: HashSet<_> = packs.iter().copied().collect();
+    let mut last = Vec::new();
+    for batch in packs.chunks(batch(objects)) {
+        // New packs that have the names of damaged ones must wait until these are away: most are
+        // packs with a damaged header or trailer alone.
+        let mut mended = Vec::new();
+        for pack in batch {
+            let Some((saved, chunks)) = sound_chunks(objects, pack, places.get(pack))? else { continue };
+            repaired.chunks += chunks;
+            let digest = Digest::of(&saved);
+            match is_damaged.contains(&digest) {
+                true if digest == *pack => mended.push((digest, saved)),
+                true => last.push((digest, saved)),
+                false => drop(known.store(digest, &saved)?),
+            }
         }
+        set_aside(objects, &PACK, batch, repaired)?;
+        mended.iter().try_for_each(|(digest, saved)| known.store(*digest, saved).map(drop))?;
     }
-    set_aside(objects, &PACK, packs, repaired)?;
-    mended.iter().try_for_each(|(digest, saved)| known.store(*digest, saved).map(drop))
+    last.iter().try_for_each(|(digest, saved)| known.store(*digest, saved).map(drop))
+}
+
+/// Returns the number of objects that are set aside together. In a directory, commits wait
+/// meanwhile, up to a second for 4 packs of 64 MiB, which are in memory.
+fn batch(objects: &Objects) -> usize {
+    if objects.has_locks() { 4 } else { 1000 }
 }
 
 /// Returns the defect of an object; `None` if it is sound or gone.
@@ -219,7 +231,7 @@ fn set_aside(
     damaged: &[Digest],
     repaired: &mut Repaired,
 ) -> Result<(), StoreError> {
-    for batch in damaged.chunks(MAX_DELETIONS) {
+    for batch in damaged.chunks(batch(objects)) {
         let deleting = Deleting::begin(objects, batch)?;
         for digest in batch {
             deleting.renew()?;

@@ -38,35 +38,72 @@ impl Marked {
 impl Collector {
     /// Returns what is needed. Calls `renew` from time to time.
     pub(super) fn mark(&self, renew: &Renew<'_>) -> Result<Marked, StoreError> {
+        let mut marked = Marked::default();
+        self.mark_more(&mut marked, renew)?;
+        Ok(marked)
+    }
+
+    /// Adds what is needed since an earlier mark. Reads the manifests of other images alone.
+    pub(super) fn mark_more(&self, marked: &mut Marked, renew: &Renew<'_>) -> Result<(), StoreError> {
         // The leases first: a commit writes its reference before it gives up its lease.
         let Leased { images, objects } = leased(&self.objects)?;
-        let mut marked = Marked { leased: objects, ..Marked::default() };
+        marked.leased.extend(objects);
         let references = references::list(&self.objects)?;
         let referred = self.parallel("references read", &references, renew, |reference| {
             references::read(&self.objects, reference)
         })?;
         // Each image with one of its references, for messages.
-        let (mut names, mut named) = (Vec::new(), HashSet::new());
+        let mut names: Vec<(Digest, Option<&TagReference>)> = Vec::new();
         for (reference, referred) in references.iter().zip(referred) {
             // `None`: the reference was removed after it was listed.
-            if let Some(referred) = referred
-                && named.insert(referred.image)
-            {
-                names.push((referred.image, Some(reference)));
+            names.extend(referred.map(|referred| (referred.image, Some(reference))));
+        }
+        self.mark_images(marked, names, renew)?;
+        self.mark_leased(marked, images, renew)
+    }
+
+    /// Adds what leases need that were taken since an earlier mark. An image of which a part was
+    /// deleted before its lease is lost already.
+    pub(super) fn mark_leases(&self, marked: &mut Marked, renew: &Renew<'_>) -> Result<(), StoreError> {
+        let Leased { images, objects } = leased(&self.objects)?;
+        marked.leased.extend(objects);
+        for image in images {
+            match self.mark_leased(marked, vec![image], renew) {
+                Err(StoreError::NotFound(_) | StoreError::Damaged { .. }) => {}
+                other => other?,
             }
         }
+        Ok(())
+    }
+
+    fn mark_leased(
+        &self,
+        marked: &mut Marked,
+        images: Vec<Digest>,
+        renew: &Renew<'_>,
+    ) -> Result<(), StoreError> {
+        let mut names = Vec::new();
         for image in images {
             // A stream may outlive an image that was damaged or removed by hand.
-            if !named.contains(&image) && self.manifests.is_stored(&image)? {
-                named.insert(image);
+            if !marked.manifests.contains(&image) && self.manifests.is_stored(&image)? {
                 names.push((image, None));
             }
         }
+        self.mark_images(marked, names, renew)
+    }
+
+    /// Adds what those of these images need that are not marked.
+    fn mark_images(
+        &self,
+        marked: &mut Marked,
+        mut names: Vec<(Digest, Option<&TagReference>)>,
+        renew: &Renew<'_>,
+    ) -> Result<(), StoreError> {
+        names.retain(|(image, _)| marked.manifests.insert(*image));
         let roots = self.parallel("images read", &names, renew, |(image, name)| {
             self.manifests.read_root(image).map_err(|error| needed_by(*name, error))
         })?;
         marked.images.extend(names.iter().map(|(image, _)| *image));
-        marked.manifests.extend(marked.images.iter().copied());
         let mut segments = Vec::new();
         for (root, (_, name)) in roots.iter().zip(&names) {
             for (index, digest) in (0..).zip(root.segment_digests()) {
@@ -80,7 +117,7 @@ impl Collector {
             Ok(segment.map_err(|error| needed_by(*name, error))?.digests().collect::<Vec<_>>())
         })?;
         marked.chunks.extend(chunks.into_iter().flatten());
-        Ok(marked)
+        Ok(())
     }
 
     /// Calls `work` with each item, for many items on several threads: those of a bucket mostly wait.

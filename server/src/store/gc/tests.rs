@@ -88,6 +88,41 @@ fn what_a_push_finds_is_pardoned() {
     }
 }
 
+/// Images are committed between the rounds of a collection that deletes their objects.
+#[test]
+fn between_two_rounds_images_are_committed_completely_or_not_at_all() {
+    let (dir, store) = store();
+    let images: Vec<_> = (1..9).map(Image::of_seed).collect();
+    for image in &images {
+        image.push(&store, "a:removed");
+    }
+    store.remove_reference(&"a:removed".parse().unwrap()).unwrap();
+    collector(dir.path()).condemn().unwrap();
+    let (store, committed) =
+        (std::sync::Arc::new(store), std::sync::Arc::new(std::sync::Mutex::new(Vec::new())));
+    let (rounds, of_rounds) = (std::sync::Arc::clone(&store), std::sync::Arc::clone(&committed));
+    let between = move |progress: Progress| {
+        if progress.work != "condemned objects judged" {
+            return;
+        }
+        for (number, image) in images.iter().enumerate() {
+            let reference = format!("a:{number}").parse().unwrap();
+            let root = image.manifest.root_bytes.clone();
+            let outcome = rounds.commit(&reference, Labels::default(), root, &Caller::default()).unwrap();
+            if matches!(outcome, CommitOutcome::Committed(_)) {
+                of_rounds.lock().unwrap().push(number);
+            }
+        }
+    };
+    collector(dir.path()).with_progress(between).sweep(Duration::ZERO).unwrap();
+    let committed = committed.lock().unwrap();
+    assert!(!committed.is_empty(), "no image was complete after the first round");
+    let verified = verify(dir.path(), Domain::DEFAULT).unwrap();
+    assert_eq!(verified.damage, []);
+    let references: std::collections::BTreeSet<_> = committed.iter().collect();
+    assert_eq!(verified.references, references.len() as u64);
+}
+
 #[test]
 fn nothing_is_deleted_when_something_cannot_be_read() {
     let (dir, store) = store();
