@@ -315,6 +315,43 @@ impl Remote {
         page_client(self.channel.clone())
     }
 
+    /// Returns the digest of the image that `reference` stands for now.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    pub async fn resolve(
+        &self,
+        reference: &postcopy_proto::reference::Reference,
+    ) -> Result<Digest, RemoteError> {
+        repeat(Repeated::Refused, || self.resolve_once(reference)).await
+    }
+
+    /// Does the same, also over another connection if this one was cut.
+    pub(crate) async fn resolve_again(
+        &self,
+        reference: &postcopy_proto::reference::Reference,
+    ) -> Result<Digest, RemoteError> {
+        repeat(Repeated::Cut, || self.resolve_once(reference)).await
+    }
+
+    async fn resolve_once(
+        &self,
+        reference: &postcopy_proto::reference::Reference,
+    ) -> Result<Digest, RemoteError> {
+        let what = format!("opening {reference}");
+        let request = v1::OpenImageRequest { reference: reference.to_string(), ..Default::default() };
+        let mut pages = self.pages();
+        let stream = within(&self.address, "manifest", pages.open_image(request)).await?;
+        let mut stream = stream.map_err(self.address.status(&what))?.into_inner();
+        let part = within(&self.address, "manifest", stream.message()).await?;
+        match part.map_err(self.address.status(&what))?.and_then(|part| part.part) {
+            Some(Part::Opened(opened)) => {
+                Digest::try_from(&opened.image[..]).map_err(|e| self.address.wrong("image digest", e))
+            }
+            _ => Err(self.address.wrong("answer", "its first part is not `opened`")),
+        }
+    }
+
     /// Opens the image that `reference` stands for. Returns the image as soon as its root has
     /// arrived, and the stream of its segments: first those of `first_paths`, then all others if
     /// `all_segments` is set.

@@ -14,7 +14,6 @@
 use super::backoff::Backoff;
 use super::{MAX_SILENCE, RemoteError, ServerAddress};
 use std::future::Future;
-use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 use tonic::{Code, Response, Status};
 
@@ -38,8 +37,8 @@ pub enum Patience {
     /// An hour, for an upload, a commit, or a look for missing chunks. For the last, a server whose
     /// chunk index is lost reads the trailers of all its packs.
     Long,
-    /// An hour, for a change that must not be repeated without the server's word: a proxy may
-    /// answer UNAVAILABLE after the server has made it.
+    /// An hour, for a change that must not be repeated without the server's word: the server may
+    /// have made it before the connection was cut, or a proxy answers UNAVAILABLE after that.
     Change,
 }
 
@@ -118,13 +117,12 @@ pub(crate) struct Attempts {
     repeated: Repeated,
     /// The time of the first failure.
     since: Option<Instant>,
-    was_cut: bool,
     backoff: Backoff,
 }
 
 impl Attempts {
     pub(crate) fn new(repeated: Repeated) -> Self {
-        Self { repeated, since: None, was_cut: false, backoff: Backoff::new() }
+        Self { repeated, since: None, backoff: Backoff::new() }
     }
 
     /// Pauses until the next attempt is due.
@@ -140,24 +138,21 @@ impl Attempts {
     fn pause_after(&mut self, error: &RemoteError) -> Option<Duration> {
         let (pause, most) = match pause_of_refusal(error, self.repeated, &mut self.backoff) {
             Some(pause) => (pause, MAX_REFUSED),
-            None if self.repeated == Repeated::Cut && self.is_cut(error) => (self.backoff.pause(), MAX_CUT),
+            None if self.repeated == Repeated::Cut && is_cut(error) => (self.backoff.pause(), MAX_CUT),
             None => return None,
         };
         let since = self.since.get_or_insert_with(Instant::now);
         (since.elapsed() + pause <= most).then_some(pause)
     }
+}
 
-    /// Returns true if the connection was lost while the server could process the request, or if
-    /// it cannot be made again after that.
-    fn is_cut(&mut self, error: &RemoteError) -> bool {
-        match error {
-            RemoteError::Connect { is_denied, .. } => self.was_cut && !is_denied,
-            RemoteError::Status { status, .. } if super::is_of_connection(status) => {
-                self.was_cut |= !is_of_connecting(status);
-                self.was_cut
-            }
-            _ => false,
-        }
+/// Returns true if the connection was lost, or cannot be made again. Whoever sends a request has
+/// connected to the server before.
+fn is_cut(error: &RemoteError) -> bool {
+    match error {
+        RemoteError::Connect { is_denied, .. } => !is_denied,
+        RemoteError::Status { status, .. } => super::is_of_connection(status),
+        _ => false,
     }
 }
 
@@ -180,19 +175,6 @@ fn pause_of_refusal(error: &RemoteError, repeated: Repeated, backoff: &mut Backo
         // The random part keeps clients apart that were refused at once.
         Some(Some(ms)) => Some(Duration::from_millis(ms) + pause),
     }
-}
-
-/// Returns true if the connection could not be made.
-fn is_of_connecting(status: &Status) -> bool {
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        let error_of_io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-        if matches!(error_of_io, Some(ErrorKind::ConnectionRefused | ErrorKind::NotFound)) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
 }
 
 /// Returns true if no server has processed the request: the client had it in a queue when the

@@ -5,6 +5,8 @@ use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::noise;
 use postcopy_tests::proxy::{Break, Direction, How, Proxy};
 use postcopy_tests::server::Server;
+use postcopy_tests::store::StoreDir;
+use postcopy_tests::wait_until;
 use std::fs;
 use std::time::Duration;
 
@@ -42,5 +44,32 @@ fn transfers_survive_connections_that_are_cut_once() {
             }
         }
         assert!(cut >= 14, "only {cut} connections were cut");
+    });
+}
+
+/// A server that is killed in the middle refuses connections until it runs again.
+#[test]
+fn a_push_survives_a_server_that_is_killed_and_starts_again() {
+    within(WATCHDOG, || {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, mem) = (folder.path().join("store"), folder.path().join("mem"));
+        let content = noise(96 << 20, 9);
+        fs::write(&mem, &content).unwrap();
+        let mut server = Server::on(&store, "127.0.0.1:0");
+        let address = server.address().clone();
+        let pushing = {
+            let (address, mem) = (address.clone(), mem.clone());
+            std::thread::spawn(move || drop(run(&address, ["push", mem.to_str().unwrap(), "app"])))
+        };
+        let packs = StoreDir::new(&store);
+        wait_until("a pack is stored", || packs.packs().len() > 1);
+        server.kill();
+        std::thread::park_timeout(Duration::from_secs(1));
+        let listen = address.to_string();
+        let server = Server::on(&store, listen.trim_start_matches("http://").trim_end_matches('/'));
+        pushing.join().unwrap();
+        let target = folder.path().join("pulled");
+        let _ = run(server.address(), ["pull", "app", target.to_str().unwrap()]);
+        assert!(fs::read(target.join("mem")).unwrap() == content, "a wrong byte");
     });
 }

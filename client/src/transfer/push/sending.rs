@@ -7,7 +7,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::Manifest;
 use postcopy_proto::pack::PackBuilder;
 use postcopy_proto::provenance::Labels;
-use postcopy_proto::reference::TagReference;
+use postcopy_proto::reference::{Reference, TagReference};
 use postcopy_proto::v1::commit_response::Outcome;
 use postcopy_proto::v1::{self, commit_request, upload_pack_request};
 use postcopy_proto::{MAX_FIND_MISSING, MAX_PART_BYTES};
@@ -79,7 +79,14 @@ pub(super) async fn commit(
             let (mut images, parts) = (remote.images(), parts.clone());
             async move { images.commit(tokio_stream::iter(parts)).await }
         };
-        let response = remote.ask(&format!("commit of {reference}"), Patience::Long, send).await?;
+        // If another client moves the reference after a commit whose answer was lost, a second
+        // commit would move it back.
+        let response = match remote.ask(&format!("commit of {reference}"), Patience::Change, send).await {
+            Err(error) if error.is_no_answer() && is_committed(remote, reference, manifest).await => {
+                return Ok(Ok(manifest.root.image()));
+            }
+            response => response?,
+        };
         let missing = match response.outcome {
             Some(Outcome::Committed(v1::Committed { image })) => {
                 let image = Digest::try_from(&image[..]).map_err(|e| address.wrong("image digest", e))?;
@@ -108,4 +115,10 @@ pub(super) async fn commit(
         }
     }
     Ok(Err(PushError::Segments { server: address.to_string() }))
+}
+
+/// Returns true if the reference stands for the image, so that its commit was carried out.
+async fn is_committed(remote: &Remote, reference: &TagReference, manifest: &Manifest) -> bool {
+    let reference = Reference::Tag(reference.clone());
+    remote.resolve_again(&reference).await.is_ok_and(|image| image == manifest.root.image())
 }
