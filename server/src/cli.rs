@@ -382,6 +382,7 @@ impl Gc {
 
     async fn collect(&self, collector: Arc<Collector>) -> anyhow::Result<Result<Report, StoreError>> {
         let (condemner, grace, repacks) = (collector.clone(), self.grace, !self.no_repack);
+        let step = collector.clock_step();
         let condemn = move || match repacks {
             true => condemner.repack_and_condemn(grace),
             false => condemner.condemn().map(|latest| (Repacked::default(), latest)),
@@ -391,7 +392,7 @@ impl Gc {
             Err(error) => return Ok(Err(error)),
         };
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
-            let wait = self.grace.saturating_sub(latest);
+            let wait = self.grace.saturating_sub(latest) + step;
             tracing::info!("unreferenced objects are condemned; they are deleted in {wait:.0?}");
             tokio::time::sleep(wait).await;
         }

@@ -379,3 +379,19 @@ fn a_grace_time_has_units_and_a_bare_number_is_refused() {
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("--grace") && text.contains("time unit needed"), "{text}");
 }
+
+/// An object's age is told in steps of the file system's clock, and must not seem shorter than the
+/// grace time after that has been waited for.
+#[test]
+fn what_is_condemned_is_deleted_after_the_grace_time_by_the_same_run() {
+    let server = Server::start();
+    let (store, folder) = (StoreDir::of(&server), tempfile::tempdir().unwrap());
+    let path = folder.path().join("mem");
+    for seed in 0..8 {
+        fs::write(&path, noise(10_000, seed)).unwrap();
+        let _ = run(server.address(), ["push", path.to_str().unwrap(), "app:v1"]);
+        let _ = run(server.address(), ["rm", "app:v1"]);
+        let report = store.gc(&["--grace", "50ms"]);
+        assert_eq!((&report["packs"], &report["waiting"]), (&1.into(), &0.into()), "{report}");
+    }
+}

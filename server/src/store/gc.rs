@@ -46,6 +46,8 @@ use uses::Uses;
 /// Age from which a staged file is a left-over even while a process writes another one: writing
 /// takes seconds.
 const STAGED_MAX_AGE: Duration = Duration::from_secs(3600);
+/// Time by which an entry may be ahead of the store's clock: others may have written it meanwhile.
+const FUTURE: Duration = Duration::from_secs(60);
 /// Objects that are deleted before the right to do so is renewed.
 const BATCH: usize = 1000;
 /// Objects that are deleted from a directory under one lock, which takes about half a second.
@@ -163,6 +165,13 @@ impl Collector {
         self
     }
 
+    /// Returns the step in which the store's clock tells times: an object may seem younger by that.
+    #[must_use]
+    pub fn clock_step(&self) -> Duration {
+        // Linux's file systems take the time of the last timer tick, at least 100 a second.
+        if self.objects.has_locks() { Duration::from_millis(20) } else { Duration::from_secs(1) }
+    }
+
     /// Returns what [`Collector::repack_and_condemn`] and [`Collector::sweep`] would do, and changes
     /// nothing but the chunk index.
     ///
@@ -250,7 +259,14 @@ impl Collector {
     fn condemn_unneeded(&self, marked: &Marked, uses: &Uses) -> Result<Option<Duration>, StoreError> {
         let Unneeded { manifests: mut unneeded, packs } = self.unneeded(marked, uses)?;
         unneeded.extend(packs);
-        let condemned: HashSet<_> = condemned::list(&self.objects)?.into_iter().map(|(d, _)| d).collect();
+        let (listed, now) = (condemned::list(&self.objects)?, self.objects.now()?);
+        // An entry of the future is of a clock that was wrong, and would stay for as long.
+        let is_future = |since: &SystemTime| since.duration_since(now).is_ok_and(|ahead| ahead > FUTURE);
+        let (future, condemned): (Vec<_>, Vec<_>) =
+            listed.into_iter().partition(|(_, since)| is_future(since));
+        let future: Vec<_> = future.into_iter().map(|(object, _)| object).collect();
+        condemned::pardon_all(&self.objects, &future)?;
+        let condemned: HashSet<_> = condemned.into_iter().map(|(object, _)| object).collect();
         unneeded.retain(|object| !condemned.contains(object));
         condemned::condemn(&self.objects, &unneeded)?;
         let newest = condemned::list(&self.objects)?.into_iter().map(|(_, since)| since).max();

@@ -8,6 +8,7 @@ use crate::store::lock::still_lies_at;
 use crate::store::objects::{Objects, found};
 use postcopy_proto::digest::Digest;
 use std::fs::{self, File, TryLockError};
+use std::io;
 
 /// Takes the lease of an image.
 pub(super) fn lock(layout: &Layout, image: &Digest) -> Result<File, StoreError> {
@@ -22,7 +23,7 @@ pub(super) fn lock(layout: &Layout, image: &Digest) -> Result<File, StoreError> 
     }
 }
 
-/// Returns the images with held leases. Removes the files of the other leases.
+/// Returns the images with held leases. Removes the files of the other leases, if it can.
 ///
 /// # Errors
 /// [`StoreError::Io`].
@@ -33,7 +34,10 @@ pub(super) fn held(objects: &Objects) -> Result<Vec<Digest>, StoreError> {
         let (path, Some(image)) = (dir.join(&name), digest_of_name(&name)) else { continue };
         let Some(file) = found(File::open(&path)).map_err(io_error(&path))? else { continue };
         match file.try_lock() {
-            Ok(()) => fs::remove_file(&path).map_err(io_error(&path))?,
+            Ok(()) => match fs::remove_file(&path) {
+                Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {}
+                removed => removed.map_err(io_error(&path))?,
+            },
             Err(TryLockError::WouldBlock) => held.push(image),
             Err(TryLockError::Error(e)) => return Err(io_error(&path)(e)),
         }

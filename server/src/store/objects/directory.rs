@@ -20,6 +20,9 @@ use std::time::SystemTime;
 /// Bytes that are reserved for a file before it is read: more than most references and roots have.
 const FIRST_BYTES: usize = 4096;
 
+/// Attempts to remove a directory into which others write. What they write after the last one stays.
+const REMOVALS: usize = 8;
+
 /// A writer of files below a directory.
 #[derive(Debug)]
 pub(crate) struct Directory {
@@ -150,13 +153,21 @@ pub(super) fn entries(dir: &Path) -> Result<Vec<Entry>, StoreError> {
 
 pub(super) fn remove_below(dir: &Path) -> Result<Option<u64>, StoreError> {
     let bytes = if_dir(bytes_below(dir))?;
-    match fs::remove_dir_all(dir) {
-        Ok(()) => {
+    let mut removed = fs::remove_dir_all(dir);
+    for _ in 1..REMOVALS {
+        // Others write into it.
+        match &removed {
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => removed = fs::remove_dir_all(dir),
+            _ => break,
+        }
+    }
+    match removed {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) if e.kind() != io::ErrorKind::DirectoryNotEmpty => Err(io_error(dir)(e)),
+        Ok(()) | Err(_) => {
             sync(dir.parent().expect("it lies in the store"))?;
             Ok(Some(bytes.unwrap_or(0)))
         }
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => Ok(None),
-        Err(e) => Err(io_error(dir)(e)),
     }
 }
 
