@@ -20,6 +20,7 @@ mod huge;
 mod lying;
 mod map;
 mod model;
+mod mount;
 mod origins;
 mod pressure;
 mod progress;

@@ -17,6 +17,7 @@ pub mod keeper;
 pub mod link;
 pub mod many_regions;
 pub mod model;
+pub mod mounted;
 pub mod mounts;
 pub mod pool;
 pub mod proxy;

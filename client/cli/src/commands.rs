@@ -7,6 +7,7 @@ mod doctor;
 mod heat_map;
 mod images;
 mod interrupts;
+mod mount;
 mod origin;
 mod output;
 mod report;
@@ -154,6 +155,11 @@ enum Command {
         )
     )]
     Criu(daemons::CriuArgs),
+    /// Mount the images of a server as files, whose pages all programs of this host share
+    #[command(
+        after_help = "Example:\n  postcopy mount /mnt/images &\n  ls /mnt/images/app/v1/\n  umount /mnt/images"
+    )]
+    Mount(mount::MountArgs),
     /// Report the features that this kernel and these privileges allow
     #[command(after_help = "Example:\n  postcopy doctor\n  postcopy doctor --pid 4711")]
     Doctor {
@@ -196,7 +202,7 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     let output = Output { json: cli.json };
     let (level, is_logged_to_file) = match &cli.command {
-        Command::Firecracker(_) => (LevelFilter::INFO, false),
+        Command::Firecracker(_) | Command::Mount(_) => (LevelFilter::INFO, false),
         Command::Criu(args) => (daemons::log_level(args.verbosity), args.log_file.is_some()),
         _ => (LevelFilter::ERROR, false),
     };
@@ -207,7 +213,7 @@ pub(crate) fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let is_daemon = matches!(cli.command, Command::Firecracker(_) | Command::Criu(_));
+    let is_daemon = matches!(cli.command, Command::Firecracker(_) | Command::Criu(_) | Command::Mount(_));
     let writer = if is_daemon { BoxMakeWriter::new(|| Log) } else { BoxMakeWriter::new(std::io::stderr) };
     tracing_subscriber::fmt()
         .with_max_level(level)
@@ -253,6 +259,7 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
         Command::Report(args) => report::report(&args, output),
         Command::Firecracker(args) => daemons::firecracker(server()?, &args),
         Command::Criu(args) => daemons::criu(server, &args),
+        Command::Mount(args) => mount::mount(server()?, &args),
         Command::Doctor { pid } => doctor::doctor(pid, output),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -21,6 +21,7 @@ pub(crate) mod kernel;
 mod leases;
 mod leftovers;
 pub(crate) mod log;
+pub(crate) mod mounted;
 pub(crate) mod own_files;
 mod resuming;
 pub(crate) mod runtime_dir;

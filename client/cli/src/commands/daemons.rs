@@ -162,12 +162,12 @@ fn open_images(server: &ServerAddress, references: &[Reference]) -> Result<Vec<A
     Ok(images)
 }
 
-fn tell_systemd() {
+pub(super) fn tell_systemd() {
     // The call fails if systemd does not expect a notification.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
-fn exit_code(status: i32) -> ExitCode {
+pub(super) fn exit_code(status: i32) -> ExitCode {
     u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 

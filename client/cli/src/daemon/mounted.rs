@@ -1,0 +1,98 @@
+//! The daemon `postcopy mount`: a guardian that keeps the descriptor of /dev/fuse and the table of
+//! nodes, and a worker that answers requests.
+//!
+//! A worker's death is a pause for the programs that read files: the guardian starts another one,
+//! which has the kernel send the unanswered requests again (Linux 6.9).
+
+use super::guardian::{self, WorkerStart};
+use super::{kernel, leftovers};
+use anyhow::{Context, Result};
+use nix::sys::signalfd::SignalFd;
+use postcopy_mount::{Settings, mount, serve};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::MemfdFlags;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Time that programs have to close their files after the request to end.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// A mounted file system, which is unmounted with this value.
+#[derive(Debug)]
+struct Mounted {
+    target: PathBuf,
+    device: OwnedFd,
+    table: File,
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // It may have been unmounted by its user.
+        let _ = mount::detach(&self.target);
+    }
+}
+
+/// Mounts the images of a server at `target`, and serves them until they are unmounted. Returns the
+/// exit status. Calls `on_ready` when programs can use the mount.
+///
+/// # Errors
+/// The file system cannot be mounted, or the first worker cannot be started.
+pub(crate) fn run(
+    target: &Path,
+    settings: &Settings,
+    allow_other: bool,
+    on_ready: impl FnMut(),
+) -> Result<i32> {
+    let shown = || format!("mounting at {}", target.display());
+    let target = std::path::absolute(target).with_context(shown)?;
+    let table = rustix::fs::memfd_create("postcopy-nodes", MemfdFlags::CLOEXEC).context("a memfd")?;
+    let device = mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
+    let mounted = Mounted { target, device, table: table.into() };
+    let base = leftovers::open_descriptors()?;
+    guardian::guard(settings.deadline, GRACE, on_ready, |start| {
+        let served = work(&mounted, settings, start, &base);
+        if let Err(error) = &served {
+            tracing::error!("{}: {error:#}", mounted.target.display());
+        }
+        i32::from(served.is_err())
+    })
+}
+
+/// Serves requests until the file system is unmounted.
+fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]) -> Result<()> {
+    if start.is_successor {
+        for fd in leftovers::open_descriptors()? {
+            if !base.contains(&fd) {
+                #[expect(unsafe_code, reason = "descriptors of a process that is gone")]
+                // SAFETY: the killed worker has opened it; no value of this process owns it.
+                unsafe {
+                    kernel::close_fd(fd);
+                }
+            }
+        }
+    }
+    let mut table = mounted.table.try_clone().context("the table of nodes")?;
+    table.seek(SeekFrom::Start(0)).context("the table of nodes")?;
+    let device = mounted.device.try_clone().context("/dev/fuse")?;
+    let signals = SignalFd::new(&guardian::signals()).context("signals")?;
+    let target = mounted.target.clone();
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || end_on_signal(&signals, &target))?;
+    guardian::tell_ready(start);
+    serve(device, table, start.is_successor, settings.clone()).context("serving")
+}
+
+/// Unmounts the file system at the first signal that asks for the end. Ends the process if programs
+/// keep files open for too long.
+fn end_on_signal(signals: &SignalFd, target: &Path) {
+    let fd = signals.as_fd();
+    super::poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Duration::MAX);
+    if let Err(error) = mount::detach(target) {
+        tracing::warn!("unmounting {}: {error}", target.display());
+    }
+    std::thread::park_timeout(GRACE);
+    tracing::warn!("{}: programs still have files open; they get ENOTCONN", target.display());
+    kernel::exit_at_once(0);
+}

@@ -1,0 +1,159 @@
+//! The images that are in use, and the bytes of their files.
+//!
+//! An image is opened by its digest when a node of it is first used, so also by a successor, which
+//! has the nodes alone. Its chunks are verified by [`Reader`]; those read last stay in memory for a
+//! moment, because a chunk is longer than most reads.
+
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use lru::LruCache;
+use postcopy::proto::digest::Digest;
+use postcopy::proto::manifest::FileEntry;
+use postcopy::proto::page::ChunkIndex;
+use postcopy::proto::reference::Reference;
+use postcopy::{ChunkBytes, Image, ReadError, Reader, Remote, RemoteError, ServerAddress};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::OnceCell;
+use tokio::time::Instant;
+
+/// Most bytes of chunks that stay in memory, for all images together.
+const KEPT_BYTES: usize = 32 << 20;
+/// Pause before the next attempt to open an image of a server that cannot be reached.
+const PAUSE: Duration = Duration::from_millis(100);
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// The images of one server that are in use.
+#[derive(Debug)]
+pub(crate) struct Images {
+    address: ServerAddress,
+    deadline: Duration,
+    /// Locked to find or add one. An image is opened without the lock, once for all who wait.
+    open: Mutex<HashMap<Digest, Arc<OnceCell<Arc<Reader>>>>>,
+    /// Locked to find, add or remove a chunk.
+    kept: Mutex<Kept>,
+}
+
+/// The chunks that were read last.
+#[derive(Debug)]
+struct Kept {
+    chunks: LruCache<(Digest, ChunkIndex), Bytes>,
+    bytes: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A change is complete, or a chunk is not kept.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Images {
+    pub(crate) fn new(address: ServerAddress, deadline: Duration) -> Self {
+        let kept = Kept { chunks: LruCache::unbounded(), bytes: 0 };
+        Self { address, deadline, open: Mutex::default(), kept: Mutex::new(kept) }
+    }
+
+    /// Returns the reader of an image, and opens the image if no node of it was used before.
+    ///
+    /// # Errors
+    /// [`RemoteError`]: the server does not have the image, or cannot be reached in time.
+    pub(crate) async fn reader(&self, digest: &Digest) -> Result<Arc<Reader>, RemoteError> {
+        let cell = Arc::clone(lock(&self.open).entry(*digest).or_default());
+        let open = || async {
+            let image = self.open(digest).await?;
+            Ok(Arc::new(Reader::start(self.address.clone(), image, self.deadline)))
+        };
+        cell.get_or_try_init(open).await.cloned()
+    }
+
+    async fn open(&self, digest: &Digest) -> Result<Arc<Image>, RemoteError> {
+        // People alone read the name.
+        let name = "mounted".parse().expect("a name");
+        let reference = Reference::Digest { name, image: *digest };
+        let until = Instant::now() + self.deadline;
+        loop {
+            let opened = async {
+                let remote = Remote::connect(self.address.clone()).await?;
+                Ok(remote.open(&reference, &[], false).await?.0)
+            };
+            match opened.await {
+                Err(RemoteError::Connect { .. }) if Instant::now() < until => {}
+                Err(error) if error.is_no_answer() && Instant::now() < until => {}
+                other => return other,
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Reads bytes of a file; fewer, if the file ends before. Returns them as pieces.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub(crate) async fn read(
+        &self,
+        reader: &Reader,
+        file: &FileEntry,
+        offset: u64,
+        bytes: u32,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        let range = offset.min(file.size_bytes)..offset.saturating_add(u64::from(bytes)).min(file.size_bytes);
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let chunk_bytes = reader.image().root().chunk_size().bytes() as u64;
+        let chunks = range.start / chunk_bytes..range.end.div_ceil(chunk_bytes);
+        let piece = |number: u64| {
+            let start = number * chunk_bytes;
+            let within = range.start.max(start) - start..range.end.min(start + chunk_bytes) - start;
+            self.piece(reader, file, ChunkIndex(file.first_chunk.0 + number), within)
+        };
+        Ok(try_join_all(chunks.map(piece)).await?.concat())
+    }
+
+    /// Returns a part of a chunk.
+    async fn piece(
+        &self,
+        reader: &Reader,
+        file: &FileEntry,
+        chunk: ChunkIndex,
+        within: Range<u64>,
+    ) -> Result<Vec<Bytes>, ReadError> {
+        let within = usize_of(within.start)..usize_of(within.end);
+        let key = (reader.image().digest(), chunk);
+        if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
+            return Ok(vec![bytes.slice(within)]);
+        }
+        match reader.chunk(file, chunk).await? {
+            ChunkBytes::Zeros(_) => {
+                let parts = (0..within.len()).step_by(ZEROS.len());
+                let part = |at: usize| Bytes::from_static(&ZEROS[..ZEROS.len().min(within.len() - at)]);
+                Ok(parts.map(part).collect())
+            }
+            ChunkBytes::Data(bytes) => {
+                // The kernel keeps what it has read.
+                if within.len() < bytes.len() {
+                    lock(&self.kept).keep(key, bytes.clone());
+                }
+                Ok(vec![bytes.slice(within)])
+            }
+        }
+    }
+}
+
+impl Kept {
+    fn keep(&mut self, key: (Digest, ChunkIndex), bytes: Bytes) {
+        self.bytes += bytes.len();
+        let before = self.chunks.put(key, bytes);
+        self.bytes -= before.map_or(0, |before| before.len());
+        while self.bytes > KEPT_BYTES
+            && let Some((_, oldest)) = self.chunks.pop_lru()
+        {
+            self.bytes -= oldest.len();
+        }
+    }
+}
+
+fn usize_of(value: u64) -> usize {
+    usize::try_from(value).expect("less than a chunk")
+}

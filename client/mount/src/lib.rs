@@ -1,0 +1,26 @@
+//! The images of a server as files, by FUSE: pages that every program of a host shares.
+//!
+//! The kernel's page cache is the cache of the host. It keeps a page of an image's file once for
+//! all who read or map it, and asks this file system for absent pages only. Each byte is verified
+//! to the image's digest before the kernel gets it. An error is EIO, and never zeros.
+//!
+//! ```text
+//! DIR/by-digest/blake3:…/   the files of an image, which never change
+//! DIR/<name>/<tag>          a link to one of these, looked up when it is used
+//! ```
+//!
+//! A request's way: [`mount`] has the descriptor of /dev/fuse, [`serve`] reads a request from it
+//! and finds the meaning of its node ([`nodes`]); [`names`] answers for references, [`tree`] for
+//! the directories of an image, [`images`] for bytes. A mount outlives the process that serves it:
+//! another one with the descriptor and the table of nodes goes on, and has the kernel send the
+//! requests again that were not answered.
+
+mod images;
+pub mod mount;
+mod names;
+mod nodes;
+mod protocol;
+mod serve;
+mod tree;
+
+pub use serve::{Settings, serve};

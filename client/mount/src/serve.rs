@@ -1,0 +1,414 @@
+//! Answers the kernel's requests.
+//!
+//! Some threads read requests; each request becomes a task, so that one that waits for the server
+//! delays no other. No thread that reads requests waits for anything else.
+
+use crate::images::Images;
+use crate::names::{Named, Names};
+use crate::nodes::{Place, Table};
+use crate::protocol::{self, Answer, Attributes, Kind, Operation, Owner, Request};
+use crate::tree::{Node, ROOT, Tree};
+use bytes::Bytes;
+use postcopy::proto::digest::Digest;
+use postcopy::proto::manifest::{EntryKind, FileEntry};
+use postcopy::{ReadError, Reader, RemoteError, ServerAddress};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Threads that read requests.
+const READERS: usize = 2;
+/// Threads that answer them.
+const WORKERS: usize = 2;
+/// Most pages of a request.
+const MAX_PAGES: u16 = 256;
+/// The name of the directory of images by digest.
+const BY_DIGEST: &str = "by-digest";
+/// The flags of the protocol that are of use here.
+const WANTED: u64 = protocol::ASYNC_READ
+    | protocol::DO_READDIRPLUS
+    | protocol::READDIRPLUS_AUTO
+    | protocol::PARALLEL_DIROPS
+    | protocol::MAX_PAGES
+    | protocol::INIT_EXT
+    | protocol::HAS_RESEND;
+
+/// The settings of a mount.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The server of the images.
+    pub server: ServerAddress,
+    /// The references to show, `name:tag`; None: all.
+    pub only: Option<BTreeSet<String>>,
+    /// Time that a request may take before its program gets EIO.
+    pub deadline: Duration,
+    /// Most bytes that the kernel reads ahead.
+    pub read_ahead_bytes: u32,
+    /// The owner of the files.
+    pub owner: Owner,
+}
+
+/// Serves a mount until it is unmounted. `table` is the file of node numbers, empty for a new
+/// mount. A successor of a killed process has its descriptor and its table.
+///
+/// # Errors
+/// The table cannot be read, a thread cannot be started, or the kernel refuses a read of requests.
+///
+/// # Blocking
+/// Until the file system is unmounted.
+pub fn serve(device: OwnedFd, table: File, is_successor: bool, settings: Settings) -> io::Result<()> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(WORKERS).thread_name("mount").enable_all().build()?;
+    let Settings { server, only, deadline, read_ahead_bytes, owner } = settings;
+    let server = Arc::new(Server {
+        device,
+        table: Mutex::new(Table::read(table)?),
+        names: Names::new(server.clone(), only),
+        images: Images::new(server, deadline),
+        read_ahead_bytes,
+        owner,
+    });
+    if is_successor {
+        // An older kernel refuses it, and the requests of the killed process get no answer.
+        let _ = rustix::io::write(&server.device, &protocol::resend());
+    }
+    let handle = runtime.handle();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..READERS)
+            .map(|_| {
+                let server = &server;
+                scope.spawn(move || server.read_requests(handle))
+            })
+            .collect();
+        readers.into_iter().try_for_each(|reader| reader.join().expect("a reader does not panic"))
+    })
+}
+
+/// The server of a mount.
+#[derive(Debug)]
+struct Server {
+    device: OwnedFd,
+    /// Locked for a look-up, or to append to its file.
+    table: Mutex<Table>,
+    names: Names,
+    images: Images,
+    read_ahead_bytes: u32,
+    owner: Owner,
+}
+
+/// The answer to a request.
+enum Reply {
+    Answer(Answer),
+    Bytes(Vec<Bytes>),
+}
+
+/// A request whose answer may have to wait, with what it borrows.
+#[derive(Debug)]
+enum Waiting {
+    Lookup(OsString),
+    GetAttr,
+    ReadLink,
+    Open,
+    OpenDir,
+    Read { offset: u64, bytes: u32 },
+    ReadDir { offset: u64, bytes: u32, with_attributes: bool },
+}
+
+impl Server {
+    /// Reads requests until the file system is unmounted.
+    fn read_requests(self: &Arc<Self>, runtime: &tokio::runtime::Handle) -> io::Result<()> {
+        let mut buffer = vec![0; protocol::MAX_REQUEST_BYTES];
+        loop {
+            let length = match rustix::io::read(&self.device, &mut buffer[..]) {
+                Ok(length) => length,
+                Err(Errno::NODEV) => return Ok(()),
+                // A request was interrupted before it was read.
+                Err(Errno::INTR | Errno::NOENT | Errno::AGAIN) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let Some(request) = Request::parse(&buffer[..length]) else { continue };
+            let (unique, node) = (request.unique, request.node);
+            let waiting = match request.operation {
+                Operation::Forget | Operation::Destroy => continue,
+                Operation::Init { minor, max_readahead, flags } => {
+                    let read_ahead = max_readahead.min(self.read_ahead_bytes);
+                    let answer = Answer::init(minor, read_ahead, flags & WANTED, MAX_PAGES);
+                    self.reply(unique, Ok(Reply::Answer(answer)));
+                    continue;
+                }
+                Operation::Close | Operation::Access => {
+                    self.reply(unique, Ok(Reply::Answer(Answer::default())));
+                    continue;
+                }
+                Operation::StatFs => {
+                    self.reply(unique, Ok(Reply::Answer(Answer::statfs())));
+                    continue;
+                }
+                Operation::Unsupported => {
+                    self.reply(unique, Err(Errno::NOSYS));
+                    continue;
+                }
+                Operation::Lookup { name } => Waiting::Lookup(name.to_owned()),
+                Operation::GetAttr => Waiting::GetAttr,
+                Operation::ReadLink => Waiting::ReadLink,
+                Operation::Open => Waiting::Open,
+                Operation::OpenDir => Waiting::OpenDir,
+                Operation::Read { offset, bytes } => Waiting::Read { offset, bytes },
+                Operation::ReadDir { offset, bytes, with_attributes } => {
+                    Waiting::ReadDir { offset, bytes, with_attributes }
+                }
+            };
+            let this = Arc::clone(self);
+            runtime.spawn(async move {
+                let reply = this.answer(node, waiting).await;
+                this.reply(unique, reply);
+            });
+        }
+    }
+
+    fn reply(&self, unique: u64, reply: Result<Reply, Errno>) {
+        let (error, pieces) = match &reply {
+            Ok(Reply::Answer(answer)) => (0, vec![IoSlice::new(answer.bytes())]),
+            Ok(Reply::Bytes(pieces)) => (0, pieces.iter().map(|piece| IoSlice::new(piece)).collect()),
+            Err(error) => (error.raw_os_error(), Vec::new()),
+        };
+        let header = protocol::answer_header(unique, error, pieces.iter().map(|piece| piece.len()).sum());
+        let pieces: Vec<_> = std::iter::once(IoSlice::new(&header)).chain(pieces).collect();
+        match rustix::io::writev(&self.device, &pieces) {
+            // The request was interrupted, or the file system was unmounted.
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV) => {}
+            Err(error) => tracing::error!("an answer to the kernel: {error}"),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // A panicked writer has at worst written a line that no number stands for.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn number(&self, place: &Place) -> Result<u64, Errno> {
+        self.table().number(place).map_err(|error| {
+            tracing::error!("the table of nodes: {error}");
+            Errno::from_io_error(&error).unwrap_or(Errno::NOSPC)
+        })
+    }
+
+    async fn answer(&self, node: u64, request: Waiting) -> Result<Reply, Errno> {
+        let place = self.table().place(node).ok_or(Errno::STALE)?;
+        match request {
+            Waiting::Lookup(name) => {
+                let child = self.child(&place, &name).await?.ok_or(Errno::NOENT)?;
+                let attributes = self.attributes(&child).await?;
+                Ok(Reply::Answer(Answer::entry(&attributes, &self.owner)))
+            }
+            Waiting::GetAttr => {
+                let attributes = self.attributes(&place).await?;
+                Ok(Reply::Answer(Answer::attributes(&attributes, &self.owner)))
+            }
+            Waiting::ReadLink => Ok(Reply::Bytes(vec![self.link(&place).await?])),
+            Waiting::Open => Ok(Reply::Answer(Answer::open(protocol::FOPEN_KEEP_CACHE))),
+            Waiting::OpenDir => {
+                let is_fixed = matches!(place, Place::Image(..));
+                let flags = protocol::FOPEN_KEEP_CACHE | protocol::FOPEN_CACHE_DIR;
+                Ok(Reply::Answer(Answer::open(if is_fixed { flags } else { 0 })))
+            }
+            Waiting::Read { offset, bytes } => {
+                let (reader, file) = self.file(&place).await?;
+                let read = self.images.read(&reader, &file, offset, bytes).await;
+                read.map(Reply::Bytes).map_err(|error| failed(&place, &error))
+            }
+            Waiting::ReadDir { offset, bytes, with_attributes } => {
+                let max = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
+                self.list(&place, offset, max, with_attributes).await.map(Reply::Answer)
+            }
+        }
+    }
+
+    async fn reader(&self, image: &Digest) -> Result<Arc<Reader>, Errno> {
+        self.images.reader(image).await.map_err(|error| no_answer(&format!("image {image}"), &error))
+    }
+
+    /// Returns the file that a place is.
+    async fn file(&self, place: &Place) -> Result<(Arc<Reader>, FileEntry), Errno> {
+        let Place::Image(image, node) = place else { return Err(Errno::ISDIR) };
+        let reader = self.reader(image).await?;
+        let entry = Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::ISDIR)?;
+        match entry.kind {
+            EntryKind::File(file) => Ok((reader, file)),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    async fn child(&self, place: &Place, name: &OsStr) -> Result<Option<Place>, Errno> {
+        match place {
+            Place::Root if name == OsStr::new(BY_DIGEST) => Ok(Some(Place::ByDigest)),
+            Place::Root => self.named("", name).await,
+            Place::Names(path) => self.named(path, name).await,
+            Place::ByDigest => {
+                let digest = name.to_str().and_then(|name| name.parse().ok());
+                let Some(digest) = digest else { return Ok(None) };
+                match self.images.reader(&digest).await {
+                    Ok(_) => Ok(Some(Place::Image(digest, ROOT))),
+                    Err(error) if error.is_not_found() => Ok(None),
+                    Err(error) => Err(no_answer(&format!("image {digest}"), &error)),
+                }
+            }
+            Place::Image(image, node) => {
+                let reader = self.reader(image).await?;
+                let child = Tree(reader.image().root().entries()).child(*node, name);
+                Ok(child.map(|node| Place::Image(*image, node)))
+            }
+            Place::Tag(_) => Err(Errno::NOTDIR),
+        }
+    }
+
+    async fn named(&self, path: &str, name: &OsStr) -> Result<Option<Place>, Errno> {
+        let Some(name) = name.to_str() else { return Ok(None) };
+        let found = self.names.child(path, name).await;
+        let found = found.map_err(|error| no_answer(&format!("{path}/{name}"), &error))?;
+        Ok(found.map(place_of))
+    }
+
+    async fn attributes(&self, place: &Place) -> Result<Attributes, Errno> {
+        let node = self.number(place)?;
+        let (kind, size_bytes, is_fixed) = match place {
+            Place::Root | Place::ByDigest => (Kind::Directory, 0, true),
+            Place::Names(_) => (Kind::Directory, 0, false),
+            Place::Tag(reference) => (Kind::SymbolicLink, link_to(reference, "").len() as u64 + 71, false),
+            Place::Image(image, node) => {
+                let reader = self.reader(image).await?;
+                let (kind, size) = of_image(&reader, *node).ok_or(Errno::STALE)?;
+                (kind, size, true)
+            }
+        };
+        Ok(Attributes { node, kind, size_bytes, is_fixed })
+    }
+
+    async fn link(&self, place: &Place) -> Result<Bytes, Errno> {
+        match place {
+            Place::Tag(reference) => {
+                let image = self.names.resolve(reference).await;
+                let image = image.map_err(|error| match error.is_not_found() {
+                    true => Errno::NOENT,
+                    false => no_answer(reference, &error),
+                })?;
+                Ok(link_to(reference, &image.to_string()).into())
+            }
+            Place::Image(image, node) => {
+                let reader = self.reader(image).await?;
+                match &Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::INVAL)?.kind {
+                    EntryKind::SymbolicLink(target) => Ok(Bytes::copy_from_slice(target)),
+                    _ => Err(Errno::INVAL),
+                }
+            }
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// Lists a directory from an offset on: 0, or that of an earlier entry.
+    async fn list(&self, place: &Place, offset: u64, max: usize, plus: bool) -> Result<Answer, Errno> {
+        let mut answer = Answer::default();
+        let plus = plus.then_some(&self.owner);
+        let itself = self.attributes(place).await?;
+        // The kernel does not use what "." and ".." tell.
+        for (at, name) in [(0, "."), (1, "..")] {
+            if offset <= at {
+                let entry = (OsStr::new(name), &itself, at + 1);
+                if !answer.push_entry(entry, plus, max) {
+                    return Ok(answer);
+                }
+            }
+        }
+        let from = usize::try_from(offset.saturating_sub(2)).map_err(|_| Errno::INVAL)?;
+        if let Place::Image(image, node) = place {
+            let reader = self.reader(image).await?;
+            for (name, node, next) in Tree(reader.image().root().entries()).children(*node, from) {
+                let (kind, size_bytes) = of_image(&reader, node).ok_or(Errno::STALE)?;
+                let number = self.number(&Place::Image(*image, node))?;
+                let attributes = Attributes { node: number, kind, size_bytes, is_fixed: true };
+                if !answer.push_entry((name, &attributes, next as u64 + 2), plus, max) {
+                    break;
+                }
+            }
+            return Ok(answer);
+        }
+        let children = match place {
+            Place::Root => {
+                let mut children = vec![(BY_DIGEST.to_owned(), Place::ByDigest)];
+                children.extend(self.names_below("").await?);
+                children
+            }
+            Place::Names(path) => self.names_below(path).await?,
+            // Images need not have a name, and the server may have very many.
+            Place::ByDigest => Vec::new(),
+            Place::Tag(_) | Place::Image(..) => return Err(Errno::NOTDIR),
+        };
+        for (at, (name, child)) in children.iter().enumerate().skip(from) {
+            let attributes = self.attributes(child).await?;
+            if !answer.push_entry((OsStr::new(name), &attributes, at as u64 + 3), plus, max) {
+                break;
+            }
+        }
+        Ok(answer)
+    }
+
+    async fn names_below(&self, path: &str) -> Result<Vec<(String, Place)>, Errno> {
+        let children = self.names.children(path).await.map_err(|error| no_answer(path, &error))?;
+        Ok(children.into_iter().map(|(name, named)| (name, place_of(named))).collect())
+    }
+}
+
+fn place_of(named: Named) -> Place {
+    match named {
+        Named::Directory(path) => Place::Names(path),
+        Named::Tag(reference) => Place::Tag(reference),
+    }
+}
+
+fn of_image(reader: &Reader, node: Node) -> Option<(Kind, u64)> {
+    let tree = Tree(reader.image().root().entries());
+    let size = match tree.entry(node).map(|entry| &entry.kind) {
+        Some(EntryKind::File(file)) => file.size_bytes,
+        Some(EntryKind::SymbolicLink(target)) => target.len() as u64,
+        Some(EntryKind::EmptyDirectory) | None => 0,
+    };
+    Some((tree.kind(node)?, size))
+}
+
+/// Returns the target of a reference's link, relative to the link's directory.
+fn link_to(reference: &str, image: &str) -> String {
+    let up = reference.split('/').count();
+    format!("{}{BY_DIGEST}/{image}", "../".repeat(up))
+}
+
+/// Logs an error of the server, and returns that of the program.
+fn no_answer(what: &str, error: &RemoteError) -> Errno {
+    tracing::warn!("{what}: {error}; a program gets EIO");
+    Errno::IO
+}
+
+fn failed(place: &Place, error: &ReadError) -> Errno {
+    match place {
+        Place::Image(image, _) => tracing::warn!("image {image}: {error}; a program gets EIO"),
+        other => tracing::warn!("{other:?}: {error}; a program gets EIO"),
+    }
+    Errno::IO
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_of_tags_lead_to_images_by_digest() {
+        let image = Digest::of(b"an image").to_string();
+        assert_eq!(image.len(), 71);
+        assert_eq!(link_to("app:v1", &image), format!("../by-digest/{image}"));
+        assert_eq!(link_to("a/b:v1", &image), format!("../../by-digest/{image}"));
+    }
+}
