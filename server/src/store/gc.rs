@@ -291,7 +291,12 @@ impl Collector {
         let (mut due, young): (Vec<_>, Vec<_>) =
             condemned::list(&self.objects)?.into_iter().partition(is_due);
         due.truncate(MAX_DELETIONS);
-        let announced: Vec<_> = due.into_iter().map(|(object, _)| object).collect();
+        let announced: Vec<_> = due.iter().map(|(object, _)| *object).collect();
+        let since: HashMap<_, _> = due.into_iter().collect();
+        // An object that was pardoned and condemned again meanwhile has another time.
+        let is_listed = |(object, written): &(Digest, SystemTime)| {
+            since.get(object).is_some_and(|since| self.objects.is_same_time(*since, *written))
+        };
         // Before commits are delayed, because it takes long.
         let copies = self.sound_copies(&announced)?;
         let mut marked = self.mark(&|| Ok(()))?;
@@ -310,7 +315,7 @@ impl Collector {
             }
             // After the mark: a collector that began later has then marked what this one has.
             let gone = deleting.gone(&announced)?;
-            let due = self.still_due(&left, is_due)?;
+            let due = self.still_due(&left, is_listed)?;
             let judged = self.judge(&marked, &due, Some(&copies), &gone, &renew)?;
             self.delete_garbage(&deleting, judged, &mut collected)?;
             if rest.is_empty() {
@@ -350,21 +355,22 @@ impl Collector {
         Ok(manifests.into_iter().chain(packs).map(|(object, _)| *object).collect())
     }
 
-    /// Returns those of a round's objects that no push has pardoned meanwhile.
+    /// Returns those of a round's objects that no push has pardoned meanwhile: those whose entries
+    /// are the listed ones.
     fn still_due(
         &self,
         round: &[Digest],
-        is_due: impl Fn(&(Digest, SystemTime)) -> bool,
+        is_listed: impl Fn(&(Digest, SystemTime)) -> bool,
     ) -> Result<Vec<Digest>, StoreError> {
         if !self.objects.has_locks() {
-            let listed = condemned::list(&self.objects)?.into_iter().filter(is_due);
+            let listed = condemned::list(&self.objects)?.into_iter().filter(is_listed);
             let listed: HashSet<_> = listed.map(|(object, _)| object).collect();
             return Ok(round.iter().copied().filter(|object| listed.contains(object)).collect());
         }
         let mut due = Vec::new();
         for object in round {
             let since = self.objects.written(&self.objects.layout.condemned(object))?;
-            due.extend(since.map(|since| (*object, since)).filter(&is_due).map(|(object, _)| object));
+            due.extend(since.map(|since| (*object, since)).filter(&is_listed).map(|(object, _)| object));
         }
         Ok(due)
     }

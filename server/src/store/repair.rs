@@ -27,6 +27,9 @@ use std::path::PathBuf;
 /// Bytes of the pieces in which a pack is read that the disk cannot read at once.
 const PIECE_BYTES: usize = 4096;
 
+/// Packs that are repaired together, of at most 64 MiB each, which are in memory.
+const PACKS: usize = 4;
+
 /// The result of a repair.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Repaired {
@@ -89,7 +92,7 @@ fn repair_packs(objects: &Objects, packs: &[Digest], repaired: &mut Repaired) ->
     let places = places(&known, packs)?;
     let is_damaged: HashSet<_> = packs.iter().copied().collect();
     let mut last = Vec::new();
-    for batch in packs.chunks(batch(objects)) {
+    for batch in packs.chunks(PACKS) {
         // New packs that have the names of damaged ones must wait until these are away: most are
         // packs with a damaged header or trailer alone.
         let mut mended = Vec::new();
@@ -110,9 +113,9 @@ fn repair_packs(objects: &Objects, packs: &[Digest], repaired: &mut Repaired) ->
 }
 
 /// Returns the number of objects that are set aside together. In a directory, commits wait
-/// meanwhile, up to a second for 4 packs of 64 MiB, which are in memory.
+/// meanwhile.
 fn batch(objects: &Objects) -> usize {
-    if objects.has_locks() { 4 } else { 1000 }
+    if objects.has_locks() { PACKS } else { 1000 }
 }
 
 /// Returns the defect of an object; `None` if it is sound or gone.

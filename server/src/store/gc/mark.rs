@@ -69,7 +69,7 @@ impl Collector {
         marked.leased.extend(objects);
         for image in images {
             match self.mark_leased(marked, vec![image], renew) {
-                Err(StoreError::NotFound(_) | StoreError::Damaged { .. }) => {}
+                Err(StoreError::NotFound(_)) => {}
                 other => other?,
             }
         }

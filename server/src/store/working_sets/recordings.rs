@@ -66,15 +66,15 @@ impl Stored {
 }
 
 /// Sorts recordings, the newest first, by turns: how many newer ones of its sender have faults on
-/// the same file.
+/// one of its files, at most.
 fn in_turns(newest_first: Vec<Stored>) -> impl Iterator<Item = Stored> {
     let mut of_senders: HashMap<(Vec<u8>, Option<u32>), usize> = HashMap::new();
     let mut turns: BTreeMap<usize, Vec<Stored>> = BTreeMap::new();
     for stored in newest_first {
-        let mut turn = usize::MAX;
+        let mut turn = 0;
         for file in stored.files() {
             let newer = of_senders.entry((stored.sender.clone(), file)).or_default();
-            turn = turn.min(*newer);
+            turn = turn.max(*newer);
             *newer += 1;
         }
         turns.entry(turn).or_default().push(stored);
