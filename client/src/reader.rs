@@ -28,8 +28,9 @@ const QUEUE: usize = 1024;
 const REQUEST_CHUNKS: usize = 512;
 /// Pause before the next request of a chunk that the server cannot send for the moment.
 const BUSY: Duration = Duration::from_millis(100);
-/// Time without an answer after which the task opens another lane.
-const SILENT: Duration = Duration::from_secs(5);
+/// Least time without an answer after which the task opens another lane. With a longer deadline, it
+/// is half of that: a slow server or link may need it.
+const MIN_SILENCE: Duration = Duration::from_secs(5);
 
 /// The verified bytes of a chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +113,7 @@ impl Reader {
             again: JoinSet::new(),
             id: 0,
             last_error: Arc::clone(&last_error),
+            silence: MIN_SILENCE.max(deadline / 2),
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
         };
@@ -194,6 +196,7 @@ struct Fetching {
     again: JoinSet<Again>,
     id: u64,
     last_error: Arc<Mutex<String>>,
+    silence: Duration,
     pages: ChunkPages,
     decoder: FrameDecoder,
 }
@@ -205,7 +208,7 @@ impl Fetching {
                 self.connect().await;
             }
             let (is_idle, has_lane) = (self.is_idle(), self.lane.is_some());
-            let until = if has_lane { self.heard + SILENT } else { self.connect_at };
+            let until = if has_lane { self.heard + self.silence } else { self.connect_at };
             let lane = self.lane.as_mut();
             let answer = async {
                 match lane {
@@ -276,7 +279,9 @@ impl Fetching {
         let request =
             v1::FetchChunksRequest { id: self.id, attempt, class, runs, segment, ..Default::default() };
         // A closed queue means a lost lane, and the next answer has the reason.
-        let _ = lane.requests.send(request).await;
+        if tokio::time::timeout(self.silence, lane.requests.send(request)).await.is_err() {
+            self.lose("the server takes no requests");
+        }
     }
 
     async fn request_segment(&mut self, segment: u32) {
@@ -358,6 +363,7 @@ impl Fetching {
             }
             Err(no) if no.may_pass => {
                 self.note(&no.reason);
+                self.forget_abandoned();
                 return self.later(Again::Chunk(chunk));
             }
             Err(no) => no.reason,
@@ -399,6 +405,7 @@ impl Fetching {
             }
             Err(SegmentRefused::Server(error)) if may_pass => {
                 self.note(&error.message);
+                self.forget_abandoned();
                 return self.later(Again::Segment(answer.index));
             }
             Err(refused) => refused.to_string(),

@@ -102,9 +102,10 @@ impl Mounted {
     /// Unmounts from outside, and waits for the daemon's end.
     ///
     /// # Panics
-    /// As [`Mounted::end`], or if it is not mounted.
+    /// As [`Mounted::end`], or if it is in use for a minute.
     pub fn unmount(&mut self) -> ExitStatus {
-        unmount(self.path(), UnmountFlags::empty()).expect("it is mounted, and not in use");
+        // Another thread's program may have a file open until it is started.
+        wait_until("it is unmounted", || unmount(self.path(), UnmountFlags::empty()).is_ok());
         self.wait()
     }
 

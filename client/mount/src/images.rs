@@ -64,7 +64,11 @@ impl Images {
             let image = self.open(digest).await?;
             Ok(Arc::new(Reader::start(self.address.clone(), image, self.deadline)))
         };
-        cell.get_or_try_init(open).await.cloned()
+        let opened = cell.get_or_try_init(open).await.cloned();
+        if opened.is_err() {
+            lock(&self.open).remove(digest);
+        }
+        opened
     }
 
     async fn open(&self, digest: &Digest) -> Result<Arc<Image>, RemoteError> {

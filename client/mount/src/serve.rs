@@ -25,6 +25,8 @@ use std::time::Duration;
 const READERS: usize = 2;
 /// Threads that answer them.
 const WORKERS: usize = 2;
+/// Time that a request may take beyond the deadline of its reads.
+const MORE: Duration = Duration::from_secs(1);
 /// Most pages of a request.
 const MAX_PAGES: u16 = 256;
 /// The name of the directory of images by digest.
@@ -72,6 +74,7 @@ pub fn serve(device: OwnedFd, table: File, is_successor: bool, settings: Setting
         images: Images::new(server, deadline),
         read_ahead_bytes,
         owner,
+        patience: deadline + MORE,
     });
     if is_successor {
         // An older kernel refuses it, and the requests of the killed process get no answer.
@@ -99,6 +102,8 @@ struct Server {
     images: Images,
     read_ahead_bytes: u32,
     owner: Owner,
+    /// Time for an answer: a little longer than a read takes that has its own error.
+    patience: Duration,
 }
 
 /// The answer to a request.
@@ -165,8 +170,11 @@ impl Server {
             };
             let this = Arc::clone(self);
             runtime.spawn(async move {
-                let reply = this.answer(node, waiting).await;
-                this.reply(unique, reply);
+                let answer = tokio::time::timeout(this.patience, this.answer(node, waiting)).await;
+                if answer.is_err() {
+                    tracing::warn!("no answer of the server within {:?}; a program gets EIO", this.patience);
+                }
+                this.reply(unique, answer.unwrap_or(Err(Errno::IO)));
             });
         }
     }

@@ -7,7 +7,7 @@
 use super::guardian::{self, WorkerStart};
 use super::{kernel, leftovers};
 use anyhow::{Context, Result};
-use nix::sys::signalfd::SignalFd;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use postcopy_mount::{Settings, mount, serve};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::MemfdFlags;
@@ -77,18 +77,25 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
     let mut table = mounted.table.try_clone().context("the table of nodes")?;
     table.seek(SeekFrom::Start(0)).context("the table of nodes")?;
     let device = mounted.device.try_clone().context("/dev/fuse")?;
-    let signals = SignalFd::new(&guardian::signals()).context("signals")?;
-    let target = mounted.target.clone();
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || end_on_signal(&signals, &target))?;
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    let signals = SignalFd::with_flags(&guardian::signals(), flags).context("signals")?;
+    let (target, is_asked) = (mounted.target.clone(), start.stopping_since.is_some());
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || end_on_signal(&signals, is_asked, &target))?;
     guardian::tell_ready(start);
     serve(device, table, start.is_successor, settings.clone()).context("serving")
 }
 
-/// Unmounts the file system at the first signal that asks for the end. Ends the process if programs
-/// keep files open for too long.
-fn end_on_signal(signals: &SignalFd, target: &Path) {
-    let fd = signals.as_fd();
-    super::poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Duration::MAX);
+/// Unmounts the file system at the first signal that asks for the end, or at once if one has asked
+/// an earlier worker. Ends the process if programs keep files open for too long.
+fn end_on_signal(signals: &SignalFd, mut is_asked: bool, target: &Path) {
+    let is_end = |signal: u32| guardian::ENDS.iter().any(|end| u32::try_from(*end as i32) == Ok(signal));
+    while !is_asked {
+        let fd = signals.as_fd();
+        super::poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Duration::from_secs(3600));
+        is_asked = matches!(signals.read_signal(), Ok(Some(info)) if is_end(info.ssi_signo));
+    }
     if let Err(error) = mount::detach(target) {
         tracing::warn!("unmounting {}: {error}", target.display());
     }
