@@ -392,6 +392,7 @@ impl Gc {
             Err(error) => return Ok(Err(error)),
         };
         if let Some(latest) = latest.filter(|_| !self.no_wait) {
+            let step = if self.grace.is_zero() { Duration::ZERO } else { step };
             let wait = self.grace.saturating_sub(latest) + step;
             tracing::info!("unreferenced objects are condemned; they are deleted in {wait:.0?}");
             tokio::time::sleep(wait).await;
