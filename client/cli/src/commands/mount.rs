@@ -42,6 +42,8 @@ fn mode(text: &str) -> Result<u32, String> {
 
 /// Mounts images, and serves them until they are unmounted.
 pub(crate) fn mount(server: ServerAddress, args: &MountArgs) -> Result<ExitCode> {
+    let is_root = rustix::process::geteuid().is_root();
+    ensure!(is_root, "only root can mount images. Run the command as root");
     ensure!(args.deadline > Duration::ZERO, "--deadline: it must be longer than 0s");
     let found = std::fs::metadata(&args.directory);
     // A mount whose daemons were killed does not answer, and is replaced.
@@ -58,6 +60,5 @@ pub(crate) fn mount(server: ServerAddress, args: &MountArgs) -> Result<ExitCode>
         read_ahead_bytes: args.read_ahead,
         owner: mount::own(args.mode),
     };
-    let status = mounted::run(&args.directory, &settings, args.allow_other, tell_systemd);
-    status.map(exit_code).context("only root may mount for now")
+    mounted::run(&args.directory, &settings, args.allow_other, tell_systemd).map(exit_code)
 }
