@@ -47,7 +47,7 @@ fn source() -> tempfile::TempDir {
     folder
 }
 
-/// What lies below a directory, by path: the kind, the size of a file, and whether it is executable.
+/// The entries below a directory, by path: the kind, the size of a file, and whether it is executable.
 fn listing(root: &Path) -> BTreeMap<String, (String, u64, bool)> {
     let mut found = BTreeMap::new();
     let mut left = vec![root.to_owned()];
@@ -84,7 +84,7 @@ fn assert_reads(path: &Path, expected: &[u8]) {
         return;
     }
     #[expect(unsafe_code, reason = "a map of a file that never changes")]
-    // SAFETY: nobody writes to the file.
+    // SAFETY: the file system is read-only, and an image never changes.
     let shared = unsafe { Mmap::map(&file).unwrap() };
     #[expect(unsafe_code, reason = "a map of a file that never changes")]
     // SAFETY: as above.

@@ -1,10 +1,10 @@
 //! Three servers over a bucket of three Garage nodes, and 64 clients that restore images: `make
 //! fleet`.
 //!
-//! First the tests that every kind of store passes run on Azurite, and on the bucket while a node is
-//! killed and comes back. Then the CPU time of a block is measured, by the place from which a server reads it.
-//! Then the clients restore images from empty caches, and this is compared with what the model of a
-//! fleet says. Then the same with a server killed every 2 s. At last everything fails: the disks of
+//! First the tests that every kind of store passes run on Azurite, and on the bucket while a node
+//! is killed and comes back. Then the CPU time of a block is measured, by the place from which a
+//! server reads it. Then the clients restore images from empty caches, and the run is compared with
+//! the model of a fleet. Then a server is killed every 2 s. At last everything fails: the disks of
 //! the caches are full, a node of Garage is killed and comes back, and servers are killed as
 //! before. Every client compares every byte.
 //!

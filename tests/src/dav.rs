@@ -17,7 +17,7 @@ pub struct DavServer {
 }
 
 impl DavServer {
-    /// Starts one.
+    /// Starts a server without files.
     ///
     /// # Panics
     /// If it cannot be started.

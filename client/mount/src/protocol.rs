@@ -12,7 +12,7 @@ pub(crate) const MAJOR: u32 = 7;
 pub(crate) const MINOR: u32 = 40;
 /// The node of the file system's root.
 pub(crate) const ROOT_ID: u64 = 1;
-/// Bytes of the longest message that the kernel sends to a file system that nobody writes to.
+/// Bytes of the longest message that the kernel sends to a read-only file system.
 pub(crate) const MAX_REQUEST_BYTES: usize = 64 << 10;
 
 const IN_HEADER_BYTES: usize = 40;

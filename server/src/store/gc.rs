@@ -7,9 +7,9 @@
 //!    ([`super::commit`]).
 //! 3. Mark again, and decode the copies of condemned packs' chunks in other packs. Then exclude
 //!    commits and other collectors, in a directory by a lock, in a bucket by a deletion
-//!    ([`super::lease::stored`]). Mark what has come meanwhile, and delete the objects that are still
-//!    condemned and that nothing needs ([`judge`]). In a directory this happens in rounds, between
-//!    which pushes have their turn.
+//!    ([`super::lease::stored`]). Mark the images of new references, and delete the objects that
+//!    are still condemned and that nothing needs ([`judge`]). In a directory this happens in
+//!    rounds, between which pushes have their turn.
 //!
 //! An unreadable reference or manifest might need any object, so it stops the collection.
 
@@ -278,11 +278,11 @@ impl Collector {
     /// that interrupted writes left. Ages are those of the store's clock.
     ///
     /// # Errors
-    /// Returns [`StoreError::Damaged`] if a reference or manifest cannot be read; nothing was
-    /// deleted.
+    /// Returns [`StoreError::Damaged`] if a reference or manifest cannot be read; then it deletes
+    /// nothing more.
     ///
     /// # Blocking
-    /// Delays commits while it reads the references and what is new of their images, and while it
+    /// Delays commits while it reads the references and the manifests of new images, and while it
     /// deletes, in rounds of some hundred milliseconds. In a bucket, it makes those fail that need one
     /// of the objects which it deletes.
     pub fn sweep(&self, grace: Duration) -> Result<Collected, StoreError> {
@@ -308,7 +308,7 @@ impl Collector {
             let rest = left.split_off(round);
             let deleting = Deleting::begin(&self.objects, &left)?;
             let renew = || deleting.renew();
-            // Who refers to an image after the first round pardons what the image needs.
+            // A commit or tag after the first round pardons the objects of its image.
             match std::mem::take(&mut is_first) {
                 true => self.mark_more(&mut marked, &renew)?,
                 false => self.mark_leases(&mut marked, &renew)?,

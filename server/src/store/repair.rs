@@ -61,8 +61,8 @@ type Places = HashMap<Digest, Vec<(Digest, Place)>>;
 /// Returns [`OpenError`] if the store cannot be opened. Later errors are in the result.
 ///
 /// # Blocking
-/// Reads all packs, roots and segments, on all cores. Delays commits while it reads some damaged ones
-/// again and moves them.
+/// Reads all packs, roots and segments, on all cores. Delays commits while it reads a few damaged
+/// ones again and moves them.
 pub fn repair(location: impl Into<Location>, domain: Domain) -> Result<Repaired, OpenError> {
     let objects = format::open(&location.into(), domain)?;
     let mut repaired = Repaired::default();
