@@ -46,7 +46,7 @@ pub use error::{LossError, RecordingError, SessionError};
 pub use options::{LossPolicy, Options, Progress};
 pub use outcome::{Failure, FailureEnd, FailureKind, Failures};
 pub use processes::{signal_process_tree, with_descendants};
-pub use reader::{ChunkBytes, ReadError, Reader};
+pub use reader::{ChunkBytes, ReadError, Reader, SetPages, WorkingSet};
 pub use record::trace;
 pub use remote::{
     Content, DEFAULT_SERVER, Image, ImageSource, Patience, Remote, RemoteError, Segments, ServerAddress,

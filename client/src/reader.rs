@@ -5,6 +5,10 @@
 //! if it loses one. A wrong answer is requested again with a higher attempt number, so that the
 //! server checks the frame itself.
 
+mod working_set;
+
+pub use working_set::{SetPages, WorkingSet};
+
 use crate::memory::ChunkPages;
 use crate::remote::backoff::Backoff;
 use crate::remote::lane::{DemandLane, frame_of, may_pass, runs_of};
@@ -28,6 +32,8 @@ const QUEUE: usize = 1024;
 const REQUEST_CHUNKS: usize = 512;
 /// Pause before the next request of a chunk that the server cannot send for the moment.
 const BUSY: Duration = Duration::from_millis(100);
+/// Time without a request after which the task closes its lane.
+const IDLE: Duration = Duration::from_secs(30);
 /// Least time without an answer after which the task opens another lane. With a longer deadline, it
 /// is half of that: a slow server or link may need it.
 const MIN_SILENCE: Duration = Duration::from_secs(5);
@@ -208,7 +214,11 @@ impl Fetching {
                 self.connect().await;
             }
             let (is_idle, has_lane) = (self.is_idle(), self.lane.is_some());
-            let until = if has_lane { self.heard + self.silence } else { self.connect_at };
+            let until = match (is_idle, has_lane) {
+                (true, _) => self.heard + IDLE,
+                (false, true) => self.heard + self.silence,
+                (false, false) => self.connect_at,
+            };
             let lane = self.lane.as_mut();
             let answer = async {
                 match lane {
@@ -227,12 +237,14 @@ impl Fetching {
                         self.request_again(again).await;
                     }
                 }
-                () = tokio::time::sleep_until(until), if !is_idle => {
-                    if has_lane {
+                () = tokio::time::sleep_until(until), if !is_idle || has_lane => match (is_idle, has_lane) {
+                    (true, _) => self.lane = None,
+                    (false, true) => {
                         self.lose("the server says nothing");
+                        self.forget_abandoned();
                     }
-                    self.forget_abandoned();
-                }
+                    (false, false) => self.forget_abandoned(),
+                },
             }
         }
     }

@@ -10,6 +10,7 @@ mod goaway;
 mod image;
 pub(crate) mod lane;
 mod pings;
+pub(crate) mod set_stream;
 
 pub use asking::Patience;
 pub(crate) use asking::{Attempts, Repeated, repeat};

@@ -1,5 +1,7 @@
 //! Images as files of a file system: `postcopy mount`.
 
+mod ahead;
+
 use memmap2::{Mmap, MmapOptions};
 use postcopy_tests::chaos::within;
 use postcopy_tests::cli::run;
@@ -17,14 +19,14 @@ use std::time::{Duration, Instant};
 const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// Runs a test of root.
-fn as_root(name: &str, test: impl FnOnce() + Send + 'static) {
+pub(crate) fn as_root(name: &str, test: impl FnOnce() + Send + 'static) {
     if !is_root() || !Path::new("/dev/fuse").exists() {
         return skip(name, "mounting needs root and /dev/fuse");
     }
     within(WATCHDOG, test);
 }
 
-fn push(server: &Server, path: &Path, reference: &str, chunk_size: usize) {
+pub(crate) fn push(server: &Server, path: &Path, reference: &str, chunk_size: usize) {
     let chunk_size = chunk_size.to_string();
     let _ = run(server.address(), ["push", path.to_str().unwrap(), reference, "--chunk-size", &chunk_size]);
 }

@@ -1,13 +1,19 @@
 //! `postcopy mount`, on a directory of its own.
 
 use crate::cli::postcopy;
-use crate::wait_until;
+use crate::{PAGE, wait_until};
+use memmap2::Mmap;
+use nix::libc;
 use postcopy::ServerAddress;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use tempfile::TempDir;
+
+/// The type of a file system of FUSE, in linux/magic.h.
+const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
 
 /// A mounted file system. Its daemon is killed, and it is unmounted, when it is dropped.
 #[derive(Debug)]
@@ -65,9 +71,13 @@ impl Mounted {
     }
 
     fn worker(&self) -> Option<Pid> {
-        let guardian = self.guardian().as_raw_pid();
-        let children = std::fs::read_to_string(format!("/proc/{guardian}/task/{guardian}/children")).ok()?;
-        Pid::from_raw(children.split_whitespace().next()?.parse().ok()?)
+        child_of(self.guardian())
+    }
+
+    /// Returns the process that stores pages ahead.
+    #[must_use]
+    pub fn storer(&self) -> Option<Pid> {
+        child_of(self.worker()?)
     }
 
     /// Kills guardian and worker, and mounts at the same place anew.
@@ -83,8 +93,9 @@ impl Mounted {
             let _ = kill_process(worker, Signal::KILL);
         }
         let path = self.path().to_owned();
+        // Where a store was waiting for an answer, it is unmounted.
         wait_until("the mount is dead", || {
-            rustix::fs::statfs(&path).is_err_and(|error| error == rustix::io::Errno::NOTCONN)
+            rustix::fs::statfs(&path).map_or(true, |found| found.f_type != FUSE_SUPER_MAGIC)
         });
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().expect("a folder"));
         Self::start_at(directory, server, &[])
@@ -117,6 +128,30 @@ impl Mounted {
         });
         status.expect("it has ended")
     }
+}
+
+fn child_of(pid: Pid) -> Option<Pid> {
+    let pid = pid.as_raw_pid();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    Pid::from_raw(children.split_whitespace().next()?.parse().ok()?)
+}
+
+/// Returns for each page of a file whether it is in the page cache (mincore(2)).
+///
+/// # Panics
+/// If the file is empty, or cannot be opened or mapped.
+#[must_use]
+pub fn cached_pages(path: &Path) -> Vec<bool> {
+    let file = File::open(path).expect("it can be opened");
+    #[expect(unsafe_code, reason = "a map of a file that never changes")]
+    // SAFETY: an image never changes. Nothing reads through the map.
+    let map = unsafe { Mmap::map(&file).expect("a map") };
+    let mut pages = vec![0_u8; map.len().div_ceil(PAGE)];
+    #[expect(unsafe_code, reason = "mincore")]
+    // SAFETY: the range is a map, and the vector has a byte for each of its pages.
+    let done = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), pages.as_mut_ptr()) };
+    assert_eq!(done, 0, "mincore");
+    pages.into_iter().map(|page| page & 1 == 1).collect()
 }
 
 impl Drop for Mounted {

@@ -12,7 +12,7 @@ use postcopy::proto::manifest::FileEntry;
 use postcopy::proto::page::ChunkIndex;
 use postcopy::proto::reference::Reference;
 use postcopy::{ChunkBytes, Image, ReadError, Reader, Remote, RemoteError, ServerAddress};
-use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,6 +21,8 @@ use tokio::time::Instant;
 
 /// Most bytes of chunks that stay in memory, for all images together.
 const KEPT_BYTES: usize = 32 << 20;
+/// Most images that stay open.
+const MAX_OPEN: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
 /// Pause before the next attempt to open an image of a server that cannot be reached.
 const PAUSE: Duration = Duration::from_millis(100);
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -31,7 +33,7 @@ pub(crate) struct Images {
     address: ServerAddress,
     deadline: Duration,
     /// Locked to find or add one. An image is opened without the lock, once for all who wait.
-    open: Mutex<HashMap<Digest, Arc<OnceCell<Arc<Reader>>>>>,
+    open: Mutex<LruCache<Digest, Arc<OnceCell<Arc<Reader>>>>>,
     /// Locked to find, add or remove a chunk.
     kept: Mutex<Kept>,
 }
@@ -51,7 +53,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Images {
     pub(crate) fn new(address: ServerAddress, deadline: Duration) -> Self {
         let kept = Kept { chunks: LruCache::unbounded(), bytes: 0 };
-        Self { address, deadline, open: Mutex::default(), kept: Mutex::new(kept) }
+        let open = Mutex::new(LruCache::new(MAX_OPEN));
+        Self { address, deadline, open, kept: Mutex::new(kept) }
     }
 
     /// Returns the reader of an image, and opens the image if no node of it was used before.
@@ -59,14 +62,14 @@ impl Images {
     /// # Errors
     /// [`RemoteError`]: the server does not have the image, or cannot be reached in time.
     pub(crate) async fn reader(&self, digest: &Digest) -> Result<Arc<Reader>, RemoteError> {
-        let cell = Arc::clone(lock(&self.open).entry(*digest).or_default());
+        let cell = Arc::clone(lock(&self.open).get_or_insert(*digest, Arc::default));
         let open = || async {
             let image = self.open(digest).await?;
             Ok(Arc::new(Reader::start(self.address.clone(), image, self.deadline)))
         };
         let opened = cell.get_or_try_init(open).await.cloned();
         if opened.is_err() {
-            lock(&self.open).remove(digest);
+            lock(&self.open).pop(digest);
         }
         opened
     }
@@ -90,7 +93,7 @@ impl Images {
         }
     }
 
-    /// Reads bytes of a file; fewer, if the file ends before. Returns them as pieces.
+    /// Reads bytes of a file; fewer, if the file ends before.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -98,51 +101,97 @@ impl Images {
         &self,
         reader: &Reader,
         file: &FileEntry,
-        offset: u64,
-        bytes: u32,
-    ) -> Result<Vec<Bytes>, ReadError> {
-        let range = offset.min(file.size_bytes)..offset.saturating_add(u64::from(bytes)).min(file.size_bytes);
+        range: Range<u64>,
+    ) -> Result<Read, ReadError> {
+        let range = range.start.min(file.size_bytes)..range.end.min(file.size_bytes);
         if range.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Read::default());
         }
         let chunk_bytes = reader.image().root().chunk_size().bytes() as u64;
         let chunks = range.start / chunk_bytes..range.end.div_ceil(chunk_bytes);
-        let piece = |number: u64| {
+        let part = |number: u64| {
             let start = number * chunk_bytes;
             let within = range.start.max(start) - start..range.end.min(start + chunk_bytes) - start;
-            self.piece(reader, file, ChunkIndex(file.first_chunk.0 + number), within)
+            self.part(reader, file, number, within)
         };
-        Ok(try_join_all(chunks.map(piece)).await?.concat())
+        let mut read = Read::default();
+        for (pieces, fetched) in try_join_all(chunks.map(part)).await? {
+            read.pieces.extend(pieces);
+            read.fetched.extend(fetched);
+        }
+        Ok(read)
     }
 
-    /// Returns a part of a chunk.
-    async fn piece(
+    /// Returns a part of a file's chunk `number`, and the chunk if it was fetched now.
+    async fn part(
         &self,
         reader: &Reader,
         file: &FileEntry,
-        chunk: ChunkIndex,
+        number: u64,
         within: Range<u64>,
-    ) -> Result<Vec<Bytes>, ReadError> {
+    ) -> Result<(Vec<Bytes>, Option<Fetched>), ReadError> {
         let within = usize_of(within.start)..usize_of(within.end);
+        let chunk = ChunkIndex(file.first_chunk.0 + number);
         let key = (reader.image().digest(), chunk);
         if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
-            return Ok(vec![bytes.slice(within)]);
+            return Ok((vec![bytes.slice(within)], None));
         }
         match reader.chunk(file, chunk).await? {
-            ChunkBytes::Zeros(_) => {
-                let parts = (0..within.len()).step_by(ZEROS.len());
-                let part = |at: usize| Bytes::from_static(&ZEROS[..ZEROS.len().min(within.len() - at)]);
-                Ok(parts.map(part).collect())
-            }
+            ChunkBytes::Zeros(_) => Ok((zeros(within.len()), None)),
             ChunkBytes::Data(bytes) => {
                 // The kernel keeps what it has read.
                 if within.len() < bytes.len() {
                     lock(&self.kept).keep(key, bytes.clone());
                 }
-                Ok(vec![bytes.slice(within)])
+                let piece = bytes.slice(within);
+                let offset = number * reader.image().root().chunk_size().bytes() as u64;
+                Ok((vec![piece], Some(Fetched { offset, content: bytes })))
             }
         }
     }
+
+    /// Returns a chunk of a file, which another read is likely to ask for soon.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub(crate) async fn chunk(
+        &self,
+        reader: &Reader,
+        file: &FileEntry,
+        chunk: ChunkIndex,
+    ) -> Result<ChunkBytes, ReadError> {
+        let key = (reader.image().digest(), chunk);
+        if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
+            return Ok(ChunkBytes::Data(bytes.clone()));
+        }
+        let read = reader.chunk(file, chunk).await?;
+        if let ChunkBytes::Data(bytes) = &read {
+            lock(&self.kept).keep(key, bytes.clone());
+        }
+        Ok(read)
+    }
+}
+
+/// The bytes of a read.
+#[derive(Debug, Default)]
+pub(crate) struct Read {
+    pub(crate) pieces: Vec<Bytes>,
+    /// The chunks that the server had to be asked for.
+    pub(crate) fetched: Vec<Fetched>,
+}
+
+/// A chunk of a file.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    /// The offset of its first byte in the file.
+    pub(crate) offset: u64,
+    pub(crate) content: Bytes,
+}
+
+/// Returns zeros in pieces.
+pub(crate) fn zeros(len: usize) -> Vec<Bytes> {
+    let part = |at: usize| Bytes::from_static(&ZEROS[..ZEROS.len().min(len - at)]);
+    (0..len).step_by(ZEROS.len()).map(part).collect()
 }
 
 impl Kept {

@@ -14,13 +14,23 @@
 //! the directories of an image, [`images`] for bytes. A mount outlives the process that serves it:
 //! another one with the descriptor and the table of nodes goes on, and has the kernel send the
 //! requests again that were not answered.
+//!
+//! Pages that no program has asked for yet come by [`ahead`], through [`store`], from a process of
+//! their own ([`storer`]).
 
+mod ahead;
 mod images;
 pub mod mount;
 mod names;
 mod nodes;
 mod protocol;
 mod serve;
+mod store;
+mod storer;
 mod tree;
 
-pub use serve::{Settings, serve};
+pub use serve::{Descriptors, Settings, serve};
+pub use storer::store;
+
+/// The name of the directory of images by digest.
+const BY_DIGEST: &str = "by-digest";

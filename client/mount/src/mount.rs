@@ -41,6 +41,15 @@ pub fn detach(target: &Path) -> io::Result<()> {
     Ok(unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
 }
 
+/// Unmounts a file system that no process serves: requests that wait for an answer, and stores that
+/// wait for one, end with an error.
+///
+/// # Errors
+/// Any error of umount(2).
+pub(crate) fn detach_by_force(target: &Path) -> io::Result<()> {
+    Ok(unmount(target, UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
+}
+
 /// Returns true if `target` is a mount whose process has died. The kernel answers stat(2) itself,
 /// so this uses statfs(2).
 fn is_dead(target: &Path) -> bool {

@@ -25,6 +25,8 @@ pub(crate) struct Names {
     /// The last list and its time. Locked while the server lists, so that a burst of look-ups
     /// becomes one list.
     listed: Mutex<Option<(Instant, Arc<BTreeSet<String>>)>>,
+    /// The connection for look-ups. Locked to take or replace it.
+    remote: Mutex<Option<Remote>>,
 }
 
 /// The meaning of a name in a directory of names.
@@ -39,7 +41,17 @@ pub(crate) enum Named {
 impl Names {
     /// `only` are the references to show, `name:tag`; None: all.
     pub(crate) fn new(address: ServerAddress, only: Option<BTreeSet<String>>) -> Self {
-        Self { address, only: only.map(Arc::new), listed: Mutex::default() }
+        let (listed, remote) = (Mutex::default(), Mutex::default());
+        Self { address, only: only.map(Arc::new), listed, remote }
+    }
+
+    /// Returns the connection of earlier look-ups, or a new one.
+    async fn connection(&self, is_new: bool) -> Result<Remote, RemoteError> {
+        let mut remote = self.remote.lock().await;
+        match &*remote {
+            Some(remote) if !is_new => Ok(remote.clone()),
+            _ => Ok(remote.insert(Remote::connect(self.address.clone()).await?).clone()),
+        }
     }
 
     /// Returns the references, `name:tag`.
@@ -59,22 +71,10 @@ impl Names {
     }
 
     async fn read_list(&self) -> Result<BTreeSet<String>, RemoteError> {
-        let remote = Remote::connect(self.address.clone()).await?;
-        let (mut all, mut page_token) = (BTreeSet::new(), String::new());
-        loop {
-            let request = v1::ListImagesRequest { page_size: 0, page_token };
-            let ask = || -> BoxFuture<'_, _> {
-                let (mut images, request) = (remote.images(), request.clone());
-                Box::pin(async move { images.list_images(request).await })
-            };
-            let page = remote.ask("listing the images", Patience::Short, ask).await?;
-            let before = all.len();
-            let valid = page.images.into_iter().filter(|image| is_valid(&image.reference));
-            all.extend(valid.map(|image| image.reference));
-            page_token = page.next_page_token;
-            if page_token.is_empty() || all.len() == before || all.len() > MAX_REFERENCES {
-                return Ok(all);
-            }
+        match list_of(&self.connection(false).await?).await {
+            // The connection was cut since the last look-up.
+            Err(error) if error.is_no_answer() => list_of(&self.connection(true).await?).await,
+            other => other,
         }
     }
 
@@ -102,7 +102,29 @@ impl Names {
     /// Returns the image that a reference, `name:tag`, stands for now.
     pub(crate) async fn resolve(&self, reference: &str) -> Result<Digest, RemoteError> {
         let reference: Reference = reference.parse().expect("it was checked");
-        Remote::connect(self.address.clone()).await?.resolve(&reference).await
+        match self.connection(false).await?.resolve(&reference).await {
+            Err(error) if error.is_no_answer() => self.connection(true).await?.resolve(&reference).await,
+            other => other,
+        }
+    }
+}
+
+async fn list_of(remote: &Remote) -> Result<BTreeSet<String>, RemoteError> {
+    let (mut all, mut page_token) = (BTreeSet::new(), String::new());
+    loop {
+        let request = v1::ListImagesRequest { page_size: 0, page_token };
+        let ask = || -> BoxFuture<'_, _> {
+            let (mut images, request) = (remote.images(), request.clone());
+            Box::pin(async move { images.list_images(request).await })
+        };
+        let page = remote.ask("listing the images", Patience::Short, ask).await?;
+        let before = all.len();
+        let valid = page.images.into_iter().filter(|image| is_valid(&image.reference));
+        all.extend(valid.map(|image| image.reference));
+        page_token = page.next_page_token;
+        if page_token.is_empty() || all.len() == before || all.len() > MAX_REFERENCES {
+            return Ok(all);
+        }
     }
 }
 

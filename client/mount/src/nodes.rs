@@ -142,6 +142,11 @@ impl Table {
     }
 }
 
+/// Returns the number of an entry of the image that a node belongs to.
+pub(crate) fn of_entry(node: u64, index: u32) -> u64 {
+    node >> 48 << 48 | u64::from(index)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,6 +173,7 @@ mod tests {
             assert_eq!(successor.place(*number).as_ref(), Some(place));
             assert_eq!(successor.number(place).unwrap(), *number);
         }
+        assert_eq!(of_entry(numbers[5], 7), numbers[4]);
         for none in [0, 3, FIRST_NAME + 2, 3 << 48, u64::MAX] {
             assert_eq!(successor.place(none), None);
         }

@@ -31,7 +31,8 @@ pub(crate) const HAS_RESEND: u64 = 1 << 39;
 pub(crate) const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 pub(crate) const FOPEN_CACHE_DIR: u32 = 1 << 3;
 
-// A notification.
+// Notifications.
+const NOTIFY_STORE: i32 = 4;
 const NOTIFY_RESEND: i32 = 7;
 
 /// A request of the kernel.
@@ -62,9 +63,13 @@ pub(crate) enum Operation<'a> {
         bytes: u32,
     },
     ReadDir {
+        handle: u64,
         offset: u64,
         bytes: u32,
         with_attributes: bool,
+    },
+    CloseDir {
+        handle: u64,
     },
     StatFs,
     /// Nothing is kept for each open file, and nothing is written.
@@ -123,7 +128,8 @@ impl<'a> Operation<'a> {
                 Self::Read { offset, bytes: arguments.u32()? }
             }
             17 => Self::StatFs,
-            18 | 25 | 29 => Self::Close,
+            18 | 25 => Self::Close,
+            29 => Self::CloseDir { handle: arguments.u64()? },
             26 => {
                 let (_major, minor) = (arguments.u32()?, arguments.u32()?);
                 let (max_readahead, low) = (arguments.u32()?, arguments.u32()?);
@@ -132,8 +138,8 @@ impl<'a> Operation<'a> {
             }
             27 => Self::OpenDir,
             28 | 44 => {
-                let (_handle, offset) = (arguments.u64()?, arguments.u64()?);
-                Self::ReadDir { offset, bytes: arguments.u32()?, with_attributes: opcode == 44 }
+                let (handle, offset) = (arguments.u64()?, arguments.u64()?);
+                Self::ReadDir { handle, offset, bytes: arguments.u32()?, with_attributes: opcode == 44 }
             }
             34 => Self::Access,
             38 => Self::Destroy,
@@ -256,8 +262,8 @@ impl Answer {
         Self::default().entry_of(of, owner)
     }
 
-    pub(crate) fn open(flags: u32) -> Self {
-        Self::default().u64(0).u32(flags).u32(0)
+    pub(crate) fn open(handle: u64, flags: u32) -> Self {
+        Self::default().u64(handle).u32(flags).u32(0)
     }
 
     pub(crate) fn statfs() -> Self {
@@ -311,6 +317,18 @@ pub(crate) fn resend() -> [u8; 16] {
     header(0, NOTIFY_RESEND, 0)
 }
 
+/// Returns the header of a message that stores `bytes` bytes, which follow it, in the kernel's page
+/// cache. They must not end behind the end of the file: the kernel would lengthen it.
+pub(crate) fn store_header(node: u64, offset: u64, bytes: usize) -> [u8; 40] {
+    let mut message = [0; 40];
+    message[..16].copy_from_slice(&header(0, NOTIFY_STORE, 24 + bytes));
+    message[16..24].copy_from_slice(&node.to_ne_bytes());
+    message[24..32].copy_from_slice(&offset.to_ne_bytes());
+    let bytes = u32::try_from(bytes).expect("a store is short");
+    message[32..36].copy_from_slice(&bytes.to_ne_bytes());
+    message
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -327,7 +345,7 @@ mod tests {
         assert_eq!(Answer::init(40, 0, 0, 1).bytes().len(), 64);
         assert_eq!(Answer::attributes(&attributes, &owner()).bytes().len(), 104);
         assert_eq!(Answer::entry(&attributes, &owner()).bytes().len(), 128);
-        assert_eq!(Answer::open(0).bytes().len(), 16);
+        assert_eq!(Answer::open(0, 0).bytes().len(), 16);
         assert_eq!(Answer::statfs().bytes().len(), 80);
         let mut listing = Answer::default();
         assert!(listing.push_entry((OsStr::new("abc"), &attributes, 1), None, 32));

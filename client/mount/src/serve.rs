@@ -3,21 +3,27 @@
 //! Some threads read requests; each request becomes a task, so that one that waits for the server
 //! delays no other. No thread that reads requests waits for anything else.
 
-use crate::images::Images;
+use crate::BY_DIGEST;
+use crate::ahead::Ahead;
+use crate::images::{Images, Read};
 use crate::names::{Named, Names};
 use crate::nodes::{Place, Table};
 use crate::protocol::{self, Answer, Attributes, Kind, Operation, Owner, Request};
+use crate::store::Store;
 use crate::tree::{Node, ROOT, Tree};
 use bytes::Bytes;
+use futures_util::FutureExt;
 use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::{EntryKind, FileEntry};
 use postcopy::{ReadError, Reader, RemoteError, ServerAddress};
 use rustix::io::Errno;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, PipeWriter};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -29,8 +35,8 @@ const WORKERS: usize = 2;
 const MORE: Duration = Duration::from_secs(1);
 /// Most pages of a request.
 const MAX_PAGES: u16 = 256;
-/// The name of the directory of images by digest.
-const BY_DIGEST: &str = "by-digest";
+/// Most directories of names that are open and keep their list.
+const MAX_LISTS: usize = 1024;
 /// The flags of the protocol that are of use here.
 const WANTED: u64 = protocol::ASYNC_READ
     | protocol::DO_READDIRPLUS
@@ -55,23 +61,38 @@ pub struct Settings {
     pub owner: Owner,
 }
 
-/// Serves a mount until it is unmounted. `table` is the file of node numbers, empty for a new
-/// mount. A successor of a killed process has its descriptor and its table.
+/// The descriptors of a mount's process.
+#[derive(Debug)]
+pub struct Descriptors {
+    /// That of /dev/fuse.
+    pub device: OwnedFd,
+    /// The file of node numbers, empty for a new mount.
+    pub table: File,
+    /// The pipe to the process that stores pages ahead: [`crate::store()`].
+    pub store: PipeWriter,
+}
+
+/// Serves a mount until it is unmounted. A successor of a killed process has its descriptor of
+/// /dev/fuse and its table.
 ///
 /// # Errors
 /// The table cannot be read, a thread cannot be started, or the kernel refuses a read of requests.
 ///
 /// # Blocking
 /// Until the file system is unmounted.
-pub fn serve(device: OwnedFd, table: File, is_successor: bool, settings: Settings) -> io::Result<()> {
+pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -> io::Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(WORKERS).thread_name("mount").enable_all().build()?;
     let Settings { server, only, deadline, read_ahead_bytes, owner } = settings;
+    let images = Arc::new(Images::new(server.clone(), deadline));
+    let store = Store::start(descriptors.store)?;
     let server = Arc::new(Server {
-        device,
-        table: Mutex::new(Table::read(table)?),
+        device: descriptors.device,
+        table: Mutex::new(Table::read(descriptors.table)?),
         names: Names::new(server.clone(), only),
-        images: Images::new(server, deadline),
+        lists: Mutex::default(),
+        ahead: Arc::new(Ahead::new(server, Arc::clone(&images), store)),
+        images,
         read_ahead_bytes,
         owner,
         patience: deadline + MORE,
@@ -99,17 +120,35 @@ struct Server {
     /// Locked for a look-up, or to append to its file.
     table: Mutex<Table>,
     names: Names,
-    images: Images,
+    /// The lists of open directories of names, by handle. Locked to find, add or remove one.
+    lists: Mutex<Lists>,
+    images: Arc<Images>,
+    ahead: Arc<Ahead>,
     read_ahead_bytes: u32,
     owner: Owner,
     /// Time for an answer: a little longer than a read takes that has its own error.
     patience: Duration,
 }
 
+/// The children of a directory of names.
+type List = Arc<Vec<(String, Place)>>;
+
+/// The lists of open directories, with the directories, and the last handle. A killed process may
+/// have given out the same handles.
+#[derive(Debug, Default)]
+struct Lists {
+    open: HashMap<u64, (Place, List)>,
+    last: u64,
+}
+
 /// The answer to a request.
 enum Reply {
     Answer(Answer),
-    Bytes(Vec<Bytes>),
+    Bytes(Bytes),
+    /// Of a read: the file, and the range that was asked for.
+    Read(Read, (Arc<Reader>, FileEntry), Range<u64>),
+    /// A file of this image was opened.
+    Opened(Digest),
 }
 
 /// A request whose answer may have to wait, with what it borrows.
@@ -120,8 +159,8 @@ enum Waiting {
     ReadLink,
     Open,
     OpenDir,
-    Read { offset: u64, bytes: u32 },
-    ReadDir { offset: u64, bytes: u32, with_attributes: bool },
+    Read(Range<u64>),
+    ReadDir { handle: u64, offset: u64, bytes: u32, with_attributes: bool },
 }
 
 impl Server {
@@ -143,19 +182,24 @@ impl Server {
                 Operation::Init { minor, max_readahead, flags } => {
                     let read_ahead = max_readahead.min(self.read_ahead_bytes);
                     let answer = Answer::init(minor, read_ahead, flags & WANTED, MAX_PAGES);
-                    self.reply(unique, Ok(Reply::Answer(answer)));
+                    self.reply(unique, &Ok(Reply::Answer(answer)));
                     continue;
                 }
                 Operation::Close | Operation::Access => {
-                    self.reply(unique, Ok(Reply::Answer(Answer::default())));
+                    self.reply(unique, &Ok(Reply::Answer(Answer::default())));
+                    continue;
+                }
+                Operation::CloseDir { handle } => {
+                    self.lists().open.remove(&handle);
+                    self.reply(unique, &Ok(Reply::Answer(Answer::default())));
                     continue;
                 }
                 Operation::StatFs => {
-                    self.reply(unique, Ok(Reply::Answer(Answer::statfs())));
+                    self.reply(unique, &Ok(Reply::Answer(Answer::statfs())));
                     continue;
                 }
                 Operation::Unsupported => {
-                    self.reply(unique, Err(Errno::NOSYS));
+                    self.reply(unique, &Err(Errno::NOSYS));
                     continue;
                 }
                 Operation::Lookup { name } => Waiting::Lookup(name.to_owned()),
@@ -163,26 +207,46 @@ impl Server {
                 Operation::ReadLink => Waiting::ReadLink,
                 Operation::Open => Waiting::Open,
                 Operation::OpenDir => Waiting::OpenDir,
-                Operation::Read { offset, bytes } => Waiting::Read { offset, bytes },
-                Operation::ReadDir { offset, bytes, with_attributes } => {
-                    Waiting::ReadDir { offset, bytes, with_attributes }
+                Operation::Read { offset, bytes } => {
+                    Waiting::Read(offset..offset.saturating_add(u64::from(bytes)))
+                }
+                Operation::ReadDir { handle, offset, bytes, with_attributes } => {
+                    Waiting::ReadDir { handle, offset, bytes, with_attributes }
                 }
             };
-            let this = Arc::clone(self);
-            runtime.spawn(async move {
-                let answer = tokio::time::timeout(this.patience, this.answer(node, waiting)).await;
-                if answer.is_err() {
-                    tracing::warn!("no answer of the server within {:?}; a program gets EIO", this.patience);
-                }
-                this.reply(unique, answer.unwrap_or(Err(Errno::IO)));
-            });
+            runtime.spawn(Arc::clone(self).answer_in_time(unique, node, waiting));
         }
     }
 
-    fn reply(&self, unique: u64, reply: Result<Reply, Errno>) {
-        let (error, pieces) = match &reply {
+    /// Answers a request, with EIO if there is no other answer in time.
+    async fn answer_in_time(self: Arc<Self>, unique: u64, node: u64, request: Waiting) {
+        let answer = AssertUnwindSafe(self.answer(node, request)).catch_unwind();
+        let answer = match tokio::time::timeout(self.patience, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => {
+                tracing::error!("a fault of this program; a program gets EIO");
+                Err(Errno::IO)
+            }
+            Err(_) => {
+                tracing::warn!("no answer of the server within {:?}; a program gets EIO", self.patience);
+                Err(Errno::IO)
+            }
+        };
+        self.reply(unique, &answer);
+        match answer {
+            Ok(Reply::Read(read, file, range)) => self.ahead.after_read(node, file, &range, &read.fetched),
+            Ok(Reply::Opened(image)) => self.ahead.opened(image, node),
+            _ => {}
+        }
+    }
+
+    fn reply(&self, unique: u64, reply: &Result<Reply, Errno>) {
+        let opened = Answer::open(0, protocol::FOPEN_KEEP_CACHE);
+        let (error, pieces) = match reply {
             Ok(Reply::Answer(answer)) => (0, vec![IoSlice::new(answer.bytes())]),
-            Ok(Reply::Bytes(pieces)) => (0, pieces.iter().map(|piece| IoSlice::new(piece)).collect()),
+            Ok(Reply::Opened(_)) => (0, vec![IoSlice::new(opened.bytes())]),
+            Ok(Reply::Bytes(bytes)) => (0, vec![IoSlice::new(bytes)]),
+            Ok(Reply::Read(read, ..)) => (0, read.pieces.iter().map(|piece| IoSlice::new(piece)).collect()),
             Err(error) => (error.raw_os_error(), Vec::new()),
         };
         let header = protocol::answer_header(unique, error, pieces.iter().map(|piece| piece.len()).sum());
@@ -192,6 +256,11 @@ impl Server {
             Ok(_) | Err(Errno::NOENT | Errno::NODEV) => {}
             Err(error) => tracing::error!("an answer to the kernel: {error}"),
         }
+    }
+
+    fn lists(&self) -> MutexGuard<'_, Lists> {
+        // Each change is a single one.
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -218,23 +287,56 @@ impl Server {
                 let attributes = self.attributes(&place).await?;
                 Ok(Reply::Answer(Answer::attributes(&attributes, &self.owner)))
             }
-            Waiting::ReadLink => Ok(Reply::Bytes(vec![self.link(&place).await?])),
-            Waiting::Open => Ok(Reply::Answer(Answer::open(protocol::FOPEN_KEEP_CACHE))),
-            Waiting::OpenDir => {
-                let is_fixed = matches!(place, Place::Image(..));
-                let flags = protocol::FOPEN_KEEP_CACHE | protocol::FOPEN_CACHE_DIR;
-                Ok(Reply::Answer(Answer::open(if is_fixed { flags } else { 0 })))
-            }
-            Waiting::Read { offset, bytes } => {
+            Waiting::ReadLink => Ok(Reply::Bytes(self.link(&place).await?)),
+            Waiting::Open => match place {
+                Place::Image(image, _) => Ok(Reply::Opened(image)),
+                _ => Err(Errno::ISDIR),
+            },
+            Waiting::OpenDir => self.open_directory(&place).await.map(Reply::Answer),
+            Waiting::Read(range) => {
                 let (reader, file) = self.file(&place).await?;
-                let read = self.images.read(&reader, &file, offset, bytes).await;
-                read.map(Reply::Bytes).map_err(|error| failed(&place, &error))
+                let read = self.images.read(&reader, &file, range.clone()).await;
+                let read = read.map_err(|error| failed(&place, &error))?;
+                Ok(Reply::Read(read, (reader, file), range))
             }
-            Waiting::ReadDir { offset, bytes, with_attributes } => {
+            Waiting::ReadDir { handle, offset, bytes, with_attributes } => {
                 let max = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
-                self.list(&place, offset, max, with_attributes).await.map(Reply::Answer)
+                self.list(&place, handle, offset, max, with_attributes).await.map(Reply::Answer)
             }
         }
+    }
+
+    /// Opens a directory. That of an image never changes. Any other keeps its list, so that one
+    /// reading of it is of one moment.
+    async fn open_directory(&self, place: &Place) -> Result<Answer, Errno> {
+        if matches!(place, Place::Image(..)) {
+            return Ok(Answer::open(0, protocol::FOPEN_KEEP_CACHE | protocol::FOPEN_CACHE_DIR));
+        }
+        let list = self.children(place).await?;
+        let mut lists = self.lists();
+        if lists.open.len() >= MAX_LISTS {
+            return Ok(Answer::open(0, 0));
+        }
+        lists.last += 1;
+        let handle = lists.last;
+        lists.open.insert(handle, (place.clone(), list));
+        Ok(Answer::open(handle, 0))
+    }
+
+    /// Returns the children of a directory that is none of an image.
+    async fn children(&self, place: &Place) -> Result<List, Errno> {
+        let children = match place {
+            Place::Root => {
+                let mut children = vec![(BY_DIGEST.to_owned(), Place::ByDigest)];
+                children.extend(self.names_below("").await?);
+                children
+            }
+            Place::Names(path) => self.names_below(path).await?,
+            // Images need not have a name, and the server may have very many.
+            Place::ByDigest => Vec::new(),
+            Place::Tag(_) | Place::Image(..) => return Err(Errno::NOTDIR),
+        };
+        Ok(Arc::new(children))
     }
 
     async fn reader(&self, image: &Digest) -> Result<Arc<Reader>, Errno> {
@@ -319,7 +421,14 @@ impl Server {
     }
 
     /// Lists a directory from an offset on: 0, or that of an earlier entry.
-    async fn list(&self, place: &Place, offset: u64, max: usize, plus: bool) -> Result<Answer, Errno> {
+    async fn list(
+        &self,
+        place: &Place,
+        handle: u64,
+        offset: u64,
+        max: usize,
+        plus: bool,
+    ) -> Result<Answer, Errno> {
         let mut answer = Answer::default();
         let plus = plus.then_some(&self.owner);
         let itself = self.attributes(place).await?;
@@ -345,16 +454,11 @@ impl Server {
             }
             return Ok(answer);
         }
-        let children = match place {
-            Place::Root => {
-                let mut children = vec![(BY_DIGEST.to_owned(), Place::ByDigest)];
-                children.extend(self.names_below("").await?);
-                children
-            }
-            Place::Names(path) => self.names_below(path).await?,
-            // Images need not have a name, and the server may have very many.
-            Place::ByDigest => Vec::new(),
-            Place::Tag(_) | Place::Image(..) => return Err(Errno::NOTDIR),
+        let list = self.lists().open.get(&handle).cloned();
+        let children = match list {
+            Some((of, list)) if of == *place => list,
+            // A killed process has opened the directory, or very many are open.
+            _ => self.children(place).await?,
         };
         for (at, (name, child)) in children.iter().enumerate().skip(from) {
             let attributes = self.attributes(child).await?;

@@ -5,11 +5,9 @@ use super::{Fill, WINDOW_BYTES, pool};
 use crate::memory::Spaces;
 use crate::remote::Purpose::Bulk;
 use crate::remote::lane::BulkLane;
-use crate::remote::{MAX_ATTEMPTS, RemoteError, within};
-use bytes::Bytes;
+use crate::remote::set_stream::SetStream;
+use crate::remote::{MAX_ATTEMPTS, RemoteError};
 use postcopy_proto::page::PAGE_BYTES;
-use postcopy_proto::set_frame::SetFrame;
-use postcopy_proto::v1;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
@@ -90,12 +88,11 @@ impl Fill {
         // The request is sent at once. Frames that arrive before the session has memory wait in the
         // lane's window.
         let ask = async {
-            let request = v1::StreamChunksRequest { working_set: true, ..Default::default() };
             let channel = match channel {
                 Some(channel) => channel,
                 None => server.connect(Bulk).await?,
             };
-            Ok(BulkLane::over(channel, server, &self.shared.image.digest(), Some(request)))
+            Ok(SetStream::over(channel, server, &self.shared.image))
         };
         let prepare = async {
             self.wait_while(Spaces::is_empty).await;
@@ -104,41 +101,17 @@ impl Fill {
             self.wait_while(|spaces| !spaces.spaces().all(|space| space.is_registered())).await;
             Ok(())
         };
-        let (lane, prepared) = tokio::join!(ask, prepare);
-        let (mut lane, ()) = (lane?, prepared?);
-        // The limit is the number of pages of the image, because a server could send frames for
-        // ever.
-        let mut left = self
-            .shared
-            .image
-            .root()
-            .files()
-            .map(|(_, file)| file.size_bytes.div_ceil(PAGE_BYTES as u64))
-            .sum::<u64>();
+        let (stream, prepared) = tokio::join!(ask, prepare);
+        let (mut stream, ()) = (stream?, prepared?);
         loop {
-            let message = within(server, "working set", lane.answer());
-            let Some(message) = self.unless_ended(message).await else { return Ok(lane) };
-            let message = message??;
-            let message = message.ok_or_else(|| server.wrong("working set", "the stream has ended"))?;
-            if message.working_set_ended {
-                return Ok(lane);
-            }
-            let frames = message.working_set_frames;
-            if frames.is_empty() || frames.iter().map(Bytes::len).sum::<usize>() > WINDOW_BYTES / 2 {
-                return Err(server.wrong("working set", "a message that holds nothing, or too much"));
-            }
-            // An invalid frame counts as one page, because a server could send such frames for
-            // ever.
-            let pages_of = |frame: &Bytes| SetFrame::parse(frame).map_or(1, |frame| frame.pages().max(1));
-            let pages = frames.iter().map(pages_of).sum::<usize>();
-            left = left
-                .checked_sub(pages as u64)
-                .ok_or_else(|| server.wrong("working set", "more pages than the image has"))?;
-            let pages = pages.max(frames.iter().map(Bytes::len).sum::<usize>() / PAGE_BYTES);
-            let pages = u32::try_from(pages.clamp(1, WINDOW_BYTES / PAGE_BYTES)).expect("at most the window");
+            let part = stream.next();
+            let Some(part) = self.unless_ended(part).await else { return Ok(stream.into_lane()) };
+            let Some(part) = part? else { return Ok(stream.into_lane()) };
+            let pages = part.pages.clamp(1, WINDOW_BYTES / PAGE_BYTES);
+            let pages = u32::try_from(pages).expect("at most the window");
             let permit = Arc::clone(&self.window).acquire_many_owned(pages).await;
             let permit = permit.expect("the window is never closed");
-            self.job(Job::new(Arrived::WorkingSet(frames.into()), permit, Duration::ZERO));
+            self.job(Job::new(Arrived::WorkingSet(part.frames.into()), permit, Duration::ZERO));
         }
     }
 }

@@ -8,12 +8,13 @@ use super::guardian::{self, WorkerStart};
 use super::{kernel, leftovers};
 use anyhow::{Context, Result};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use postcopy_mount::{Settings, mount, serve};
+use postcopy_mount::{Descriptors, Settings, mount, serve};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::MemfdFlags;
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, PipeReader, PipeWriter, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ struct Mounted {
     target: PathBuf,
     device: OwnedFd,
     table: File,
+    /// A pipe that ends with the last process that could answer the kernel.
+    life: PipeReader,
+    life_of: PipeWriter,
 }
 
 impl Drop for Mounted {
@@ -50,7 +54,8 @@ pub(crate) fn run(
     let target = std::path::absolute(target).with_context(shown)?;
     let table = rustix::fs::memfd_create("postcopy-nodes", MemfdFlags::CLOEXEC).context("a memfd")?;
     let device = mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
-    let mounted = Mounted { target, device, table: table.into() };
+    let (life, life_of) = io::pipe().context("a pipe")?;
+    let mounted = Mounted { target, device, table: table.into(), life, life_of };
     let base = leftovers::open_descriptors()?;
     guardian::guard(settings.deadline, GRACE, on_ready, |start| {
         let served = work(&mounted, settings, start, &base);
@@ -74,6 +79,7 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
             }
         }
     }
+    let store = start_storer(mounted)?;
     let mut table = mounted.table.try_clone().context("the table of nodes")?;
     table.seek(SeekFrom::Start(0)).context("the table of nodes")?;
     let device = mounted.device.try_clone().context("/dev/fuse")?;
@@ -84,7 +90,31 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
         .name("signals".to_owned())
         .spawn(move || end_on_signal(&signals, is_asked, &target))?;
     guardian::tell_ready(start);
-    serve(device, table, start.is_successor, settings.clone()).context("serving")
+    serve(Descriptors { device, table, store }, start.is_successor, settings.clone()).context("serving")
+}
+
+/// Starts the process that stores pages ahead, and returns the pipe to it.
+fn start_storer(mounted: &Mounted) -> Result<PipeWriter> {
+    let (messages, to_storer) = io::pipe().context("a pipe")?;
+    #[expect(unsafe_code, reason = "a fork")]
+    // SAFETY: this process has one thread.
+    let forked = unsafe { nix::unistd::fork() };
+    if forked.context("starting the process that stores pages")?.is_parent() {
+        return Ok(to_storer);
+    }
+    drop(to_storer);
+    #[expect(unsafe_code, reason = "a descriptor by number")]
+    // SAFETY: the value that owns it is not used or dropped in this process.
+    unsafe {
+        kernel::close_fd(mounted.life_of.as_raw_fd());
+    }
+    let stored = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        postcopy_mount::store(&mounted.device, messages, mounted.life.as_fd(), &mounted.target)
+    }));
+    if let Ok(Err(error)) = &stored {
+        tracing::error!("storing pages ahead: {error}");
+    }
+    kernel::exit_at_once(i32::from(!matches!(stored, Ok(Ok(())))));
 }
 
 /// Unmounts the file system at the first signal that asks for the end, or at once if one has asked

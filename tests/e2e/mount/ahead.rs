@@ -1,0 +1,160 @@
+//! Pages that are in the page cache before a program asks for them.
+
+use super::{as_root, push};
+use postcopy::{Options, Session};
+use postcopy_tests::fixtures::{memory_like, noise};
+use postcopy_tests::mounted::{Mounted, cached_pages};
+use postcopy_tests::server::Server;
+use postcopy_tests::{PAGE, wait_until};
+use rustix::process::{Signal, kill_process};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const CHUNK: usize = 64 << 10;
+const CHUNK_PAGES: usize = CHUNK / PAGE;
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A server with the image app:v1, whose file mem has these bytes, and the mount.
+struct Bench {
+    server: Server,
+    mounted: Mounted,
+    path: PathBuf,
+    bytes: Vec<u8>,
+    _folder: tempfile::TempDir,
+}
+
+fn start(bytes: Vec<u8>, arguments: &[&str]) -> Bench {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let mem = folder.path().join("mem");
+    fs::write(&mem, &bytes).unwrap();
+    push(&server, &mem, "app:v1", CHUNK);
+    let mounted = Mounted::start(server.address(), arguments);
+    let path = mounted.image("app", "v1").join("mem");
+    Bench { server, mounted, path, bytes, _folder: folder }
+}
+
+impl Bench {
+    fn read(&self, at: usize, len: usize) {
+        let mut read = vec![0; len];
+        File::open(&self.path).unwrap().read_exact_at(&mut read, at as u64).unwrap();
+        assert!(read == self.bytes[at..at + len], "wrong bytes at {at}");
+    }
+
+    /// Reads the whole file, and compares it.
+    fn read_all(&self) {
+        assert!(fs::read(&self.path).unwrap() == self.bytes, "wrong bytes");
+    }
+
+    fn cached(&self) -> Vec<usize> {
+        let pages = cached_pages(&self.path).into_iter().enumerate();
+        pages.filter_map(|(page, is_cached)| is_cached.then_some(page)).collect()
+    }
+}
+
+#[test]
+fn the_rest_of_a_chunk_follows_the_page_that_was_read() {
+    as_root("mount::ahead::the_rest_of_a_chunk_follows_the_page_that_was_read", || {
+        let bench = start(noise((8 << 20) + 5 * PAGE + 7, 8), &["--read-ahead", "4096"]);
+        let last_chunk = bench.bytes.len() / CHUNK * CHUNK;
+        for at in [20 * CHUNK + 5 * PAGE, last_chunk + PAGE] {
+            bench.read(at, PAGE);
+        }
+        let expected: Vec<_> = (20 * CHUNK_PAGES..21 * CHUNK_PAGES)
+            .chain(last_chunk / PAGE..bench.bytes.len().div_ceil(PAGE))
+            .collect();
+        wait_until("the chunks' other pages", || bench.cached() == expected);
+        bench.read(20 * CHUNK, CHUNK);
+        bench.read(last_chunk, bench.bytes.len() - last_chunk);
+        assert_eq!(fs::metadata(&bench.path).unwrap().len(), bench.bytes.len() as u64);
+        bench.read_all();
+    });
+}
+
+#[test]
+fn sequential_reads_find_their_pages_and_scattered_ones_fetch_no_more_than_their_chunks() {
+    let name =
+        "mount::ahead::sequential_reads_find_their_pages_and_scattered_ones_fetch_no_more_than_their_chunks";
+    as_root(name, || {
+        let bench = start(noise(64 << 20, 9), &["--read-ahead", "4096"]);
+        let scattered: Vec<usize> = (0..20).map(|at| at * 37 % 512 + 512).collect();
+        scattered.iter().for_each(|chunk| bench.read(chunk * CHUNK, PAGE));
+        wait_until("their chunks", || bench.cached().len() == scattered.len() * CHUNK_PAGES);
+        (0..4).for_each(|chunk| bench.read(chunk * CHUNK, CHUNK));
+        let ahead = || bench.cached().into_iter().filter(|page| *page >= 4 * CHUNK_PAGES).count();
+        wait_until("what comes next", || ahead() - scattered.len() * CHUNK_PAGES >= 2 * CHUNK_PAGES);
+        bench.read_all();
+    });
+}
+
+#[test]
+fn the_working_set_of_an_image_is_there_when_a_file_of_it_is_opened() {
+    as_root("mount::ahead::the_working_set_of_an_image_is_there_when_a_file_of_it_is_opened", || {
+        let mut bytes = memory_like((16 << 20) + 100, 10);
+        bytes[300 * PAGE..340 * PAGE].fill(0);
+        let bench = start(bytes, &[]);
+        let last = bench.bytes.len() / PAGE;
+        let mut pages: Vec<usize> =
+            (0..400).map(|at| at * 7919 % last).chain(310..330).chain([last]).collect();
+        let options = Options::DEFAULT.record(true).fault_deadline(MINUTE);
+        let session = Session::open(bench.server.address(), &"app:v1".parse().unwrap(), options).unwrap();
+        let region = session.map("mem").unwrap();
+        for page in &pages {
+            assert_eq!(region[page * PAGE], bench.bytes[page * PAGE]);
+        }
+        drop(region);
+        assert!(session.close(MINUTE));
+        session.wait_recorded(MINUTE).unwrap();
+        pages.sort_unstable();
+        pages.dedup();
+        drop(File::open(&bench.path).unwrap());
+        wait_until("the working set", || bench.cached() == pages);
+        bench.read_all();
+    });
+}
+
+/// Stores wait for reads, and reads for stores, while the pages are dropped, and processes killed.
+#[test]
+fn what_is_stored_while_processes_are_killed_is_right() {
+    as_root("mount::ahead::what_is_stored_while_processes_are_killed_is_right", || {
+        let bench = start(noise(32 << 20, 11), &[]);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for reader in 0..4 {
+                let (bench, stop) = (&bench, &stop);
+                scope.spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        let file = File::open(&bench.path).unwrap();
+                        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+                        if reader % 2 == 0 {
+                            let at = fastrand::usize(0..bench.bytes.len() - 3 * CHUNK);
+                            bench.read(at, 1 + fastrand::usize(0..3 * CHUNK));
+                        } else {
+                            bench.read_all();
+                        }
+                    }
+                });
+            }
+            for round in 0..12 {
+                if round % 3 == 2 {
+                    // Without the storer the worker ends, too, and both come again.
+                    let before = bench.mounted.storer().expect("a storer");
+                    kill_process(before, Signal::KILL).unwrap();
+                    wait_until("another storer", || {
+                        bench.mounted.storer().is_some_and(|storer| storer != before)
+                    });
+                } else {
+                    bench.mounted.kill_worker();
+                }
+                std::thread::park_timeout(Duration::from_millis(50 * round % 200));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        bench.read_all();
+        let Bench { server, mounted, bytes, .. } = bench;
+        let again = mounted.kill_and_mount_again(server.address());
+        assert!(fs::read(again.image("app", "v1").join("mem")).unwrap() == bytes);
+    });
+}
