@@ -8,11 +8,12 @@ use postcopy_tests::cli::run;
 use postcopy_tests::fixtures::{noise, sparse};
 use postcopy_tests::mounted::Mounted;
 use postcopy_tests::server::Server;
-use postcopy_tests::{PAGE, is_root, skip, wait_until};
+use postcopy_tests::{PAGE, binary, is_root, skip, wait_until};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -146,6 +147,56 @@ fn a_tag_is_looked_up_each_time_and_a_digest_stays() {
         push(&server, &mem, "app:v3", 4096);
         assert_eq!(fs::read(only.image("app", "v2").join("mem")).unwrap(), b"other");
         assert!(!only.image("app", "v3").exists());
+    });
+}
+
+/// By fusermount3. The namespace has a /dev/fuse that everybody may open, as udev makes it.
+#[test]
+fn an_ordinary_user_mounts_reads_and_unmounts() {
+    as_root("mount::an_ordinary_user_mounts_reads_and_unmounts", || {
+        let (server, source) = (Server::start(), source());
+        push(&server, source.path(), "app:v1", 65_536);
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o777)).unwrap();
+        let program = folder.path().join("postcopy");
+        fs::copy(binary("postcopy"), &program).unwrap();
+        let as_user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        let script = format!(
+            "set -eu
+            mkdir devices && mount -t tmpfs none devices && mknod -m 666 devices/fuse c 10 229
+            mount --bind devices/fuse /dev/fuse
+            exec {as_user} bash -eu -c '
+                export TMPDIR=$PWD HOME=$PWD
+                mkdir mnt
+                ./postcopy mount mnt &
+                until [ -d mnt/by-digest ]; do kill -0 $!; sleep 0.1; done
+                stat -c %a:%u mnt mnt/app/v1/a/one mnt/app/v1/mem
+                cmp mnt/app/v1/a/b/c/odd mnt/app/v1/a/link
+                md5sum < mnt/app/v1/mem
+                ( ! touch mnt/new ) 2>/dev/null
+                fusermount3 -u mnt
+                wait $!
+                ./postcopy mount mnt &
+                until [ -d mnt/by-digest ]; do kill -0 $!; sleep 0.1; done
+                pkill -KILL -P $!
+                cmp mnt/app/v1/mem mnt/app/v1/mem
+                kill $!
+                wait $!
+                [ -z \"$(ls mnt)\" ]
+            '"
+        );
+        let output = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "bash", "-c", &script])
+            .current_dir(folder.path())
+            .env("POSTCOPY_SERVER", server.address().to_string())
+            .output()
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (said, errors) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{said}\n{errors}");
+        let sum = Command::new("md5sum").stdin(File::open(source.path().join("mem")).unwrap()).output();
+        let expected = format!("500:65534\n500:65534\n400:65534\n{}", text(&sum.unwrap().stdout));
+        assert_eq!(said, expected, "{errors}");
     });
 }
 

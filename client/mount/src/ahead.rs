@@ -34,6 +34,13 @@ const SETS: usize = 4;
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// A file of an image.
+#[derive(Clone, Debug)]
+pub(crate) struct Opened {
+    pub(crate) reader: Arc<Reader>,
+    pub(crate) file: FileEntry,
+}
+
 /// The state of what is stored ahead.
 #[derive(Debug)]
 pub(crate) struct Ahead {
@@ -61,44 +68,47 @@ impl Ahead {
         }
     }
 
-    /// Stores the rest of the chunks that a read has fetched. If the file is read from one end to
-    /// the other, begins to store what comes next.
+    /// Notes a read before it is answered, so that a program's reads are noted in their order.
+    /// Returns the chunks of the file to fetch ahead, which may be none.
+    pub(crate) fn note(&self, node: u64, of: &Opened, read: &Range<u64>) -> Range<u64> {
+        let chunk_bytes = of.reader.image().root().chunk_size().bytes() as u64;
+        let chunks = read.start / chunk_bytes..read.end.div_ceil(chunk_bytes);
+        let mut walks = self.walks.lock().unwrap_or_else(PoisonError::into_inner);
+        let ahead = walks.get_or_insert_mut(node, Walk::default).next(&chunks, chunk_bytes);
+        ahead.start..ahead.end.min(of.file.size_bytes.div_ceil(chunk_bytes))
+    }
+
+    /// Stores the rest of the chunks that a read has fetched, and begins to fetch others.
     pub(crate) fn after_read(
         self: &Arc<Self>,
         node: u64,
-        (reader, file): (Arc<Reader>, FileEntry),
-        read: &Range<u64>,
-        fetched: &[Fetched],
+        of: Opened,
+        (read, fetched): (&Range<u64>, &[Fetched]),
+        ahead: Range<u64>,
     ) {
         for chunk in fetched {
             for rest in rests(chunk, read) {
                 self.store.try_store(Pages { node, ..rest });
             }
         }
-        let chunk_bytes = reader.image().root().chunk_size().bytes() as u64;
-        let ahead = {
-            let mut walks = self.walks.lock().unwrap_or_else(PoisonError::into_inner);
-            walks.get_or_insert_mut(node, Walk::default).next(read, chunk_bytes)
-        };
-        let ahead = ahead.start..ahead.end.min(file.size_bytes);
         if ahead.is_empty() {
             return;
         }
         let Ok(turn) = Arc::clone(&self.fetchers).try_acquire_owned() else { return };
         let this = Arc::clone(self);
         tokio::spawn(async move {
-            this.fetch(node, &reader, &file, ahead).await;
+            this.fetch(node, &of, ahead).await;
             drop(turn);
         });
     }
 
-    /// Fetches and stores the chunks of a part of a file, but for one page in the middle. A read of
-    /// that page tells how far the reader has come.
-    async fn fetch(&self, node: u64, reader: &Reader, file: &FileEntry, part: Range<u64>) {
+    /// Fetches and stores chunks of a file, but for one page in their middle. A read of that page
+    /// tells how far the reader has come.
+    async fn fetch(&self, node: u64, of: &Opened, numbers: Range<u64>) {
+        let Opened { reader, file } = of;
         let chunk_bytes = reader.image().root().chunk_size().bytes();
         let at_once = (AT_ONCE_BYTES / chunk_bytes).max(2);
         let chunk_bytes = chunk_bytes as u64;
-        let numbers = part.start / chunk_bytes..part.end.div_ceil(chunk_bytes);
         let middle = numbers.start + (numbers.end - numbers.start) / 2;
         let chunk = |number: u64| async move {
             let chunk = ChunkIndex(file.first_chunk.0 + number);
@@ -123,9 +133,7 @@ impl Ahead {
     pub(crate) fn opened(self: &Arc<Self>, image: Digest, node: u64) {
         if self.sets.lock().unwrap_or_else(PoisonError::into_inner).insert(image) {
             let this = Arc::clone(self);
-            let runtime = tokio::runtime::Handle::current();
-            // Pages are decompressed there.
-            tokio::task::spawn_blocking(move || runtime.block_on(this.store_set(image, node)));
+            tokio::spawn(async move { this.store_set(image, node).await });
         }
     }
 
@@ -193,32 +201,38 @@ fn usize_of(value: u64) -> usize {
     usize::try_from(value).expect("less than a chunk")
 }
 
-/// The order in which a file is read.
+/// The order in which a file's chunks are read.
 #[derive(Debug, Default)]
 struct Walk {
-    /// A sequential reader's next read begins here: after the last read, or where pages are stored
-    /// already.
-    expected: Range<u64>,
-    /// Bytes to store ahead; 0 if the last read was not in order.
+    /// The chunk that was read last.
+    at: u64,
+    /// The chunks before this one are stored, or are being stored.
+    stored: u64,
+    /// Bytes to store ahead; 0 if the last chunk was not read in order.
     window: u64,
 }
 
 impl Walk {
-    /// Notes a read. Returns the part of the file to store ahead, which may be empty.
+    /// Notes a read of chunks. Returns those to store ahead, which may be none.
     fn next(&mut self, read: &Range<u64>, chunk_bytes: u64) -> Range<u64> {
-        let end_of_chunk = read.end.next_multiple_of(chunk_bytes);
-        if read.start == 0 || !(self.expected.start..=self.expected.end).contains(&read.start) {
-            *self = Self { expected: read.end..end_of_chunk, window: 0 };
+        // Reads of neighbouring chunks may pass each other.
+        let is_old = read.end <= self.at + 1 && read.start + 1 >= self.at;
+        if is_old || read.is_empty() {
             return 0..0;
         }
-        let stored = self.expected.end.max(end_of_chunk);
-        self.expected = read.end..stored;
+        let last = read.end - 1;
+        if !(self.at..=self.stored.max(self.at + 1)).contains(&read.start) {
+            *self = Self { at: last, stored: read.end, window: 0 };
+            return 0..0;
+        }
+        self.at = last;
+        self.stored = self.stored.max(read.end);
         self.window = (self.window * 2).clamp(WINDOW_BYTES.start, WINDOW_BYTES.end);
-        if stored - read.end > self.window / 2 {
-            return 0..0;
+        let start = self.stored;
+        if (start - read.end) * chunk_bytes <= self.window / 2 {
+            self.stored = start.max(read.end + self.window.div_ceil(chunk_bytes));
         }
-        self.expected.end = (read.end + self.window).next_multiple_of(chunk_bytes).max(stored);
-        stored..self.expected.end
+        start..self.stored
     }
 }
 
@@ -232,32 +246,37 @@ mod tests {
     #[test]
     fn sequential_reads_are_fetched_ahead_and_scattered_ones_are_not() {
         let mut walk = Walk::default();
-        assert!(walk.next(&(0..CHUNK), CHUNK).is_empty());
-        let first = walk.next(&(CHUNK..2 * CHUNK), CHUNK);
-        assert_eq!(first, 2 * CHUNK..2 * CHUNK + WINDOW_BYTES.start);
-        // The page in the middle.
+        assert!(walk.next(&(0..1), CHUNK).is_empty(), "the first one");
+        assert!(walk.next(&(0..1), CHUNK).is_empty(), "the same one");
+        let first = walk.next(&(1..2), CHUNK);
+        assert_eq!(first, 2..2 + WINDOW_BYTES.start / CHUNK);
+        assert!(walk.next(&(0..1), CHUNK).is_empty(), "one that was late");
         let middle = first.start + (first.end - first.start) / 2;
-        let second = walk.next(&(middle..middle + 4096), CHUNK);
+        let second = walk.next(&(middle..middle + 1), CHUNK);
         assert_eq!(second.start, first.end);
-        assert!(second.end >= middle + 2 * WINDOW_BYTES.start);
-        assert!(walk.next(&(first.end..first.end + 4096), CHUNK).end > second.start, "the end of a part");
-        assert!(walk.next(&(1 << 30..(1 << 30) + 4096), CHUNK).is_empty());
-        assert!(walk.next(&(1 << 20..(1 << 20) + 4096), CHUNK).is_empty());
+        assert!(second.end > middle + WINDOW_BYTES.start / CHUNK, "more than before");
+        assert!(!walk.next(&(second.end..second.end + 1), CHUNK).is_empty(), "at its end");
+        for scattered in [1000, 900, 902, 1000, 2000] {
+            assert!(walk.next(&(scattered..scattered + 1), CHUNK).is_empty(), "{scattered}");
+        }
     }
 
     #[test]
-    fn each_byte_of_a_sequential_walk_is_fetched_ahead_once() {
-        let (mut walk, mut at, mut fetched) = (Walk::default(), 0, 2 * CHUNK);
-        while at < 64 << 20 {
-            let ahead = walk.next(&(at..at + 4096), CHUNK);
-            if !ahead.is_empty() {
-                assert_eq!(ahead.start, fetched.max(ahead.start.min(fetched)), "without a gap");
-                assert!(ahead.end - at <= WINDOW_BYTES.end + CHUNK + 4096);
-                fetched = ahead.end;
+    fn each_chunk_of_a_sequential_walk_is_fetched_ahead_once() {
+        for chunk_bytes in [4 << 10, CHUNK, 2 << 20] {
+            let mut walk = Walk::default();
+            let (mut at, mut fetched) = (0, 2);
+            while at * chunk_bytes < 256 << 20 {
+                let ahead = walk.next(&(at..at + 1), chunk_bytes);
+                if !ahead.is_empty() {
+                    assert_eq!(ahead.start, fetched, "no gap, and none twice");
+                    assert!((ahead.end - at - 1) * chunk_bytes <= WINDOW_BYTES.end + chunk_bytes);
+                    fetched = ahead.end;
+                }
+                at += 1;
             }
-            at += 4096;
+            assert!(fetched >= at);
         }
-        assert!(fetched > 64 << 20);
     }
 
     #[test]

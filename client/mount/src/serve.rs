@@ -4,7 +4,7 @@
 //! delays no other. No thread that reads requests waits for anything else.
 
 use crate::BY_DIGEST;
-use crate::ahead::Ahead;
+use crate::ahead::{Ahead, Opened};
 use crate::images::{Images, Read};
 use crate::names::{Named, Names};
 use crate::nodes::{Place, Table};
@@ -14,7 +14,7 @@ use crate::tree::{Node, ROOT, Tree};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use postcopy::proto::digest::Digest;
-use postcopy::proto::manifest::{EntryKind, FileEntry};
+use postcopy::proto::manifest::EntryKind;
 use postcopy::{ReadError, Reader, RemoteError, ServerAddress};
 use rustix::io::Errno;
 use std::collections::{BTreeSet, HashMap};
@@ -145,10 +145,17 @@ struct Lists {
 enum Reply {
     Answer(Answer),
     Bytes(Bytes),
-    /// Of a read: the file, and the range that was asked for.
-    Read(Read, (Arc<Reader>, FileEntry), Range<u64>),
+    Read(ReadReply),
     /// A file of this image was opened.
     Opened(Digest),
+}
+
+/// The answer to a read of a part of a file, and the chunks to fetch after it.
+struct ReadReply {
+    read: Read,
+    of: Opened,
+    range: Range<u64>,
+    ahead: Range<u64>,
 }
 
 /// A request whose answer may have to wait, with what it borrows.
@@ -234,7 +241,9 @@ impl Server {
         };
         self.reply(unique, &answer);
         match answer {
-            Ok(Reply::Read(read, file, range)) => self.ahead.after_read(node, file, &range, &read.fetched),
+            Ok(Reply::Read(ReadReply { read, of, range, ahead })) => {
+                self.ahead.after_read(node, of, (&range, &read.fetched), ahead);
+            }
             Ok(Reply::Opened(image)) => self.ahead.opened(image, node),
             _ => {}
         }
@@ -246,7 +255,9 @@ impl Server {
             Ok(Reply::Answer(answer)) => (0, vec![IoSlice::new(answer.bytes())]),
             Ok(Reply::Opened(_)) => (0, vec![IoSlice::new(opened.bytes())]),
             Ok(Reply::Bytes(bytes)) => (0, vec![IoSlice::new(bytes)]),
-            Ok(Reply::Read(read, ..)) => (0, read.pieces.iter().map(|piece| IoSlice::new(piece)).collect()),
+            Ok(Reply::Read(reply)) => {
+                (0, reply.read.pieces.iter().map(|piece| IoSlice::new(piece)).collect())
+            }
             Err(error) => (error.raw_os_error(), Vec::new()),
         };
         let header = protocol::answer_header(unique, error, pieces.iter().map(|piece| piece.len()).sum());
@@ -294,10 +305,11 @@ impl Server {
             },
             Waiting::OpenDir => self.open_directory(&place).await.map(Reply::Answer),
             Waiting::Read(range) => {
-                let (reader, file) = self.file(&place).await?;
-                let read = self.images.read(&reader, &file, range.clone()).await;
+                let of = self.file(&place).await?;
+                let ahead = self.ahead.note(node, &of, &range);
+                let read = self.images.read(&of.reader, &of.file, range.clone()).await;
                 let read = read.map_err(|error| failed(&place, &error))?;
-                Ok(Reply::Read(read, (reader, file), range))
+                Ok(Reply::Read(ReadReply { read, of, range, ahead }))
             }
             Waiting::ReadDir { handle, offset, bytes, with_attributes } => {
                 let max = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
@@ -344,12 +356,12 @@ impl Server {
     }
 
     /// Returns the file that a place is.
-    async fn file(&self, place: &Place) -> Result<(Arc<Reader>, FileEntry), Errno> {
+    async fn file(&self, place: &Place) -> Result<Opened, Errno> {
         let Place::Image(image, node) = place else { return Err(Errno::ISDIR) };
         let reader = self.reader(image).await?;
         let entry = Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::ISDIR)?;
         match entry.kind {
-            EntryKind::File(file) => Ok((reader, file)),
+            EntryKind::File(file) => Ok(Opened { reader, file }),
             _ => Err(Errno::INVAL),
         }
     }

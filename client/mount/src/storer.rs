@@ -93,7 +93,7 @@ fn unmount_at_the_end(life: BorrowedFd<'_>, ended: &PipeReader, target: &Path) {
     while let Err(Errno::INTR) = poll(&mut both, None) {}
     let grace = rustix::event::Timespec::try_from(GRACE).expect("a short time");
     if matches!(poll(&mut both[1..], Some(&grace)), Ok(0)) {
-        let _ = mount::detach_by_force(target);
+        let _ = mount::abort(target);
     }
 }
 

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use postcopy_proto::page::PAGE_BYTES;
 use postcopy_proto::reference::Reference;
 use postcopy_proto::set_frame::{SetDecoder, SetFrame};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Neighbouring pages of a file.
@@ -27,6 +28,8 @@ pub struct WorkingSet {
     server: ServerAddress,
     image: Arc<Image>,
     stream: SetStream,
+    /// Frames that have arrived.
+    frames: VecDeque<Bytes>,
     decoder: SetDecoder,
 }
 
@@ -46,33 +49,35 @@ impl WorkingSet {
             let (_, segments) = Remote::connect(server.clone()).await?.open(&reference, &[], true).await?;
             segments.all_into(image).await?;
         }
-        Ok(Self { server: server.clone(), image: Arc::clone(image), stream, decoder: SetDecoder::default() })
+        let (server, image, frames) = (server.clone(), Arc::clone(image), VecDeque::new());
+        Ok(Self { server, image, stream, frames, decoder: SetDecoder::default() })
     }
 
-    /// Waits for the next pages; `None` at the end. An image without a working set ends at once.
+    /// Waits for the next pages, those of one frame; `None` at the end. An image without a working
+    /// set ends at once.
     ///
     /// # Errors
     /// [`RemoteError`]: among others, pages that are not the image's.
     pub async fn next(&mut self) -> Result<Option<Vec<SetPages>>, RemoteError> {
-        let Some(part) = self.stream.next().await? else { return Ok(None) };
-        let mut pages = Vec::new();
-        for frame in part.frames {
-            let frame = SetFrame::parse(&frame);
-            let decoded = frame.and_then(|frame| self.decoder.decode(&frame, &*self.image));
-            decoded.map_err(|error| self.server.wrong("working set", error))?;
-            pages.extend(self.decoder.stretches().filter_map(|(run, bytes)| {
-                let offset = u64::from(run.first) * PAGE_BYTES as u64;
-                let file_bytes = self.image.files().get(run.file as usize)?.size_bytes;
-                let held = usize::from(run.count) * PAGE_BYTES;
-                let len =
-                    usize::try_from(file_bytes.saturating_sub(offset)).map_or(held, |left| left.min(held));
-                let content = match bytes {
-                    Some(bytes) => ChunkBytes::Data(Bytes::copy_from_slice(&bytes[..len])),
-                    None => ChunkBytes::Zeros(len),
-                };
-                Some(SetPages { file: run.file as usize, offset, content })
-            }));
+        while self.frames.is_empty() {
+            let Some(part) = self.stream.next().await? else { return Ok(None) };
+            self.frames.extend(part.frames);
         }
-        Ok(Some(pages))
+        let frame = self.frames.pop_front().expect("there is one");
+        let decoded = SetFrame::parse(&frame).and_then(|frame| self.decoder.decode(&frame, &*self.image));
+        decoded.map_err(|error| self.server.wrong("working set", error))?;
+        let pages = self.decoder.stretches().filter_map(|(run, bytes)| {
+            let offset = u64::from(run.first) * PAGE_BYTES as u64;
+            let file_bytes = self.image.files().get(run.file as usize)?.size_bytes;
+            let held = usize::from(run.count) * PAGE_BYTES;
+            let left = file_bytes.saturating_sub(offset);
+            let len = usize::try_from(left).map_or(held, |left| left.min(held));
+            let content = match bytes {
+                Some(bytes) => ChunkBytes::Data(Bytes::copy_from_slice(&bytes[..len])),
+                None => ChunkBytes::Zeros(len),
+            };
+            Some(SetPages { file: run.file as usize, offset, content })
+        });
+        Ok(Some(pages.collect()))
     }
 }

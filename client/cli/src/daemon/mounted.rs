@@ -52,6 +52,8 @@ pub(crate) fn run(
 ) -> Result<i32> {
     let shown = || format!("mounting at {}", target.display());
     let target = std::path::absolute(target).with_context(shown)?;
+    // A program that mounts is waited for.
+    kernel::watch_children().context("SIGCHLD")?;
     let table = rustix::fs::memfd_create("postcopy-nodes", MemfdFlags::CLOEXEC).context("a memfd")?;
     let device = mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
     let (life, life_of) = io::pipe().context("a pipe")?;
