@@ -16,7 +16,7 @@ use crate::remote::{Content, Image, MAX_ATTEMPTS, RemoteError, SegmentRefused, S
 use bytes::Bytes;
 use postcopy_proto::digest::Digest;
 use postcopy_proto::frame::FrameDecoder;
-use postcopy_proto::manifest::chunk_len;
+use postcopy_proto::manifest::{FileEntry, chunk_len};
 use postcopy_proto::page::ChunkIndex;
 use postcopy_proto::v1::{self, chunk_answer, fetch_chunks_response::Answer, segment_answer};
 use std::collections::HashMap;
@@ -80,6 +80,7 @@ type Outcome = Result<ChunkBytes, ReadError>;
 struct Wanted {
     chunk: ChunkIndex,
     bytes: usize,
+    class: v1::RequestClass,
     outcome: oneshot::Sender<Outcome>,
 }
 
@@ -133,14 +134,23 @@ impl Reader {
         &self.image
     }
 
-    /// Reads a chunk of `file`, which is one of the image's files.
+    /// Reads a chunk of `file`, which is one of the image's files, for somebody who waits for it.
     ///
     /// # Errors
     /// [`ReadError`].
-    pub async fn chunk(
+    pub async fn chunk(&self, file: &FileEntry, chunk: ChunkIndex) -> Result<ChunkBytes, ReadError> {
+        self.chunk_ahead(file, chunk, v1::RequestClass::Demand).await
+    }
+
+    /// Reads a chunk of `file`. The server may send more urgent ones first, as the class says.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn chunk_ahead(
         &self,
-        file: &postcopy_proto::manifest::FileEntry,
+        file: &FileEntry,
         chunk: ChunkIndex,
+        class: v1::RequestClass,
     ) -> Result<ChunkBytes, ReadError> {
         let bytes = chunk_len(self.image.root().chunk_size(), file, chunk);
         let bytes = bytes.ok_or(ReadError::OutOfRange(chunk.0))?;
@@ -150,7 +160,7 @@ impl Reader {
         let (outcome, answer) = oneshot::channel();
         let read = async {
             // The task ends with this reader alone.
-            let _ = self.wanted.send(Wanted { chunk, bytes, outcome }).await;
+            let _ = self.wanted.send(Wanted { chunk, bytes, class, outcome }).await;
             answer.await
         };
         match tokio::time::timeout(self.deadline, read).await {
@@ -169,6 +179,8 @@ struct Chunk {
     digest: Digest,
     bytes: usize,
     attempt: u32,
+    /// The most urgent one of the requests.
+    class: v1::RequestClass,
     waiting: Vec<oneshot::Sender<Outcome>>,
 }
 
@@ -274,20 +286,27 @@ impl Fetching {
         for segment in segments {
             self.request_segment(segment).await;
         }
-        let mut chunks: Vec<(u32, u64)> =
-            self.chunks.iter().map(|(chunk, of)| (of.attempt, chunk.0)).collect();
+        let kind = |(chunk, of): (&ChunkIndex, &Chunk)| (of.class, of.attempt, chunk.0);
+        let mut chunks: Vec<_> = self.chunks.iter().map(kind).collect();
         chunks.sort_unstable();
-        for of_attempt in chunks.chunk_by(|(a, _), (b, _)| a == b) {
-            for part in of_attempt.chunks(REQUEST_CHUNKS) {
-                self.send(of_attempt[0].0, runs_of(part.iter().map(|(_, chunk)| *chunk)), None).await;
+        for alike in chunks.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
+            let (class, attempt, _) = alike[0];
+            for part in alike.chunks(REQUEST_CHUNKS) {
+                self.send((class, attempt), runs_of(part.iter().map(|(.., chunk)| *chunk)), None).await;
             }
         }
     }
 
-    async fn send(&mut self, attempt: u32, runs: Vec<v1::ChunkRun>, segment: Option<u32>) {
+    /// Sends a request of a class and an attempt number.
+    async fn send(
+        &mut self,
+        (class, attempt): (v1::RequestClass, u32),
+        runs: Vec<v1::ChunkRun>,
+        segment: Option<u32>,
+    ) {
         let Some(lane) = &self.lane else { return };
         self.id += 1;
-        let class = v1::RequestClass::Demand.into();
+        let class = class.into();
         let request =
             v1::FetchChunksRequest { id: self.id, attempt, class, runs, segment, ..Default::default() };
         // A closed queue means a lost lane, and the next answer has the reason.
@@ -298,15 +317,15 @@ impl Fetching {
 
     async fn request_segment(&mut self, segment: u32) {
         let attempt = self.segments.get(&segment).map_or(0, |of| of.attempt);
-        self.send(attempt, Vec::new(), Some(segment)).await;
+        self.send((v1::RequestClass::Demand, attempt), Vec::new(), Some(segment)).await;
     }
 
     async fn request_again(&mut self, again: Again) {
         match again {
             Again::Segment(segment) => self.request_segment(segment).await,
             Again::Chunk(chunk) => {
-                let Some(attempt) = self.chunks.get(&chunk).map(|of| of.attempt) else { return };
-                self.send(attempt, runs_of([chunk.0]), None).await;
+                let Some(kind) = self.chunks.get(&chunk).map(|of| (of.class, of.attempt)) else { return };
+                self.send(kind, runs_of([chunk.0]), None).await;
             }
         }
     }
@@ -322,24 +341,31 @@ impl Fetching {
         if self.is_idle() {
             self.heard = Instant::now();
         }
-        let Wanted { chunk, bytes, outcome } = wanted;
+        let Wanted { chunk, bytes, class, outcome } = wanted;
         match self.image.content(chunk) {
             Content::Zero => drop(outcome.send(Ok(ChunkBytes::Zeros(bytes)))),
             Content::OutOfRange => drop(outcome.send(Err(ReadError::OutOfRange(chunk.0)))),
             Content::SegmentMissing(segment) => {
                 let is_new = !self.segments.contains_key(&segment);
-                self.segments.entry(segment).or_default().waiting.push(Wanted { chunk, bytes, outcome });
+                self.segments.entry(segment).or_default().waiting.push(Wanted {
+                    chunk,
+                    bytes,
+                    class,
+                    outcome,
+                });
                 if is_new {
                     self.request_segment(segment).await;
                 }
             }
             Content::Data(digest) => {
-                let new = || Chunk { digest, bytes, attempt: 0, waiting: Vec::new() };
+                let new = || Chunk { digest, bytes, attempt: 0, class, waiting: Vec::new() };
                 let outstanding = self.chunks.entry(chunk).or_insert_with(new);
                 // An answer on which all callers have given up may have been lost.
                 let is_requested = outstanding.waiting.iter().any(|waiting| !waiting.is_closed());
                 outstanding.waiting.push(outcome);
-                if !is_requested {
+                let is_more_urgent = class < outstanding.class;
+                outstanding.class = outstanding.class.min(class);
+                if !is_requested || is_more_urgent {
                     self.request_again(Again::Chunk(chunk)).await;
                 }
             }

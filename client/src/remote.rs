@@ -21,6 +21,7 @@ use postcopy_proto::digest::Digest;
 use postcopy_proto::manifest::{MAX_ROOT_BYTES, ManifestError, Root};
 use postcopy_proto::provenance::Provenance;
 use postcopy_proto::v1::image_service_client::ImageServiceClient;
+use postcopy_proto::v1::mount_service_client::MountServiceClient;
 use postcopy_proto::v1::open_image_response::Part;
 use postcopy_proto::v1::page_service_client::PageServiceClient;
 use postcopy_proto::v1::working_set_service_client::WorkingSetServiceClient;
@@ -308,6 +309,12 @@ impl Remote {
     #[must_use]
     pub fn images(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// Returns the generated client of a mount's service. Its server is `postcopy mount`.
+    #[must_use]
+    pub fn mount(&self) -> MountServiceClient<Channel> {
+        MountServiceClient::new(self.channel.clone())
     }
 
     /// Returns the generated client of the server's page service.

@@ -6,9 +6,16 @@ use std::path::Path;
 #[test]
 fn generated_code_is_up_to_date() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let protos =
-        ["lease", "manifest", "page_service", "image_service", "working_set_service", "peer_service"]
-            .map(|name| format!("postcopy/v1/{name}.proto"));
+    let protos = [
+        "lease",
+        "manifest",
+        "page_service",
+        "image_service",
+        "working_set_service",
+        "peer_service",
+        "mount_service",
+    ]
+    .map(|name| format!("postcopy/v1/{name}.proto"));
     let mut compiler = protox::Compiler::new([root.join("proto")]).expect("the proto folder");
     compiler.include_source_info(true).include_imports(true);
     compiler.open_files(&protos).expect("the .proto files compile");

@@ -106,10 +106,15 @@ fn routes(
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let health = tonic_health::server::HealthService::from_health_reporter(health.clone());
+    // The descriptors have services of other programs, too.
+    let mut names: Vec<_> = health_names()[1..].to_vec();
+    names.push(tonic_health::pb::health_server::SERVICE_NAME);
+    names.extend(peers.is_some().then_some(PeerServiceServer::<PeerServer>::NAME));
     let reflection = || {
-        tonic_reflection::server::Builder::configure()
+        let descriptors = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        names.iter().fold(descriptors, |descriptors, name| descriptors.with_service_name(*name))
     };
     let routes = match peers {
         Some(peers) => Routes::new(pages).add_service(peers),

@@ -109,6 +109,7 @@ fn a_python_client_reads_what_was_pushed() {
                     "reflection {version} does not list {name}: {services:?}"
                 );
             }
+            assert!(!services.contains(&"postcopy.v1.MountService".into()), "it is a host's: {services:?}");
         }
         let serving = json!({"": "SERVING", "postcopy.v1.PageService": "SERVING", "postcopy.v1.ImageService": "SERVING"});
         assert_eq!(seen["health"], serving);

@@ -1,6 +1,7 @@
 //! `postcopy mount`, on a directory of its own.
 
 use crate::cli::postcopy;
+use crate::daemon::runtime_root;
 use crate::{PAGE, wait_until};
 use memmap2::Mmap;
 use nix::libc;
@@ -20,6 +21,7 @@ const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
 pub struct Mounted {
     child: Child,
     directory: TempDir,
+    runtime: TempDir,
 }
 
 impl Mounted {
@@ -30,14 +32,14 @@ impl Mounted {
     #[must_use]
     pub fn start(server: &ServerAddress, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a scratch folder");
-        Self::start_at(directory, server, arguments)
+        Self::start_at(directory, runtime_root(), server, arguments)
     }
 
-    fn start_at(directory: TempDir, server: &ServerAddress, arguments: &[&str]) -> Self {
+    fn start_at(directory: TempDir, runtime: TempDir, server: &ServerAddress, arguments: &[&str]) -> Self {
         let mut command = postcopy(server, ["mount".as_ref(), directory.path().as_os_str()]);
-        command.args(arguments);
+        command.args(arguments).env("POSTCOPY_RUNTIME_DIR", runtime.path());
         let child = command.spawn().expect("postcopy starts");
-        let mounted = Self { child, directory };
+        let mounted = Self { child, directory, runtime };
         // Of a dead mount, the kernel still knows the names.
         let is_alive = |path: &Path| rustix::fs::statfs(path).is_ok() && path.join("by-digest").is_dir();
         wait_until("the file system answers", || is_alive(mounted.path()));
@@ -48,6 +50,25 @@ impl Mounted {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Returns the directory of its control socket.
+    #[must_use]
+    pub fn runtime(&self) -> &Path {
+        self.runtime.path()
+    }
+
+    /// Runs `postcopy warm` with these arguments, and returns its JSON.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[must_use]
+    pub fn warm(&self, server: &ServerAddress, arguments: &[&str]) -> serde_json::Value {
+        let mut command = postcopy(server, ["--json", "warm"]);
+        let output = command.args(arguments).env("POSTCOPY_RUNTIME_DIR", self.runtime.path()).output();
+        let output = output.expect("postcopy starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
     }
 
     /// Returns the directory of a reference, by its tag.
@@ -98,7 +119,8 @@ impl Mounted {
             rustix::fs::statfs(&path).map_or(true, |found| found.f_type != FUSE_SUPER_MAGIC)
         });
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().expect("a folder"));
-        Self::start_at(directory, server, &[])
+        let runtime = std::mem::replace(&mut self.runtime, runtime_root());
+        Self::start_at(directory, runtime, server, &[])
     }
 
     /// Asks the daemon to end, and waits for it.

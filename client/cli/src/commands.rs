@@ -160,6 +160,9 @@ enum Command {
         after_help = "Example:\n  postcopy mount /mnt/images &\n  ls /mnt/images/app/v1/\n  umount /mnt/images"
     )]
     Mount(mount::MountArgs),
+    /// Store an image's working set, or all of it, in the page cache, by the mount of this user
+    #[command(after_help = "Example:\n  postcopy mount /mnt/images &\n  postcopy warm app:v1")]
+    Warm(mount::WarmArgs),
     /// Report the features that this kernel and these privileges allow
     #[command(after_help = "Example:\n  postcopy doctor\n  postcopy doctor --pid 4711")]
     Doctor {
@@ -259,7 +262,8 @@ fn run(cli: Cli, output: Output) -> Result<ExitCode> {
         Command::Report(args) => report::report(&args, output),
         Command::Firecracker(args) => daemons::firecracker(server()?, &args),
         Command::Criu(args) => daemons::criu(server, &args),
-        Command::Mount(args) => mount::mount(server()?, &args),
+        Command::Mount(args) => mount::mount(server()?, &args, output),
+        Command::Warm(args) => mount::warm(&args, output),
         Command::Doctor { pid } => doctor::doctor(pid, output),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -1,23 +1,18 @@
 //! Stores pages in the kernel's page cache before a program asks for them.
 //!
-//! There are three reasons. A read took a part of a chunk, and its other pages are at hand. A file
-//! is read from one end to the other. Or an image's file was opened, and the image has a working
-//! set. What somebody waits for is answered first.
+//! A read has taken a part of a chunk, and its other pages are at hand; or a file is read from one
+//! end to the other. The read is answered first.
 
-use crate::images::{Fetched, Images, zeros};
-use crate::nodes;
+use crate::images::{Fetched, Images};
 use crate::store::{Pages, Store};
 use futures_util::StreamExt;
 use lru::LruCache;
-use postcopy::proto::digest::Digest;
-use postcopy::proto::manifest::{Entry, EntryKind, FileEntry};
+use postcopy::proto::manifest::FileEntry;
 use postcopy::proto::page::{ChunkIndex, PAGE_BYTES};
-use postcopy::{ChunkBytes, Reader, RemoteError, ServerAddress, SetPages, WorkingSet};
-use std::collections::HashSet;
+use postcopy::{ChunkBytes, Reader};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// Most files whose reads are watched for their order.
@@ -28,11 +23,6 @@ const WINDOW_BYTES: Range<u64> = 256 << 10..8 << 20;
 const AT_ONCE_BYTES: usize = 4 << 20;
 /// Most files that are read ahead at once.
 const FETCHERS: usize = 8;
-/// Most working sets that are stored at once.
-const SETS: usize = 4;
-/// Attempts at a working set, and the pause between them.
-const ATTEMPTS: u32 = 3;
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// A file of an image.
 #[derive(Clone, Debug)]
@@ -44,27 +34,20 @@ pub(crate) struct Opened {
 /// The state of what is stored ahead.
 #[derive(Debug)]
 pub(crate) struct Ahead {
-    server: ServerAddress,
     images: Arc<Images>,
     store: Store,
     /// The reads of files, by node. Locked for a look at one.
     walks: Mutex<LruCache<u64, Walk>>,
     fetchers: Arc<Semaphore>,
-    /// The images whose working sets were stored, or are being stored.
-    sets: Mutex<HashSet<Digest>>,
-    storing: Semaphore,
 }
 
 impl Ahead {
-    pub(crate) fn new(server: ServerAddress, images: Arc<Images>, store: Store) -> Self {
+    pub(crate) fn new(images: Arc<Images>, store: Store) -> Self {
         Self {
-            server,
             images,
             store,
             walks: Mutex::new(LruCache::new(WALKS)),
             fetchers: Arc::new(Semaphore::new(FETCHERS)),
-            sets: Mutex::default(),
-            storing: Semaphore::new(SETS),
         }
     }
 
@@ -112,7 +95,7 @@ impl Ahead {
         let middle = numbers.start + (numbers.end - numbers.start) / 2;
         let chunk = |number: u64| async move {
             let chunk = ChunkIndex(file.first_chunk.0 + number);
-            (number, self.images.chunk(reader, file, chunk).await)
+            (number, self.images.chunk_soon(reader, file, chunk).await)
         };
         let mut chunks = futures_util::stream::iter(numbers).map(chunk).buffered(at_once);
         while let Some((number, read)) = chunks.next().await {
@@ -127,60 +110,6 @@ impl Ahead {
             let offset = number * chunk_bytes + left_out as u64;
             self.store.store(Pages { node, offset, content: content.slice(left_out..) }).await;
         }
-    }
-
-    /// Stores the working set of an image, a file of which has been opened, if it was not yet.
-    pub(crate) fn opened(self: &Arc<Self>, image: Digest, node: u64) {
-        if self.sets.lock().unwrap_or_else(PoisonError::into_inner).insert(image) {
-            let this = Arc::clone(self);
-            tokio::spawn(async move { this.store_set(image, node).await });
-        }
-    }
-
-    async fn store_set(&self, image: Digest, node: u64) {
-        let _turn = self.storing.acquire().await.expect("it is never closed");
-        for _ in 0..ATTEMPTS {
-            match self.try_store_set(&image, node).await {
-                Ok(0) => return,
-                Ok(pages) => return tracing::info!("image {image}: stored {pages} pages of its working set"),
-                Err(error) => tracing::warn!("the working set of image {image}: {error}"),
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
-        // The next open tries again.
-        self.sets.lock().unwrap_or_else(PoisonError::into_inner).remove(&image);
-    }
-
-    /// Returns the number of pages.
-    async fn try_store_set(&self, image: &Digest, node: u64) -> Result<u64, RemoteError> {
-        let reader = self.images.reader(image).await?;
-        let entries = reader.image().root().entries();
-        let is_file = |(_, entry): &(u32, &Entry)| matches!(entry.kind, EntryKind::File(_));
-        let files: Vec<_> = (0..).zip(entries).filter(is_file).collect();
-        let mut set = WorkingSet::open(&self.server, reader.image()).await?;
-        let (mut looked_up, mut count) = (HashSet::new(), 0);
-        while let Some(pages) = set.next().await? {
-            for SetPages { file, offset, content } in pages {
-                let Some((entry, of)) = files.get(file) else { continue };
-                if looked_up.insert(file) {
-                    let image = format!("{}/{image}/", crate::BY_DIGEST).into_bytes();
-                    self.store.look_up([&image, of.path.as_bytes()].concat()).await;
-                }
-                let node = nodes::of_entry(node, *entry);
-                let contents = match content {
-                    ChunkBytes::Data(content) => vec![content],
-                    ChunkBytes::Zeros(len) => zeros(len),
-                };
-                let mut offset = offset;
-                for content in contents {
-                    let bytes = content.len();
-                    self.store.store(Pages { node, offset, content }).await;
-                    offset += bytes as u64;
-                    count += bytes.div_ceil(PAGE_BYTES) as u64;
-                }
-            }
-        }
-        Ok(count)
     }
 }
 

@@ -11,9 +11,11 @@ use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::FileEntry;
 use postcopy::proto::page::ChunkIndex;
 use postcopy::proto::reference::Reference;
+use postcopy::proto::v1::RequestClass;
 use postcopy::{ChunkBytes, Image, ReadError, Reader, Remote, RemoteError, ServerAddress};
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::OnceCell;
@@ -25,6 +27,9 @@ const KEPT_BYTES: usize = 32 << 20;
 const MAX_OPEN: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
 /// Pause before the next attempt to open an image of a server that cannot be reached.
 const PAUSE: Duration = Duration::from_millis(100);
+/// The pause between looks for reads that wait, and the most of them.
+const LOOK: Duration = Duration::from_millis(2);
+const LOOKS: u32 = 50;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// The images of one server that are in use.
@@ -36,6 +41,8 @@ pub(crate) struct Images {
     open: Mutex<LruCache<Digest, Arc<OnceCell<Arc<Reader>>>>>,
     /// Locked to find, add or remove a chunk.
     kept: Mutex<Kept>,
+    /// Number of reads that wait for their answers.
+    reading: AtomicUsize,
 }
 
 /// The chunks that were read last.
@@ -54,7 +61,7 @@ impl Images {
     pub(crate) fn new(address: ServerAddress, deadline: Duration) -> Self {
         let kept = Kept { chunks: LruCache::unbounded(), bytes: 0 };
         let open = Mutex::new(LruCache::new(MAX_OPEN));
-        Self { address, deadline, open, kept: Mutex::new(kept) }
+        Self { address, deadline, open, kept: Mutex::new(kept), reading: AtomicUsize::new(0) }
     }
 
     /// Returns the reader of an image, and opens the image if no node of it was used before.
@@ -115,6 +122,10 @@ impl Images {
             self.part(reader, file, number, within)
         };
         let mut read = Read::default();
+        self.reading.fetch_add(1, Ordering::Relaxed);
+        let _read = OnDrop(|| {
+            self.reading.fetch_sub(1, Ordering::Relaxed);
+        });
         for (pieces, fetched) in try_join_all(chunks.map(part)).await? {
             read.pieces.extend(pieces);
             read.fetched.extend(fetched);
@@ -150,11 +161,21 @@ impl Images {
         }
     }
 
-    /// Returns a chunk of a file, which another read is likely to ask for soon.
+    /// Waits until no read waits for its answer, but not for long: reads may never cease.
+    pub(crate) async fn no_read_waits(&self) {
+        for _ in 0..LOOKS {
+            if self.reading.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Returns a chunk of a file that a read is likely to ask for soon.
     ///
     /// # Errors
     /// [`ReadError`].
-    pub(crate) async fn chunk(
+    pub(crate) async fn chunk_soon(
         &self,
         reader: &Reader,
         file: &FileEntry,
@@ -164,7 +185,7 @@ impl Images {
         if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
             return Ok(ChunkBytes::Data(bytes.clone()));
         }
-        let read = reader.chunk(file, chunk).await?;
+        let read = reader.chunk_ahead(file, chunk, RequestClass::Prefetch).await?;
         if let ChunkBytes::Data(bytes) = &read {
             lock(&self.kept).keep(key, bytes.clone());
         }
@@ -192,6 +213,15 @@ pub(crate) struct Fetched {
 pub(crate) fn zeros(len: usize) -> Vec<Bytes> {
     let part = |at: usize| Bytes::from_static(&ZEROS[..ZEROS.len().min(len - at)]);
     (0..len).step_by(ZEROS.len()).map(part).collect()
+}
+
+/// Calls a function when it is dropped, also by a request that is given up.
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 impl Kept {

@@ -15,16 +15,18 @@
 //! another one with the descriptor and the table of nodes goes on, and has the kernel send the
 //! requests again that were not answered.
 //!
-//! Pages that no program has asked for yet come by [`ahead`], through [`store`], from a process of
-//! their own ([`storer`]).
+//! Pages that no program has asked for yet come by [`ahead`] and [`sets`], through [`store`], from
+//! a process of their own ([`storer`]). [`control`] answers other programs of the user.
 
 mod ahead;
+mod control;
 mod images;
 pub mod mount;
 mod names;
 mod nodes;
 mod protocol;
 mod serve;
+mod sets;
 mod store;
 mod storer;
 mod tree;

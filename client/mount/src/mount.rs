@@ -6,10 +6,11 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
 };
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The type of the file system in /proc/mounts.
@@ -115,6 +116,66 @@ pub(crate) fn abort(target: &Path) -> io::Result<()> {
     Ok(unmount(target, UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
 }
 
+/// A mounted file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The path at which it is mounted.
+    pub directory: PathBuf,
+    /// The address of the images' server.
+    pub server: String,
+    /// The user that has mounted it.
+    pub user: u32,
+}
+
+/// Returns the mounts of this host, as far as this process sees them.
+///
+/// # Errors
+/// /proc/self/mountinfo cannot be read.
+pub fn all() -> io::Result<Vec<Mount>> {
+    let text = std::fs::read("/proc/self/mountinfo")?;
+    Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
+}
+
+/// Parses a line of /proc/self/mountinfo, if it is of a mount of this type (proc(5)).
+fn parse(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let directory = fields.nth(4)?;
+    let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
+    let (kind, source, options) = (fields.next()?, fields.next()?, fields.next()?);
+    if kind != TYPE.as_bytes() {
+        return None;
+    }
+    let user = options.split(|byte| *byte == b',').find_map(|option| option.strip_prefix(b"user_id="))?;
+    Some(Mount {
+        directory: OsString::from_vec(unescape(directory)).into(),
+        server: String::from_utf8_lossy(&unescape(source)).into_owned(),
+        user: std::str::from_utf8(user).ok()?.parse().ok()?,
+    })
+}
+
+/// Replaces the kernel's octal escapes of blanks and backslashes.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..3).filter(|_| *first == b'\\');
+        let value = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        plain.push(value.unwrap_or(*first));
+        rest = if value.is_some() { &after[3..] } else { after };
+    }
+    plain
+}
+
+/// Returns whether a process serves a mount. `None`: there was no answer within a second.
+#[must_use]
+pub fn is_answering(target: &Path) -> Option<bool> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let target = target.to_owned();
+    // It may wait for ever.
+    std::thread::spawn(move || tell.send(!is_dead(&target)));
+    told.recv_timeout(std::time::Duration::from_secs(1)).ok()
+}
+
 /// Returns true if `target` is a mount whose process has died. The kernel answers stat(2) itself,
 /// so this uses statfs(2).
 fn is_dead(target: &Path) -> bool {
@@ -126,4 +187,35 @@ fn is_dead(target: &Path) -> bool {
 pub fn own(mode: u32) -> Owner {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     Owner { uid, gid, mode }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn mounts_are_found_by_their_type() {
+        let line = b"98 26 0:41 / /mnt/a\\040b ro,nosuid - fuse.postcopy http://h:1 ro,user_id=7,group_id=0";
+        let (directory, server) = ("/mnt/a b".into(), "http://h:1".to_owned());
+        assert_eq!(parse(line), Some(Mount { directory, server, user: 7 }));
+        assert_eq!(parse(b"98 26 0:41 / /mnt rw shared:1 - fuse.sshfs h: rw,user_id=0"), None);
+        assert_eq!(unescape(b"\\134040\\"), b"\\040\\");
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_parsed_or_left_out(line in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&line);
+        }
+
+        #[test]
+        fn escapes_are_undone(path in prop::collection::vec(any::<u8>(), 0..40)) {
+            let escape = |byte: &u8| match byte {
+                b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}").into_bytes(),
+                other => vec![*other],
+            };
+            prop_assert_eq!(unescape(&path.iter().flat_map(escape).collect::<Vec<_>>()), path);
+        }
+    }
 }

@@ -88,22 +88,22 @@ impl Names {
     pub(crate) async fn child(&self, path: &str, name: &str) -> Result<Option<Named>, RemoteError> {
         let tag = format!("{path}:{name}");
         let found = child(&*self.list().await?, path, name);
-        if found.is_some() || self.only.is_some() || !is_valid(&tag) {
+        let Ok(reference @ Reference::Tag(_)) = tag.parse() else { return Ok(found) };
+        if found.is_some() || self.only.is_some() {
             return Ok(found);
         }
         // It may be younger than the list.
-        match self.resolve(&tag).await {
+        match self.resolve(&reference).await {
             Ok(_) => Ok(Some(Named::Tag(tag))),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Returns the image that a reference, `name:tag`, stands for now.
-    pub(crate) async fn resolve(&self, reference: &str) -> Result<Digest, RemoteError> {
-        let reference: Reference = reference.parse().expect("it was checked");
-        match self.connection(false).await?.resolve(&reference).await {
-            Err(error) if error.is_no_answer() => self.connection(true).await?.resolve(&reference).await,
+    /// Returns the image that a reference stands for now.
+    pub(crate) async fn resolve(&self, reference: &Reference) -> Result<Digest, RemoteError> {
+        match self.connection(false).await?.resolve(reference).await {
+            Err(error) if error.is_no_answer() => self.connection(true).await?.resolve(reference).await,
             other => other,
         }
     }

@@ -5,16 +5,19 @@
 
 use crate::BY_DIGEST;
 use crate::ahead::{Ahead, Opened};
+use crate::control::Control;
 use crate::images::{Images, Read};
 use crate::names::{Named, Names};
 use crate::nodes::{Place, Table};
 use crate::protocol::{self, Answer, Attributes, Kind, Operation, Owner, Request};
+use crate::sets::{Failed, Sets};
 use crate::store::Store;
 use crate::tree::{Node, ROOT, Tree};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use postcopy::proto::digest::Digest;
 use postcopy::proto::manifest::EntryKind;
+use postcopy::proto::reference::Reference;
 use postcopy::{ReadError, Reader, RemoteError, ServerAddress};
 use rustix::io::Errno;
 use std::collections::{BTreeSet, HashMap};
@@ -23,7 +26,10 @@ use std::fs::File;
 use std::io::{self, IoSlice, PipeWriter};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -70,6 +76,10 @@ pub struct Descriptors {
     pub table: File,
     /// The pipe to the process that stores pages ahead: [`crate::store()`].
     pub store: PipeWriter,
+    /// The socket for other programs, if there is one.
+    pub control: Option<UnixListener>,
+    /// The path of the mount.
+    pub directory: PathBuf,
 }
 
 /// Serves a mount until it is unmounted. A successor of a killed process has its descriptor of
@@ -86,12 +96,15 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
     let Settings { server, only, deadline, read_ahead_bytes, owner } = settings;
     let images = Arc::new(Images::new(server.clone(), deadline));
     let store = Store::start(descriptors.store)?;
+    let sets = Sets::new(server.clone(), Arc::clone(&images), store.clone());
+    let address = server.clone();
     let server = Arc::new(Server {
         device: descriptors.device,
         table: Mutex::new(Table::read(descriptors.table)?),
-        names: Names::new(server.clone(), only),
+        names: Names::new(server, only),
         lists: Mutex::default(),
-        ahead: Arc::new(Ahead::new(server, Arc::clone(&images), store)),
+        ahead: Arc::new(Ahead::new(Arc::clone(&images), store)),
+        sets: Arc::new(sets),
         images,
         read_ahead_bytes,
         owner,
@@ -102,6 +115,10 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
         let _ = rustix::io::write(&server.device, &protocol::resend());
     }
     let handle = runtime.handle();
+    if let Some(socket) = descriptors.control {
+        let control = Control::new(Arc::clone(&server), descriptors.directory, address);
+        runtime.spawn(control.serve(socket));
+    }
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..READERS)
             .map(|_| {
@@ -115,7 +132,7 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
 
 /// The server of a mount.
 #[derive(Debug)]
-struct Server {
+pub(crate) struct Server {
     device: OwnedFd,
     /// Locked for a look-up, or to append to its file.
     table: Mutex<Table>,
@@ -124,6 +141,7 @@ struct Server {
     lists: Mutex<Lists>,
     images: Arc<Images>,
     ahead: Arc<Ahead>,
+    sets: Arc<Sets>,
     read_ahead_bytes: u32,
     owner: Owner,
     /// Time for an answer: a little longer than a read takes that has its own error.
@@ -244,7 +262,7 @@ impl Server {
             Ok(Reply::Read(ReadReply { read, of, range, ahead })) => {
                 self.ahead.after_read(node, of, (&range, &read.fetched), ahead);
             }
-            Ok(Reply::Opened(image)) => self.ahead.opened(image, node),
+            Ok(Reply::Opened(image)) => self.sets.opened(image, node),
             _ => {}
         }
     }
@@ -272,6 +290,21 @@ impl Server {
     fn lists(&self) -> MutexGuard<'_, Lists> {
         // Each change is a single one.
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stores the working set of the image of a reference, or all of the image.
+    pub(crate) async fn warm(
+        &self,
+        reference: &Reference,
+        fill: bool,
+        stored: &AtomicU64,
+    ) -> Result<(), Failed> {
+        let image = match reference {
+            Reference::Digest { image, .. } => *image,
+            tag @ Reference::Tag(_) => self.names.resolve(tag).await?,
+        };
+        let node = self.number(&Place::Image(image, ROOT))?;
+        self.sets.warm(&image, node, fill, stored).await
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -414,7 +447,8 @@ impl Server {
     async fn link(&self, place: &Place) -> Result<Bytes, Errno> {
         match place {
             Place::Tag(reference) => {
-                let image = self.names.resolve(reference).await;
+                let tag = reference.parse().expect("it was checked");
+                let image = self.names.resolve(&tag).await;
                 let image = image.map_err(|error| match error.is_not_found() {
                     true => Errno::NOENT,
                     false => no_answer(reference, &error),

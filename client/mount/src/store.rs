@@ -72,6 +72,12 @@ impl Store {
         let _ = self.queue.send(Queued { message: Message::Look, content, _room: room }).await;
     }
 
+    /// Waits until the storer has all that was queued, but for what its pipe holds.
+    pub(crate) async fn wait_until_written(&self) {
+        let all = u32::try_from(QUEUED_BYTES).expect("a small constant");
+        drop(self.room.acquire_many(all).await);
+    }
+
     async fn room_for(&self, content: &Bytes) -> OwnedSemaphorePermit {
         let room = Arc::clone(&self.room).acquire_many_owned(permits(content)).await;
         room.expect("it is never closed")

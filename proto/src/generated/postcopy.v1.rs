@@ -3465,3 +3465,440 @@ pub mod peer_service_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// Asks for the mount.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetMountRequest {}
+/// A mount.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetMountResponse {
+    /// The path at which it is mounted.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub directory: ::prost::bytes::Bytes,
+    /// The address of the images' server.
+    #[prost(string, tag = "2")]
+    pub server: ::prost::alloc::string::String,
+}
+/// Asks for pages to be stored.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WarmRequest {
+    /// `name`, `name:tag` or `name@blake3:<64 hex digits>`.
+    #[prost(string, tag = "1")]
+    pub reference: ::prost::alloc::string::String,
+    /// Store all of the image's pages after its working set.
+    #[prost(bool, tag = "2")]
+    pub fill: bool,
+}
+/// The progress.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WarmResponse {
+    /// Number of pages that were stored up to now.
+    #[prost(uint64, tag = "1")]
+    pub pages: u64,
+}
+/// Generated client implementations.
+pub mod mount_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Tells where `postcopy mount` has mounted, and stores pages ahead. Served on the socket
+    /// `mount-<uid>.sock` of the runtime directory, for the user of the mount and for root.
+    #[derive(Debug, Clone)]
+    pub struct MountServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl MountServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> MountServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> MountServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            MountServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// The mount.
+        ///
+        /// grpcurl -plaintext -unix -import-path proto/proto -proto postcopy/v1/mount_service.proto
+        /// /run/postcopy/mount-0.sock postcopy.v1.MountService/GetMount
+        pub async fn get_mount(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetMountRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMountResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.MountService/GetMount",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("postcopy.v1.MountService", "GetMount"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Stores an image's working set, or all of the image, in the kernel's page cache. Sends a message at
+        /// least every second, and ends when the pages are on their way to the kernel.
+        ///
+        /// NOT_FOUND: the server has no such image. INVALID_ARGUMENT: no reference. UNAVAILABLE: the server
+        /// of the images does not answer. PERMISSION_DENIED: another user.
+        ///
+        /// grpcurl -plaintext -unix -import-path proto/proto -proto postcopy/v1/mount_service.proto
+        /// -d '{"reference": "app:v1"}' /run/postcopy/mount-0.sock postcopy.v1.MountService/Warm
+        pub async fn warm(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WarmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WarmResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/postcopy.v1.MountService/Warm",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("postcopy.v1.MountService", "Warm"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod mount_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with MountServiceServer.
+    #[async_trait]
+    pub trait MountService: std::marker::Send + std::marker::Sync + 'static {
+        /// The mount.
+        ///
+        /// grpcurl -plaintext -unix -import-path proto/proto -proto postcopy/v1/mount_service.proto
+        /// /run/postcopy/mount-0.sock postcopy.v1.MountService/GetMount
+        async fn get_mount(
+            &self,
+            request: tonic::Request<super::GetMountRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMountResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Warm method.
+        type WarmStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::WarmResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Stores an image's working set, or all of the image, in the kernel's page cache. Sends a message at
+        /// least every second, and ends when the pages are on their way to the kernel.
+        ///
+        /// NOT_FOUND: the server has no such image. INVALID_ARGUMENT: no reference. UNAVAILABLE: the server
+        /// of the images does not answer. PERMISSION_DENIED: another user.
+        ///
+        /// grpcurl -plaintext -unix -import-path proto/proto -proto postcopy/v1/mount_service.proto
+        /// -d '{"reference": "app:v1"}' /run/postcopy/mount-0.sock postcopy.v1.MountService/Warm
+        async fn warm(
+            &self,
+            request: tonic::Request<super::WarmRequest>,
+        ) -> std::result::Result<tonic::Response<Self::WarmStream>, tonic::Status>;
+    }
+    /// Tells where `postcopy mount` has mounted, and stores pages ahead. Served on the socket
+    /// `mount-<uid>.sock` of the runtime directory, for the user of the mount and for root.
+    #[derive(Debug)]
+    pub struct MountServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> MountServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for MountServiceServer<T>
+    where
+        T: MountService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/postcopy.v1.MountService/GetMount" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetMountSvc<T: MountService>(pub Arc<T>);
+                    impl<
+                        T: MountService,
+                    > tonic::server::UnaryService<super::GetMountRequest>
+                    for GetMountSvc<T> {
+                        type Response = super::GetMountResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetMountRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as MountService>::get_mount(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetMountSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/postcopy.v1.MountService/Warm" => {
+                    #[allow(non_camel_case_types)]
+                    struct WarmSvc<T: MountService>(pub Arc<T>);
+                    impl<
+                        T: MountService,
+                    > tonic::server::ServerStreamingService<super::WarmRequest>
+                    for WarmSvc<T> {
+                        type Response = super::WarmResponse;
+                        type ResponseStream = T::WarmStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WarmRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as MountService>::warm(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WarmSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for MountServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "postcopy.v1.MountService";
+    impl<T> tonic::server::NamedService for MountServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}

@@ -2,6 +2,8 @@
 
 use super::{as_root, push};
 use postcopy::{Options, Session};
+use postcopy_tests::cli::{postcopy, run};
+use postcopy_tests::daemon::runtime_root;
 use postcopy_tests::fixtures::{memory_like, noise};
 use postcopy_tests::mounted::{Mounted, cached_pages};
 use postcopy_tests::server::Server;
@@ -10,7 +12,7 @@ use rustix::process::{Signal, kill_process};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -121,6 +123,42 @@ fn the_working_set_of_an_image_is_there_when_a_file_of_it_is_opened() {
         drop(File::open(&bench.path).unwrap());
         bench.wait_for("the working set", pages);
         bench.read_all();
+    });
+}
+
+#[test]
+fn a_whole_image_is_stored_on_request_and_the_mounts_of_a_host_are_listed() {
+    let name = "mount::ahead::a_whole_image_is_stored_on_request_and_the_mounts_of_a_host_are_listed";
+    as_root(name, || {
+        let mut bytes = noise((8 << 20) + 100, 12);
+        bytes[3 << 20..4 << 20].fill(0);
+        let bench = start(bytes, &[]);
+        let server = bench.server.address();
+        let pages = bench.bytes.len().div_ceil(PAGE);
+        let warmed = bench.mounted.warm(server, &["app:v1", "--fill"]);
+        assert_eq!(warmed["pages"], pages, "{warmed}");
+        bench.wait_for("all pages", 0..pages);
+        assert_eq!(bench.mounted.warm(server, &["app:v1"])["pages"], 0, "there is no working set");
+        bench.read_all();
+
+        let listed = run(server, ["mount", "--list"]);
+        let path = bench.mounted.path().to_str().unwrap();
+        let mut mounts = listed.as_array().unwrap().iter();
+        let ours = mounts.find(|mount| mount["directory"] == path).expect("it is listed");
+        assert_eq!(ours["state"], "serving", "{ours}");
+        assert_eq!(ours["server"], server.to_string(), "{ours}");
+
+        let warm = |reference: &str, runtime: &Path| {
+            let mut command = postcopy(server, ["warm", reference]);
+            let output = command.env("POSTCOPY_RUNTIME_DIR", runtime).output().unwrap();
+            assert!(!output.status.success());
+            String::from_utf8(output.stderr).unwrap()
+        };
+        let none = warm("app:none", bench.mounted.runtime());
+        assert!(none.contains("app:none"), "{none}");
+        let elsewhere = runtime_root();
+        let none = warm("app:v1", elsewhere.path());
+        assert!(none.contains("no mount answers there") && none.contains("postcopy mount DIR"), "{none}");
     });
 }
 

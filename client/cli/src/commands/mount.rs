@@ -1,12 +1,17 @@
-//! The command `postcopy mount`.
+//! The commands `postcopy mount` and `postcopy warm`.
 
 use super::daemons::{exit_code, tell_systemd};
-use crate::daemon::mounted;
+use super::images::with_remote;
+use super::output::{Advised, Output, bytes, counted, printable};
+use crate::daemon::{mounted, runtime_dir};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use postcopy::ServerAddress;
-use postcopy::proto::reference::TagReference;
+use postcopy::proto::page::PAGE_BYTES;
+use postcopy::proto::reference::{Reference, TagReference};
+use postcopy::proto::v1;
+use postcopy::{RemoteError, ServerAddress};
 use postcopy_mount::{Settings, mount};
+use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,7 +22,11 @@ const MAX_READ_AHEAD: u32 = 1 << 20;
 #[derive(Debug, Args)]
 pub(crate) struct MountArgs {
     /// The directory to mount at, which must exist
-    directory: PathBuf,
+    #[arg(required_unless_present = "list")]
+    directory: Option<PathBuf>,
+    /// List the mounts of this host, and end
+    #[arg(long, conflicts_with = "directory")]
+    list: bool,
     /// Show this image only, name or name:tag; may be repeated [default: all of the server]
     #[arg(long, value_name = "REFERENCE")]
     image: Vec<TagReference>,
@@ -34,6 +43,21 @@ pub(crate) struct MountArgs {
     /// reads in any case
     #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(4096..=i64::from(MAX_READ_AHEAD)))]
     read_ahead: u32,
+    /// The parent of the control socket [default: /run/postcopy, or in $XDG_RUNTIME_DIR]
+    #[arg(long, env = "POSTCOPY_RUNTIME_DIR")]
+    runtime_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WarmArgs {
+    /// name, name:tag, or name@blake3:<digest>
+    reference: Reference,
+    /// Store all of the image after its working set
+    #[arg(long)]
+    fill: bool,
+    /// The --runtime-dir of the mount [default: that of the daemons]
+    #[arg(long, env = "POSTCOPY_RUNTIME_DIR")]
+    runtime_dir: Option<PathBuf>,
 }
 
 fn mode(text: &str) -> Result<u32, String> {
@@ -42,14 +66,18 @@ fn mode(text: &str) -> Result<u32, String> {
 }
 
 /// Mounts images, and serves them until they are unmounted.
-pub(crate) fn mount(server: ServerAddress, args: &MountArgs) -> Result<ExitCode> {
+pub(crate) fn mount(server: ServerAddress, args: &MountArgs, output: Output) -> Result<ExitCode> {
+    let Some(directory) = args.directory.as_ref().filter(|_| !args.list) else {
+        list(output)?;
+        return Ok(ExitCode::SUCCESS);
+    };
     ensure!(args.deadline > Duration::ZERO, "--deadline: it must be longer than 0s");
-    let found = std::fs::metadata(&args.directory);
+    let found = std::fs::metadata(directory);
     // A mount whose daemons were killed does not answer, and is replaced.
     let is_dead = found.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::NotConnected);
     if !is_dead {
-        let shown = || format!("{}: mount at a directory that exists", args.directory.display());
-        ensure!(found.with_context(shown)?.is_dir(), "{} is no directory", args.directory.display());
+        let shown = || format!("{}: mount at a directory that exists", directory.display());
+        ensure!(found.with_context(shown)?.is_dir(), "{} is no directory", directory.display());
     }
     let only = args.image.iter().map(ToString::to_string).collect();
     let settings = Settings {
@@ -59,5 +87,73 @@ pub(crate) fn mount(server: ServerAddress, args: &MountArgs) -> Result<ExitCode>
         read_ahead_bytes: args.read_ahead,
         owner: mount::own(args.mode),
     };
-    mounted::run(&args.directory, &settings, args.allow_other, tell_systemd).map(exit_code)
+    let runtime = args.runtime_dir.clone().unwrap_or_else(runtime_dir::default_root);
+    mounted::run(directory, &settings, args.allow_other, &runtime, tell_systemd).map(exit_code)
+}
+
+/// A mount, as `--list` shows it.
+#[derive(Debug, Serialize)]
+struct Shown {
+    directory: PathBuf,
+    server: String,
+    user: u32,
+    state: &'static str,
+}
+
+fn list(output: Output) -> Result<()> {
+    let mounts = mount::all().context("/proc/self/mountinfo")?;
+    let shown = |mount: mount::Mount| {
+        let state = match mount::is_answering(&mount.directory) {
+            Some(true) => "serving",
+            Some(false) => "dead",
+            None => "no answer",
+        };
+        Shown { directory: mount.directory, server: mount.server, user: mount.user, state }
+    };
+    let shown: Vec<_> = mounts.into_iter().map(shown).collect();
+    let line = |of: &Shown| {
+        let directory = printable(&of.directory.to_string_lossy());
+        format!("{directory}  {}  user {}  {}\n", printable(&of.server), of.user, of.state)
+    };
+    output.show(&shown, || match shown.is_empty() {
+        true => "no images are mounted: postcopy mount DIR".to_owned(),
+        false => shown.iter().map(line).collect(),
+    })
+}
+
+/// The result of `postcopy warm`.
+#[derive(Debug, Serialize)]
+struct Warmed {
+    reference: String,
+    pages: u64,
+    bytes: u64,
+}
+
+/// Has this user's mount store pages of an image in the page cache.
+pub(crate) fn warm(args: &WarmArgs, output: Output) -> Result<ExitCode> {
+    let root = args.runtime_dir.clone().unwrap_or_else(runtime_dir::default_root);
+    let socket = std::path::absolute(mounted::socket(&root)).context("--runtime-dir")?;
+    let address: ServerAddress = format!("unix:{}", socket.display()).parse()?;
+    let request = v1::WarmRequest { reference: args.reference.to_string(), fill: args.fill };
+    let warmed = with_remote(address, |remote| async move {
+        let what = format!("storing {}", request.reference);
+        let stream = remote.mount().warm(request.clone()).await.map_err(remote.failed(&*what))?;
+        let (mut stream, mut pages) = (stream.into_inner(), 0);
+        while let Some(progress) = remote.next_of(&what, &mut stream).await? {
+            pages = progress.pages;
+        }
+        Ok(Warmed { reference: request.reference, pages, bytes: pages * PAGE_BYTES as u64 })
+    });
+    let warmed = warmed.map_err(|error| match error.downcast_ref() {
+        Some(RemoteError::Connect { .. }) => {
+            let text = format!("{}: no mount answers there", socket.display());
+            Advised { text, next: "Mount the images of a server: postcopy mount DIR" }.into()
+        }
+        _ => error,
+    })?;
+    output.show(&warmed, || {
+        let pages = counted(warmed.pages, "page", "pages");
+        format!("{}: {pages} ({}) are in the page cache", warmed.reference, bytes(warmed.bytes))
+    })?;
+    Ok(ExitCode::SUCCESS)
 }

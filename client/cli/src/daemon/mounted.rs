@@ -5,8 +5,8 @@
 //! which has the kernel send the unanswered requests again (Linux 6.9).
 
 use super::guardian::{self, WorkerStart};
-use super::{kernel, leftovers};
-use anyhow::{Context, Result};
+use super::{kernel, leftovers, runtime_dir};
+use anyhow::{Context, Result, bail};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use postcopy_mount::{Descriptors, Settings, mount, serve};
 use rustix::event::{PollFd, PollFlags};
@@ -14,6 +14,7 @@ use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -30,12 +31,17 @@ struct Mounted {
     /// A pipe that ends with the last process that could answer the kernel.
     life: PipeReader,
     life_of: PipeWriter,
+    /// The socket for other programs of the user, and its path.
+    control: Option<(UnixListener, PathBuf)>,
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
         // It may have been unmounted by its user.
         let _ = mount::detach(&self.target);
+        if let Some((_, path)) = &self.control {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -48,6 +54,7 @@ pub(crate) fn run(
     target: &Path,
     settings: &Settings,
     allow_other: bool,
+    runtime_root: &Path,
     on_ready: impl FnMut(),
 ) -> Result<i32> {
     let shown = || format!("mounting at {}", target.display());
@@ -57,7 +64,15 @@ pub(crate) fn run(
     let table = rustix::fs::memfd_create("postcopy-nodes", MemfdFlags::CLOEXEC).context("a memfd")?;
     let device = mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
     let (life, life_of) = io::pipe().context("a pipe")?;
-    let mounted = Mounted { target, device, table: table.into(), life, life_of };
+    let mut mounted = Mounted { target, device, table: table.into(), life, life_of, control: None };
+    mounted.control = match listen(runtime_root) {
+        Ok(listening) => Some(listening),
+        Err(error) => {
+            tracing::warn!("no control socket, so `postcopy warm` does not find the mount: {error:#}");
+            None
+        }
+    };
+    let mounted = mounted;
     let base = leftovers::open_descriptors()?;
     guardian::guard(settings.deadline, GRACE, on_ready, |start| {
         let served = work(&mounted, settings, start, &base);
@@ -66,6 +81,28 @@ pub(crate) fn run(
         }
         i32::from(served.is_err())
     })
+}
+
+/// Returns the path of the socket of a user's mount.
+pub(crate) fn socket(runtime_root: &Path) -> PathBuf {
+    runtime_root.join(format!("mount-{}.sock", rustix::process::geteuid().as_raw()))
+}
+
+/// Listens on the socket of this user's mount.
+///
+/// # Errors
+/// Another mount of this user has it, or other users could replace it.
+fn listen(runtime_root: &Path) -> Result<(UnixListener, PathBuf)> {
+    let root = runtime_dir::open_root(runtime_root)?;
+    let path = socket(runtime_root);
+    if UnixStream::connect(&path).is_ok() {
+        bail!("{}: another mount of this user has it", path.display());
+    }
+    // Its daemon has died, and the root is locked.
+    let _ = std::fs::remove_file(&path);
+    let listening = UnixListener::bind(&path).with_context(|| path.display().to_string())?;
+    drop(root);
+    Ok((listening, path))
 }
 
 /// Serves requests until the file system is unmounted.
@@ -92,7 +129,11 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
         .name("signals".to_owned())
         .spawn(move || end_on_signal(&signals, is_asked, &target))?;
     guardian::tell_ready(start);
-    serve(Descriptors { device, table, store }, start.is_successor, settings.clone()).context("serving")
+    let control = mounted.control.as_ref().map(|(socket, _)| socket.try_clone()).transpose();
+    let control = control.context("the control socket")?;
+    let directory = mounted.target.clone();
+    serve(Descriptors { device, table, store, control, directory }, start.is_successor, settings.clone())
+        .context("serving")
 }
 
 /// Starts the process that stores pages ahead, and returns the pipe to it.

@@ -132,21 +132,31 @@ fn is_in_memory(path: &Path) -> io::Result<bool> {
     Ok([TMPFS_MAGIC, RAMFS_MAGIC].contains(&i128::from(kind)))
 }
 
+/// Creates the parent of daemons' directories, if there is none, and locks it: others that create
+/// theirs wait until the result is dropped.
+///
+/// # Errors
+/// It cannot be created, is not in memory, or other users could change it.
+pub(crate) fn open_root(root: &Path) -> Result<File> {
+    let shown = root.display();
+    let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
+    created.map_err(|error| anyhow!("{shown}: {error}. {ANOTHER}"))?;
+    ensure_private(root)?;
+    let in_memory = is_in_memory(root).with_context(|| shown.to_string())?;
+    ensure!(in_memory, "{shown} is not on tmpfs, where page states must be. {ANOTHER}");
+    // Other daemons that are creating their directories do not hold their own locks yet.
+    let all = File::open(root).with_context(|| shown.to_string())?;
+    flock(&all, FlockOperation::LockExclusive).with_context(|| shown.to_string())?;
+    Ok(all)
+}
+
 impl RuntimeDir {
     /// Creates a directory below `root`, and removes the useless ones of daemons that have died.
     ///
     /// # Errors
     /// The directory cannot be created, is not in memory, or other users could change it.
     pub(crate) fn create(root: &Path, name: &str) -> Result<Self> {
-        let shown = root.display();
-        let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
-        created.map_err(|error| anyhow!("{shown}: {error}. {ANOTHER}"))?;
-        ensure_private(root)?;
-        let in_memory = is_in_memory(root).with_context(|| shown.to_string())?;
-        ensure!(in_memory, "{shown} is not on tmpfs, where page states must be. {ANOTHER}");
-        // Other daemons that are creating their directories do not hold their own locks yet.
-        let all = File::open(root).with_context(|| shown.to_string())?;
-        flock(&all, FlockOperation::LockExclusive).with_context(|| shown.to_string())?;
+        let _all = open_root(root)?;
         clean(root);
         let directory = |n: u32| {
             let path = root.join(format!("{name}-{}-{n}", std::process::id()));
