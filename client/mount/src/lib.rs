@@ -30,6 +30,7 @@ mod sets;
 mod store;
 mod storer;
 mod tree;
+mod unanswered;
 
 pub use serve::{Descriptors, Settings, serve};
 pub use storer::store;

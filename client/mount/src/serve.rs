@@ -13,6 +13,7 @@ use crate::protocol::{self, Answer, Attributes, Kind, Operation, Owner, Request}
 use crate::sets::{Failed, Sets};
 use crate::store::Store;
 use crate::tree::{Node, ROOT, Tree};
+use crate::unanswered::{Noted, Unanswered};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use postcopy::proto::digest::Digest;
@@ -74,6 +75,8 @@ pub struct Descriptors {
     pub device: OwnedFd,
     /// The file of node numbers, empty for a new mount.
     pub table: File,
+    /// A file that outlives this process, empty for a new mount: the requests without an answer.
+    pub unanswered: File,
     /// The pipe to the process that stores pages ahead: [`crate::store()`].
     pub store: PipeWriter,
     /// The socket for other programs, if there is one.
@@ -94,12 +97,14 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(WORKERS).thread_name("mount").enable_all().build()?;
     let Settings { server, only, deadline, read_ahead_bytes, owner } = settings;
+    let (unanswered, left) = Unanswered::read(descriptors.unanswered)?;
     let images = Arc::new(Images::new(server.clone(), deadline));
     let store = Store::start(descriptors.store)?;
     let sets = Sets::new(server.clone(), Arc::clone(&images), store.clone());
     let address = server.clone();
     let server = Arc::new(Server {
         device: descriptors.device,
+        unanswered,
         table: Mutex::new(Table::read(descriptors.table)?),
         names: Names::new(server, only),
         lists: Mutex::default(),
@@ -110,9 +115,11 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
         owner,
         patience: deadline + MORE,
     });
-    if is_successor {
-        // An older kernel refuses it, and the requests of the killed process get no answer.
-        let _ = rustix::io::write(&server.device, &protocol::resend());
+    match left {
+        // An older kernel does not send them again.
+        Some(left) => left.into_iter().for_each(|unique| server.reply(unique, &Err(Errno::IO))),
+        None if is_successor => drop(rustix::io::write(&server.device, &protocol::resend())),
+        None => {}
     }
     let handle = runtime.handle();
     if let Some(socket) = descriptors.control {
@@ -134,6 +141,7 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
 #[derive(Debug)]
 pub(crate) struct Server {
     device: OwnedFd,
+    unanswered: Unanswered,
     /// Locked for a look-up, or to append to its file.
     table: Mutex<Table>,
     names: Names,
@@ -194,6 +202,7 @@ impl Server {
         let mut buffer = vec![0; protocol::MAX_REQUEST_BYTES];
         loop {
             let length = match rustix::io::read(&self.device, &mut buffer[..]) {
+                Ok(0) => return Ok(()),
                 Ok(length) => length,
                 Err(Errno::NODEV) => return Ok(()),
                 // A request was interrupted before it was read.
@@ -206,6 +215,9 @@ impl Server {
                 Operation::Forget | Operation::Destroy => continue,
                 Operation::Init { minor, max_readahead, flags } => {
                     let read_ahead = max_readahead.min(self.read_ahead_bytes);
+                    if flags & protocol::HAS_RESEND == 0 {
+                        self.unanswered.begin()?;
+                    }
                     let answer = Answer::init(minor, read_ahead, flags & WANTED, MAX_PAGES);
                     self.reply(unique, &Ok(Reply::Answer(answer)));
                     continue;
@@ -239,12 +251,13 @@ impl Server {
                     Waiting::ReadDir { handle, offset, bytes, with_attributes }
                 }
             };
-            runtime.spawn(Arc::clone(self).answer_in_time(unique, node, waiting));
+            let noted = self.unanswered.note(unique);
+            runtime.spawn(Arc::clone(self).answer_in_time((unique, noted), node, waiting));
         }
     }
 
     /// Answers a request, with EIO if there is no other answer in time.
-    async fn answer_in_time(self: Arc<Self>, unique: u64, node: u64, request: Waiting) {
+    async fn answer_in_time(self: Arc<Self>, (unique, noted): (u64, Noted), node: u64, request: Waiting) {
         let answer = AssertUnwindSafe(self.answer(node, request)).catch_unwind();
         let answer = match tokio::time::timeout(self.patience, answer).await {
             Ok(Ok(answer)) => answer,
@@ -258,6 +271,7 @@ impl Server {
             }
         };
         self.reply(unique, &answer);
+        self.unanswered.forget(&noted);
         match answer {
             Ok(Reply::Read(ReadReply { read, of, range, ahead })) => {
                 self.ahead.after_read(node, of, (&range, &read.fetched), ahead);
@@ -561,6 +575,7 @@ fn failed(place: &Place, error: &ReadError) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixDatagram;
 
     #[test]
     fn links_of_tags_lead_to_images_by_digest() {
@@ -568,5 +583,74 @@ mod tests {
         assert_eq!(image.len(), 71);
         assert_eq!(link_to("app:v1", &image), format!("../by-digest/{image}"));
         assert_eq!(link_to("a/b:v1", &image), format!("../../by-digest/{image}"));
+    }
+
+    /// A message of the kernel.
+    fn message(opcode: u32, unique: u64, arguments: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(40 + arguments.len()).unwrap();
+        let mut message = [length.to_ne_bytes(), opcode.to_ne_bytes()].concat();
+        message.extend([unique.to_ne_bytes(), protocol::ROOT_ID.to_ne_bytes()].concat());
+        message.resize(40, 0);
+        message.extend(arguments);
+        message
+    }
+
+    /// Serves what comes through a socket in place of /dev/fuse, and returns the other end.
+    fn serve_socket(unanswered: &File, server: &ServerAddress, is_successor: bool) -> UnixDatagram {
+        let (kernel, device) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let mut unanswered = unanswered.try_clone().unwrap();
+        std::io::Seek::rewind(&mut unanswered).unwrap();
+        let (table, directory) = (tempfile::tempfile().unwrap(), PathBuf::from("/"));
+        let (_, store) = io::pipe().unwrap();
+        let descriptors = Descriptors { device, table, unanswered, store, control: None, directory };
+        let settings = Settings {
+            server: server.clone(),
+            only: None,
+            deadline: Duration::from_secs(60),
+            read_ahead_bytes: 4096,
+            owner: Owner { uid: 0, gid: 0, mode: 0o500 },
+        };
+        std::thread::spawn(move || serve(descriptors, is_successor, settings));
+        let kernel = UnixDatagram::from(kernel);
+        kernel.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        kernel
+    }
+
+    /// The number of the request, and the error, of the next answer.
+    fn answer(kernel: &UnixDatagram) -> (u64, i32) {
+        let mut message = [0; 4096];
+        assert!(kernel.recv(&mut message).unwrap() >= 16);
+        let error = i32::from_ne_bytes(message[4..8].try_into().unwrap());
+        (u64::from_ne_bytes(message[8..16].try_into().unwrap()), error)
+    }
+
+    #[test]
+    fn before_linux_6_9_the_requests_of_a_killed_process_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        // It never answers.
+        let _silent = UnixListener::bind(&socket).unwrap();
+        let server: ServerAddress = format!("unix:{}", socket.display()).parse().unwrap();
+        let unanswered = tempfile::tempfile().unwrap();
+        let kernel = serve_socket(&unanswered, &server, false);
+        let init = [7_u32, 31, 4096, 0].map(u32::to_ne_bytes).concat();
+        kernel.send(&message(26, 1, &init)).unwrap();
+        assert_eq!(answer(&kernel), (1, 0));
+        kernel.send(&message(1, 2, b"app\0")).unwrap();
+        // Answered at once, by any of the threads, after the look-up was read.
+        for unique in 3..20 {
+            kernel.send(&message(17, unique, &[])).unwrap();
+            assert_eq!(answer(&kernel), (unique, 0));
+        }
+        let successor = serve_socket(&unanswered, &server, true);
+        assert_eq!(answer(&successor), (2, -5), "EIO");
+        successor.send(&message(17, 30, &[])).unwrap();
+        assert_eq!(answer(&successor), (30, 0));
     }
 }

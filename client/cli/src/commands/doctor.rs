@@ -96,6 +96,7 @@ fn examine() -> Report {
         },
         huge_pages(named("MISSING_HUGETLBFS")),
         transparent_huge_pages(),
+        mount(&kernel),
     ];
     let features = FEATURES
         .iter()
@@ -206,6 +207,29 @@ fn huge_pages(feature: bool) -> Finding {
 fn transparent_huge_pages() -> Finding {
     let setting = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_else(|| "absent".to_owned());
     Finding { what: "transparent huge pages", ok: true, found: setting, advice: String::new() }
+}
+
+/// Returns the finding about `postcopy mount`. No file tells if the kernel sends requests again,
+/// so this looks at its version.
+fn mount(kernel: &str) -> Finding {
+    let has_device = std::path::Path::new("/dev/fuse").exists();
+    let is_root = rustix::process::geteuid().is_root();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has_program = std::env::split_paths(&path).any(|folder| folder.join("fusermount3").exists());
+    let mut version = kernel.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let resends = (version.next(), version.next()) >= (Some(6), Some(9));
+    let advice = match (has_device, is_root || has_program, resends) {
+        (false, ..) => "needs /dev/fuse (CONFIG_FUSE_FS); a container must be given the device",
+        (_, false, _) => "users that are not root mount by fusermount3 (package fuse3)",
+        (.., false) => "before Linux 6.9, reads that a killed worker had not answered are EIO",
+        _ => "",
+    };
+    Finding {
+        what: "images as files (postcopy mount)",
+        ok: has_device && (is_root || has_program),
+        found: if has_device { "/dev/fuse".into() } else { "no /dev/fuse".into() },
+        advice: advice.to_owned(),
+    }
 }
 
 /// Returns the findings for a daemon that this shell would start.

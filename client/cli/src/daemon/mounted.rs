@@ -28,6 +28,7 @@ struct Mounted {
     target: PathBuf,
     device: OwnedFd,
     table: File,
+    unanswered: File,
     /// A pipe that ends with the last process that could answer the kernel.
     life: PipeReader,
     life_of: PipeWriter,
@@ -61,10 +62,12 @@ pub(crate) fn run(
     let target = std::path::absolute(target).with_context(shown)?;
     // A program that mounts is waited for.
     kernel::watch_children().context("SIGCHLD")?;
-    let table = rustix::fs::memfd_create("postcopy-nodes", MemfdFlags::CLOEXEC).context("a memfd")?;
+    let memory = |name| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
+    let table = memory("postcopy-nodes").context("a memfd")?;
+    let unanswered = memory("postcopy-unanswered").context("a memfd")?;
     let device = mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
     let (life, life_of) = io::pipe().context("a pipe")?;
-    let mut mounted = Mounted { target, device, table: table.into(), life, life_of, control: None };
+    let mut mounted = Mounted { target, device, table, unanswered, life, life_of, control: None };
     mounted.control = match listen(runtime_root) {
         Ok(listening) => Some(listening),
         Err(error) => {
@@ -119,8 +122,12 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
         }
     }
     let store = start_storer(mounted)?;
-    let mut table = mounted.table.try_clone().context("the table of nodes")?;
-    table.seek(SeekFrom::Start(0)).context("the table of nodes")?;
+    let from_the_beginning = |file: &File| {
+        let mut file = file.try_clone()?;
+        file.seek(SeekFrom::Start(0)).map(|_| file)
+    };
+    let table = from_the_beginning(&mounted.table).context("the table of nodes")?;
+    let unanswered = from_the_beginning(&mounted.unanswered).context("the unanswered requests")?;
     let device = mounted.device.try_clone().context("/dev/fuse")?;
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
     let signals = SignalFd::with_flags(&guardian::signals(), flags).context("signals")?;
@@ -132,8 +139,8 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
     let control = mounted.control.as_ref().map(|(socket, _)| socket.try_clone()).transpose();
     let control = control.context("the control socket")?;
     let directory = mounted.target.clone();
-    serve(Descriptors { device, table, store, control, directory }, start.is_successor, settings.clone())
-        .context("serving")
+    let descriptors = Descriptors { device, table, unanswered, store, control, directory };
+    serve(descriptors, start.is_successor, settings.clone()).context("serving")
 }
 
 /// Starts the process that stores pages ahead, and returns the pipe to it.
