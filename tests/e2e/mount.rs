@@ -167,6 +167,7 @@ fn an_ordinary_user_mounts_reads_and_unmounts() {
             mount --bind devices/fuse /dev/fuse
             exec {as_user} bash -eu -c '
                 export TMPDIR=$PWD HOME=$PWD
+                unset POSTCOPY_RUNTIME_DIR XDG_RUNTIME_DIR
                 mkdir mnt
                 ./postcopy mount mnt &
                 until [ -d mnt/by-digest ]; do kill -0 $!; sleep 0.1; done

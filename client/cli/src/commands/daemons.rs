@@ -82,8 +82,8 @@ pub(crate) struct DaemonArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     grace: Duration,
     /// The directory, on tmpfs, of the state that outlives a daemon's worker [default:
-    /// /run/postcopy for root, else $XDG_RUNTIME_DIR/postcopy; /dev/shm/postcopy if that is not on
-    /// tmpfs]
+    /// /run/postcopy for root, else $XDG_RUNTIME_DIR/postcopy; /dev/shm/postcopy-UID if that is not
+    /// on tmpfs]
     #[arg(long, value_name = "DIR", env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
     /// Never hold threads by ptrace(2) that cause events (madvise, munmap, mremap, fork) without a

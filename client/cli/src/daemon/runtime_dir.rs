@@ -119,12 +119,15 @@ pub(crate) fn stat_of<const N: usize>(pid: u32, first: usize) -> io::Result<[u64
 }
 
 /// Returns the default parent of daemons' directories. It is in the user's runtime directory, or in
-/// /run for root, or in /dev/shm if that directory is not in memory.
+/// /run for root. If that directory is not in memory, it is in /dev/shm, with the user's number in
+/// its name: all users share that directory.
 pub(crate) fn default_root() -> PathBuf {
     let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !rustix::process::geteuid().is_root());
     let run = of_user.map_or_else(|| PathBuf::from("/run"), PathBuf::from);
-    let is_usable = is_in_memory(&run).unwrap_or(false);
-    if is_usable { run } else { PathBuf::from("/dev/shm") }.join("postcopy")
+    match is_in_memory(&run) {
+        Ok(true) => run.join("postcopy"),
+        _ => PathBuf::from(format!("/dev/shm/postcopy-{}", rustix::process::geteuid().as_raw())),
+    }
 }
 
 fn is_in_memory(path: &Path) -> io::Result<bool> {
