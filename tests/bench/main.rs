@@ -4,7 +4,7 @@
 //! take, measured alternately with it and in the same placement on the cores. `postcopy-bench [NAME…]` measures
 //! all, or those named: touch, fill, pace, push, memory, replay, changes, regions, references, scale,
 //! progress, kills, machines, criu, children, criu-remote; and, where they are named, programs, programs-full, mapped, chunks,
-//! restores, threads, store, bucket, pushes, collections, neighbour. It
+//! restores, threads, mount, store, bucket, pushes, collections, neighbour. It
 //! prints a table in Markdown and, with `--json FILE`, the raw values.
 //! `--only NAME`, `--over NETWORK` and `--rounds N` limit the programs to one, the networks, and how often each is restored.
 //! With `--docs DIR`, reports go into DIR/BENCHMARKS.md and DIR/bench, and the table, if it is of all, or of one core
@@ -22,6 +22,7 @@ mod floor;
 mod generations;
 mod mapped;
 mod memory;
+mod mount;
 mod neighbour;
 mod pace;
 mod plot;
@@ -166,6 +167,9 @@ fn main() -> Result<()> {
     if named("threads") {
         let (report, figures) = sweeps::threads(SWEEP_ROUNDS)?;
         show(report, figures)?;
+    }
+    if named("mount") {
+        figures.extend(mount::measure()?);
     }
     if named("store") {
         figures.extend(store::measure()?);

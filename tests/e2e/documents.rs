@@ -205,6 +205,22 @@ fn the_guide_to_criu_leads_to_a_lazy_restore() {
 }
 
 #[test]
+fn the_guide_to_the_mount_leads_to_files() {
+    let name = "documents::the_guide_to_the_mount_leads_to_files";
+    if !is_root() || !Path::new("/dev/fuse").exists() {
+        return skip(name, "mounting needs root and /dev/fuse");
+    }
+    for options in ["-eu", "-eum"] {
+        let folder = tempfile::tempdir().unwrap();
+        let shown = run_guide("docs/MOUNT.md", folder.path(), &[], options);
+        for expected in ["serving", "numbers.txt", "by-digest/blake3:", "are in the page cache"] {
+            assert!(shown.contains(expected), "{expected:?} is not in: {shown}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path().join("images")).unwrap().count(), 0, "it is unmounted");
+    }
+}
+
+#[test]
 fn the_guide_to_firecracker_leads_to_a_lazy_restore() {
     let name = "documents::the_guide_to_firecracker_leads_to_a_lazy_restore";
     if !is_root() {
