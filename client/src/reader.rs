@@ -33,7 +33,7 @@ const REQUEST_CHUNKS: usize = 512;
 /// Pause before the next request of a chunk that the server cannot send for the moment.
 const BUSY: Duration = Duration::from_millis(100);
 /// Time without a request after which the task closes its lane.
-const IDLE: Duration = Duration::from_secs(30);
+const IDLE: Duration = Duration::from_secs(10);
 /// Least time without an answer after which the task opens another lane. With a longer deadline, it
 /// is half of that: a slow server or link may need it.
 const MIN_SILENCE: Duration = Duration::from_secs(5);

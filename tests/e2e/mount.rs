@@ -1,6 +1,7 @@
 //! Images as files of a file system: `postcopy mount`.
 
 mod ahead;
+mod places;
 
 use memmap2::{Mmap, MmapOptions};
 use postcopy_tests::chaos::within;

@@ -31,11 +31,16 @@ impl Mounted {
     /// If nothing is mounted within a minute.
     #[must_use]
     pub fn start(server: &ServerAddress, arguments: &[&str]) -> Self {
-        let directory = tempfile::tempdir().expect("a scratch folder");
-        Self::start_at(directory, runtime_root(), server, arguments)
+        Self::start_at(tempfile::tempdir().expect("a scratch folder"), server, arguments)
     }
 
-    fn start_at(directory: TempDir, runtime: TempDir, server: &ServerAddress, arguments: &[&str]) -> Self {
+    /// Mounts at a directory, which is removed with the result.
+    ///
+    /// # Panics
+    /// As [`Mounted::start`].
+    #[must_use]
+    pub fn start_at(directory: TempDir, server: &ServerAddress, arguments: &[&str]) -> Self {
+        let runtime = runtime_root();
         let mut command = postcopy(server, ["mount".as_ref(), directory.path().as_os_str()]);
         command.args(arguments).env("POSTCOPY_RUNTIME_DIR", runtime.path());
         let child = command.spawn().expect("postcopy starts");
@@ -119,8 +124,7 @@ impl Mounted {
             rustix::fs::statfs(&path).map_or(true, |found| found.f_type != FUSE_SUPER_MAGIC)
         });
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().expect("a folder"));
-        let runtime = std::mem::replace(&mut self.runtime, runtime_root());
-        Self::start_at(directory, runtime, server, &[])
+        Self::start_at(directory, server, &[])
     }
 
     /// Asks the daemon to end, and waits for it.

@@ -155,12 +155,14 @@ enum Command {
         )
     )]
     Criu(daemons::CriuArgs),
-    /// Mount the images of a server as files, whose pages all programs of this host share
+    /// Mount the images of a server as files, whose pages all programs of this host share. Runs
+    /// until it is unmounted, or until SIGTERM
     #[command(
         after_help = "Example:\n  postcopy mount /mnt/images &\n  ls /mnt/images/app/v1/\n  umount /mnt/images"
     )]
     Mount(mount::MountArgs),
-    /// Store an image's working set, or all of it, in the page cache, by the mount of this user
+    /// Ask your mount to store an image's working set in the page cache. The mount's server is
+    /// used, and not --server
     #[command(after_help = "Example:\n  postcopy mount /mnt/images &\n  postcopy warm app:v1")]
     Warm(mount::WarmArgs),
     /// Report the features that this kernel and these privileges allow

@@ -12,7 +12,7 @@ use postcopy::proto::manifest::FileEntry;
 use postcopy::proto::page::ChunkIndex;
 use postcopy::proto::reference::Reference;
 use postcopy::proto::v1::RequestClass;
-use postcopy::{ChunkBytes, Image, ReadError, Reader, Remote, RemoteError, ServerAddress};
+use postcopy::{ChunkBytes, Content, Image, ReadError, Reader, Remote, RemoteError, ServerAddress};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,6 +27,11 @@ const KEPT_BYTES: usize = 32 << 20;
 const MAX_OPEN: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
 /// Pause before the next attempt to open an image of a server that cannot be reached.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Most chunks whose failures are remembered, and for how long.
+const MAX_FAILED: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
+const FAILED: Duration = Duration::from_millis(500);
+/// Most chunks of a file whose holes are looked for: their digests take 32 MiB of memory.
+const MAX_SEEK_CHUNKS: u64 = 1 << 20;
 /// The pause between looks for reads that wait, and the most of them.
 const LOOK: Duration = Duration::from_millis(2);
 const LOOKS: u32 = 50;
@@ -43,6 +48,8 @@ pub(crate) struct Images {
     kept: Mutex<Kept>,
     /// Number of reads that wait for their answers.
     reading: AtomicUsize,
+    /// The chunks that could not be had, and when that was known. Locked for a look.
+    failed: Mutex<LruCache<(Digest, ChunkIndex), (Instant, ReadError)>>,
 }
 
 /// The chunks that were read last.
@@ -61,7 +68,14 @@ impl Images {
     pub(crate) fn new(address: ServerAddress, deadline: Duration) -> Self {
         let kept = Kept { chunks: LruCache::unbounded(), bytes: 0 };
         let open = Mutex::new(LruCache::new(MAX_OPEN));
-        Self { address, deadline, open, kept: Mutex::new(kept), reading: AtomicUsize::new(0) }
+        Self {
+            address,
+            deadline,
+            open,
+            kept: Mutex::new(kept),
+            reading: AtomicUsize::new(0),
+            failed: Mutex::new(LruCache::new(MAX_FAILED)),
+        }
     }
 
     /// Returns the reader of an image, and opens the image if no node of it was used before.
@@ -147,7 +161,7 @@ impl Images {
         if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
             return Ok((vec![bytes.slice(within)], None));
         }
-        match reader.chunk(file, chunk).await? {
+        match self.demand(reader, file, chunk).await? {
             ChunkBytes::Zeros(_) => Ok((zeros(within.len()), None)),
             ChunkBytes::Data(bytes) => {
                 // The kernel keeps what it has read.
@@ -159,6 +173,63 @@ impl Images {
                 Ok((vec![piece], Some(Fetched { offset, content: bytes })))
             }
         }
+    }
+
+    /// Asks the server for a chunk, unless it has just failed: the kernel repeats a read that was
+    /// part of its read-ahead, and the program would wait for the deadline twice.
+    async fn demand(
+        &self,
+        reader: &Reader,
+        file: &FileEntry,
+        chunk: ChunkIndex,
+    ) -> Result<ChunkBytes, ReadError> {
+        let key = (reader.image().digest(), chunk);
+        if let Some((at, error)) = lock(&self.failed).get(&key)
+            && at.elapsed() < FAILED
+        {
+            return Err(error.clone());
+        }
+        let read = reader.chunk(file, chunk).await;
+        match &read {
+            Ok(_) => lock(&self.failed).pop(&key),
+            Err(error) => lock(&self.failed).put(key, (Instant::now(), error.clone())),
+        };
+        read
+    }
+
+    /// Returns the offset of the first data, or of the first hole, from `offset` on; `None` if
+    /// there is none. Chunks of zeros are holes. Files of very many chunks are taken for data.
+    ///
+    /// # Errors
+    /// [`RemoteError`]: a part of the manifest cannot be had.
+    pub(crate) async fn seek(
+        &self,
+        reader: &Reader,
+        (path, file): (&[u8], &FileEntry),
+        offset: u64,
+        to_hole: bool,
+    ) -> Result<Option<u64>, RemoteError> {
+        if offset >= file.size_bytes {
+            return Ok(None);
+        }
+        let image = reader.image();
+        let chunk_bytes = image.root().chunk_size().bytes() as u64;
+        let end = file.size_bytes.div_ceil(chunk_bytes);
+        if end > MAX_SEEK_CHUNKS {
+            return Ok(Some(if to_hole { file.size_bytes } else { offset }));
+        }
+        let content = |number: u64| image.content(ChunkIndex(file.first_chunk.0 + number));
+        if image.root().segments_of(file).any(|index| image.segment(index).is_none()) {
+            let name = "mounted".parse().expect("a name");
+            let reference = Reference::Digest { name, image: image.digest() };
+            let remote = Remote::connect(self.address.clone()).await?;
+            let (_, segments) = remote.open(&reference, &[path], false).await?;
+            segments.all_into(image).await?;
+        }
+        let is_wanted = |number: &u64| (content(*number) == Content::Zero) == to_hole;
+        let found = (offset / chunk_bytes..end).find(is_wanted);
+        let found = found.map(|number| (number * chunk_bytes).max(offset));
+        Ok(found.or(to_hole.then_some(file.size_bytes)))
     }
 
     /// Waits until no read waits for its answer, but not for long: reads may never cease.

@@ -5,8 +5,9 @@
 //! to the image's digest before the kernel gets it. An error is EIO, and never zeros.
 //!
 //! ```text
-//! DIR/by-digest/blake3:…/   the files of an image, which never change
-//! DIR/<name>/<tag>          a link to one of these, looked up when it is used
+//! DIR/by-digest/blake3-…/   the files of an image, which never change
+//! DIR/by-digest/blake3:…    a link to these; colons separate paths in PATH and its like
+//! DIR/<name>/<tag>          a link to an image, looked up when it is used
 //! ```
 //!
 //! A request's way: [`mount`] has the descriptor of /dev/fuse, [`serve`] reads a request from it
@@ -19,6 +20,7 @@
 //! a process of their own ([`storer`]). [`control`] answers other programs of the user.
 
 mod ahead;
+mod complaints;
 mod control;
 mod images;
 pub mod mount;
@@ -37,3 +39,8 @@ pub use storer::store;
 
 /// The name of the directory of images by digest.
 const BY_DIGEST: &str = "by-digest";
+
+/// Returns the name of an image's directory.
+fn directory_of(image: &postcopy::proto::digest::Digest) -> String {
+    image.to_string().replace(':', "-")
+}

@@ -1,7 +1,7 @@
 //! Mounting and unmounting: by mount(2) as root, by fusermount3 as another user.
 
 use crate::protocol::Owner;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
@@ -20,15 +20,42 @@ const FUSERMOUNT: &str = "fusermount3";
 /// Most bytes of a read.
 const MAX_READ: &str = "max_read=1048576";
 
-/// Mounts a file system at `target`, a directory, and returns the descriptor of its requests. A
-/// file system whose process has died is unmounted before.
+/// A file system that this process has mounted: its path, and its device number. Others may be
+/// mounted over it or in its place, and are not touched.
+#[derive(Clone, Debug)]
+pub struct Target {
+    path: PathBuf,
+    device: (u32, u32),
+}
+
+/// Mounts a file system at `target`, a directory, and returns it with the descriptor of its
+/// requests. A file system of the same kind whose process has died is unmounted before.
 ///
 /// # Errors
-/// Any error of mount(2); or as a user that is not root, the reason of fusermount3.
-pub fn attach(target: &Path, source: &str, allow_other: bool) -> io::Result<OwnedFd> {
-    if is_dead(target) {
-        detach(target)?;
+/// Such a file system is there, and its process lives. Any error of mount(2); or as a user that is
+/// not root, the reason of fusermount3.
+pub fn attach(target: &Path, source: &str, allow_other: bool) -> io::Result<(Target, OwnedFd)> {
+    let at = |device| Target { path: target.to_owned(), device };
+    let before = device_of(target)?;
+    if let Some(there) = all()?.into_iter().find(|mount| mount.device == before) {
+        if is_answering(target) != Some(false) {
+            let text = format!("the images of {} are mounted there already", there.server);
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        at(before).detach()?;
     }
+    let device = open(target, source, allow_other)?;
+    Ok((at(device_of(target)?), device))
+}
+
+/// Returns the device number of a file system, without a request to it.
+fn device_of(path: &Path) -> io::Result<(u32, u32)> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::SYMLINK_NOFOLLOW;
+    let found = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::INO)?;
+    Ok((found.stx_dev_major, found.stx_dev_minor))
+}
+
+fn open(target: &Path, source: &str, allow_other: bool) -> io::Result<OwnedFd> {
     let other = if allow_other { ",allow_other" } else { "" };
     if !is_root() {
         // Commas separate options.
@@ -39,7 +66,8 @@ pub fn attach(target: &Path, source: &str, allow_other: bool) -> io::Result<Owne
         );
         return by_fusermount(target, &options);
     }
-    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    let device = device.map_err(|error| io::Error::other(format!("/dev/fuse: {error}")))?;
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let fd = device.as_raw_fd();
     let options =
@@ -82,7 +110,7 @@ fn run(command: &mut Command) -> io::Result<()> {
                 "{FUSERMOUNT} is not installed, which mounts for users that are not root (package fuse3)"
             ),
         ),
-        _ => error,
+        kind => io::Error::new(kind, format!("{FUSERMOUNT}: {error}")),
     })?;
     if ended.status.success() {
         return Ok(());
@@ -91,29 +119,57 @@ fn run(command: &mut Command) -> io::Result<()> {
     Err(io::Error::other(if reason.is_empty() { format!("{FUSERMOUNT}: {}", ended.status) } else { reason }))
 }
 
-/// Unmounts a file system at once for new users, and for the others when they have closed it.
-///
-/// # Errors
-/// Any error of umount(2); or as a user that is not root, the reason of fusermount3.
-pub fn detach(target: &Path) -> io::Result<()> {
-    if !is_root() {
-        return run(Command::new(FUSERMOUNT).args(["-u", "-z", "--"]).arg(target));
+impl Target {
+    /// Returns the path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
-    Ok(unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
-}
 
-/// Ends a file system that no process serves: requests that wait for an answer, and stores that
-/// wait for one, end with an error. Unmounts it, if this is root.
-///
-/// # Errors
-/// Any error of umount(2); or as a user that is not root, that of the control file system of FUSE.
-pub(crate) fn abort(target: &Path) -> io::Result<()> {
-    if !is_root() {
-        let flags = rustix::fs::AtFlags::STATX_DONT_SYNC;
-        let found = rustix::fs::statx(rustix::fs::CWD, target, flags, rustix::fs::StatxFlags::INO)?;
-        return std::fs::write(format!("/sys/fs/fuse/connections/{}/abort", found.stx_dev_minor), "1");
+    /// Returns the path that leads to the file system now; `None` if it is unmounted. The
+    /// directories above it may have been renamed.
+    ///
+    /// # Errors
+    /// Another file system covers it, or /proc/self/mountinfo cannot be read.
+    fn now(&self) -> io::Result<Option<PathBuf>> {
+        let Some(mount) = all()?.into_iter().find(|mount| mount.device == self.device) else {
+            return Ok(None);
+        };
+        match device_of(&mount.directory) {
+            Ok(device) if device == self.device => Ok(Some(mount.directory)),
+            _ => Err(io::Error::other("another file system is mounted over it")),
+        }
     }
-    Ok(unmount(target, UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
+
+    /// Unmounts the file system at once for new users, and for the others when they have closed it.
+    /// Does nothing if it is unmounted already.
+    ///
+    /// # Errors
+    /// Another file system covers it. Any error of umount(2); or as a user that is not root, the
+    /// reason of fusermount3.
+    pub fn detach(&self) -> io::Result<()> {
+        let Some(path) = self.now()? else { return Ok(()) };
+        if !is_root() {
+            return run(Command::new(FUSERMOUNT).args(["-u", "-z", "--"]).arg(path));
+        }
+        Ok(unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
+    }
+
+    /// Ends the file system, which no process serves: requests that wait for an answer, and stores
+    /// that wait for one, end with an error. Unmounts it, if this is root.
+    ///
+    /// # Errors
+    /// Any error of umount(2); or as a user that is not root, that of the control file system of
+    /// FUSE.
+    pub(crate) fn abort(&self) -> io::Result<()> {
+        match self.now() {
+            Ok(Some(path)) if is_root() => {
+                let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+                Ok(unmount(path, flags)?)
+            }
+            _ => std::fs::write(format!("/sys/fs/fuse/connections/{}/abort", self.device.1), "1"),
+        }
+    }
 }
 
 /// A mounted file system.
@@ -125,6 +181,8 @@ pub struct Mount {
     pub server: String,
     /// The user that has mounted it.
     pub user: u32,
+    /// The numbers of its device.
+    device: (u32, u32),
 }
 
 /// Returns the mounts of this host, as far as this process sees them.
@@ -138,8 +196,10 @@ pub fn all() -> io::Result<Vec<Mount>> {
 
 /// Parses a line of /proc/self/mountinfo, if it is of a mount of this type (proc(5)).
 fn parse(line: &[u8]) -> Option<Mount> {
+    let text = |field| std::str::from_utf8(field).ok();
     let mut fields = line.split(|byte| *byte == b' ');
-    let directory = fields.nth(4)?;
+    let (major, minor) = text(fields.nth(2)?)?.split_once(':')?;
+    let directory = fields.nth(1)?;
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let (kind, source, options) = (fields.next()?, fields.next()?, fields.next()?);
     if kind != TYPE.as_bytes() {
@@ -149,7 +209,8 @@ fn parse(line: &[u8]) -> Option<Mount> {
     Some(Mount {
         directory: OsString::from_vec(unescape(directory)).into(),
         server: String::from_utf8_lossy(&unescape(source)).into_owned(),
-        user: std::str::from_utf8(user).ok()?.parse().ok()?,
+        user: text(user)?.parse().ok()?,
+        device: (major.parse().ok()?, minor.parse().ok()?),
     })
 }
 
@@ -198,7 +259,7 @@ mod tests {
     fn mounts_are_found_by_their_type() {
         let line = b"98 26 0:41 / /mnt/a\\040b ro,nosuid - fuse.postcopy http://h:1 ro,user_id=7,group_id=0";
         let (directory, server) = ("/mnt/a b".into(), "http://h:1".to_owned());
-        assert_eq!(parse(line), Some(Mount { directory, server, user: 7 }));
+        assert_eq!(parse(line), Some(Mount { directory, server, user: 7, device: (0, 41) }));
         assert_eq!(parse(b"98 26 0:41 / /mnt rw shared:1 - fuse.sshfs h: rw,user_id=0"), None);
         assert_eq!(unescape(b"\\134040\\"), b"\\040\\");
     }

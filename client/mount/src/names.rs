@@ -1,5 +1,6 @@
 //! The references of the server, as directories of names and links of tags.
 
+use crate::BY_DIGEST;
 use futures_util::future::BoxFuture;
 use postcopy::proto::digest::Digest;
 use postcopy::proto::reference::Reference;
@@ -13,6 +14,8 @@ use tokio::time::Instant;
 
 /// Time for which a list of the server's references is used: a walk of the tree takes one list.
 const FRESH: Duration = Duration::from_secs(1);
+/// A list that takes longer than this is not read anew for a name that it lacks.
+const QUICK: Duration = Duration::from_millis(100);
 /// Most references of a list, some 100 MiB.
 const MAX_REFERENCES: usize = 1 << 20;
 
@@ -24,9 +27,17 @@ pub(crate) struct Names {
     only: Option<Arc<BTreeSet<String>>>,
     /// The last list and its time. Locked while the server lists, so that a burst of look-ups
     /// becomes one list.
-    listed: Mutex<Option<(Instant, Arc<BTreeSet<String>>)>>,
+    listed: Mutex<Option<Listed>>,
     /// The connection for look-ups. Locked to take or replace it.
     remote: Mutex<Option<Remote>>,
+}
+
+/// A list of references, the time of the request for it, and the time that it took.
+#[derive(Debug)]
+struct Listed {
+    asked: Instant,
+    took: Duration,
+    references: Arc<BTreeSet<String>>,
 }
 
 /// The meaning of a name in a directory of names.
@@ -54,20 +65,22 @@ impl Names {
         }
     }
 
-    /// Returns the references, `name:tag`.
-    async fn list(&self) -> Result<Arc<BTreeSet<String>>, RemoteError> {
+    /// Returns the references, `name:tag`, from a list that was requested at `since` or later, or
+    /// in the last moments if lists take long.
+    async fn list(&self, since: Instant) -> Result<Arc<BTreeSet<String>>, RemoteError> {
         if let Some(only) = &self.only {
             return Ok(Arc::clone(only));
         }
         let mut listed = self.listed.lock().await;
-        match &*listed {
-            Some((at, list)) if at.elapsed() < FRESH => Ok(Arc::clone(list)),
-            _ => {
-                let list = Arc::new(self.read_list().await?);
-                *listed = Some((Instant::now(), Arc::clone(&list)));
-                Ok(list)
-            }
+        if let Some(Listed { asked, took, references }) = &*listed
+            && (*asked >= since || (*took > QUICK && asked.elapsed() < FRESH))
+        {
+            return Ok(Arc::clone(references));
         }
+        let asked = Instant::now();
+        let references = Arc::new(self.read_list().await?);
+        *listed = Some(Listed { asked, took: asked.elapsed(), references: Arc::clone(&references) });
+        Ok(references)
     }
 
     async fn read_list(&self) -> Result<BTreeSet<String>, RemoteError> {
@@ -81,18 +94,22 @@ impl Names {
     /// Returns the children of the directory of `path`, "" or "a/b", in order, each once. A
     /// directory hides a tag of the same name.
     pub(crate) async fn children(&self, path: &str) -> Result<Vec<(String, Named)>, RemoteError> {
-        Ok(children(&*self.list().await?, path))
+        Ok(children(&*self.list(moments_ago()).await?, path))
     }
 
     /// Finds `name` in the directory of `path`.
     pub(crate) async fn child(&self, path: &str, name: &str) -> Result<Option<Named>, RemoteError> {
         let tag = format!("{path}:{name}");
-        let found = child(&*self.list().await?, path, name);
+        let began = Instant::now();
+        let mut found = child(&*self.list(moments_ago()).await?, path, name);
+        if found.is_none() {
+            // It may be younger than the list.
+            found = child(&*self.list(began).await?, path, name);
+        }
         let Ok(reference @ Reference::Tag(_)) = tag.parse() else { return Ok(found) };
         if found.is_some() || self.only.is_some() {
             return Ok(found);
         }
-        // It may be younger than the list.
         match self.resolve(&reference).await {
             Ok(_) => Ok(Some(Named::Tag(tag))),
             Err(error) if error.is_not_found() => Ok(None),
@@ -107,6 +124,11 @@ impl Names {
             other => other,
         }
     }
+}
+
+/// Returns the time from which on a list is new enough.
+fn moments_ago() -> Instant {
+    Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now)
 }
 
 async fn list_of(remote: &Remote) -> Result<BTreeSet<String>, RemoteError> {
@@ -150,6 +172,8 @@ fn child(references: &BTreeSet<String>, path: &str, name: &str) -> Option<Named>
 
 fn children(references: &BTreeSet<String>, path: &str) -> Vec<(String, Named)> {
     let mut names = BTreeSet::new();
+    // A name of its own, of the images by digest.
+    let is_free = |name: &String| !(path.is_empty() && name == BY_DIGEST);
     let prefix = below(path);
     for reference in references.range(prefix.clone()..).take_while(|found| found.starts_with(&prefix)) {
         let rest = &reference[prefix.len()..];
@@ -158,7 +182,11 @@ fn children(references: &BTreeSet<String>, path: &str) -> Vec<(String, Named)> {
     let tags = format!("{path}:");
     let tagged = references.range(tags.clone()..).take_while(|found| found.starts_with(&tags));
     names.extend(tagged.map(|found| found[tags.len()..].to_owned()));
-    names.into_iter().filter_map(|name| child(references, path, &name).map(|named| (name, named))).collect()
+    names
+        .into_iter()
+        .filter(is_free)
+        .filter_map(|name| child(references, path, &name).map(|named| (name, named)))
+        .collect()
 }
 
 #[cfg(test)]

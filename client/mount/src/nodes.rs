@@ -19,6 +19,8 @@ const FIRST_NAME: u64 = 16;
 /// Most images and names of a table.
 const MAX_IMAGES: usize = (1 << 16) - 2;
 const MAX_NAMES: usize = 1 << 24;
+/// The rest of the number of an image's other name: a depth that no path has.
+const ALIAS: u64 = 0xffff << 32;
 
 /// The meaning of a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub(crate) enum Place {
     Tag(String),
     /// A node of an image.
     Image(Digest, Node),
+    /// The link `blake3:…` to the image `blake3-…`.
+    Alias(Digest),
 }
 
 /// The table of images and names.
@@ -99,18 +103,25 @@ impl Table {
                 }
                 Ok(FIRST_NAME + self.of_names[name] as u64)
             }
+            Place::Alias(image) => Ok(self.image_number(image)? | ALIAS),
             Place::Image(image, node) => {
-                if !self.of_images.contains_key(image) {
-                    self.append(self.images.len() < MAX_IMAGES, format!("image {}\n", image.hex()))?;
-                    self.add_image(*image);
-                }
+                let image = self.image_number(image)?;
                 let (depth, index) = match node {
                     Node::Entry(index) => (0, *index),
                     Node::Directory { first, depth } => (u64::from(*depth) + 1, *first),
                 };
-                Ok((self.of_images[image] as u64 + 1) << 48 | depth << 32 | u64::from(index))
+                Ok(image | depth << 32 | u64::from(index))
             }
         }
+    }
+
+    /// Returns the part of a number that stands for the image.
+    fn image_number(&mut self, image: &Digest) -> io::Result<u64> {
+        if !self.of_images.contains_key(image) {
+            self.append(self.images.len() < MAX_IMAGES, format!("image {}\n", image.hex()))?;
+            self.add_image(*image);
+        }
+        Ok((self.of_images[image] as u64 + 1) << 48)
     }
 
     fn append(&mut self, has_room: bool, line: String) -> io::Result<()> {
@@ -132,13 +143,17 @@ impl Table {
                 }
             };
         };
+        let image = *self.images.get(image)?;
+        if number & ALIAS == ALIAS {
+            return Some(Place::Alias(image));
+        }
         let index = u32::try_from(number & 0xffff_ffff).ok()?;
         let depth = u16::try_from(number >> 32 & 0xffff).ok()?;
         let node = match depth.checked_sub(1) {
             None => Node::Entry(index),
             Some(depth) => Node::Directory { first: index, depth },
         };
-        Some(Place::Image(*self.images.get(image)?, node))
+        Some(Place::Image(image, node))
     }
 }
 
@@ -162,6 +177,7 @@ mod tests {
             Place::Names("a/b".into()),
             Place::Tag("a/b:v1".into()),
             Place::Image(digest, Node::Entry(7)),
+            Place::Alias(digest),
             Place::Image(digest, Node::Directory { first: 0, depth: 0 }),
             Place::Image(Digest::of(b"other"), Node::Directory { first: u32::MAX, depth: 2048 }),
         ];
@@ -173,7 +189,7 @@ mod tests {
             assert_eq!(successor.place(*number).as_ref(), Some(place));
             assert_eq!(successor.number(place).unwrap(), *number);
         }
-        assert_eq!(of_entry(numbers[5], 7), numbers[4]);
+        assert_eq!(of_entry(numbers[6], 7), numbers[4]);
         for none in [0, 3, FIRST_NAME + 2, 3 << 48, u64::MAX] {
             assert_eq!(successor.place(none), None);
         }

@@ -71,6 +71,10 @@ pub(crate) enum Operation<'a> {
     CloseDir {
         handle: u64,
     },
+    Seek {
+        offset: u64,
+        whence: u32,
+    },
     StatFs,
     /// Nothing is kept for each open file, and nothing is written.
     Close,
@@ -142,6 +146,10 @@ impl<'a> Operation<'a> {
                 Self::ReadDir { handle, offset, bytes: arguments.u32()?, with_attributes: opcode == 44 }
             }
             34 => Self::Access,
+            46 => {
+                let (_handle, offset) = (arguments.u64()?, arguments.u64()?);
+                Self::Seek { offset, whence: arguments.u32()? }
+            }
             38 => Self::Destroy,
             _ => Self::Unsupported,
         })
@@ -239,7 +247,12 @@ impl Answer {
             Kind::File { is_executable: false } => owner.mode & 0o444,
             Kind::SymbolicLink => 0o777,
         };
-        let blocks = of.size_bytes.div_ceil(512);
+        // The holes of a file are not counted here, which would take all of the manifest. cp and
+        // tar look for holes where there are fewer blocks than bytes, and take none for a hole.
+        let blocks = match of.size_bytes / 512 {
+            0 | 1 => of.size_bytes.div_ceil(512),
+            blocks => blocks - 1,
+        };
         let this = self.u64(of.node).u64(of.size_bytes).u64(blocks);
         // No times: an image has none.
         let this = this.zeros(3 * 8 + 3 * 4).u32(of.kind.mode_type() | permissions);
@@ -264,6 +277,10 @@ impl Answer {
 
     pub(crate) fn open(handle: u64, flags: u32) -> Self {
         Self::default().u64(handle).u32(flags).u32(0)
+    }
+
+    pub(crate) fn seek(offset: u64) -> Self {
+        Self::default().u64(offset)
     }
 
     pub(crate) fn statfs() -> Self {

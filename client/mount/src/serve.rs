@@ -3,8 +3,8 @@
 //! Some threads read requests; each request becomes a task, so that one that waits for the server
 //! delays no other. No thread that reads requests waits for anything else.
 
-use crate::BY_DIGEST;
 use crate::ahead::{Ahead, Opened};
+use crate::complaints;
 use crate::control::Control;
 use crate::images::{Images, Read};
 use crate::names::{Named, Names};
@@ -14,6 +14,7 @@ use crate::sets::{Failed, Sets};
 use crate::store::Store;
 use crate::tree::{Node, ROOT, Tree};
 use crate::unanswered::{Noted, Unanswered};
+use crate::{BY_DIGEST, directory_of};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use postcopy::proto::digest::Digest;
@@ -42,6 +43,9 @@ const WORKERS: usize = 2;
 const MORE: Duration = Duration::from_secs(1);
 /// Most pages of a request.
 const MAX_PAGES: u16 = 256;
+/// The ways to seek, of lseek(2).
+const SEEK_DATA: u32 = 3;
+const SEEK_HOLE: u32 = 4;
 /// Most directories of names that are open and keep their list.
 const MAX_LISTS: usize = 1024;
 /// The flags of the protocol that are of use here.
@@ -101,7 +105,7 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
     let images = Arc::new(Images::new(server.clone(), deadline));
     let store = Store::start(descriptors.store)?;
     let sets = Sets::new(server.clone(), Arc::clone(&images), store.clone());
-    let address = server.clone();
+    let (address, directory) = (server.clone(), descriptors.directory);
     let server = Arc::new(Server {
         device: descriptors.device,
         unanswered,
@@ -115,6 +119,9 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
         owner,
         patience: deadline + MORE,
     });
+    if !is_successor {
+        runtime.spawn(greet(Arc::clone(&server), address.clone(), directory.clone()));
+    }
     match left {
         // An older kernel does not send them again.
         Some(left) => left.into_iter().for_each(|unique| server.reply(unique, &Err(Errno::IO))),
@@ -123,7 +130,7 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
     }
     let handle = runtime.handle();
     if let Some(socket) = descriptors.control {
-        let control = Control::new(Arc::clone(&server), descriptors.directory, address);
+        let control = Control::new(Arc::clone(&server), directory, address);
         runtime.spawn(control.serve(socket));
     }
     std::thread::scope(|scope| {
@@ -135,6 +142,15 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
             .collect();
         readers.into_iter().try_for_each(|reader| reader.join().expect("a reader does not panic"))
     })
+}
+
+/// Logs that the images are mounted, and whether their server answers.
+async fn greet(server: Arc<Server>, address: ServerAddress, directory: PathBuf) {
+    let directory = directory.display();
+    match server.names.children("").await {
+        Ok(_) => tracing::info!("the images of {address} are mounted at {directory}"),
+        Err(error) => tracing::warn!("mounted at {directory}, but {error}"),
+    }
 }
 
 /// The server of a mount.
@@ -194,6 +210,7 @@ enum Waiting {
     OpenDir,
     Read(Range<u64>),
     ReadDir { handle: u64, offset: u64, bytes: u32, with_attributes: bool },
+    Seek { offset: u64, whence: u32 },
 }
 
 impl Server {
@@ -247,6 +264,7 @@ impl Server {
                 Operation::Read { offset, bytes } => {
                     Waiting::Read(offset..offset.saturating_add(u64::from(bytes)))
                 }
+                Operation::Seek { offset, whence } => Waiting::Seek { offset, whence },
                 Operation::ReadDir { handle, offset, bytes, with_attributes } => {
                     Waiting::ReadDir { handle, offset, bytes, with_attributes }
                 }
@@ -258,6 +276,7 @@ impl Server {
 
     /// Answers a request, with EIO if there is no other answer in time.
     async fn answer_in_time(self: Arc<Self>, (unique, noted): (u64, Noted), node: u64, request: Waiting) {
+        let place = self.table().place(node);
         let answer = AssertUnwindSafe(self.answer(node, request)).catch_unwind();
         let answer = match tokio::time::timeout(self.patience, answer).await {
             Ok(Ok(answer)) => answer,
@@ -266,7 +285,10 @@ impl Server {
                 Err(Errno::IO)
             }
             Err(_) => {
-                tracing::warn!("no answer of the server within {:?}; a program gets EIO", self.patience);
+                let patience = self.patience;
+                complaints::warn(format_args!(
+                    "{place:?}: no answer of the server within {patience:?}; a program gets EIO"
+                ));
                 Err(Errno::IO)
             }
         };
@@ -358,6 +380,19 @@ impl Server {
                 let read = read.map_err(|error| failed(&place, &error))?;
                 Ok(Reply::Read(ReadReply { read, of, range, ahead }))
             }
+            Waiting::Seek { offset, whence } => {
+                let to_hole = match whence {
+                    SEEK_DATA => false,
+                    SEEK_HOLE => true,
+                    _ => return Err(Errno::INVAL),
+                };
+                let Opened { reader, file } = self.file(&place).await?;
+                let Place::Image(image, node) = &place else { return Err(Errno::INVAL) };
+                let entry = Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::STALE)?;
+                let found = self.images.seek(&reader, (entry.path.as_bytes(), &file), offset, to_hole).await;
+                let found = found.map_err(|error| no_answer(&format!("image {image}"), &error))?;
+                Ok(Reply::Answer(Answer::seek(found.ok_or(Errno::NXIO)?)))
+            }
             Waiting::ReadDir { handle, offset, bytes, with_attributes } => {
                 let max = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
                 self.list(&place, handle, offset, max, with_attributes).await.map(Reply::Answer)
@@ -393,7 +428,7 @@ impl Server {
             Place::Names(path) => self.names_below(path).await?,
             // Images need not have a name, and the server may have very many.
             Place::ByDigest => Vec::new(),
-            Place::Tag(_) | Place::Image(..) => return Err(Errno::NOTDIR),
+            Place::Tag(_) | Place::Alias(_) | Place::Image(..) => return Err(Errno::NOTDIR),
         };
         Ok(Arc::new(children))
     }
@@ -419,9 +454,11 @@ impl Server {
             Place::Root => self.named("", name).await,
             Place::Names(path) => self.named(path, name).await,
             Place::ByDigest => {
-                let digest = name.to_str().and_then(|name| name.parse().ok());
+                let Some(name) = name.to_str() else { return Ok(None) };
+                let digest: Option<Digest> = name.replacen("blake3-", "blake3:", 1).parse().ok();
                 let Some(digest) = digest else { return Ok(None) };
                 match self.images.reader(&digest).await {
+                    Ok(_) if name.contains(':') => Ok(Some(Place::Alias(digest))),
                     Ok(_) => Ok(Some(Place::Image(digest, ROOT))),
                     Err(error) if error.is_not_found() => Ok(None),
                     Err(error) => Err(no_answer(&format!("image {digest}"), &error)),
@@ -432,7 +469,7 @@ impl Server {
                 let child = Tree(reader.image().root().entries()).child(*node, name);
                 Ok(child.map(|node| Place::Image(*image, node)))
             }
-            Place::Tag(_) => Err(Errno::NOTDIR),
+            Place::Tag(_) | Place::Alias(_) => Err(Errno::NOTDIR),
         }
     }
 
@@ -449,6 +486,7 @@ impl Server {
             Place::Root | Place::ByDigest => (Kind::Directory, 0, true),
             Place::Names(_) => (Kind::Directory, 0, false),
             Place::Tag(reference) => (Kind::SymbolicLink, link_to(reference, "").len() as u64 + 71, false),
+            Place::Alias(image) => (Kind::SymbolicLink, directory_of(image).len() as u64, true),
             Place::Image(image, node) => {
                 let reader = self.reader(image).await?;
                 let (kind, size) = of_image(&reader, *node).ok_or(Errno::STALE)?;
@@ -467,8 +505,9 @@ impl Server {
                     true => Errno::NOENT,
                     false => no_answer(reference, &error),
                 })?;
-                Ok(link_to(reference, &image.to_string()).into())
+                Ok(link_to(reference, &directory_of(&image)).into())
             }
+            Place::Alias(image) => Ok(directory_of(image).into()),
             Place::Image(image, node) => {
                 let reader = self.reader(image).await?;
                 match &Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::INVAL)?.kind {
@@ -560,14 +599,17 @@ fn link_to(reference: &str, image: &str) -> String {
 
 /// Logs an error of the server, and returns that of the program.
 fn no_answer(what: &str, error: &RemoteError) -> Errno {
-    tracing::warn!("{what}: {error}; a program gets EIO");
+    let what = if what.is_empty() { "the names of images" } else { what };
+    complaints::warn(format_args!("{what}: {error}; a program gets EIO"));
     Errno::IO
 }
 
 fn failed(place: &Place, error: &ReadError) -> Errno {
     match place {
-        Place::Image(image, _) => tracing::warn!("image {image}: {error}; a program gets EIO"),
-        other => tracing::warn!("{other:?}: {error}; a program gets EIO"),
+        Place::Image(image, _) => {
+            complaints::warn(format_args!("image {image}: {error}; a program gets EIO"))
+        }
+        other => complaints::warn(format_args!("{other:?}: {error}; a program gets EIO")),
     }
     Errno::IO
 }
@@ -579,7 +621,7 @@ mod tests {
 
     #[test]
     fn links_of_tags_lead_to_images_by_digest() {
-        let image = Digest::of(b"an image").to_string();
+        let image = directory_of(&Digest::of(b"an image"));
         assert_eq!(image.len(), 71);
         assert_eq!(link_to("app:v1", &image), format!("../by-digest/{image}"));
         assert_eq!(link_to("a/b:v1", &image), format!("../../by-digest/{image}"));

@@ -3,10 +3,10 @@
 //! An image's working set is stored when a file of the image is opened for the first time, or on
 //! request; the rest of the image on request only.
 
-use crate::BY_DIGEST;
 use crate::images::{Images, zeros};
 use crate::nodes;
 use crate::store::{Pages, Store};
+use crate::{BY_DIGEST, directory_of};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use postcopy::proto::digest::Digest;
@@ -74,7 +74,7 @@ impl<'a> Files<'a> {
     async fn node(&mut self, store: &Store, file: usize) -> Option<u64> {
         let (index, entry, _) = *self.files.get(file)?;
         if self.looked_up.insert(file) {
-            let image = format!("{BY_DIGEST}/{}/", self.image).into_bytes();
+            let image = format!("{BY_DIGEST}/{}/", directory_of(&self.image)).into_bytes();
             store.look_up([&image, entry.path.as_bytes()].concat()).await;
         }
         Some(nodes::of_entry(self.node, index))

@@ -6,7 +6,6 @@
 
 use crate::storer::{MAX_BYTES, Message};
 use bytes::Bytes;
-use rustix::process::{Signal, getpid, kill_process};
 use std::io::{self, PipeWriter, Write};
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -42,8 +41,7 @@ struct Queued {
 }
 
 impl Store {
-    /// Starts the thread that writes to the storer's pipe. If the storer is gone, this process ends
-    /// as if it had been killed, so that its successor starts another one.
+    /// Starts the thread that writes to the storer's pipe.
     pub(crate) fn start(pipe: PipeWriter) -> io::Result<Self> {
         let (queue, queued) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("store".to_owned()).spawn(move || write_all(pipe, queued))?;
@@ -104,9 +102,7 @@ fn write_all(mut pipe: PipeWriter, mut queued: mpsc::Receiver<Queued>) {
             };
             let written = pipe.write_all(&message.header(part.len())).and_then(|()| pipe.write_all(part));
             if let Err(error) = written {
-                tracing::error!("the process that stores pages ahead has died ({error}); starting anew");
-                let _ = kill_process(getpid(), Signal::KILL);
-                return;
+                return tracing::error!("no pages are stored ahead any more: {error}");
             }
         }
     }

@@ -10,14 +10,13 @@
 //! answer, a waiting store would keep the file system from its end. So the last one out unmounts it
 //! by force, which ends all waiting.
 
-use crate::mount;
+use crate::mount::Target;
 use crate::protocol;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::io::{self, IoSlice, PipeReader, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -72,7 +71,12 @@ impl Message {
 ///
 /// # Blocking
 /// Until the pipe has ended, and each store too.
-pub fn store(device: &OwnedFd, messages: PipeReader, life: BorrowedFd<'_>, target: &Path) -> io::Result<()> {
+pub fn store(
+    device: &OwnedFd,
+    messages: PipeReader,
+    life: BorrowedFd<'_>,
+    target: &Target,
+) -> io::Result<()> {
     let messages = Mutex::new(messages);
     std::thread::scope(|scope| {
         let threads: Vec<_> =
@@ -88,21 +92,23 @@ pub fn store(device: &OwnedFd, messages: PipeReader, life: BorrowedFd<'_>, targe
 
 /// Unmounts the file system by force if nobody can answer and stores still wait a moment later.
 /// Returns when the stores have ended.
-fn unmount_at_the_end(life: BorrowedFd<'_>, ended: &PipeReader, target: &Path) {
+fn unmount_at_the_end(life: BorrowedFd<'_>, ended: &PipeReader, target: &Target) {
     let mut both = [PollFd::new(&life, PollFlags::empty()), PollFd::new(ended, PollFlags::empty())];
     while let Err(Errno::INTR) = poll(&mut both, None) {}
     let grace = rustix::event::Timespec::try_from(GRACE).expect("a short time");
     if matches!(poll(&mut both[1..], Some(&grace)), Ok(0)) {
-        let _ = mount::abort(target);
+        let _ = target.abort();
     }
 }
 
-fn store_all(device: &OwnedFd, messages: &Mutex<PipeReader>, target: &Path) -> io::Result<()> {
+fn store_all(device: &OwnedFd, messages: &Mutex<PipeReader>, target: &Target) -> io::Result<()> {
     let mut content = Vec::new();
     while let Some(message) = next(messages, &mut content)? {
         match message {
             // The walk is the purpose; the file may have been removed from the mount's images.
-            Message::Look => drop(target.join(std::ffi::OsStr::from_bytes(&content)).symlink_metadata()),
+            Message::Look => {
+                drop(target.path().join(std::ffi::OsStr::from_bytes(&content)).symlink_metadata())
+            }
             Message::Store { node, offset } => {
                 let header = protocol::store_header(node, offset, content.len());
                 let pieces = [IoSlice::new(&header), IoSlice::new(&content)];

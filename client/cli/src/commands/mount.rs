@@ -4,46 +4,53 @@ use super::daemons::{exit_code, tell_systemd};
 use super::images::with_remote;
 use super::output::{Advised, Output, bytes, counted, printable};
 use crate::daemon::{mounted, runtime_dir};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use postcopy::proto::page::PAGE_BYTES;
 use postcopy::proto::reference::{Reference, TagReference};
 use postcopy::proto::v1;
-use postcopy::{RemoteError, ServerAddress};
+use postcopy::{Remote, RemoteError, ServerAddress};
 use postcopy_mount::{Settings, mount};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most bytes that the kernel may read ahead: what it takes in one request.
 const MAX_READ_AHEAD: u32 = 1 << 20;
 
+/// Time for which `postcopy warm` asks a mount again whose worker has died, and the pause before.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(100);
+
 #[derive(Debug, Args)]
 pub(crate) struct MountArgs {
-    /// The directory to mount at, which must exist
+    /// The directory to mount at, which must exist. What it holds is hidden meanwhile
     #[arg(required_unless_present = "list")]
     directory: Option<PathBuf>,
-    /// List the mounts of this host, and end
+    /// List the mounts of this host, of all users, and end
     #[arg(long, conflicts_with = "directory")]
     list: bool,
-    /// Show this image only, name or name:tag; may be repeated [default: all of the server]
+    /// List this tag only, name or name:tag; may be repeated. Other images are readable by digest
+    /// [default: all tags of the server]
     #[arg(long, value_name = "REFERENCE")]
     image: Vec<TagReference>,
     /// Let other users read the files, as their mode allows
     #[arg(long)]
     allow_other: bool,
-    /// Permissions of directories and executable files; other files lack those to execute
+    /// The mode of directories and executable files, octal. Other files have it without x
     #[arg(long, value_name = "MODE", default_value = "0500", value_parser = mode)]
     mode: u32,
     /// The time that a read may take before its program gets an error (EIO), such as 500ms or 30s
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     deadline: Duration,
-    /// Most bytes that the kernel reads ahead by itself. The daemon reads ahead for sequential
-    /// reads in any case
+    /// Bytes that the kernel reads ahead around page faults. Sequential reads are read ahead in any
+    /// case
     #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(4096..=i64::from(MAX_READ_AHEAD)))]
     read_ahead: u32,
-    /// The parent of the control socket [default: /run/postcopy, or in $XDG_RUNTIME_DIR]
+    /// The directory of the socket that `postcopy warm` uses: yours, and on tmpfs [default:
+    /// /run/postcopy for root, else $XDG_RUNTIME_DIR/postcopy; /dev/shm/postcopy-UID if that is not
+    /// on tmpfs]
     #[arg(long, env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
 }
@@ -52,10 +59,10 @@ pub(crate) struct MountArgs {
 pub(crate) struct WarmArgs {
     /// name, name:tag, or name@blake3:<digest>
     reference: Reference,
-    /// Store all of the image after its working set
+    /// Then store the rest of the image, too
     #[arg(long)]
     fill: bool,
-    /// The --runtime-dir of the mount [default: that of the daemons]
+    /// The --runtime-dir of the mount [default: that of `postcopy mount`]
     #[arg(long, env = "POSTCOPY_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
 }
@@ -76,7 +83,7 @@ pub(crate) fn mount(server: ServerAddress, args: &MountArgs, output: Output) -> 
     // A mount whose daemons were killed does not answer, and is replaced.
     let is_dead = found.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::NotConnected);
     if !is_dead {
-        let shown = || format!("{}: mount at a directory that exists", directory.display());
+        let shown = || format!("{}: it must be a directory that exists", directory.display());
         ensure!(found.with_context(shown)?.is_dir(), "{} is no directory", directory.display());
     }
     let only = args.image.iter().map(ToString::to_string).collect();
@@ -133,27 +140,57 @@ struct Warmed {
 pub(crate) fn warm(args: &WarmArgs, output: Output) -> Result<ExitCode> {
     let root = args.runtime_dir.clone().unwrap_or_else(runtime_dir::default_root);
     let socket = std::path::absolute(mounted::socket(&root)).context("--runtime-dir")?;
+    if root.exists() {
+        runtime_dir::ensure_private(&root)?;
+    }
     let address: ServerAddress = format!("unix:{}", socket.display()).parse()?;
     let request = v1::WarmRequest { reference: args.reference.to_string(), fill: args.fill };
-    let warmed = with_remote(address, |remote| async move {
-        let what = format!("storing {}", request.reference);
-        let stream = remote.mount().warm(request.clone()).await.map_err(remote.failed(&*what))?;
-        let (mut stream, mut pages) = (stream.into_inner(), 0);
-        while let Some(progress) = remote.next_of(&what, &mut stream).await? {
-            pages = progress.pages;
+    let started = Instant::now();
+    let warmed = loop {
+        let asked = with_remote(address.clone(), |remote| Box::pin(ask_to_warm(remote, request.clone())));
+        let error = match asked {
+            Ok(warmed) => break warmed,
+            Err(error) => error,
+        };
+        match error.downcast_ref() {
+            // Its worker was killed. Another one answers soon, and finds what was stored.
+            Some(error @ RemoteError::Status { .. })
+                if error.is_no_answer() && started.elapsed() < PATIENCE =>
+            {
+                std::thread::park_timeout(PAUSE);
+            }
+            // The error is the mount's, whose address is of no use here.
+            Some(RemoteError::Status { status, .. }) => bail!("{}", status.message()),
+            Some(RemoteError::Connect { .. }) => {
+                let text = format!("{}: no mount answers there", socket.display());
+                let next =
+                    "Mount the images of a server: postcopy mount DIR; or name the mount's --runtime-dir";
+                return Err(Advised { text, next }.into());
+            }
+            _ => return Err(error),
         }
-        Ok(Warmed { reference: request.reference, pages, bytes: pages * PAGE_BYTES as u64 })
-    });
-    let warmed = warmed.map_err(|error| match error.downcast_ref() {
-        Some(RemoteError::Connect { .. }) => {
-            let text = format!("{}: no mount answers there", socket.display());
-            Advised { text, next: "Mount the images of a server: postcopy mount DIR" }.into()
-        }
-        _ => error,
-    })?;
+    };
     output.show(&warmed, || {
-        let pages = counted(warmed.pages, "page", "pages");
-        format!("{}: {pages} ({}) are in the page cache", warmed.reference, bytes(warmed.bytes))
+        let Warmed { reference, pages, .. } = &warmed;
+        match pages {
+            0 => format!(
+                "{reference}: nothing was stored: the image has no working set (--fill stores all of it)"
+            ),
+            _ => {
+                format!("{reference}: stored {} ({})", counted(*pages, "page", "pages"), bytes(warmed.bytes))
+            }
+        }
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a mount to store pages, and waits for it.
+async fn ask_to_warm(remote: Remote, request: v1::WarmRequest) -> Result<Warmed> {
+    let what = format!("storing {}", request.reference);
+    let stream = remote.mount().warm(request.clone()).await.map_err(remote.failed(&*what))?;
+    let (mut stream, mut pages) = (stream.into_inner(), 0);
+    while let Some(progress) = remote.next_of(&what, &mut stream).await? {
+        pages = progress.pages;
+    }
+    Ok(Warmed { reference: request.reference, pages, bytes: pages * PAGE_BYTES as u64 })
 }

@@ -5,9 +5,13 @@
 //! which has the kernel send the unanswered requests again (Linux 6.9).
 
 use super::guardian::{self, WorkerStart};
-use super::{kernel, leftovers, runtime_dir};
+use super::{kernel, leftovers, log, runtime_dir, surroundings};
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{ForkResult, Pid, getpid, getppid};
+use postcopy_mount::mount::Target;
 use postcopy_mount::{Descriptors, Settings, mount, serve};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::MemfdFlags;
@@ -25,7 +29,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// A mounted file system, which is unmounted with this value.
 #[derive(Debug)]
 struct Mounted {
-    target: PathBuf,
+    target: Target,
     device: OwnedFd,
     table: File,
     unanswered: File,
@@ -38,8 +42,9 @@ struct Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // It may have been unmounted by its user.
-        let _ = mount::detach(&self.target);
+        if let Err(error) = self.target.detach() {
+            tracing::warn!("unmounting {}: {error}", self.target.path().display());
+        }
         if let Some((_, path)) = &self.control {
             let _ = std::fs::remove_file(path);
         }
@@ -60,12 +65,16 @@ pub(crate) fn run(
 ) -> Result<i32> {
     let shown = || format!("mounting at {}", target.display());
     let target = std::path::absolute(target).with_context(shown)?;
+    surroundings::raise_descriptors();
+    surroundings::lower_oom_score();
+    log::log_panics();
     // A program that mounts is waited for.
     kernel::watch_children().context("SIGCHLD")?;
     let memory = |name| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
     let table = memory("postcopy-nodes").context("a memfd")?;
     let unanswered = memory("postcopy-unanswered").context("a memfd")?;
-    let device = mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
+    let (target, device) =
+        mount::attach(&target, &settings.server.to_string(), allow_other).with_context(shown)?;
     let (life, life_of) = io::pipe().context("a pipe")?;
     let mut mounted = Mounted { target, device, table, unanswered, life, life_of, control: None };
     mounted.control = match listen(runtime_root) {
@@ -80,7 +89,7 @@ pub(crate) fn run(
     guardian::guard(settings.deadline, GRACE, on_ready, |start| {
         let served = work(&mounted, settings, start, &base);
         if let Err(error) = &served {
-            tracing::error!("{}: {error:#}", mounted.target.display());
+            tracing::error!("{}: {error:#}", mounted.target.path().display());
         }
         i32::from(served.is_err())
     })
@@ -121,7 +130,7 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
             }
         }
     }
-    let store = start_storer(mounted)?;
+    let (storer, store) = start_storer(mounted)?;
     let from_the_beginning = |file: &File| {
         let mut file = file.try_clone()?;
         file.seek(SeekFrom::Start(0)).map(|_| file)
@@ -131,26 +140,26 @@ fn work(mounted: &Mounted, settings: &Settings, start: WorkerStart, base: &[i32]
     let device = mounted.device.try_clone().context("/dev/fuse")?;
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
     let signals = SignalFd::with_flags(&guardian::signals(), flags).context("signals")?;
-    let (target, is_asked) = (mounted.target.clone(), start.stopping_since.is_some());
+    let target = mounted.target.clone();
     std::thread::Builder::new()
         .name("signals".to_owned())
-        .spawn(move || end_on_signal(&signals, is_asked, &target))?;
+        .spawn(move || end_on_signal(&signals, start, storer, &target))?;
     guardian::tell_ready(start);
     let control = mounted.control.as_ref().map(|(socket, _)| socket.try_clone()).transpose();
     let control = control.context("the control socket")?;
-    let directory = mounted.target.clone();
+    let directory = mounted.target.path().to_owned();
     let descriptors = Descriptors { device, table, unanswered, store, control, directory };
     serve(descriptors, start.is_successor, settings.clone()).context("serving")
 }
 
 /// Starts the process that stores pages ahead, and returns the pipe to it.
-fn start_storer(mounted: &Mounted) -> Result<PipeWriter> {
+fn start_storer(mounted: &Mounted) -> Result<(Pid, PipeWriter)> {
     let (messages, to_storer) = io::pipe().context("a pipe")?;
     #[expect(unsafe_code, reason = "a fork")]
     // SAFETY: this process has one thread.
     let forked = unsafe { nix::unistd::fork() };
-    if forked.context("starting the process that stores pages")?.is_parent() {
-        return Ok(to_storer);
+    if let ForkResult::Parent { child } = forked.context("starting the process that stores pages")? {
+        return Ok((child, to_storer));
     }
     drop(to_storer);
     #[expect(unsafe_code, reason = "a descriptor by number")]
@@ -168,18 +177,28 @@ fn start_storer(mounted: &Mounted) -> Result<PipeWriter> {
 }
 
 /// Unmounts the file system at the first signal that asks for the end, or at once if one has asked
-/// an earlier worker. Ends the process if programs keep files open for too long.
-fn end_on_signal(signals: &SignalFd, mut is_asked: bool, target: &Path) {
+/// an earlier worker. Ends the process if programs keep files open for too long. If the storer
+/// dies, this process ends as if it had been killed: its successor starts another one.
+fn end_on_signal(signals: &SignalFd, start: WorkerStart, storer: Pid, target: &Target) {
+    let mut is_asked = start.stopping_since.is_some();
     let is_end = |signal: u32| guardian::ENDS.iter().any(|end| u32::try_from(*end as i32) == Ok(signal));
     while !is_asked {
         let fd = signals.as_fd();
         super::poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Duration::from_secs(3600));
-        is_asked = matches!(signals.read_signal(), Ok(Some(info)) if is_end(info.ssi_signo));
+        let Ok(Some(signal)) = signals.read_signal() else { continue };
+        is_asked = is_end(signal.ssi_signo);
+        let has_died = waitpid(storer, Some(WaitPidFlag::WNOHANG)).is_ok_and(|end| end.pid().is_some());
+        // Without a guardian there would be no successor.
+        if has_died && getppid() == start.guardian {
+            tracing::error!("the process that stores pages ahead has died; starting anew");
+            let _ = kill(getpid(), Signal::SIGKILL);
+        }
     }
-    if let Err(error) = mount::detach(target) {
-        tracing::warn!("unmounting {}: {error}", target.display());
+    if let Err(error) = target.detach() {
+        tracing::warn!("unmounting {}: {error}; it stays, and is dead", target.path().display());
+        kernel::exit_at_once(super::LOSS_STATUS);
     }
     std::thread::park_timeout(GRACE);
-    tracing::warn!("{}: programs still have files open; they get ENOTCONN", target.display());
-    kernel::exit_at_once(0);
+    tracing::warn!("{}: programs still have files open; they get ENOTCONN", target.path().display());
+    kernel::exit_at_once(super::LOSS_STATUS);
 }

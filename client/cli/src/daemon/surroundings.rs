@@ -40,7 +40,7 @@ pub(crate) fn prepare() -> Vec<Finding> {
 }
 
 /// Raises the limit of open descriptors as far as allowed, because each session needs several.
-fn raise_descriptors() -> Finding {
+pub(crate) fn raise_descriptors() -> Finding {
     const WHAT: &str = "open files";
     const WANTED: u64 = 1 << 20;
     let limit = getrlimit(Resource::Nofile);
@@ -59,7 +59,7 @@ fn raise_descriptors() -> Finding {
 }
 
 /// Lowers the OOM score, so that the kernel kills other processes first.
-fn lower_oom_score() -> Finding {
+pub(crate) fn lower_oom_score() -> Finding {
     const WHAT: &str = "OOM score";
     let path = "/proc/self/oom_score_adj";
     let lowered = fs::write(path, "-1000");
