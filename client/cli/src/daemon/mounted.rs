@@ -9,7 +9,7 @@ use super::{kernel, leftovers, log, runtime_dir, surroundings};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, getpid, getppid};
 use postcopy_mount::mount::Target;
 use postcopy_mount::{Descriptors, Settings, mount, serve};
@@ -187,7 +187,9 @@ fn end_on_signal(signals: &SignalFd, start: WorkerStart, storer: Pid, target: &T
         super::poll_for(&mut [PollFd::new(&fd, PollFlags::IN)], Duration::from_secs(3600));
         let Ok(Some(signal)) = signals.read_signal() else { continue };
         is_asked = is_end(signal.ssi_signo);
-        let has_died = waitpid(storer, Some(WaitPidFlag::WNOHANG)).is_ok_and(|end| end.pid().is_some());
+        // It exits by itself at the end of its pipe.
+        let end = waitpid(storer, Some(WaitPidFlag::WNOHANG));
+        let has_died = end.is_ok_and(|end| !matches!(end, WaitStatus::StillAlive | WaitStatus::Exited(_, 0)));
         // Without a guardian there would be no successor.
         if has_died && getppid() == start.guardian {
             tracing::error!("the process that stores pages ahead has died; starting anew");
