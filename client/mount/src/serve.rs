@@ -3,27 +3,29 @@
 //! Some threads read requests; each request becomes a task, so that one that waits for the server
 //! delays no other. No thread that reads requests waits for anything else.
 
+mod answers;
+mod listing;
+
 use crate::ahead::{Ahead, Opened};
 use crate::complaints;
 use crate::control::Control;
 use crate::images::{Images, Read};
-use crate::names::{Named, Names};
+use crate::names::Names;
 use crate::nodes::{Place, Table};
-use crate::protocol::{self, Answer, Attributes, Kind, Operation, Owner, Request};
+use crate::protocol::{self, Answer, Operation, Owner, Request};
 use crate::sets::{Failed, Sets};
 use crate::store::Store;
-use crate::tree::{Node, ROOT, Tree};
+use crate::tree::ROOT;
 use crate::unanswered::{Noted, Unanswered};
-use crate::{BY_DIGEST, directory_of};
 use bytes::Bytes;
 use futures_util::FutureExt;
+use listing::Lists;
+use postcopy::ServerAddress;
 use postcopy::proto::digest::Digest;
-use postcopy::proto::manifest::EntryKind;
 use postcopy::proto::reference::Reference;
-use postcopy::{ReadError, Reader, RemoteError, ServerAddress};
 use rustix::io::Errno;
-use std::collections::{BTreeSet, HashMap};
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IoSlice, PipeWriter};
 use std::ops::Range;
@@ -43,11 +45,6 @@ const WORKERS: usize = 2;
 const MORE: Duration = Duration::from_secs(1);
 /// Most pages of a request.
 const MAX_PAGES: u16 = 256;
-/// The ways to seek, of lseek(2).
-const SEEK_DATA: u32 = 3;
-const SEEK_HOLE: u32 = 4;
-/// Most directories of names that are open and keep their list.
-const MAX_LISTS: usize = 1024;
 /// The flags of the protocol that are of use here.
 const WANTED: u64 = protocol::ASYNC_READ
     | protocol::DO_READDIRPLUS
@@ -170,17 +167,6 @@ pub(crate) struct Server {
     owner: Owner,
     /// Time for an answer: a little longer than a read takes that has its own error.
     patience: Duration,
-}
-
-/// The children of a directory of names.
-type List = Arc<Vec<(String, Place)>>;
-
-/// The lists of open directories, with the directories, and the last handle. A killed process may
-/// have given out the same handles.
-#[derive(Debug, Default)]
-struct Lists {
-    open: HashMap<u64, (Place, List)>,
-    last: u64,
 }
 
 /// The answer to a request.
@@ -354,278 +340,12 @@ impl Server {
             Errno::from_io_error(&error).unwrap_or(Errno::NOSPC)
         })
     }
-
-    async fn answer(&self, node: u64, request: Waiting) -> Result<Reply, Errno> {
-        let place = self.table().place(node).ok_or(Errno::STALE)?;
-        match request {
-            Waiting::Lookup(name) => {
-                let child = self.child(&place, &name).await?.ok_or(Errno::NOENT)?;
-                let attributes = self.attributes(&child).await?;
-                Ok(Reply::Answer(Answer::entry(&attributes, &self.owner)))
-            }
-            Waiting::GetAttr => {
-                let attributes = self.attributes(&place).await?;
-                Ok(Reply::Answer(Answer::attributes(&attributes, &self.owner)))
-            }
-            Waiting::ReadLink => Ok(Reply::Bytes(self.link(&place).await?)),
-            Waiting::Open => match place {
-                Place::Image(image, _) => Ok(Reply::Opened(image)),
-                _ => Err(Errno::ISDIR),
-            },
-            Waiting::OpenDir => self.open_directory(&place).await.map(Reply::Answer),
-            Waiting::Read(range) => {
-                let of = self.file(&place).await?;
-                let ahead = self.ahead.note(node, &of, &range);
-                let read = self.images.read(&of.reader, &of.file, range.clone()).await;
-                let read = read.map_err(|error| failed(&place, &error))?;
-                Ok(Reply::Read(ReadReply { read, of, range, ahead }))
-            }
-            Waiting::Seek { offset, whence } => {
-                let to_hole = match whence {
-                    SEEK_DATA => false,
-                    SEEK_HOLE => true,
-                    _ => return Err(Errno::INVAL),
-                };
-                let Opened { reader, file } = self.file(&place).await?;
-                let Place::Image(image, node) = &place else { return Err(Errno::INVAL) };
-                let entry = Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::STALE)?;
-                let found = self.images.seek(&reader, (entry.path.as_bytes(), &file), offset, to_hole).await;
-                let found = found.map_err(|error| no_answer(&format!("image {image}"), &error))?;
-                Ok(Reply::Answer(Answer::seek(found.ok_or(Errno::NXIO)?)))
-            }
-            Waiting::ReadDir { handle, offset, bytes, with_attributes } => {
-                let max = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
-                self.list(&place, handle, offset, max, with_attributes).await.map(Reply::Answer)
-            }
-        }
-    }
-
-    /// Opens a directory. That of an image never changes. Any other keeps its list, so that one
-    /// reading of it is of one moment.
-    async fn open_directory(&self, place: &Place) -> Result<Answer, Errno> {
-        if matches!(place, Place::Image(..)) {
-            return Ok(Answer::open(0, protocol::FOPEN_KEEP_CACHE | protocol::FOPEN_CACHE_DIR));
-        }
-        let list = self.children(place).await?;
-        let mut lists = self.lists();
-        if lists.open.len() >= MAX_LISTS {
-            return Ok(Answer::open(0, 0));
-        }
-        lists.last += 1;
-        let handle = lists.last;
-        lists.open.insert(handle, (place.clone(), list));
-        Ok(Answer::open(handle, 0))
-    }
-
-    /// Returns the children of a directory that is none of an image.
-    async fn children(&self, place: &Place) -> Result<List, Errno> {
-        let children = match place {
-            Place::Root => {
-                let mut children = vec![(BY_DIGEST.to_owned(), Place::ByDigest)];
-                children.extend(self.names_below("").await?);
-                children
-            }
-            Place::Names(path) => self.names_below(path).await?,
-            // Images need not have a name, and the server may have very many.
-            Place::ByDigest => Vec::new(),
-            Place::Tag(_) | Place::Alias(_) | Place::Image(..) => return Err(Errno::NOTDIR),
-        };
-        Ok(Arc::new(children))
-    }
-
-    async fn reader(&self, image: &Digest) -> Result<Arc<Reader>, Errno> {
-        self.images.reader(image).await.map_err(|error| no_answer(&format!("image {image}"), &error))
-    }
-
-    /// Returns the file that a place is.
-    async fn file(&self, place: &Place) -> Result<Opened, Errno> {
-        let Place::Image(image, node) = place else { return Err(Errno::ISDIR) };
-        let reader = self.reader(image).await?;
-        let entry = Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::ISDIR)?;
-        match entry.kind {
-            EntryKind::File(file) => Ok(Opened { reader, file }),
-            _ => Err(Errno::INVAL),
-        }
-    }
-
-    async fn child(&self, place: &Place, name: &OsStr) -> Result<Option<Place>, Errno> {
-        match place {
-            Place::Root if name == OsStr::new(BY_DIGEST) => Ok(Some(Place::ByDigest)),
-            Place::Root => self.named("", name).await,
-            Place::Names(path) => self.named(path, name).await,
-            Place::ByDigest => {
-                let Some(name) = name.to_str() else { return Ok(None) };
-                let digest: Option<Digest> = name.replacen("blake3-", "blake3:", 1).parse().ok();
-                let Some(digest) = digest else { return Ok(None) };
-                match self.images.reader(&digest).await {
-                    Ok(_) if name.contains(':') => Ok(Some(Place::Alias(digest))),
-                    Ok(_) => Ok(Some(Place::Image(digest, ROOT))),
-                    Err(error) if error.is_not_found() => Ok(None),
-                    Err(error) => Err(no_answer(&format!("image {digest}"), &error)),
-                }
-            }
-            Place::Image(image, node) => {
-                let reader = self.reader(image).await?;
-                let child = Tree(reader.image().root().entries()).child(*node, name);
-                Ok(child.map(|node| Place::Image(*image, node)))
-            }
-            Place::Tag(_) | Place::Alias(_) => Err(Errno::NOTDIR),
-        }
-    }
-
-    async fn named(&self, path: &str, name: &OsStr) -> Result<Option<Place>, Errno> {
-        let Some(name) = name.to_str() else { return Ok(None) };
-        let found = self.names.child(path, name).await;
-        let found = found.map_err(|error| no_answer(&format!("{path}/{name}"), &error))?;
-        Ok(found.map(place_of))
-    }
-
-    async fn attributes(&self, place: &Place) -> Result<Attributes, Errno> {
-        let node = self.number(place)?;
-        let (kind, size_bytes, is_fixed) = match place {
-            Place::Root | Place::ByDigest => (Kind::Directory, 0, true),
-            Place::Names(_) => (Kind::Directory, 0, false),
-            Place::Tag(reference) => (Kind::SymbolicLink, link_to(reference, "").len() as u64 + 71, false),
-            Place::Alias(image) => (Kind::SymbolicLink, directory_of(image).len() as u64, true),
-            Place::Image(image, node) => {
-                let reader = self.reader(image).await?;
-                let (kind, size) = of_image(&reader, *node).ok_or(Errno::STALE)?;
-                (kind, size, true)
-            }
-        };
-        Ok(Attributes { node, kind, size_bytes, is_fixed })
-    }
-
-    async fn link(&self, place: &Place) -> Result<Bytes, Errno> {
-        match place {
-            Place::Tag(reference) => {
-                let tag = reference.parse().expect("it was checked");
-                let image = self.names.resolve(&tag).await;
-                let image = image.map_err(|error| match error.is_not_found() {
-                    true => Errno::NOENT,
-                    false => no_answer(reference, &error),
-                })?;
-                Ok(link_to(reference, &directory_of(&image)).into())
-            }
-            Place::Alias(image) => Ok(directory_of(image).into()),
-            Place::Image(image, node) => {
-                let reader = self.reader(image).await?;
-                match &Tree(reader.image().root().entries()).entry(*node).ok_or(Errno::INVAL)?.kind {
-                    EntryKind::SymbolicLink(target) => Ok(Bytes::copy_from_slice(target)),
-                    _ => Err(Errno::INVAL),
-                }
-            }
-            _ => Err(Errno::INVAL),
-        }
-    }
-
-    /// Lists a directory from an offset on: 0, or that of an earlier entry.
-    async fn list(
-        &self,
-        place: &Place,
-        handle: u64,
-        offset: u64,
-        max: usize,
-        plus: bool,
-    ) -> Result<Answer, Errno> {
-        let mut answer = Answer::default();
-        let plus = plus.then_some(&self.owner);
-        let itself = self.attributes(place).await?;
-        // The kernel does not use what "." and ".." tell.
-        for (at, name) in [(0, "."), (1, "..")] {
-            if offset <= at {
-                let entry = (OsStr::new(name), &itself, at + 1);
-                if !answer.push_entry(entry, plus, max) {
-                    return Ok(answer);
-                }
-            }
-        }
-        let from = usize::try_from(offset.saturating_sub(2)).map_err(|_| Errno::INVAL)?;
-        if let Place::Image(image, node) = place {
-            let reader = self.reader(image).await?;
-            for (name, node, next) in Tree(reader.image().root().entries()).children(*node, from) {
-                let (kind, size_bytes) = of_image(&reader, node).ok_or(Errno::STALE)?;
-                let number = self.number(&Place::Image(*image, node))?;
-                let attributes = Attributes { node: number, kind, size_bytes, is_fixed: true };
-                if !answer.push_entry((name, &attributes, next as u64 + 2), plus, max) {
-                    break;
-                }
-            }
-            return Ok(answer);
-        }
-        let list = self.lists().open.get(&handle).cloned();
-        let children = match list {
-            Some((of, list)) if of == *place => list,
-            // A killed process has opened the directory, or very many are open.
-            _ => self.children(place).await?,
-        };
-        for (at, (name, child)) in children.iter().enumerate().skip(from) {
-            let attributes = self.attributes(child).await?;
-            if !answer.push_entry((OsStr::new(name), &attributes, at as u64 + 3), plus, max) {
-                break;
-            }
-        }
-        Ok(answer)
-    }
-
-    async fn names_below(&self, path: &str) -> Result<Vec<(String, Place)>, Errno> {
-        let children = self.names.children(path).await.map_err(|error| no_answer(path, &error))?;
-        Ok(children.into_iter().map(|(name, named)| (name, place_of(named))).collect())
-    }
-}
-
-fn place_of(named: Named) -> Place {
-    match named {
-        Named::Directory(path) => Place::Names(path),
-        Named::Tag(reference) => Place::Tag(reference),
-    }
-}
-
-fn of_image(reader: &Reader, node: Node) -> Option<(Kind, u64)> {
-    let tree = Tree(reader.image().root().entries());
-    let size = match tree.entry(node).map(|entry| &entry.kind) {
-        Some(EntryKind::File(file)) => file.size_bytes,
-        Some(EntryKind::SymbolicLink(target)) => target.len() as u64,
-        Some(EntryKind::EmptyDirectory) | None => 0,
-    };
-    Some((tree.kind(node)?, size))
-}
-
-/// Returns the target of a reference's link, relative to the link's directory.
-fn link_to(reference: &str, image: &str) -> String {
-    let up = reference.split('/').count();
-    format!("{}{BY_DIGEST}/{image}", "../".repeat(up))
-}
-
-/// Logs an error of the server, and returns that of the program.
-fn no_answer(what: &str, error: &RemoteError) -> Errno {
-    let what = if what.is_empty() { "the names of images" } else { what };
-    complaints::warn(format_args!("{what}: {error}; a program gets EIO"));
-    Errno::IO
-}
-
-fn failed(place: &Place, error: &ReadError) -> Errno {
-    match place {
-        Place::Image(image, _) => {
-            complaints::warn(format_args!("image {image}: {error}; a program gets EIO"))
-        }
-        other => complaints::warn(format_args!("{other:?}: {error}; a program gets EIO")),
-    }
-    Errno::IO
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::net::UnixDatagram;
-
-    #[test]
-    fn links_of_tags_lead_to_images_by_digest() {
-        let image = directory_of(&Digest::of(b"an image"));
-        assert_eq!(image.len(), 71);
-        assert_eq!(link_to("app:v1", &image), format!("../by-digest/{image}"));
-        assert_eq!(link_to("a/b:v1", &image), format!("../../by-digest/{image}"));
-    }
 
     /// A message of the kernel.
     fn message(opcode: u32, unique: u64, arguments: &[u8]) -> Vec<u8> {
