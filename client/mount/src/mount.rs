@@ -36,16 +36,22 @@ pub struct Target {
 /// not root, the reason of fusermount3.
 pub fn attach(target: &Path, source: &str, allow_other: bool) -> io::Result<(Target, OwnedFd)> {
     let at = |device| Target { path: target.to_owned(), device };
-    let before = device_of(target)?;
+    let mut before = device_of(target)?;
     if let Some(there) = all()?.into_iter().find(|mount| mount.device == before) {
         if is_answering(target) != Some(false) {
             let text = format!("the images of {} are mounted there already", there.server);
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
         at(before).detach()?;
+        before = device_of(target)?;
     }
     let device = open(target, source, allow_other)?;
-    Ok((at(device_of(target)?), device))
+    match device_of(target) {
+        Ok(now) if now != before => Ok((at(now), device)),
+        // Without its descriptor it is dead.
+        Ok(_) => Err(io::Error::other("something else was mounted or unmounted there meanwhile")),
+        Err(error) => Err(error),
+    }
 }
 
 /// Returns the device number of a file system, without a request to it.
@@ -233,8 +239,12 @@ pub fn is_answering(target: &Path) -> Option<bool> {
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     let target = target.to_owned();
     // It may wait for ever.
-    std::thread::spawn(move || tell.send(!is_dead(&target)));
-    told.recv_timeout(std::time::Duration::from_secs(1)).ok()
+    let thread = std::thread::spawn(move || tell.send(!is_dead(&target)));
+    let answer = told.recv_timeout(std::time::Duration::from_secs(1)).ok();
+    if answer.is_some() {
+        let _ = thread.join();
+    }
+    answer
 }
 
 /// Returns true if `target` is a mount whose process has died. The kernel answers stat(2) itself,

@@ -121,7 +121,10 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
     }
     match left {
         // An older kernel does not send them again.
-        Some(left) => left.into_iter().for_each(|unique| server.reply(unique, &Err(Errno::IO))),
+        Some(left) => {
+            left.into_iter().for_each(|unique| server.reply(unique, &Err(Errno::IO)));
+            server.unanswered.forget_left()?;
+        }
         None if is_successor => drop(rustix::io::write(&server.device, &protocol::resend())),
         None => {}
     }

@@ -10,10 +10,12 @@
 //! answer, a waiting store would keep the file system from its end. So the last one out unmounts it
 //! by force, which ends all waiting.
 
+use crate::complaints;
 use crate::mount::Target;
 use crate::protocol;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use std::ffi::OsStr;
 use std::io::{self, IoSlice, PipeReader, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -78,14 +80,22 @@ pub fn store(
     target: &Target,
 ) -> io::Result<()> {
     let messages = Mutex::new(messages);
+    let (ended, has_ended) = io::pipe()?;
     std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            (0..THREADS).map(|_| scope.spawn(|| store_all(device, &messages, target))).collect();
-        let (ended, has_ended) = io::pipe()?;
-        let watcher = scope.spawn(move || unmount_at_the_end(life, &ended, target));
-        let stored = threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"));
+        // First, so that no thread stores without it.
+        let watch = || unmount_at_the_end(life, &ended, target);
+        std::thread::Builder::new().spawn_scoped(scope, watch)?;
+        let storing: Vec<_> = (0..THREADS)
+            .map(|_| std::thread::Builder::new().spawn_scoped(scope, || store_all(device, &messages, target)))
+            .collect();
+        // One thread is enough.
+        if storing.iter().all(Result::is_err) {
+            drop(has_ended);
+            return Err(io::Error::other("no thread that stores"));
+        }
+        let stored = storing.into_iter().flatten().map(|thread| thread.join().expect("it does not panic"));
+        let stored = stored.fold(Ok(()), io::Result::and);
         drop(has_ended);
-        watcher.join().expect("it does not panic");
         stored
     })
 }
@@ -96,45 +106,49 @@ fn unmount_at_the_end(life: BorrowedFd<'_>, ended: &PipeReader, target: &Target)
     let mut both = [PollFd::new(&life, PollFlags::empty()), PollFd::new(ended, PollFlags::empty())];
     while let Err(Errno::INTR) = poll(&mut both, None) {}
     let grace = rustix::event::Timespec::try_from(GRACE).expect("a short time");
-    if matches!(poll(&mut both[1..], Some(&grace)), Ok(0)) {
-        let _ = target.abort();
+    if matches!(poll(&mut both[1..], Some(&grace)), Ok(0))
+        && let Err(error) = target.abort()
+    {
+        tracing::error!("{} cannot be ended: {error}", target.path().display());
     }
 }
 
 fn store_all(device: &OwnedFd, messages: &Mutex<PipeReader>, target: &Target) -> io::Result<()> {
     let mut content = Vec::new();
-    while let Some(message) = next(messages, &mut content)? {
-        match message {
-            // The walk is the purpose; the file may have been removed from the mount's images.
-            Message::Look => {
-                drop(target.path().join(std::ffi::OsStr::from_bytes(&content)).symlink_metadata())
-            }
-            Message::Store { node, offset } => {
-                let header = protocol::store_header(node, offset, content.len());
-                let pieces = [IoSlice::new(&header), IoSlice::new(&content)];
-                match rustix::io::writev(device, &pieces) {
-                    // The kernel has forgotten the node, or the file system is unmounted.
-                    Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::INTR) => {}
-                    Err(error) => tracing::warn!("storing pages ahead: {error}"),
-                }
-            }
+    while let Some((node, offset)) = next(messages, &mut content, target)? {
+        let header = protocol::store_header(node, offset, content.len());
+        let pieces = [IoSlice::new(&header), IoSlice::new(&content)];
+        match rustix::io::writev(device, &pieces) {
+            // The kernel has forgotten the node, or the file system is unmounted.
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::INTR) => {}
+            Err(error) => complaints::warn(format_args!("storing pages ahead: {error}")),
         }
     }
     Ok(())
 }
 
-/// Reads the next message; `None` at the end of the pipe. A killed writer may leave a part of one.
-fn next(messages: &Mutex<PipeReader>, content: &mut Vec<u8>) -> io::Result<Option<Message>> {
+/// Reads up to the next pages to store, into `content`, and returns their node and offset; `None`
+/// at the end of the pipe. A killed writer may leave a part of a message. Looks files up before it
+/// lets another thread read, so that the kernel knows their nodes before pages of them come.
+fn next(
+    messages: &Mutex<PipeReader>,
+    content: &mut Vec<u8>,
+    target: &Target,
+) -> io::Result<Option<(u64, u64)>> {
     let mut messages = messages.lock().unwrap_or_else(PoisonError::into_inner);
     let mut header = [0; HEADER_BYTES];
-    let read = messages.read_exact(&mut header).and_then(|()| {
-        let (message, bytes) = Message::parse(&header);
-        content.resize(bytes, 0);
-        messages.read_exact(content).map(|()| message)
-    });
-    match read {
-        Ok(message) => Ok(Some(message)),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-        Err(error) => Err(error),
+    loop {
+        let read = messages.read_exact(&mut header).and_then(|()| {
+            let (message, bytes) = Message::parse(&header);
+            content.resize(bytes, 0);
+            messages.read_exact(content).map(|()| message)
+        });
+        match read {
+            // The walk is the purpose; the file may have been removed from the mount's images.
+            Ok(Message::Look) => drop(target.path().join(OsStr::from_bytes(content)).symlink_metadata()),
+            Ok(Message::Store { node, offset }) => return Ok(Some((node, offset))),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) => return Err(error),
+        }
     }
 }

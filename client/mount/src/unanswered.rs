@@ -13,8 +13,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Most requests that are noted at once; the kernel has fewer outstanding.
-const SLOTS: u64 = 4096;
+/// Most requests that are noted at once.
+const SLOTS: u64 = 65_536;
 const WORD_BYTES: u64 = 8;
 
 /// The file of requests.
@@ -31,8 +31,8 @@ pub(crate) struct Unanswered {
 pub(crate) struct Noted(Option<u64>);
 
 impl Unanswered {
-    /// Reads the file, and forgets the requests that a killed process has left. Returns these,
-    /// or `None` if no requests are noted because the kernel sends them again.
+    /// Reads the file. Returns the requests that a killed process has left in it, or `None` if no
+    /// requests are noted because the kernel sends them again.
     ///
     /// # Errors
     /// The file cannot be read or written.
@@ -43,11 +43,16 @@ impl Unanswered {
         let mut words = bytes.chunks_exact(8).map(word);
         let is_used = words.next() == Some(1);
         let left: Vec<u64> = words.filter(|unique| *unique != 0).collect();
-        if is_used {
-            file.set_len(WORD_BYTES)?;
-        }
         let free = Mutex::new((1..=SLOTS).rev().collect());
         Ok((Self { file, is_used: AtomicBool::new(is_used), free }, is_used.then_some(left)))
+    }
+
+    /// Forgets the requests that a killed process has left, after their answers.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(crate) fn forget_left(&self) -> io::Result<()> {
+        self.file.set_len(WORD_BYTES)
     }
 
     /// Begins to note requests.
@@ -103,8 +108,11 @@ mod tests {
         unanswered.forget(&noted[1]);
         let (successor, left) = open(&mut file);
         assert_eq!(left, Some(vec![5, 7]));
+        successor.forget_left().unwrap();
         let _ = successor.note(8);
-        assert_eq!(open(&mut file).1, Some(vec![8]));
+        let (last, left) = open(&mut file);
+        assert_eq!(left, Some(vec![8]));
+        last.forget_left().unwrap();
         assert_eq!(open(&mut file).1, Some(Vec::new()));
     }
 }

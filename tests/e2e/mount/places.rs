@@ -2,15 +2,16 @@
 
 use super::{as_root, push};
 use postcopy_tests::cli::{postcopy, run};
+use postcopy_tests::daemon::runtime_root;
 use postcopy_tests::fixtures::{noise, sparse};
 use postcopy_tests::mounted::Mounted;
 use postcopy_tests::server::Server;
 use postcopy_tests::wait_until;
 use rustix::fs::{SeekFrom, seek};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
 /// A tmpfs that is unmounted when this is dropped.
@@ -48,6 +49,18 @@ fn a_daemon_unmounts_its_own_file_system_and_no_other() {
             assert!(ended.success());
             assert!(below.is_there(), "by a signal: {by_signal}");
         }
+
+        let directory = tempfile::tempdir().unwrap();
+        let (real, link) = (directory.path().join("real"), directory.path().join("link"));
+        fs::create_dir(&real).unwrap();
+        symlink(&real, &link).unwrap();
+        let mut command = postcopy(server.address(), ["mount".as_ref(), link.as_os_str()]);
+        let runtime = runtime_root();
+        let mut child = command.env("POSTCOPY_RUNTIME_DIR", runtime.path()).spawn().unwrap();
+        wait_until("it is mounted", || real.join("by-digest").exists());
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        assert!(child.wait().unwrap().success(), "by a symbolic link");
+        assert_eq!(fs::read_dir(&real).unwrap().count(), 0);
 
         let mut mounted = Mounted::start(server.address(), &[]);
         let path = mounted.path().to_owned();

@@ -7,10 +7,9 @@
 use super::guardian::{self, WorkerStart};
 use super::{kernel, leftovers, log, runtime_dir, surroundings};
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, getpid, getppid};
+use nix::unistd::{ForkResult, Pid, getppid};
 use postcopy_mount::mount::Target;
 use postcopy_mount::{Descriptors, Settings, mount, serve};
 use rustix::event::{PollFd, PollFlags};
@@ -64,7 +63,7 @@ pub(crate) fn run(
     on_ready: impl FnMut(),
 ) -> Result<i32> {
     let shown = || format!("mounting at {}", target.display());
-    let target = std::path::absolute(target).with_context(shown)?;
+    let target = resolved(target).with_context(shown)?;
     surroundings::raise_descriptors();
     surroundings::lower_oom_score();
     log::log_panics();
@@ -91,8 +90,26 @@ pub(crate) fn run(
         if let Err(error) = &served {
             tracing::error!("{}: {error:#}", mounted.target.path().display());
         }
+        // The reason may pass: the guardian tries again, after a pause.
+        if served.is_err() && start.is_successor {
+            std::process::abort();
+        }
         i32::from(served.is_err())
     })
+}
+
+/// Returns a path without symbolic links, also of a dead mount, which answers nothing.
+fn resolved(target: &Path) -> io::Result<PathBuf> {
+    match target.canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => {
+            let absolute = std::path::absolute(target)?;
+            let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+                return Err(error);
+            };
+            Ok(parent.canonicalize()?.join(name))
+        }
+        resolved => resolved,
+    }
 }
 
 /// Returns the path of the socket of a user's mount.
@@ -107,11 +124,13 @@ pub(crate) fn socket(runtime_root: &Path) -> PathBuf {
 fn listen(runtime_root: &Path) -> Result<(UnixListener, PathBuf)> {
     let root = runtime_dir::open_root(runtime_root)?;
     let path = socket(runtime_root);
-    if UnixStream::connect(&path).is_ok() {
-        bail!("{}: another mount of this user has it", path.display());
+    match UnixStream::connect(&path) {
+        Ok(_) => bail!("{}: another mount of this user has it", path.display()),
+        // Its daemon has died, and the root is locked.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(&path)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| path.display().to_string()),
     }
-    // Its daemon has died, and the root is locked.
-    let _ = std::fs::remove_file(&path);
     let listening = UnixListener::bind(&path).with_context(|| path.display().to_string())?;
     drop(root);
     Ok((listening, path))
@@ -162,10 +181,13 @@ fn start_storer(mounted: &Mounted) -> Result<(Pid, PipeWriter)> {
         return Ok((child, to_storer));
     }
     drop(to_storer);
-    #[expect(unsafe_code, reason = "a descriptor by number")]
-    // SAFETY: the value that owns it is not used or dropped in this process.
-    unsafe {
-        kernel::close_fd(mounted.life_of.as_raw_fd());
+    let listening = mounted.control.as_ref().map(|(socket, _)| socket.as_raw_fd());
+    for fd in [Some(mounted.life_of.as_raw_fd()), listening].into_iter().flatten() {
+        #[expect(unsafe_code, reason = "a descriptor by number")]
+        // SAFETY: the value that owns it is not used or dropped in this process.
+        unsafe {
+            kernel::close_fd(fd);
+        }
     }
     let stored = std::panic::catch_unwind(AssertUnwindSafe(|| {
         postcopy_mount::store(&mounted.device, messages, mounted.life.as_fd(), &mounted.target)
@@ -178,7 +200,8 @@ fn start_storer(mounted: &Mounted) -> Result<(Pid, PipeWriter)> {
 
 /// Unmounts the file system at the first signal that asks for the end, or at once if one has asked
 /// an earlier worker. Ends the process if programs keep files open for too long. If the storer
-/// dies, this process ends as if it had been killed: its successor starts another one.
+/// dies, this process aborts: its successor, which the guardian starts after a pause, starts
+/// another one.
 fn end_on_signal(signals: &SignalFd, start: WorkerStart, storer: Pid, target: &Target) {
     let mut is_asked = start.stopping_since.is_some();
     let is_end = |signal: u32| guardian::ENDS.iter().any(|end| u32::try_from(*end as i32) == Ok(signal));
@@ -193,7 +216,7 @@ fn end_on_signal(signals: &SignalFd, start: WorkerStart, storer: Pid, target: &T
         // Without a guardian there would be no successor.
         if has_died && getppid() == start.guardian {
             tracing::error!("the process that stores pages ahead has died; starting anew");
-            let _ = kill(getpid(), Signal::SIGKILL);
+            std::process::abort();
         }
     }
     if let Err(error) = target.detach() {
