@@ -250,8 +250,17 @@ fn peer_service() -> Vec<Example> {
     ]
 }
 
+fn mount_service() -> Vec<Example> {
+    vec![
+        example(GetMountRequest {}),
+        example(GetMountResponse { directory: bytes("/mnt/images"), server: "unix:/run/p.sock".into() }),
+        example(WarmRequest { reference: "app:v1".into(), fill: true }),
+        example(WarmResponse { pages: LARGE }),
+    ]
+}
+
 fn examples() -> Vec<Example> {
-    [stored(), page_service(), image_service(), working_set_service(), peer_service()]
+    [stored(), page_service(), image_service(), working_set_service(), peer_service(), mount_service()]
         .into_iter()
         .flatten()
         .collect()
