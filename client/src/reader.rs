@@ -22,7 +22,7 @@ use postcopy_proto::v1::{self, chunk_answer, fetch_chunks_response::Answer, segm
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
@@ -90,6 +90,7 @@ pub struct Reader {
     image: Arc<Image>,
     deadline: Duration,
     wanted: mpsc::Sender<Wanted>,
+    kept: watch::Sender<bool>,
     /// The last error of the connection. Locked to read or replace it.
     last_error: Arc<Mutex<String>>,
     task: JoinHandle<()>,
@@ -107,6 +108,7 @@ impl Reader {
     #[must_use]
     pub fn start(address: ServerAddress, image: Arc<Image>, deadline: Duration) -> Self {
         let (wanted, queue) = mpsc::channel(QUEUE);
+        let (kept, is_kept) = watch::channel(false);
         let last_error = Arc::new(Mutex::new("the server has not answered".to_owned()));
         let fetching = Fetching {
             address,
@@ -121,11 +123,18 @@ impl Reader {
             id: 0,
             last_error: Arc::clone(&last_error),
             silence: MIN_SILENCE.max(deadline / 2),
+            is_kept,
             pages: ChunkPages::default(),
             decoder: FrameDecoder::default(),
         };
         let task = tokio::spawn(fetching.run(queue));
-        Self { image, deadline, wanted, last_error, task }
+        Self { image, deadline, wanted, kept, last_error, task }
+    }
+
+    /// Keeps the connection although nothing is read, or no longer. A server keeps an image for as
+    /// long as a connection is bound to it, also if no reference names it any more.
+    pub fn keep(&self, is_kept: bool) {
+        self.kept.send_replace(is_kept);
     }
 
     /// Returns the image.
@@ -215,6 +224,8 @@ struct Fetching {
     id: u64,
     last_error: Arc<Mutex<String>>,
     silence: Duration,
+    /// True if the lane stays open while nothing is outstanding.
+    is_kept: watch::Receiver<bool>,
     pages: ChunkPages,
     decoder: FrameDecoder,
 }
@@ -222,14 +233,16 @@ struct Fetching {
 impl Fetching {
     async fn run(mut self, mut queue: mpsc::Receiver<Wanted>) {
         loop {
-            if self.lane.is_none() && !self.is_idle() && self.connect_at <= Instant::now() {
+            let is_kept = *self.is_kept.borrow_and_update();
+            if self.lane.is_none() && (is_kept || !self.is_idle()) && self.connect_at <= Instant::now() {
                 self.connect().await;
             }
             let (is_idle, has_lane) = (self.is_idle(), self.lane.is_some());
+            // The time of the next step, if nothing happens before.
             let until = match (is_idle, has_lane) {
-                (true, _) => self.heard + IDLE,
-                (false, true) => self.heard + self.silence,
-                (false, false) => self.connect_at,
+                (true, true) => (!is_kept).then_some(self.heard + IDLE),
+                (false, true) => Some(self.heard + self.silence),
+                (_, false) => (is_kept || !is_idle).then_some(self.connect_at),
             };
             let lane = self.lane.as_mut();
             let answer = async {
@@ -249,13 +262,14 @@ impl Fetching {
                         self.request_again(again).await;
                     }
                 }
-                () = tokio::time::sleep_until(until), if !is_idle || has_lane => match (is_idle, has_lane) {
-                    (true, _) => self.lane = None,
+                Ok(()) = self.is_kept.changed() => {}
+                () = tokio::time::sleep_until(until.unwrap_or(self.heard)), if until.is_some() => match (is_idle, has_lane) {
+                    (true, true) => self.lane = None,
                     (false, true) => {
                         self.lose("the server says nothing");
                         self.forget_abandoned();
                     }
-                    (false, false) => self.forget_abandoned(),
+                    (_, false) => self.forget_abandoned(),
                 },
             }
         }

@@ -162,6 +162,14 @@ impl StoreDir {
         report
     }
 
+    /// Returns whether a server holds the lease of an image.
+    #[must_use]
+    pub fn has_lease(&self) -> bool {
+        let leases = fs::read_dir(self.domain().join("leases")).into_iter().flatten().flatten();
+        let is_held = |path: PathBuf| File::open(path).is_ok_and(|file| file.try_lock().is_err());
+        leases.map(|entry| entry.path()).any(is_held)
+    }
+
     /// `postcopyd gc` with these arguments; its report.
     ///
     /// # Panics

@@ -13,6 +13,7 @@ use postcopy::proto::page::ChunkIndex;
 use postcopy::proto::reference::Reference;
 use postcopy::proto::v1::RequestClass;
 use postcopy::{ChunkBytes, Content, Image, ReadError, Reader, Remote, RemoteError, ServerAddress};
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,6 +26,8 @@ use tokio::time::Instant;
 const KEPT_BYTES: usize = 32 << 20;
 /// Most images that stay open.
 const MAX_OPEN: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
+/// Most images with open files that are kept from being deleted: each takes a connection.
+const MAX_LEASES: usize = 512;
 /// Pause before the next attempt to open an image of a server that cannot be reached.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Most chunks whose failures are remembered, and for how long.
@@ -48,8 +51,17 @@ pub(crate) struct Images {
     kept: Mutex<Kept>,
     /// Number of reads that wait for their answers.
     reading: AtomicUsize,
+    /// The images that have open files. Locked for a look or a change.
+    in_use: Mutex<HashMap<Digest, InUse>>,
     /// The chunks that could not be had, and when that was known. Locked for a look.
     failed: Mutex<LruCache<(Digest, ChunkIndex), (Instant, ReadError)>>,
+}
+
+/// The use of an image: the number of its open files, and the reader, whose connection is a lease.
+#[derive(Debug, Default)]
+struct InUse {
+    count: usize,
+    reader: Option<Arc<Reader>>,
 }
 
 /// The chunks that were read last.
@@ -75,6 +87,7 @@ impl Images {
             kept: Mutex::new(kept),
             reading: AtomicUsize::new(0),
             failed: Mutex::new(LruCache::new(MAX_FAILED)),
+            in_use: Mutex::default(),
         }
     }
 
@@ -83,6 +96,9 @@ impl Images {
     /// # Errors
     /// [`RemoteError`]: the server does not have the image, or cannot be reached in time.
     pub(crate) async fn reader(&self, digest: &Digest) -> Result<Arc<Reader>, RemoteError> {
+        if let Some(reader) = lock(&self.in_use).get(digest).and_then(|of| of.reader.clone()) {
+            return Ok(reader);
+        }
         let cell = Arc::clone(lock(&self.open).get_or_insert(*digest, Arc::default));
         let open = || async {
             let image = self.open(digest).await?;
@@ -93,6 +109,35 @@ impl Images {
             lock(&self.open).pop(digest);
         }
         opened
+    }
+
+    /// Counts an open file of an image.
+    pub(crate) fn opened(&self, image: &Digest) {
+        lock(&self.in_use).entry(*image).or_default().count += 1;
+    }
+
+    /// Counts the end of an open file. The last one ends the lease.
+    pub(crate) fn closed(&self, image: &Digest) {
+        let mut in_use = lock(&self.in_use);
+        let Some(of) = in_use.get_mut(image) else { return };
+        of.count -= 1;
+        if of.count == 0
+            && let Some(InUse { reader: Some(reader), .. }) = in_use.remove(image)
+        {
+            reader.keep(false);
+        }
+    }
+
+    /// Keeps an image that has open files from being deleted: by a connection to the server.
+    pub(crate) async fn keep(&self, image: &Digest) {
+        // The server may be away; then the next open tries again.
+        let Ok(reader) = self.reader(image).await else { return };
+        let mut in_use = lock(&self.in_use);
+        let leases = in_use.values().filter(|of| of.reader.is_some()).count();
+        if let Some(of) = in_use.get_mut(image).filter(|_| leases < MAX_LEASES) {
+            reader.keep(true);
+            of.reader = Some(reader);
+        }
     }
 
     async fn open(&self, digest: &Digest) -> Result<Arc<Image>, RemoteError> {

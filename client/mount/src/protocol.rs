@@ -75,8 +75,12 @@ pub(crate) enum Operation<'a> {
         offset: u64,
         whence: u32,
     },
+    /// The last user of an open file has closed it.
+    Release {
+        handle: u64,
+    },
     StatFs,
-    /// Nothing is kept for each open file, and nothing is written.
+    /// Nothing is written.
     Close,
     Access,
     /// Has no answer: the kernel forgets nodes or requests, which have nothing here to forget.
@@ -132,7 +136,8 @@ impl<'a> Operation<'a> {
                 Self::Read { offset, bytes: arguments.u32()? }
             }
             17 => Self::StatFs,
-            18 | 25 => Self::Close,
+            18 => Self::Release { handle: arguments.u64()? },
+            25 => Self::Close,
             29 => Self::CloseDir { handle: arguments.u64()? },
             26 => {
                 let (_major, minor) = (arguments.u32()?, arguments.u32()?);

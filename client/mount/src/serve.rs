@@ -114,6 +114,7 @@ pub fn serve(descriptors: Descriptors, is_successor: bool, settings: Settings) -
         images,
         read_ahead_bytes,
         owner,
+        handle: fastrand::u64(1..),
         patience: deadline + MORE,
     });
     if !is_successor {
@@ -168,6 +169,8 @@ pub(crate) struct Server {
     sets: Arc<Sets>,
     read_ahead_bytes: u32,
     owner: Owner,
+    /// The handle of all files that this process has opened.
+    handle: u64,
     /// Time for an answer: a little longer than a read takes that has its own error.
     patience: Duration,
 }
@@ -232,6 +235,15 @@ impl Server {
                     self.reply(unique, &Ok(Reply::Answer(Answer::default())));
                     continue;
                 }
+                Operation::Release { handle } => {
+                    // A killed process has given out other handles.
+                    let place = self.table().place(node).filter(|_| handle == self.handle);
+                    if let Some(Place::Image(image, _)) = place {
+                        self.images.closed(&image);
+                    }
+                    self.reply(unique, &Ok(Reply::Answer(Answer::default())));
+                    continue;
+                }
                 Operation::CloseDir { handle } => {
                     self.lists().open.remove(&handle);
                     self.reply(unique, &Ok(Reply::Answer(Answer::default())));
@@ -287,13 +299,16 @@ impl Server {
             Ok(Reply::Read(ReadReply { read, of, range, ahead })) => {
                 self.ahead.after_read(node, of, (&range, &read.fetched), ahead);
             }
-            Ok(Reply::Opened(image)) => self.sets.opened(image, node),
+            Ok(Reply::Opened(image)) => {
+                self.sets.opened(image, node);
+                self.images.keep(&image).await;
+            }
             _ => {}
         }
     }
 
     fn reply(&self, unique: u64, reply: &Result<Reply, Errno>) {
-        let opened = Answer::open(0, protocol::FOPEN_KEEP_CACHE);
+        let opened = Answer::open(self.handle, protocol::FOPEN_KEEP_CACHE);
         let (error, pieces) = match reply {
             Ok(Reply::Answer(answer)) => (0, vec![IoSlice::new(answer.bytes())]),
             Ok(Reply::Opened(_)) => (0, vec![IoSlice::new(opened.bytes())]),

@@ -7,8 +7,6 @@ use postcopy_tests::server::Server;
 use postcopy_tests::store::StoreDir;
 use postcopy_tests::wait_until;
 use std::ffi::OsStr;
-use std::fs::File;
-use std::path::PathBuf;
 use std::time::Duration;
 
 #[test]
@@ -25,14 +23,6 @@ fn a_tag_that_moves_changes_nothing_for_a_daemon_that_runs() {
     });
 }
 
-/// Returns whether a server holds the lease of an image.
-fn has_lease(store: &StoreDir) -> bool {
-    let leases = store.domain().join("leases");
-    let files = std::fs::read_dir(leases).into_iter().flatten().flatten();
-    let is_held = |path: PathBuf| File::open(path).is_ok_and(|file| file.try_lock().is_err());
-    files.map(|entry| entry.path()).any(is_held)
-}
-
 #[test]
 fn an_idle_daemon_keeps_its_image_from_the_collector() {
     with_root("an_idle_daemon_keeps_its_image_from_the_collector", || {
@@ -47,18 +37,18 @@ fn an_idle_daemon_keeps_its_image_from_the_collector() {
         collect();
         // after a restart of the server,
         server.kill();
-        assert!(!has_lease(&store));
+        assert!(!store.has_lease());
         server = Server::on(snapshot.server.store(), &listen);
-        wait_until("the lease", || has_lease(&store));
+        wait_until("the lease", || store.has_lease());
         collect();
         // and by the next worker.
         daemon.kill_worker();
-        wait_until("the lease", || has_lease(&store));
+        wait_until("the lease", || store.has_lease());
         collect();
         snapshot.vmm(&["small:16"]).assert_right();
         daemon.terminate();
         assert_eq!(daemon.wait().code(), Some(0));
-        wait_until("the lease's end", || !has_lease(&store));
+        wait_until("the lease's end", || !store.has_lease());
         drop(server);
     });
 }

@@ -6,12 +6,13 @@ use postcopy_tests::daemon::runtime_root;
 use postcopy_tests::fixtures::{noise, sparse};
 use postcopy_tests::mounted::Mounted;
 use postcopy_tests::server::Server;
+use postcopy_tests::store::StoreDir;
 use postcopy_tests::wait_until;
 use rustix::fs::{SeekFrom, seek};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::Path;
 
 /// A tmpfs that is unmounted when this is dropped.
@@ -137,5 +138,31 @@ fn a_storer_that_dies_is_replaced_at_once_and_a_new_name_is_there_at_once() {
         assert!(!mounted.path().join("new").exists());
         let _ = run(server.address(), ["tag", "app:v1", "new:v1"]);
         assert!(mounted.image("new", "v1").join("mem").exists(), "a new name");
+    });
+}
+
+#[test]
+fn an_image_with_open_files_is_kept_from_the_collector() {
+    as_root("mount::places::an_image_with_open_files_is_kept_from_the_collector", || {
+        let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+        let (mem, bytes) = (folder.path().join("mem"), noise(8 << 20, 4));
+        fs::write(&mem, &bytes).unwrap();
+        push(&server, &mem, "app:v1", 64 << 10);
+        let store = StoreDir::of(&server);
+        let mounted = Mounted::start(server.address(), &["--read-ahead", "4096"]);
+        let path = mounted.image("app", "v1").join("mem").canonicalize().unwrap();
+        let file = File::open(&path).unwrap();
+        let other = File::open(&path).unwrap();
+        wait_until("the lease", || store.has_lease());
+        let _ = run(server.address(), ["rm", "app:v1"]);
+        drop(other);
+        let collect = || store.gc(&["--grace", "0s"])["manifests"].clone();
+        assert_eq!(collect(), 0, "a file is open");
+        let mut page = [0; 4096];
+        file.read_exact_at(&mut page, 5 << 20).unwrap();
+        assert!(page[..] == bytes[5 << 20..(5 << 20) + 4096]);
+        drop(file);
+        wait_until("the lease's end", || !store.has_lease());
+        assert_ne!(collect(), 0, "no file is open");
     });
 }

@@ -34,7 +34,10 @@ impl Server {
             }
             Waiting::ReadLink => Ok(Reply::Bytes(self.link(&place).await?)),
             Waiting::Open => match place {
-                Place::Image(image, _) => Ok(Reply::Opened(image)),
+                Place::Image(image, _) => {
+                    self.images.opened(&image);
+                    Ok(Reply::Opened(image))
+                }
                 _ => Err(Errno::ISDIR),
             },
             Waiting::OpenDir => self.open_directory(&place).await.map(Reply::Answer),
