@@ -58,7 +58,7 @@ impl Store {
     /// Queues pages when there is room for them.
     pub(crate) async fn store(&self, pages: Pages) {
         let room = self.room_for(&pages.content).await;
-        // The queue is closed if this process is about to end.
+        // The queue is closed if the storer is gone.
         let _ = self.queue.send(Queued::new(pages, room)).await;
     }
 
