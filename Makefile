@@ -9,7 +9,7 @@ FILE ?=
 .PHONY: help build demo test soak test-list lint look fleet bench bench-full bench-build clean
 
 help:
-	@echo "make demo    push a large file and use it lazily (FILE=... for one of yours); restore a Redis, where CRIU runs"
+	@echo "make demo    push a large file, map and mount it (FILE=... for one of yours); restore a Redis, where CRIU runs"
 	@echo "make test    all tests"
 	@echo "make soak    random operations against a model of memory, for ten minutes (SECONDS_OF_SOAK=...)"
 	@echo "make lint    formatting, clippy, and the words of comments"
