@@ -143,7 +143,8 @@ impl Reader {
         &self.image
     }
 
-    /// Reads a chunk of `file`, which is one of the image's files, for somebody who waits for it.
+    /// Reads a chunk of `file`, which is one of the image's files, before all chunks that are read
+    /// ahead.
     ///
     /// # Errors
     /// [`ReadError`].

@@ -41,7 +41,7 @@ fn pushed(bytes: usize) -> Result<(tempfile::TempDir, Server)> {
 
 fn map(path: &Path) -> Result<Mmap> {
     let file = File::open(path)?;
-    #[expect(unsafe_code, reason = "a map of a file that nobody changes")]
+    #[expect(unsafe_code, reason = "a map of a file that never changes")]
     // SAFETY: the file is the benchmark's own.
     let map = unsafe { Mmap::map(&file) }?;
     Ok(map)
@@ -127,7 +127,7 @@ fn warm_times(path: &Path, pages: &[usize]) -> Result<Warm> {
     };
     whole()?;
     let whole = whole()?;
-    #[expect(unsafe_code, reason = "a map of a file that nobody changes")]
+    #[expect(unsafe_code, reason = "a map of a file that never changes")]
     // SAFETY: the file is the benchmark's own.
     let mut memory = unsafe { MmapOptions::new().map_copy(&file) }?;
     let started = Instant::now();

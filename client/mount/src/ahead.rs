@@ -95,7 +95,7 @@ impl Ahead {
         let middle = numbers.start + (numbers.end - numbers.start) / 2;
         let chunk = |number: u64| async move {
             let chunk = ChunkIndex(file.first_chunk.0 + number);
-            (number, self.images.chunk_soon(reader, file, chunk).await)
+            (number, self.images.chunk_soon(reader, file, chunk, number == middle).await)
         };
         let mut chunks = futures_util::stream::iter(numbers).map(chunk).buffered(at_once);
         while let Some((number, read)) = chunks.next().await {

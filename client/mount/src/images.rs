@@ -203,7 +203,7 @@ impl Images {
         let within = usize_of(within.start)..usize_of(within.end);
         let chunk = ChunkIndex(file.first_chunk.0 + number);
         let key = (reader.image().digest(), chunk);
-        if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
+        if let Some(bytes) = self.kept(&key) {
             return Ok((vec![bytes.slice(within)], None));
         }
         match self.demand(reader, file, chunk).await? {
@@ -287,7 +287,12 @@ impl Images {
         }
     }
 
-    /// Returns a chunk of a file that a read is likely to ask for soon.
+    fn kept(&self, key: &(Digest, ChunkIndex)) -> Option<Bytes> {
+        lock(&self.kept).chunks.get(key).cloned()
+    }
+
+    /// Returns a chunk of a file that a program is likely to read soon. With `is_kept`, it stays in
+    /// memory for a read that asks for a part of it.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -296,13 +301,16 @@ impl Images {
         reader: &Reader,
         file: &FileEntry,
         chunk: ChunkIndex,
+        is_kept: bool,
     ) -> Result<ChunkBytes, ReadError> {
         let key = (reader.image().digest(), chunk);
-        if let Some(bytes) = lock(&self.kept).chunks.get(&key) {
-            return Ok(ChunkBytes::Data(bytes.clone()));
+        if let Some(bytes) = self.kept(&key) {
+            return Ok(ChunkBytes::Data(bytes));
         }
         let read = reader.chunk_ahead(file, chunk, RequestClass::Prefetch).await?;
-        if let ChunkBytes::Data(bytes) = &read {
+        if let ChunkBytes::Data(bytes) = &read
+            && is_kept
+        {
             lock(&self.kept).keep(key, bytes.clone());
         }
         Ok(read)

@@ -1,4 +1,4 @@
-//! Hands pages that nobody has asked for yet to the storer ([`crate::storer`]).
+//! Hands pages to the storer ([`crate::storer`]) before a program reads them.
 //!
 //! Stores are for speed alone: a page that is not stored is read. A queue of bounded length holds
 //! them, and a thread writes them to the storer's pipe. Whoever answers a read does not wait for a

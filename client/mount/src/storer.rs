@@ -6,9 +6,9 @@
 //! nothing, and a store that waits holds up other stores alone.
 //!
 //! It gets messages through a pipe from the process that answers. When that one is killed, its
-//! successor starts another storer, and this one ends at the end of the pipe. If nobody is left to
-//! answer, a waiting store would keep the file system from its end. So the last one out unmounts it
-//! by force, which ends all waiting.
+//! successor starts another storer, and this one ends at the end of the pipe. If guardian and
+//! worker are both gone, a waiting store would keep the file system from its end. Then the storer
+//! unmounts it by force, which ends all waiting.
 
 use crate::complaints;
 use crate::mount::Target;
@@ -24,7 +24,7 @@ use std::time::Duration;
 
 /// Threads that store.
 const THREADS: usize = 2;
-/// Time that stores may take to end when nobody is left to answer.
+/// Time that stores may take to end when guardian and worker are gone.
 const GRACE: Duration = Duration::from_secs(1);
 /// Most bytes of a message's content.
 pub(crate) const MAX_BYTES: usize = 1 << 20;
@@ -100,7 +100,8 @@ pub fn store(
     })
 }
 
-/// Unmounts the file system by force if nobody can answer and stores still wait a moment later.
+/// Unmounts the file system by force if guardian and worker are gone, and stores still wait a
+/// moment later.
 /// Returns when the stores have ended.
 fn unmount_at_the_end(life: BorrowedFd<'_>, ended: &PipeReader, target: &Target) {
     let mut both = [PollFd::new(&life, PollFlags::empty()), PollFd::new(ended, PollFlags::empty())];

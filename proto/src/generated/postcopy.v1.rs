@@ -3616,11 +3616,12 @@ pub mod mount_service_client {
                 .insert(GrpcMethod::new("postcopy.v1.MountService", "GetMount"));
             self.inner.unary(req, path, codec).await
         }
-        /// Stores an image's working set, or all of the image, in the kernel's page cache. Sends a message at
-        /// least every second, and ends when the pages are on their way to the kernel.
+        /// Stores an image's working set, or all of the image, in the kernel's page cache. Sends a
+        /// message at least every second, and ends when the pages are on their way to the kernel.
         ///
-        /// NOT_FOUND: the server has no such image. INVALID_ARGUMENT: no reference. UNAVAILABLE: the server
-        /// of the images does not answer. PERMISSION_DENIED: another user.
+        /// NOT_FOUND: the server has no such image. INVALID_ARGUMENT: no reference. UNAVAILABLE: the
+        /// server of the images does not answer. DATA_LOSS: it has sent wrong data, or a chunk did not
+        /// arrive in time. PERMISSION_DENIED: another user.
         ///
         /// grpcurl -plaintext -unix -import-path proto/proto -proto postcopy/v1/mount_service.proto
         /// -d '{"reference": "app:v1"}' /run/postcopy/mount-0.sock postcopy.v1.MountService/Warm
@@ -3680,11 +3681,12 @@ pub mod mount_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// Stores an image's working set, or all of the image, in the kernel's page cache. Sends a message at
-        /// least every second, and ends when the pages are on their way to the kernel.
+        /// Stores an image's working set, or all of the image, in the kernel's page cache. Sends a
+        /// message at least every second, and ends when the pages are on their way to the kernel.
         ///
-        /// NOT_FOUND: the server has no such image. INVALID_ARGUMENT: no reference. UNAVAILABLE: the server
-        /// of the images does not answer. PERMISSION_DENIED: another user.
+        /// NOT_FOUND: the server has no such image. INVALID_ARGUMENT: no reference. UNAVAILABLE: the
+        /// server of the images does not answer. DATA_LOSS: it has sent wrong data, or a chunk did not
+        /// arrive in time. PERMISSION_DENIED: another user.
         ///
         /// grpcurl -plaintext -unix -import-path proto/proto -proto postcopy/v1/mount_service.proto
         /// -d '{"reference": "app:v1"}' /run/postcopy/mount-0.sock postcopy.v1.MountService/Warm
